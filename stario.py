@@ -1,0 +1,5267 @@
+"""Stario in one file: real-time web apps with nothing but Python's standard library.
+
+Copy this file into your project, under any name, and read it from top to bottom: each part uses
+only what stands above it. The smallest app:
+
+    import asyncio
+    from stario import Context, Stario, Writer, h
+
+    async def home(c: Context, w: Writer) -> None:
+        w.html(h.H1("Hello, ", c.req.query.get("name", "world")))
+
+    async def main() -> None:
+        app = Stario()
+        app.get("/", home)
+        await app.serve()
+
+    asyncio.run(main())
+
+A request travels through the file from the bottom up. The server (13) accepts a connection, the
+HTTP/1.1 part (12) turns its bytes into a `Request` (8), the router (10) finds the handler, and the
+handler answers through a `Writer` (9) with HTML (3) or with events for Datastar (4), a small
+JavaScript library that patches the page in the browser.
+
+    1  What this file is             9  The response: Writer, compression, alive
+    2  Errors                       10  Context and routing
+    3  HTML: elements are strings   11  Static files
+    4  Datastar                     12  HTTP/1.1: bytes to requests and back
+    5  Signals: JSON to dataclass   13  The app and its server
+    6  Telemetry: spans, tracers    14  Trying it without a network: TestClient
+    7  Relay: publish, subscribe    15  The pocket client (JavaScript)
+    8  The request
+
+How to leave, or to change a part for something bigger: parts 3 to 7 stand on their own and can be
+used with any framework. Whatever carries requests reaches the rest through one narrow interface,
+`Carrier` (9): the HTTP/1.1 connection and the test client are two carriers, and a third one needs
+about a page.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import dataclasses
+import enum
+import errno
+import hashlib
+import json
+import os
+import random
+import re
+import signal
+import socket
+import stat
+import sys
+import threading
+import time
+import traceback
+import types
+import typing
+import zlib
+from collections import OrderedDict, deque
+from collections.abc import (
+    AsyncIterable,
+    AsyncIterator,
+    Awaitable,
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from contextlib import asynccontextmanager, contextmanager, suppress
+from datetime import date, datetime, timezone
+from datetime import time as time_of_day
+from decimal import Decimal
+from functools import lru_cache
+from http import HTTPStatus
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar, cast
+from urllib.parse import parse_qsl, quote, unquote, unquote_to_bytes, urlencode
+from uuid import UUID
+
+if TYPE_CHECKING:
+    import ssl as ssl_module
+
+T = TypeVar("T")
+
+# ==================================================================================================
+# 2. Errors
+#
+# Two families. A StarioError tells the developer that the framework was used wrongly, and what to
+# write instead. An HttpException tells the client: raise one anywhere in a handler, and it becomes
+# the answer.
+# ==================================================================================================
+
+
+class StarioError(Exception):
+    """The framework was used in a way that cannot work; the message says what to do instead."""
+
+
+class ClientDisconnected(Exception):
+    """The client has gone. Raised where a handler waits for it; nobody needs to catch it."""
+
+
+class HttpException(Exception):
+    """An answer, raised. `HttpException(404, "no such room")` answers that text with that status.
+
+    With a status from 300 to 399 the detail is the address to go to: `HttpException(302,
+    "/login")`. Without a detail the text is the standard phrase of the status (RFC 9110, section 15).
+    """
+
+    def __init__(self, status_code: int, detail: str = "") -> None:
+        self.status_code = status_code
+        self.detail = detail or _phrase(status_code)
+        super().__init__(self.status_code, self.detail)
+
+    def __str__(self) -> str:
+        return f"{self.status_code}: {self.detail}"
+
+
+class SignalsError(HttpException):
+    """The signals of a request do not fit their schema (422), or are no JSON (400).
+
+    `problems` has one sentence for each field that is wrong; `detail` is all of them, one a line.
+    """
+
+    def __init__(self, problems: Sequence[str], status_code: int = 422) -> None:
+        self.problems = list(problems)
+        super().__init__(status_code, "\n".join(self.problems))
+
+
+def _phrase(status: int) -> str:
+    """The standard phrase of a status, or a plain word for a number that has none."""
+    try:
+        return HTTPStatus(status).phrase
+    except ValueError:
+        return "Unknown"
+
+
+# ==================================================================================================
+# 3. HTML: elements are strings
+#
+# `h.P("a < b")` is the string `<p>a &lt; b</p>`, marked as safe by its type. So there is no tree to
+# build and then to walk: an element can be kept, compared, cached and joined as the text it is, and
+# what does not change can be built once, as a module constant. The rule that must hold: a plain str
+# is text and gets escaped, a SafeString is HTML and does not, and only this part and the developer
+# (by name) turn one into the other.
+# ==================================================================================================
+
+
+class SafeString(str):
+    """HTML that is never escaped again.
+
+    `SafeString(text)` says: I trust this text, put it in as it is.
+    """
+
+    __slots__ = ()
+
+    def __html__(self) -> str:
+        """The text itself: the protocol by which template libraries recognise trusted HTML."""
+        return self
+
+    def __add__(self, other: object) -> SafeString:
+        return render(self, other)
+
+    def __radd__(self, other: object) -> SafeString:
+        return render(other, self)
+
+
+def _escape(text: str) -> str:
+    # A carriage return has to be a reference: browsers turn a bare one into a line feed while they
+    # read.
+    return (
+        text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("\r", "&#13;")
+    )
+
+
+def render(*parts: object) -> SafeString:
+    """Join parts into one piece of HTML: elements, text, numbers, and iterables of them."""
+    out: list[str] = []
+    for part in parts:
+        if _add_part(part, out) is not None:
+            raise StarioError("render() has no element to bear attributes: give the dict to one")
+    return SafeString("".join(out))
+
+
+def _add_part(part: object, out: list[str]) -> Mapping[str, object] | None:
+    """Append the HTML of one part to `out`.
+
+    What turns out to be attributes is given back instead.
+    """
+    if isinstance(part, str):
+        out.append(part if isinstance(part, SafeString) else _text_of(part))
+    elif part is None or part is True or part is False:
+        pass
+    elif isinstance(part, Mapping):
+        return part
+    elif hasattr(part, "__html__"):
+        out.append(part.__html__())
+    elif isinstance(part, (int, float, Decimal)):
+        out.append(_number(part))
+    elif isinstance(part, Iterable) and not isinstance(part, (bytes, bytearray, memoryview)):
+        found: dict[str, object] = {}
+        for inner in part:
+            found.update(_add_part(inner, out) or {})
+        return found or None
+    else:
+        raise StarioError(
+            f"{type(part).__name__} cannot stand in HTML: give text, a number, an element, "
+            "a dict of attributes, or an iterable of those"
+        )
+    return None
+
+
+def _text_of(part: str) -> str:
+    # Template libraries have a string type of their own for trusted HTML. Other subclasses
+    # (StrEnum) are text.
+    return str(part.__html__()) if hasattr(part, "__html__") else _escape(str.__str__(part))
+
+
+def _number(value: object) -> str:
+    # An IntEnum's own str() may be its name.
+    return int.__repr__(value) if isinstance(value, int) else str(value)
+
+
+_BAD_NAME = re.compile(r"""[\s"'<>/=\x00-\x1f\x7f-\x9f]""")
+_attribute_starts: dict[str, str] = {}  # checked names: "class" -> ' class="'
+
+
+def _attribute_start(name: object) -> str:
+    """Check an attribute's name (HTML standard, 13.1.2.3), once for each name."""
+    if not isinstance(name, str) or not name or _BAD_NAME.search(name):
+        raise StarioError(f"{name!r} cannot be the name of an HTML attribute")
+    if len(_attribute_starts) > 4096:  # names are made by developers, so this is a safety net
+        _attribute_starts.clear()
+    start = _attribute_starts[name] = f' {name}="'
+    return start
+
+
+def _attributes(attributes: Mapping[str, object]) -> str:
+    """Write a dict as ` name="value" bare`."""
+    out: list[str] = []
+    for name, value in attributes.items():
+        start = _attribute_starts.get(name) or _attribute_start(name)
+        if type(value) is str:
+            out.append(start + _escape(value).replace('"', "&quot;") + '"')
+        elif value is True or value is None:
+            out.append(start[:-2])
+        elif value is False:
+            continue
+        elif isinstance(value, Mapping):
+            if name == "style":
+                style = "".join(
+                    f"{key}:{_value_of(key, item)};"
+                    for key, item in value.items()
+                    if item is not None and item is not False
+                )
+                out.append(f'{start}{style}"')
+            else:
+                out.append(_attributes({f"{name}-{key}": item for key, item in value.items()}))
+        else:
+            out.append(f'{start}{_value_of(name, value)}"')
+    return "".join(out)
+
+
+def _value_of(name: str, value: object) -> str:
+    """One attribute value as it stands between its quotes."""
+    if isinstance(value, str):
+        text = value if isinstance(value, SafeString) else _text_of(value)
+        return text.replace('"', "&quot;")
+    if isinstance(value, (int, float, Decimal)):
+        return _number(value)
+    if isinstance(value, (list, tuple)):
+        words = (_value_of(name, item) for item in value if item is not None and item is not False)
+        return " ".join(words)
+    if hasattr(value, "__html__"):
+        return str(value.__html__()).replace('"', "&quot;")
+    raise StarioError(
+        f"{type(value).__name__} cannot be the value of {name!r}: give text or a number"
+    )
+
+
+class Tag:
+    """Makes one kind of element:
+
+    `h.P("text", {"class": "x"})`. Uncalled, it stands for its empty element.
+    """
+
+    __slots__ = ("_close", "_empty", "_open", "name")
+
+    def __init__(self, name: str) -> None:
+        if not re.fullmatch(r"[A-Za-z][^\s/<>=\"'\x00]*", name):
+            raise StarioError(f"{name!r} cannot be the name of an HTML element")
+        self.name = name
+        self._open = f"<{name}"
+        self._close = f"</{name}>"
+        self._empty = self()
+
+    def __html__(self) -> str:
+        """The empty element, for `h.Div(h.Br)`."""
+        return self._empty
+
+    def __repr__(self) -> str:
+        return f"h.tag({self.name!r})"
+
+    def __call__(self, *parts: object) -> SafeString:
+        """The element with these parts:
+
+        dicts are attributes (later wins), anything else is its content.
+        """
+        attributes: Mapping[str, object] | None = None
+        out = [self._open, ""]  # the second place is for the attributes
+        for part in parts:
+            kind = type(part)
+            if kind is SafeString:
+                out.append(part)  # type: ignore[arg-type]
+            elif kind is str:
+                out.append(_escape(part))  # type: ignore[arg-type]
+            else:
+                more = part if kind is dict else _add_part(part, out)
+                if more:
+                    attributes = {**attributes, **more} if attributes else more  # type: ignore[dict-item, assignment]
+        out[1] = _attributes(attributes) + ">" if attributes else ">"
+        return self._finish(out)
+
+    def _finish(self, out: list[str]) -> SafeString:
+        out.append(self._close)
+        return SafeString("".join(out))
+
+
+class _VoidTag(Tag):
+    """`<br/>`: closes itself, and has no children."""
+
+    __slots__ = ()
+
+    def _finish(self, out: list[str]) -> SafeString:
+        if len(out) > 2:
+            raise StarioError(f"<{self.name}> cannot have content: it is a void element")
+        return SafeString(f"{out[0]}{out[1][:-1]}/>")
+
+
+class _RawTag(Tag):
+    """`<script>` and `<style>`:
+
+    the browser does not decode their text, so it is not escaped, only checked.
+    """
+
+    __slots__ = ()
+
+    def __call__(self, *parts: object) -> SafeString:
+        return super().__call__(*map(self._trust, parts))
+
+    def _trust(self, part: object) -> object:
+        if isinstance(part, (list, tuple)):
+            return [self._trust(inner) for inner in part]
+        return SafeString(part) if type(part) is str else part
+
+    def _finish(self, out: list[str]) -> SafeString:
+        text = "".join(out[2:])
+        if "<!--" in text or f"</{self.name}" in text.lower():
+            raise StarioError(
+                f"text in <{self.name}> cannot hold '</{self.name}' or '<!--', which would end it: "
+                "write '<' as \\u003c in a JavaScript string, as \\3c in CSS"
+            )
+        return super()._finish(out)
+
+
+class _PreTag(Tag):
+    """`<pre>` and `<textarea>`:
+
+    browsers drop a line feed that comes first, so one is put before it.
+    """
+
+    __slots__ = ()
+
+    def _finish(self, out: list[str]) -> SafeString:
+        if len(out) > 2 and "".join(out[2:]).startswith("\n"):
+            out[1] += "\n"
+        return super()._finish(out)
+
+
+class _HtmlTag(Tag):
+    """`<html>`, with the doctype in front that keeps browsers out of quirks mode."""
+
+    __slots__ = ()
+
+    def _finish(self, out: list[str]) -> SafeString:
+        out[0] = "<!doctype html>" + out[0]
+        return super()._finish(out)
+
+
+_HTML_TAGS = """
+a abbr address article aside audio b bdi bdo blockquote body button canvas caption cite code
+colgroup data datalist dd del details dfn dialog div dl dt em fieldset figcaption figure footer form
+h1 h2 h3 h4 h5 h6 head header hgroup i iframe ins kbd label legend li main map mark math menu meter
+nav noscript object ol optgroup option output p picture portal progress q rp rt ruby s samp search
+section select slot small span strong sub summary sup svg table tbody td template tfoot th thead
+time title tr u ul var video
+"""
+_SVG_TAGS = """
+animate animateMotion animateTransform circle clipPath defs desc ellipse feBlend feColorMatrix
+feComponentTransfer feComposite feConvolveMatrix feDiffuseLighting feDisplacementMap feDistantLight
+feDropShadow feFlood feFuncA feFuncB feFuncG feFuncR feGaussianBlur feImage feMerge feMergeNode
+feMorphology feOffset fePointLight feSpecularLighting feSpotLight feTile feTurbulence filter
+foreignObject g image line linearGradient marker mask metadata mpath path pattern polygon polyline
+radialGradient rect set stop switch symbol text textPath tspan use view
+"""
+_VOID_TAGS = "area base br col embed hr img input link meta param source track wbr"
+_TAG_KINDS: dict[str, type[Tag]] = {
+    **dict.fromkeys((_HTML_TAGS + _SVG_TAGS).split(), Tag),
+    **dict.fromkeys(_VOID_TAGS.split(), _VoidTag),
+    **dict.fromkeys(("script", "style"), _RawTag),
+    **dict.fromkeys(("pre", "textarea"), _PreTag),
+    "html": _HtmlTag,
+}
+_TAG_NAMES = {name.lower(): name for name in _TAG_KINDS}
+
+
+class Tags:
+    """All elements of HTML and SVG by their names in CapWords:
+
+    `h.Div`, `h.H1`, `h.ForeignObject`.
+    """
+
+    def __getattr__(self, name: str) -> Tag:
+        known = _TAG_NAMES.get(name.lower())
+        if known is None or not name[0].isupper():
+            raise AttributeError(
+                f"HTML and SVG have no <{name}>; for an element of your own: h.tag('my-card')"
+            )
+        tag = _TAG_KINDS[known](known)
+        setattr(self, name, tag)  # the next look-up finds it without coming here
+        return tag
+
+    def __dir__(self) -> Iterable[str]:
+        return [*super().__dir__(), *(name[0].upper() + name[1:] for name in _TAG_KINDS)]
+
+    def tag(self, name: str) -> Tag:
+        """A factory for any other element, a web component's say: `card = h.tag("my-card")`."""
+        return _TAG_KINDS.get(name.lower(), Tag)(name)
+
+
+h = Tags()
+
+# ==================================================================================================
+# 4. Datastar: attributes, actions, events
+#
+# Datastar (https://data-star.dev, client 1.0) lets HTML carry behaviour: `data-*` attributes hold
+# JavaScript expressions over *signals* (`$name`), and actions in them (`@get('/x')`) ask the
+# server, which answers with events that patch the page. `data.*` gives the attributes as dicts,
+# ready to be parts of an element; `at.*` gives the actions as strings; the functions at the end
+# write the events.
+#
+# The rule that must hold: text from users never becomes code. It goes in as JSON, ASCII only,
+# where `@`, `$` and `;` are written as \uXXXX: before it runs an expression, the client rewrites
+# `$name` and `@name(` and splits at `;` with regular expressions that look into strings, too.
+# What is given as an *expression* (a plain str) is code, and is the developer's own.
+# ==================================================================================================
+
+
+def _plain(value: object) -> object:
+    """For json.dumps: what JSON lacks, as the nearest thing that it has."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if hasattr(value, "model_dump"):
+        return value.model_dump(mode="json")
+    if isinstance(value, (date, time_of_day)):
+        return value.isoformat()
+    if isinstance(value, enum.Enum):
+        return value.value
+    if isinstance(value, (UUID, Decimal, Path)):
+        return str(value)
+    if isinstance(value, (set, frozenset, Mapping)):
+        return dict(value) if isinstance(value, Mapping) else list(value)
+    raise TypeError(f"{type(value).__name__} cannot be written as JSON")
+
+
+def _json(value: object, *, ascii_only: bool = False) -> str:
+    try:
+        return json.dumps(
+            value,
+            default=_plain,
+            ensure_ascii=ascii_only,
+            allow_nan=False,
+            separators=(",", ":"),
+        )
+    except (TypeError, ValueError, RecursionError) as exc:
+        raise StarioError(f"this cannot be written as JSON: {exc}") from exc
+
+
+def _script_json(value: object) -> str:
+    """JSON that can stand in an expression: see the rule above."""
+    text = _json(value, ascii_only=True)
+    return text.replace("@", "\\u0040").replace("$", "\\u0024").replace(";", "\\u003b")
+
+
+def s(text: str) -> str:
+    """A JavaScript string literal for any text, safe inside an expression.
+
+    `data.on("click", f"$name = {s(user.name)}")`
+    """
+    return _script_json(str(text))
+
+
+def js(mapping: Mapping[str, str] | None = None, /, **expressions: str) -> str:
+    """An object literal whose values are expressions:
+
+    `js(total="$a + $b")`, `js({"is-on": "$on"})`.
+    """
+    pairs = {**(mapping or {}), **expressions}
+    return "{" + ", ".join(f"{s(name)}: {code}" for name, code in pairs.items()) + "}"
+
+
+Duration = int | float | str  # whole seconds; seconds with a fraction; or "250ms" as it is
+Pattern = str | re.Pattern[str]  # a regular expression, which the browser runs
+Attributes = dict[str, object]
+
+
+def _duration(value: Duration) -> str:
+    # The client separates a modifier's tags by dots, so "1.5s" cannot be written: milliseconds.
+    if isinstance(value, float):
+        return f"{round(value * 1000)}ms"
+    return f"{value}s" if isinstance(value, int) else value
+
+
+def _modifier(name: str, value: object) -> str:
+    """`__once` for True, nothing for False, `__debounce.500ms.leading` for (0.5, "leading")."""
+    if value is None or value is False:
+        return ""
+    if value is True:
+        return f"__{name}"
+    first, *flags = value if isinstance(value, tuple) else (value,)
+    return ".".join((f"__{name}", _duration(first), *flags))
+
+
+def _modifiers(**values: object) -> str:
+    return "".join(_modifier(name, value) for name, value in values.items())
+
+
+def _regex(pattern: Pattern) -> str:
+    """A regular expression literal.
+
+    `@` and `;` are kept from the client's rewriting, `/` from ending it.
+    """
+    text = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
+    text = re.sub(r"\\.|/", lambda m: "\\/" if m[0] == "/" else m[0], text)
+    return "/" + text.replace("@", "\\x40").replace(";", "\\x3b") + "/"
+
+
+def _filter(include: Pattern | None, exclude: Pattern | None) -> str | None:
+    given = {"include": include, "exclude": exclude}
+    parts = [f"{name}: {_regex(value)}" for name, value in given.items() if value is not None]
+    return "{" + ", ".join(parts) + "}" if parts else None
+
+
+Timing = Duration | tuple[Any, ...] | None  # (0.5, "leading") adds the client's own flags
+
+
+class DataAttributes:
+    """Datastar's attributes, each as a dict to put into an element: `h.Div(data.text("$name"))`.
+
+    Expressions are JavaScript. Durations are seconds (`1`, `0.5`) or text (`"250ms"`).
+    See https://data-star.dev/reference/attributes.
+    """
+
+    def signals(self, signals: object, ifmissing: bool = False) -> Attributes:
+        """Set signals from a dict, a dataclass, or anything with `model_dump`.
+
+        With `ifmissing` only those that the page does not have yet.
+        """
+        return {"data-signals" + _modifiers(ifmissing=ifmissing): _script_json(signals)}
+
+    def bind(self, signal: str) -> Attributes:
+        """Keep a form field and a signal equal, in both directions."""
+        return {"data-bind": signal}
+
+    def text(self, expression: str) -> Attributes:
+        """Show the expression's value as the element's text."""
+        return {"data-text": expression}
+
+    def show(self, expression: str) -> Attributes:
+        """Show the element only while the expression is true."""
+        return {"data-show": expression}
+
+    def class_(self, classes: Mapping[str, str]) -> Attributes:
+        """Give the element each class whose expression is true: `{"is-open": "$open"}`."""
+        return {"data-class": js(classes)}
+
+    def attr(self, attributes: Mapping[str, str]) -> Attributes:
+        """Set attributes to the values of expressions: `{"disabled": "$busy"}`."""
+        return {"data-attr": js(attributes)}
+
+    def style(self, styles: Mapping[str, str]) -> Attributes:
+        """Set CSS properties to the values of expressions."""
+        return {"data-style": js(styles)}
+
+    def computed(self, signals: Mapping[str, str]) -> Attributes:
+        """Signals that follow from others: `{"total": "$price * $count"}`."""
+        return {"data-computed": js({name: f"() => ({code})" for name, code in signals.items()})}
+
+    def effect(self, expression: str) -> Attributes:
+        """Run the expression now, and again whenever a signal in it changes."""
+        return {"data-effect": expression}
+
+    def init(
+        self, expression: str, *, delay: Duration | None = None, viewtransition: bool = False
+    ) -> Attributes:
+        """Run the expression when the element comes into the page."""
+        return {"data-init" + _modifiers(delay=delay, viewtransition=viewtransition): expression}
+
+    def on(
+        self,
+        event: str,
+        expression: str,
+        *,
+        once: bool = False,
+        passive: bool = False,
+        capture: bool = False,
+        window: bool = False,
+        document: bool = False,
+        outside: bool = False,
+        prevent: bool = False,
+        stop: bool = False,
+        delay: Duration | None = None,
+        debounce: Timing = None,
+        throttle: Timing = None,
+        viewtransition: bool = False,
+    ) -> Attributes:
+        """Run the expression at a DOM event: `data.on("click", at.post("/click"), debounce=0.5)`.
+
+        `debounce` waits until the event has been quiet for so long, `throttle` lets one through in
+        that time; both take a tuple with the client's flags, too: `(0.5, "leading")`.
+        """
+        modifiers = _modifiers(
+            once=once,
+            passive=passive,
+            capture=capture,
+            window=window,
+            document=document,
+            outside=outside,
+            prevent=prevent,
+            stop=stop,
+            delay=delay,
+            debounce=debounce,
+            throttle=throttle,
+            viewtransition=viewtransition,
+        )
+        # HTML lower-cases attribute names, so `userSaved` is written `user-saved` and turned back.
+        kebab = re.sub(r"(?<!^)([A-Z])", r"-\1", event).lower()
+        case = "" if kebab == event else "__case.pascal" if event[0].isupper() else "__case.camel"
+        return {f"data-on:{kebab}{case}{modifiers}": expression}
+
+    def on_intersect(
+        self,
+        expression: str,
+        *,
+        once: bool = False,
+        exit: bool = False,
+        half: bool = False,
+        full: bool = False,
+        threshold: int | None = None,
+        delay: Duration | None = None,
+        debounce: Timing = None,
+        throttle: Timing = None,
+        viewtransition: bool = False,
+    ) -> Attributes:
+        """Run the expression when the element scrolls into view (or out, with `exit`).
+
+        `half`, `full` and `threshold` (percent) say how much of it must be visible.
+        """
+        modifiers = _modifiers(
+            once=once,
+            exit=exit,
+            half=half,
+            full=full,
+            threshold=None if threshold is None else str(threshold),
+            delay=delay,
+            debounce=debounce,
+            throttle=throttle,
+            viewtransition=viewtransition,
+        )
+        return {"data-on-intersect" + modifiers: expression}
+
+    def on_interval(
+        self, expression: str, *, duration: Timing = None, viewtransition: bool = False
+    ) -> Attributes:
+        """Run the expression every `duration` (one second without it)."""
+        modifiers = _modifiers(duration=duration, viewtransition=viewtransition)
+        return {"data-on-interval" + modifiers: expression}
+
+    def on_signal_patch(
+        self,
+        expression: str,
+        *,
+        include: Pattern | None = None,
+        exclude: Pattern | None = None,
+        delay: Duration | None = None,
+        debounce: Timing = None,
+        throttle: Timing = None,
+    ) -> Attributes:
+        """Run the expression when signals change:
+
+        only those whose names match, if filters are given.
+        """
+        modifiers = _modifiers(delay=delay, debounce=debounce, throttle=throttle)
+        attributes: Attributes = {"data-on-signal-patch" + modifiers: expression}
+        names = _filter(include, exclude)
+        return {**attributes, "data-on-signal-patch-filter": names} if names else attributes
+
+    def indicator(self, signal: str) -> Attributes:
+        """Set the signal to true while a request of this element is under way."""
+        return {"data-indicator": signal}
+
+    def ref(self, signal: str) -> Attributes:
+        """Put the element itself into a signal."""
+        return {"data-ref": signal}
+
+    def ignore(self, *, self_only: bool = False) -> Attributes:
+        """Keep Datastar away from the element and what is in it (or from the element alone)."""
+        return {"data-ignore" + _modifiers(self=self_only): True}
+
+    def ignore_morph(self) -> Attributes:
+        """Leave the element as it is when a patch comes."""
+        return {"data-ignore-morph": True}
+
+    def json_signals(
+        self,
+        *,
+        include: Pattern | None = None,
+        exclude: Pattern | None = None,
+        terse: bool = False,
+    ) -> Attributes:
+        """Show all signals (or those whose names match) as JSON: for debugging."""
+        return {"data-json-signals" + _modifiers(terse=terse): _filter(include, exclude) or True}
+
+    def preserve_attr(self, *names: str) -> Attributes:
+        """Keep these attributes of the element as they are when a patch comes."""
+        return {"data-preserve-attr": " ".join(names)}
+
+
+data = DataAttributes()
+
+_PLAIN_URL = re.compile(r"[A-Za-z0-9/_.~?&=%:+,#-]*")
+
+
+class Actions:
+    """Datastar's actions, as text for expressions: `at.post("/click", {"cellId": 3})`.
+
+    See https://data-star.dev/reference/actions. The options of a request, all of them optional:
+
+    - `content_type`: "json" (the signals) or "form" (the fields of the form around the element)
+    - `include`, `exclude`: regular expressions for the names of the signals to send
+    - `selector`: CSS selector of the form to send
+    - `headers`: a dict of extra request headers
+    - `open_when_hidden`: keep the stream while the tab is hidden
+    - `payload`: what to send in place of the signals: a dict, or an expression
+    - `retry`: "auto", "error", "always" or "never"; `retry_interval_ms`, `retry_scaler`,
+      `retry_max_wait_ms`, `retry_max_count`
+    - `request_cancellation`: "auto", "disabled", or an expression that gives an AbortController
+    """
+
+    def get(self, url: str, queries: Mapping[str, object] | None = None, **options: Any) -> str:
+        """Ask with GET; signals go into the query. `@get('/subscribe')`"""
+        return self._request("get", url, queries, **options)
+
+    def post(self, url: str, queries: Mapping[str, object] | None = None, **options: Any) -> str:
+        """Ask with POST; signals go as JSON."""
+        return self._request("post", url, queries, **options)
+
+    def put(self, url: str, queries: Mapping[str, object] | None = None, **options: Any) -> str:
+        """Ask with PUT; signals go as JSON."""
+        return self._request("put", url, queries, **options)
+
+    def patch(self, url: str, queries: Mapping[str, object] | None = None, **options: Any) -> str:
+        """Ask with PATCH; signals go as JSON."""
+        return self._request("patch", url, queries, **options)
+
+    def delete(self, url: str, queries: Mapping[str, object] | None = None, **options: Any) -> str:
+        """Ask with DELETE; signals go into the query."""
+        return self._request("delete", url, queries, **options)
+
+    def peek(self, expression: str) -> str:
+        """The expression's value, without running again when its signals change."""
+        return f"@peek(() => {expression})"
+
+    def set_all(
+        self, value: object, *, include: Pattern | None = None, exclude: Pattern | None = None
+    ) -> str:
+        """Set all signals (or those whose names match) to a value; a str is an expression."""
+        code = value if isinstance(value, str) else _script_json(value)
+        return f"@setAll({', '.join(filter(None, (code, _filter(include, exclude))))})"
+
+    def toggle_all(self, *, include: Pattern | None = None, exclude: Pattern | None = None) -> str:
+        """Turn all signals (or those whose names match) from true to false and back."""
+        return f"@toggleAll({_filter(include, exclude) or ''})"
+
+    def _request(
+        self,
+        method: str,
+        url: str,
+        queries: Mapping[str, object] | None = None,
+        *,
+        content_type: str = "json",
+        include: Pattern | None = None,
+        exclude: Pattern | None = None,
+        selector: str | None = None,
+        headers: Mapping[str, str] | None = None,
+        open_when_hidden: bool | None = None,
+        payload: object = None,
+        retry: str = "auto",
+        retry_interval_ms: int = 1000,
+        retry_scaler: float = 2,
+        retry_max_wait_ms: int = 30_000,
+        retry_max_count: int = 10,
+        request_cancellation: str = "auto",
+    ) -> str:
+        if queries:
+            url += ("&" if "?" in url else "?") + urlencode(queries, doseq=True)
+        # A str payload is an expression, and so is a cancellation that is not one of the words.
+        given_payload = payload if isinstance(payload, str) else _script_json(payload)
+        cancel_word = request_cancellation in ("auto", "disabled", "cleanup")
+        cancel = s(request_cancellation) if cancel_word else request_cancellation
+        hidden = open_when_hidden is not None and open_when_hidden is not (method != "get")
+        options = {
+            "contentType": s(content_type) if content_type != "json" else None,
+            "filterSignals": _filter(include, exclude),
+            "selector": s(selector) if selector else None,
+            "headers": _script_json(headers) if headers else None,
+            "openWhenHidden": _script_json(open_when_hidden) if hidden else None,
+            "payload": given_payload if payload is not None else None,
+            "retry": s(retry) if retry != "auto" else None,
+            "retryInterval": retry_interval_ms if retry_interval_ms != 1000 else None,
+            "retryScaler": retry_scaler if retry_scaler != 2 else None,
+            "retryMaxWait": retry_max_wait_ms if retry_max_wait_ms != 30_000 else None,
+            "retryMaxCount": retry_max_count if retry_max_count != 10 else None,
+            "requestCancellation": cancel if request_cancellation != "auto" else None,
+        }
+        written = ", ".join(f"{key}: {code}" for key, code in options.items() if code is not None)
+        address = f"'{url}'" if _PLAIN_URL.fullmatch(url) else s(url)
+        return f"@{method}({address}, {{{written}}})" if written else f"@{method}({address})"
+
+
+at = Actions()
+
+DATASTAR_URL = "https://cdn.jsdelivr.net/gh/starfederation/datastar@1.0.2/bundles/datastar.js"
+DATASTAR_INTEGRITY = "sha384-SnyFlWTdFL3c8+9/1WsPuMFBq6AQOGC1LmS9upY4YkM3En3wZr5q2UvydHaMgOVG"
+
+
+def datastar_script(src: str | None = None) -> SafeString:
+    """The `<script>` that brings Datastar into a page: put it into `<head>`.
+
+    Without `src` it is the official bundle from its CDN and, where that fails or has not come after
+    a second and a half, the pocket client (15) from this server. Never both: the bundle is fetched
+    as text first, and only what has come in full, and has the right hash, is run. (A script element
+    could not be called back: one that the CDN answers late would run beside the pocket client.)
+    `src` names another copy to load instead, and nothing else.
+    """
+    if src is not None:
+        return h.Script({"type": "module", "src": src})
+    pocket = "/_stario/" + asset("pocket.js", collection="_stario")
+    return h.Script(
+        {"type": "module"},
+        f"""
+const official = "{DATASTAR_URL}";
+const integrity = "{DATASTAR_INTEGRITY}";
+let client = "{pocket}";
+try {{
+  const answer = await fetch(official, {{ integrity, signal: AbortSignal.timeout(1500) }});
+  if (!answer.ok) throw new Error(`status ${{answer.status}}`);
+  client = URL.createObjectURL(new Blob([await answer.text()], {{ type: "text/javascript" }}));
+}} catch (reason) {{
+  console.info(`Datastar's CDN is out of reach (${{reason.message}}): using the pocket client.`);
+}}
+await import(client);
+""",
+    )
+
+
+# -- Events. The form is that of Datastar's SDK specification (sdk/ADR.md in its repository): the
+# fields in the order event, id, retry, data, and only what differs from a default. A line break of
+# any kind in a value starts a new `data:` line, so that no text can forge an event.
+
+_LINE_BREAK = re.compile(r"\r\n|\r|\n")
+
+
+def _sse(event: str, lines: Iterable[str], id: str | None = None, retry: int | None = None) -> str:
+    """One event of a stream (HTML standard, 9.2.5)."""
+    for field in (event, id or ""):
+        if _CONTROL.search(field):
+            raise StarioError(f"an event's name or id cannot hold line breaks or NUL: {field!r}")
+    out = [f"event: {event}\n"]
+    if id is not None:
+        out.append(f"id: {id}\n")
+    if retry is not None:
+        out.append(f"retry: {int(retry)}\n")
+    out += [f"data: {line}\n" for line in lines]
+    out.append("\n")
+    return "".join(out)
+
+
+_CONTROL = re.compile(r"[\r\n\x00]")
+_PATCH_MODES = ("outer", "inner", "replace", "prepend", "append", "before", "after", "remove")
+
+
+def _patch_lines(
+    html: str,
+    mode: str = "outer",
+    selector: str | None = None,
+    namespace: str | None = None,
+    use_view_transition: bool = False,
+) -> list[str]:
+    """The data lines of `datastar-patch-elements`."""
+    if mode not in _PATCH_MODES:
+        raise StarioError(f"no patch mode {mode!r}: one of {', '.join(_PATCH_MODES)}")
+    if namespace not in (None, "html", "svg", "mathml"):
+        raise StarioError(f"no namespace {namespace!r}: html, svg or mathml")
+    if not selector and mode not in ("outer", "replace"):
+        raise StarioError(
+            f"mode {mode!r} needs a selector: without one only outer and replace work"
+        )
+    lines = [f"selector {_one_line(selector)}"] if selector else []
+    if mode != "outer":
+        lines.append(f"mode {mode}")
+    if namespace and namespace != "html":
+        lines.append(f"namespace {namespace}")
+    if use_view_transition:
+        lines.append("useViewTransition true")
+    if html:
+        lines += ["elements " + line for line in _split_lines(html)]
+    return lines
+
+
+def _split_lines(text: str) -> list[str]:
+    # Most HTML is one line; the check is several times cheaper than the split.
+    return _LINE_BREAK.split(text) if "\n" in text or "\r" in text else [text]
+
+
+def _one_line(selector: str) -> str:
+    if _CONTROL.search(selector):
+        raise StarioError(f"a selector cannot hold line breaks or NUL: {selector!r}")
+    return selector
+
+
+def _signal_lines(signals: object, only_if_missing: bool = False) -> list[str]:
+    """The data lines of `datastar-patch-signals`; a str is taken for JSON already."""
+    text = signals if isinstance(signals, str) else _json(signals)
+    lines = ["onlyIfMissing true"] if only_if_missing else []
+    return lines + ["signals " + line for line in _split_lines(text)]
+
+
+def _script_element(code: str, auto_remove: bool, attributes: Mapping[str, object] | None) -> str:
+    own = {"data-effect": "el.remove()"} if auto_remove else {}
+    return h.Script({**own, **(attributes or {})}, code)
+
+
+# ==================================================================================================
+# 5. Signals: from JSON to your dataclass
+#
+# The browser sends all its signals with every request. `read_signals(schema, signals)` takes the
+# ones that the schema names and checks each against its type. The rule that must hold: a handler
+# gets values of the types it asked for, or the client gets one list of everything that is wrong.
+#
+# HTML inputs know only text, so text that spells a number or a truth value is taken for one where
+# the schema wants one. Nothing is converted the other way round: a number never becomes text.
+# ==================================================================================================
+
+_TRUE = frozenset(("true", "on", "yes", "1"))
+_FALSE = frozenset(("false", "off", "no", "0", ""))
+_WRONG = object()  # what a reader gives back after it has noted a problem
+
+# Types that are written as text in JSON, with what makes them from it.
+_FROM_TEXT: dict[Any, Callable[[str], Any]] = {
+    datetime: datetime.fromisoformat,
+    date: date.fromisoformat,
+    time_of_day: time_of_day.fromisoformat,
+    UUID: UUID,
+    Decimal: Decimal,
+}
+
+
+class _Reading:
+    """One reading of one set of signals: collects what is wrong on the way."""
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+
+    def wrong(self, path: str, expected: str, value: object) -> Any:
+        shown = json.dumps(value, default=str)
+        shown = shown if len(shown) <= 60 else shown[:57] + "..."
+        self.problems.append(f"{path or 'the signals'}: expected {expected}, got {shown}")
+        return _WRONG
+
+    def read(self, kind: Any, value: object, path: str) -> Any:
+        """The value as a `kind`, or `_WRONG`."""
+        if type(value) is kind and kind in (str, int, bool):
+            return value  # what most fields are
+        if kind in (Any, object):
+            return value
+        if isinstance(kind, type) and not isinstance(kind, types.GenericAlias):
+            return self._read_class(kind, value, path)
+        return self._read_form(kind, value, path)
+
+    def _read_class(self, kind: type, value: object, path: str) -> Any:
+        if kind is str:
+            return value if isinstance(value, str) else self.wrong(path, "text", value)
+        if kind is bool:
+            return self._read_bool(value, path)
+        if kind in (int, float):
+            return self._read_number(kind, value, path)
+        if kind is types.NoneType:
+            return None if value is None else self.wrong(path, "null", value)
+        if kind in (list, set, frozenset, tuple, dict):
+            return self._read_form(kind[_BARE[kind]], value, path)
+        if issubclass(kind, enum.Enum):
+            return self._read_choice([member.value for member in kind], value, path, kind)
+        if kind in _FROM_TEXT:
+            return self._read_text_form(kind, value, path)
+        if dataclasses.is_dataclass(kind) or typing.is_typeddict(kind):
+            return self._read_fields(kind, value, path)
+        if hasattr(kind, "model_validate"):
+            return self._read_model(kind, value, path)
+        raise StarioError(f"signals cannot be read as {kind.__name__} ({path or 'the schema'})")
+
+    def _read_bool(self, value: object, path: str) -> Any:
+        if isinstance(value, bool):
+            return value
+        word = value.strip().lower() if isinstance(value, str) else None
+        if word in _TRUE or word in _FALSE:
+            return word in _TRUE
+        return self.wrong(path, "true or false", value)
+
+    def _read_number(self, kind: type[int] | type[float], value: object, path: str) -> Any:
+        expected = "a whole number" if kind is int else "a number"
+        if isinstance(value, str):
+            # int() and float() would take "1_000", "nan" and Arabic digits as well.
+            form = r"[+-]?\d{1,400}" if kind is int else r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?"
+            if not re.fullmatch(form, value.strip(), re.ASCII):
+                return self.wrong(path, expected, value)
+            return self._finite(kind(value), path, value)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return self.wrong(path, expected, value)
+        if kind is int and isinstance(value, float) and not value.is_integer():
+            return self.wrong(path, expected, value)
+        try:
+            return self._finite(kind(value), path, value)
+        except OverflowError:
+            return self.wrong(path, expected, value)
+
+    def _finite(self, number: float, path: str, value: object) -> Any:
+        if number in (float("inf"), float("-inf")) or number != number:
+            return self.wrong(path, "a finite number", value)
+        return number
+
+    def _read_choice(
+        self, choices: Sequence[object], value: object, path: str, kind: type[enum.Enum] | None
+    ) -> Any:
+        # First the value itself (of the same type: 1 is not True), then the text that spells it.
+        same = [item for item in choices if type(item) is type(value) and item == value]
+        spelt = [item for item in choices if isinstance(value, str) and str(item) == value]
+        if not same and not spelt:
+            words = ", ".join(json.dumps(item, default=str) for item in choices)
+            return self.wrong(path, f"one of {words}", value)
+        found = (same or spelt)[0]
+        return kind(found) if kind else found
+
+    def _read_text_form(self, kind: type, value: object, path: str) -> Any:
+        if isinstance(value, (int, float)) and kind is Decimal and not isinstance(value, bool):
+            value = str(value)
+        try:
+            return (
+                _FROM_TEXT[kind](value) if isinstance(value, str) else self._no(kind, value, path)
+            )
+        except (ValueError, ArithmeticError):
+            return self._no(kind, value, path)
+
+    def _no(self, kind: type, value: object, path: str) -> Any:
+        return self.wrong(path, f"a {kind.__name__} as text", value)
+
+    def _read_form(self, kind: Any, value: object, path: str) -> Any:
+        """Types with parameters: unions, `list[T]`, `dict[str, T]`, `Literal`, aliases."""
+        origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+        if origin in (typing.Union, types.UnionType):
+            return self._read_union(arguments, value, path)
+        if origin is typing.Literal:
+            return self._read_choice(arguments, value, path, None)
+        if origin in (typing.Annotated, typing.Required, typing.NotRequired, typing.ClassVar):
+            return self.read(arguments[0], value, path)
+        if origin in (list, set, frozenset, tuple, Sequence, Iterable):
+            return self._read_list(origin, arguments, value, path)
+        if origin in (dict, Mapping):
+            return self._read_dict(arguments, value, path)
+        alias = getattr(kind, "__value__", None) or getattr(kind, "__supertype__", None)
+        if alias is not None:  # `type Name = …` and NewType
+            return self.read(alias, value, path)
+        raise StarioError(f"signals cannot be read as {kind!r} ({path or 'the schema'})")
+
+    def _read_union(self, options: tuple[Any, ...], value: object, path: str) -> Any:
+        if value == "" and types.NoneType in options and str not in options:
+            return None  # an input that was left empty
+        # A value that is of one of the types already stays as it is: "1" in `int | str` is text.
+        ranked = sorted(options, key=lambda option: type(value) is not option)
+        for option in ranked:
+            attempt = _Reading()
+            found = attempt.read(option, value, path)
+            if not attempt.problems:
+                return found
+        if len(ranked) == 2 and types.NoneType in ranked:  # T | None: T's own words say more
+            return self.read(next(o for o in ranked if o is not types.NoneType), value, path)
+        names = (getattr(option, "__name__", str(option)) for option in options)
+        return self.wrong(path, " or ".join(names), value)
+
+    def _read_list(self, origin: Any, kinds: tuple[Any, ...], value: object, path: str) -> Any:
+        if not isinstance(value, list):
+            return self.wrong(path, "a list", value)
+        if origin is tuple and kinds[-1:] != (Ellipsis,):
+            if len(value) != len(kinds):
+                return self.wrong(path, f"a list of {len(kinds)}", value)
+            pairs = list(zip(kinds, value, strict=True))
+        else:
+            pairs = [(kinds[0], item) for item in value]
+        items = [self.read(kind, item, f"{path}[{i}]") for i, (kind, item) in enumerate(pairs)]
+        make = origin if origin in (set, frozenset, tuple) else list
+        try:
+            return make(items)
+        except TypeError:  # a set of lists
+            return self.wrong(path, "a list of plain values", value)
+
+    def _read_dict(self, kinds: tuple[Any, ...], value: object, path: str) -> Any:
+        if not isinstance(value, dict):
+            return self.wrong(path, "an object", value)
+        return {
+            self.read(kinds[0], key, f"{path}.{key}"): self.read(kinds[1], item, f"{path}.{key}")
+            for key, item in value.items()
+        }
+
+    def _read_fields(self, schema: Any, value: object, path: str) -> Any:
+        """A dataclass or a TypedDict: each field from the signal of its name."""
+        if not isinstance(value, dict):
+            return self.wrong(path, "an object", value)
+        found: dict[str, Any] = {}
+        before = len(self.problems)
+        for name, kind, required in _fields_of(schema):
+            inner = f"{path}.{name}" if path else name
+            if name in value:
+                found[name] = self.read(kind, value[name], inner)
+            elif required:
+                self.problems.append(f"{inner}: is missing")
+        if len(self.problems) > before:
+            return _WRONG
+        try:
+            return schema(**found)
+        except ValueError as exc:  # a __post_init__ that checks more
+            self.problems.append(f"{path}: {exc}" if path else str(exc))
+            return _WRONG
+
+    def _read_model(self, kind: Any, value: object, path: str) -> Any:
+        try:
+            return kind.model_validate(value)
+        except ValueError as exc:  # pydantic's ValidationError is one
+            self.problems.append(f"{path}: {exc}" if path else str(exc))
+            return _WRONG
+
+
+_BARE: dict[type, Any] = {list: Any, set: Any, frozenset: Any, tuple: (Any, ...), dict: (str, Any)}
+
+
+@lru_cache(maxsize=1024)
+def _fields_of(schema: Any) -> list[tuple[str, Any, bool]]:
+    """Name, type and whether it must be there, for each field. Looked up once for each schema."""
+    try:
+        hints = typing.get_type_hints(schema, include_extras=True)
+    except NameError as exc:
+        raise StarioError(
+            f"the types of {schema.__name__} cannot be looked up ({exc}): define the schema and "
+            "what it names at the top of a module"
+        ) from exc
+    if typing.is_typeddict(schema):
+        return [(name, hints[name], name in schema.__required_keys__) for name in hints]
+    return [
+        (
+            field.name,
+            hints[field.name],
+            field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING,
+        )
+        for field in dataclasses.fields(schema)
+        if field.init
+    ]
+
+
+def read_signals(schema: type[T], signals: object) -> T:
+    """Check signals (a parsed JSON object) against a schema and make one.
+
+    `schema` is a dataclass, a TypedDict, or a class with `model_validate` (pydantic's). Fields that
+    it does not know are ignored. Raises SignalsError with every field that does not fit.
+    """
+    reading = _Reading()
+    try:
+        found = reading.read(schema, signals, "")
+    except RecursionError:
+        reading.problems.append("the signals are nested too deeply")
+    if reading.problems:
+        raise SignalsError(reading.problems)
+    return cast(T, found)
+
+
+# ==================================================================================================
+# 6. Telemetry: spans, and the tracers that show them
+#
+# A *span* is a piece of work with a beginning and an end: a request, a database query, a job. It
+# has attributes (what it is about), events (what happened in it) and a parent; all spans of one
+# piece of work share a trace id. A *tracer* is told of three moments, and shows them as it likes:
+# a span starts, an event happens in it, it ends. Override these three and it is your own.
+#
+# The rule that must hold: a tracer hears of every event at once, and a span keeps only the newest
+# hundred. So a stream that is open for a week loses nothing and costs no memory.
+# ==================================================================================================
+
+_EVENTS_KEPT = 100
+
+
+def _new_id(bits: int) -> str:
+    return f"{random.getrandbits(bits) or 1:0{bits // 4}x}"
+
+
+class SpanEvent(NamedTuple):
+    """Something that happened in a span. `time_ns` is nanoseconds since 1970."""
+
+    name: str
+    attributes: Mapping[str, Any]
+    time_ns: int
+
+
+class Span:
+    """A piece of work, from `start_ns` to `end_ns` (nanoseconds since 1970; 0 while it runs).
+
+    Call it to note an event, index it to set an attribute, use it in `with` to end it. Ids are hex,
+    in the lengths of W3C Trace Context: 16 digits for a span, 32 for a trace.
+    """
+
+    __slots__ = (
+        "attributes", "end_ns", "error", "events", "id", "links", "name", "parent_id", "start_ns",
+        "trace_id", "tracer",
+    )  # fmt: skip
+
+    def __init__(
+        self, tracer: Tracer, name: str, attributes: Mapping[str, Any] | None, parent: Span | None
+    ) -> None:
+        self.tracer = tracer
+        self.name = name
+        self.id = _new_id(64)
+        self.parent_id = parent.id if parent else None
+        self.trace_id: str = parent.trace_id if parent else _new_id(128)
+        self.attributes: dict[str, Any] = dict(attributes) if attributes else {}
+        self.events: list[SpanEvent] = []
+        self.links: list[Span] = []
+        self.error: str | None = None
+        self.start_ns = time.time_ns()
+        self.end_ns = 0
+        tracer.on_start(self)
+
+    def __call__(
+        self, event: str | BaseException, attributes: Mapping[str, Any] | None = None
+    ) -> None:
+        """Note an event by its name, or an exception. Neither makes the span an error."""
+        if isinstance(event, BaseException):
+            attributes = {**_describe(event), **(attributes or {})}
+            event = "exception"
+        noted = SpanEvent(event, attributes or {}, time.time_ns())
+        self.events.append(noted)
+        if len(self.events) > _EVENTS_KEPT:
+            del self.events[0]
+        self.tracer.on_event(self, noted)
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self.attributes[key] = value
+
+    def __getitem__(self, key: str) -> Any:
+        return self.attributes[key]
+
+    def step(self, name: str, attributes: Mapping[str, Any] | None = None) -> Span:
+        """A child: work that is part of this. `with span.step("query"): ...`"""
+        return Span(self.tracer, name, attributes, self)
+
+    def root(self, name: str, attributes: Mapping[str, Any] | None = None) -> Span:
+        """A new trace: work that this started, but that stands on its own. Link it if you like."""
+        return Span(self.tracer, name, attributes, None)
+
+    def link(self, other: Span) -> None:
+        """Note that this work has to do with another span's."""
+        self.links.append(other)
+
+    def fail(self, exc: BaseException) -> None:
+        """Note an exception and mark the span as failed by it."""
+        self(exc)
+        self.error = f"{type(exc).__name__}: {exc}"
+
+    def end(self) -> None:
+        """The work is done. A second call does nothing."""
+        if not self.end_ns:
+            self.end_ns = max(time.time_ns(), self.start_ns)
+            self.tracer.on_end(self)
+
+    def __enter__(self) -> Span:
+        return self
+
+    def __exit__(self, kind: object, exc: BaseException | None, where: object) -> None:
+        if isinstance(exc, Exception):  # a cancellation is no failure
+            self.fail(exc)
+        self.end()
+
+
+def _describe(exc: BaseException) -> dict[str, Any]:
+    """An exception by OpenTelemetry's names for its attributes."""
+    return {
+        "exception.type": type(exc).__name__,
+        "exception.message": str(exc),
+        "exception.stacktrace": "".join(traceback.format_exception(exc)),
+    }
+
+
+class Tracer:
+    """A tracer that shows nothing, and the base of those that do.
+
+    `tracer("job")` starts a span of a new trace. Spans end on any thread, several at a time.
+    """
+
+    def __call__(self, name: str, attributes: Mapping[str, Any] | None = None) -> Span:
+        """Start a span that no request stands behind: `with tracer("job") as span:`"""
+        return Span(self, name, attributes, None)
+
+    def __enter__(self: TracerT) -> TracerT:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        return None
+
+    def on_start(self, span: Span) -> None:
+        """A span has begun."""
+
+    def on_event(self, span: Span, event: SpanEvent) -> None:
+        """Something happened in a span."""
+
+    def on_end(self, span: Span) -> None:
+        """A span has ended: its attributes, error and end time stand now."""
+
+
+TracerT = TypeVar("TracerT", bound=Tracer)
+
+
+class _StreamTracer(Tracer):
+    """What both tracers share: whole lines to a stream, one thread at a time."""
+
+    def __init__(self, stream: IO[str] | None = None) -> None:
+        self._stream = stream or sys.stdout
+        self._lock = threading.Lock()
+
+    def _write(self, line: str) -> None:
+        # One write and a flush for each line: nothing is lost if the process dies. A log that can't
+        # be written (a closed pipe, a full disk) must not take the requests down with it.
+        with self._lock:
+            try:
+                self._stream.write(line + "\n")
+                self._stream.flush()
+            except (OSError, ValueError):
+                pass
+
+
+class JsonTracer(_StreamTracer):
+    """One JSON object a line, for log collectors: to standard output, or to `stream`.
+
+    A span is one line, written when it ends. One that has many events, or is open for long, writes
+    them in lines of their own before ("partial": true), with the same ids.
+    """
+
+    def on_event(self, span: Span, event: SpanEvent) -> None:
+        """Write what has gathered, if that is much or the first of it is ten seconds old."""
+        waited = event.time_ns - span.events[0].time_ns
+        if len(span.events) >= _EVENTS_KEPT or waited > 10 * 10**9:
+            self._write_span(span, {"partial": True})
+
+    def on_end(self, span: Span) -> None:
+        """Write the span, with those of its events that have not been written yet."""
+        self._write_span(span, {"duration_ms": (span.end_ns - span.start_ns) / 1e6})
+
+    def _write_span(self, span: Span, more: dict[str, Any]) -> None:
+        record: dict[str, Any] = {
+            "time": _iso_time(span.start_ns),
+            "name": span.name,
+            "span_id": span.id,
+            "trace_id": span.trace_id,
+        }
+        if span.parent_id:
+            record["parent_id"] = span.parent_id
+        record.update(more)
+        if span.attributes:
+            record["attributes"] = span.attributes
+        if span.events:
+            record["events"] = [
+                {"time": _iso_time(event.time_ns), "name": event.name, **_unless_empty(event)}
+                for event in span.events
+            ]
+            span.events.clear()  # they are written, and not needed again
+        if span.links:
+            record["links"] = [{"span_id": s.id, "trace_id": s.trace_id} for s in span.links]
+        if span.error:
+            record["error"] = span.error
+        self._write(_json_line(record))
+
+
+def _json_line(record: dict[str, Any]) -> str:
+    try:
+        return json.dumps(record, default=str)
+    except (TypeError, ValueError, RecursionError):  # a key that is a tuple, a list in itself
+        return json.dumps({**record, "attributes": repr(record.get("attributes")), "events": []})
+
+
+def _unless_empty(event: SpanEvent) -> dict[str, Any]:
+    return {"attributes": event.attributes} if event.attributes else {}
+
+
+def _iso_time(time_ns: int) -> str:
+    return f"{_iso_second(time_ns // 10**9)}.{time_ns // 1000 % 10**6:06d}Z"
+
+
+@lru_cache(maxsize=8)
+def _iso_second(second: int) -> str:
+    return datetime.fromtimestamp(second, timezone.utc).strftime("%Y-%m-%dT%H:%M:%S")
+
+
+class RichTracer(_StreamTracer):
+    """For a person at a terminal: each thing on a line of its own, as it happens.
+
+    A request without events is one line, at its end. One with events begins with a line of its own;
+    what belongs together has the same four digits in front. Colours only on a terminal.
+    """
+
+    def __init__(self, stream: IO[str] | None = None) -> None:
+        super().__init__(stream)
+        colours = self._stream.isatty() and "NO_COLOR" not in os.environ
+        self._paint = _ansi if colours else _no_paint
+        self._under_way: dict[str, Span] = {}
+        self._opened: set[str] = set()  # ids of those whose first line has been written
+
+    def on_start(self, span: Span) -> None:
+        """Nothing is shown yet: many spans turn out to be a single line."""
+        self._under_way[span.id] = span
+        parent = self._under_way.get(span.parent_id or "")
+        if parent:
+            self._open(parent)
+
+    def on_event(self, span: Span, event: SpanEvent) -> None:
+        """Show the event, and before the first one what it is an event of."""
+        self._open(span)
+        trace = event.attributes.get("exception.stacktrace")
+        name = event.name if trace is None else str(event.attributes["exception.type"])
+        shown = {k: v for k, v in event.attributes.items() if not k.startswith("exception.")}
+        if trace is not None:
+            shown["message"] = event.attributes["exception.message"]
+        self._line(span, "│", name + _pairs(shown), event.time_ns, "yellow" if trace else "cyan")
+        for line in str(trace or "").splitlines():
+            self._line(span, "│", "  " + line, event.time_ns, "dim")
+
+    def on_end(self, span: Span) -> None:
+        """Show what came of it, and how long it took."""
+        milliseconds = (span.end_ns - span.start_ns) / 1e6
+        took = f"{milliseconds:.1f} ms" if milliseconds < 1000 else f"{milliseconds / 1000:.2f} s"
+        mark = "└" if span.id in self._opened else "─"
+        failure = f"  {span.error}" if span.error else ""
+        text = f"{span.name}  {took}{_pairs(span.attributes)}{failure}"
+        self._line(span, mark, text, span.end_ns, "red" if span.error else "green")
+        self._opened.discard(span.id)
+        self._under_way.pop(span.id, None)
+
+    def _open(self, span: Span) -> None:
+        if span.id not in self._opened:
+            self._opened.add(span.id)
+            self._line(span, "┌", span.name, span.start_ns, "bold")
+
+    def _depth(self, span: Span) -> int:
+        parent = self._under_way.get(span.parent_id or "")
+        return 1 + self._depth(parent) if parent else 0
+
+    def _line(self, span: Span, mark: str, text: str, time_ns: int, colour: str) -> None:
+        clock = datetime.fromtimestamp(time_ns / 1e9).strftime("%H:%M:%S.%f")[:-3]
+        indent = "  " * self._depth(span)
+        self._write(
+            f"{self._paint(f'{clock} {span.trace_id[:4]}', 'dim')} "
+            f"{indent}{self._paint(f'{mark} {_printable(text)}', colour)}"
+        )
+
+
+_COLOURS = {"bold": 1, "dim": 2, "red": 31, "green": 32, "yellow": 33, "cyan": 36}
+
+
+def _ansi(text: str, colour: str) -> str:
+    return f"\x1b[{_COLOURS[colour]}m{text}\x1b[0m"
+
+
+def _no_paint(text: str, colour: str) -> str:
+    return text
+
+
+def _pairs(attributes: Mapping[str, Any]) -> str:
+    """`  key=value key=value`, each value cut to what is still readable in a line."""
+    words = []
+    for key, value in attributes.items():
+        text = value if isinstance(value, str) else repr(value)
+        words.append(f"{key}={text if len(text) <= 200 else text[:197] + '...'}")
+    return "  " + " ".join(words) if words else ""
+
+
+def _printable(text: str) -> str:
+    # A client chooses paths and signals: what it sends must not move the cursor of a terminal.
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+# ==================================================================================================
+# 7. Relay: publish and subscribe
+#
+# `relay.publish("room.1", message)` reaches every subscription whose pattern fits. A subscription
+# exists from the moment `subscribe()` returns, and has a bounded queue of its own: a reader that
+# falls behind loses messages by a rule that it chose, and never costs more than its queue.
+#
+# Publishers and subscribers may be in different threads, with different event loops. One lock for
+# the whole relay guards every table and queue below; it is held for a few dict and deque
+# operations, and never while a loop is woken. It is reentrant, since a subscription that is
+# garbage collected closes itself, and that can happen while this very thread holds the lock.
+# ==================================================================================================
+
+
+class _Mailbox:
+    """What the relay knows of a subscription. Everything is touched only under the relay's lock."""
+
+    __slots__ = ("closed", "dropped", "loop", "maxsize", "overflow", "patterns", "queue", "waiter")
+
+    def __init__(self, patterns: tuple[str, ...], maxsize: int, overflow: str) -> None:
+        self.patterns = patterns
+        self.maxsize = maxsize
+        self.overflow = overflow
+        self.queue: deque[Any] | OrderedDict[str, Any] = (
+            OrderedDict() if overflow == "latest" else deque()
+        )
+        self.dropped = 0
+        self.closed = False
+        self.waiter: asyncio.Future[None] | None = None  # the reader, if it is waiting
+        self.loop: asyncio.AbstractEventLoop | None = None  # the reader's loop, while it waits
+
+    def put(self, subject: str, data: Any) -> None:
+        """Queue a message, by the overflow rule."""
+        queue = self.queue
+        if isinstance(queue, OrderedDict):
+            if queue.pop(subject, self) is not self:
+                self.dropped += 1
+            queue[subject] = (subject, data)
+        else:
+            queue.append((subject, data))
+        if len(queue) <= self.maxsize:
+            return
+        self.dropped += 1
+        if isinstance(queue, OrderedDict):
+            queue.popitem(last=False)
+        elif self.overflow == "oldest":
+            queue.popleft()
+        else:
+            queue.pop()
+            self.closed = True
+
+    def take(self) -> Any:
+        """The oldest message. The queue must not be empty."""
+        queue = self.queue
+        return queue.popitem(last=False)[1] if isinstance(queue, OrderedDict) else queue.popleft()
+
+
+class Subscription(Generic[T]):
+    """An async iterator of `(subject, data)`; `relay.subscribe()` makes them.
+
+    It closes when the loop over it is left, when its `with` block ends, by `close()`, or when
+    nothing refers to it any more. `dropped` counts the messages it was too slow for.
+    """
+
+    __slots__ = ("__weakref__", "_mailbox", "_relay")
+
+    def __init__(self, relay: Relay[T], mailbox: _Mailbox) -> None:
+        self._relay = relay
+        self._mailbox = mailbox
+
+    @property
+    def dropped(self) -> int:
+        """How many messages the overflow rule has dropped."""
+        return self._mailbox.dropped
+
+    @property
+    def closed(self) -> bool:
+        """Whether it has ended. What was queued before can still be read."""
+        return self._mailbox.closed
+
+    def close(self) -> None:
+        """Take no more messages, from any thread.
+
+        A reader that waits gets what is queued, then ends.
+        """
+        if self._mailbox.patterns:
+            self._relay._unsubscribe(self._mailbox)
+
+    async def __anext__(self) -> tuple[str, T]:
+        mailbox, lock = self._mailbox, self._relay._lock
+        while True:
+            with lock:
+                if mailbox.queue:
+                    return cast("tuple[str, T]", mailbox.take())
+                if mailbox.closed:
+                    raise StopAsyncIteration
+                mailbox.loop = asyncio.get_running_loop()
+                waiter = mailbox.waiter = mailbox.loop.create_future()
+            try:
+                await waiter
+            finally:
+                with lock:
+                    mailbox.waiter = None
+
+    def __aiter__(self) -> AsyncIterator[tuple[str, T]]:
+        return _Messages(self)
+
+    def __enter__(self) -> Subscription[T]:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        self.close()
+
+
+class _Messages(Generic[T]):
+    """What `async for` holds while it runs:
+
+    `break` lets go of it, and that closes the subscription.
+    """
+
+    __slots__ = ("_subscription",)
+
+    def __init__(self, subscription: Subscription[T]) -> None:
+        self._subscription = subscription
+
+    def __aiter__(self) -> AsyncIterator[tuple[str, T]]:
+        return self
+
+    def __anext__(self) -> Awaitable[tuple[str, T]]:
+        return self._subscription.__anext__()
+
+    def close(self) -> None:
+        """The loop is over."""
+        self._subscription.close()
+
+    def __del__(self) -> None:
+        self._subscription.close()
+
+
+class Relay(Generic[T]):
+    """Publish and subscribe within one process, from any thread. `Relay[str]()` carries text.
+
+    Patterns: `room.1` is that subject, `room.*` all that begin with `room.`, `*` everything.
+    Publishing costs in proportion to who listens to the subject, not to who else is connected.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        # Mailboxes by pattern, each kind in a table of its own; a dict serves as an ordered set.
+        self._exact: dict[str, dict[_Mailbox, None]] = {}
+        self._prefix: dict[str, dict[_Mailbox, None]] = {}  # "room." for the pattern "room.*"
+
+    def subscribe(
+        self, *patterns: str, maxsize: int = 1000, overflow: str = "oldest"
+    ) -> Subscription[T]:
+        """Listen to the subjects that fit one of the patterns, from now on.
+
+        At most `maxsize` messages wait. One more, and `overflow` decides: "oldest" drops the oldest
+        one, "latest" keeps only the last message of each subject, "close" ends the subscription
+        after what is queued.
+        """
+        if not patterns:
+            raise StarioError("subscribe() needs a pattern; '*' is everything")
+        if overflow not in ("oldest", "latest", "close"):
+            raise StarioError(f"no overflow rule {overflow!r}: oldest, latest or close")
+        if maxsize < 1:
+            raise StarioError("maxsize must be at least 1")
+        mailbox = _Mailbox(patterns, maxsize, overflow)
+        with self._lock:
+            for pattern in patterns:
+                table, key = self._place(pattern)
+                table.setdefault(key, {})[mailbox] = None
+        return Subscription(self, mailbox)
+
+    def publish(self, subject: str, data: T = None) -> None:  # type: ignore[assignment]
+        """Give a message to everyone who listens to its subject. From any thread; never waits."""
+        to_wake: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
+        with self._lock:
+            for mailbox in self._listeners(subject):
+                if mailbox.closed:
+                    continue
+                mailbox.put(subject, data)
+                if mailbox.closed:  # the rule was "close"
+                    self._remove(mailbox)
+                self._note_waiter(mailbox, to_wake)
+        _wake(to_wake)
+
+    def _place(self, pattern: str) -> tuple[dict[str, dict[_Mailbox, None]], str]:
+        """The table for a pattern, and its key there."""
+        if "*" not in pattern:
+            return self._exact, pattern
+        if not (pattern == "*" or pattern.endswith(".*")) or "*" in pattern[:-1]:
+            raise StarioError(f"no pattern {pattern!r}: write 'name', 'name.*' or '*'")
+        return self._prefix, pattern[:-1]
+
+    def _listeners(self, subject: str) -> list[_Mailbox]:
+        """The mailboxes a subject goes to, each once, in a list that is safe from changes."""
+        found = [self._exact.get(subject), self._prefix.get("")]
+        dot = subject.find(".") + 1
+        while dot:
+            found.append(self._prefix.get(subject[:dot]))
+            dot = subject.find(".", dot) + 1
+        tables = [table for table in found if table]
+        if len(tables) == 1:
+            return list(tables[0])
+        return list(dict.fromkeys(mailbox for table in tables for mailbox in list(table)))
+
+    def _unsubscribe(self, mailbox: _Mailbox) -> None:
+        to_wake: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
+        with self._lock:
+            mailbox.closed = True
+            self._remove(mailbox)
+            self._note_waiter(mailbox, to_wake)
+        _wake(to_wake)
+
+    def _remove(self, mailbox: _Mailbox) -> None:
+        patterns, mailbox.patterns = mailbox.patterns, ()
+        for pattern in patterns:
+            table, key = self._place(pattern)
+            listeners = table.get(key, {})
+            listeners.pop(mailbox, None)
+            if not listeners:
+                table.pop(key, None)
+
+    @staticmethod
+    def _note_waiter(
+        mailbox: _Mailbox, to_wake: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]]
+    ) -> None:
+        waiter, mailbox.waiter = mailbox.waiter, None
+        if waiter is not None and mailbox.loop is not None:
+            to_wake.setdefault(mailbox.loop, []).append(waiter)
+
+
+def _wake(to_wake: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]]) -> None:
+    """Resolve futures, each on its own loop:
+
+    at once on this thread's, by one call into any other.
+    """
+    here = asyncio._get_running_loop()
+    for loop, waiters in to_wake.items():
+        if loop is here:
+            _resolve(waiters)
+        else:
+            with suppress(RuntimeError):  # that loop has been closed, and its readers with it
+                loop.call_soon_threadsafe(_resolve, waiters)
+
+
+def _resolve(waiters: list[asyncio.Future[None]]) -> None:
+    for waiter in waiters:
+        if not waiter.done():
+            waiter.set_result(None)
+
+
+# ==================================================================================================
+# 8. The request: headers, query, cookies, body
+#
+# A request is made from what a carrier has read: method, target, header fields, and a body that may
+# still be on its way. Everything else is worked out when somebody asks for it. The rules: text is
+# always decoded `str`, and what a client sends wrongly ends in an HttpException, never in a guess.
+# ==================================================================================================
+
+_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, section 5.6.2
+_BAD_VALUE = re.compile(r"[^\t\x20-\x7e\x80-\xff]")  # section 5.5
+
+
+class Headers:
+    """Header fields: names without regard to case, values as text (RFC 9110, section 5)."""
+
+    __slots__ = ("_fields",)
+
+    def __init__(self, fields: dict[str, list[str]] | None = None) -> None:
+        self._fields = fields if fields is not None else {}  # lower-case name -> values in order
+
+    def get(self, name: str, default: str | None = None) -> str | None:
+        """The first value of a field, or `default`."""
+        values = self._fields.get(name) or self._fields.get(name.lower())
+        return values[0] if values else default
+
+    def getlist(self, name: str) -> list[str]:
+        """All values of a field, in order; an empty list where there is none."""
+        return list(self._fields.get(name.lower(), ()))
+
+    def items(self) -> list[tuple[str, str]]:
+        """All fields as pairs; a name that came twice is there twice."""
+        return [(name, value) for name, values in self._fields.items() for value in values]
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and name.lower() in self._fields
+
+    def __len__(self) -> int:
+        return sum(map(len, self._fields.values()))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._fields)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.items()!r})"
+
+
+class ResponseHeaders(Headers):
+    """The header fields of an answer: each method that writes gives the headers back.
+
+    Names and values are `str` or `bytes`. What cannot stand in a header (line breaks, control
+    characters, text outside of Latin-1) raises StarioError, and so does writing after the headers
+    have been sent.
+    """
+
+    __slots__ = ("sent",)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sent = False
+
+    def set(self, name: str | bytes, value: str | bytes | int) -> ResponseHeaders:
+        """Make this the only value of the field."""
+        self._check()
+        key, text = _field(name, value)
+        self._fields[key] = [text]
+        return self
+
+    def add(self, name: str | bytes, value: str | bytes | int) -> ResponseHeaders:
+        """Add one more field of this name."""
+        self._check()
+        key, text = _field(name, value)
+        self._fields.setdefault(key, []).append(text)
+        return self
+
+    def setdefault(self, name: str | bytes, value: str | bytes | int) -> ResponseHeaders:
+        """Set the field unless it is there."""
+        self._check()
+        key, text = _field(name, value)
+        self._fields.setdefault(key, [text])
+        return self
+
+    def update(self, fields: Mapping[str, str | bytes | int]) -> ResponseHeaders:
+        """Set several."""
+        for name, value in fields.items():
+            self.set(name, value)
+        return self
+
+    def remove(self, name: str | bytes) -> ResponseHeaders:
+        """Remove all fields of this name, if there are any."""
+        self._check()
+        self._fields.pop(_text(name).lower(), None)
+        return self
+
+    def clear(self) -> ResponseHeaders:
+        """Remove all fields."""
+        self._check()
+        self._fields.clear()
+        return self
+
+    def _check(self) -> None:
+        if self.sent:
+            raise StarioError("the headers have been sent: set them before the first write")
+
+
+def _text(value: str | bytes) -> str:
+    return value.decode("latin-1") if isinstance(value, bytes) else value
+
+
+def _field(name: str | bytes, value: str | bytes | int) -> tuple[str, str]:
+    """Check a header field and bring it into the form in which it is kept."""
+    key = _text(name).lower()
+    text = str(value) if isinstance(value, int) else _text(value).strip(" \t")
+    if not _TOKEN.fullmatch(key):
+        raise StarioError(f"{name!r} cannot be the name of a header field")
+    if _BAD_VALUE.search(text):
+        raise StarioError(
+            f"the value of {key!r} has a character that cannot stand in a header: {text!r} "
+            "(percent-encode what is not Latin-1)"
+        )
+    return key, text
+
+
+class QueryParams:
+    """The parameters of a query or a form: decoded text, a key may come several times."""
+
+    __slots__ = ("_values",)
+
+    def __init__(self, pairs: Iterable[tuple[str, str]] = ()) -> None:
+        self._values: dict[str, list[str]] = {}
+        for key, value in pairs:
+            self._values.setdefault(key, []).append(value)
+
+    def get(self, key: str, default: str | None = None) -> Any:
+        """The first value of a key, or `default`."""
+        values = self._values.get(key)
+        return values[0] if values else default
+
+    def getlist(self, key: str) -> list[str]:
+        """All values of a key, in order; an empty list where there is none."""
+        return list(self._values.get(key, ()))
+
+    def items(self) -> list[tuple[str, str]]:
+        """All pairs; a key that came twice is there twice."""
+        return [(key, value) for key, values in self._values.items() for value in values]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._values
+
+    def __len__(self) -> int:
+        return sum(map(len, self._values.values()))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._values)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.items()!r})"
+
+
+@dataclasses.dataclass(slots=True)
+class FormFile:
+    """A file of a form: its name as the browser gave it (do not trust it), its type, its bytes."""
+
+    filename: str
+    content_type: str
+    data: bytes
+
+
+class Form(QueryParams):
+    """The fields of a form, as QueryParams; its files by field name in `files`."""
+
+    __slots__ = ("files",)
+
+    def __init__(self, pairs: Iterable[tuple[str, str]] = ()) -> None:
+        super().__init__(pairs)
+        self.files: dict[str, list[FormFile]] = {}
+
+    def file(self, key: str) -> FormFile | None:
+        """The first file of a field, or None."""
+        return self.files.get(key, [None])[0]
+
+
+_MAX_FORM_FIELDS = 1000
+
+
+def _parse_pairs(text: str) -> list[tuple[str, str]]:
+    try:
+        return parse_qsl(text, keep_blank_values=True, max_num_fields=_MAX_FORM_FIELDS)
+    except ValueError:
+        raise HttpException(400, f"more than {_MAX_FORM_FIELDS} parameters") from None
+
+
+def _parse_multipart(body: bytes, content_type: str) -> Form:
+    """multipart/form-data (RFC 7578). The parts are in memory already: `max_body` bounds them."""
+    boundary = _parameters(content_type).get("boundary", "")
+    if not boundary or len(boundary) > 70:
+        raise HttpException(400, "a multipart form needs a boundary of 1 to 70 characters")
+    delimiter = b"\r\n--" + boundary.encode("latin-1", "replace")
+    _, *parts = (b"\r\n" + body).split(delimiter)
+    if not parts or not parts[-1].startswith(b"--"):
+        raise HttpException(400, "the multipart form is cut off: its last boundary is missing")
+    if len(parts) > _MAX_FORM_FIELDS:
+        raise HttpException(400, f"more than {_MAX_FORM_FIELDS} parts")
+    pairs: list[tuple[str, str]] = []
+    files: dict[str, list[FormFile]] = {}
+    for part in parts[:-1]:
+        head, found, content = part.lstrip(b" \t").partition(b"\r\n\r\n")
+        lines = (line.partition(":") for line in head.decode("utf-8", "replace").split("\r\n"))
+        fields = {name.strip().lower(): value.strip() for name, _, value in lines}
+        disposition = _parameters(fields.get("content-disposition", ""))
+        if not found or "name" not in disposition:
+            raise HttpException(400, "a part of the multipart form has no name")
+        name = disposition["name"]
+        if "filename" in disposition:
+            kind = fields.get("content-type", "application/octet-stream")
+            files.setdefault(name, []).append(FormFile(disposition["filename"], kind, content))
+        else:
+            pairs.append((name, content.decode("utf-8", "replace")))
+    form = Form(pairs)
+    form.files = files
+    return form
+
+
+_PARAMETER = re.compile(r';\s*([^\s=;"]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^;]*))')
+
+
+def _parameters(value: str) -> dict[str, str]:
+    """The parameters of a header value such as `form-data; name="a"; filename="b.txt"`.
+
+    Browsers write a quote in a file name as %22, and a backslash as it is; so only `\\"` and `\\\\`
+    are undone here.
+    """
+    return {
+        name.lower(): re.sub(r'\\(["\\])', r"\1", quoted) if quoted else plain.strip()
+        for name, quoted, plain in _PARAMETER.findall(value)
+    }
+
+
+class Body:
+    """The body of one request, on its way from the carrier that receives it to the handler.
+
+    The carrier calls `feed` and `end`, or `fail`; the handler's side calls `read`, and `discard`
+    when it is done. `wanted` is the carrier's: it is called when there is room for more.
+    """
+
+    __slots__ = ("_chunks", "_error", "_waiter", "buffered", "discarding", "ended", "wanted")
+
+    def __init__(self, wanted: Callable[[], None] = lambda: None) -> None:
+        self.wanted = wanted
+        self.buffered = 0  # bytes that nobody has read yet
+        self.discarding = False  # nobody will read any more
+        self.ended = False
+        self._chunks: list[bytes] = []
+        self._error: Exception | None = None
+        self._waiter: asyncio.Future[None] | None = None
+
+    def feed(self, chunk: bytes) -> None:
+        """The next bytes have come."""
+        if not self.discarding:
+            self._chunks.append(chunk)
+            self.buffered += len(chunk)
+            self._wake()
+
+    def end(self) -> None:
+        """All of it has come."""
+        self.ended = True
+        self._wake()
+
+    def fail(self, error: Exception) -> None:
+        """The rest will not come: who reads on gets this error."""
+        self._error = self._error or error
+        self._wake()
+
+    async def read(self) -> bytes:
+        """What has come since the last call, at least a byte; at the end, nothing."""
+        while not self._chunks:
+            if self._error:
+                raise self._error
+            if self.ended:
+                return b""
+            self._waiter = asyncio.get_running_loop().create_future()
+            self.wanted()
+            await self._waiter
+        data = b"".join(self._chunks)
+        self._chunks.clear()
+        self.buffered = 0
+        return data
+
+    def discard(self) -> None:
+        """Nobody will read the rest: let it come and be forgotten."""
+        self.discarding = True
+        self._chunks.clear()
+        self.buffered = 0
+        if not self.ended:
+            self.wanted()
+
+    def _wake(self) -> None:
+        waiter, self._waiter = self._waiter, None
+        if waiter and not waiter.done():
+            waiter.set_result(None)
+
+
+class Request:
+    """What a client asks for: `c.req`.
+
+    `params` are the path's parameters, `tail` is what a catch-all took, `subhost` what `*` took in
+    a host pattern. `max_body` (bytes) can be raised for one request before its body is read.
+    """
+
+    __slots__ = (
+        "_body", "_body_read", "_client", "_cookies", "_query", "_streamed", "headers", "max_body",
+        "method", "params", "path", "query_string", "raw_path", "subhost", "tail",
+    )  # fmt: skip
+
+    def __init__(
+        self,
+        method: str,
+        target: str,
+        headers: Headers,
+        body: Body | None,
+        client: Callable[[], str],
+    ) -> None:
+        """From a method, a target (`/path?query`), headers, and a body on its way, or None.
+
+        Raises HttpException(400) for a path that cannot be decoded.
+        """
+        self.method = method
+        self.raw_path, _, self.query_string = target.partition("?")
+        self.path = _decode_path(self.raw_path) if "%" in self.raw_path else self.raw_path
+        self.headers = headers
+        self.params: dict[str, str] = {}
+        self.tail = ""
+        self.subhost = ""
+        self.max_body = 0
+        self._body = body
+        self._body_read: bytes | None = None
+        self._streamed = False
+        self._client = client
+        self._query: QueryParams | None = None
+        self._cookies: dict[str, str] | None = None
+
+    @property
+    def query(self) -> QueryParams:
+        """The parameters of the query string. More than 1,000 are an HttpException(400)."""
+        if self._query is None:
+            self._query = QueryParams(_parse_pairs(self.query_string) if self.query_string else ())
+        return self._query
+
+    @property
+    def cookies(self) -> dict[str, str]:
+        """The cookies by name (RFC 6265, section 4.2), percent-decoded; the first one counts."""
+        if self._cookies is None:
+            self._cookies = _parse_cookies(self.headers.getlist("cookie"))
+        return self._cookies
+
+    @property
+    def host(self) -> str:
+        """The host that was asked for: lower case, without the port; IPv6 in brackets."""
+        host = (self.headers.get("host") or "").lower()
+        end = host.find("]") + 1 if host.startswith("[") else host.find(":")
+        return host[:end] if end > 0 else host
+
+    @property
+    def client(self) -> str:
+        """The peer's address ("127.0.0.1"), empty where it has none (a Unix socket)."""
+        return self._client()
+
+    async def stream(self) -> AsyncIterator[bytes]:
+        """The body in chunks as they come; while nobody takes them, the client has to wait.
+
+        Raises HttpException: 413 beyond `max_body` bytes, 408 if the client stalls, 400 if what it
+        sends is malformed; ClientDisconnected if it goes; StarioError the second time.
+        """
+        if self._body_read is not None:
+            yield self._body_read
+            return
+        if self._streamed:
+            raise StarioError("the body has been streamed already: it comes only once")
+        self._streamed = True
+        body, total = self._body, 0
+        if body is None:
+            return
+        try:
+            if int(self.headers.get("content-length") or 0) > self.max_body:
+                raise _too_large(self.max_body)
+            while chunk := await body.read():
+                total += len(chunk)
+                if total > self.max_body:
+                    raise _too_large(self.max_body)
+                yield chunk
+        finally:
+            body.discard()
+
+    async def body(self) -> bytes:
+        """The whole body; a second call gives it again. Raises what `stream()` raises."""
+        if self._body_read is None:
+            self._body_read = b"".join([chunk async for chunk in self.stream()])
+        return self._body_read
+
+    async def json(self) -> Any:
+        """The body parsed as JSON. Raises HttpException(400) where it is not JSON."""
+        return _parse_json(await self.body())
+
+    async def form(self) -> Form:
+        """The body as a form, urlencoded or multipart. HttpException: 400, or 415 for no form.
+
+        Files are held in memory, up to `max_body` in all; for larger ones take `stream()`.
+        """
+        content_type = self.headers.get("content-type") or ""
+        kind = content_type.partition(";")[0].strip().lower()
+        if kind == "application/x-www-form-urlencoded":
+            return Form(_parse_pairs((await self.body()).decode("utf-8", "replace")))
+        if kind == "multipart/form-data":
+            return _parse_multipart(await self.body(), content_type)
+        raise HttpException(415, "expected a form (urlencoded or multipart)")
+
+    def _discard_body(self) -> None:
+        if self._body is not None:
+            self._body.discard()
+
+
+def _too_large(limit: int) -> HttpException:
+    return HttpException(413, f"the body is larger than {limit} bytes")
+
+
+_BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
+
+
+def _decode_path(raw: str) -> str:
+    """Percent-decode (RFC 3986, section 2.1). A path that can be read in two ways is refused."""
+    if _BAD_ESCAPE.search(raw):
+        raise HttpException(400, "the path has a percent sign that escapes nothing")
+    try:
+        return unquote_to_bytes(raw).decode("utf-8")
+    except UnicodeDecodeError:
+        raise HttpException(400, "the path is not UTF-8") from None
+
+
+def _parse_cookies(values: Iterable[str]) -> dict[str, str]:
+    cookies: dict[str, str] = {}
+    for pair in ";".join(values).split(";"):
+        name, equals, value = pair.partition("=")
+        if equals:
+            cookies.setdefault(name.strip(), unquote(value.strip().strip('"')))
+    return cookies
+
+
+def _parse_json(text: str | bytes) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as exc:  # UnicodeDecodeError is a ValueError
+        raise HttpException(400, f"this is not JSON: {exc}") from None
+
+
+# ==================================================================================================
+# 9. The response: Writer, compression, alive
+#
+# A handler answers through a Writer: with one shot (`html`, `json`, `redirect`, ...) or with a
+# stream of events (`patch`, `sync`, ...), and may go on working after either. The Writer knows
+# HTTP's meaning (status, fields, what has a body); whatever carries the bytes is a `Carrier`.
+#
+# How a disconnect travels. The carrier learns of it first (the socket is closed, or a heartbeat
+# gets no answer), or of the server's wish to stop, and calls its `on_end`. The Writer has put a
+# function there for as long as somebody waits inside `alive`. It cancels the handler's task, the
+# way `asyncio.timeout` does; the cancellation surfaces where the handler waits, inside `alive`,
+# which knows it for its own and swallows just that one. So the loop ends as if the source had run
+# dry, and the code after it runs. A handler that is busy in the loop's body is not touched: it
+# finds out when it comes back for the next item.
+# ==================================================================================================
+
+
+class Carrier(Protocol):
+    """What brings the bytes of one answer to its client. `fields` are lines, `name: value\\r\\n`.
+
+    Every method but `drained` returns at once; what cannot be sent yet is kept. Once the client has
+    gone, bytes are dropped without an error.
+    """
+
+    on_end: Callable[[], None] | None  # called once when the client has gone or the server stops
+    disconnected: bool  # the client has gone
+    shutting_down: bool  # the server wants its streams to end
+
+    def answer(self, status: int, fields: bytes, body: bytes) -> None:
+        """A whole answer. Its fields say how long the body is, if there is one."""
+
+    def begin(self, status: int, fields: bytes, unsized: bool) -> None:
+        """The head of an answer; `unsized`: a body follows whose length the fields do not tell."""
+
+    def send(self, data: bytes) -> None:
+        """More of the body."""
+
+    def finish(self) -> None:
+        """The answer is complete."""
+
+    def abort(self) -> None:
+        """The answer cannot be completed: let the client see that it is cut off."""
+
+    def has_room(self) -> bool:
+        """Whether the client keeps up:
+
+        nothing waits beyond what buffers hold as a matter of course.
+        """
+
+    async def drained(self) -> None:
+        """Wait until there is room. Raises ClientDisconnected if the client goes."""
+
+    async def send_file(self, file: IO[bytes], offset: int, count: int) -> None:
+        """More of the body, from a file. Raises ClientDisconnected if the client goes."""
+
+    def watch(self, seconds: float) -> None:
+        """Notice within `seconds` when the client no longer acknowledges anything, if possible."""
+
+
+# -- Compression. A compressor is a pair of functions: one takes bytes and gives what can be sent
+# now (everything: a stream is flushed at each event), one gives the end of the stream. Streams get
+# small windows, since each open stream keeps its compressor's memory.
+
+Compressor = tuple[Callable[[bytes], bytes], Callable[[], bytes]]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CompressionConfig:
+    """Which answers are compressed, and how hard. A negative level turns a method off.
+
+    `min_size` is in bytes and does not apply to streams. `zstd` needs Python 3.14 or the
+    `zstandard` package, `br` the `brotli` package; `gzip` is always there.
+    """
+
+    min_size: int = 256
+    zstd_level: int = 3
+    brotli_level: int = 4
+    gzip_level: int = 6
+
+
+def _gzip(level: int, streaming: bool) -> Compressor:
+    # 31 is gzip with a window of 32 kB, 29 one of 8 kB; the memory level goes with it.
+    coder = zlib.compressobj(level, zlib.DEFLATED, 29 if streaming else 31, 6 if streaming else 8)
+    return lambda data: coder.compress(data) + coder.flush(zlib.Z_SYNC_FLUSH), coder.flush
+
+
+def _brotli(level: int, streaming: bool) -> Compressor:
+    import brotli
+
+    coder = brotli.Compressor(quality=level, lgwin=16 if streaming else 22)
+    return lambda data: coder.process(data) + coder.flush(), coder.finish
+
+
+def _zstd_library(level: int, streaming: bool) -> Compressor:
+    from compression import zstd
+
+    window = {zstd.CompressionParameter.window_log: 16} if streaming else {}
+    options = {zstd.CompressionParameter.compression_level: level, **window}
+    coder = zstd.ZstdCompressor(options=options)
+    return lambda data: coder.compress(data, coder.FLUSH_BLOCK), coder.flush
+
+
+def _zstd_package(level: int, streaming: bool) -> Compressor:
+    import zstandard
+
+    window = {"window_log": 16} if streaming else {}
+    parameters = zstandard.ZstdCompressionParameters.from_level(level, **window)
+    coder = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    block = zstandard.COMPRESSOBJ_FLUSH_BLOCK
+    return lambda data: coder.compress(data) + coder.flush(block), coder.flush
+
+
+def _importable(name: str) -> bool:
+    from importlib.util import find_spec
+
+    try:
+        return find_spec(name) is not None
+    except ImportError:  # the package above it is missing
+        return False
+
+
+@lru_cache(maxsize=1)
+def _compressors() -> dict[str, Callable[[int, bool], Compressor]]:
+    """What this Python can do, by content coding, the best first."""
+    found: dict[str, Callable[[int, bool], Compressor]] = {}
+    if _importable("compression.zstd"):
+        found["zstd"] = _zstd_library
+    elif _importable("zstandard"):
+        found["zstd"] = _zstd_package
+    if _importable("brotli"):
+        found["br"] = _brotli
+    found["gzip"] = _gzip
+    return found
+
+
+def _compressor(coding: str, config: CompressionConfig, streaming: bool = False) -> Compressor:
+    return _compressors()[coding](_level(config, coding), streaming)
+
+
+def _level(config: CompressionConfig, coding: str) -> int:
+    return {"zstd": config.zstd_level, "br": config.brotli_level, "gzip": config.gzip_level}[coding]
+
+
+@lru_cache(maxsize=512)
+def _choose_coding(accepted: str, config: CompressionConfig) -> str | None:
+    """The content coding to use for an Accept-Encoding (RFC 9110, section 12.5.3), or None."""
+    weights: dict[str, float] = {}
+    for item in accepted.lower().split(","):
+        coding, _, parameters = item.partition(";")
+        weights[coding.strip()] = _weight(parameters)
+    best, best_weight = None, 0.0
+    for coding in _compressors():
+        weight = weights.get(coding, weights.get("*", 0.0))
+        if weight > best_weight and _level(config, coding) >= 0:
+            best, best_weight = coding, weight
+    return best if best_weight >= weights.get("identity", 0.0) else None
+
+
+def _weight(parameters: str) -> float:
+    name, _, value = parameters.partition("=")
+    if name.strip() != "q":
+        return 1.0
+    return float(value) if re.fullmatch(r"\s*(0(\.\d{0,3})?|1(\.0{0,3})?)\s*", value) else 0.0
+
+
+_COMPRESSIBLE = re.compile(
+    r"text/|application/(json|javascript|xml|wasm|manifest\+json|[\w.-]+\+(json|xml)\b)"
+    r"|image/svg\+xml|image/bmp|font/(ttf|otf)",
+    re.IGNORECASE,
+)
+
+
+@lru_cache(maxsize=512)
+def _is_compressible(content_type: str) -> bool:
+    return _COMPRESSIBLE.match(content_type) is not None
+
+
+@lru_cache(maxsize=512)
+def _field_line(name: str, value: str) -> bytes:
+    """A header field as bytes. Kept, since answers repeat their few content types."""
+    key, text = _field(name, value)
+    return f"{key}: {text}\r\n".encode("latin-1")
+
+
+_SSE_FIELDS = (  # proxies must neither keep a stream nor wait for its end: nginx reads the last one
+    b"content-type: text/event-stream\r\ncache-control: no-cache\r\nx-accel-buffering: no\r\n"
+)
+# What HTTP calls hop by hop: the carrier alone can say these rightly.
+_CARRIER_FIELDS = ("transfer-encoding", "connection", "keep-alive", "upgrade", "trailer")
+_BODILESS = frozenset((204, 304))
+_REDIRECT_SAFE = "!#$%&'()*+,-./:;=?@[]_~"
+
+
+class Writer:
+    """The answer to one request: `w`. Each handler gets one, and answers through it.
+
+    `status_code` is 0 until something is sent; `started` says whether the headers have gone out,
+    `completed` whether the answer is through, `disconnected` whether the client has gone,
+    `shutting_down` whether the server wants streams to end.
+    """
+
+    __slots__ = (
+        "_carrier", "_compression", "_compressor", "_headers", "_remaining", "_request",
+        "_scopes", "_silent", "_sse", "_timer", "completed", "started", "status_code",
+    )  # fmt: skip
+
+    def __init__(self, carrier: Carrier, request: Request, compression: CompressionConfig) -> None:
+        self._carrier = carrier
+        self._request = request
+        self._compression = compression
+        self._headers: ResponseHeaders | None = None
+        self._compressor: Compressor | None = None
+        self._remaining: int | None = None  # bytes still due of a declared Content-Length
+        self._sse = False  # this is a stream of events
+        self._silent = False  # nothing was sent since the last heartbeat
+        self._scopes: list[_Scope] | None = None  # what to interrupt when the client goes
+        self._timer: asyncio.TimerHandle | None = None  # the next heartbeat
+        self.status_code = 0
+        self.started = False
+        self.completed = False
+
+    # -- State
+
+    @property
+    def headers(self) -> ResponseHeaders:
+        """The header fields of the answer, to be set before it starts."""
+        if self._headers is None:
+            self._headers = ResponseHeaders()
+            self._headers.sent = self.started
+        return self._headers
+
+    @property
+    def disconnected(self) -> bool:
+        """Whether the client has gone."""
+        return self._carrier.disconnected
+
+    @property
+    def shutting_down(self) -> bool:
+        """Whether the server is stopping and wants streams to end."""
+        return self._carrier.shutting_down
+
+    # -- Answers in one shot
+
+    def respond(self, body: bytes, content_type: str, status: int = 200) -> None:
+        """Answer with these bytes. A second answer is a StarioError."""
+        self._start(status)
+        self.completed = True
+        fields = _field_line("content-type", content_type)
+        if self._headers is not None:
+            fields = self._own_fields(fields)
+        if len(body) >= self._compression.min_size and _is_compressible(content_type):
+            body, fields = self._compressed(body, fields)
+        if status in _BODILESS:
+            body = b""
+        else:
+            fields += b"content-length: %d\r\n" % len(body)
+        if self._request.method == "HEAD":
+            body = b""
+        self._carrier.answer(status, fields, body)
+
+    def html(self, node: object, status: int = 200) -> None:
+        """Answer with a page: an element, or anything that can stand in one."""
+        text = node if type(node) is SafeString else render(node)
+        self.respond(text.encode("utf-8", "replace"), "text/html; charset=utf-8", status)
+
+    def text(self, text: str, status: int = 200) -> None:
+        """Answer with plain text."""
+        self.respond(text.encode("utf-8", "replace"), "text/plain; charset=utf-8", status)
+
+    def json(self, obj: object, status: int = 200) -> None:
+        """Answer with JSON. Dataclasses, dates, enums, UUIDs and models are written, too."""
+        self.respond(_json(obj).encode("utf-8", "replace"), "application/json", status)
+
+    def redirect(self, url: str, status: int = 307) -> None:
+        """Send the client to another address (303 if it should GET that after a POST)."""
+        if status not in (301, 302, 303, 307, 308):
+            raise StarioError(f"{status} is no redirect: 301, 302, 303, 307 or 308")
+        if re.search(r"[\x00-\x1f\x7f]", url):
+            raise StarioError(f"{url!r} cannot be a redirect's target: it holds control characters")
+        self._start(status)
+        self.completed = True
+        # A backslash is a slash to browsers: "/\evil.com" would leave the site.
+        location = quote(url.replace("\\", "%5C"), safe=_REDIRECT_SAFE, errors="replace")
+        fields = f"location: {location}\r\ncontent-length: 0\r\n".encode("ascii")
+        self._carrier.answer(status, self._own_fields(fields), b"")
+
+    def empty(self, status: int = 204) -> None:
+        """Answer without a body: "done", and nothing to show."""
+        self._start(status)
+        self.completed = True
+        fields = b"" if status in _BODILESS else b"content-length: 0\r\n"
+        self._carrier.answer(status, self._own_fields(fields) if self._headers else fields, b"")
+
+    # -- Streams of events. The first one sends the headers.
+
+    def patch(
+        self,
+        node: object,
+        *,
+        mode: str = "outer",
+        selector: str | None = None,
+        namespace: str | None = None,
+        use_view_transition: bool = False,
+        id: str | None = None,
+        retry: int | None = None,
+    ) -> None:
+        """Patch elements into the page: by their ids, or into what `selector` finds.
+
+        Modes: outer, inner, replace, prepend, append, before, after, remove; without a selector
+        only outer and replace. https://data-star.dev/reference/sse_events
+        """
+        html = node if type(node) is SafeString else render(node)
+        lines = _patch_lines(html, mode, selector, namespace, use_view_transition)
+        self._send_event("datastar-patch-elements", lines, id, retry)
+
+    def remove(
+        self,
+        selector: str,
+        *,
+        use_view_transition: bool = False,
+        id: str | None = None,
+        retry: int | None = None,
+    ) -> None:
+        """Remove the elements that `selector` finds."""
+        lines = _patch_lines("", "remove", selector, None, use_view_transition)
+        self._send_event("datastar-patch-elements", lines, id, retry)
+
+    def sync(
+        self,
+        signals: object,
+        *,
+        only_if_missing: bool = False,
+        id: str | None = None,
+        retry: int | None = None,
+    ) -> None:
+        """Merge signals into the page's:
+
+        a dict, a dataclass, a model, or JSON text. None removes.
+        """
+        lines = _signal_lines(signals, only_if_missing)
+        self._send_event("datastar-patch-signals", lines, id, retry)
+
+    def execute(
+        self,
+        js: str,
+        *,
+        auto_remove: bool = True,
+        attributes: Mapping[str, object] | None = None,
+        id: str | None = None,
+        retry: int | None = None,
+    ) -> None:
+        """Run JavaScript in the page:
+
+        a `<script>` that is appended, and removed when it has run.
+        """
+        script = _script_element(js, auto_remove, attributes)
+        lines = _patch_lines(script, "append", "body")
+        self._send_event("datastar-patch-elements", lines, id, retry)
+
+    def navigate(self, url: str, *, id: str | None = None, retry: int | None = None) -> None:
+        """Send the browser to another page."""
+        # After a turn of the browser's loop, so that the rest of this event's work is done.
+        target = _script_json(url).replace("<", "\\u003c")
+        self.execute(f"setTimeout(() => {{ window.location = {target} }})", id=id, retry=retry)
+
+    def event(
+        self, name: str, data: str = "", *, id: str | None = None, retry: int | None = None
+    ) -> None:
+        """Send a plain server-sent event (HTML standard, 9.2), for a client other than Datastar."""
+        self._send_event(name, _split_lines(data), id, retry)
+
+    # -- Raw
+
+    def write_headers(self, status: int) -> Writer:
+        """Send the status and `headers`; the body follows by `write` and `end`."""
+        self._start(status)
+        declared = self._headers.get("content-length") if self._headers else None
+        content_type = (self._headers.get("content-type") if self._headers else None) or ""
+        fields = self._own_fields(b"", keep_length=True)
+        if declared is not None:
+            if not re.fullmatch(r"\d{1,18}", declared):
+                raise StarioError(f"{declared!r} cannot be a Content-Length")
+            self._remaining = int(declared)
+        elif content_type and _is_compressible(content_type):
+            fields = self._compressed_stream(fields)
+        bodiless = status in _BODILESS or self._request.method == "HEAD"
+        if bodiless:
+            self._remaining = None
+        self._carrier.begin(status, fields, unsized=declared is None and not bodiless)
+        return self
+
+    def write(self, data: bytes) -> Writer:
+        """Send some of the body. After a disconnect it is dropped without an error."""
+        if not self.started:
+            self.write_headers(200)
+        if self.completed:
+            raise StarioError("the answer is complete: nothing can be written after it")
+        if self._compressor and data:
+            data = self._compressor[0](data)
+        self._send(data)
+        return self
+
+    def end(self, data: bytes | None = None) -> None:
+        """Complete the answer, with some last bytes if you like. Once it is complete, nothing."""
+        if data is not None:
+            if not self.started and "content-length" not in self.headers:
+                self.headers.set("content-length", len(data))
+            self.write(data)
+        elif not self.started:
+            self.write_headers(200)
+        if self.completed:
+            return
+        if self._compressor:
+            self._send(self._compressor[1]())
+            self._compressor = None
+        self.completed = True
+        if self._remaining and not self._carrier.disconnected:
+            self._carrier.abort()
+            raise StarioError(f"the answer is {self._remaining} bytes short of its Content-Length")
+        self._carrier.finish()
+
+    async def send_file(self, file: IO[bytes], offset: int, count: int) -> None:
+        """Write `count` bytes of an open binary file, by the system's `sendfile` where it has one.
+
+        `content-length` must have been declared. Raises ClientDisconnected if the client goes.
+        """
+        if self._remaining is None or self._compressor:
+            return  # HEAD, or a status without a body
+        self._remaining -= count
+        await self._carrier.send_file(file, offset, count)
+
+    async def drain(self) -> None:
+        """Wait until the client has taken what was sent.
+
+        Raises ClientDisconnected if it has gone.
+        """
+        await self._carrier.drained()
+
+    def cookie(
+        self,
+        name: str,
+        value: str,
+        *,
+        max_age: int | None = None,
+        expires: datetime | None = None,
+        path: str = "/",
+        domain: str | None = None,
+        secure: bool = False,
+        httponly: bool = False,
+        samesite: str | None = "lax",
+        partitioned: bool = False,
+    ) -> None:
+        """Set a cookie (RFC 6265, section 4.1). `max_age` is in seconds.
+
+        What cannot stand in a value is percent-encoded; `c.req.cookies` decodes it again.
+        """
+        if not _TOKEN.fullmatch(name):
+            raise StarioError(f"{name!r} cannot be the name of a cookie")
+        if re.search(r"[\x00-\x1f\x7f]", value):
+            raise StarioError(f"the value of the cookie {name!r} holds control characters")
+        if samesite is not None and samesite.lower() not in ("lax", "strict", "none"):
+            raise StarioError(f"samesite is lax, strict or none, not {samesite!r}")
+        for given in (path, domain or ""):
+            if re.search(r"[\x00-\x1f\x7f;]", given):
+                raise StarioError(f"{given!r} cannot be the path or domain of a cookie")
+        when = expires.astimezone(timezone.utc).timestamp() if expires else None
+        pieces = [
+            f"{name}={quote(value, safe=_COOKIE_SAFE)}",
+            f"Max-Age={int(max_age)}" if max_age is not None else "",
+            f"Expires={_http_date(when)}" if when is not None else "",
+            f"Domain={domain}" if domain else "",
+            f"Path={path}" if path else "",
+            "Secure" if secure else "",
+            "HttpOnly" if httponly else "",
+            f"SameSite={samesite.capitalize()}" if samesite else "",
+            "Partitioned" if partitioned else "",
+        ]
+        self.headers.add("set-cookie", "; ".join(filter(None, pieces)))
+
+    def delete_cookie(self, name: str, *, path: str = "/", domain: str | None = None) -> None:
+        """Ask the client to forget a cookie; path and domain as it was set."""
+        self.cookie(name, "", max_age=0, path=path, domain=domain)
+
+    def alive(
+        self, source: AsyncIterable[T] | None = None, *, heartbeat: float | None = 15.0
+    ) -> Alive[T]:
+        """Stay with the client until it goes, the server stops, or the source ends.
+
+        `async for item in w.alive(source)` yields what the source does, `async for _ in w.alive()`
+        just comes back each time; `async with w.alive()` interrupts its block instead. The code
+        after it always runs. Before each item it waits until the client has taken what was written.
+        While a stream of events is silent, a comment is sent every `heartbeat` seconds.
+        """
+        return Alive(self, source, heartbeat)
+
+    # -- Inside
+
+    def _start(self, status: int) -> None:
+        if self.started:
+            raise StarioError("this request has been answered already: a Writer answers once")
+        if not 200 <= status <= 999:
+            raise StarioError(f"{status} is no status of an answer: 200 to 599 are")
+        self.started = True
+        self.status_code = status
+
+    def _own_fields(self, fields: bytes, keep_length: bool = False) -> bytes:
+        """The handler's own header fields, and those of `fields` that it has not set itself."""
+        headers = self._headers
+        if headers is None:
+            return fields
+        headers.sent = True
+        own = [
+            f"{name}: {value}"
+            for name, value in headers.items()
+            if name not in _CARRIER_FIELDS and (keep_length or name != "content-length")
+        ]
+        defaults = [
+            line
+            for line in fields.decode("latin-1").split("\r\n")
+            if line and line.partition(":")[0] not in headers
+        ]
+        return "\r\n".join([*defaults, *own, ""]).encode("latin-1")
+
+    def _coding_for(self, fields: bytes) -> str | None:
+        """The coding to compress with, unless the fields say that this must not be."""
+        if b"content-encoding: " in fields or b"content-range: " in fields:
+            return None
+        if b"no-transform" in fields:
+            return None
+        accepted = self._request.headers.get("accept-encoding")
+        return _choose_coding(accepted, self._compression) if accepted else None
+
+    def _compressed(self, body: bytes, fields: bytes) -> tuple[bytes, bytes]:
+        coding = self._coding_for(fields)
+        if coding is not None:
+            compress, finish = _compressor(coding, self._compression)
+            smaller = compress(body) + finish()
+            if len(smaller) < len(body):
+                body, fields = smaller, self._encoded(fields, coding)
+        return body, self._varied(fields)
+
+    def _compressed_stream(self, fields: bytes) -> bytes:
+        coding = self._coding_for(fields)
+        if coding is not None:
+            self._compressor = _compressor(coding, self._compression, streaming=True)
+            fields = self._encoded(fields, coding)
+        return self._varied(fields)
+
+    def _encoded(self, fields: bytes, coding: str) -> bytes:
+        # A strong ETag promises the same bytes (RFC 9110, section 8.8.1), which these are not.
+        fields = fields.replace(b'\netag: "', b'\netag: W/"')
+        return fields + b"content-encoding: %b\r\n" % coding.encode()
+
+    def _varied(self, fields: bytes) -> bytes:
+        return fields + b"vary: accept-encoding\r\n"
+
+    def _send_event(
+        self, name: str, lines: Iterable[str], id: str | None, retry: int | None
+    ) -> None:
+        event = _sse(name, lines, id, retry)
+        if not self.started:
+            self._start(200)
+            self._sse = True
+            fields = self._compressed_stream(self._own_fields(_SSE_FIELDS))
+            self._carrier.begin(200, fields, unsized=self._request.method != "HEAD")
+        elif not self._sse:
+            raise StarioError(
+                "this answer is no stream of events: it was started as something else"
+            )
+        self.write(event.encode("utf-8", "replace"))
+
+    def _send(self, data: bytes) -> None:
+        self._silent = False
+        if self._request.method == "HEAD" or not data:
+            return
+        if self._remaining is not None:
+            if len(data) > self._remaining:
+                excess = len(data) - self._remaining
+                self._remaining, self.completed = None, True
+                self._carrier.abort()
+                raise StarioError(f"the answer is {excess} bytes longer than its Content-Length")
+            self._remaining -= len(data)
+        if self.status_code in _BODILESS:
+            raise StarioError(f"an answer with status {self.status_code} has no body")
+        self._carrier.send(data)
+
+    # -- For alive
+
+    def _enter(self, scope: _Scope) -> None:
+        """Interrupt this scope when the client goes or the server stops:
+
+        soon, if that has happened.
+        """
+        if self._scopes is None:
+            self._scopes = []
+        self._scopes.append(scope)
+        self._carrier.on_end = self._interrupt
+        if self._carrier.disconnected or self._carrier.shutting_down:
+            self._interrupt()
+
+    def _leave(self, scope: _Scope) -> None:
+        if self._scopes:
+            self._scopes.remove(scope)
+
+    def _interrupt(self) -> None:
+        # Not at once but as a call of the loop's own: then the task is waiting somewhere, never
+        # running, so the cancellation surfaces in the scope and not somewhere after it.
+        loop = asyncio.get_running_loop()
+        for scope in self._scopes or ():
+            loop.call_soon(scope.interrupt)
+
+    def _start_heartbeat(self, seconds: float | None) -> None:
+        self._stop_heartbeat()
+        if seconds:
+            self._carrier.watch(seconds)
+            self._timer = asyncio.get_running_loop().call_later(seconds, self._beat, seconds)
+
+    def _stop_heartbeat(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _beat(self, seconds: float) -> None:
+        """Send a comment if nothing was sent since the last beat."""
+        if self.completed or self._carrier.disconnected:
+            self._timer = None
+            return
+        if self._sse and self._silent:
+            self.write(b":\n\n")
+        self._silent = True
+        self._timer = asyncio.get_running_loop().call_later(seconds, self._beat, seconds)
+
+
+class _Scope:
+    """A stretch of a handler that ends when the client goes or the server stops.
+
+    It interrupts by cancelling the task and swallows that one cancellation, by the same count that
+    `asyncio.timeout` keeps: if anybody else has cancelled the task meanwhile, theirs goes on.
+    """
+
+    __slots__ = ("_before", "_entered", "_interrupted", "_task", "_writer")
+
+    def __init__(self, writer: Writer) -> None:
+        self._writer = writer
+        self._interrupted = False
+        self._entered = False
+
+    def __enter__(self) -> None:
+        task = asyncio.current_task()
+        if task is None:
+            raise StarioError("alive() works inside a task only")
+        self._task = task
+        self._before = task.cancelling()
+        self._entered = True
+        self._writer._enter(self)
+
+    def interrupt(self) -> None:
+        """End the stretch where its task waits now."""
+        if self._entered and not self._interrupted:
+            self._interrupted = True
+            self._task.cancel()
+
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> bool:
+        self._entered = False
+        self._writer._leave(self)
+        if not self._interrupted:
+            return False
+        ours = self._task.uncancel() <= self._before
+        return ours and kind is asyncio.CancelledError
+
+
+class Alive(Generic[T]):
+    """What `w.alive()` gives: to loop over with `async for`, or to enter with `async with`."""
+
+    __slots__ = ("_iterator", "_open", "_scope", "_writer")
+
+    def __init__(
+        self, writer: Writer, source: AsyncIterable[T] | None, heartbeat: float | None
+    ) -> None:
+        self._open = False
+        if writer.completed:
+            raise StarioError("the answer is complete: there is nothing to keep alive")
+        self._open = True
+        self._writer = writer
+        self._iterator = None if source is None else aiter(source)
+        self._scope: _Scope | None = None
+        writer._start_heartbeat(heartbeat)
+
+    def __aiter__(self) -> Alive[T]:
+        return self
+
+    async def __anext__(self) -> T:
+        carrier = self._writer._carrier
+        if self._open and not carrier.disconnected and not carrier.shutting_down:
+            try:
+                with _Scope(self._writer):
+                    if not carrier.has_room():
+                        await carrier.drained()
+                    if self._iterator is not None:
+                        return await anext(self._iterator)
+                    await asyncio.sleep(0)  # let others run, whatever the loop's body does
+                    return cast(T, None)
+            except (StopAsyncIteration, ClientDisconnected):
+                pass
+        # Here the source has run dry, or the scope above was interrupted.
+        await self.aclose()
+        raise StopAsyncIteration
+
+    async def __aenter__(self) -> Alive[T]:
+        self._scope = _Scope(self._writer)
+        self._scope.__enter__()
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, *exc: object) -> bool:
+        ended = self._scope is not None and self._scope.__exit__(kind, *exc)
+        await self.aclose()
+        return ended or kind is ClientDisconnected
+
+    async def aclose(self) -> None:
+        """Close the source and stop the heartbeat. A second call does nothing."""
+        if self._open:
+            self._let_go()
+            aclose = getattr(self._iterator, "aclose", None)
+            if aclose is not None:
+                await aclose()
+
+    def _let_go(self) -> None:
+        self._open = False
+        self._writer._stop_heartbeat()
+        if isinstance(self._iterator, _Messages):
+            self._iterator.close()
+
+    def __del__(self) -> None:
+        # `break`, or an exception of the loop's body: nothing but this tells an async iterator. In
+        # CPython it comes as soon as the loop lets go.
+        if self._open:
+            self._let_go()
+            aclose = getattr(self._iterator, "aclose", None)
+            if aclose is not None:
+                with suppress(RuntimeError):  # no loop runs any more
+                    _spawn(aclose(), asyncio.get_running_loop())
+
+
+# A task of its own for a coroutine. From Python 3.12 on it starts at once, and one that never has
+# to wait is done when this returns, without another turn of the loop.
+if sys.version_info >= (3, 12):
+
+    def _spawn(
+        coroutine: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop
+    ) -> asyncio.Task[T]:
+        return _keep(asyncio.Task(coroutine, loop=loop, eager_start=True))
+
+else:
+
+    def _spawn(
+        coroutine: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop
+    ) -> asyncio.Task[T]:
+        return _keep(loop.create_task(coroutine))
+
+
+def _keep(task: asyncio.Task[T]) -> asyncio.Task[T]:
+    """A loop refers to its tasks only weakly, so somebody has to keep those that are under way."""
+    if not task.done():
+        _tasks.add(task)
+        task.add_done_callback(_tasks.discard)
+    return task
+
+
+_tasks: set[asyncio.Task[Any]] = set()
+
+
+def _http_date(timestamp: float) -> str:
+    """A time in the form of RFC 9110, section 5.6.7. (strftime would use the locale's names.)"""
+    at_time = time.gmtime(timestamp)
+    day = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")[at_time.tm_wday]
+    month = "JanFebMarAprMayJunJulAugSepOctNovDec"[at_time.tm_mon * 3 - 3 : at_time.tm_mon * 3]
+    return f"{day}, {at_time.tm_mday:02d} {month} {time.strftime('%Y %H:%M:%S GMT', at_time)}"
+
+
+_COOKIE_SAFE = "!#$&'()*+-./:<=>?@[]^_`{|}~"  # RFC 6265, section 4.1.1, but for "%"
+
+
+# ==================================================================================================
+# 10. Context and routing
+#
+# A handler is `async def handler(c, w)`, and a middleware is a function from a handler to a
+# handler. A router keeps its routes in a tree of path segments. The rule of matching: at each
+# segment an exact name goes before a parameter, and that before a catch-all, in whatever order the
+# routes were added; only routes that have the method count, and if there are none but the path is
+# known, the answer is 405. Paths are split at `/` first and decoded after, so that an escaped `/`
+# stays inside its segment.
+# ==================================================================================================
+
+
+class Context:
+    """Everything about one request: `c`. Called, it notes an event; indexed, it sets an attribute.
+
+    `app` is the Stario that serves it, `req` the request, `state` a dict in which middleware leaves
+    things for handlers, `span` the request's span.
+    """
+
+    __slots__ = ("_span", "_state", "app", "req")
+
+    def __init__(self, app: Stario, req: Request) -> None:
+        self.app = app
+        self.req = req
+        self._span: Span | None = None
+        self._state: dict[str, Any] | None = None
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """Where middleware leaves things for handlers."""
+        if self._state is None:
+            self._state = {}
+        return self._state
+
+    @property
+    def span(self) -> Span:
+        """The request's span."""
+        # Made when it is first needed: a silent tracer has no use for most of them.
+        if self._span is None:
+            self._span = self.app.tracer(f"{self.req.method} {self.req.path}")
+        return self._span
+
+    def __call__(
+        self, event: str | BaseException, attributes: Mapping[str, Any] | None = None
+    ) -> None:
+        """Note an event, or an exception, in the current span:
+
+        that of the step, or the request's.
+        """
+        if not self.app._silent:
+            self._current()(event, attributes)
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self._current().attributes[key] = value
+
+    def __getitem__(self, key: str) -> Any:
+        return self._current().attributes[key]
+
+    @contextmanager
+    def step(self, name: str, attributes: Mapping[str, Any] | None = None) -> Iterator[Span]:
+        """Trace a part of the work in a child span.
+
+        Tasks that are started inside it belong to it.
+        """
+        outer = self._current()
+        with outer.step(name, attributes) as span:
+            _current_step.set((self, span))
+            try:
+                yield span
+            finally:
+                _current_step.set((self, outer))
+
+    def _current(self) -> Span:
+        context, span = _current_step.get()
+        return span if context is self and span is not None else self.span
+
+    @typing.overload
+    async def signals(self) -> dict[str, Any]: ...
+
+    @typing.overload
+    async def signals(self, schema: type[T]) -> T: ...
+
+    async def signals(self, schema: type[Any] | None = None) -> Any:
+        """The signals that Datastar sent: checked against `schema`, or as a dict.
+
+        GET and DELETE carry them in the query, all others in the JSON body. Raises SignalsError
+        (422 with all that does not fit, 400 where it is no JSON).
+        https://data-star.dev/reference/actions
+        """
+        text: str | bytes
+        if self.req.method in ("GET", "HEAD", "DELETE"):
+            text = self.req.query.get("datastar", "")
+        else:
+            text = await self.req.body()
+        try:
+            found = _parse_json(text) if text.strip() else {}
+        except HttpException as exc:
+            raise SignalsError([f"the signals are not JSON: {exc.detail}"], 400) from None
+        if not isinstance(found, dict):
+            raise SignalsError([f"the signals: expected an object, got {type(found).__name__}"])
+        return found if schema is None else read_signals(schema, found)
+
+
+_current_step: contextvars.ContextVar[tuple[Context | None, Span | None]] = contextvars.ContextVar(
+    "stario_step", default=(None, None)
+)
+
+Handler = Callable[[Context, Writer], Awaitable[None]]
+Middleware = Callable[[Handler], Handler]
+ErrorHandler = Callable[[Context, Writer, Any], Awaitable[None] | None]
+
+
+class _Node:
+    """A place in the tree of paths.
+
+    `routes` are by method; `shape` is the path as it was written.
+    """
+
+    __slots__ = ("catch_all", "children", "names", "parameter", "routes", "shape")
+
+    def __init__(self) -> None:
+        self.children: dict[str, _Node] = {}  # by the segment's text
+        self.parameter: _Node | None = None  # any one segment
+        self.catch_all: _Node | None = None  # all that is left, even nothing
+        self.routes: dict[str, Handler] = {}
+        self.names: list[str] = []  # of the parameters on the way here
+        self.shape = ""
+
+
+class _Match(NamedTuple):
+    """What was found for a path: a node, and what its parameters and its catch-all took."""
+
+    node: _Node
+    values: list[str]
+    tail: str
+
+
+_PARAMETER_SEGMENT = re.compile(r"\{([A-Za-z_]\w*)\}")
+
+
+class Router:
+    """Routes that belong together. `app.mount("/shop", router)` puts them into an app, or a router.
+
+    `use()` wraps all routes that follow, and `on_error` handles what they raise.
+    """
+
+    def __init__(self) -> None:
+        self._tree = _Node()
+        self._routes: list[tuple[str, str, Handler]] = []  # method, path, handler: for mounting
+        self._exact: dict[str, _Node] = {}  # the nodes without parameters, by path
+        self._middleware: list[Middleware] = []
+        self._errors: dict[type[BaseException], ErrorHandler] = {}
+        self._hosts: list[tuple[str, Router]] = []
+        self._mounted = False
+
+    def get(self, path: str, handler: Handler, *middleware: Middleware) -> None:
+        """Answer GET (and HEAD) at a path: `/users`, `/users/{id}` or `/files/*`."""
+        self.handle("GET", path, handler, *middleware)
+
+    def post(self, path: str, handler: Handler, *middleware: Middleware) -> None:
+        """Answer POST at a path."""
+        self.handle("POST", path, handler, *middleware)
+
+    def put(self, path: str, handler: Handler, *middleware: Middleware) -> None:
+        """Answer PUT at a path."""
+        self.handle("PUT", path, handler, *middleware)
+
+    def patch(self, path: str, handler: Handler, *middleware: Middleware) -> None:
+        """Answer PATCH at a path."""
+        self.handle("PATCH", path, handler, *middleware)
+
+    def delete(self, path: str, handler: Handler, *middleware: Middleware) -> None:
+        """Answer DELETE at a path."""
+        self.handle("DELETE", path, handler, *middleware)
+
+    def head(self, path: str, handler: Handler, *middleware: Middleware) -> None:
+        """Answer HEAD at a path, where the GET handler should not."""
+        self.handle("HEAD", path, handler, *middleware)
+
+    def options(self, path: str, handler: Handler, *middleware: Middleware) -> None:
+        """Answer OPTIONS at a path, where a list of its methods is not enough."""
+        self.handle("OPTIONS", path, handler, *middleware)
+
+    def handle(self, method: str, path: str, handler: Handler, *middleware: Middleware) -> None:
+        """Answer any method at a path. The first middleware given is the outermost."""
+        if not callable(handler):
+            raise StarioError(f"the handler of {method} {path} is a {type(handler).__name__}")
+        self._check_open()
+        for wrap in (*reversed(middleware), *reversed(self._middleware)):
+            handler = wrap(handler)
+        self._add(method.upper(), "/" + path.lstrip("/"), handler)
+
+    def assets(
+        self,
+        prefix: str,
+        source: str | Path | Mapping[str, str | bytes],
+        *middleware: Middleware,
+        collection: str | None = None,
+    ) -> None:
+        """Serve the files of a directory, or of a dict from names to contents (see part 11).
+
+        `asset(name, collection=…)` gives a file's fingerprinted name; the collection is called by
+        the prefix if you do not name it. A directory that does not exist is a StarioError.
+        """
+        name = prefix.strip("/") if collection is None else collection
+        self.get(f"/{prefix.strip('/')}/*".replace("//", "/"), Assets(source, name), *middleware)
+
+    def use(self, *middleware: Middleware) -> None:
+        """Wrap every route of this router. It has to come before the first route."""
+        if self._routes:
+            raise StarioError("use() comes before the routes: it would not wrap those that exist")
+        self._middleware.extend(middleware)
+
+    def on_error(self, exception_type: type[BaseException], handler: ErrorHandler) -> None:
+        """Let `handler(c, w, exc)`, sync or async, answer for exceptions of this type.
+
+        The nearest type in the exception's line wins. It should answer only if `w.started` is
+        false.
+        """
+        self._errors[exception_type] = handler
+
+    def mount(self, prefix: str, router: Router) -> None:
+        """Take over a router's routes, each under the prefix.
+
+        Add its routes before you mount it.
+        """
+        self._check_open()
+        router._mounted = True
+        prefix = "/" + prefix.strip("/") if prefix.strip("/") else ""
+        for method, path, handler in router._routes:
+            full = prefix + path if path != "/" or not prefix else prefix
+            self.handle(method, full, router._with_errors(handler))
+        for pattern, hosted in router._hosts:
+            self.host(pattern, hosted)
+
+    def host(self, pattern: str, router: Router) -> None:
+        """Serve a router's routes on one host: `api.example.com`, or `*.example.com` for any below.
+
+        What `*` took is `c.req.subhost`. What the router has no route for goes to the app's own.
+        """
+        if "*" in pattern and (not pattern.startswith("*.") or "*" in pattern[1:]):
+            raise StarioError(f"no host pattern {pattern!r}: write 'host' or '*.host'")
+        self._check_open()
+        inner = Router()
+        inner._middleware = self._middleware
+        inner.mount("/", router)
+        self._hosts.append((pattern.lower(), inner))
+        # Exact names first, then the longer patterns.
+        self._hosts.sort(key=lambda entry: (entry[0].startswith("*"), -len(entry[0])))
+
+    def _check_open(self) -> None:
+        if self._mounted:
+            raise StarioError("this router is mounted already: add its routes before you mount it")
+
+    def _add(self, method: str, path: str, handler: Handler) -> None:
+        node, names = self._tree, []
+        segments = path.split("/")[1:]
+        for i, segment in enumerate(segments):
+            named = _PARAMETER_SEGMENT.fullmatch(segment)
+            if segment == "*" and i == len(segments) - 1:
+                node.catch_all = node = node.catch_all or _Node()
+            elif named:
+                names.append(named[1])
+                node.parameter = node = node.parameter or _Node()
+            elif "{" in segment or "}" in segment or "*" in segment:
+                raise StarioError(
+                    f"{path!r}: a parameter is a whole segment, '{{name}}', and '*' comes last"
+                )
+            else:
+                node = node.children.setdefault(segment, _Node())
+        if len(set(names)) < len(names):
+            raise StarioError(f"{path!r} has two parameters of one name")
+        if method in node.routes:
+            raise StarioError(f"{method} {path} cannot be told apart from {method} {node.shape}")
+        if node.routes and node.names != names:
+            raise StarioError(f"{path} and {node.shape} name the same parameters differently")
+        node.routes[method] = handler
+        node.names, node.shape = names, path
+        if not names and "*" not in path:
+            self._exact[path] = node
+        self._routes.append((method, path, handler))
+
+    def _with_errors(self, handler: Handler) -> Handler:
+        """The handler, with this router's own `on_error` around it."""
+        if not self._errors:
+            return handler
+
+        async def guarded(c: Context, w: Writer) -> None:
+            try:
+                await handler(c, w)
+            except Exception as exc:
+                if not await _handle_error(self._errors, c, w, exc):
+                    raise
+
+        return guarded
+
+    def _find(self, request: Request) -> Handler | None:
+        """The handler for a request, and its parameters into the request; None: there is none."""
+        # Most requests are for a path without parameters, and spelt as the route is.
+        node = self._exact.get(request.raw_path)
+        if node is not None and request.method in node.routes:
+            return node.routes[request.method]
+        for match in self._matches(request.raw_path):
+            routes = match.node.routes
+            handler = routes.get(request.method)
+            if handler is None and request.method == "HEAD":
+                handler = routes.get("GET")
+            if handler is not None:
+                request.params = dict(zip(match.node.names, match.values, strict=True))
+                request.tail = match.tail
+                return handler
+        return None
+
+    def _matches(self, raw_path: str) -> Iterator[_Match]:
+        """All nodes with routes that a path fits, the most specific first."""
+        if not raw_path.startswith("/"):  # OPTIONS *
+            return iter(())
+        segments = raw_path.split("/")[1:]
+        if "%" in raw_path:
+            segments = [_decode_path(segment) for segment in segments]
+        return _walk(self._tree, segments, 0, [])
+
+    def _methods(self, raw_path: str) -> set[str]:
+        """The methods that a path is there for."""
+        methods = {method for match in self._matches(raw_path) for method in match.node.routes}
+        return methods | {"HEAD"} if "GET" in methods else methods
+
+
+def _walk(node: _Node, segments: list[str], at_segment: int, values: list[str]) -> Iterator[_Match]:
+    if at_segment == len(segments):
+        if node.routes:
+            yield _Match(node, values, "")
+    else:
+        segment = segments[at_segment]
+        child = node.children.get(segment)
+        if child is not None:
+            yield from _walk(child, segments, at_segment + 1, values)
+        if node.parameter is not None and segment:
+            yield from _walk(node.parameter, segments, at_segment + 1, [*values, segment])
+    if node.catch_all is not None:
+        yield _Match(node.catch_all, values, "/".join(segments[at_segment:]))
+
+
+async def _handle_error(
+    handlers: Mapping[type[BaseException], ErrorHandler], c: Context, w: Writer, exc: Exception
+) -> bool:
+    """Give an exception to the handler of the nearest type in its line; False: there is none."""
+    for kind in type(exc).__mro__:
+        if kind in handlers:
+            answer = handlers[kind](c, w, exc)
+            if answer is not None:
+                await answer
+            return True
+    return False
+
+
+_SAFE_METHODS = frozenset(("GET", "HEAD", "OPTIONS", "TRACE"))
+
+
+def same_origin(handler: Handler) -> Handler:
+    """Middleware: refuse with 403 what other sites make a browser send (CSRF).
+
+    Safe methods pass. For others the browser's own word counts: `Sec-Fetch-Site` (Fetch Metadata),
+    or, from one too old for that, `Origin` against `Host`. What sends neither is no browser, and
+    passes: it carries nobody's cookies.
+    """
+
+    async def guarded(c: Context, w: Writer) -> None:
+        if c.req.method not in _SAFE_METHODS and not _is_same_origin(c.req.headers):
+            raise HttpException(403, "this request comes from another site")
+        await handler(c, w)
+
+    return guarded
+
+
+def _is_same_origin(headers: Headers) -> bool:
+    site = headers.get("sec-fetch-site")
+    if site is not None:
+        return site in ("same-origin", "none")
+    origin = headers.get("origin")
+    if origin is None:
+        return True
+    return origin.partition("://")[2].lower() == (headers.get("host") or "").lower()
+
+
+# ==================================================================================================
+# 11. Static files
+#
+# Each file is known by a name with a fingerprint of its contents, `style.3f2a….css`. Such a name
+# can be cached forever, because other contents have another name; the plain name redirects to it.
+# Pages ask `asset("style.css")` for the name. Small files are kept in memory, compressed once for
+# each coding; large ones go out by `sendfile`. A file that changes on disk gets a new fingerprint
+# when it is next asked for. What is left out: listings of directories, and several ranges at once.
+# ==================================================================================================
+
+_IN_MEMORY = 256 * 1024  # files up to this size, in bytes, are kept in memory,
+_IN_MEMORY_TOTAL = 64 * 1024 * 1024  # and of each collection so much in all
+_HARDEST = CompressionConfig(zstd_level=12, brotli_level=9, gzip_level=9)
+_SIBLINGS = {"zstd": ".zst", "br": ".br", "gzip": ".gz"}
+_FINGERPRINT = re.compile(r"\.[0-9a-f]{16}(?=\.[^./]*$|$)")
+# The types that pages need, whatever the machine's own tables say (Windows keeps them in the
+# registry, where any program may have changed them).
+_TYPES = {
+    ".css": "text/css", ".js": "text/javascript", ".mjs": "text/javascript", ".html": "text/html",
+    ".svg": "image/svg+xml", ".json": "application/json", ".txt": "text/plain", ".png": "image/png",
+    ".jpg": "image/jpeg", ".webp": "image/webp", ".ico": "image/x-icon", ".woff2": "font/woff2",
+    ".wasm": "application/wasm", ".map": "application/json", ".md": "text/markdown",
+    ".webmanifest": "application/manifest+json", ".xml": "application/xml",
+}  # fmt: skip
+
+
+def _content_type(name: str) -> str:
+    suffix = os.path.splitext(name)[1].lower()
+    kind = _TYPES.get(suffix)
+    if kind is None:
+        import mimetypes
+
+        kind = mimetypes.guess_type(name)[0] or "application/octet-stream"
+    return kind + "; charset=utf-8" if kind.startswith("text/") else kind
+
+
+class _File:
+    """One file of a collection: its fingerprint, and its contents if they are small."""
+
+    def __init__(self, name: str, path: Path | None, data: bytes) -> None:
+        self.name = name
+        self.path = path
+        self.stamp = _stamp(path) if path else None
+        self.size = self.stamp[0] if self.stamp else len(data)
+        self.small = self.size <= _IN_MEMORY
+        if path and self.small:
+            data = path.read_bytes()
+        self.data = data
+        if path and not self.small:
+            with path.open("rb") as file:
+                self.digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        else:
+            self.digest = hashlib.sha256(data).hexdigest()[:16]
+        stem, suffix = os.path.splitext(name)
+        self.fingerprinted = f"{stem}.{self.digest}{suffix}"
+        self.content_type = _content_type(name)
+        self._encoded: dict[str, bytes] = {}
+
+    def encoded(self, coding: str) -> bytes:
+        """The contents in a content coding:
+
+        from a file beside it (`style.css.br`), or made once.
+        """
+        if coding not in self._encoded:
+            sibling = Path(f"{self.path}{_SIBLINGS[coding]}")
+            if self.path and sibling.is_file():
+                self._encoded[coding] = sibling.read_bytes()
+            else:
+                compress, finish = _compressor(coding, _HARDEST)
+                self._encoded[coding] = compress(self.data) + finish()
+        return self._encoded[coding]
+
+
+def _stamp(path: Path) -> tuple[int, int]:
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns
+
+
+_collections: dict[str, Assets] = {}
+
+
+def asset(name: str, collection: str = "static") -> str:
+    """The fingerprinted name of a file: `asset("style.css")` gives `style.<hash>.css`.
+
+    Raises StarioError for a file, or a collection, that `app.assets` has not been given.
+    """
+    if collection not in _collections:
+        raise StarioError(f"no collection {collection!r}: call app.assets(...) for it first")
+    file = _collections[collection].file(name)
+    if file is None:
+        raise StarioError(f"{collection!r} has no file {name!r}")
+    return file.fingerprinted
+
+
+class Assets:
+    """A handler for the files of one collection, at a route that ends in `/*`."""
+
+    def __init__(self, source: str | Path | Mapping[str, str | bytes], collection: str) -> None:
+        self._files: dict[str, _File] = {}
+        self._root: Path | None = None
+        if isinstance(source, Mapping):
+            for name, text in source.items():
+                contents = text.encode() if isinstance(text, str) else text
+                self._files[name] = _File(name, None, contents)
+        else:
+            self._root = Path(source).resolve()
+            if not self._root.is_dir():
+                raise StarioError(f"assets: there is no directory {str(source)!r}")
+        _collections[collection] = self
+
+    def file(self, name: str) -> _File | None:
+        """The file of this plain name, as it is now; None if there is none to be served."""
+        known = self._files.get(name)
+        if self._root is None:
+            return known
+        try:
+            if known is not None and known.path and _stamp(known.path) == known.stamp:
+                return known
+            found = self._load(self._root, name)
+        except (OSError, ValueError):  # gone, unreadable, or a name that no file can have
+            found = None
+        if found is None:
+            self._files.pop(name, None)
+        else:
+            if sum(file.size for file in self._files.values() if file.small) > _IN_MEMORY_TOTAL:
+                self._files.clear()
+            self._files[name] = found
+        return found
+
+    def _load(self, root: Path, name: str) -> _File | None:
+        segments = name.split("/")
+        if any(not part or part.startswith(".") or "\\" in part for part in segments):
+            return None  # hidden, "..", or a way around these
+        path = (root / name).resolve()
+        if not path.is_relative_to(root) or not path.is_file():
+            return None  # a link that leaves the directory, or no file
+        return _File(name, path, b"")
+
+    async def __call__(self, c: Context, w: Writer) -> None:
+        """Serve the file that `c.req.tail` names."""
+        asked = c.req.tail
+        plain = _FINGERPRINT.sub("", asked)
+        file = self.file(plain)
+        if file is None or asked != file.fingerprinted:
+            # A plain name, or the fingerprint of an older version that a page still asks for; or a
+            # file whose plain name looks like one with a fingerprint.
+            file = file or self.file(asked)
+            if file is None:
+                raise HttpException(404)
+            w.headers.set("cache-control", "no-cache")
+            w.redirect("./" + quote(file.fingerprinted.rpartition("/")[2]))
+            return
+        await self._serve(file, c.req, w)
+
+    async def _serve(self, file: _File, req: Request, w: Writer) -> None:
+        w.headers.set("cache-control", "public, max-age=31536000, immutable")
+        w.headers.set("etag", f'"{file.digest}"')
+        w.headers.set("x-content-type-options", "nosniff")
+        w.headers.set("accept-ranges", "bytes")
+        if file.digest in (req.headers.get("if-none-match") or ""):
+            w.empty(304)
+            return
+        span = _range(req, file)
+        if span is None:
+            w.headers.set("content-range", f"bytes */{file.size}")
+            w.empty(416)
+            return
+        start, stop = span
+        status = 200
+        if (start, stop) != (0, file.size):
+            status = 206
+            w.headers.set("content-range", f"bytes {start}-{stop - 1}/{file.size}")
+        if not file.small:
+            await self._serve_large(file, start, stop - start, w, status)
+        elif status == 206:
+            w.respond(file.data[start:stop], file.content_type, status)
+        else:
+            self._serve_small(file, req, w)
+
+    def _serve_small(self, file: _File, req: Request, w: Writer) -> None:
+        accepted = req.headers.get("accept-encoding")
+        coding = _choose_coding(accepted, w._compression) if accepted else None
+        body = file.data
+        large_enough = file.size >= w._compression.min_size
+        if coding and large_enough and _is_compressible(file.content_type):
+            body = file.encoded(coding)
+            w.headers.set("content-encoding", coding).set("etag", f'"{file.digest}-{coding}"')
+        w.respond(body, file.content_type)
+
+    async def _serve_large(
+        self, file: _File, start: int, count: int, w: Writer, status: int
+    ) -> None:
+        assert file.path is not None
+        w.headers.set("content-type", file.content_type).set("content-length", count)
+        with file.path.open("rb") as opened:
+            w.write_headers(status)
+            await w.send_file(opened, start, count)
+        w.end()
+
+
+def _range(req: Request, file: _File) -> tuple[int, int] | None:
+    """Start and stop of the bytes that are asked for (RFC 9110, section 14.2); None: outside.
+
+    A range of another version, one of another form, or several at once: the whole file.
+    """
+    whole = (0, file.size)
+    condition = req.headers.get("if-range")
+    asked = re.fullmatch(r"bytes=(\d{0,18})-(\d{0,18})", req.headers.get("range") or "")
+    if not asked or asked[0] == "bytes=-" or (condition and condition != f'"{file.digest}"'):
+        return whole
+    first, last = asked[1], asked[2]
+    if not first:  # the last so many bytes
+        return (max(0, file.size - int(last)), file.size) if int(last) and file.size else None
+    start, stop = int(first), min(int(last) + 1, file.size) if last else file.size
+    if last and int(last) < int(first):
+        return whole  # not a range at all
+    return (start, stop) if start < file.size else None
+
+
+# ==================================================================================================
+# 12. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
+#
+# Theory of operation. A connection has one request under way at a time. What it does with the bytes
+# that come in depends on three things only:
+#
+#     `_body` is set        they belong to a request's body: decode them and feed them to it
+#     `_answering` is true  they belong to later requests: keep them, up to a bound
+#     neither               they are a request's head: parse it and start the handler
+#
+# `_advance` looks at these again and again until nothing more can be done; `data_received` and
+# `finish` (an answer is through) are all that calls it. After an answer the connection waits for
+# the rest of the request's body, if need be, and only then turns to the next request.
+#
+# The rule for everything that comes in: what could be understood in two ways is refused, with 400
+# and a closed connection. Repairing a request is how two servers in a row come to disagree on where
+# it ends, and how one request is smuggled in another.
+#
+# Time. A connection has one `_deadline` for what it is waiting for, and the server's sweep compares
+# it with the clock once a second. So a time-out costs an attribute, not a timer.
+# ==================================================================================================
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Limits:
+    """What a client may cost: each of these is a keyword of `serve()` and `running()`.
+
+    Times are in seconds, sizes in bytes.
+    """
+
+    header_timeout: float = 10.0  # for a request's head in whole; then 408
+    body_timeout: float = 30.0  # for a body that stalls; then 408. A kilobyte buys a second
+    keep_alive_timeout: float = 75.0  # for the next request on an idle connection; then closed
+    write_timeout: float = 30.0  # for a client that takes nothing of its answer; then cut off
+    max_header_bytes: int = 32 * 1024  # a head, and the trailers of a body; beyond: 431
+    max_headers: int = 100  # fields in a head; beyond: 431
+    max_target: int = 8 * 1024  # a request's target; beyond: 414
+    max_buffer: int = 16 * 1024 * 1024  # of an answer that a client does not take; then cut off
+    max_connections: int = 10_000  # at once; beyond: 503
+
+
+_HIGH_WATER = 64 * 1024  # bytes kept of a body, or of later requests, before the client has to wait
+_DISCARD_LIMIT = 256 * 1024  # bytes of an unread body that are worth a connection
+_TOLD_BUSY = 100  # connections beyond the limit that still get an answer, 503
+_LINGER = 2.0  # seconds in which a client may read an answer that ended its connection
+
+_REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/([0-9])\.([0-9])")
+_TARGET = re.compile(r"(?:https?://([^/?#@]+))?(/[^#]*)?|\*", re.IGNORECASE)
+_HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(?::[0-9]*)?")
+_FIELD_BYTES = bytes(set(range(0x20, 0x100)) - {0x7F} | {0x09})
+_LONE_LF = re.compile(rb"(?<!\r)\n")
+
+
+@lru_cache(maxsize=1024)
+def _status_line(status: int) -> bytes:
+    return f"HTTP/1.1 {status} {_phrase(status)}\r\n".encode("latin-1")
+
+
+@lru_cache(maxsize=4)
+def _date_line(second: int) -> bytes:
+    return f"date: {_http_date(second)}\r\n".encode("ascii")
+
+
+@lru_cache(maxsize=1024)
+def _field_name(raw: str) -> str:
+    """A field name in lower case, checked. Clients use the same few over and over."""
+    if not _TOKEN.fullmatch(raw):
+        raise HttpException(400, "a header field's name is malformed")
+    return raw.lower()
+
+
+class _Head:
+    """A parsed header block: the fields, and what they say about framing (RFC 9112, section 6)."""
+
+    __slots__ = ("chunked", "close", "expects", "has_host", "headers", "keep_alive", "length")
+
+    def __init__(self, block: bytes, max_headers: int) -> None:
+        fields = _parse_fields(block, max_headers)
+        self.headers = Headers(fields)
+        self.length = self._content_length(fields)
+        self.chunked = self._is_chunked(fields)
+        if self.chunked and "content-length" in fields:
+            raise HttpException(400, "both Content-Length and Transfer-Encoding")
+        options = ",".join(fields.get("connection", ())).lower().replace(" ", "").split(",")
+        self.close = "close" in options
+        self.keep_alive = "keep-alive" in options
+        self.expects = ",".join(fields.get("expect", ())).lower()
+        hosts = fields.get("host", [])
+        self.has_host = bool(hosts)
+        if len(hosts) > 1 or not _HOST.fullmatch("".join(hosts)):
+            raise HttpException(400, "Host is not one valid host")
+
+    @staticmethod
+    def _content_length(fields: dict[str, list[str]]) -> int:
+        values = fields.get("content-length")
+        if values is None:
+            return 0
+        if len(values) > 1 or not re.fullmatch("[0-9]{1,18}", values[0]):
+            raise HttpException(400, "Content-Length is not one decimal number")
+        return int(values[0])
+
+    @staticmethod
+    def _is_chunked(fields: dict[str, list[str]]) -> bool:
+        values = fields.get("transfer-encoding")
+        if values is None:
+            return False
+        if len(values) > 1 or values[0].lower() != "chunked":
+            raise HttpException(400, "Transfer-Encoding is not exactly 'chunked'")
+        return True
+
+
+def _parse_fields(block: bytes, max_headers: int) -> dict[str, list[str]]:
+    """Header (or trailer) lines, each ended by CRLF, as a dict (RFC 9112, section 5)."""
+    # One pass in C finds control characters, line breaks alone, NUL: nothing but CRLF may be left.
+    lines = block.decode("latin-1").split("\r\n")
+    if block.translate(None, _FIELD_BYTES) != b"\r\n" * (len(lines) - 1):
+        raise HttpException(400, "a header has a control character or a bare line break")
+    if len(lines) - 1 > max_headers:
+        raise HttpException(431, f"more than {max_headers} header fields")
+    fields: dict[str, list[str]] = {}
+    for line in lines[:-1]:
+        name, colon, value = line.partition(":")
+        if not colon:
+            raise HttpException(400, "a header line has no colon")
+        # A name with a blank before the colon, or a folded line (it begins with one), is no token.
+        fields.setdefault(_field_name(name), []).append(value.strip(" \t"))
+    return fields
+
+
+class _Chunks:
+    """Decodes a chunked body (RFC 9112, section 7.1). `ended` is true behind its last byte."""
+
+    _SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})([ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
+
+    __slots__ = ("_left", "_limits", "_overhead", "_trailers", "ended")
+
+    def __init__(self, limits: Limits) -> None:
+        self._limits = limits
+        self._left = 0  # bytes left of the chunk under way, its CRLF included
+        self._overhead = 0  # bytes of extensions and trailers so far
+        self._trailers: list[bytes] | None = None  # trailer lines, once the last chunk has come
+        self.ended = False
+
+    def decode(self, buffer: bytes, at: int) -> tuple[bytes, int]:
+        """Decode from position `at`:
+
+        what was in there, and the position up to which it was read.
+        """
+        out: list[bytes] = []
+        while not self.ended and at < len(buffer):
+            if self._left:
+                at = self._read_data(buffer, at, out)
+                continue
+            end = buffer.find(b"\r\n", at)
+            if end < 0:
+                self._check_overhead(len(buffer) - at)
+                if _LONE_LF.search(buffer, at):
+                    raise HttpException(400, "a line of a chunked body ends in a bare line feed")
+                break
+            line, at = buffer[at:end], end + 2
+            if self._trailers is None:
+                self._read_size(line)
+            else:
+                self._read_trailer(line, self._trailers)
+        return b"".join(out), at
+
+    def _read_data(self, buffer: bytes, at: int, out: list[bytes]) -> int:
+        data = buffer[at : at + self._left]
+        at += len(data)
+        self._left -= len(data)
+        inside = len(data) + min(0, self._left - 2)  # the last two bytes are CRLF
+        crlf = data[max(0, inside) :]
+        if crlf and crlf != b"\r\n"[2 - self._left - len(crlf) : 2 - self._left]:
+            raise HttpException(400, "a chunk is longer than its size says")
+        out.append(data[: max(0, inside)])
+        return at
+
+    def _read_size(self, line: bytes) -> None:
+        found = self._SIZE.fullmatch(line)
+        if not found:
+            raise HttpException(400, "a chunk's size is malformed")
+        # Extensions are allowed, and ignored, but not as a way to send us bytes without end.
+        self._check_overhead(len(found[2] or b""))
+        self._overhead += len(found[2] or b"")
+        size = int(found[1], 16)
+        if size:
+            self._left = size + 2
+        else:
+            self._trailers = []
+
+    def _read_trailer(self, line: bytes, trailers: list[bytes]) -> None:
+        if line:
+            self._check_overhead(len(line))
+            self._overhead += len(line)
+            trailers.append(line + b"\r\n")
+        else:
+            _parse_fields(b"".join(trailers), self._limits.max_headers)  # checked, and not used
+            self.ended = True
+
+    def _check_overhead(self, more: int) -> None:
+        if self._overhead + more > self._limits.max_header_bytes:
+            raise HttpException(431, "the chunk extensions or trailers of the body are too large")
+
+
+class Connection(asyncio.Protocol):
+    """A client's connection: it reads requests, starts their handlers, and carries the answers."""
+
+    __slots__ = (
+        "_advancing", "_answering", "_at", "_block", "_body", "_buffer", "_busy", "_chunks",
+        "_close_after", "_deadline", "_discarded", "_drain_waiters", "_ended", "_eof", "_expects",
+        "_framed", "_head", "_http_1_0", "_idle", "_left", "_limits", "_paused_reading",
+        "_paused_writing", "_scanned", "_sent", "_stalled_since", "_taken", "_transport", "_worker",
+        "disconnected", "on_end", "shutting_down",
+    )  # fmt: skip
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._limits = worker.limits
+        self._transport: asyncio.Transport = None  # type: ignore[assignment]  # connection_made
+        # Reading
+        self._buffer = b""  # bytes that have come,
+        self._at = 0  # of which these many have been used
+        self._scanned = 0  # where to go on looking for the end of a head
+        self._block = b"\r\n"  # the last header block, as it came, and parsed: a browser
+        self._head: _Head | None = None  # sends the same one with each request
+        self._body: Body | None = None  # the body that is coming in,
+        self._chunks: _Chunks | None = None  # chunked, or
+        self._left = 0  # with so many bytes to come
+        self._discarded = 0  # bytes of it that nobody wanted
+        self._expects = False  # the client waits for "100 Continue"
+        self._paused_reading = False
+        self._eof = False  # the client has closed its side
+        # Answering
+        self._answering = False  # a request has been started whose answer is not complete
+        self._advancing = False  # `_advance` is at work
+        self._close_after = False  # this connection ends with the answer under way
+        self._busy = False  # there are too many connections, and this one came last
+        self._http_1_0 = False
+        self._framed = False  # the answer under way is sent in chunks
+        self._ended = False  # closed for us: nothing is taken from the client any more
+        self._paused_writing = False
+        self._drain_waiters: list[asyncio.Future[None]] | None = None
+        # Time
+        self._idle = True  # between two requests
+        self._deadline = worker.now + self._limits.header_timeout
+        self._sent = 0  # bytes given to the transport so far,
+        self._taken = 0  # and those it had got rid of when we last looked:
+        self._stalled_since = 0.0  # then
+        # The rest of what a Carrier has
+        self.on_end: Callable[[], None] | None = None
+        self.disconnected = False
+        self.shutting_down = worker.stopping
+
+    # -- What the transport tells
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """A client has connected."""
+        self._transport = cast(asyncio.Transport, transport)
+        connections = self._worker.connections
+        connections.add(self)
+        self._busy = len(connections) > self._worker.max_connections
+        if len(connections) > self._worker.max_connections + _TOLD_BUSY:
+            self._transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """It has gone, or we have closed: wake everybody who waits for it."""
+        self._worker.connections.discard(self)
+        self._ended = True
+        self._peer_gone()
+        self._resume_drains()
+        if self._body is not None:
+            self._body.fail(ClientDisconnected("the client left before its request was complete"))
+
+    def eof_received(self) -> bool:
+        """The client will send no more. It may still be reading: what it asked for is answered."""
+        self._eof = True
+        if self._body is not None and not self._ended:
+            self._body.fail(ClientDisconnected("the client closed in the middle of its request"))
+            self._close_after = True
+        self._peer_gone()
+        self._advance_later()
+        return self._transport.get_extra_info("sslcontext") is None  # TLS has no half-closed state
+
+    def _peer_gone(self) -> None:
+        self.disconnected = True
+        self._call_on_end()
+
+    def _call_on_end(self) -> None:
+        on_end, self.on_end = self.on_end, None
+        if on_end is not None:
+            on_end()
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes have come."""
+        if self._ended:
+            return
+        self._buffer = self._buffer[self._at :] + data if self._at < len(self._buffer) else data
+        self._at = 0
+        if not self._advancing:
+            self._advance()
+
+    def pause_writing(self) -> None:
+        """The transport holds as much of our answer as it should."""
+        self._paused_writing = True
+
+    def resume_writing(self) -> None:
+        """There is room again."""
+        self._paused_writing = False
+        self._resume_drains()
+        self._worker.loop.call_soon(self._advance_later)
+
+    def _resume_drains(self) -> None:
+        waiters, self._drain_waiters = self._drain_waiters, None
+        _resolve(waiters or [])
+
+    # -- Reading requests
+
+    def _advance(self) -> None:
+        """Do all that can be done with the bytes that are here."""
+        self._advancing = True
+        try:
+            while self._at < len(self._buffer) and not self._ended:
+                if self._body is not None:
+                    if not self._read_body(self._body):
+                        break
+                elif self._answering or self._paused_writing or not self._read_head():
+                    break
+        except HttpException as exc:
+            self._refuse(exc)
+        finally:
+            self._advancing = False
+        if self._at >= len(self._buffer):
+            self._buffer, self._at = b"", 0
+        if self._eof and self._body is None and not (self._answering or self._paused_writing):
+            self._close()  # what is left is a part of a request, and no more of it will come
+        self._regulate()
+
+    def _regulate(self) -> None:
+        """Let the client wait while there is enough of it in memory."""
+        if self._ended:
+            return
+        body = self._body
+        if body is not None and not body.discarding:
+            full = body.buffered >= _HIGH_WATER
+        else:
+            full = len(self._buffer) - self._at > max(_HIGH_WATER, self._limits.max_header_bytes)
+        if full and not self._paused_reading:
+            self._paused_reading = True
+            self._deadline = _NEVER
+            self._transport.pause_reading()
+        elif self._paused_reading and not full:
+            self._paused_reading = False
+            self._transport.resume_reading()
+
+    def _read_head(self) -> bool:
+        """Start the next request, if all of its head is here."""
+        buffer, limits = self._buffer, self._limits
+        while buffer.startswith(b"\r\n", self._at):  # tolerated in front (RFC 9112, section 2.2)
+            self._at += 2
+        end = buffer.find(b"\r\n\r\n", max(self._at, self._scanned - 3))
+        if end < 0:
+            self._await_head()
+            return False
+        self._scanned = 0
+        line_end = buffer.find(b"\r\n", self._at)
+        line, block = buffer[self._at : line_end], buffer[line_end + 2 : end + 2]
+        if end - self._at > limits.max_header_bytes:
+            raise self._head_too_large(line)
+        self._at = end + 4
+        self._idle = False
+        self._deadline = _NEVER
+        found = _REQUEST_LINE.fullmatch(line)
+        if not found:
+            raise HttpException(400, "the request line is malformed")
+        method, target, major, minor = found.groups()
+        if major != b"1":
+            raise HttpException(505, "only HTTP/1.1 and HTTP/1.0 are spoken here")
+        if len(target) > limits.max_target:
+            raise HttpException(414, f"the target is longer than {limits.max_target} bytes")
+        if block != self._block or self._head is None:
+            self._head = _Head(block, limits.max_headers)
+            self._block = block
+        self._http_1_0 = minor == b"0"
+        self._start(method.decode("ascii"), target.decode("ascii"), self._head)
+        return True
+
+    def _await_head(self) -> None:
+        """The head is not complete: see that it does not grow, or take, without end."""
+        waiting = len(self._buffer) - self._at
+        if _LONE_LF.search(self._buffer, max(self._at, self._scanned - 1)):
+            raise HttpException(400, "a line of the head ends in a bare line feed")
+        if waiting > self._limits.max_header_bytes:
+            raise self._head_too_large(self._buffer[self._at :])
+        if self._idle and waiting:
+            self._idle = False
+            self._deadline = self._worker.loop.time() + self._limits.header_timeout
+        self._scanned = len(self._buffer)
+        # The next bytes will be put behind what is left, so positions count from there.
+        self._scanned -= self._at
+
+    def _head_too_large(self, start: bytes) -> HttpException:
+        line = start.partition(b"\r\n")[0]
+        if len(line) > self._limits.max_target + 32:
+            return HttpException(414, f"the target is longer than {self._limits.max_target} bytes")
+        return HttpException(431, f"the head is larger than {self._limits.max_header_bytes} bytes")
+
+    def _start(self, method: str, target: str, head: _Head) -> None:
+        """Begin with a request: its framing is known, its handler starts."""
+        headers = head.headers
+        if self._http_1_0:
+            self._close_after = not head.keep_alive or head.close
+            if head.chunked:
+                raise HttpException(400, "Transfer-Encoding in HTTP/1.0")
+        else:
+            self._close_after = head.close
+        if not head.has_host and not self._http_1_0:
+            raise HttpException(400, "Host is missing")
+        if target[0] != "/":
+            target, headers = self._other_form(method, target, headers)
+        elif "#" in target:
+            raise HttpException(400, "a target has no fragment")
+        if head.expects and head.expects != "100-continue":
+            raise HttpException(417, "only '100-continue' can be expected")
+        body = None
+        self._expects = False
+        if head.chunked or head.length:
+            body = self._body = Body(self._wants_body)
+            self._chunks = _Chunks(self._limits) if head.chunked else None
+            self._left = head.length
+            self._discarded = 0
+            self._expects = bool(head.expects) and not self._http_1_0
+            if not self._expects:
+                self._deadline = self._worker.now + self._limits.body_timeout
+        request = Request(method, target, headers, body, self._peer_address)
+        self._answering = True
+        worker = self._worker
+        if worker.stopping:
+            self._close_after = True
+        if self._busy:
+            self._refuse_busy()
+            return
+        worker.run(worker.app.dispatch(request, self))
+
+    def _other_form(self, method: str, target: str, headers: Headers) -> tuple[str, Headers]:
+        """A target that does not begin with a slash (RFC 9112, section 3.2)."""
+        found = _TARGET.fullmatch(target)
+        if method == "CONNECT":
+            raise HttpException(501, "this is no proxy: CONNECT is not supported")
+        if not found or (target == "*" and method != "OPTIONS"):
+            raise HttpException(400, "the target is malformed")
+        if target == "*":
+            return target, headers
+        authority, path = found.groups()
+        if not _HOST.fullmatch(authority):
+            raise HttpException(400, "the target's host is malformed")
+        # What the target says goes before the Host field (section 3.2.2).
+        return path or "/", Headers({**headers._fields, "host": [authority]})
+
+    def _peer_address(self) -> str:
+        peer = self._transport.get_extra_info("peername")
+        return str(peer[0]) if isinstance(peer, tuple) else ""
+
+    def _read_body(self, body: Body) -> bool:
+        """Feed what has come of a body to it; true if the body has come to its end."""
+        if self._chunks is not None:
+            data, self._at = self._chunks.decode(self._buffer, self._at)
+            complete = self._chunks.ended
+        else:
+            data = self._buffer[self._at : self._at + self._left]
+            self._at += len(data)
+            self._left -= len(data)
+            complete = self._left == 0
+        self._expects = False  # it has begun to send without being asked
+        if data:
+            body.feed(data)
+            if body.discarding:
+                self._discarded += len(data)
+            # A kilobyte buys a second, up to the whole time-out: trickling does not pay.
+            limit = self._worker.loop.time() + self._limits.body_timeout
+            if self._deadline != _NEVER:
+                self._deadline = min(limit, self._deadline + len(data) / 1024)
+        if complete:
+            self._body = None
+            self._deadline = _NEVER
+            body.end()
+            if not self._answering:
+                self._become_idle()
+        else:
+            self._give_up_body(body)
+        return complete
+
+    def _give_up_body(self, body: Body) -> None:
+        """After the answer, a rest that nobody wants is worth waiting for only if it is small."""
+        unread = self._discarded + self._left
+        if body.discarding and not self._answering and unread > _DISCARD_LIMIT:
+            self._close()
+
+    def _wants_body(self) -> None:
+        """Somebody reads the body, or has given it up: let the rest come."""
+        body = self._body
+        if body is None or self._ended:
+            return
+        if self._expects and not body.discarding:
+            self._expects = False
+            self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if self._deadline == _NEVER:
+            self._deadline = self._worker.loop.time() + self._limits.body_timeout
+        self._give_up_body(body)
+        self._regulate()
+
+    # -- Refusing
+
+    def _refuse(self, exc: HttpException) -> None:
+        """Answer a request that cannot be understood, and close:
+
+        who knows where the next begins.
+        """
+        self._worker.note_refusal(self, exc)
+        self._close_after = True
+        if self._body is not None:  # its handler is at work, and shall hear of it
+            body, self._body = self._body, None
+            body.fail(exc)
+            if not self._answering:
+                self._close()
+            return
+        self._answering = True
+        text = f"{exc.detail}\n".encode("latin-1", "replace")
+        fields = b"content-type: text/plain; charset=utf-8\r\ncontent-length: %d\r\n" % len(text)
+        self.answer(exc.status_code, fields, text)
+
+    def _refuse_busy(self) -> None:
+        self._close_after = True
+        self._worker.note_refusal(self, HttpException(503, "too many connections"))
+        self.answer(503, b"retry-after: 5\r\ncontent-length: 0\r\n", b"")
+
+    # -- The Carrier's side: answers
+
+    def answer(self, status: int, fields: bytes, body: bytes) -> None:
+        """See Carrier."""
+        self._framed = False
+        self._write(self._head_bytes(status, fields) + body)
+        self.finish()
+
+    def begin(self, status: int, fields: bytes, unsized: bool) -> None:
+        """See Carrier."""
+        self._framed = unsized and not self._http_1_0
+        if self._framed:
+            fields += b"transfer-encoding: chunked\r\n"
+        elif unsized:
+            self._close_after = True  # HTTP/1.0: the end of the connection is the end of the body
+        self._write(self._head_bytes(status, fields))
+
+    def _head_bytes(self, status: int, fields: bytes) -> bytes:
+        if self._expects:
+            self._close_after = True  # nobody can tell whether the body will still come
+        if self._close_after:
+            fields += b"connection: close\r\n"
+        elif self._http_1_0:
+            fields += b"connection: keep-alive\r\n"
+        if b"\ndate: " not in fields and not fields.startswith(b"date: "):
+            fields += _date_line(int(time.time()))
+        return _status_line(status) + fields + b"\r\n"
+
+    def send(self, data: bytes) -> None:
+        """See Carrier."""
+        self._write(b"%x\r\n%b\r\n" % (len(data), data) if self._framed else data)
+        if self._paused_writing:
+            unsent = self._transport.get_write_buffer_size()
+            if unsent > self._limits.max_buffer:  # whoever writes does not wait for the client
+                self._worker.note_refusal(self, HttpException(408, "the answer was not taken"))
+                self._transport.abort()
+
+    def finish(self) -> None:
+        """See Carrier."""
+        if self._framed:
+            self._write(b"0\r\n\r\n")
+            self._framed = False
+        self._answering = False
+        self.on_end = None
+        if self._close_after:
+            self._close()
+            return
+        if self._body is not None:
+            self._give_up_body(self._body)
+        else:
+            self._become_idle()
+        if (self._at < len(self._buffer) or self._eof) and not self._advancing:
+            # In a turn of its own, and not inside the handler that has just answered.
+            self._worker.loop.call_soon(self._advance_later)
+
+    def abort(self) -> None:
+        """See Carrier. Where only the connection's end would tell, it is a reset."""
+        self._answering = False
+        if self._http_1_0:
+            self._transport.abort()
+        else:
+            self._transport.close()
+
+    def has_room(self) -> bool:
+        """See Carrier."""
+        return not self._paused_writing and not self._is_lost()
+
+    async def drained(self) -> None:
+        """See Carrier."""
+        if self._paused_writing and not self._is_lost():
+            waiter = self._worker.loop.create_future()
+            self._drain_waiters = [*(self._drain_waiters or ()), waiter]
+            await waiter
+        if self._is_lost():
+            raise ClientDisconnected("the client has gone")
+
+    async def send_file(self, file: IO[bytes], offset: int, count: int) -> None:
+        """See Carrier. The kernel copies from file to socket, where it can and there is no TLS."""
+        transport = self._transport
+        connection = transport.get_extra_info("socket")
+        if hasattr(os, "sendfile") and transport.get_extra_info("sslcontext") is None:
+            transport.set_write_buffer_limits(0)  # so that `drained` waits until all has gone
+            # A descriptor of our own: the transport may close its one while we wait for it.
+            descriptor = os.dup(connection.fileno())
+            try:
+                await self._send_by_system(descriptor, file, offset, count)
+            finally:
+                os.close(descriptor)
+                transport.set_write_buffer_limits(_HIGH_WATER)
+            return
+        file.seek(offset)
+        while count:
+            await self.drained()
+            data = file.read(min(count, _FILE_PIECE))
+            if not data:
+                raise StarioError(f"{file.name} has become shorter while it was sent")
+            self._write(data)
+            count -= len(data)
+
+    async def _send_by_system(
+        self, descriptor: int, file: IO[bytes], offset: int, count: int
+    ) -> None:
+        loop = self._worker.loop
+        while count:
+            await self.drained()
+            try:
+                sent = os.sendfile(descriptor, file.fileno(), offset, min(count, _FILE_PIECE))
+            except BlockingIOError:
+                self._paused_writing = True
+                loop.add_writer(descriptor, self.resume_writing)
+                try:
+                    await self.drained()
+                finally:
+                    loop.remove_writer(descriptor)
+                continue
+            except OSError:
+                raise ClientDisconnected("the client has gone") from None
+            if not sent:
+                raise StarioError(f"{file.name} has become shorter while it was sent")
+            self._sent += sent  # the sweep sees by this that the client takes it
+            offset, count = offset + sent, count - sent
+
+    def watch(self, seconds: float) -> None:
+        """See Carrier: Linux can be asked to give up on a peer that acknowledges nothing."""
+        connection = self._transport.get_extra_info("socket")
+        if connection is not None and connection.family != getattr(socket, "AF_UNIX", None):
+            with suppress(AttributeError, OSError):
+                connection.setsockopt(
+                    socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(seconds * 1000)
+                )
+
+    def _write(self, data: bytes) -> None:
+        if not self._is_lost():
+            self._sent += len(data)
+            self._transport.write(data)
+
+    def _is_lost(self) -> bool:
+        return self._ended or self._transport.is_closing()
+
+    def _advance_later(self) -> None:
+        if not (self._advancing or self._ended or self._transport.is_closing()):
+            self._advance()
+
+    def _become_idle(self) -> None:
+        self._idle = True
+        self._deadline = self._worker.now + self._limits.keep_alive_timeout
+        if self._worker.stopping:
+            self._close()
+
+    def _close(self) -> None:
+        """Close, so that the client can read what we have sent.
+
+        A socket that is closed while bytes of the client are unread sends a reset, which can
+        destroy the answer on its way. So where more may come: end our side only, and read on for a
+        while.
+        """
+        if self._ended:
+            return
+        unread = self._body is not None or self._at < len(self._buffer)
+        if unread and not self._eof and self._transport.can_write_eof():
+            self._ended = True
+            self._deadline = self._worker.loop.time() + _LINGER
+            self._buffer = b""
+            self._transport.write_eof()
+            if self._paused_reading:
+                self._transport.resume_reading()
+        else:
+            self._transport.close()
+
+    # -- Time, and the end
+
+    def check(self, now: float) -> None:
+        """Called by the sweep about once a second: has the client taken too long?"""
+        if now >= self._deadline:
+            self._deadline = _NEVER
+            self._timed_out()
+        unsent = self._transport.get_write_buffer_size()
+        if unsent == 0 and not self._paused_writing:
+            self._stalled_since = 0.0
+        elif self._sent - unsent != self._taken or not self._stalled_since:
+            self._taken = self._sent - unsent
+            self._stalled_since = now
+        elif now - self._stalled_since >= self._limits.write_timeout:
+            self._worker.note_refusal(self, HttpException(408, "the answer was not taken"))
+            self._transport.abort()
+
+    def _timed_out(self) -> None:
+        if self._ended or (self._idle and self._at == len(self._buffer)):
+            self._transport.abort() if self._ended else self._transport.close()
+        elif self._body is not None:
+            self._refuse(HttpException(408, "the body did not come in time"))
+        else:
+            self._refuse(HttpException(408, "the head did not come in time"))
+
+    def shut_down(self) -> None:
+        """The server stops: idle connections close, streams end, requests are answered."""
+        self.shutting_down = True
+        if self._answering:
+            self._call_on_end()
+        elif self._body is None:
+            self._transport.close()
+
+
+_NEVER = float("inf")
+_FILE_PIECE = 1024 * 1024
+
+
+# ==================================================================================================
+# 13. The app and its server
+#
+# A Stario is a router with a tracer. `dispatch` takes one request through it: context, handler,
+# errors, the end of the answer; it is all that a carrier ever calls.
+#
+# The server accepts connections on the caller's event loop and deals them out, in turn, to its
+# workers: one on that same loop, and `workers - 1` in threads with a loop of their own. They share
+# memory, so what handlers keep in variables is there for all of them.
+# ==================================================================================================
+
+
+class Stario(Router):
+    """An app: routes, a tracer, and what holds for all requests.
+
+    Without a tracer it is silent. `max_body` is the largest request body in bytes.
+    """
+
+    def __init__(
+        self,
+        tracer: Tracer | None = None,
+        *,
+        compression: CompressionConfig | None = None,
+        max_body: int = 10 * 1024 * 1024,
+    ) -> None:
+        super().__init__()
+        self.tracer = tracer or Tracer()
+        self.compression = compression or CompressionConfig()
+        self.max_body = max_body
+        self._silent = type(self.tracer) is Tracer
+        self._fallback: Handler = self._no_route
+        self._add("GET", "/_stario/*", Assets({"pocket.js": POCKET_CLIENT}, "_stario"))
+        self._routes.clear()  # `use` may still come: this route is the framework's own
+
+    def use(self, *middleware: Middleware) -> None:
+        """Wrap every route that follows, and the answers where there is no route."""
+        super().use(*middleware)
+        self._fallback = self._no_route
+        for wrap in reversed(self._middleware):
+            self._fallback = wrap(self._fallback)
+
+    async def dispatch(self, request: Request, carrier: Carrier) -> None:
+        """Take one request from its carrier to its handler, and its answer back. Raises nothing."""
+        request.max_body = self.max_body
+        c = Context(self, request)
+        w = Writer(carrier, request, self.compression)
+        if not self._silent:
+            c["client"] = request.client
+        try:
+            try:
+                await self._route(request)(c, w)
+            except Exception as exc:
+                await self._failed(c, w, exc)
+            if not w.completed:
+                self._complete(c, w)
+        finally:
+            if not w.completed:
+                carrier.abort()  # cancelled: the server could not wait any longer
+            w._stop_heartbeat()
+            request._discard_body()
+            if c._span is not None:
+                c._span["status"] = w.status_code
+                c._span.end()
+
+    def _route(self, request: Request) -> Handler:
+        for router in self._routers_for(request):
+            handler = router._find(request)
+            if handler is not None:
+                return handler
+        return self._fallback
+
+    def _routers_for(self, request: Request) -> Iterator[Router]:
+        """The routers that may answer: those of the request's host, then the app itself."""
+        if self._hosts:
+            host = request.host
+            for pattern, router in self._hosts:
+                if pattern == host:
+                    request.subhost = ""
+                    yield router
+                elif pattern.startswith("*") and host.endswith(pattern[1:]):
+                    request.subhost = host[: 1 - len(pattern)]
+                    yield router
+            request.subhost = ""
+        yield self
+
+    async def _no_route(self, c: Context, w: Writer) -> None:
+        """Answer where no route does: OPTIONS, 405, the way to the path without its slash, 404."""
+        request = c.req
+        methods = self._methods_for(request, request.raw_path)
+        if methods:
+            w.headers.set("allow", ", ".join(sorted(methods | {"OPTIONS"})))
+            if request.method != "OPTIONS":
+                raise HttpException(405)
+            w.empty(204)
+            return
+        # Of "//evil.com/" no slash may be left that makes it the address of another host.
+        bare = "/" + request.raw_path.strip("/\\")
+        if request.raw_path.endswith("/") and self._methods_for(request, bare):
+            query = f"?{request.query_string}" if request.query_string else ""
+            w.redirect(bare + query, 308)
+            return
+        raise HttpException(404)
+
+    def _methods_for(self, request: Request, raw_path: str) -> set[str]:
+        if raw_path == "*":
+            return {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"}
+        return {m for router in self._routers_for(request) for m in router._methods(raw_path)}
+
+    async def _failed(self, c: Context, w: Writer, exc: Exception) -> None:
+        """A handler has raised: answer for it, if there is still an answer to give."""
+        try:
+            if await _handle_error(self._errors, c, w, exc):
+                return
+        except Exception as another:  # the error handler's own
+            exc = another
+        if isinstance(exc, ClientDisconnected):
+            c("client.disconnected")
+        elif isinstance(exc, HttpException):
+            c("http.exception", {"status": exc.status_code, "detail": exc.detail})
+            self._answer_error(w, exc)
+        else:
+            self._report(c, exc)
+            self._answer_error(w, HttpException(500))
+        if w.started and not w.completed:
+            w.completed = True
+            w._carrier.abort()
+
+    def _answer_error(self, w: Writer, exc: HttpException) -> None:
+        if w.started:
+            return
+        for name in ("content-type", "content-length", "content-encoding", "etag", "cache-control"):
+            w.headers.remove(name)  # they were meant for another answer
+        if exc.status_code in (301, 302, 303, 307, 308):
+            w.redirect(exc.detail, exc.status_code)
+        else:
+            w.text(exc.detail, exc.status_code)
+
+    def _report(self, c: Context, exc: Exception) -> None:
+        """Tell the developer: by the span, or, where nobody looks at spans, as asyncio does."""
+        if self._silent:
+            message = f"unhandled exception in {c.req.method} {c.req.path}"
+            asyncio.get_running_loop().call_exception_handler(
+                {"message": message, "exception": exc}
+            )
+        else:
+            c.span.fail(exc)
+
+    def _complete(self, c: Context, w: Writer) -> None:
+        """The handler is through: end its stream, or say that there is nothing to say."""
+        if not w.started:
+            c("no answer", {"hint": "the handler sent nothing, so the client got 204 No Content"})
+            w.empty(204)
+            return
+        try:
+            w.end()
+        except StarioError as exc:  # less than its Content-Length
+            self._report(c, exc)
+
+    async def serve(
+        self, host: str = "127.0.0.1", port: int = 8000, workers: int = 1, **options: Any
+    ) -> None:
+        """Serve until SIGINT or SIGTERM. The options are those of `Server`, and the `Limits`.
+
+        What keeps it from starting (a port that is taken, an option that does not exist) ends the
+        program with one sentence: SystemExit.
+        """
+        try:
+            server = Server(self, host, port, workers, **options)
+            await server.start()
+        except StarioError as exc:
+            raise SystemExit(f"stario: {exc}") from None
+        try:
+            await server.wait_for_signal()
+        finally:
+            await server.stop()
+
+    @asynccontextmanager
+    async def running(
+        self, host: str = "127.0.0.1", port: int = 0, workers: int = 1, **options: Any
+    ) -> AsyncIterator[Server]:
+        """Serve inside a program of your own: `async with app.running(port=0) as server:`
+
+        `server.url` says where. Raises StarioError where it cannot start.
+        """
+        server = Server(self, host, port, workers, **options)
+        await server.start()
+        try:
+            yield server
+        finally:
+            await server.stop()
+
+
+class Worker:
+    """One event loop's share of the connections. Everything here is touched on that loop only."""
+
+    def __init__(
+        self, app: Stario, loop: asyncio.AbstractEventLoop, limits: Limits, max_connections: int
+    ) -> None:
+        self.app = app
+        self.loop = loop
+        self.limits = limits
+        self.max_connections = max_connections
+        self.connections: set[Connection] = set()
+        self.tasks: set[asyncio.Task[None]] = set()  # handlers under way
+        self.stopping = False
+        self.now = loop.time()  # as of the last sweep: good enough for time-outs of seconds
+        self.context = contextvars.copy_context()
+        timeouts = (
+            limits.header_timeout,
+            limits.body_timeout,
+            limits.keep_alive_timeout,
+            limits.write_timeout,
+        )
+        self._interval = max(0.01, min(1.0, min(timeouts) / 4))
+        self._timer = loop.call_later(self._interval, self._sweep)
+
+    def run(self, handling: Coroutine[Any, Any, None]) -> None:
+        """Start a handler. One that never waits is through when this returns (Python 3.12+).
+
+        Each starts in a copy of the server's own context, so that no handler's context variables
+        reach the next request on its connection.
+        """
+        task = _start_task(handling, self.loop, self.context.copy())
+        if not task.done():
+            self.tasks.add(task)
+            task.add_done_callback(self.tasks.discard)
+
+    def adopt(self, accepted: socket.socket, tls: ssl_module.SSLContext | None) -> None:
+        """Take over a connection that has been accepted."""
+        task = self.loop.create_task(self._adopt(accepted, tls))
+        self.tasks.add(task)
+        task.add_done_callback(self.tasks.discard)
+
+    async def _adopt(self, accepted: socket.socket, tls: ssl_module.SSLContext | None) -> None:
+        try:
+            await self.loop.connect_accepted_socket(
+                lambda: Connection(self),
+                accepted,
+                ssl=tls,
+                ssl_handshake_timeout=self.limits.header_timeout if tls else None,
+            )
+        except (OSError, asyncio.CancelledError):  # no TLS after all, or gone already
+            accepted.close()
+
+    def note_refusal(self, connection: Connection, exc: HttpException) -> None:
+        """Put into the trace what no handler got to see."""
+        if not self.app._silent:
+            attributes = {"status": exc.status_code, "detail": exc.detail}
+            client = connection._peer_address()
+            self.app.tracer("http.refused", {"client": client, **attributes}).end()
+
+    def _sweep(self) -> None:
+        self.now = self.loop.time()
+        for connection in list(self.connections):
+            connection.check(self.now)
+        self._timer = self.loop.call_later(self._interval, self._sweep)
+
+    async def stop(self, graceful_timeout: float) -> None:
+        """End the streams, let requests finish, and cut off what takes too long."""
+        self.stopping = True
+        deadline = self.loop.time() + graceful_timeout
+        for connection in list(self.connections):
+            connection.shut_down()
+        while (self.tasks or self.connections) and self.loop.time() < deadline:
+            waiting = asyncio.wait(self.tasks) if self.tasks else asyncio.sleep(0.01)
+            with suppress(asyncio.TimeoutError):
+                await asyncio.wait_for(waiting, deadline - self.loop.time())
+        for task in list(self.tasks):
+            task.cancel()
+        for connection in list(self.connections):
+            connection._transport.abort()
+        if self.tasks:
+            await asyncio.wait(self.tasks, timeout=1.0)  # their cleanup
+        await asyncio.sleep(0)  # for connection_lost
+        self._timer.cancel()
+
+
+# See `_spawn`: the same, with a context.
+if sys.version_info >= (3, 12):
+
+    def _start_task(
+        coroutine: Coroutine[Any, Any, None],
+        loop: asyncio.AbstractEventLoop,
+        context: contextvars.Context,
+    ) -> asyncio.Task[None]:
+        return asyncio.Task(coroutine, loop=loop, context=context, eager_start=True)
+
+else:
+
+    def _start_task(
+        coroutine: Coroutine[Any, Any, None],
+        loop: asyncio.AbstractEventLoop,
+        context: contextvars.Context,
+    ) -> asyncio.Task[None]:
+        return loop.create_task(coroutine, context=context)
+
+
+class Server:
+    """A server for an app: `await start()`, `await stop()`; `url` and `port` say where it is.
+
+    - `host`, `port`: where to listen; port 0 takes a free one
+    - `workers`: event loops, each in a thread of its own but the first
+    - `unix_socket`: a path to listen at instead, with `unix_mode` as its permissions
+    - `ssl`: an `ssl.SSLContext`, for HTTPS
+    - `reuse_port`: let several processes listen on one port (SO_REUSEPORT)
+    - `backlog`: connections that wait to be accepted
+    - `graceful_timeout`: seconds that requests under way get when the server stops
+    - the fields of `Limits`
+    """
+
+    def __init__(
+        self,
+        app: Stario,
+        host: str = "127.0.0.1",
+        port: int = 8000,
+        workers: int = 1,
+        *,
+        unix_socket: str | Path | None = None,
+        unix_mode: int = 0o660,
+        ssl: ssl_module.SSLContext | None = None,
+        reuse_port: bool = False,
+        backlog: int = 1024,
+        graceful_timeout: float = 5.0,
+        **limits: Any,
+    ) -> None:
+        self.app = app
+        self.host = host
+        self.port = port
+        self._count = workers
+        self._unix_socket = str(unix_socket) if unix_socket is not None else None
+        self._unix_mode = unix_mode
+        self._ssl = ssl
+        self._reuse_port = reuse_port
+        self._backlog = backlog
+        self._graceful_timeout = graceful_timeout
+        known = {field.name for field in dataclasses.fields(Limits)}
+        for name in limits:
+            if name not in known:
+                raise StarioError(f"the server has no option {name!r}; see Server and Limits")
+        self._limits = Limits(**limits)
+        if workers < 1:
+            raise StarioError("workers must be at least 1")
+        self._sockets: list[socket.socket] = []
+        self._workers: list[Worker] = []
+        self._threads: list[threading.Thread] = []
+        self._accepting: list[asyncio.Task[None]] = []
+        self._next = 0  # the worker whose turn it is
+        self._interrupted: asyncio.Event | None = None
+
+    @property
+    def url(self) -> str:
+        """The address to open, without a slash at its end."""
+        if self._unix_socket:
+            return f"unix:{self._unix_socket}"
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{'https' if self._ssl else 'http'}://{host}:{self.port}"
+
+    # -- Starting
+
+    async def start(self) -> None:
+        """Listen, and start the workers. Raises StarioError where that cannot be."""
+        self._sockets = self._listen_unix() if self._unix_socket else self._listen_tcp()
+        loop = asyncio.get_running_loop()
+        share = -(-self._limits.max_connections // self._count)
+        self._workers = [Worker(self.app, loop, self._limits, share)]
+        for number in range(1, self._count):
+            self._start_thread(type(loop)(), number, share)
+        for listening in self._sockets:
+            self._accepting.append(loop.create_task(self._accept(loop, listening)))
+
+    def _start_thread(self, loop: asyncio.AbstractEventLoop, number: int, share: int) -> None:
+        worker = Worker(self.app, loop, self._limits, share)
+        thread = threading.Thread(
+            target=_run_loop, args=(loop,), name=f"stario-{number}", daemon=True
+        )
+        thread.start()
+        self._workers.append(worker)
+        self._threads.append(thread)
+
+    def _listen_tcp(self) -> list[socket.socket]:
+        try:
+            found = socket.getaddrinfo(
+                self.host or None, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            )
+        except OSError as exc:
+            raise StarioError(f"cannot listen on {self.host!r}: {exc.strerror}") from None
+        sockets: list[socket.socket] = []
+        try:
+            for family, kind, protocol, _, address in dict.fromkeys(found):
+                listening = socket.socket(family, kind, protocol)
+                sockets.append(listening)
+                if os.name == "posix":
+                    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                if self._reuse_port:
+                    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+                if family == socket.AF_INET6:
+                    listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+                listening.bind((address[0], self.port, *address[2:]))
+                listening.listen(self._backlog)
+                listening.setblocking(False)
+                self.port = listening.getsockname()[1]  # port 0: the same one for all addresses
+        except (OSError, AttributeError, OverflowError) as exc:
+            for opened in sockets:
+                opened.close()
+            raise StarioError(self._why_not(exc)) from None
+        return sockets
+
+    def _why_not(self, exc: Exception) -> str:
+        place = f"{self.host}:{self.port}"
+        if isinstance(exc, AttributeError):
+            return "reuse_port is not supported on this system"
+        if isinstance(exc, OSError) and exc.errno == errno.EADDRINUSE:
+            return (
+                f"cannot listen on {place}: the port is taken. Stop what runs there, or set port="
+            )
+        reason = exc.strerror if isinstance(exc, OSError) else exc
+        return f"cannot listen on {place}: {reason}"
+
+    def _listen_unix(self) -> list[socket.socket]:
+        path = str(self._unix_socket)
+        listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            _remove_stale_socket(path)
+            listening.bind(path)
+            os.chmod(path, self._unix_mode)
+            listening.listen(self._backlog)
+            listening.setblocking(False)
+        except (OSError, StarioError) as exc:
+            listening.close()
+            reason = exc.strerror if isinstance(exc, OSError) else exc
+            raise StarioError(f"cannot listen on {path}: {reason}") from None
+        return [listening]
+
+    # -- Running
+
+    async def _accept(self, loop: asyncio.AbstractEventLoop, listening: socket.socket) -> None:
+        while True:
+            try:
+                accepted, _ = await loop.sock_accept(listening)
+            except OSError:
+                # No descriptors or memory left: those who wait stay in the backlog for a moment.
+                await asyncio.sleep(0.1)
+                continue
+            worker = self._workers[self._next]
+            self._next = (self._next + 1) % len(self._workers)
+            if worker.loop is loop:
+                worker.adopt(accepted, self._ssl)
+            else:
+                worker.loop.call_soon_threadsafe(worker.adopt, accepted, self._ssl)
+
+    async def wait_for_signal(self) -> None:
+        """Wait for SIGINT (Ctrl-C) or SIGTERM.
+
+        A second one while the server stops ends it at once.
+        """
+        loop = asyncio.get_running_loop()
+        stop = asyncio.Event()
+        restore = [_on_signal(number, loop, stop) for number in (signal.SIGINT, signal.SIGTERM)]
+        try:
+            await stop.wait()
+        finally:
+            for undo in restore:
+                undo()
+
+    async def stop(self) -> None:
+        """Accept no more, end the streams, let requests finish within `graceful_timeout`."""
+        for task in self._accepting:
+            task.cancel()
+        await asyncio.gather(*self._accepting, return_exceptions=True)
+        for listening in self._sockets:
+            listening.close()
+        if self._unix_socket and self._sockets:
+            with suppress(OSError):
+                os.unlink(self._unix_socket)
+        self._sockets = []
+        here = asyncio.get_running_loop()
+        stopping = [
+            worker.stop(self._graceful_timeout)
+            if worker.loop is here
+            else asyncio.wrap_future(
+                asyncio.run_coroutine_threadsafe(worker.stop(self._graceful_timeout), worker.loop)
+            )
+            for worker in self._workers
+        ]
+        await asyncio.gather(*stopping)
+        for worker in self._workers[1:]:
+            worker.loop.call_soon_threadsafe(worker.loop.stop)
+        for thread in self._threads:
+            await here.run_in_executor(None, thread.join)
+        self._workers, self._threads = [], []
+
+
+def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
+    """A worker's thread."""
+    asyncio.set_event_loop(loop)
+    try:
+        loop.run_forever()
+    finally:
+        loop.run_until_complete(loop.shutdown_asyncgens())
+        loop.close()
+
+
+def _on_signal(
+    number: int, loop: asyncio.AbstractEventLoop, stop: asyncio.Event
+) -> Callable[[], object]:
+    """Set the event when the signal comes; gives back what undoes it."""
+    if threading.current_thread() is not threading.main_thread():
+        return lambda: None  # only the main thread can have signals
+    try:
+        loop.add_signal_handler(number, stop.set)
+        return lambda: loop.remove_signal_handler(number)
+    except NotImplementedError:  # Windows
+        before = signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop.set))
+        return lambda: signal.signal(number, before)
+
+
+def _remove_stale_socket(path: str) -> None:
+    """Remove the socket file of a server that has died. One that still answers is left alone."""
+    try:
+        if not stat.S_ISSOCK(os.stat(path).st_mode):
+            raise StarioError("there is a file of that name, and it is no socket")
+    except FileNotFoundError:
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+            return
+    raise StarioError("another server is listening there")
+
+
+# ==================================================================================================
+# 14. Trying it without a network: the test client
+#
+# A carrier that keeps what it is given. Requests go through the same `dispatch` as those from the
+# network, in the same loop as the test: no socket, no thread, nothing to wait for but the handler.
+# ==================================================================================================
+
+
+class _Exchange:
+    """The Carrier of one request of a test."""
+
+    def __init__(self) -> None:
+        self.on_end: Callable[[], None] | None = None
+        self.disconnected = False
+        self.shutting_down = False
+        self.status = 0
+        self.headers = Headers()
+        self.unread = bytearray()
+        self.finished = False
+        self.aborted = False
+        self._changed = asyncio.Event()
+
+    def answer(self, status: int, fields: bytes, body: bytes) -> None:
+        """See Carrier."""
+        self.begin(status, fields, False)
+        self.send(body)
+        self.finish()
+
+    def begin(self, status: int, fields: bytes, unsized: bool) -> None:
+        """See Carrier."""
+        self.status = status
+        self.headers = Headers(_parse_fields(fields, 10_000))
+        self._changed.set()
+
+    def send(self, data: bytes) -> None:
+        """See Carrier."""
+        if not self.disconnected:
+            self.unread += data
+            self._changed.set()
+
+    def finish(self) -> None:
+        """See Carrier."""
+        self.finished = True
+        self._changed.set()
+
+    def abort(self) -> None:
+        """See Carrier."""
+        self.finished = self.aborted = True
+        self._changed.set()
+
+    def has_room(self) -> bool:
+        """See Carrier."""
+        return len(self.unread) < _HIGH_WATER and not self.disconnected
+
+    async def drained(self) -> None:
+        """See Carrier."""
+        while not self.has_room():
+            if self.disconnected:
+                raise ClientDisconnected("the client has gone")
+            await self.change()
+
+    async def send_file(self, file: IO[bytes], offset: int, count: int) -> None:
+        """See Carrier."""
+        file.seek(offset)
+        self.send(file.read(count))
+
+    def watch(self, seconds: float) -> None:
+        """See Carrier: there is no network that could lose the peer."""
+
+    async def change(self) -> None:
+        """Wait until something happens on the other side."""
+        self._changed.clear()
+        await self._changed.wait()
+
+    def take(self) -> bytes:
+        """What has been sent since the last call."""
+        data = bytes(self.unread)
+        self.unread.clear()
+        self._changed.set()
+        return data
+
+    def end_streams(self, *, disconnect: bool) -> None:
+        """Let the client go, or the server stop."""
+        self.disconnected = self.disconnected or disconnect
+        self.shutting_down = self.shutting_down or not disconnect
+        self._changed.set()
+        on_end, self.on_end = self.on_end, None
+        if on_end:
+            on_end()
+
+
+@dataclasses.dataclass(slots=True)
+class TestResponse:
+    """An answer: `status`, `headers`, `cookies` (those it sets), `body`, `text`, `json()`."""
+
+    status: int
+    headers: Headers
+    body: bytes
+    cookies: dict[str, str]
+
+    @property
+    def text(self) -> str:
+        """The body as text."""
+        return self.body.decode("utf-8")
+
+    def json(self) -> Any:
+        """The body parsed as JSON."""
+        return json.loads(self.body)
+
+
+@dataclasses.dataclass(slots=True)
+class ServerEvent:
+    """An event of a stream, parsed: its name, data and id; for Datastar's, what they patch.
+
+    `fields` has the lines of a Datastar event by their first word: `event.fields["selector"]`.
+    """
+
+    event: str
+    data: str
+    id: str | None = None
+    retry: int | None = None
+
+    @property
+    def fields(self) -> dict[str, str]:
+        """A Datastar event's data: `elements`, `selector`, `mode`, `signals`, ..."""
+        found: dict[str, list[str]] = {}
+        for line in self.data.split("\n"):
+            name, _, value = line.partition(" ")
+            found.setdefault(name, []).append(value)
+        return {name: "\n".join(values) for name, values in found.items()}
+
+    @property
+    def elements(self) -> str:
+        """The HTML that it patches in."""
+        return self.fields.get("elements", "")
+
+    @property
+    def signals(self) -> Any:
+        """The signals that it patches, parsed."""
+        return json.loads(self.fields.get("signals", "{}"))
+
+
+def _parse_event(block: str) -> ServerEvent | None:
+    """One event's lines (HTML standard, 9.2.6); None for a comment."""
+    event = ServerEvent("message", "")
+    data: list[str] = []
+    seen = False
+    for line in block.split("\n"):
+        name, _, value = line.partition(":")
+        value = value[1:] if value.startswith(" ") else value
+        seen = seen or name in ("event", "data")
+        if name == "event":
+            event.event = value
+        elif name == "data":
+            data.append(value)
+        elif name == "id":
+            event.id = value
+        elif name == "retry":
+            event.retry = int(value)
+    event.data = "\n".join(data)
+    return event if seen else None
+
+
+class TestStream:
+    """An answer under way: `status`, `headers`, and, with `async for`, its events."""
+
+    def __init__(self, exchange: _Exchange) -> None:
+        self._exchange = exchange
+        self._text = ""
+
+    @property
+    def status(self) -> int:
+        """The status of the answer."""
+        return self._exchange.status
+
+    @property
+    def headers(self) -> Headers:
+        """The header fields of the answer."""
+        return self._exchange.headers
+
+    def __aiter__(self) -> TestStream:
+        return self
+
+    async def __anext__(self) -> ServerEvent:
+        while True:
+            block, found, rest = self._text.partition("\n\n")
+            if found:
+                self._text = rest
+                event = _parse_event(block)
+                if event is not None:
+                    return event
+            elif self._exchange.unread:
+                self._text += self._exchange.take().decode("utf-8")
+            elif self._exchange.finished:
+                raise StopAsyncIteration
+            else:
+                await self._exchange.change()
+
+
+class TestClient:
+    """A client for tests: `async with TestClient(app) as client: r = await client.get("/")`.
+
+    `cookies` is its jar: answers change it, requests send it. A request returns when its handler
+    has ended, with all that it does after its answer; with `wait=False` when the answer is there.
+    An exception of a handler is what it is for a browser: an answer with status 500.
+    """
+
+    __test__ = False  # pytest: this is no test case
+
+    def __init__(self, app: Stario, *, host: str = "testserver") -> None:
+        self.app = app
+        self.host = host
+        self.cookies: dict[str, str] = {}
+        self._under_way: dict[asyncio.Task[None], _Exchange] = {}
+
+    async def __aenter__(self) -> TestClient:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        for exchange in self._under_way.values():
+            exchange.end_streams(disconnect=False)
+        if self._under_way:
+            await asyncio.wait(self._under_way)
+
+    async def get(self, path: str, **options: Any) -> TestResponse:
+        """GET a path. Options: see `request`."""
+        return await self.request("GET", path, **options)
+
+    async def post(self, path: str, **options: Any) -> TestResponse:
+        """POST to a path. Options: see `request`."""
+        return await self.request("POST", path, **options)
+
+    async def put(self, path: str, **options: Any) -> TestResponse:
+        """PUT to a path. Options: see `request`."""
+        return await self.request("PUT", path, **options)
+
+    async def patch(self, path: str, **options: Any) -> TestResponse:
+        """PATCH a path. Options: see `request`."""
+        return await self.request("PATCH", path, **options)
+
+    async def delete(self, path: str, **options: Any) -> TestResponse:
+        """DELETE a path. Options: see `request`."""
+        return await self.request("DELETE", path, **options)
+
+    async def request(
+        self, method: str, path: str, *, wait: bool = True, **options: Any
+    ) -> TestResponse:
+        """Send a request and give its answer.
+
+        Options: `signals` (as Datastar sends them), `json`, `form` (a dict), `body` (bytes), and
+        `headers`. Raises ClientDisconnected if the answer breaks off.
+        """
+        task, exchange = self._send(method, path, **options)
+        if wait:
+            await asyncio.wait([task])
+        while not exchange.finished:
+            await exchange.change()
+        if exchange.aborted:
+            raise ClientDisconnected("the answer broke off")
+        set_cookies = self._take_cookies(exchange.headers)
+        return TestResponse(exchange.status, exchange.headers, exchange.take(), set_cookies)
+
+    @asynccontextmanager
+    async def stream(self, method: str, path: str, **options: Any) -> AsyncIterator[TestStream]:
+        """Send a request and read its events; at the end of the block the client is gone.
+
+        Options: see `request`. The block is left when the handler has ended.
+        """
+        task, exchange = self._send(method, path, **options)
+        try:
+            while not exchange.status and not exchange.finished:
+                await exchange.change()
+            self._take_cookies(exchange.headers)
+            yield TestStream(exchange)
+        finally:
+            exchange.end_streams(disconnect=True)
+            await asyncio.wait([task])
+
+    def _send(
+        self,
+        method: str,
+        path: str,
+        *,
+        headers: Mapping[str, str] | None = None,
+        signals: object = None,
+        json: object = None,
+        form: Mapping[str, object] | None = None,
+        body: bytes = b"",
+    ) -> tuple[asyncio.Task[None], _Exchange]:
+        fields = {"host": self.host}
+        if self.cookies:
+            fields["cookie"] = "; ".join(f"{k}={quote(v)}" for k, v in self.cookies.items())
+        if signals is not None:
+            fields["datastar-request"] = "true"
+            if method in ("GET", "HEAD", "DELETE"):
+                path += ("&" if "?" in path else "?") + urlencode({"datastar": _json(signals)})
+            else:
+                json = signals
+        if json is not None:
+            body, fields["content-type"] = _json(json).encode(), "application/json"
+        if form is not None:
+            body = urlencode(form, doseq=True).encode()
+            fields["content-type"] = "application/x-www-form-urlencoded"
+        if body:
+            fields["content-length"] = str(len(body))
+        fields.update({name.lower(): value for name, value in (headers or {}).items()})
+        incoming = Body()
+        incoming.feed(body)
+        incoming.end()
+        target = quote(path, safe="/?&=%:@!$'()*+,;~[]-._{}|\\")
+        exchange = _Exchange()
+        request = Request(
+            method,
+            target,
+            Headers({name: [value] for name, value in fields.items()}),
+            incoming if body else None,
+            lambda: "testclient",
+        )
+        loop = asyncio.get_running_loop()
+        task = _start_task(self.app.dispatch(request, exchange), loop, contextvars.copy_context())
+        self._under_way[task] = exchange
+        task.add_done_callback(lambda done: self._under_way.pop(done, None))
+        return task, exchange
+
+    def _take_cookies(self, headers: Headers) -> dict[str, str]:
+        found: dict[str, str] = {}
+        for line in headers.getlist("set-cookie"):
+            pair, *attributes = line.split(";")
+            name, _, value = pair.partition("=")
+            found[name] = unquote(value)
+            if any(item.strip().lower() == "max-age=0" for item in attributes):
+                self.cookies.pop(name, None)
+            else:
+                self.cookies[name] = found[name]
+        return found
+
+
+# ==================================================================================================
+# 15. The pocket client (JavaScript)
+# ==================================================================================================
+
+POCKET_CLIENT = r"""
+console.warn("pocket client: under construction");
+"""
+
+__all__ = [
+    "ClientDisconnected",
+    "CompressionConfig",
+    "Context",
+    "Form",
+    "FormFile",
+    "Headers",
+    "HttpException",
+    "JsonTracer",
+    "Limits",
+    "QueryParams",
+    "Relay",
+    "Request",
+    "RichTracer",
+    "Router",
+    "SafeString",
+    "ServerEvent",
+    "SignalsError",
+    "Span",
+    "SpanEvent",
+    "Stario",
+    "StarioError",
+    "Subscription",
+    "TestClient",
+    "Tracer",
+    "Writer",
+    "asset",
+    "at",
+    "data",
+    "datastar_script",
+    "h",
+    "js",
+    "render",
+    "s",
+    "same_origin",
+]
