@@ -51,6 +51,7 @@ import re
 import signal
 import socket
 import stat
+import struct
 import sys
 import threading
 import time
@@ -106,8 +107,8 @@ class ClientDisconnected(Exception):
 class HttpException(Exception):
     """An answer, raised. `HttpException(404, "no such room")` answers that text with that status.
 
-    With a status from 300 to 399 the detail is the address to go to: `HttpException(302,
-    "/login")`. Without a detail the text is the standard phrase of the status (RFC 9110, section 15).
+    With a redirect's status the detail is the address to go to: `HttpException(302, "/login")`.
+    Without a detail the text is the status's standard phrase (RFC 9110, section 15).
     """
 
     def __init__(self, status_code: int, detail: str = "") -> None:
@@ -1176,7 +1177,10 @@ def _fields_of(schema: Any) -> list[tuple[str, Any, bool]]:
             "what it names at the top of a module"
         ) from exc
     if typing.is_typeddict(schema):
-        return [(name, hints[name], name in schema.__required_keys__) for name in hints]
+        return [
+            (name, kind, name in schema.__required_keys__ and not _is_not_required(kind))
+            for name, kind in hints.items()
+        ]
     return [
         (
             field.name,
@@ -1186,6 +1190,11 @@ def _fields_of(schema: Any) -> list[tuple[str, Any, bool]]:
         for field in dataclasses.fields(schema)
         if field.init
     ]
+
+
+def _is_not_required(kind: Any) -> bool:
+    # With `from __future__ import annotations` a TypedDict does not know this of its own keys.
+    return typing.get_origin(kind) is typing.NotRequired
 
 
 def read_signals(schema: type[T], signals: object) -> T:
@@ -2279,8 +2288,8 @@ class Carrier(Protocol):
     async def send_file(self, file: IO[bytes], offset: int, count: int) -> None:
         """More of the body, from a file. Raises ClientDisconnected if the client goes."""
 
-    def watch(self, seconds: float) -> None:
-        """Notice within `seconds` when the client no longer acknowledges anything, if possible."""
+    def check_peer(self, seconds: float) -> None:
+        """Give the client up if it has acknowledged nothing for `seconds`, if that can be told."""
 
 
 # -- Compression. A compressor is a pair of functions: one takes bytes and gives what can be sent
@@ -2838,7 +2847,6 @@ class Writer:
     def _start_heartbeat(self, seconds: float | None) -> None:
         self._stop_heartbeat()
         if seconds:
-            self._carrier.watch(seconds)
             self._timer = asyncio.get_running_loop().call_later(seconds, self._beat, seconds)
 
     def _stop_heartbeat(self) -> None:
@@ -2847,10 +2855,11 @@ class Writer:
             self._timer = None
 
     def _beat(self, seconds: float) -> None:
-        """Send a comment if nothing was sent since the last beat."""
+        """Send a comment if nothing was sent since the last beat; it shows dead peers, too."""
         if self.completed or self._carrier.disconnected:
             self._timer = None
             return
+        self._carrier.check_peer(seconds)
         if self._sse and self._silent:
             self.write(b":\n\n")
         self._silent = True
@@ -2943,7 +2952,7 @@ class Alive(Generic[T]):
         return ended or kind is ClientDisconnected
 
     async def aclose(self) -> None:
-        """Close the source and stop the heartbeat. A second call does nothing."""
+        """Close the source. A second call does nothing."""
         if self._open:
             self._let_go()
             aclose = getattr(self._iterator, "aclose", None)
@@ -2951,8 +2960,8 @@ class Alive(Generic[T]):
                 await aclose()
 
     def _let_go(self) -> None:
+        # The heartbeat goes on: the handler may send more, or wait in an `alive` around this one.
         self._open = False
-        self._writer._stop_heartbeat()
         if isinstance(self._iterator, _Messages):
             self._iterator.close()
 
@@ -3657,7 +3666,7 @@ _TOLD_BUSY = 100  # connections beyond the limit that still get an answer, 503
 _LINGER = 2.0  # seconds in which a client may read an answer that ended its connection
 
 _REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/([0-9])\.([0-9])")
-_TARGET = re.compile(r"(?:https?://([^/?#@]+))?(/[^#]*)?|\*", re.IGNORECASE)
+_ABSOLUTE = re.compile(r"https?://([^/?#@]+)(/[^?#]*)?(\?[^#]*)?", re.IGNORECASE)
 _HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(?::[0-9]*)?")
 _FIELD_BYTES = bytes(set(range(0x20, 0x100)) - {0x7F} | {0x09})
 _LONE_LF = re.compile(rb"(?<!\r)\n")
@@ -3676,7 +3685,7 @@ def _date_line(second: int) -> bytes:
 @lru_cache(maxsize=1024)
 def _field_name(raw: str) -> str:
     """A field name in lower case, checked. Clients use the same few over and over."""
-    if not _TOKEN.fullmatch(raw):
+    if len(raw) > 256 or not _TOKEN.fullmatch(raw):  # long ones would make this cache large
         raise HttpException(400, "a header field's name is malformed")
     return raw.lower()
 
@@ -3693,7 +3702,8 @@ class _Head:
         self.chunked = self._is_chunked(fields)
         if self.chunked and "content-length" in fields:
             raise HttpException(400, "both Content-Length and Transfer-Encoding")
-        options = ",".join(fields.get("connection", ())).lower().replace(" ", "").split(",")
+        listed = ",".join(fields.get("connection", ())).lower().split(",")
+        options = {option.strip(" \t") for option in listed}
         self.close = "close" in options
         self.keep_alive = "keep-alive" in options
         self.expects = ",".join(fields.get("expect", ())).lower()
@@ -3820,9 +3830,9 @@ class Connection(asyncio.Protocol):
     __slots__ = (
         "_advancing", "_answering", "_at", "_block", "_body", "_buffer", "_busy", "_chunks",
         "_close_after", "_deadline", "_discarded", "_drain_waiters", "_ended", "_eof", "_expects",
-        "_framed", "_head", "_http_1_0", "_idle", "_left", "_limits", "_paused_reading",
-        "_paused_writing", "_scanned", "_sent", "_stalled_since", "_taken", "_transport", "_worker",
-        "disconnected", "on_end", "shutting_down",
+        "_framed", "_head", "_http_1_0", "_idle", "_left", "_limits", "_lost_track",
+        "_paused_reading", "_paused_writing", "_scanned", "_sent", "_stalled_since", "_taken",
+        "_transport", "_worker", "disconnected", "on_end", "shutting_down",
     )  # fmt: skip
 
     def __init__(self, worker: Worker) -> None:
@@ -3846,6 +3856,7 @@ class Connection(asyncio.Protocol):
         self._answering = False  # a request has been started whose answer is not complete
         self._advancing = False  # `_advance` is at work
         self._close_after = False  # this connection ends with the answer under way
+        self._lost_track = False  # something was refused: what else comes cannot be understood
         self._busy = False  # there are too many connections, and this one came last
         self._http_1_0 = False
         self._framed = False  # the answer under way is sent in chunks
@@ -3885,9 +3896,12 @@ class Connection(asyncio.Protocol):
 
     def eof_received(self) -> bool:
         """The client will send no more. It may still be reading: what it asked for is answered."""
+        if self._ended:
+            return False  # it has read our last answer, or never will
         self._eof = True
-        if self._body is not None and not self._ended:
-            self._body.fail(ClientDisconnected("the client closed in the middle of its request"))
+        if self._body is not None:
+            body, self._body = self._body, None
+            body.fail(ClientDisconnected("the client closed in the middle of its request"))
             self._close_after = True
         self._peer_gone()
         self._advance_later()
@@ -3952,8 +3966,8 @@ class Connection(asyncio.Protocol):
         if self._ended:
             return
         body = self._body
-        if body is not None and not body.discarding:
-            full = body.buffered >= _HIGH_WATER
+        if body is not None:
+            full = body.buffered >= _HIGH_WATER or self._discarded > _DISCARD_LIMIT
         else:
             full = len(self._buffer) - self._at > max(_HIGH_WATER, self._limits.max_header_bytes)
         if full and not self._paused_reading:
@@ -4055,18 +4069,16 @@ class Connection(asyncio.Protocol):
 
     def _other_form(self, method: str, target: str, headers: Headers) -> tuple[str, Headers]:
         """A target that does not begin with a slash (RFC 9112, section 3.2)."""
-        found = _TARGET.fullmatch(target)
         if method == "CONNECT":
             raise HttpException(501, "this is no proxy: CONNECT is not supported")
-        if not found or (target == "*" and method != "OPTIONS"):
-            raise HttpException(400, "the target is malformed")
-        if target == "*":
+        if target == "*" and method == "OPTIONS":
             return target, headers
-        authority, path = found.groups()
-        if not _HOST.fullmatch(authority):
-            raise HttpException(400, "the target's host is malformed")
+        found = _ABSOLUTE.fullmatch(target)
+        if not found or not _HOST.fullmatch(found[1]):
+            raise HttpException(400, "the target is malformed")
         # What the target says goes before the Host field (section 3.2.2).
-        return path or "/", Headers({**headers._fields, "host": [authority]})
+        origin_form = (found[2] or "/") + (found[3] or "")
+        return origin_form, Headers({**headers._fields, "host": [found[1]]})
 
     def _peer_address(self) -> str:
         peer = self._transport.get_extra_info("peername")
@@ -4128,7 +4140,7 @@ class Connection(asyncio.Protocol):
         who knows where the next begins.
         """
         self._worker.note_refusal(self, exc)
-        self._close_after = True
+        self._close_after = self._lost_track = True
         if self._body is not None:  # its handler is at work, and shall hear of it
             body, self._body = self._body, None
             body.fail(exc)
@@ -4163,8 +4175,10 @@ class Connection(asyncio.Protocol):
         self._write(self._head_bytes(status, fields))
 
     def _head_bytes(self, status: int, fields: bytes) -> bytes:
-        if self._expects:
-            self._close_after = True  # nobody can tell whether the body will still come
+        if self._expects or self._left > _DISCARD_LIMIT:
+            # Nobody can tell whether the body will still come, or it would be too much of it.
+            self._close_after = True
+            self._expects = False
         if self._close_after:
             fields += b"connection: close\r\n"
         elif self._http_1_0:
@@ -4201,9 +4215,13 @@ class Connection(asyncio.Protocol):
             self._worker.loop.call_soon(self._advance_later)
 
     def abort(self) -> None:
-        """See Carrier. Where only the connection's end would tell, it is a reset."""
+        """See Carrier. Where the connection's end is the end of the body, only a reset tells."""
         self._answering = False
+        self._ended = True
         if self._http_1_0:
+            connection = self._transport.get_extra_info("socket")
+            with suppress(AttributeError, OSError):
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
             self._transport.abort()
         else:
             self._transport.close()
@@ -4267,14 +4285,19 @@ class Connection(asyncio.Protocol):
             self._sent += sent  # the sweep sees by this that the client takes it
             offset, count = offset + sent, count - sent
 
-    def watch(self, seconds: float) -> None:
-        """See Carrier: Linux can be asked to give up on a peer that acknowledges nothing."""
+    def check_peer(self, seconds: float) -> None:
+        """See Carrier. Linux tells by TCP_INFO.
+
+        (Its TCP_USER_TIMEOUT would not do: it also ends a connection whose client only reads
+        slowly, and acknowledges, with a window of zero, all the while.)
+        """
         connection = self._transport.get_extra_info("socket")
-        if connection is not None and connection.family != getattr(socket, "AF_UNIX", None):
-            with suppress(AttributeError, OSError):
-                connection.setsockopt(
-                    socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(seconds * 1000)
-                )
+        with suppress(AttributeError, OSError):  # another system, or a Unix socket
+            info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 60)
+            # Of linux/tcp.h: tcpi_retransmits, sent again in vain so far, and tcpi_last_ack_recv.
+            in_vain, silent_ms = info[2], int.from_bytes(info[56:60], sys.byteorder)
+            if in_vain and silent_ms >= seconds * 1000:
+                self._transport.abort()
 
     def _write(self, data: bytes) -> None:
         if not self._is_lost():
@@ -4303,16 +4326,17 @@ class Connection(asyncio.Protocol):
         """
         if self._ended:
             return
-        unread = self._body is not None or self._at < len(self._buffer)
-        if unread and not self._eof and self._transport.can_write_eof():
-            self._ended = True
-            self._deadline = self._worker.loop.time() + _LINGER
-            self._buffer = b""
-            self._transport.write_eof()
-            if self._paused_reading:
-                self._transport.resume_reading()
-        else:
+        self._ended = True
+        self._deadline = self._worker.loop.time() + _LINGER
+        unread = self._lost_track or self._body is not None or self._at < len(self._buffer)
+        self._buffer = b""
+        if not unread or self._eof:
             self._transport.close()
+            return
+        if self._transport.can_write_eof():  # TLS cannot: there the client reads "close", and goes
+            self._transport.write_eof()
+        if self._paused_reading:
+            self._transport.resume_reading()
 
     # -- Time, and the end
 
@@ -4332,8 +4356,13 @@ class Connection(asyncio.Protocol):
             self._transport.abort()
 
     def _timed_out(self) -> None:
-        if self._ended or (self._idle and self._at == len(self._buffer)):
-            self._transport.abort() if self._ended else self._transport.close()
+        if self._ended:
+            if self._transport.get_write_buffer_size():  # the client is still at our answer
+                self._deadline = self._worker.now + _LINGER
+            else:
+                self._transport.abort()
+        elif self._idle and self._at == len(self._buffer):
+            self._close()
         elif self._body is not None:
             self._refuse(HttpException(408, "the body did not come in time"))
         else:
@@ -4345,11 +4374,12 @@ class Connection(asyncio.Protocol):
         if self._answering:
             self._call_on_end()
         elif self._body is None:
-            self._transport.close()
+            self._close()
 
 
 _NEVER = float("inf")
 _FILE_PIECE = 1024 * 1024
+_RESET = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)  # SO_LINGER: on, for no time
 
 
 # ==================================================================================================
@@ -4523,6 +4553,7 @@ class Stario(Router):
             await server.start()
         except StarioError as exc:
             raise SystemExit(f"stario: {exc}") from None
+        self.tracer("listening", {"url": server.url}).end()
         try:
             await server.wait_for_signal()
         finally:
@@ -4604,10 +4635,10 @@ class Worker:
             self.app.tracer("http.refused", {"client": client, **attributes}).end()
 
     def _sweep(self) -> None:
+        self._timer = self.loop.call_later(self._interval, self._sweep)
         self.now = self.loop.time()
         for connection in list(self.connections):
             connection.check(self.now)
-        self._timer = self.loop.call_later(self._interval, self._sweep)
 
     async def stop(self, graceful_timeout: float) -> None:
         """End the streams, let requests finish, and cut off what takes too long."""
@@ -4747,6 +4778,7 @@ class Server:
                     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
                 if self._reuse_port:
                     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+                _set_inherited(listening)
                 if family == socket.AF_INET6:
                     listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
                 listening.bind((address[0], self.port, *address[2:]))
@@ -4842,6 +4874,25 @@ class Server:
         for thread in self._threads:
             await here.run_in_executor(None, thread.join)
         self._workers, self._threads = [], []
+
+
+_INHERITED = {
+    # A client that vanishes while nothing is sent to it, as in a long poll, shows in 30 seconds.
+    "TCP_KEEPIDLE": 15,
+    "TCP_KEEPINTVL": 5,
+    "TCP_KEEPCNT": 3,
+    # One that does not read gets this much into the kernel, not the megabytes it would like to
+    # take: less memory for each, and less of the past to read before it comes to the newest state.
+    "TCP_NOTSENT_LOWAT": _HIGH_WATER,
+}
+
+
+def _set_inherited(listening: socket.socket) -> None:
+    """Set what accepted connections inherit from the socket that listens."""
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in _INHERITED.items():
+        with suppress(AttributeError, OSError):  # not on this system
+            listening.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
 def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
@@ -4950,7 +5001,7 @@ class _Exchange:
         file.seek(offset)
         self.send(file.read(count))
 
-    def watch(self, seconds: float) -> None:
+    def check_peer(self, seconds: float) -> None:
         """See Carrier: there is no network that could lose the peer."""
 
     async def change(self) -> None:
@@ -5226,7 +5277,1005 @@ class TestClient:
 # ==================================================================================================
 
 POCKET_CLIENT = r"""
-console.warn("pocket client: under construction");
+// The pocket client: Datastar's protocol for the everyday part, in one small module.
+//
+// A page says what it shows and does in data-* attributes. Their values are JavaScript in which
+// $name is a signal (a value that is watched) and @name() an action (mostly a request). The server
+// answers with events that patch elements or signals. This file reads in that order: cells,
+// signals, expressions, attributes, requests, elements. One rule holds everywhere: what fails is
+// reported in the console under its attribute's name, and everything else goes on.
+
+
+// ---- Cells, and those who watch them ----
+// A cell holds a value and counts its changes. An effect (it has `run`) or a computed cell (it
+// has `compute`) notes which cells it read, and their counts; so it can tell whether anything
+// that it used has really changed. Writing only marks. Effects run when the outermost batch ends.
+
+let watcher = null;        // the effect or computed cell that is reading now
+let depth = 0;             // how many batches are open
+const due = new Set();     // effects to look at when the last of them ends
+
+const cell = (value, compute) =>
+  ({ value, compute, stale: Boolean(compute), count: 0, watchers: new Set(), seen: new Map() });
+
+function read(source) {
+  refresh(source);
+  if (watcher) {
+    watcher.seen.set(source, source.count);
+    source.watchers.add(watcher);
+  }
+  return source.value;
+}
+
+function write(target, value) {
+  target.value = value;
+  target.count++;
+  batch(() => mark(target));
+}
+
+function mark(source) {
+  for (const reader of source.watchers) {
+    if (reader === watcher) continue;            // an effect does not wake itself
+    if (reader.run) due.add(reader);
+    else if (!reader.stale) {
+      reader.stale = true;
+      mark(reader);
+    }
+  }
+}
+
+// A computed cell is worked out when somebody asks, so it is never behind.
+function refresh(source) {
+  if (!source.stale) return;
+  source.stale = false;
+  if (source.seen.size && !outdated(source)) return;
+  const value = observe(source, source.compute);
+  if (Object.is(value, source.value)) return;
+  source.value = value;
+  source.count++;
+}
+
+function outdated(reader) {
+  for (const [source, count] of reader.seen) {
+    refresh(source);
+    if (source.count !== count) return true;
+  }
+  return false;
+}
+
+function observe(reader, job) {
+  for (const source of reader?.seen.keys() ?? []) source.watchers.delete(reader);
+  reader?.seen.clear();
+  const outer = watcher;
+  watcher = reader;
+  try {
+    return job();
+  } finally {
+    watcher = outer;
+  }
+}
+
+const untracked = (job) => observe(null, job);
+
+function effect(run) {
+  const self = { run, seen: new Map() };
+  batch(() => observe(self, run));
+  return () => {
+    due.delete(self);
+    observe(self, () => {});                     // forget every cell, be forgotten by each
+  };
+}
+
+function batch(job) {
+  depth++;
+  try {
+    return job();
+  } finally {
+    let turns = 0;
+    for (const next of depth === 1 ? due : []) { // a set may grow while it is walked
+      due.delete(next);
+      if (++turns < 10000) outdated(next) && observe(next, next.run);
+      else if (turns === 10000) report('effects that wake each other without end were stopped');
+    }
+    if (--depth === 0) announce();
+  }
+}
+
+const tell = (name, detail) => document.dispatchEvent(new CustomEvent(name, { detail }));
+
+function report(what, error = '', el = '') {
+  console.error(`pocket client: ${what}: ${error}`, el, error);
+}
+
+
+// ---- Signals: a cell for each path ----
+// {user: {name: 'Ann'}} is one cell, under the path "user.name". Objects are only the branches
+// between such leaves, and exist as long as there is a leaf below them. Everything else is a
+// leaf: texts, numbers, elements, and lists, which change as a whole.
+
+const cells = new Map();   // path -> cell
+const names = cell(0);     // changes when a path comes or goes
+let changes = [];          // [path, value] of this batch, for the event datastar-signal-patch
+
+const isPlain = (value) => Object(value) === value
+  && [Object.prototype, null].includes(Object.getPrototypeOf(value));
+const below = (path) => [...cells.keys()].filter((each) => each.startsWith(path + '.'));
+const known = (path) => cells.has(path) || below(path).length > 0;
+
+function look(path) {
+  if (cells.has(path)) return read(cells.get(path));
+  if (below(path).length) return branch(path + '.');
+  set(path, '');                                 // a signal that nobody declared is empty text
+  return read(cells.get(path));
+}
+
+function set(path, value) {
+  batch(() => {
+    if (isPlain(value)) {
+      const entries = Object.entries(value);     // read before anything is removed
+      for (const old of below(path)) if (!(old.slice(path.length + 1).split('.')[0] in value)) remove(old);
+      for (const [key, inner] of entries) set(`${path}.${key}`, inner);
+      return;
+    }
+    const old = cells.get(path);
+    if (old?.compute || (old && Object.is(old.value, value))) return;
+    if (Array.isArray(value)) value = list([...value], () => (write(cells.get(path), value), note()));
+    const note = () => changes.push([path, value]);
+    if (old) write(old, value);
+    else place(path, cell(value));
+    note();
+  });
+}
+
+function place(path, leaf) {
+  if (path.split('.').includes('__proto__')) return;
+  remove(path);
+  const steps = path.split('.');
+  while (steps.pop() && steps.length) if (cells.has(steps.join('.'))) remove(steps.join('.'));
+  cells.set(path, leaf);
+  write(names, names.value + 1);
+}
+
+function remove(path) {
+  for (const gone of [path, ...below(path)].filter((each) => cells.has(each))) {
+    const leaf = cells.get(gone);
+    cells.delete(gone);
+    changes.push([gone, null]);
+    batch(() => (write(leaf, undefined), write(names, names.value + 1)));
+  }
+}
+
+// $ is the branch above all. Reading and writing its keys reads and writes cells.
+const branch = (prefix) => new Proxy({}, {
+  get: (target, key) => typeof key === 'symbol' || key === 'toJSON'
+    || (key in target && !known(prefix + key)) ? target[key] : look(prefix + key),
+  set: (_, key, value) => (set(prefix + key, value), true),
+  deleteProperty: (_, key) => (batch(() => remove(prefix + key)), true),
+  has: (_, key) => (read(names), typeof key === 'string' && known(prefix + key)),
+  ownKeys: () => (read(names), [...new Set([...cells.keys()].filter((path) => path.startsWith(prefix))
+    .map((path) => path.slice(prefix.length).split('.')[0]))]),
+  getOwnPropertyDescriptor: (_, key) => typeof key === 'string' && known(prefix + key)
+    ? { configurable: true, enumerable: true, writable: true, value: look(prefix + key) } : undefined,
+});
+const root = branch('');
+
+const list = (items, touch) => !Array.isArray(items) && !isPlain(items) ? items : new Proxy(items, {
+  get: (target, key) => list(target[key], touch),
+  set: (target, key, value) => {
+    if (key in target && Object.is(target[key], value)) return true;
+    target[key] = value;
+    batch(touch);
+    return true;
+  },
+});
+
+// JSON Merge Patch (RFC 7386): null removes, objects merge, everything else replaces.
+function merge(patch, onlyIfMissing, prefix = '') {
+  untracked(() => batch(() => {
+    for (const [key, value] of Object.entries(patch)) {
+      const path = prefix + key;
+      const there = onlyIfMissing && cells.has(path);
+      if (value === null || value === undefined) onlyIfMissing || remove(path);
+      else if (isPlain(value)) there || merge(value, onlyIfMissing, path + '.');
+      else if (!there) set(path, value);
+    }
+  }));
+}
+
+function nested(entries) {
+  const found = {};
+  for (const [path, value] of entries) {
+    const keys = path.split('.');
+    const last = keys.pop();
+    keys.reduce((at, key) => at[key] = Object(at[key]) === at[key] ? at[key] : {}, found)[last] = value;
+  }
+  return found;
+}
+
+function announce() {
+  if (!changes.length) return;
+  const patch = nested(changes);
+  changes = [];
+  tell('datastar-signal-patch', patch);
+}
+
+// Filters choose by path: {include, exclude}, regular expressions or their text.
+function chosen(paths, { include = '', exclude = '(?!)' } = {}) {
+  const [yes, no] = [include, exclude].map((rule) => new RegExp(rule.source ?? rule, rule.flags?.replace('g', '')));
+  return paths.filter((path) => yes.test(path) && !no.test(path));
+}
+
+function pick(filter) {
+  read(names);
+  return nested(chosen([...cells.keys()], filter).map((path) => [path, look(path)]));
+}
+
+
+// ---- Expressions: from an attribute's text to a function ----
+// A scanner goes over the text token by token. Only outside of strings, comments and regular
+// expressions $name and @name( are rewritten and ; ends a statement, so that text can hold
+// whatever it likes. The value of the last statement is the value of the whole.
+
+const COMMENT = /\/\/.*|\/\*[^]*?\*\//y;
+const STRING = /'(?:\\[^]|[^\\'])*'|"(?:\\[^]|[^\\"])*"/y;
+const TEMPLATE = /[`}](?:\\[^]|\$(?!\{)|[^\\`$])*(?:`|\$\{)/y;   // from ` or } up to ` or ${
+const REGEX = /\/(?:\\.|\[(?:\\.|[^\]\\\n])*\]|[^/\\[\n])+\/[a-z]*/y;
+const SIGNAL = /\$([\p{L}\d_]+(?:[.-][\p{L}\d_]+)*)/uy;          // $a.b-c, but not $a -b
+const ACTION = /@([a-z_]\w*)\s*\(/iy;
+const WORD = /[\p{L}\d_$]+/uy;
+const BEFORE_VALUE = /^(?:return|typeof|case|in|of|new|delete|void|throw|else|do)$/;
+
+function translate(text) {
+  const statements = [''];
+  const actionNames = [];
+  const open = [];                   // brackets that are open; ` for the ${ of a template
+  let value = false;                 // is a value behind us? Then / divides
+  let at = 0;
+  let token;
+  const next = (kind) => {
+    kind.lastIndex = at;
+    return token = kind.exec(text);
+  };
+  const emit = (code, isValue) => {
+    statements[statements.length - 1] += code;
+    value = isValue;
+    at += token[0].length;
+  };
+  while (at < text.length) {
+    const char = text[at];
+    const inTemplate = char === '`' || (char === '}' && open.at(-1) === '`');
+    if (next(COMMENT)) emit(' ', value);
+    else if (next(STRING) || (char === '/' && !value && next(REGEX))) emit(token[0], true);
+    else if (inTemplate && next(TEMPLATE)) {
+      if (char === '}') open.pop();
+      if (token[0].endsWith('{')) open.push('`');
+      emit(token[0], !token[0].endsWith('{'));
+    } else if (next(SIGNAL)) {
+      emit('$' + token[1].split('.').map((key) => `['${key}']`).join(''), true);
+    } else if (next(ACTION)) {
+      open.push('(');
+      actionNames.push(token[1]);
+      emit(`__act('${token[1]}',`, false);
+    } else if (next(WORD)) emit(token[0], !BEFORE_VALUE.test(token[0]));
+    else {
+      token = [char];
+      if ('([{'.includes(char)) open.push(char);
+      if (')]}'.includes(char)) open.pop();
+      emit(char, /\s/.test(char) ? value : ')]}'.includes(char));
+      if (char === ';' && !open.length) statements.push('');
+    }
+  }
+  return [statements.filter((each) => !/^[\s;]*$/.test(each)), actionNames];
+}
+
+const compiled = new Map();          // text -> function; the cells of a table share their text
+
+function compile(text) {
+  if (!compiled.has(text)) {
+    const [statements, actionNames] = translate(text);
+    const build = (body) => new Function('$', '__act', 'el', 'evt', 'patch', body);
+    const all = statements.join('\n');
+    const last = (statements.pop() ?? '').replace(/;\s*$/, '');
+    let job;
+    try {
+      job = build(`${statements.join('\n')}\nreturn (${last}\n)`);
+    } catch {
+      job = build(all);                          // it ends in `if`, or has its own `return`
+    }
+    compiled.set(text, { job, actionNames });
+  }
+  return compiled.get(text);
+}
+
+// The function that runs an attribute's expression. It never throws.
+function runner({ el, name, value }) {
+  const act = (evt) => (action, ...args) => {
+    if (!Object.hasOwn(actions, action)) throw new Error(`there is no action @${action}`);
+    return actions[action]({ el, evt, name }, ...args);
+  };
+  try {
+    const { job, actionNames } = compile(value);
+    for (const action of actionNames) if (!(action in actions)) unknown(`${name}: @${action}`, el);
+    return (evt, patch) => {
+      try {
+        return batch(() => job(root, act(evt), el, evt, patch));
+      } catch (error) {
+        report(`${name}="${value}"`, error, el);
+      }
+    };
+  } catch (error) {
+    report(`${name}="${value}"`, error, el);
+    return () => undefined;
+  }
+}
+
+const unknown = (what, el) => console.warn(`pocket client: ${what} is not known here`, el);
+
+
+// ---- Attributes: data-<plugin>:<key>__<modifier>.<tag>.<tag>="<expression>" ----
+// A plugin gets one object that tells all of that. What it gives back undoes it.
+
+// Key by key or all at once: data-class:done="$x" and data-class="{done: $x}".
+const eachKey = ({ el, key, run }, apply) => effect(() => {
+  const values = key ? { [key]: run() } : run() ?? {};
+  for (const [name, value] of Object.entries(values)) apply(el, name, value);
+});
+
+const absent = (value) => value === false || value === null || value === undefined;
+
+const plugins = {
+  signals({ key, value, mods, run }) {
+    merge(key ? nested([[key, value ? run() : '']]) : run() ?? {}, mods.has('ifmissing'));
+  },
+  computed({ key, run, el, name }) {
+    for (const [path, compute] of Object.entries(key ? { [key]: run } : run() ?? {})) {
+      batch(() => place(path, cell(undefined, () => {
+        try {
+          return compute();
+        } catch (error) {
+          report(`${name} ${path}`, error, el);
+        }
+      })));
+    }
+  },
+  effect: ({ run }) => effect(run),
+  init: ({ mods, run }) => untracked(timed(mods, run)) && undefined,
+  text: ({ el, run }) => effect(() => { el.textContent = run(); }),
+  show: ({ el, run }) => effect(() => {
+    if (!run()) el.style.display = 'none';
+    else if (el.style.display === 'none') el.style.removeProperty('display');
+  }),
+  class: (about) => eachKey(about, (el, classes, on) => {
+    for (const each of classes.split(/\s+/).filter(Boolean)) el.classList.toggle(each, Boolean(on));
+  }),
+  attr: (about) => eachKey(about, (el, name, value) => {
+    if (absent(value)) el.removeAttribute(name);
+    else el.setAttribute(name, value === true ? '' : Object(value) === value ? JSON.stringify(value) : value);
+  }),
+  style(about) {
+    const before = {};               // what the style attribute said by itself
+    return eachKey(about, (el, name, value) => {
+      if (!name.startsWith('--')) name = name.replace(/[A-Z]/g, '-$&').toLowerCase();
+      before[name] ??= el.style.getPropertyValue(name);
+      const wanted = String(absent(value) || value === '' ? before[name] : value);
+      const important = /\s*!important$/;
+      el.style.setProperty(name, wanted.replace(important, ''), important.test(wanted) ? 'important' : '');
+    });
+  },
+  ref: ({ el, path }) => set(path, el),
+  indicator({ el, path }) {
+    let running = 0;
+    set(path, false);
+    return listen(document, 'datastar-fetch', ({ detail }) => {
+      running += detail.el !== el ? 0 : { started: 1, finished: -1 }[detail.type] ?? 0;
+      set(path, running > 0);
+    });
+  },
+  'json-signals': ({ el, value, mods, run }) => effect(() => {
+    const found = pick(value ? run() : {});
+    el.textContent = JSON.stringify(found, null, mods.has('terse') ? 0 : 2);
+  }),
+  bind,
+  on({ el, key, mods, run }) {
+    const has = (mod) => mods.has(mod);
+    const target = has('window') ? window
+      : has('document') || has('outside') || /^datastar-(fetch|signal-patch|ready)$/.test(key) ? document : el;
+    const later = timed(mods, run);
+    return listen(target, key, (evt) => {
+      if (has('outside') && el.contains(evt.target)) return;
+      // A form that is handled here must not load a page as well.
+      if (has('prevent') || (key === 'submit' && el.localName === 'form')) evt.preventDefault();
+      if (has('stop')) evt.stopPropagation();
+      later(evt);
+    }, { once: has('once'), passive: has('passive'), capture: has('capture') });
+  },
+  'on-intersect'({ el, mods, run }) {
+    const later = timed(mods, run);
+    const threshold = mods.has('threshold') ? mods.get('threshold')[0] / 100
+      : mods.has('full') ? 1 : mods.has('half') ? 0.5 : 0;
+    const observer = new IntersectionObserver((entries) => {
+      const { isIntersecting, intersectionRatio } = entries.at(-1);
+      if ((isIntersecting && intersectionRatio >= threshold) === mods.has('exit')) return;
+      later();
+      if (mods.has('once')) observer.disconnect();
+    }, { threshold });
+    observer.observe(el);
+    return () => observer.disconnect();
+  },
+  'on-interval'({ mods, run }) {
+    const tags = mods.get('duration') ?? [];
+    const job = timed(mods, run);
+    if (tags.includes('leading')) job();
+    const timer = setInterval(job, milliseconds(tags, 1000));
+    return () => clearInterval(timer);
+  },
+  'on-signal-patch'({ el, mods, run }) {
+    const later = timed(mods, run);
+    const name = 'data-on-signal-patch-filter';
+    const value = el.getAttribute(name);
+    const filter = value ? runner({ el, name, value })() : {};
+    const paths = (patch, prefix = '') => Object.entries(patch).flatMap(([key, inner]) =>
+      isPlain(inner) ? paths(inner, `${prefix}${key}.`) : [prefix + key]);
+    return listen(document, 'datastar-signal-patch', (evt) => {
+      if (chosen(paths(evt.detail), filter).length) later(evt, evt.detail);
+    });
+  },
+};
+
+const TIMING = ['delay', 'debounce', 'throttle', 'viewtransition'];
+const MODIFIERS = {
+  signals: ['ifmissing'], init: TIMING, 'json-signals': ['terse'], 'on-signal-patch': TIMING,
+  on: ['once', 'passive', 'capture', 'window', 'document', 'outside', 'prevent', 'stop', ...TIMING],
+  'on-intersect': ['once', 'exit', 'half', 'full', 'threshold', ...TIMING],
+  'on-interval': ['duration', 'viewtransition'],
+};
+const ELSEWHERE = /^(?:ignore|ignore-morph|preserve-attr|on-signal-patch-filter)$/;
+const MISSING = /^(?:on-.*|animate|custom-validity|match-media|persist|query-string|replace-url|rocket|scroll-into-view|view-transition)$/;
+
+function listen(target, name, handler, options) {
+  target.addEventListener(name, handler, options);
+  return () => target.removeEventListener(name, handler, options);
+}
+
+// "500ms" and "500" are milliseconds, "2s" is seconds.
+function milliseconds(tags, otherwise = 0) {
+  const tag = tags.find((each) => /^\d+(ms|s)?$/.test(each));
+  return tag ? parseInt(tag) * (/\ds$/.test(tag) ? 1000 : 1) : otherwise;
+}
+
+// When a job runs: in a view transition, after a delay, when it is quiet, at a steady pace.
+function timed(mods, job) {
+  let run = job;
+  if (mods.has('viewtransition')) run = (...args) => { transition(() => job(...args)); };
+  if (mods.has('delay')) {
+    const soon = run;
+    run = (...args) => { setTimeout(soon, milliseconds(mods.get('delay')), ...args); };
+  }
+  for (const kind of ['debounce', 'throttle'].filter((each) => mods.has(each))) {
+    const tags = mods.get(kind);
+    const quiet = kind === 'debounce';
+    const leading = quiet ? tags.includes('leading') : !tags.includes('noleading');
+    const trailing = quiet ? !tags.includes('notrailing') : tags.includes('trailing');
+    run = paced(run, milliseconds(tags), leading, trailing, quiet);
+  }
+  return run;
+}
+
+// Debounce lets each call start the time anew, throttle lets the time run out.
+function paced(job, time, leading, trailing, anew) {
+  let timer = null;
+  let waiting = null;                // the arguments of the last call that was held back
+  const over = () => {
+    timer = null;
+    const args = waiting;
+    waiting = null;
+    if (!trailing || !args) return;
+    if (!anew) timer = setTimeout(over, time);
+    job(...args);
+  };
+  return (...args) => {
+    if (timer === null && leading) job(...args);
+    else waiting = args;
+    if (timer !== null && !anew) return;
+    clearTimeout(timer);
+    timer = setTimeout(over, time);
+  };
+}
+
+function transition(job) {
+  if (!document.startViewTransition) return job();
+  document.startViewTransition(job).ready.catch(() => {});     // another one took its place
+}
+
+// data-bind: a control and a signal follow each other. A signal that exists wins over what the
+// control says at first, and keeps its type: what is typed for a number's sake is a number.
+const peers = new Map();             // path -> the controls bound to it
+
+function bind({ el, path }) {
+  const kind = el.localName === 'select' && el.multiple ? 'multiple' : el.type;
+  const valued = el.hasAttribute('value');
+  const group = peers.get(path) ?? new Set();
+  peers.set(path, group.add(el));
+  // Several controls may share one list. The place in the page is the place in the list.
+  const shared = (value) => Array.isArray(value) && kind !== 'multiple';
+  const index = () => [...group].sort((a, b) => a.compareDocumentPosition(b) & 4 ? -1 : 1).indexOf(el);
+
+  const take = (old) => {
+    if (kind === 'checkbox') return typeof old === 'boolean' || !valued ? el.checked : el.checked ? el.value : '';
+    if (kind === 'multiple') {
+      const same = (value) => Array.from(old ?? []).find((each) => String(each) === value) ?? value;
+      return Array.from(el.selectedOptions, (option) => same(option.value));
+    }
+    return typeof old === 'number' ? Number(el.value) : typeof old === 'boolean' ? el.value === 'true' : el.value;
+  };
+  const give = (value) => {
+    const word = String(value ?? '');
+    if (kind === 'checkbox') el.checked = valued && typeof value !== 'boolean' ? el.value === word : Boolean(value);
+    else if (kind === 'radio') el.checked = value !== undefined && el.value === word;
+    else if (kind === 'multiple') {
+      for (const option of el.options) option.selected = [value].flat().map(String).includes(option.value);
+    } else if (kind !== 'file' && el.value !== word) el.value = word;
+  };
+  const save = () => untracked(() => batch(() => {
+    if (kind === 'radio' && !el.checked) return;
+    const old = look(path);
+    if (shared(old)) old[index()] = take(old[index()]);
+    else set(path, take(old));
+  }));
+
+  untracked(() => {
+    if (kind === 'radio' && !el.name) el.name = path;
+    if (!known(path) || look(path) === undefined) {
+      set(path, kind === 'radio' && !el.checked ? undefined : take(/^(number|range)$/.test(kind) ? 0 : ''));
+    } else if (shared(look(path)) && look(path)[index()] === undefined) save();
+  });
+  const undo = [listen(el, 'input', save), listen(el, 'change', save), effect(() => {
+    const value = look(path);
+    give(shared(value) ? value[index()] : value);
+  })];
+  return () => {
+    group.delete(el);
+    undo.forEach((job) => job());
+  };
+}
+
+
+// ---- Which attributes are alive ----
+// A MutationObserver tells of every element and attribute that comes or goes, whoever did it. An
+// element that only moved is in the page again by then: it is neither undone nor begun anew.
+
+const living = new Map();            // element -> Map(attribute's name -> { value, undo })
+const family = (node) => node.nodeType === 1 ? [node, ...node.querySelectorAll('*')] : [];
+
+// HTML lower-cases names. A signal's becomes camelCase again, all others stay kebab-case.
+const CASES = {
+  camel: (key) => key.replace(/-+([a-z\d])/g, (_, char) => char.toUpperCase()),
+  pascal: (key) => CASES.camel('-' + key),
+  snake: (key) => key.replace(/-/g, '_'),
+  kebab: (key) => key,
+};
+
+function start(el, name, value) {
+  const [head, ...rest] = name.slice(5).split('__');
+  const [plugin, ...keys] = head.split(':');
+  const mods = new Map(rest.map((each) => each.split('.')).map(([mod, ...tags]) => [mod, tags]));
+  if (!Object.hasOwn(plugins, plugin)) {
+    if (!ELSEWHERE.test(plugin) && (keys.length || MISSING.test(plugin))) unknown(name, el);
+    return undefined;
+  }
+  for (const mod of mods.keys()) {
+    if (mod !== 'case' && !MODIFIERS[plugin]?.includes(mod)) unknown(`${name}: the modifier __${mod}`, el);
+  }
+  const ofSignal = /^(?:signals|computed|bind|ref|indicator)$/.test(plugin);
+  const key = CASES[mods.get('case')?.[0] ?? (ofSignal ? 'camel' : 'kebab')]?.(keys.join(':'));
+  try {
+    const path = key || value.trim();
+    return plugins[plugin]({ el, name, value, key, path, mods, run: runner({ el, name, value }) });
+  } catch (error) {
+    report(`${name}="${value}"`, error, el);
+  }
+}
+
+function follow(el) {
+  const begun = living.get(el) ?? new Map();
+  const ignored = el.closest('[data-ignore]') || el.hasAttribute('data-ignore__self');
+  for (const [name, { value, undo }] of begun) {
+    if (!ignored && el.getAttribute(name) === value) continue;
+    begun.delete(name);
+    undo?.();
+  }
+  for (const { name, value } of ignored ? [] : [...el.attributes]) {
+    if (!name.startsWith('data-') || begun.has(name)) continue;
+    living.set(el, begun);
+    begun.set(name, { value, undo: start(el, name, value) });
+  }
+}
+
+function leave(el) {
+  for (const { undo } of living.get(el)?.values() ?? []) undo?.();
+  living.delete(el);
+}
+
+function update(records) {
+  for (const { attributeName, target, removedNodes, addedNodes } of records) {
+    if (attributeName === 'data-ignore') family(target).forEach(follow);
+    else if (attributeName && target.isConnected) follow(target);
+    for (const node of removedNodes) if (!node.isConnected) family(node).forEach(leave);
+    for (const node of addedNodes) if (node.isConnected) family(node).forEach(follow);
+  }
+}
+
+// New HTML may have overwritten what these had set. They set it once more.
+function setAgain(el) {
+  for (const [name, entry] of living.get(el) ?? []) {
+    if (!/^data-(?:text|show|class|attr|style|json-signals)\b/.test(name)) continue;
+    if (el.getAttribute(name) !== entry.value) continue;       // it changed: the observer sees to it
+    entry.undo?.();
+    entry.undo = start(el, name, entry.value);
+  }
+}
+
+
+// ---- Actions, and requests above all ----
+
+const untrackedBatch = (job) => untracked(() => batch(job));
+const actions = {
+  peek: (_, job) => untracked(job),
+  setAll: (_, value, filter) => untrackedBatch(() =>
+    chosen([...cells.keys()], filter).forEach((path) => set(path, value))),
+  toggleAll: (_, filter) => untrackedBatch(() =>
+    chosen([...cells.keys()], filter).forEach((path) => set(path, !look(path)))),
+};
+for (const method of ['get', 'post', 'put', 'patch', 'delete']) {
+  actions[method] = (about, url, options) => send(method.toUpperCase(), about, url, options);
+}
+
+const underWay = new Map();          // "GET /url" -> the AbortController of the request
+
+async function send(method, { el, evt, name }, url, options = {}) {
+  const {
+    requestCancellation = 'auto', openWhenHidden = method !== 'GET', retry = 'auto',
+    retryInterval = 1000, retryScaler = 2, retryMaxWait = 30000, retryMaxCount = 10,
+  } = options;
+  const own = requestCancellation instanceof AbortController ? requestCancellation : new AbortController();
+  const slot = `${method} ${url}`;
+  if (requestCancellation === 'auto') {
+    underWay.get(slot)?.abort();
+    underWay.set(slot, own);
+  }
+  const emit = (type, argsRaw = {}) => tell('datastar-fetch', { type, el, argsRaw });
+  const until = (begin) => new Promise((done) => {
+    own.signal.addEventListener('abort', done, { once: true });
+    begin(done);
+  });
+  let interval = retryInterval;
+  let tries = 0;
+  let attempt;                       // aborted when the tab is hidden, to begin anew when it is shown
+  const unwatch = openWhenHidden ? () => {} : listen(document, 'visibilitychange', () => {
+    if (document.hidden) attempt?.abort();
+  });
+
+  emit('started');
+  try {
+    const request = untracked(() => prepare(method, el, evt, url, options));
+    while (request && !own.signal.aborted) {
+      let again;
+      attempt = new AbortController();
+      try {
+        while (!openWhenHidden && document.hidden && !own.signal.aborted) {
+          await until((done) => document.addEventListener('visibilitychange', done, { once: true }));
+        }
+        const signal = AbortSignal.any([own.signal, attempt.signal]);
+        const answer = await fetch(request.url, { method, headers: request.headers, body: request.body, signal });
+        again = answer.status >= 400 && (retry === 'error' || retry === 'always');
+        if (answer.status >= 400) emit('error', { status: String(answer.status) });
+        if (answer.status === 200) {
+          [tries, interval, again] = [0, retryInterval, retry === 'always'];
+          await take(answer, {
+            id: (id) => { request.headers.set('last-event-id', id); },
+            retry: (ms) => { interval = ms; },
+            event: (type, args) => { emit(type, args); receive(type, args); },
+          });
+        }
+      } catch (error) {
+        if (attempt.signal.aborted) continue;
+        again = retry !== 'never';
+        if (!again && !own.signal.aborted) report(`${name}: ${method} ${url}`, error, el);
+      }
+      if (!again || own.signal.aborted) return;
+      if (++tries > retryMaxCount) {
+        emit('retries-failed');
+        report(`${name}: ${method} ${url}`, `given up after ${tries} tries`, el);
+        return;
+      }
+      // A little chance in each wait: after a restart not all clients come at the same moment.
+      const wait = Math.min(interval * retryScaler ** (tries - 1), retryMaxWait) * (0.75 + Math.random() / 4);
+      emit('retrying', { message: `${method} ${url} once more in ${Math.round(wait)} ms` });
+      await until((done) => setTimeout(done, wait));
+    }
+  } catch (error) {
+    report(`${name}: ${method} ${url}`, error, el);
+  } finally {
+    unwatch();
+    if (underWay.get(slot) === own) underWay.delete(slot);
+    emit('finished');
+  }
+}
+
+// What is sent is fixed here, once: a retry repeats the first URL with its first signals.
+function prepare(method, el, evt, url, { contentType, filterSignals, selector, headers, payload }) {
+  const target = new URL(url, document.baseURI);
+  const inUrl = method === 'GET' || method === 'DELETE';
+  const fields = new Headers({
+    Accept: 'text/event-stream, text/html, application/json', 'Datastar-Request': 'true',
+  });
+  let body;
+  if (contentType === 'form') {
+    const form = selector ? document.querySelector(selector) : el.closest('form');
+    if (!form) throw new Error('there is no form to send');
+    if (!form.noValidate && !form.reportValidity()) return null;
+    const button = evt?.submitter ?? (el.form === form && /^(submit|image)$/.test(el.type) ? el : null);
+    if (button) evt.preventDefault();            // or the browser sends the form as well
+    const data = new FormData(form, button);
+    if (inUrl) for (const [key, value] of data) target.searchParams.append(key, value);
+    else body = form.enctype === 'multipart/form-data' ? data : new URLSearchParams(data);
+  } else {
+    const json = JSON.stringify(payload ?? pick({ exclude: /(^|\.)_/, ...filterSignals }));
+    if (inUrl) target.searchParams.set('datastar', json);
+    else fields.set('Content-Type', 'application/json');
+    if (!inUrl) body = json;
+  }
+  for (const [key, value] of Object.entries(headers ?? {})) fields.set(key, value);
+  return { url: target, headers: fields, body };
+}
+
+async function take(answer, stream) {
+  const kind = answer.headers.get('content-type') ?? '';
+  const given = (...options) => Object.fromEntries(options
+    .map((name) => [CASES.camel(name), answer.headers.get('datastar-' + name)]).filter(([, value]) => value));
+  if (kind.includes('text/event-stream')) return readEvents(answer.body, stream);
+  const text = await answer.text();
+  if (kind.includes('text/html')) {
+    const options = given('selector', 'mode', 'namespace', 'use-view-transition');
+    stream.event('datastar-patch-elements', { elements: text, ...options });
+  } else if (kind.includes('application/json')) {
+    stream.event('datastar-patch-signals', { signals: text, ...given('only-if-missing') });
+  } else if (kind.includes('text/javascript')) {
+    const script = document.createElement('script');
+    const attributes = JSON.parse(given('script-attributes').scriptAttributes ?? '{}');
+    for (const [key, value] of Object.entries(attributes)) script.setAttribute(key, value);
+    script.textContent = text;
+    document.head.append(script);
+    script.remove();
+  }
+}
+
+// Server-Sent Events, by the HTML standard. Datastar's data lines are "key value"; lines with the
+// same key belong together.
+async function readEvents(body, stream) {
+  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
+  let rest = '';
+  let type = '';
+  let data = {};
+  for (;;) {
+    const { done, value } = await reader.read();
+    if (done) return;                            // an event without its blank line is dropped
+    const lines = (rest + value).split(/\r\n|\n|\r(?!$)/);
+    rest = lines.pop();                          // perhaps only the first half of a line
+    for (const line of lines) {
+      const [, field, content] = line.match(/^([^:]*):? ?(.*)$/s);
+      const [, key, text] = content.match(/^(\S*) ?(.*)$/s);
+      if (line === '') {
+        if (type.startsWith('datastar-')) stream.event(type, data);
+        [type, data] = ['', {}];
+      } else if (field === 'event') type = content;
+      else if (field === 'id') stream.id(content);
+      else if (field === 'retry' && /^\d+$/.test(content)) stream.retry(Number(content));
+      else if (field === 'data') data[key] = key in data ? `${data[key]}\n${text}` : text;
+    }
+  }
+}
+
+function receive(type, args) {
+  const patch = {
+    'datastar-patch-signals': () => merge(object(args.signals), args.onlyIfMissing === 'true'),
+    'datastar-patch-elements': () => patchElements(args),
+  }[type];
+  const safely = () => {
+    try {
+      patch?.();
+    } catch (error) {
+      report(type, error);
+    }
+  };
+  if (args.useViewTransition === 'true') transition(safely);
+  else safely();
+}
+
+// JSON, or JavaScript's way to write an object, as in {name: 'Ann'}.
+function object(text) {
+  try {
+    return JSON.parse(text);
+  } catch {
+    return new Function(`return (${text})`)();
+  }
+}
+
+
+// ---- Elements: patches, and the morph ----
+
+function patchElements({ elements = '', selector, mode = 'outer', namespace }) {
+  const fresh = parse(elements, namespace);
+  if (selector) {
+    const targets = document.querySelectorAll(selector);
+    if (!targets.length) throw new Error(`no element matches ${selector}`);
+    for (const target of targets) patchOne(mode, target, fresh.map(enliven));
+    return;
+  }
+  if (mode !== 'outer' && mode !== 'replace') throw new Error(`the mode ${mode} needs a selector`);
+  for (const node of fresh.filter(({ nodeType }) => nodeType === 1)) {
+    const whole = { html: document.documentElement, head: document.head, body: document.body };
+    const target = whole[node.localName] ?? document.getElementById(node.id);
+    if (target) patchOne(mode, target, [enliven(node)]);
+    else report('datastar-patch-elements', `no element has the id "${node.id}"`);
+  }
+}
+
+function parse(html, namespace) {
+  const holds = (name) => new RegExp(`<${name}[\\s>]`, 'i').test(html);
+  if (holds('html') || holds('head') || holds('body')) {
+    const page = new DOMParser().parseFromString(html, 'text/html');
+    return holds('html') ? [page.documentElement]
+      : [holds('head') && page.head, holds('body') && page.body].filter(Boolean);
+  }
+  const wrapper = { svg: 'svg', mathml: 'math' }[namespace];
+  const template = document.createElement('template');
+  template.innerHTML = wrapper ? `<${wrapper}>${html}</${wrapper}>` : html;
+  return [...(wrapper ? template.content.firstChild : template.content).childNodes];
+}
+
+// A script that was parsed never runs; one that is made by hand does, when it enters the page.
+function enliven(node) {
+  const holder = document.createDocumentFragment();
+  holder.append(document.importNode(node, true));
+  for (const dead of holder.querySelectorAll('script')) {
+    const script = document.createElement('script');
+    for (const { name, value } of dead.attributes) script.setAttribute(name, value);
+    script.textContent = dead.textContent;
+    dead.replaceWith(script);
+  }
+  return holder.firstChild;
+}
+
+function patchOne(mode, target, nodes) {
+  const modes = {
+    outer: () => morph(target.parentNode, [target], nodes),
+    inner: () => morph(target, [...target.childNodes], nodes),
+    replace: () => target.replaceWith(...nodes),
+    remove: () => target.remove(),
+    prepend: () => target.prepend(...nodes),
+    append: () => target.append(...nodes),
+    before: () => target.before(...nodes),
+    after: () => target.after(...nodes),
+  };
+  if (!Object.hasOwn(modes, mode)) throw new Error(`there is no mode ${mode}`);
+  modes[mode]();
+}
+
+// The morph turns old nodes into new ones and keeps what is the same: first by id and tag, wherever
+// that is, then by kind, in order. What is kept keeps its focus, its selection, its typed text.
+function morph(parent, old, nodes) {
+  const focused = document.activeElement;
+  const { selectionStart, selectionEnd, selectionDirection } = focused ?? {};
+  const fresh = new Map(nodes.flatMap(family).filter((el) => el.id).map((el) => [el.id, el.localName]));
+  const kept = new Map();            // id -> the old element that will be used under it again
+  for (const el of old.flatMap(family)) {
+    if (el.id && fresh.get(el.id) === el.localName && !kept.has(el.id)) kept.set(el.id, el);
+  }
+  const shelf = document.createElement('div');   // where they wait when their old place is gone
+  shelf.hidden = true;
+  document.documentElement.append(shelf);
+  const touched = [];
+  morphNodes(parent, old, nodes, { kept, shelf, touched });
+  shelf.remove();
+  touched.forEach(setAgain);
+  // Without moveBefore, an element that moves loses the focus.
+  if (focused?.isConnected && document.activeElement !== focused && focused !== document.body) {
+    focused.focus({ preventScroll: true });
+    if (selectionStart >= 0) focused.setSelectionRange(selectionStart, selectionEnd, selectionDirection);
+  }
+}
+
+const keptIn = (node, kept) => kept.size ? family(node).map(({ id }) => id).filter((id) => kept.has(id)) : [];
+const sameKind = (a, b) => a.nodeName === b.nodeName && a.namespaceURI === b.namespaceURI
+  && (!a.id || a.id === b.id) && (a.localName !== 'input' || a.type === b.type)
+  && (a.localName !== 'script' || a.isEqualNode(b));
+
+function move(parent, node, before) {
+  if (parent.moveBefore && node.isConnected && parent.isConnected) parent.moveBefore(node, before);
+  else parent.insertBefore(node, before);
+}
+
+function morphNodes(parent, old, nodes, state) {
+  const { kept, shelf } = state;
+  const end = old.at(-1)?.nextSibling ?? null;
+  const left = new Set(old);                     // old nodes that found no use so far
+  left.delete(shelf);
+  const cursor = () => {                         // the first of them that is still in its place
+    for (const node of left) {
+      if (node.parentNode === parent) return node;
+      left.delete(node);
+    }
+    return end;
+  };
+  for (const node of nodes) {
+    const ids = keptIn(node, kept);
+    let match = ids.includes(node.id) ? kept.get(node.id) : undefined;
+    match ??= [...left].find((each) => {
+      if (each.parentNode !== parent || !sameKind(each, node)) return false;
+      const inside = keptIn(each, kept);
+      return ids.length ? inside.some((id) => ids.includes(id)) : !inside.length;
+    });
+    if (match) {
+      if (match !== cursor()) move(parent, match, cursor());
+      left.delete(match);
+      kept.delete(node.id);
+      morphNode(match, node, state);
+    } else if (ids.length) {
+      // New itself, but around old elements: an empty copy, into which they can move.
+      const copy = parent.insertBefore(node.cloneNode(false), cursor());
+      morphNodes(copy, [], [...node.childNodes], state);
+    } else parent.insertBefore(node, cursor());
+  }
+  for (const gone of left) {
+    for (const id of keptIn(gone, kept)) move(shelf, kept.get(id), null);
+    if (gone.parentNode === parent) gone.remove();
+  }
+}
+
+function morphNode(old, fresh, state) {
+  if (old.nodeType !== 1) {
+    if (old.nodeValue !== fresh.nodeValue) old.nodeValue = fresh.nodeValue;
+    return;
+  }
+  if (old.hasAttribute('data-ignore-morph') && fresh.hasAttribute('data-ignore-morph')) return;
+  const preserved = (fresh.getAttribute('data-preserve-attr') ?? '').split(/\s+/);
+  const typed = old.localName === 'textarea' ? 'defaultValue' : null;
+  let announce = false;
+  for (const name of new Set([...fresh.getAttributeNames(), ...old.getAttributeNames()])) {
+    const value = fresh.getAttribute(name);
+    if (old.getAttribute(name) === value || preserved.includes(name)) continue;
+    if (value === null) old.removeAttribute(name);
+    else old.setAttribute(name, value);
+    // These attributes say what a control starts with. What it has now is in its properties.
+    const live = { value: value ?? '', checked: value !== null, selected: value !== null };
+    if (!Object.hasOwn(live, name) || !(name in old) || old.localName === 'button') continue;
+    if (name !== 'value' || old.localName === 'input') old[name] = live[name];
+    announce = true;
+  }
+  const asked = old[typed];
+  if (old.localName === 'template') old.innerHTML = fresh.innerHTML;
+  else morphNodes(old, [...old.childNodes], [...fresh.childNodes], state);
+  if (typed && asked !== old[typed]) {
+    old.value = old[typed];
+    announce = true;
+  }
+  if (announce) (old.closest('select') ?? old).dispatchEvent(new Event('change', { bubbles: true }));
+  state.touched.push(old);
+}
+
+
+// ---- Start ----
+
+function begin() {
+  batch(() => family(document.documentElement).forEach(follow));
+  new MutationObserver((records) => batch(() => update(records)))
+    .observe(document, { subtree: true, childList: true, attributes: true });
+  tell('datastar-ready');
+}
+
+if (document.readyState === 'loading') document.addEventListener('DOMContentLoaded', begin);
+else begin();
 """
 
 __all__ = [
@@ -5261,6 +6310,7 @@ __all__ = [
     "datastar_script",
     "h",
     "js",
+    "read_signals",
     "render",
     "s",
     "same_origin",
