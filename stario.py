@@ -78,7 +78,18 @@ from decimal import Decimal
 from functools import lru_cache
 from http import HTTPStatus
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Generic, NamedTuple, Protocol, TypeVar, cast
+from typing import (
+    IO,
+    TYPE_CHECKING,
+    Any,
+    Generic,
+    NamedTuple,
+    Protocol,
+    TypedDict,
+    TypeVar,
+    Unpack,
+    cast,
+)
 from urllib.parse import parse_qsl, quote, unquote, unquote_to_bytes, urlencode
 from uuid import UUID
 
@@ -170,53 +181,69 @@ class SafeString(str):
 
 
 def _escape(text: str) -> str:
-    # A carriage return has to be a reference: browsers turn a bare one into a line feed while they
-    # read.
-    return (
-        text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;").replace("\r", "&#13;")
-    )
+    # Looking is cheaper than replacing, and most text has none of these. A carriage return has to
+    # be a reference: browsers turn a bare one into a line feed while they read.
+    if "&" in text or "<" in text or ">" in text or "\r" in text:
+        text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+        text = text.replace("\r", "&#13;")
+    return text
 
 
 def render(*parts: object) -> SafeString:
     """Join parts into one piece of HTML: elements, text, numbers, and iterables of them."""
-    out: list[str] = []
+    attributes, content = _assemble(parts)
+    if attributes:
+        raise StarioError("render() has no element to bear attributes: give the dict to one")
+    return SafeString(content)
+
+
+def _assemble(parts: Iterable[object]) -> tuple[str, str]:
+    """What the parts of an element come to: its attributes, and its content, as HTML."""
+    attributes: dict[str, object] = {}
+    content: list[str] = []
+    _add(parts, content, attributes)
+    return _attributes(attributes) if attributes else "", "".join(content)
+
+
+def _add(parts: Iterable[Any], content: list[str], attributes: dict[str, object]) -> None:
+    """Add each part to the content, or to the attributes."""
     for part in parts:
-        if _add_part(part, out) is not None:
-            raise StarioError("render() has no element to bear attributes: give the dict to one")
-    return SafeString("".join(out))
+        kind = type(part)  # the usual types exactly: one comparison each
+        if kind is SafeString:
+            content.append(part)
+        elif kind is str:
+            content.append(_escape(part))
+        elif kind is dict:
+            attributes.update(part)
+        elif kind is int:
+            content.append(str(part))
+        else:
+            _add_other(part, content, attributes)
 
 
-def _add_part(part: object, out: list[str]) -> Mapping[str, object] | None:
-    """Append the HTML of one part to `out`.
-
-    What turns out to be attributes is given back instead.
-    """
-    if isinstance(part, str):
-        out.append(part if isinstance(part, SafeString) else _text_of(part))
-    elif part is None or part is True or part is False:
+def _add_other(part: object, content: list[str], attributes: dict[str, object]) -> None:
+    if part is None or part is True or part is False:
         pass
-    elif isinstance(part, Mapping):
-        return part
-    elif hasattr(part, "__html__"):
-        out.append(part.__html__())
+    elif isinstance(part, str):
+        content.append(_text_of(part))
     elif isinstance(part, (int, float, Decimal)):
-        out.append(_number(part))
+        content.append(_number(part))
+    elif isinstance(part, Mapping):
+        attributes.update(part)
+    elif hasattr(part, "__html__"):
+        content.append(part.__html__())
     elif isinstance(part, Iterable) and not isinstance(part, (bytes, bytearray, memoryview)):
-        found: dict[str, object] = {}
-        for inner in part:
-            found.update(_add_part(inner, out) or {})
-        return found or None
+        _add(part, content, attributes)
     else:
         raise StarioError(
             f"{type(part).__name__} cannot stand in HTML: give text, a number, an element, "
             "a dict of attributes, or an iterable of those"
         )
-    return None
 
 
 def _text_of(part: str) -> str:
-    # Template libraries have a string type of their own for trusted HTML. Other subclasses
-    # (StrEnum) are text.
+    # Template libraries have a string type of their own for trusted HTML. Other subclasses (StrEnum)
+    # are text.
     return str(part.__html__()) if hasattr(part, "__html__") else _escape(str.__str__(part))
 
 
@@ -241,32 +268,40 @@ def _attribute_start(name: object) -> str:
 
 def _attributes(attributes: Mapping[str, object]) -> str:
     """Write a dict as ` name="value" bare`."""
-    out: list[str] = []
+    text = ""
     for name, value in attributes.items():
         start = _attribute_starts.get(name) or _attribute_start(name)
         if type(value) is str:
-            out.append(start + _escape(value).replace('"', "&quot;") + '"')
+            text += f'{start}{_quoted(value)}"'
+        elif type(value) is dict and name == "style":
+            text += f'{start}{_style(value)}"'
         elif value is True or value is None:
-            out.append(start[:-2])
-        elif value is False:
-            continue
+            text += start[:-2]
         elif isinstance(value, Mapping):
-            if name == "style":
-                style = "".join(
-                    f"{key}:{_value_of(key, item)};"
-                    for key, item in value.items()
-                    if item is not None and item is not False
-                )
-                out.append(f'{start}{style}"')
-            else:
-                out.append(_attributes({f"{name}-{key}": item for key, item in value.items()}))
-        else:
-            out.append(f'{start}{_value_of(name, value)}"')
-    return "".join(out)
+            text += _attributes({f"{name}-{key}": item for key, item in value.items()})
+        elif value is not False:
+            text += f'{start}{_value_of(name, value)}"'
+    return text
+
+
+def _quoted(text: str) -> str:
+    if "&" in text or '"' in text or "<" in text or ">" in text or "\r" in text:
+        return _escape(text).replace('"', "&quot;")
+    return text
+
+
+def _style(properties: Mapping[str, object]) -> str:
+    text = ""
+    for name, value in properties.items():
+        if type(value) is str:
+            text += f"{name}:{_quoted(value)};"
+        elif value is not None and value is not False:
+            text += f"{name}:{_value_of(name, value)};"
+    return text
 
 
 def _value_of(name: str, value: object) -> str:
-    """One attribute value as it stands between its quotes."""
+    """One attribute value, of any kind, as it stands between its quotes."""
     if isinstance(value, str):
         text = value if isinstance(value, SafeString) else _text_of(value)
         return text.replace('"', "&quot;")
@@ -283,12 +318,9 @@ def _value_of(name: str, value: object) -> str:
 
 
 class Tag:
-    """Makes one kind of element:
+    """Makes one kind of element: `h.P("text", {"class": "x"})`. Uncalled, it is its empty element."""
 
-    `h.P("text", {"class": "x"})`. Uncalled, it stands for its empty element.
-    """
-
-    __slots__ = ("_close", "_empty", "_open", "name")
+    __slots__ = ("_close", "_open", "name")
 
     def __init__(self, name: str) -> None:
         if not re.fullmatch(r"[A-Za-z][^\s/<>=\"'\x00]*", name):
@@ -296,38 +328,23 @@ class Tag:
         self.name = name
         self._open = f"<{name}"
         self._close = f"</{name}>"
-        self._empty = self()
 
     def __html__(self) -> str:
         """The empty element, for `h.Div(h.Br)`."""
-        return self._empty
+        return self()
 
     def __repr__(self) -> str:
         return f"h.tag({self.name!r})"
 
     def __call__(self, *parts: object) -> SafeString:
-        """The element with these parts:
-
-        dicts are attributes (later wins), anything else is its content.
-        """
-        attributes: Mapping[str, object] | None = None
-        out = [self._open, ""]  # the second place is for the attributes
-        for part in parts:
-            kind = type(part)
-            if kind is SafeString:
-                out.append(part)  # type: ignore[arg-type]
-            elif kind is str:
-                out.append(_escape(part))  # type: ignore[arg-type]
-            else:
-                more = part if kind is dict else _add_part(part, out)
-                if more:
-                    attributes = {**attributes, **more} if attributes else more  # type: ignore[dict-item, assignment]
-        out[1] = _attributes(attributes) + ">" if attributes else ">"
-        return self._finish(out)
-
-    def _finish(self, out: list[str]) -> SafeString:
-        out.append(self._close)
-        return SafeString("".join(out))
+        """The element with these parts: dicts are attributes (later wins), all else its content."""
+        if len(parts) == 1 and type(parts[0]) is str:  # a text and nothing else, as in most cells
+            return SafeString(f"{self._open}>{_escape(parts[0])}{self._close}")
+        attributes: dict[str, object] = {}
+        content: list[str] = []
+        _add(parts, content, attributes)
+        written = _attributes(attributes) if attributes else ""
+        return SafeString(f"{self._open}{written}>{''.join(content)}{self._close}")
 
 
 class _VoidTag(Tag):
@@ -335,50 +352,42 @@ class _VoidTag(Tag):
 
     __slots__ = ()
 
-    def _finish(self, out: list[str]) -> SafeString:
-        if len(out) > 2:
+    def __call__(self, *parts: object) -> SafeString:
+        attributes, content = _assemble(parts)
+        if content:
             raise StarioError(f"<{self.name}> cannot have content: it is a void element")
-        return SafeString(f"{out[0]}{out[1][:-1]}/>")
+        return SafeString(f"{self._open}{attributes}/>")
 
 
 class _RawTag(Tag):
-    """`<script>` and `<style>`:
-
-    the browser does not decode their text, so it is not escaped, only checked.
-    """
+    """`<script>` and `<style>`: the browser does not decode their text, so it is only checked."""
 
     __slots__ = ()
 
     def __call__(self, *parts: object) -> SafeString:
-        return super().__call__(*map(self._trust, parts))
+        attributes, text = _assemble(map(self._trust, parts))
+        if "<!--" in text or f"</{self.name}" in text.lower():
+            raise StarioError(
+                f"text in <{self.name}> cannot hold '</{self.name}' or '<!--', which would end it: "
+                "write '<' as \\u003c in a JavaScript string, as \\3c in CSS"
+            )
+        return SafeString(f"{self._open}{attributes}>{text}{self._close}")
 
     def _trust(self, part: object) -> object:
         if isinstance(part, (list, tuple)):
             return [self._trust(inner) for inner in part]
         return SafeString(part) if type(part) is str else part
 
-    def _finish(self, out: list[str]) -> SafeString:
-        text = "".join(out[2:])
-        if "<!--" in text or f"</{self.name}" in text.lower():
-            raise StarioError(
-                f"text in <{self.name}> cannot hold '</{self.name}' or '<!--', which would end it: "
-                "write '<' as \\u003c in a JavaScript string, as \\3c in CSS"
-            )
-        return super()._finish(out)
-
 
 class _PreTag(Tag):
-    """`<pre>` and `<textarea>`:
-
-    browsers drop a line feed that comes first, so one is put before it.
-    """
+    """`<pre>` and `<textarea>`: browsers drop a line feed that comes first, so there is one more."""
 
     __slots__ = ()
 
-    def _finish(self, out: list[str]) -> SafeString:
-        if len(out) > 2 and "".join(out[2:]).startswith("\n"):
-            out[1] += "\n"
-        return super()._finish(out)
+    def __call__(self, *parts: object) -> SafeString:
+        attributes, content = _assemble(parts)
+        spare = "\n" if content.startswith("\n") else ""
+        return SafeString(f"{self._open}{attributes}>{spare}{content}{self._close}")
 
 
 class _HtmlTag(Tag):
@@ -386,9 +395,8 @@ class _HtmlTag(Tag):
 
     __slots__ = ()
 
-    def _finish(self, out: list[str]) -> SafeString:
-        out[0] = "<!doctype html>" + out[0]
-        return super()._finish(out)
+    def __call__(self, *parts: object) -> SafeString:
+        return SafeString("<!doctype html>" + str(super().__call__(*parts)))
 
 
 _HTML_TAGS = """
@@ -514,8 +522,31 @@ def js(mapping: Mapping[str, str] | None = None, /, **expressions: str) -> str:
 
 
 Duration = int | float | str  # whole seconds; seconds with a fraction; or "250ms" as it is
+Timing = Duration | tuple[Any, ...]  # (0.5, "leading") adds the client's own flags
 Pattern = str | re.Pattern[str]  # a regular expression, which the browser runs
 Attributes = dict[str, object]
+
+
+class Modifiers(TypedDict, total=False):
+    """What can be said of an event handler. The client's names, in the order of its reference."""
+
+    once: bool
+    passive: bool
+    capture: bool
+    window: bool
+    document: bool
+    outside: bool
+    prevent: bool
+    stop: bool
+    exit: bool  # for on_intersect: when it leaves the view
+    half: bool  # for on_intersect: when half of it is visible,
+    full: bool  # all of it,
+    threshold: int  # or so many percent
+    duration: Timing  # for on_interval
+    delay: Duration  # wait so long
+    debounce: Timing  # wait until there has been no event for so long
+    throttle: Timing  # let one event through in so long
+    viewtransition: bool
 
 
 def _duration(value: Duration) -> str:
@@ -527,23 +558,34 @@ def _duration(value: Duration) -> str:
 
 def _modifier(name: str, value: object) -> str:
     """`__once` for True, nothing for False, `__debounce.500ms.leading` for (0.5, "leading")."""
+    if name not in Modifiers.__annotations__:
+        raise StarioError(f"no modifier {name!r}: {', '.join(Modifiers.__annotations__)}")
     if value is None or value is False:
         return ""
     if value is True:
         return f"__{name}"
     first, *flags = value if isinstance(value, tuple) else (value,)
-    return ".".join((f"__{name}", _duration(first), *flags))
+    return ".".join((f"__{name}", str(first) if name == "threshold" else _duration(first), *flags))
 
 
-def _modifiers(**values: object) -> str:
-    return "".join(_modifier(name, value) for name, value in values.items())
+@lru_cache(maxsize=1024)
+def _attribute_name(start: str, modifiers: tuple[tuple[str, object], ...]) -> str:
+    """`data-on:click__once`. Kept, since a page repeats the few that it has."""
+    order = list(Modifiers.__annotations__)
+    ranked = sorted(modifiers, key=lambda pair: order.index(pair[0]) if pair[0] in order else 0)
+    return start + "".join(_modifier(name, value) for name, value in ranked)
+
+
+@lru_cache(maxsize=1024)
+def _event_start(event: str) -> str:
+    """HTML lower-cases attribute names, so `userSaved` is written `user-saved` and turned back."""
+    kebab = re.sub(r"(?<!^)([A-Z])", r"-\1", event).lower()
+    case = "" if kebab == event else "__case.pascal" if event[0].isupper() else "__case.camel"
+    return f"data-on:{kebab}{case}"
 
 
 def _regex(pattern: Pattern) -> str:
-    """A regular expression literal.
-
-    `@` and `;` are kept from the client's rewriting, `/` from ending it.
-    """
+    """A regular expression literal, in which nothing ends it, and the client rewrites nothing."""
     text = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
     text = re.sub(r"\\.|/", lambda m: "\\/" if m[0] == "/" else m[0], text)
     return "/" + text.replace("@", "\\x40").replace(";", "\\x3b") + "/"
@@ -553,9 +595,6 @@ def _filter(include: Pattern | None, exclude: Pattern | None) -> str | None:
     given = {"include": include, "exclude": exclude}
     parts = [f"{name}: {_regex(value)}" for name, value in given.items() if value is not None]
     return "{" + ", ".join(parts) + "}" if parts else None
-
-
-Timing = Duration | tuple[Any, ...] | None  # (0.5, "leading") adds the client's own flags
 
 
 class DataAttributes:
@@ -570,7 +609,7 @@ class DataAttributes:
 
         With `ifmissing` only those that the page does not have yet.
         """
-        return {"data-signals" + _modifiers(ifmissing=ifmissing): _script_json(signals)}
+        return {"data-signals__ifmissing" if ifmissing else "data-signals": _script_json(signals)}
 
     def bind(self, signal: str) -> Attributes:
         """Keep a form field and a signal equal, in both directions."""
@@ -604,91 +643,21 @@ class DataAttributes:
         """Run the expression now, and again whenever a signal in it changes."""
         return {"data-effect": expression}
 
-    def init(
-        self, expression: str, *, delay: Duration | None = None, viewtransition: bool = False
-    ) -> Attributes:
-        """Run the expression when the element comes into the page."""
-        return {"data-init" + _modifiers(delay=delay, viewtransition=viewtransition): expression}
+    def init(self, expression: str, **modifiers: Unpack[Modifiers]) -> Attributes:
+        """Run the expression when the element comes into the page (`delay`, `viewtransition`)."""
+        return {_attribute_name("data-init", tuple(modifiers.items())): expression}
 
-    def on(
-        self,
-        event: str,
-        expression: str,
-        *,
-        once: bool = False,
-        passive: bool = False,
-        capture: bool = False,
-        window: bool = False,
-        document: bool = False,
-        outside: bool = False,
-        prevent: bool = False,
-        stop: bool = False,
-        delay: Duration | None = None,
-        debounce: Timing = None,
-        throttle: Timing = None,
-        viewtransition: bool = False,
-    ) -> Attributes:
-        """Run the expression at a DOM event: `data.on("click", at.post("/click"), debounce=0.5)`.
+    def on(self, event: str, expression: str, **modifiers: Unpack[Modifiers]) -> Attributes:
+        """Run the expression at a DOM event: `data.on("click", at.post("/click"), debounce=0.5)`."""
+        return {_attribute_name(_event_start(event), tuple(modifiers.items())): expression}
 
-        `debounce` waits until the event has been quiet for so long, `throttle` lets one through in
-        that time; both take a tuple with the client's flags, too: `(0.5, "leading")`.
-        """
-        modifiers = _modifiers(
-            once=once,
-            passive=passive,
-            capture=capture,
-            window=window,
-            document=document,
-            outside=outside,
-            prevent=prevent,
-            stop=stop,
-            delay=delay,
-            debounce=debounce,
-            throttle=throttle,
-            viewtransition=viewtransition,
-        )
-        # HTML lower-cases attribute names, so `userSaved` is written `user-saved` and turned back.
-        kebab = re.sub(r"(?<!^)([A-Z])", r"-\1", event).lower()
-        case = "" if kebab == event else "__case.pascal" if event[0].isupper() else "__case.camel"
-        return {f"data-on:{kebab}{case}{modifiers}": expression}
+    def on_intersect(self, expression: str, **modifiers: Unpack[Modifiers]) -> Attributes:
+        """Run the expression when the element scrolls into view (or out, with `exit`)."""
+        return {_attribute_name("data-on-intersect", tuple(modifiers.items())): expression}
 
-    def on_intersect(
-        self,
-        expression: str,
-        *,
-        once: bool = False,
-        exit: bool = False,
-        half: bool = False,
-        full: bool = False,
-        threshold: int | None = None,
-        delay: Duration | None = None,
-        debounce: Timing = None,
-        throttle: Timing = None,
-        viewtransition: bool = False,
-    ) -> Attributes:
-        """Run the expression when the element scrolls into view (or out, with `exit`).
-
-        `half`, `full` and `threshold` (percent) say how much of it must be visible.
-        """
-        modifiers = _modifiers(
-            once=once,
-            exit=exit,
-            half=half,
-            full=full,
-            threshold=None if threshold is None else str(threshold),
-            delay=delay,
-            debounce=debounce,
-            throttle=throttle,
-            viewtransition=viewtransition,
-        )
-        return {"data-on-intersect" + modifiers: expression}
-
-    def on_interval(
-        self, expression: str, *, duration: Timing = None, viewtransition: bool = False
-    ) -> Attributes:
+    def on_interval(self, expression: str, **modifiers: Unpack[Modifiers]) -> Attributes:
         """Run the expression every `duration` (one second without it)."""
-        modifiers = _modifiers(duration=duration, viewtransition=viewtransition)
-        return {"data-on-interval" + modifiers: expression}
+        return {_attribute_name("data-on-interval", tuple(modifiers.items())): expression}
 
     def on_signal_patch(
         self,
@@ -696,18 +665,12 @@ class DataAttributes:
         *,
         include: Pattern | None = None,
         exclude: Pattern | None = None,
-        delay: Duration | None = None,
-        debounce: Timing = None,
-        throttle: Timing = None,
+        **modifiers: Unpack[Modifiers],
     ) -> Attributes:
-        """Run the expression when signals change:
-
-        only those whose names match, if filters are given.
-        """
-        modifiers = _modifiers(delay=delay, debounce=debounce, throttle=throttle)
-        attributes: Attributes = {"data-on-signal-patch" + modifiers: expression}
+        """Run the expression when signals change; with a filter, those whose names match."""
+        name = _attribute_name("data-on-signal-patch", tuple(modifiers.items()))
         names = _filter(include, exclude)
-        return {**attributes, "data-on-signal-patch-filter": names} if names else attributes
+        return {name: expression, **({"data-on-signal-patch-filter": names} if names else {})}
 
     def indicator(self, signal: str) -> Attributes:
         """Set the signal to true while a request of this element is under way."""
@@ -719,7 +682,7 @@ class DataAttributes:
 
     def ignore(self, *, self_only: bool = False) -> Attributes:
         """Keep Datastar away from the element and what is in it (or from the element alone)."""
-        return {"data-ignore" + _modifiers(self=self_only): True}
+        return {"data-ignore__self" if self_only else "data-ignore": True}
 
     def ignore_morph(self) -> Attributes:
         """Leave the element as it is when a patch comes."""
@@ -733,7 +696,8 @@ class DataAttributes:
         terse: bool = False,
     ) -> Attributes:
         """Show all signals (or those whose names match) as JSON: for debugging."""
-        return {"data-json-signals" + _modifiers(terse=terse): _filter(include, exclude) or True}
+        name = "data-json-signals__terse" if terse else "data-json-signals"
+        return {name: _filter(include, exclude) or True}
 
     def preserve_attr(self, *names: str) -> Attributes:
         """Keep these attributes of the element as they are when a patch comes."""
@@ -742,44 +706,85 @@ class DataAttributes:
 
 data = DataAttributes()
 
+
+class RequestOptions(TypedDict, total=False):
+    """The options of a request, with the client's defaults. Patterns match names of signals.
+
+    https://data-star.dev/reference/actions
+    """
+
+    content_type: str  # "json": the signals; or "form": the fields of the form around the element
+    include: Pattern  # the signals to send: those that match,
+    exclude: Pattern  # and those that do not
+    selector: str  # a CSS selector for the form to send
+    headers: Mapping[str, str]  # more request headers
+    open_when_hidden: bool  # keep the stream while the tab is hidden (False for GET)
+    payload: object  # what to send in place of the signals; a str is an expression
+    retry: str  # "auto": after a broken connection; or "error", "always", "never"
+    retry_interval_ms: int  # 1000
+    retry_scaler: float  # 2: each wait is so many times the one before
+    retry_max_wait_ms: int  # 30000
+    retry_max_count: int  # 10
+    request_cancellation: str  # "auto", "disabled", or an expression for an AbortController
+
+
+_REQUEST_DEFAULTS: dict[str, object] = {
+    "content_type": "json", "retry": "auto", "retry_interval_ms": 1000, "retry_scaler": 2,
+    "retry_max_wait_ms": 30_000, "retry_max_count": 10, "request_cancellation": "auto",
+}  # fmt: skip
 _PLAIN_URL = re.compile(r"[A-Za-z0-9/_.~?&=%:+,#-]*")
 
 
 class Actions:
     """Datastar's actions, as text for expressions: `at.post("/click", {"cellId": 3})`.
 
-    See https://data-star.dev/reference/actions. The options of a request, all of them optional:
-
-    - `content_type`: "json" (the signals) or "form" (the fields of the form around the element)
-    - `include`, `exclude`: regular expressions for the names of the signals to send
-    - `selector`: CSS selector of the form to send
-    - `headers`: a dict of extra request headers
-    - `open_when_hidden`: keep the stream while the tab is hidden
-    - `payload`: what to send in place of the signals: a dict, or an expression
-    - `retry`: "auto", "error", "always" or "never"; `retry_interval_ms`, `retry_scaler`,
-      `retry_max_wait_ms`, `retry_max_count`
-    - `request_cancellation`: "auto", "disabled", or an expression that gives an AbortController
+    `queries` are added to the URL. For the options see `RequestOptions`.
     """
 
-    def get(self, url: str, queries: Mapping[str, object] | None = None, **options: Any) -> str:
+    def get(
+        self,
+        url: str,
+        queries: Mapping[str, object] | None = None,
+        **options: Unpack[RequestOptions],
+    ) -> str:
         """Ask with GET; signals go into the query. `@get('/subscribe')`"""
-        return self._request("get", url, queries, **options)
+        return _request("get", url, queries, options)
 
-    def post(self, url: str, queries: Mapping[str, object] | None = None, **options: Any) -> str:
+    def post(
+        self,
+        url: str,
+        queries: Mapping[str, object] | None = None,
+        **options: Unpack[RequestOptions],
+    ) -> str:
         """Ask with POST; signals go as JSON."""
-        return self._request("post", url, queries, **options)
+        return _request("post", url, queries, options)
 
-    def put(self, url: str, queries: Mapping[str, object] | None = None, **options: Any) -> str:
+    def put(
+        self,
+        url: str,
+        queries: Mapping[str, object] | None = None,
+        **options: Unpack[RequestOptions],
+    ) -> str:
         """Ask with PUT; signals go as JSON."""
-        return self._request("put", url, queries, **options)
+        return _request("put", url, queries, options)
 
-    def patch(self, url: str, queries: Mapping[str, object] | None = None, **options: Any) -> str:
+    def patch(
+        self,
+        url: str,
+        queries: Mapping[str, object] | None = None,
+        **options: Unpack[RequestOptions],
+    ) -> str:
         """Ask with PATCH; signals go as JSON."""
-        return self._request("patch", url, queries, **options)
+        return _request("patch", url, queries, options)
 
-    def delete(self, url: str, queries: Mapping[str, object] | None = None, **options: Any) -> str:
+    def delete(
+        self,
+        url: str,
+        queries: Mapping[str, object] | None = None,
+        **options: Unpack[RequestOptions],
+    ) -> str:
         """Ask with DELETE; signals go into the query."""
-        return self._request("delete", url, queries, **options)
+        return _request("delete", url, queries, options)
 
     def peek(self, expression: str) -> str:
         """The expression's value, without running again when its signals change."""
@@ -789,60 +794,55 @@ class Actions:
         self, value: object, *, include: Pattern | None = None, exclude: Pattern | None = None
     ) -> str:
         """Set all signals (or those whose names match) to a value; a str is an expression."""
-        code = value if isinstance(value, str) else _script_json(value)
-        return f"@setAll({', '.join(filter(None, (code, _filter(include, exclude))))})"
+        return f"@setAll({', '.join(filter(None, (_code(value), _filter(include, exclude))))})"
 
     def toggle_all(self, *, include: Pattern | None = None, exclude: Pattern | None = None) -> str:
         """Turn all signals (or those whose names match) from true to false and back."""
         return f"@toggleAll({_filter(include, exclude) or ''})"
 
-    def _request(
-        self,
-        method: str,
-        url: str,
-        queries: Mapping[str, object] | None = None,
-        *,
-        content_type: str = "json",
-        include: Pattern | None = None,
-        exclude: Pattern | None = None,
-        selector: str | None = None,
-        headers: Mapping[str, str] | None = None,
-        open_when_hidden: bool | None = None,
-        payload: object = None,
-        retry: str = "auto",
-        retry_interval_ms: int = 1000,
-        retry_scaler: float = 2,
-        retry_max_wait_ms: int = 30_000,
-        retry_max_count: int = 10,
-        request_cancellation: str = "auto",
-    ) -> str:
-        if queries:
-            url += ("&" if "?" in url else "?") + urlencode(queries, doseq=True)
-        # A str payload is an expression, and so is a cancellation that is not one of the words.
-        given_payload = payload if isinstance(payload, str) else _script_json(payload)
-        cancel_word = request_cancellation in ("auto", "disabled", "cleanup")
-        cancel = s(request_cancellation) if cancel_word else request_cancellation
-        hidden = open_when_hidden is not None and open_when_hidden is not (method != "get")
-        options = {
-            "contentType": s(content_type) if content_type != "json" else None,
-            "filterSignals": _filter(include, exclude),
-            "selector": s(selector) if selector else None,
-            "headers": _script_json(headers) if headers else None,
-            "openWhenHidden": _script_json(open_when_hidden) if hidden else None,
-            "payload": given_payload if payload is not None else None,
-            "retry": s(retry) if retry != "auto" else None,
-            "retryInterval": retry_interval_ms if retry_interval_ms != 1000 else None,
-            "retryScaler": retry_scaler if retry_scaler != 2 else None,
-            "retryMaxWait": retry_max_wait_ms if retry_max_wait_ms != 30_000 else None,
-            "retryMaxCount": retry_max_count if retry_max_count != 10 else None,
-            "requestCancellation": cancel if request_cancellation != "auto" else None,
-        }
-        written = ", ".join(f"{key}: {code}" for key, code in options.items() if code is not None)
-        address = f"'{url}'" if _PLAIN_URL.fullmatch(url) else s(url)
-        return f"@{method}({address}, {{{written}}})" if written else f"@{method}({address})"
-
 
 at = Actions()
+
+
+def _request(
+    method: str, url: str, queries: Mapping[str, object] | None, options: RequestOptions
+) -> str:
+    if queries:
+        url += ("&" if "?" in url else "?") + _query(queries)
+    address = f"'{url}'" if _PLAIN_URL.fullmatch(url) else s(url)
+    written = _request_options(method, options) if options else ""
+    return f"@{method}({address}{written})"
+
+
+def _query(queries: Mapping[str, object]) -> str:
+    # Numbers, the usual case, need no escaping.
+    if all(type(value) is int for value in queries.values()) and all(map(str.isalnum, queries)):
+        return "&".join([f"{name}={value}" for name, value in queries.items()])
+    return urlencode(queries, doseq=True)
+
+
+def _request_options(method: str, options: RequestOptions) -> str:
+    """The second argument of an action: what differs from the client's defaults."""
+    given = cast("dict[str, Any]", dict(options))
+    names = _filter(given.pop("include", None), given.pop("exclude", None))
+    written = [f"filterSignals: {names}"] if names else []
+    defaults = {**_REQUEST_DEFAULTS, "open_when_hidden": method != "get"}
+    for name, value in given.items():
+        if name not in RequestOptions.__annotations__:
+            raise StarioError(f"no option {name!r}: {', '.join(RequestOptions.__annotations__)}")
+        if value is None or value == defaults.get(name):
+            continue
+        words = name.removesuffix("_ms").split("_")
+        key = words[0] + "".join(word.capitalize() for word in words[1:])
+        is_code = name == "payload" or (name == "request_cancellation" and value != "disabled")
+        written.append(f"{key}: {_code(value) if is_code else _script_json(value)}")
+    return f", {{{', '.join(written)}}}" if written else ""
+
+
+def _code(value: object) -> str:
+    """A value where an expression is meant, too: a str is one."""
+    return value if isinstance(value, str) else _script_json(value)
+
 
 DATASTAR_URL = "https://cdn.jsdelivr.net/gh/starfederation/datastar@1.0.2/bundles/datastar.js"
 DATASTAR_INTEGRITY = "sha384-SnyFlWTdFL3c8+9/1WsPuMFBq6AQOGC1LmS9upY4YkM3En3wZr5q2UvydHaMgOVG"
@@ -1620,6 +1620,8 @@ class Subscription(Generic[T]):
                     return cast("tuple[str, T]", mailbox.take())
                 if mailbox.closed:
                     raise StopAsyncIteration
+                if mailbox.waiter is not None:
+                    raise StarioError("a subscription has one reader; subscribe once for each")
                 mailbox.loop = asyncio.get_running_loop()
                 waiter = mailbox.waiter = mailbox.loop.create_future()
             try:
@@ -1694,10 +1696,10 @@ class Relay(Generic[T]):
             raise StarioError(f"no overflow rule {overflow!r}: oldest, latest or close")
         if maxsize < 1:
             raise StarioError("maxsize must be at least 1")
+        places = [self._place(pattern) for pattern in patterns]
         mailbox = _Mailbox(patterns, maxsize, overflow)
         with self._lock:
-            for pattern in patterns:
-                table, key = self._place(pattern)
+            for table, key in places:
                 table.setdefault(key, {})[mailbox] = None
         return Subscription(self, mailbox)
 
@@ -2478,9 +2480,8 @@ class Writer:
 
     def respond(self, body: bytes, content_type: str, status: int = 200) -> None:
         """Answer with these bytes. A second answer is a StarioError."""
-        self._start(status)
-        self.completed = True
         fields = _field_line("content-type", content_type)
+        self._start(status)
         if self._headers is not None:
             fields = self._own_fields(fields)
         if len(body) >= self._compression.min_size and _is_compressible(content_type):
@@ -2492,6 +2493,7 @@ class Writer:
         if self._request.method == "HEAD":
             body = b""
         self._carrier.answer(status, fields, body)
+        self.completed = True
 
     def html(self, node: object, status: int = 200) -> None:
         """Answer with a page: an element, or anything that can stand in one."""
@@ -2513,18 +2515,18 @@ class Writer:
         if re.search(r"[\x00-\x1f\x7f]", url):
             raise StarioError(f"{url!r} cannot be a redirect's target: it holds control characters")
         self._start(status)
-        self.completed = True
         # A backslash is a slash to browsers: "/\evil.com" would leave the site.
         location = quote(url.replace("\\", "%5C"), safe=_REDIRECT_SAFE, errors="replace")
         fields = f"location: {location}\r\ncontent-length: 0\r\n".encode("ascii")
         self._carrier.answer(status, self._own_fields(fields), b"")
+        self.completed = True
 
     def empty(self, status: int = 204) -> None:
         """Answer without a body: "done", and nothing to show."""
         self._start(status)
-        self.completed = True
         fields = b"" if status in _BODILESS else b"content-length: 0\r\n"
         self._carrier.answer(status, self._own_fields(fields) if self._headers else fields, b"")
+        self.completed = True
 
     # -- Streams of events. The first one sends the headers.
 
@@ -2608,13 +2610,14 @@ class Writer:
 
     def write_headers(self, status: int) -> Writer:
         """Send the status and `headers`; the body follows by `write` and `end`."""
-        self._start(status)
         declared = self._headers.get("content-length") if self._headers else None
+        if declared is not None and not re.fullmatch("[0-9]{1,18}", declared):
+            raise StarioError(f"{declared!r} cannot be a Content-Length")
+        self._start(status)
         content_type = (self._headers.get("content-type") if self._headers else None) or ""
-        fields = self._own_fields(b"", keep_length=True)
+        # A 204 has no Content-Length (RFC 9110, section 8.6).
+        fields = self._own_fields(b"", keep_length=status != 204)
         if declared is not None:
-            if not re.fullmatch(r"\d{1,18}", declared):
-                raise StarioError(f"{declared!r} cannot be a Content-Length")
             self._remaining = int(declared)
         elif content_type and _is_compressible(content_type):
             fields = self._compressed_stream(fields)
@@ -2659,9 +2662,11 @@ class Writer:
 
         `content-length` must have been declared. Raises ClientDisconnected if the client goes.
         """
-        if self._remaining is None or self._compressor:
-            return  # HEAD, or a status without a body
-        self._remaining -= count
+        if self._request.method == "HEAD" or self.status_code in _BODILESS:
+            return
+        if count > (self._remaining or 0):
+            raise StarioError(f"{count} bytes do not fit into a Content-Length: declare it first")
+        self._remaining = (self._remaining or 0) - count
         await self._carrier.send_file(file, offset, count)
 
     async def drain(self) -> None:
@@ -2787,7 +2792,8 @@ class Writer:
         return fields + b"content-encoding: %b\r\n" % coding.encode()
 
     def _varied(self, fields: bytes) -> bytes:
-        return fields + b"vary: accept-encoding\r\n"
+        line = b"vary: accept-encoding\r\n"
+        return fields if line in fields else fields + line
 
     def _send_event(
         self, name: str, lines: Iterable[str], id: str | None, retry: int | None
@@ -3519,7 +3525,8 @@ class Assets:
             if known is not None and known.path and _stamp(known.path) == known.stamp:
                 return known
             found = self._load(self._root, name)
-        except (OSError, ValueError):  # gone, unreadable, or a name that no file can have
+        except (OSError, ValueError, RuntimeError):
+            # Gone, unreadable, a name that no file can have, or (before 3.13) a link to itself.
             found = None
         if found is None:
             self._files.pop(name, None)
@@ -3541,7 +3548,7 @@ class Assets:
     async def __call__(self, c: Context, w: Writer) -> None:
         """Serve the file that `c.req.tail` names."""
         asked = c.req.tail
-        plain = _FINGERPRINT.sub("", asked)
+        plain = _FINGERPRINT.sub("", asked, count=1)
         file = self.file(plain)
         if file is None or asked != file.fingerprinted:
             # A plain name, or the fingerprint of an older version that a page still asks for; or a
@@ -3559,12 +3566,13 @@ class Assets:
         w.headers.set("etag", f'"{file.digest}"')
         w.headers.set("x-content-type-options", "nosniff")
         w.headers.set("accept-ranges", "bytes")
-        if file.digest in (req.headers.get("if-none-match") or ""):
+        known = req.headers.get("if-none-match") or ""
+        if file.digest in known or known == "*":
             w.empty(304)
             return
         span = _range(req, file)
         if span is None:
-            w.headers.set("content-range", f"bytes */{file.size}")
+            w.headers.set("content-range", f"bytes */{file.size}").set("cache-control", "no-store")
             w.empty(416)
             return
         start, stop = span
@@ -3583,10 +3591,11 @@ class Assets:
         accepted = req.headers.get("accept-encoding")
         coding = _choose_coding(accepted, w._compression) if accepted else None
         body = file.data
-        large_enough = file.size >= w._compression.min_size
-        if coding and large_enough and _is_compressible(file.content_type):
-            body = file.encoded(coding)
-            w.headers.set("content-encoding", coding).set("etag", f'"{file.digest}-{coding}"')
+        if file.size >= w._compression.min_size and _is_compressible(file.content_type):
+            w.headers.set("vary", "accept-encoding")
+            if coding:
+                body = file.encoded(coding)
+                w.headers.set("content-encoding", coding).set("etag", f'"{file.digest}-{coding}"')
         w.respond(body, file.content_type)
 
     async def _serve_large(
@@ -3669,7 +3678,7 @@ _REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/([0-9]
 _ABSOLUTE = re.compile(r"https?://([^/?#@]+)(/[^?#]*)?(\?[^#]*)?", re.IGNORECASE)
 _HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(?::[0-9]*)?")
 _FIELD_BYTES = bytes(set(range(0x20, 0x100)) - {0x7F} | {0x09})
-_LONE_LF = re.compile(rb"(?<!\r)\n")
+_LONE_LF = re.compile(rb"[^\r]\n")
 
 
 @lru_cache(maxsize=1024)
@@ -3754,13 +3763,13 @@ class _Chunks:
 
     _SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})([ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
 
-    __slots__ = ("_left", "_limits", "_overhead", "_trailers", "ended")
+    __slots__ = ("_in_trailers", "_left", "_limits", "_overhead", "ended")
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._left = 0  # bytes left of the chunk under way, its CRLF included
         self._overhead = 0  # bytes of extensions and trailers so far
-        self._trailers: list[bytes] | None = None  # trailer lines, once the last chunk has come
+        self._in_trailers = False  # the last chunk has come
         self.ended = False
 
     def decode(self, buffer: bytes, at: int) -> tuple[bytes, int]:
@@ -3780,10 +3789,7 @@ class _Chunks:
                     raise HttpException(400, "a line of a chunked body ends in a bare line feed")
                 break
             line, at = buffer[at:end], end + 2
-            if self._trailers is None:
-                self._read_size(line)
-            else:
-                self._read_trailer(line, self._trailers)
+            self._read_trailer(line) if self._in_trailers else self._read_size(line)
         return b"".join(out), at
 
     def _read_data(self, buffer: bytes, at: int, out: list[bytes]) -> int:
@@ -3808,15 +3814,14 @@ class _Chunks:
         if size:
             self._left = size + 2
         else:
-            self._trailers = []
+            self._in_trailers = True
 
-    def _read_trailer(self, line: bytes, trailers: list[bytes]) -> None:
+    def _read_trailer(self, line: bytes) -> None:
         if line:
             self._check_overhead(len(line))
             self._overhead += len(line)
-            trailers.append(line + b"\r\n")
+            _parse_fields(line + b"\r\n", 1)  # checked, and not used
         else:
-            _parse_fields(b"".join(trailers), self._limits.max_headers)  # checked, and not used
             self.ended = True
 
     def _check_overhead(self, more: int) -> None:
@@ -3882,8 +3887,6 @@ class Connection(asyncio.Protocol):
         connections = self._worker.connections
         connections.add(self)
         self._busy = len(connections) > self._worker.max_connections
-        if len(connections) > self._worker.max_connections + _TOLD_BUSY:
-            self._transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """It has gone, or we have closed: wake everybody who waits for it."""
@@ -4241,6 +4244,7 @@ class Connection(asyncio.Protocol):
 
     async def send_file(self, file: IO[bytes], offset: int, count: int) -> None:
         """See Carrier. The kernel copies from file to socket, where it can and there is no TLS."""
+        await self.drained()  # or the client has gone
         transport = self._transport
         connection = transport.get_extra_info("socket")
         if hasattr(os, "sendfile") and transport.get_extra_info("sslcontext") is None:
@@ -4251,7 +4255,8 @@ class Connection(asyncio.Protocol):
                 await self._send_by_system(descriptor, file, offset, count)
             finally:
                 os.close(descriptor)
-                transport.set_write_buffer_limits(_HIGH_WATER)
+                if not self._is_lost():
+                    transport.set_write_buffer_limits(_HIGH_WATER)
             return
         file.seek(offset)
         while count:
@@ -4373,8 +4378,8 @@ class Connection(asyncio.Protocol):
         self.shutting_down = True
         if self._answering:
             self._call_on_end()
-        elif self._body is None:
-            self._close()
+        elif self._body is None and not self._ended:
+            self._transport.close()
 
 
 _NEVER = float("inf")
@@ -4501,23 +4506,27 @@ class Stario(Router):
             c("client.disconnected")
         elif isinstance(exc, HttpException):
             c("http.exception", {"status": exc.status_code, "detail": exc.detail})
-            self._answer_error(w, exc)
+            self._answer_error(c, w, exc)
         else:
             self._report(c, exc)
-            self._answer_error(w, HttpException(500))
-        if w.started and not w.completed:
+            self._answer_error(c, w, HttpException(500))
+        if not w.completed:
             w.completed = True
             w._carrier.abort()
 
-    def _answer_error(self, w: Writer, exc: HttpException) -> None:
+    def _answer_error(self, c: Context, w: Writer, exc: HttpException) -> None:
         if w.started:
             return
         for name in ("content-type", "content-length", "content-encoding", "etag", "cache-control"):
             w.headers.remove(name)  # they were meant for another answer
-        if exc.status_code in (301, 302, 303, 307, 308):
-            w.redirect(exc.detail, exc.status_code)
-        else:
-            w.text(exc.detail, exc.status_code)
+        try:
+            if exc.status_code in (301, 302, 303, 307, 308):
+                w.redirect(exc.detail, exc.status_code)
+            else:
+                w.text(exc.detail, exc.status_code)
+        except StarioError as wrong:  # a status, or an address, that no answer can have
+            self._report(c, wrong)
+            w.text(_phrase(500), 500)
 
     def _report(self, c: Context, exc: Exception) -> None:
         """Tell the developer: by the span, or, where nobody looks at spans, as asyncio does."""
@@ -4586,6 +4595,7 @@ class Worker:
         self.limits = limits
         self.max_connections = max_connections
         self.connections: set[Connection] = set()
+        self.arriving = 0  # accepted, but not connections yet: TLS takes its time
         self.tasks: set[asyncio.Task[None]] = set()  # handlers under way
         self.stopping = False
         self.now = loop.time()  # as of the last sweep: good enough for time-outs of seconds
@@ -4611,7 +4621,11 @@ class Worker:
             task.add_done_callback(self.tasks.discard)
 
     def adopt(self, accepted: socket.socket, tls: ssl_module.SSLContext | None) -> None:
-        """Take over a connection that has been accepted."""
+        """Take over a connection that has been accepted, if there is any room for it."""
+        if len(self.connections) + self.arriving >= self.max_connections + _TOLD_BUSY:
+            accepted.close()
+            return
+        self.arriving += 1
         task = self.loop.create_task(self._adopt(accepted, tls))
         self.tasks.add(task)
         task.add_done_callback(self.tasks.discard)
@@ -4626,6 +4640,8 @@ class Worker:
             )
         except (OSError, asyncio.CancelledError):  # no TLS after all, or gone already
             accepted.close()
+        finally:
+            self.arriving -= 1
 
     def note_refusal(self, connection: Connection, exc: HttpException) -> None:
         """Put into the trace what no handler got to see."""
@@ -4769,6 +4785,7 @@ class Server:
             )
         except OSError as exc:
             raise StarioError(f"cannot listen on {self.host!r}: {exc.strerror}") from None
+        found = [entry for entry in found if _is_here(entry[0], entry[4])] or found
         sockets: list[socket.socket] = []
         try:
             for family, kind, protocol, _, address in dict.fromkeys(found):
@@ -4917,6 +4934,14 @@ def _on_signal(
     except NotImplementedError:  # Windows
         before = signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop.set))
         return lambda: signal.signal(number, before)
+
+
+def _is_here(family: int, address: tuple[Any, ...]) -> bool:
+    """Whether this machine has the address: in containers, `localhost` often lacks its IPv6 one."""
+    with suppress(OSError), socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.bind((address[0], 0, *address[2:]))
+        return True
+    return False
 
 
 def _remove_stale_socket(path: str) -> None:
@@ -5285,6 +5310,16 @@ POCKET_CLIENT = r"""
 // signals, expressions, attributes, requests, elements. One rule holds everywhere: what fails is
 // reported in the console under its attribute's name, and everything else goes on.
 
+const report = (what, error, el = '') => console.error(`pocket client: ${what}: ${error}`, el);
+const unknown = (what, el) => console.warn(`pocket client: ${what} is not known here`, el);
+const tell = (name, detail) => document.dispatchEvent(new CustomEvent(name, { detail }));
+const guarded = (what, el, job) => (...args) => {
+  try {
+    return job(...args);
+  } catch (error) {
+    report(what, error, el);
+  }
+};
 
 // ---- Cells, and those who watch them ----
 // A cell holds a value and counts its changes. An effect (it has `run`) or a computed cell (it
@@ -5300,10 +5335,8 @@ const cell = (value, compute) =>
 
 function read(source) {
   refresh(source);
-  if (watcher) {
-    watcher.seen.set(source, source.count);
-    source.watchers.add(watcher);
-  }
+  watcher?.seen.set(source, source.count);
+  if (watcher) source.watchers.add(watcher);
   return source.value;
 }
 
@@ -5315,9 +5348,9 @@ function write(target, value) {
 
 function mark(source) {
   for (const reader of source.watchers) {
-    if (reader === watcher) continue;            // an effect does not wake itself
+    if (reader === watcher || reader.stale) continue;      // an effect does not wake itself
     if (reader.run) due.add(reader);
-    else if (!reader.stale) {
+    else {
       reader.stale = true;
       mark(reader);
     }
@@ -5330,18 +5363,13 @@ function refresh(source) {
   source.stale = false;
   if (source.seen.size && !outdated(source)) return;
   const value = observe(source, source.compute);
-  if (Object.is(value, source.value)) return;
-  source.value = value;
-  source.count++;
+  if (!Object.is(value, source.value)) Object.assign(source, { value, count: source.count + 1 });
 }
 
-function outdated(reader) {
-  for (const [source, count] of reader.seen) {
-    refresh(source);
-    if (source.count !== count) return true;
-  }
-  return false;
-}
+const outdated = (reader) => [...reader.seen].some(([source, count]) => {
+  refresh(source);
+  return source.count !== count;
+});
 
 function observe(reader, job) {
   for (const source of reader?.seen.keys() ?? []) source.watchers.delete(reader);
@@ -5355,15 +5383,16 @@ function observe(reader, job) {
   }
 }
 
-const untracked = (job) => observe(null, job);
-
-function effect(run) {
+// An effect runs now, and again when what it read has changed. The answer ends it.
+function watch(run) {
   const self = { run, seen: new Map() };
-  batch(() => observe(self, run));
-  return () => {
+  const again = () => batch(() => observe(self, run));
+  const end = () => {
     due.delete(self);
     observe(self, () => {});                     // forget every cell, be forgotten by each
   };
+  again();
+  return Object.assign(end, { again });
 }
 
 function batch(job) {
@@ -5372,21 +5401,16 @@ function batch(job) {
     return job();
   } finally {
     let turns = 0;
-    for (const next of depth === 1 ? due : []) { // a set may grow while it is walked
+    for (const next of depth === 1 ? due : []) {           // a set may grow while it is walked
       due.delete(next);
       if (++turns < 10000) outdated(next) && observe(next, next.run);
-      else if (turns === 10000) report('effects that wake each other without end were stopped');
+      else if (turns === 10000) report('effects', 'they wake each other without end: stopped');
     }
     if (--depth === 0) announce();
   }
 }
 
-const tell = (name, detail) => document.dispatchEvent(new CustomEvent(name, { detail }));
-
-function report(what, error = '', el = '') {
-  console.error(`pocket client: ${what}: ${error}`, el, error);
-}
-
+const aside = (job) => batch(() => observe(null, job));    // what it reads is not noted
 
 // ---- Signals: a cell for each path ----
 // {user: {name: 'Ann'}} is one cell, under the path "user.name". Objects are only the branches
@@ -5399,228 +5423,211 @@ let changes = [];          // [path, value] of this batch, for the event datasta
 
 const isPlain = (value) => Object(value) === value
   && [Object.prototype, null].includes(Object.getPrototypeOf(value));
+const refused = (path) => path.split('.').includes('__proto__');     // it would change all objects
 const below = (path) => [...cells.keys()].filter((each) => each.startsWith(path + '.'));
-const known = (path) => cells.has(path) || below(path).length > 0;
+const known = (path) => cells.has(path) || below(path).length > 0 || Boolean(listAbove(path));
+
+// A path may lead into a list, as in "items.0". Gives the list and the keys inside it.
+function listAbove(path) {
+  const keys = path.split('.');
+  for (let n = 1; n < keys.length; n++) {
+    const above = cells.get(keys.slice(0, n).join('.'));
+    if (Array.isArray(above?.value)) return [read(above), keys.slice(n)];
+  }
+}
 
 function look(path) {
   if (cells.has(path)) return read(cells.get(path));
   if (below(path).length) return branch(path + '.');
+  const [list, keys] = listAbove(path) ?? [];
+  if (list) return keys.reduce((at, key) => at?.[key], list);
   set(path, '');                                 // a signal that nobody declared is empty text
   return read(cells.get(path));
 }
 
-function set(path, value) {
-  batch(() => {
-    if (isPlain(value)) {
-      const entries = Object.entries(value);     // read before anything is removed
-      for (const old of below(path)) if (!(old.slice(path.length + 1).split('.')[0] in value)) remove(old);
-      for (const [key, inner] of entries) set(`${path}.${key}`, inner);
-      return;
-    }
-    const old = cells.get(path);
-    if (old?.compute || (old && Object.is(old.value, value))) return;
-    if (Array.isArray(value)) value = list([...value], () => (write(cells.get(path), value), note()));
-    const note = () => changes.push([path, value]);
-    if (old) write(old, value);
-    else place(path, cell(value));
-    note();
-  });
-}
+const set = (path, value) => refused(path) || batch(() => {
+  const old = cells.get(path);
+  const [list, keys] = listAbove(path) ?? [];
+  if (list) keys.slice(0, -1).reduce((at, key) => at[key] ??= {}, list)[keys.at(-1)] = value;
+  else if (value === null) remove(path);
+  else if (isPlain(value)) {
+    const leaves = flat(value, path + '.');      // read before anything is removed
+    below(path).filter((each) => !leaves.has(each)).forEach(remove);
+    for (const [each, leaf] of leaves) set(each, leaf);
+  } else if (!old?.compute && !(old && Object.is(old.value, value))) {
+    const change = () => {
+      write(cells.get(path), value);
+      changes.push([path, value]);
+    };
+    if (Array.isArray(value)) value = watched(copy(value), change);
+    if (!old) place(path, cell());
+    change();
+  }
+});
 
 function place(path, leaf) {
-  if (path.split('.').includes('__proto__')) return;
-  remove(path);
-  const steps = path.split('.');
-  while (steps.pop() && steps.length) if (cells.has(steps.join('.'))) remove(steps.join('.'));
+  // A path is either a leaf or a branch.
+  const above = path.split('.').map((_, n, steps) => steps.slice(0, n + 1).join('.'));
+  [...below(path), ...above].filter((each) => cells.has(each)).forEach(remove);
   cells.set(path, leaf);
   write(names, names.value + 1);
 }
 
-function remove(path) {
+const remove = (path) => batch(() => {
   for (const gone of [path, ...below(path)].filter((each) => cells.has(each))) {
     const leaf = cells.get(gone);
     cells.delete(gone);
     changes.push([gone, null]);
-    batch(() => (write(leaf, undefined), write(names, names.value + 1)));
+    write(leaf, undefined);
+    write(names, names.value + 1);
   }
-}
+});
 
 // $ is the branch above all. Reading and writing its keys reads and writes cells.
 const branch = (prefix) => new Proxy({}, {
   get: (target, key) => typeof key === 'symbol' || key === 'toJSON'
     || (key in target && !known(prefix + key)) ? target[key] : look(prefix + key),
   set: (_, key, value) => (set(prefix + key, value), true),
-  deleteProperty: (_, key) => (batch(() => remove(prefix + key)), true),
-  has: (_, key) => (read(names), typeof key === 'string' && known(prefix + key)),
-  ownKeys: () => (read(names), [...new Set([...cells.keys()].filter((path) => path.startsWith(prefix))
-    .map((path) => path.slice(prefix.length).split('.')[0]))]),
-  getOwnPropertyDescriptor: (_, key) => typeof key === 'string' && known(prefix + key)
-    ? { configurable: true, enumerable: true, writable: true, value: look(prefix + key) } : undefined,
+  deleteProperty: (_, key) => (remove(prefix + key), true),
+  has: (_, key) => (read(names), known(prefix + String(key))),
+  ownKeys: () => (read(names), [...new Set([...cells.keys()].filter((path) =>
+    path.startsWith(prefix)).map((path) => path.slice(prefix.length).split('.')[0]))]),
+  getOwnPropertyDescriptor: (_, key) => known(prefix + String(key)) ? {
+    configurable: true, enumerable: true, writable: true, value: look(prefix + key) } : undefined,
 });
 const root = branch('');
 
-const list = (items, touch) => !Array.isArray(items) && !isPlain(items) ? items : new Proxy(items, {
-  get: (target, key) => list(target[key], touch),
-  set: (target, key, value) => {
-    if (key in target && Object.is(target[key], value)) return true;
-    target[key] = value;
-    batch(touch);
-    return true;
-  },
-});
+const watched = (items, touch) => !Array.isArray(items) && !isPlain(items) ? items
+  : new Proxy(items, {
+    get: (target, key) => watched(target[key], touch),
+    set: (target, key, value) => batch(() => {
+      if (!(key in target) || !Object.is(target[key], value)) touch(target[key] = value);
+      return true;
+    }),
+  });
 
-// JSON Merge Patch (RFC 7386): null removes, objects merge, everything else replaces.
-function merge(patch, onlyIfMissing, prefix = '') {
-  untracked(() => batch(() => {
-    for (const [key, value] of Object.entries(patch)) {
-      const path = prefix + key;
-      const there = onlyIfMissing && cells.has(path);
-      if (value === null || value === undefined) onlyIfMissing || remove(path);
-      else if (isPlain(value)) there || merge(value, onlyIfMissing, path + '.');
-      else if (!there) set(path, value);
-    }
-  }));
-}
+const copy = (value) => Array.isArray(value) ? [...value].map(copy) : !isPlain(value) ? value
+  : Object.fromEntries(Object.entries(value).map(([key, inner]) => [key, copy(inner)]));
 
-function nested(entries) {
+const flat = (object, prefix = '') => new Map(Object.entries(object).flatMap(([key, value]) =>
+  isPlain(value) ? [...flat(value, `${prefix}${key}.`)] : [[prefix + key, value]]));
+
+function nested(leaves) {
   const found = {};
-  for (const [path, value] of entries) {
+  for (const [path, value] of leaves) {
+    if (refused(path)) continue;
     const keys = path.split('.');
     const last = keys.pop();
-    keys.reduce((at, key) => at[key] = Object(at[key]) === at[key] ? at[key] : {}, found)[last] = value;
+    keys.reduce((at, key) => at[key] = Object(at[key]), found)[last] = value;
   }
   return found;
 }
 
+// JSON Merge Patch (RFC 7386): null removes, objects merge, everything else replaces.
+const merge = (patch, onlyIfMissing) => aside(() => {
+  for (const [path, value] of flat(patch)) {
+    if (onlyIfMissing && known(path)) continue;
+    if (value === null || value === undefined) remove(path);
+    else set(path, value);
+  }
+});
+
 function announce() {
-  if (!changes.length) return;
   const patch = nested(changes);
+  const some = changes.length;
   changes = [];
-  tell('datastar-signal-patch', patch);
+  if (some) tell('datastar-signal-patch', patch);
 }
 
 // Filters choose by path: {include, exclude}, regular expressions or their text.
 function chosen(paths, { include = '', exclude = '(?!)' } = {}) {
-  const [yes, no] = [include, exclude].map((rule) => new RegExp(rule.source ?? rule, rule.flags?.replace('g', '')));
-  return paths.filter((path) => yes.test(path) && !no.test(path));
+  const [yes, no] = [include, exclude].map((rule) =>
+    new RegExp(rule.source ?? rule, rule.flags?.replace(/[gy]/g, '')));
+  return [...paths].filter((path) => yes.test(path) && !no.test(path));
 }
 
 function pick(filter) {
   read(names);
-  return nested(chosen([...cells.keys()], filter).map((path) => [path, look(path)]));
+  return nested(chosen(cells.keys(), filter).map((path) => [path, look(path)]));
 }
-
 
 // ---- Expressions: from an attribute's text to a function ----
 // A scanner goes over the text token by token. Only outside of strings, comments and regular
 // expressions $name and @name( are rewritten and ; ends a statement, so that text can hold
 // whatever it likes. The value of the last statement is the value of the whole.
 
-const COMMENT = /\/\/.*|\/\*[^]*?\*\//y;
-const STRING = /'(?:\\[^]|[^\\'])*'|"(?:\\[^]|[^\\"])*"/y;
-const TEMPLATE = /[`}](?:\\[^]|\$(?!\{)|[^\\`$])*(?:`|\$\{)/y;   // from ` or } up to ` or ${
-const REGEX = /\/(?:\\.|\[(?:\\.|[^\]\\\n])*\]|[^/\\[\n])+\/[a-z]*/y;
-const SIGNAL = /\$([\p{L}\d_]+(?:[.-][\p{L}\d_]+)*)/uy;          // $a.b-c, but not $a -b
-const ACTION = /@([a-z_]\w*)\s*\(/iy;
-const WORD = /[\p{L}\d_$]+/uy;
-const BEFORE_VALUE = /^(?:return|typeof|case|in|of|new|delete|void|throw|else|do)$/;
+// In this order: blanks and comments; strings; $a.b-c, but not $a -b; @name(; words; one character.
+const TOKEN = new RegExp([/(\s+|\/\/.*|\/\*[^]*?\*\/)/, /('(?:\\[^]|[^\\'])*'|"(?:\\[^]|[^\\"])*")/,
+  /\$([\p{L}\d_]+(?:[.-][\p{L}\d_]+)*)/, /@([a-zA-Z_]\w*)\s*\(/, /([\p{L}\d_$]+)/, /[^]/,
+].map((rule) => rule.source).join('|'), 'uy');
+const TEMPLATE = /[`}](?:\\[^]|\$(?!\{)|[^\\`$])*(?:`|\$\{|$)/y;   // from ` or } up to ` or ${
+const REGEX = /\/(?![/*])(?:\\.|\[(?:\\.|[^\]\\\n])*\]|[^/\\[\n])+\/[a-z]*/y;
+const NO_VALUE = /^(?:return|typeof|case|in|of|new|delete|void|throw|else|do)$/;
 
 function translate(text) {
   const statements = [''];
-  const actionNames = [];
+  const used = [];                   // names of actions
   const open = [];                   // brackets that are open; ` for the ${ of a template
   let value = false;                 // is a value behind us? Then / divides
   let at = 0;
-  let token;
-  const next = (kind) => {
-    kind.lastIndex = at;
-    return token = kind.exec(text);
-  };
-  const emit = (code, isValue) => {
-    statements[statements.length - 1] += code;
-    value = isValue;
-    at += token[0].length;
-  };
+  const next = (kind) => Object.assign(kind, { lastIndex: at }).exec(text);
   while (at < text.length) {
     const char = text[at];
-    const inTemplate = char === '`' || (char === '}' && open.at(-1) === '`');
-    if (next(COMMENT)) emit(' ', value);
-    else if (next(STRING) || (char === '/' && !value && next(REGEX))) emit(token[0], true);
-    else if (inTemplate && next(TEMPLATE)) {
-      if (char === '}') open.pop();
-      if (token[0].endsWith('{')) open.push('`');
-      emit(token[0], !token[0].endsWith('{'));
-    } else if (next(SIGNAL)) {
-      emit('$' + token[1].split('.').map((key) => `['${key}']`).join(''), true);
-    } else if (next(ACTION)) {
-      open.push('(');
-      actionNames.push(token[1]);
-      emit(`__act('${token[1]}',`, false);
-    } else if (next(WORD)) emit(token[0], !BEFORE_VALUE.test(token[0]));
-    else {
-      token = [char];
-      if ('([{'.includes(char)) open.push(char);
-      if (')]}'.includes(char)) open.pop();
-      emit(char, /\s/.test(char) ? value : ')]}'.includes(char));
-      if (char === ';' && !open.length) statements.push('');
-    }
+    const special = char === '`' || (char === '}' && open.at(-1) === '`') ? next(TEMPLATE)
+      : char === '/' && !value ? next(REGEX) : null;
+    const [all, blank, string, signal, action, word] = special ?? next(TOKEN);
+    let code = all;
+    if (signal) code = '$' + signal.split('.').map((key) => `['${key}']`).join('');
+    if (action) code = `__act('${action}',`;
+    if (action) used.push(action);
+    if (!special && blank && /\S/.test(blank)) code = ' ';             // a comment
+    if (')]}'.includes(char)) open.pop();
+    const hole = special && all.endsWith('${');
+    if (hole || action || '([{'.includes(char)) open.push(hole ? '`' : char);
+    if (special || string || signal) value = !hole;
+    else if (!blank) value = word ? !NO_VALUE.test(word) : ')]}'.includes(char);
+    statements[statements.length - 1] += code;
+    if (char === ';' && !open.length) statements.push('');
+    at += all.length;
   }
-  return [statements.filter((each) => !/^[\s;]*$/.test(each)), actionNames];
+  return [statements.filter((each) => !/^[\s;]*$/.test(each)), used];
 }
 
-const compiled = new Map();          // text -> function; the cells of a table share their text
+const compiled = new Map();          // text -> function: a table's cells have theirs in common
 
 function compile(text) {
   if (!compiled.has(text)) {
-    const [statements, actionNames] = translate(text);
-    const build = (body) => new Function('$', '__act', 'el', 'evt', 'patch', body);
-    const all = statements.join('\n');
-    const last = (statements.pop() ?? '').replace(/;\s*$/, '');
-    let job;
+    const [statements, used] = translate(text);
+    const build = (...body) => new Function('$', '__act', 'el', 'evt', 'patch', body.join('\n'));
+    const last = (statements.at(-1) ?? '').replace(/;\s*$/, '');
     try {
-      job = build(`${statements.join('\n')}\nreturn (${last}\n)`);
-    } catch {
-      job = build(all);                          // it ends in `if`, or has its own `return`
+      compiled.set(text, [build(...statements.slice(0, -1), `return (${last}\n)`), used]);
+    } catch {                                    // it ends in `if`, or has its own `return`
+      compiled.set(text, [build(...statements), used]);
     }
-    compiled.set(text, { job, actionNames });
   }
   return compiled.get(text);
 }
 
-// The function that runs an attribute's expression. It never throws.
+// The function that runs an attribute's expression. It reports what fails, and never throws.
 function runner({ el, name, value }) {
-  const act = (evt) => (action, ...args) => {
-    if (!Object.hasOwn(actions, action)) throw new Error(`there is no action @${action}`);
-    return actions[action]({ el, evt, name }, ...args);
-  };
-  try {
-    const { job, actionNames } = compile(value);
-    for (const action of actionNames) if (!(action in actions)) unknown(`${name}: @${action}`, el);
-    return (evt, patch) => {
-      try {
-        return batch(() => job(root, act(evt), el, evt, patch));
-      } catch (error) {
-        report(`${name}="${value}"`, error, el);
-      }
-    };
-  } catch (error) {
-    report(`${name}="${value}"`, error, el);
-    return () => undefined;
-  }
+  const says = `${name}="${value}"`;
+  const [job, used] = guarded(says, el, compile)(value) ?? [() => undefined, []];
+  for (const action of used) if (!(action in actions)) unknown(`${name}: @${action}`, el);
+  return guarded(says, el, (evt, patch) => {
+    const act = (action, ...args) => actions[action]({ el, evt, name }, ...args);
+    return batch(() => job(root, act, el, evt, patch));
+  });
 }
-
-const unknown = (what, el) => console.warn(`pocket client: ${what} is not known here`, el);
-
 
 // ---- Attributes: data-<plugin>:<key>__<modifier>.<tag>.<tag>="<expression>" ----
 // A plugin gets one object that tells all of that. What it gives back undoes it.
 
 // Key by key or all at once: data-class:done="$x" and data-class="{done: $x}".
-const eachKey = ({ el, key, run }, apply) => effect(() => {
+const eachKey = ({ el, key, run, effect }, apply) => effect(() => {
   const values = key ? { [key]: run() } : run() ?? {};
   for (const [name, value] of Object.entries(values)) apply(el, name, value);
 });
-
 const absent = (value) => value === false || value === null || value === undefined;
 
 const plugins = {
@@ -5629,19 +5636,15 @@ const plugins = {
   },
   computed({ key, run, el, name }) {
     for (const [path, compute] of Object.entries(key ? { [key]: run } : run() ?? {})) {
-      batch(() => place(path, cell(undefined, () => {
-        try {
-          return compute();
-        } catch (error) {
-          report(`${name} ${path}`, error, el);
-        }
-      })));
+      if (!refused(path)) batch(() => place(path, cell(undefined, guarded(name, el, compute))));
     }
   },
-  effect: ({ run }) => effect(run),
-  init: ({ mods, run }) => untracked(timed(mods, run)) && undefined,
-  text: ({ el, run }) => effect(() => { el.textContent = run(); }),
-  show: ({ el, run }) => effect(() => {
+  effect: ({ run, effect }) => effect(run),
+  init({ mods, run }) {
+    timed(mods, run)();
+  },
+  text: ({ el, run, effect }) => effect(() => { el.textContent = run(); }),
+  show: ({ el, run, effect }) => effect(() => {
     if (!run()) el.style.display = 'none';
     else if (el.style.display === 'none') el.style.removeProperty('display');
   }),
@@ -5650,16 +5653,15 @@ const plugins = {
   }),
   attr: (about) => eachKey(about, (el, name, value) => {
     if (absent(value)) el.removeAttribute(name);
-    else el.setAttribute(name, value === true ? '' : Object(value) === value ? JSON.stringify(value) : value);
+    else if (value === true) el.setAttribute(name, '');
+    else el.setAttribute(name, Object(value) === value ? JSON.stringify(value) : value);
   }),
   style(about) {
     const before = {};               // what the style attribute said by itself
     return eachKey(about, (el, name, value) => {
       if (!name.startsWith('--')) name = name.replace(/[A-Z]/g, '-$&').toLowerCase();
       before[name] ??= el.style.getPropertyValue(name);
-      const wanted = String(absent(value) || value === '' ? before[name] : value);
-      const important = /\s*!important$/;
-      el.style.setProperty(name, wanted.replace(important, ''), important.test(wanted) ? 'important' : '');
+      el.style.setProperty(name, absent(value) || value === '' ? before[name] : value);
     });
   },
   ref: ({ el, path }) => set(path, el),
@@ -5667,20 +5669,21 @@ const plugins = {
     let running = 0;
     set(path, false);
     return listen(document, 'datastar-fetch', ({ detail }) => {
-      running += detail.el !== el ? 0 : { started: 1, finished: -1 }[detail.type] ?? 0;
+      if (detail.el === el) running += { started: 1, finished: -1 }[detail.type] ?? 0;
       set(path, running > 0);
     });
   },
-  'json-signals': ({ el, value, mods, run }) => effect(() => {
+  'json-signals': ({ el, value, mods, run, effect }) => effect(() => {
     const found = pick(value ? run() : {});
     el.textContent = JSON.stringify(found, null, mods.has('terse') ? 0 : 2);
   }),
   bind,
   on({ el, key, mods, run }) {
     const has = (mod) => mods.has(mod);
-    const target = has('window') ? window
-      : has('document') || has('outside') || /^datastar-(fetch|signal-patch|ready)$/.test(key) ? document : el;
     const later = timed(mods, run);
+    const ofDocument = /^datastar-(?:fetch|signal-patch|ready)$/.test(key);
+    const target = has('window') ? window
+      : has('document') || has('outside') || ofDocument ? document : el;
     return listen(target, key, (evt) => {
       if (has('outside') && el.contains(evt.target)) return;
       // A form that is handled here must not load a page as well.
@@ -5691,14 +5694,14 @@ const plugins = {
   },
   'on-intersect'({ el, mods, run }) {
     const later = timed(mods, run);
-    const threshold = mods.has('threshold') ? mods.get('threshold')[0] / 100
-      : mods.has('full') ? 1 : mods.has('half') ? 0.5 : 0;
+    const percent = mods.get('threshold')?.[0]
+      ?? (mods.has('full') ? 100 : mods.has('half') ? 50 : 0);
     const observer = new IntersectionObserver((entries) => {
       const { isIntersecting, intersectionRatio } = entries.at(-1);
-      if ((isIntersecting && intersectionRatio >= threshold) === mods.has('exit')) return;
+      if ((isIntersecting && intersectionRatio >= percent / 100) === mods.has('exit')) return;
       later();
       if (mods.has('once')) observer.disconnect();
-    }, { threshold });
+    }, { threshold: percent / 100 });
     observer.observe(el);
     return () => observer.disconnect();
   },
@@ -5714,28 +5717,30 @@ const plugins = {
     const name = 'data-on-signal-patch-filter';
     const value = el.getAttribute(name);
     const filter = value ? runner({ el, name, value })() : {};
-    const paths = (patch, prefix = '') => Object.entries(patch).flatMap(([key, inner]) =>
-      isPlain(inner) ? paths(inner, `${prefix}${key}.`) : [prefix + key]);
     return listen(document, 'datastar-signal-patch', (evt) => {
-      if (chosen(paths(evt.detail), filter).length) later(evt, evt.detail);
+      if (chosen(flat(evt.detail).keys(), filter).length) later(evt, evt.detail);
     });
   },
 };
 
-const TIMING = ['delay', 'debounce', 'throttle', 'viewtransition'];
-const MODIFIERS = {
-  signals: ['ifmissing'], init: TIMING, 'json-signals': ['terse'], 'on-signal-patch': TIMING,
-  on: ['once', 'passive', 'capture', 'window', 'document', 'outside', 'prevent', 'stop', ...TIMING],
-  'on-intersect': ['once', 'exit', 'half', 'full', 'threshold', ...TIMING],
-  'on-interval': ['duration', 'viewtransition'],
-};
-const ELSEWHERE = /^(?:ignore|ignore-morph|preserve-attr|on-signal-patch-filter)$/;
-const MISSING = /^(?:on-.*|animate|custom-validity|match-media|persist|query-string|replace-url|rocket|scroll-into-view|view-transition)$/;
-
+// An effect may be the cause of an event. What the event's handlers read is not its business.
 function listen(target, name, handler, options) {
-  target.addEventListener(name, handler, options);
-  return () => target.removeEventListener(name, handler, options);
+  const apart = (evt) => observe(null, () => handler(evt));
+  target.addEventListener(name, apart, options);
+  return () => target.removeEventListener(name, apart, options);
 }
+
+// When a job runs: in a view transition, after a delay, when it is quiet, at a steady pace.
+const TIMING = {
+  viewtransition: (job) => (...args) => transition(() => job(...args)),
+  delay: (job, tags) => (...args) => { setTimeout(job, milliseconds(tags), ...args); },
+  debounce: (job, tags) =>
+    paced(job, tags, tags.includes('leading'), !tags.includes('notrailing'), true),
+  throttle: (job, tags) =>
+    paced(job, tags, !tags.includes('noleading'), tags.includes('trailing'), false),
+};
+const timed = (mods, job) => Object.keys(TIMING).filter((mod) => mods.has(mod))
+  .reduce((inner, mod) => TIMING[mod](inner, mods.get(mod)), job);
 
 // "500ms" and "500" are milliseconds, "2s" is seconds.
 function milliseconds(tags, otherwise = 0) {
@@ -5743,42 +5748,24 @@ function milliseconds(tags, otherwise = 0) {
   return tag ? parseInt(tag) * (/\ds$/.test(tag) ? 1000 : 1) : otherwise;
 }
 
-// When a job runs: in a view transition, after a delay, when it is quiet, at a steady pace.
-function timed(mods, job) {
-  let run = job;
-  if (mods.has('viewtransition')) run = (...args) => { transition(() => job(...args)); };
-  if (mods.has('delay')) {
-    const soon = run;
-    run = (...args) => { setTimeout(soon, milliseconds(mods.get('delay')), ...args); };
-  }
-  for (const kind of ['debounce', 'throttle'].filter((each) => mods.has(each))) {
-    const tags = mods.get(kind);
-    const quiet = kind === 'debounce';
-    const leading = quiet ? tags.includes('leading') : !tags.includes('noleading');
-    const trailing = quiet ? !tags.includes('notrailing') : tags.includes('trailing');
-    run = paced(run, milliseconds(tags), leading, trailing, quiet);
-  }
-  return run;
-}
-
 // Debounce lets each call start the time anew, throttle lets the time run out.
-function paced(job, time, leading, trailing, anew) {
+function paced(job, tags, leading, trailing, anew) {
   let timer = null;
   let waiting = null;                // the arguments of the last call that was held back
-  const over = () => {
-    timer = null;
-    const args = waiting;
-    waiting = null;
-    if (!trailing || !args) return;
-    if (!anew) timer = setTimeout(over, time);
-    job(...args);
+  const begin = () => {
+    clearTimeout(timer);
+    timer = setTimeout(() => {
+      const args = waiting;
+      timer = waiting = null;
+      if (trailing && args && !anew) begin();
+      if (trailing && args) job(...args);
+    }, milliseconds(tags));
   };
   return (...args) => {
-    if (timer === null && leading) job(...args);
+    const first = timer === null;
+    if (first || anew) begin();
+    if (first && leading) job(...args);
     else waiting = args;
-    if (timer !== null && !anew) return;
-    clearTimeout(timer);
-    timer = setTimeout(over, time);
   };
 }
 
@@ -5789,56 +5776,53 @@ function transition(job) {
 
 // data-bind: a control and a signal follow each other. A signal that exists wins over what the
 // control says at first, and keeps its type: what is typed for a number's sake is a number.
+const TAKE = {
+  checkbox: (el, old) => typeof old === 'boolean' || !el.hasAttribute('value') ? el.checked
+    : el.checked ? el.value : '',
+  'select-multiple': (el, old) => Array.from(el.selectedOptions, ({ value }) =>
+    Array.from(old ?? []).find((each) => String(each) === value) ?? value),
+  other: (el, old) => typeof old === 'number' ? Number(el.value)
+    : typeof old === 'boolean' ? el.value === 'true' : el.value,
+};
+const GIVE = {
+  checkbox: (el, value) => el.checked = typeof value === 'boolean' || !el.hasAttribute('value')
+    ? Boolean(value) : el.value === String(value),
+  radio: (el, value) => el.checked = el.value === String(value),
+  'select-multiple': (el, value) => Array.from(el.options).forEach((option) =>
+    option.selected = [value].flat().map(String).includes(option.value)),
+  file: () => {},
+  other: (el, value) => el.value === String(value ?? '') || (el.value = value ?? ''),
+};
 const peers = new Map();             // path -> the controls bound to it
 
-function bind({ el, path }) {
-  const kind = el.localName === 'select' && el.multiple ? 'multiple' : el.type;
-  const valued = el.hasAttribute('value');
+function bind({ el, path, effect }) {
+  const [take, give] = [TAKE, GIVE].map((table) => table[el.type] ?? table.other);
   const group = peers.get(path) ?? new Set();
   peers.set(path, group.add(el));
   // Several controls may share one list. The place in the page is the place in the list.
-  const shared = (value) => Array.isArray(value) && kind !== 'multiple';
-  const index = () => [...group].sort((a, b) => a.compareDocumentPosition(b) & 4 ? -1 : 1).indexOf(el);
-
-  const take = (old) => {
-    if (kind === 'checkbox') return typeof old === 'boolean' || !valued ? el.checked : el.checked ? el.value : '';
-    if (kind === 'multiple') {
-      const same = (value) => Array.from(old ?? []).find((each) => String(each) === value) ?? value;
-      return Array.from(el.selectedOptions, (option) => same(option.value));
-    }
-    return typeof old === 'number' ? Number(el.value) : typeof old === 'boolean' ? el.value === 'true' : el.value;
-  };
-  const give = (value) => {
-    const word = String(value ?? '');
-    if (kind === 'checkbox') el.checked = valued && typeof value !== 'boolean' ? el.value === word : Boolean(value);
-    else if (kind === 'radio') el.checked = value !== undefined && el.value === word;
-    else if (kind === 'multiple') {
-      for (const option of el.options) option.selected = [value].flat().map(String).includes(option.value);
-    } else if (kind !== 'file' && el.value !== word) el.value = word;
-  };
-  const save = () => untracked(() => batch(() => {
-    if (kind === 'radio' && !el.checked) return;
+  const shared = (value) => Array.isArray(value) && el.type !== 'select-multiple';
+  const order = (a, b) => a.compareDocumentPosition(b) & Node.DOCUMENT_POSITION_FOLLOWING ? -1 : 1;
+  const index = () => [...group].sort(order).indexOf(el);
+  const unchosen = () => el.type === 'radio' && !el.checked;
+  const save = () => aside(() => {
     const old = look(path);
-    if (shared(old)) old[index()] = take(old[index()]);
-    else set(path, take(old));
-  }));
-
-  untracked(() => {
-    if (kind === 'radio' && !el.name) el.name = path;
-    if (!known(path) || look(path) === undefined) {
-      set(path, kind === 'radio' && !el.checked ? undefined : take(/^(number|range)$/.test(kind) ? 0 : ''));
-    } else if (shared(look(path)) && look(path)[index()] === undefined) save();
+    if (unchosen()) return;
+    if (shared(old)) old[index()] = take(el, old[index()]);
+    else set(path, take(el, old));
+  });
+  aside(() => {
+    if (el.type === 'radio' && !el.name) el.name = path;
+    const first = /^(?:number|range)$/.test(el.type) ? 0 : '';
+    const value = known(path) ? look(path) : undefined;
+    if (value === undefined) set(path, unchosen() ? undefined : take(el, first));
+    else if (shared(value) && value[index()] === undefined) save();
   });
   const undo = [listen(el, 'input', save), listen(el, 'change', save), effect(() => {
     const value = look(path);
-    give(shared(value) ? value[index()] : value);
-  })];
-  return () => {
-    group.delete(el);
-    undo.forEach((job) => job());
-  };
+    give(el, shared(value) ? value[index()] : value);
+  }), () => group.delete(el)];
+  return () => undo.forEach((job) => job());
 }
-
 
 // ---- Which attributes are alive ----
 // A MutationObserver tells of every element and attribute that comes or goes, whoever did it. An
@@ -5846,6 +5830,17 @@ function bind({ el, path }) {
 
 const living = new Map();            // element -> Map(attribute's name -> { value, undo })
 const family = (node) => node.nodeType === 1 ? [node, ...node.querySelectorAll('*')] : [];
+
+const MODIFIERS = {
+  signals: 'ifmissing', init: Object.keys(TIMING).join(), 'json-signals': 'terse',
+  on: `once,passive,capture,window,document,outside,prevent,stop,${Object.keys(TIMING)}`,
+  'on-intersect': `once,exit,half,full,threshold,${Object.keys(TIMING)}`,
+  'on-interval': 'duration,viewtransition', 'on-signal-patch': Object.keys(TIMING).join(),
+};
+const READ_ELSEWHERE = /^(?:ignore|ignore-morph|preserve-attr|on-signal-patch-filter)$/;
+const MISSING = new RegExp('^(?:on-.*|animate|custom-validity|match-media|persist|query-string|'
+  + 'replace-url|rocket|scroll-into-view|view-transition)$');
+const NAMES = /^(?:bind|ref|indicator)$/;        // their value is a name, not an expression
 
 // HTML lower-cases names. A signal's becomes camelCase again, all others stay kebab-case.
 const CASES = {
@@ -5860,20 +5855,18 @@ function start(el, name, value) {
   const [plugin, ...keys] = head.split(':');
   const mods = new Map(rest.map((each) => each.split('.')).map(([mod, ...tags]) => [mod, tags]));
   if (!Object.hasOwn(plugins, plugin)) {
-    if (!ELSEWHERE.test(plugin) && (keys.length || MISSING.test(plugin))) unknown(name, el);
+    if (!READ_ELSEWHERE.test(plugin) && (keys.length || MISSING.test(plugin))) unknown(name, el);
     return undefined;
   }
-  for (const mod of mods.keys()) {
-    if (mod !== 'case' && !MODIFIERS[plugin]?.includes(mod)) unknown(`${name}: the modifier __${mod}`, el);
-  }
-  const ofSignal = /^(?:signals|computed|bind|ref|indicator)$/.test(plugin);
-  const key = CASES[mods.get('case')?.[0] ?? (ofSignal ? 'camel' : 'kebab')]?.(keys.join(':'));
-  try {
-    const path = key || value.trim();
-    return plugins[plugin]({ el, name, value, key, path, mods, run: runner({ el, name, value }) });
-  } catch (error) {
-    report(`${name}="${value}"`, error, el);
-  }
+  const possible = `case,${MODIFIERS[plugin]}`.split(',');
+  for (const mod of mods.keys()) if (!possible.includes(mod)) unknown(`${name}: __${mod}`, el);
+  const ofSignals = NAMES.test(plugin) || plugin === 'signals' || plugin === 'computed';
+  const style = mods.get('case')?.[0] ?? (ofSignals ? 'camel' : 'kebab');
+  const key = CASES[style]?.(keys.join(':'));
+  const guard = (job) => guarded(`${name}="${value}"`, el, job);
+  const effect = (job) => watch(guard(job));
+  const about = { el, name, value, key, mods, path: key || value.trim(), effect };
+  return guard(plugins[plugin])({ ...about, run: NAMES.test(plugin) ? null : runner(about) });
 }
 
 function follow(el) {
@@ -5905,26 +5898,21 @@ function update(records) {
   }
 }
 
-// New HTML may have overwritten what these had set. They set it once more.
+// New HTML may have overwritten what data-text, -class and the like had set. They set it again.
 function setAgain(el) {
-  for (const [name, entry] of living.get(el) ?? []) {
-    if (!/^data-(?:text|show|class|attr|style|json-signals)\b/.test(name)) continue;
-    if (el.getAttribute(name) !== entry.value) continue;       // it changed: the observer sees to it
-    entry.undo?.();
-    entry.undo = start(el, name, entry.value);
+  for (const [name, { value, undo }] of living.get(el) ?? []) {
+    if (el.getAttribute(name) === value && !/^data-effect\b/.test(name)) undo?.again?.();
   }
 }
 
-
 // ---- Actions, and requests above all ----
 
-const untrackedBatch = (job) => untracked(() => batch(job));
+const setEach = (filter, change) => aside(() =>
+  chosen(cells.keys(), filter).forEach((path) => set(path, change(look(path)))));
 const actions = {
-  peek: (_, job) => untracked(job),
-  setAll: (_, value, filter) => untrackedBatch(() =>
-    chosen([...cells.keys()], filter).forEach((path) => set(path, value))),
-  toggleAll: (_, filter) => untrackedBatch(() =>
-    chosen([...cells.keys()], filter).forEach((path) => set(path, !look(path)))),
+  peek: (_, job) => aside(job),
+  setAll: (_, value, filter) => setEach(filter, () => value),
+  toggleAll: (_, filter) => setEach(filter, (old) => !old),
 };
 for (const method of ['get', 'post', 'put', 'patch', 'delete']) {
   actions[method] = (about, url, options) => send(method.toUpperCase(), about, url, options);
@@ -5933,72 +5921,74 @@ for (const method of ['get', 'post', 'put', 'patch', 'delete']) {
 const underWay = new Map();          // "GET /url" -> the AbortController of the request
 
 async function send(method, { el, evt, name }, url, options = {}) {
-  const {
-    requestCancellation = 'auto', openWhenHidden = method !== 'GET', retry = 'auto',
-    retryInterval = 1000, retryScaler = 2, retryMaxWait = 30000, retryMaxCount = 10,
-  } = options;
-  const own = requestCancellation instanceof AbortController ? requestCancellation : new AbortController();
+  const { requestCancellation: cancel = 'auto' } = options;
+  const own = cancel instanceof AbortController ? cancel : new AbortController();
   const slot = `${method} ${url}`;
-  if (requestCancellation === 'auto') {
+  const emit = (type, argsRaw = {}) => tell('datastar-fetch', { type, el, argsRaw });
+  if (cancel === 'auto') {
     underWay.get(slot)?.abort();
     underWay.set(slot, own);
   }
-  const emit = (type, argsRaw = {}) => tell('datastar-fetch', { type, el, argsRaw });
-  const until = (begin) => new Promise((done) => {
-    own.signal.addEventListener('abort', done, { once: true });
-    begin(done);
-  });
-  let interval = retryInterval;
-  let tries = 0;
-  let attempt;                       // aborted when the tab is hidden, to begin anew when it is shown
-  const unwatch = openWhenHidden ? () => {} : listen(document, 'visibilitychange', () => {
-    if (document.hidden) attempt?.abort();
-  });
-
   emit('started');
   try {
-    const request = untracked(() => prepare(method, el, evt, url, options));
-    while (request && !own.signal.aborted) {
-      let again;
-      attempt = new AbortController();
-      try {
-        while (!openWhenHidden && document.hidden && !own.signal.aborted) {
-          await until((done) => document.addEventListener('visibilitychange', done, { once: true }));
-        }
-        const signal = AbortSignal.any([own.signal, attempt.signal]);
-        const answer = await fetch(request.url, { method, headers: request.headers, body: request.body, signal });
-        again = answer.status >= 400 && (retry === 'error' || retry === 'always');
-        if (answer.status >= 400) emit('error', { status: String(answer.status) });
-        if (answer.status === 200) {
-          [tries, interval, again] = [0, retryInterval, retry === 'always'];
-          await take(answer, {
-            id: (id) => { request.headers.set('last-event-id', id); },
-            retry: (ms) => { interval = ms; },
-            event: (type, args) => { emit(type, args); receive(type, args); },
-          });
-        }
-      } catch (error) {
-        if (attempt.signal.aborted) continue;
-        again = retry !== 'never';
-        if (!again && !own.signal.aborted) report(`${name}: ${method} ${url}`, error, el);
-      }
-      if (!again || own.signal.aborted) return;
-      if (++tries > retryMaxCount) {
-        emit('retries-failed');
-        report(`${name}: ${method} ${url}`, `given up after ${tries} tries`, el);
-        return;
-      }
-      // A little chance in each wait: after a restart not all clients come at the same moment.
-      const wait = Math.min(interval * retryScaler ** (tries - 1), retryMaxWait) * (0.75 + Math.random() / 4);
-      emit('retrying', { message: `${method} ${url} once more in ${Math.round(wait)} ms` });
-      await until((done) => setTimeout(done, wait));
-    }
+    const request = aside(() => prepare(method, el, evt, url, options));
+    if (request) await attempts(request, options, own.signal, emit);
   } catch (error) {
-    report(`${name}: ${method} ${url}`, error, el);
-  } finally {
-    unwatch();
-    if (underWay.get(slot) === own) underWay.delete(slot);
-    emit('finished');
+    if (!own.signal.aborted) report(`${name}: ${slot}`, error, el);
+  }
+  if (underWay.get(slot) === own) underWay.delete(slot);
+  emit('finished');
+}
+
+// Asks until there is an answer. Each answer with status 200 grants new tries. A hidden tab gives
+// up its @get streams, and asks again when it is shown.
+async function attempts(request, {
+  openWhenHidden = request.method !== 'GET', retry = 'auto', retryInterval = 1000, retryScaler = 2,
+  retryMaxWait = 30000, retryMaxCount = 10,
+}, cancelled, emit) {
+  const until = (begin) => new Promise((done) => {
+    cancelled.addEventListener('abort', done, { once: true });
+    begin(done);
+  });
+  const turn = (done) => document.addEventListener('visibilitychange', done, { once: true });
+  let interval = retryInterval;
+  let first = true;
+  for (let tries = 0; !cancelled.aborted;) {
+    while (!first && !openWhenHidden && document.hidden && !cancelled.aborted) await until(turn);
+    first = false;
+    const hidden = new AbortController();
+    const unwatch = listen(document, 'visibilitychange', () => openWhenHidden || hidden.abort());
+    let again = retry === 'error' || retry === 'always';
+    try {
+      const answer = await fetch(request.url, {
+        ...request, signal: AbortSignal.any([cancelled, hidden.signal]) });
+      if (answer.status >= 400) emit('error', { status: String(answer.status) });
+      else again = retry === 'always' && answer.status === 200;
+      if (answer.status === 200) {
+        [tries, interval] = [0, retryInterval];
+        await take(answer, {
+          id: (id) => { request.headers.set('last-event-id', id); },
+          retry: (ms) => { interval = ms; },
+          event: (type, args) => { emit(type, args); receive(type, args); },
+        });
+      }
+    } catch (error) {
+      if (hidden.signal.aborted) continue;
+      if (retry === 'never' || cancelled.aborted) throw error;
+      again = true;
+    } finally {
+      unwatch();
+    }
+    if (!again) return;
+    if (++tries > retryMaxCount) {
+      emit('retries-failed');
+      throw new Error(`given up after ${tries} tries`);
+    }
+    // A little chance in each wait: after a restart not all clients come at the same moment.
+    const longest = Math.min(interval * retryScaler ** (tries - 1), retryMaxWait);
+    const wait = longest * (1 - Math.random() / 4);
+    emit('retrying', { message: `once more in ${Math.round(wait)} ms` });
+    await until((done) => setTimeout(done, wait));
   }
 }
 
@@ -6006,35 +5996,34 @@ async function send(method, { el, evt, name }, url, options = {}) {
 function prepare(method, el, evt, url, { contentType, filterSignals, selector, headers, payload }) {
   const target = new URL(url, document.baseURI);
   const inUrl = method === 'GET' || method === 'DELETE';
-  const fields = new Headers({
+  const fields = {
     Accept: 'text/event-stream, text/html, application/json', 'Datastar-Request': 'true',
-  });
+  };
   let body;
   if (contentType === 'form') {
     const form = selector ? document.querySelector(selector) : el.closest('form');
     if (!form) throw new Error('there is no form to send');
     if (!form.noValidate && !form.reportValidity()) return null;
-    const button = evt?.submitter ?? (el.form === form && /^(submit|image)$/.test(el.type) ? el : null);
+    const button = evt?.submitter ?? (el.form === form && el.type === 'submit' ? el : null);
     if (button) evt.preventDefault();            // or the browser sends the form as well
     const data = new FormData(form, button);
     if (inUrl) for (const [key, value] of data) target.searchParams.append(key, value);
     else body = form.enctype === 'multipart/form-data' ? data : new URLSearchParams(data);
   } else {
-    const json = JSON.stringify(payload ?? pick({ exclude: /(^|\.)_/, ...filterSignals }));
-    if (inUrl) target.searchParams.set('datastar', json);
-    else fields.set('Content-Type', 'application/json');
-    if (!inUrl) body = json;
+    body = JSON.stringify(payload ?? pick({ exclude: /(^|\.)_/, ...filterSignals }));
+    if (inUrl) target.searchParams.set('datastar', body);
+    else fields['Content-Type'] = 'application/json';
   }
-  for (const [key, value] of Object.entries(headers ?? {})) fields.set(key, value);
-  return { url: target, headers: fields, body };
+  if (inUrl) body = undefined;
+  return { method, url: target, headers: new Headers({ ...fields, ...headers }), body };
 }
 
 async function take(answer, stream) {
   const kind = answer.headers.get('content-type') ?? '';
-  const given = (...options) => Object.fromEntries(options
-    .map((name) => [CASES.camel(name), answer.headers.get('datastar-' + name)]).filter(([, value]) => value));
   if (kind.includes('text/event-stream')) return readEvents(answer.body, stream);
   const text = await answer.text();
+  const given = (...options) => Object.fromEntries(options.map((name) =>
+    [CASES.camel(name), answer.headers.get('datastar-' + name)]).filter(([, value]) => value));
   if (kind.includes('text/html')) {
     const options = given('selector', 'mode', 'namespace', 'use-view-transition');
     stream.event('datastar-patch-elements', { elements: text, ...options });
@@ -6042,8 +6031,6 @@ async function take(answer, stream) {
     stream.event('datastar-patch-signals', { signals: text, ...given('only-if-missing') });
   } else if (kind.includes('text/javascript')) {
     const script = document.createElement('script');
-    const attributes = JSON.parse(given('script-attributes').scriptAttributes ?? '{}');
-    for (const [key, value] of Object.entries(attributes)) script.setAttribute(key, value);
     script.textContent = text;
     document.head.append(script);
     script.remove();
@@ -6054,9 +6041,7 @@ async function take(answer, stream) {
 // same key belong together.
 async function readEvents(body, stream) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = '';
-  let type = '';
-  let data = {};
+  let [rest, type, data] = ['', '', {}];
   for (;;) {
     const { done, value } = await reader.read();
     if (done) return;                            // an event without its blank line is dropped
@@ -6080,16 +6065,9 @@ function receive(type, args) {
   const patch = {
     'datastar-patch-signals': () => merge(object(args.signals), args.onlyIfMissing === 'true'),
     'datastar-patch-elements': () => patchElements(args),
-  }[type];
-  const safely = () => {
-    try {
-      patch?.();
-    } catch (error) {
-      report(type, error);
-    }
-  };
-  if (args.useViewTransition === 'true') transition(safely);
-  else safely();
+  }[type] ?? (() => {});
+  if (args.useViewTransition === 'true') transition(guarded(type, '', patch));
+  else guarded(type, '', patch)();
 }
 
 // JSON, or JavaScript's way to write an object, as in {name: 'Ann'}.
@@ -6101,32 +6079,31 @@ function object(text) {
   }
 }
 
-
 // ---- Elements: patches, and the morph ----
 
 function patchElements({ elements = '', selector, mode = 'outer', namespace }) {
   const fresh = parse(elements, namespace);
+  const whole = { html: document.documentElement, head: document.head, body: document.body };
   if (selector) {
     const targets = document.querySelectorAll(selector);
     if (!targets.length) throw new Error(`no element matches ${selector}`);
     for (const target of targets) patchOne(mode, target, fresh.map(enliven));
-    return;
-  }
-  if (mode !== 'outer' && mode !== 'replace') throw new Error(`the mode ${mode} needs a selector`);
-  for (const node of fresh.filter(({ nodeType }) => nodeType === 1)) {
-    const whole = { html: document.documentElement, head: document.head, body: document.body };
-    const target = whole[node.localName] ?? document.getElementById(node.id);
-    if (target) patchOne(mode, target, [enliven(node)]);
-    else report('datastar-patch-elements', `no element has the id "${node.id}"`);
-  }
+  } else if (mode === 'outer' || mode === 'replace') {
+    for (const node of fresh.filter(({ nodeType }) => nodeType === 1)) {
+      const target = whole[node.localName] ?? document.getElementById(node.id);
+      if (target) patchOne(mode, target, [enliven(node)]);
+      else report('datastar-patch-elements', `no element has the id "${node.id}"`);
+    }
+  } else throw new Error(`the mode ${mode} needs a selector`);
 }
 
 function parse(html, namespace) {
-  const holds = (name) => new RegExp(`<${name}[\\s>]`, 'i').test(html);
-  if (holds('html') || holds('head') || holds('body')) {
-    const page = new DOMParser().parseFromString(html, 'text/html');
-    return holds('html') ? [page.documentElement]
-      : [holds('head') && page.head, holds('body') && page.body].filter(Boolean);
+  const opening = /^(?:\s|<!--[^]*?-->|<!doctype[^>]*>)*<(html|head|body)[\s>]/i;
+  const first = html.match(opening)?.[1].toLowerCase();
+  if (first) {
+    const { documentElement, head, body } = new DOMParser().parseFromString(html, 'text/html');
+    if (first === 'html') return [documentElement];
+    return first === 'body' ? [body] : /<body[\s>]/i.test(html) ? [head, body] : [head];
   }
   const wrapper = { svg: 'svg', mathml: 'math' }[namespace];
   const template = document.createElement('template');
@@ -6148,18 +6125,11 @@ function enliven(node) {
 }
 
 function patchOne(mode, target, nodes) {
-  const modes = {
-    outer: () => morph(target.parentNode, [target], nodes),
-    inner: () => morph(target, [...target.childNodes], nodes),
-    replace: () => target.replaceWith(...nodes),
-    remove: () => target.remove(),
-    prepend: () => target.prepend(...nodes),
-    append: () => target.append(...nodes),
-    before: () => target.before(...nodes),
-    after: () => target.after(...nodes),
-  };
-  if (!Object.hasOwn(modes, mode)) throw new Error(`there is no mode ${mode}`);
-  modes[mode]();
+  if (mode === 'outer') morph(target.parentNode, [target], nodes);
+  else if (mode === 'inner') morph(target, [...target.childNodes], nodes);
+  else if (mode === 'replace') target.replaceWith(...nodes);
+  else if (/^(?:prepend|append|before|after|remove)$/.test(mode)) target[mode](...nodes);
+  else throw new Error(`there is no mode ${mode}`);
 }
 
 // The morph turns old nodes into new ones and keeps what is the same: first by id and tag, wherever
@@ -6167,10 +6137,10 @@ function patchOne(mode, target, nodes) {
 function morph(parent, old, nodes) {
   const focused = document.activeElement;
   const { selectionStart, selectionEnd, selectionDirection } = focused ?? {};
-  const fresh = new Map(nodes.flatMap(family).filter((el) => el.id).map((el) => [el.id, el.localName]));
+  const fresh = new Map(nodes.flatMap(family).map((el) => [el.id, el.localName]));
   const kept = new Map();            // id -> the old element that will be used under it again
-  for (const el of old.flatMap(family)) {
-    if (el.id && fresh.get(el.id) === el.localName && !kept.has(el.id)) kept.set(el.id, el);
+  for (const el of old.flatMap(family).reverse()) {
+    if (el.id && fresh.get(el.id) === el.localName) kept.set(el.id, el);
   }
   const shelf = document.createElement('div');   // where they wait when their old place is gone
   shelf.hidden = true;
@@ -6178,15 +6148,18 @@ function morph(parent, old, nodes) {
   const touched = [];
   morphNodes(parent, old, nodes, { kept, shelf, touched });
   shelf.remove();
-  touched.forEach(setAgain);
+  batch(() => touched.forEach(setAgain));
   // Without moveBefore, an element that moves loses the focus.
   if (focused?.isConnected && document.activeElement !== focused && focused !== document.body) {
     focused.focus({ preventScroll: true });
-    if (selectionStart >= 0) focused.setSelectionRange(selectionStart, selectionEnd, selectionDirection);
+    if (typeof selectionStart === 'number') {    // not every field has a selection
+      focused.setSelectionRange(selectionStart, selectionEnd, selectionDirection);
+    }
   }
 }
 
-const keptIn = (node, kept) => kept.size ? family(node).map(({ id }) => id).filter((id) => kept.has(id)) : [];
+const keptIn = (node, kept) =>
+  kept.size ? family(node).map(({ id }) => id).filter((id) => kept.has(id)) : [];
 const sameKind = (a, b) => a.nodeName === b.nodeName && a.namespaceURI === b.namespaceURI
   && (!a.id || a.id === b.id) && (a.localName !== 'input' || a.type === b.type)
   && (a.localName !== 'script' || a.isEqualNode(b));
@@ -6199,8 +6172,7 @@ function move(parent, node, before) {
 function morphNodes(parent, old, nodes, state) {
   const { kept, shelf } = state;
   const end = old.at(-1)?.nextSibling ?? null;
-  const left = new Set(old);                     // old nodes that found no use so far
-  left.delete(shelf);
+  const left = new Set(old.filter((node) => node !== shelf));  // those that found no use so far
   const cursor = () => {                         // the first of them that is still in its place
     for (const node of left) {
       if (node.parentNode === parent) return node;
@@ -6208,14 +6180,17 @@ function morphNodes(parent, old, nodes, state) {
     }
     return end;
   };
+  const find = (node, ids) => {
+    if (ids.includes(node.id)) return kept.get(node.id);
+    for (const each of left) {
+      const inside = each.parentNode === parent && sameKind(each, node) && keptIn(each, kept);
+      if (!inside) continue;
+      if (ids.length ? inside.some((id) => ids.includes(id)) : !inside.length) return each;
+    }
+  };
   for (const node of nodes) {
     const ids = keptIn(node, kept);
-    let match = ids.includes(node.id) ? kept.get(node.id) : undefined;
-    match ??= [...left].find((each) => {
-      if (each.parentNode !== parent || !sameKind(each, node)) return false;
-      const inside = keptIn(each, kept);
-      return ids.length ? inside.some((id) => ids.includes(id)) : !inside.length;
-    });
+    const match = find(node, ids);
     if (match) {
       if (match !== cursor()) move(parent, match, cursor());
       left.delete(match);
@@ -6240,30 +6215,28 @@ function morphNode(old, fresh, state) {
   }
   if (old.hasAttribute('data-ignore-morph') && fresh.hasAttribute('data-ignore-morph')) return;
   const preserved = (fresh.getAttribute('data-preserve-attr') ?? '').split(/\s+/);
-  const typed = old.localName === 'textarea' ? 'defaultValue' : null;
+  const text = old.defaultValue;                 // a textarea's is the text inside it
   let announce = false;
   for (const name of new Set([...fresh.getAttributeNames(), ...old.getAttributeNames()])) {
     const value = fresh.getAttribute(name);
     if (old.getAttribute(name) === value || preserved.includes(name)) continue;
     if (value === null) old.removeAttribute(name);
     else old.setAttribute(name, value);
-    // These attributes say what a control starts with. What it has now is in its properties.
-    const live = { value: value ?? '', checked: value !== null, selected: value !== null };
-    if (!Object.hasOwn(live, name) || !(name in old) || old.localName === 'button') continue;
-    if (name !== 'value' || old.localName === 'input') old[name] = live[name];
-    announce = true;
+    // Attributes say what a control starts with. What it has now is in its properties.
+    const live = { value: old.localName === 'input', checked: true, selected: true }[name];
+    if (live) old[name] = name === 'value' ? value ?? '' : value !== null;
+    announce ||= live;
   }
-  const asked = old[typed];
   if (old.localName === 'template') old.innerHTML = fresh.innerHTML;
   else morphNodes(old, [...old.childNodes], [...fresh.childNodes], state);
-  if (typed && asked !== old[typed]) {
-    old.value = old[typed];
+  if (old.localName === 'textarea' && old.defaultValue !== text) {
+    old.value = old.defaultValue;
     announce = true;
   }
-  if (announce) (old.closest('select') ?? old).dispatchEvent(new Event('change', { bubbles: true }));
+  const control = old.closest('select') ?? old;
+  if (announce) control.dispatchEvent(new Event('change', { bubbles: true }));
   state.touched.push(old);
 }
-
 
 // ---- Start ----
 

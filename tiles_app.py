@@ -41,6 +41,7 @@ from stario import (
 
 SIZE = 5
 CELLS = range(SIZE * SIZE)
+CELL_IDS = {str(cell): cell for cell in CELLS}  # what a request may say
 
 board: dict[int, str] = {}  # cell -> colour
 players: Counter[str] = Counter()  # user id -> open streams: a reconnect may overlap the old one
@@ -192,10 +193,9 @@ async def click(c: Context, w: Writer) -> None:
         c("No user id or user not connected", {"user_id": signals.user_id})
         w.redirect("/", status=303)
         return
-    cell_id = c.req.query.get("cellId", "")
-    if not (cell_id.isdecimal() and len(cell_id) < 3 and int(cell_id) in CELLS):
+    cell = CELL_IDS.get(c.req.query.get("cellId"))
+    if cell is None:
         raise HttpException(400, f"cellId must be a number from 0 to {CELLS[-1]}")
-    cell = int(cell_id)
     c["user_id"] = signals.user_id
     c["cell_id"] = cell
 
