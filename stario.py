@@ -75,7 +75,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from datetime import date, datetime, timezone
 from datetime import time as time_of_day
 from decimal import Decimal
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from http import HTTPStatus
 from pathlib import Path
 from typing import (
@@ -1797,8 +1797,6 @@ _BAD_VALUE = re.compile(r"[^\t\x20-\x7e\x80-\xff]")  # section 5.5
 class Headers:
     """Header fields: names without regard to case, values as text (RFC 9110, section 5)."""
 
-    __slots__ = ("_fields",)
-
     def __init__(self, fields: dict[str, list[str]] | None = None) -> None:
         self._fields = fields if fields is not None else {}  # lower-case name -> values in order
 
@@ -1835,8 +1833,6 @@ class ResponseHeaders(Headers):
     characters, text outside of Latin-1) raises StarioError, and so does writing after the headers
     have been sent.
     """
-
-    __slots__ = ("sent",)
 
     def __init__(self) -> None:
         super().__init__()
@@ -1967,6 +1963,9 @@ _MAX_FORM_FIELDS = 1000
 
 
 def _parse_pairs(text: str) -> list[tuple[str, str]]:
+    if "%" not in text and "+" not in text and text.count("&") < _MAX_FORM_FIELDS:
+        parts = [pair.partition("=") for pair in text.split("&") if pair]  # nothing to decode
+        return [(name, value) for name, _, value in parts]
     try:
         return parse_qsl(text, keep_blank_values=True, max_num_fields=_MAX_FORM_FIELDS)
     except ValueError:
@@ -2177,7 +2176,11 @@ class Request:
     async def body(self) -> bytes:
         """The whole body; a second call gives it again. Raises what `stream()` raises."""
         if self._body_read is None:
-            self._body_read = b"".join([chunk async for chunk in self.stream()])
+            body = self._body
+            if body is not None and body.ended and body.buffered <= self.max_body:
+                self._body_read = await body.read()  # it came with the head, as small ones do
+            else:
+                self._body_read = b"".join([chunk async for chunk in self.stream()])
         return self._body_read
 
     async def json(self) -> Any:
@@ -2419,6 +2422,12 @@ def _field_line(name: str, value: str) -> bytes:
     return f"{key}: {text}\r\n".encode("latin-1")
 
 
+@lru_cache(maxsize=512)
+def _small_fields(content_type: str, length: int) -> bytes:
+    """All fields of a small answer whose handler has set none itself."""
+    return _field_line("content-type", content_type) + b"content-length: %d\r\n" % length
+
+
 _SSE_FIELDS = (  # proxies must neither keep a stream nor wait for its end: nginx reads the last one
     b"content-type: text/event-stream\r\ncache-control: no-cache\r\nx-accel-buffering: no\r\n"
 )
@@ -2482,6 +2491,12 @@ class Writer:
         """Answer with these bytes. A second answer is a StarioError."""
         fields = _field_line("content-type", content_type)
         self._start(status)
+        small = len(body) < self._compression.min_size and status not in _BODILESS
+        if small and self._headers is None:
+            fields = _small_fields(content_type, len(body))
+            self._carrier.answer(status, fields, b"" if self._request.method == "HEAD" else body)
+            self.completed = True
+            return
         if self._headers is not None:
             fields = self._own_fields(fields)
         if len(body) >= self._compression.min_size and _is_compressible(content_type):
@@ -3672,12 +3687,19 @@ class Limits:
 _HIGH_WATER = 64 * 1024  # bytes kept of a body, or of later requests, before the client has to wait
 _DISCARD_LIMIT = 256 * 1024  # bytes of an unread body that are worth a connection
 _TOLD_BUSY = 100  # connections beyond the limit that still get an answer, 503
+_A_TURN = 64  # requests and bodies of one client that are read before others get their turn
+_KEPT_HEAD = 4096  # bytes of a header block that is worth keeping for the next request
 _LINGER = 2.0  # seconds in which a client may read an answer that ended its connection
 
 _REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/([0-9])\.([0-9])")
 _ABSOLUTE = re.compile(r"https?://([^/?#@]+)(/[^?#]*)?(\?[^#]*)?", re.IGNORECASE)
 _HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(?::[0-9]*)?")
-_FIELD_BYTES = bytes(set(range(0x20, 0x100)) - {0x7F} | {0x09})
+# Header lines (RFC 9112, section 5): no folding, no blank before the colon, no control characters.
+# The possessive "+" keep the match linear.
+_FIELD_LINES = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]++:[\t\x20-\x7e\x80-\xff]*+\r\n)*+")
+_FRAMING_FIELDS = re.compile(
+    rb"\n(host|connection|content-length|transfer-encoding|expect):([^\r]*)", re.IGNORECASE
+)
 _LONE_LF = re.compile(rb"[^\r]\n")
 
 
@@ -3686,17 +3708,16 @@ def _status_line(status: int) -> bytes:
     return f"HTTP/1.1 {status} {_phrase(status)}\r\n".encode("latin-1")
 
 
-@lru_cache(maxsize=4)
-def _date_line(second: int) -> bytes:
-    return f"date: {_http_date(second)}\r\n".encode("ascii")
-
-
-@lru_cache(maxsize=1024)
-def _field_name(raw: str) -> str:
-    """A field name in lower case, checked. Clients use the same few over and over."""
-    if len(raw) > 256 or not _TOKEN.fullmatch(raw):  # long ones would make this cache large
-        raise HttpException(400, "a header field's name is malformed")
-    return raw.lower()
+@lru_cache(maxsize=256)
+def _parse_request_line(line: bytes) -> tuple[str, str, bool]:
+    """Method, target, and whether it is HTTP/1.0. Kept, since few lines make most requests."""
+    found = _REQUEST_LINE.fullmatch(line)
+    if not found:
+        raise HttpException(400, "the request line is malformed")
+    method, target, major, minor = found.groups()
+    if major != b"1":
+        raise HttpException(505, "only HTTP/1.1 and HTTP/1.0 are spoken here")
+    return method.decode("ascii"), target.decode("ascii"), minor == b"0"
 
 
 class _Head:
@@ -3705,8 +3726,15 @@ class _Head:
     __slots__ = ("chunked", "close", "expects", "has_host", "headers", "keep_alive", "length")
 
     def __init__(self, block: bytes, max_headers: int) -> None:
-        fields = _parse_fields(block, max_headers)
-        self.headers = Headers(fields)
+        if not _FIELD_LINES.fullmatch(block):
+            raise HttpException(400, "a header line is malformed")
+        if block.count(b"\n") > max_headers:
+            raise HttpException(431, f"more than {max_headers} header fields")
+        self.headers: Headers = _ReceivedHeaders(block)
+        fields: dict[str, list[str]] = {}
+        for name, value in _FRAMING_FIELDS.findall(b"\n" + block):
+            values = fields.setdefault(name.decode("ascii").lower(), [])
+            values.append(value.decode("latin-1").strip(" \t"))
         self.length = self._content_length(fields)
         self.chunked = self._is_chunked(fields)
         if self.chunked and "content-length" in fields:
@@ -3740,21 +3768,27 @@ class _Head:
         return True
 
 
-def _parse_fields(block: bytes, max_headers: int) -> dict[str, list[str]]:
-    """Header (or trailer) lines, each ended by CRLF, as a dict (RFC 9112, section 5)."""
-    # One pass in C finds control characters, line breaks alone, NUL: nothing but CRLF may be left.
-    lines = block.decode("latin-1").split("\r\n")
-    if block.translate(None, _FIELD_BYTES) != b"\r\n" * (len(lines) - 1):
-        raise HttpException(400, "a header has a control character or a bare line break")
-    if len(lines) - 1 > max_headers:
-        raise HttpException(431, f"more than {max_headers} header fields")
+class _ReceivedHeaders(Headers):
+    """Headers that are split up when somebody asks for one of them: many handlers never do."""
+
+    def __init__(self, block: bytes) -> None:
+        self._block = block
+
+    @cached_property
+    def _fields(self) -> dict[str, list[str]]:  # type: ignore[override]
+        return _split_fields(self._block)
+
+
+def _split_fields(block: bytes) -> dict[str, list[str]]:
+    """Well-formed field lines as a dict."""
     fields: dict[str, list[str]] = {}
-    for line in lines[:-1]:
-        name, colon, value = line.partition(":")
-        if not colon:
-            raise HttpException(400, "a header line has no colon")
-        # A name with a blank before the colon, or a folded line (it begins with one), is no token.
-        fields.setdefault(_field_name(name), []).append(value.strip(" \t"))
+    for line in block.decode("latin-1").split("\r\n")[:-1]:
+        name, _, value = line.partition(":")
+        name = name.lower()
+        if name in fields:
+            fields[name].append(value.strip(" \t"))
+        else:
+            fields[name] = [value.strip(" \t")]
     return fields
 
 
@@ -3820,7 +3854,8 @@ class _Chunks:
         if line:
             self._check_overhead(len(line))
             self._overhead += len(line)
-            _parse_fields(line + b"\r\n", 1)  # checked, and not used
+            if not _FIELD_LINES.fullmatch(line + b"\r\n"):
+                raise HttpException(400, "a trailer of the body is malformed")
         else:
             self.ended = True
 
@@ -3946,21 +3981,30 @@ class Connection(asyncio.Protocol):
 
     def _advance(self) -> None:
         """Do all that can be done with the bytes that are here."""
-        self._advancing = True
+        self._advancing, more = True, False
         try:
-            while self._at < len(self._buffer) and not self._ended:
+            for _ in range(_A_TURN):
+                if self._at >= len(self._buffer) or self._ended:
+                    break
                 if self._body is not None:
                     if not self._read_body(self._body):
                         break
+                    if not self._answering:
+                        self._become_idle()
                 elif self._answering or self._paused_writing or not self._read_head():
                     break
+            else:
+                more = True  # a client that sends a thousand requests at once is not alone
+                self._worker.loop.call_soon(self._advance_later)
         except HttpException as exc:
             self._refuse(exc)
         finally:
             self._advancing = False
         if self._at >= len(self._buffer):
             self._buffer, self._at = b"", 0
-        if self._eof and self._body is None and not (self._answering or self._paused_writing):
+            if self._body is None and not self._eof and not self._paused_reading:
+                return
+        if self._eof and not (more or self._body or self._answering or self._paused_writing):
             self._close()  # what is left is a part of a request, and no more of it will come
         self._regulate()
 
@@ -3998,19 +4042,15 @@ class Connection(asyncio.Protocol):
         self._at = end + 4
         self._idle = False
         self._deadline = _NEVER
-        found = _REQUEST_LINE.fullmatch(line)
-        if not found:
-            raise HttpException(400, "the request line is malformed")
-        method, target, major, minor = found.groups()
-        if major != b"1":
-            raise HttpException(505, "only HTTP/1.1 and HTTP/1.0 are spoken here")
+        method, target, self._http_1_0 = _parse_request_line(line)
         if len(target) > limits.max_target:
             raise HttpException(414, f"the target is longer than {limits.max_target} bytes")
-        if block != self._block or self._head is None:
-            self._head = _Head(block, limits.max_headers)
-            self._block = block
-        self._http_1_0 = minor == b"0"
-        self._start(method.decode("ascii"), target.decode("ascii"), self._head)
+        head = self._head
+        if block != self._block or head is None:
+            head = _Head(block, limits.max_headers)
+            if len(block) <= _KEPT_HEAD:
+                self._block, self._head = block, head
+        self._start(method, target, head)
         return True
 
     def _await_head(self) -> None:
@@ -4053,13 +4093,16 @@ class Connection(asyncio.Protocol):
         body = None
         self._expects = False
         if head.chunked or head.length:
-            body = self._body = Body(self._wants_body)
+            body = Body(self._wants_body)
             self._chunks = _Chunks(self._limits) if head.chunked else None
             self._left = head.length
             self._discarded = 0
             self._expects = bool(head.expects) and not self._http_1_0
             if not self._expects:
                 self._deadline = self._worker.now + self._limits.body_timeout
+            # A small body comes with its head: fed now, its handler will not have to wait.
+            if self._at == len(self._buffer) or not self._read_body(body):
+                self._body = body
         request = Request(method, target, headers, body, self._peer_address)
         self._answering = True
         worker = self._worker
@@ -4110,8 +4153,6 @@ class Connection(asyncio.Protocol):
             self._body = None
             self._deadline = _NEVER
             body.end()
-            if not self._answering:
-                self._become_idle()
         else:
             self._give_up_body(body)
         return complete
@@ -4186,9 +4227,9 @@ class Connection(asyncio.Protocol):
             fields += b"connection: close\r\n"
         elif self._http_1_0:
             fields += b"connection: keep-alive\r\n"
-        if b"\ndate: " not in fields and not fields.startswith(b"date: "):
-            fields += _date_line(int(time.time()))
-        return _status_line(status) + fields + b"\r\n"
+        if b"\ndate: " in fields or fields.startswith(b"date: "):
+            return _status_line(status) + fields + b"\r\n"
+        return _status_line(status) + fields + self._worker.date_line
 
     def send(self, data: bytes) -> None:
         """See Carrier."""
@@ -4452,6 +4493,8 @@ class Stario(Router):
                 c._span.end()
 
     def _route(self, request: Request) -> Handler:
+        if not self._hosts:
+            return self._find(request) or self._fallback
         for router in self._routers_for(request):
             handler = router._find(request)
             if handler is not None:
@@ -4599,6 +4642,7 @@ class Worker:
         self.tasks: set[asyncio.Task[None]] = set()  # handlers under way
         self.stopping = False
         self.now = loop.time()  # as of the last sweep: good enough for time-outs of seconds
+        self.date_line = _last_line(time.time())
         self.context = contextvars.copy_context()
         timeouts = (
             limits.header_timeout,
@@ -4653,6 +4697,7 @@ class Worker:
     def _sweep(self) -> None:
         self._timer = self.loop.call_later(self._interval, self._sweep)
         self.now = self.loop.time()
+        self.date_line = _last_line(time.time())
         for connection in list(self.connections):
             connection.check(self.now)
 
@@ -4674,6 +4719,11 @@ class Worker:
             await asyncio.wait(self.tasks, timeout=1.0)  # their cleanup
         await asyncio.sleep(0)  # for connection_lost
         self._timer.cancel()
+
+
+def _last_line(timestamp: float) -> bytes:
+    """The last field of an answer's head, and the end of the head. Made anew by each sweep."""
+    return f"date: {_http_date(timestamp)}\r\n\r\n".encode("ascii")
 
 
 # See `_spawn`: the same, with a context.
@@ -4735,9 +4785,11 @@ class Server:
         self._backlog = backlog
         self._graceful_timeout = graceful_timeout
         known = {field.name for field in dataclasses.fields(Limits)}
-        for name in limits:
+        for name, value in limits.items():
             if name not in known:
                 raise StarioError(f"the server has no option {name!r}; see Server and Limits")
+            if not isinstance(value, (int, float)) or not value > 0:
+                raise StarioError(f"{name} is {value!r}: a number above 0 is needed")
         self._limits = Limits(**limits)
         if workers < 1:
             raise StarioError("workers must be at least 1")
@@ -4991,7 +5043,7 @@ class _Exchange:
     def begin(self, status: int, fields: bytes, unsized: bool) -> None:
         """See Carrier."""
         self.status = status
-        self.headers = Headers(_parse_fields(fields, 10_000))
+        self.headers = Headers(_split_fields(fields))
         self._changed.set()
 
     def send(self, data: bytes) -> None:
