@@ -242,8 +242,7 @@ def _add_other(part: object, content: list[str], attributes: dict[str, object]) 
 
 
 def _text_of(part: str) -> str:
-    # Template libraries have a string type of their own for trusted HTML. Other subclasses (StrEnum)
-    # are text.
+    # Template libraries have a string type of their own for trusted HTML. Others (StrEnum) are text.
     return str(part.__html__()) if hasattr(part, "__html__") else _escape(str.__str__(part))
 
 
@@ -318,7 +317,7 @@ def _value_of(name: str, value: object) -> str:
 
 
 class Tag:
-    """Makes one kind of element: `h.P("text", {"class": "x"})`. Uncalled, it is its empty element."""
+    """Makes one kind of element: `h.P("text", {"class": "x"})`. Uncalled, it is the empty one."""
 
     __slots__ = ("_close", "_open", "name")
 
@@ -380,7 +379,7 @@ class _RawTag(Tag):
 
 
 class _PreTag(Tag):
-    """`<pre>` and `<textarea>`: browsers drop a line feed that comes first, so there is one more."""
+    """`<pre>` and `<textarea>`: browsers drop a line feed that comes first, so one is added."""
 
     __slots__ = ()
 
@@ -648,7 +647,7 @@ class DataAttributes:
         return {_attribute_name("data-init", tuple(modifiers.items())): expression}
 
     def on(self, event: str, expression: str, **modifiers: Unpack[Modifiers]) -> Attributes:
-        """Run the expression at a DOM event: `data.on("click", at.post("/click"), debounce=0.5)`."""
+        """Run the expression at an event: `data.on("click", at.post("/click"), debounce=0.5)`."""
         return {_attribute_name(_event_start(event), tuple(modifiers.items())): expression}
 
     def on_intersect(self, expression: str, **modifiers: Unpack[Modifiers]) -> Attributes:
@@ -2089,10 +2088,14 @@ class Request:
     a host pattern. `max_body` (bytes) can be raised for one request before its body is read.
     """
 
-    __slots__ = (
-        "_body", "_body_read", "_client", "_cookies", "_query", "_streamed", "headers", "max_body",
-        "method", "params", "path", "query_string", "raw_path", "subhost", "tail",
-    )  # fmt: skip
+    # What most requests leave as it is costs nothing while it stands in the class.
+    max_body = 0
+    tail = ""
+    subhost = ""
+    _body_read: bytes | None = None
+    _streamed = False
+    _query: QueryParams | None = None
+    _cookies: dict[str, str] | None = None
 
     def __init__(
         self,
@@ -2111,15 +2114,8 @@ class Request:
         self.path = _decode_path(self.raw_path) if "%" in self.raw_path else self.raw_path
         self.headers = headers
         self.params: dict[str, str] = {}
-        self.tail = ""
-        self.subhost = ""
-        self.max_body = 0
         self._body = body
-        self._body_read: bytes | None = None
-        self._streamed = False
         self._client = client
-        self._query: QueryParams | None = None
-        self._cookies: dict[str, str] | None = None
 
     @property
     def query(self) -> QueryParams:
@@ -2334,17 +2330,17 @@ def _brotli(level: int, streaming: bool) -> Compressor:
 def _zstd_library(level: int, streaming: bool) -> Compressor:
     from compression import zstd
 
-    window = {zstd.CompressionParameter.window_log: 16} if streaming else {}
-    options = {zstd.CompressionParameter.compression_level: level, **window}
-    coder = zstd.ZstdCompressor(options=options)
+    names = zstd.CompressionParameter
+    small = {names.window_log: 16, names.hash_log: 13, names.chain_log: 13} if streaming else {}
+    coder = zstd.ZstdCompressor(options={names.compression_level: level, **small})
     return lambda data: coder.compress(data, coder.FLUSH_BLOCK), coder.flush
 
 
 def _zstd_package(level: int, streaming: bool) -> Compressor:
     import zstandard
 
-    window = {"window_log": 16} if streaming else {}
-    parameters = zstandard.ZstdCompressionParameters.from_level(level, **window)
+    small = {"window_log": 16, "hash_log": 13, "chain_log": 13} if streaming else {}
+    parameters = zstandard.ZstdCompressionParameters.from_level(level, **small)
     coder = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
     block = zstandard.COMPRESSOBJ_FLUSH_BLOCK
     return lambda data: coder.compress(data) + coder.flush(block), coder.flush
@@ -2361,15 +2357,14 @@ def _importable(name: str) -> bool:
 
 @lru_cache(maxsize=1)
 def _compressors() -> dict[str, Callable[[int, bool], Compressor]]:
-    """What this Python can do, by content coding, the best first."""
-    found: dict[str, Callable[[int, bool], Compressor]] = {}
+    """What this Python can do, by content coding."""
+    found: dict[str, Callable[[int, bool], Compressor]] = {"gzip": _gzip}
     if _importable("compression.zstd"):
         found["zstd"] = _zstd_library
     elif _importable("zstandard"):
         found["zstd"] = _zstd_package
     if _importable("brotli"):
         found["br"] = _brotli
-    found["gzip"] = _gzip
     return found
 
 
@@ -2382,14 +2377,19 @@ def _level(config: CompressionConfig, coding: str) -> int:
 
 
 @lru_cache(maxsize=512)
-def _choose_coding(accepted: str, config: CompressionConfig) -> str | None:
+def _choose_coding(accepted: str, config: CompressionConfig, streaming: bool = False) -> str | None:
     """The content coding to use for an Accept-Encoding (RFC 9110, section 12.5.3), or None."""
+    # Of those that a client likes alike, the best. For streams brotli is the last: it is no better
+    # at small events, and takes several times the memory.
+    preference = ("zstd", "gzip", "br") if streaming else ("zstd", "br", "gzip")
     weights: dict[str, float] = {}
     for item in accepted.lower().split(","):
         coding, _, parameters = item.partition(";")
         weights[coding.strip()] = _weight(parameters)
     best, best_weight = None, 0.0
-    for coding in _compressors():
+    for coding in preference:
+        if coding not in _compressors():
+            continue
         weight = weights.get(coding, weights.get("*", 0.0))
         if weight > best_weight and _level(config, coding) >= 0:
             best, best_weight = coding, weight
@@ -2445,25 +2445,21 @@ class Writer:
     `shutting_down` whether the server wants streams to end.
     """
 
-    __slots__ = (
-        "_carrier", "_compression", "_compressor", "_headers", "_remaining", "_request",
-        "_scopes", "_silent", "_sse", "_timer", "completed", "started", "status_code",
-    )  # fmt: skip
+    status_code = 0
+    started = False
+    completed = False
+    _headers: ResponseHeaders | None = None
+    _compressor: Compressor | None = None
+    _remaining: int | None = None  # bytes still due of a declared Content-Length
+    _sse = False  # this is a stream of events
+    _silent = False  # nothing was sent since the last heartbeat
+    _scopes: list[_Scope] | None = None  # what to interrupt when the client goes
+    _timer: asyncio.TimerHandle | None = None  # the next heartbeat
 
     def __init__(self, carrier: Carrier, request: Request, compression: CompressionConfig) -> None:
         self._carrier = carrier
         self._request = request
         self._compression = compression
-        self._headers: ResponseHeaders | None = None
-        self._compressor: Compressor | None = None
-        self._remaining: int | None = None  # bytes still due of a declared Content-Length
-        self._sse = False  # this is a stream of events
-        self._silent = False  # nothing was sent since the last heartbeat
-        self._scopes: list[_Scope] | None = None  # what to interrupt when the client goes
-        self._timer: asyncio.TimerHandle | None = None  # the next heartbeat
-        self.status_code = 0
-        self.started = False
-        self.completed = False
 
     # -- State
 
@@ -2776,14 +2772,14 @@ class Writer:
         ]
         return "\r\n".join([*defaults, *own, ""]).encode("latin-1")
 
-    def _coding_for(self, fields: bytes) -> str | None:
+    def _coding_for(self, fields: bytes, streaming: bool = False) -> str | None:
         """The coding to compress with, unless the fields say that this must not be."""
         if b"content-encoding: " in fields or b"content-range: " in fields:
             return None
         if b"no-transform" in fields:
             return None
         accepted = self._request.headers.get("accept-encoding")
-        return _choose_coding(accepted, self._compression) if accepted else None
+        return _choose_coding(accepted, self._compression, streaming) if accepted else None
 
     def _compressed(self, body: bytes, fields: bytes) -> tuple[bytes, bytes]:
         coding = self._coding_for(fields)
@@ -2795,7 +2791,7 @@ class Writer:
         return body, self._varied(fields)
 
     def _compressed_stream(self, fields: bytes) -> bytes:
-        coding = self._coding_for(fields)
+        coding = self._coding_for(fields, streaming=True)
         if coding is not None:
             self._compressor = _compressor(coding, self._compression, streaming=True)
             fields = self._encoded(fields, coding)
@@ -3055,13 +3051,12 @@ class Context:
     things for handlers, `span` the request's span.
     """
 
-    __slots__ = ("_span", "_state", "app", "req")
+    _span: Span | None = None
+    _state: dict[str, Any] | None = None
 
     def __init__(self, app: Stario, req: Request) -> None:
         self.app = app
         self.req = req
-        self._span: Span | None = None
-        self._state: dict[str, Any] | None = None
 
     @property
     def state(self) -> dict[str, Any]:
@@ -4010,7 +4005,7 @@ class Connection(asyncio.Protocol):
 
     def _regulate(self) -> None:
         """Let the client wait while there is enough of it in memory."""
-        if self._ended:
+        if self._is_lost():
             return
         body = self._body
         if body is not None:
@@ -4090,10 +4085,10 @@ class Connection(asyncio.Protocol):
             raise HttpException(400, "a target has no fragment")
         if head.expects and head.expects != "100-continue":
             raise HttpException(417, "only '100-continue' can be expected")
-        body = None
+        body = Body(self._wants_body) if head.chunked or head.length else None
+        request = Request(method, target, headers, body, self._peer_address)
         self._expects = False
-        if head.chunked or head.length:
-            body = Body(self._wants_body)
+        if body is not None:
             self._chunks = _Chunks(self._limits) if head.chunked else None
             self._left = head.length
             self._discarded = 0
@@ -4103,7 +4098,6 @@ class Connection(asyncio.Protocol):
             # A small body comes with its head: fed now, its handler will not have to wait.
             if self._at == len(self._buffer) or not self._read_body(body):
                 self._body = body
-        request = Request(method, target, headers, body, self._peer_address)
         self._answering = True
         worker = self._worker
         if worker.stopping:
@@ -4166,7 +4160,7 @@ class Connection(asyncio.Protocol):
     def _wants_body(self) -> None:
         """Somebody reads the body, or has given it up: let the rest come."""
         body = self._body
-        if body is None or self._ended:
+        if body is None or self._is_lost():
             return
         if self._expects and not body.discarding:
             self._expects = False
@@ -4779,6 +4773,8 @@ class Server:
         self.port = port
         self._count = workers
         self._unix_socket = str(unix_socket) if unix_socket is not None else None
+        if self._unix_socket and not hasattr(socket, "AF_UNIX"):
+            raise StarioError("this system's Python has no Unix sockets")
         self._unix_mode = unix_mode
         self._ssl = ssl
         self._reuse_port = reuse_port
@@ -4882,7 +4878,7 @@ class Server:
             listening.setblocking(False)
         except (OSError, StarioError) as exc:
             listening.close()
-            reason = exc.strerror if isinstance(exc, OSError) else exc
+            reason = exc.strerror if isinstance(exc, OSError) and exc.strerror else exc
             raise StarioError(f"cannot listen on {path}: {reason}") from None
         return [listening]
 
@@ -5004,6 +5000,7 @@ def _remove_stale_socket(path: str) -> None:
     except FileNotFoundError:
         return
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.settimeout(1.0)  # one that hangs would let us wait for ever
         try:
             probe.connect(path)
         except ConnectionRefusedError:

@@ -399,7 +399,7 @@ class TestDatastar(unittest.TestCase):
             (data.on_intersect("x()", half=True, once=True),
              {"data-on-intersect__once__half": "x()"}),
             (data.on_intersect("x()", threshold=25), {"data-on-intersect__threshold.25": "x()"}),
-            (data.on_interval("x()", duration="250ms"), {"data-on-interval__duration.250ms": "x()"}),
+            (data.on_interval("x()", duration="9ms"), {"data-on-interval__duration.9ms": "x()"}),
             (data.on_signal_patch("x()", include="^user/", delay=1),
              {"data-on-signal-patch__delay.1s": "x()",
               "data-on-signal-patch-filter": "{include: /^user\\//}"}),
@@ -613,7 +613,8 @@ class TestSignals(unittest.TestCase):
             (bool, "off", False), (bool, "", False), (bool, "YES", True), (int | str, "1", "1"),
             (list[Any], [1, "a"], [1, "a"]), (tuple[int, str], ["1", "a"], (1, "a")),
             (set[int], ["1", 1], {1}), (Decimal, "1.10", Decimal("1.10")), (Decimal, 2, Decimal(2)),
-            (uuid.UUID, str(uuid.UUID(int=1)), uuid.UUID(int=1)), (date, "2024-02-29", date(2024, 2, 29)),
+            (uuid.UUID, str(uuid.UUID(int=1)), uuid.UUID(int=1)),
+            (date, "2024-02-29", date(2024, 2, 29)),
             (Typed, {"a": "1"}, {"a": 1}), (dict, {"a": [1]}, {"a": [1]}),
         ]:  # fmt: skip
             with self.subTest(f"{kind} {value!r}"):
@@ -3364,7 +3365,7 @@ class TilesInABrowser(unittest.TestCase):
 
     def wait_for_color(self, page: Any, selector: str, color: str) -> None:
         page.wait_for_function(
-            "([selector, color]) => document.querySelector(selector).style.backgroundColor == color",
+            "([where, color]) => document.querySelector(where).style.backgroundColor == color",
             arg=[selector, color],
         )
 
