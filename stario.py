@@ -242,7 +242,7 @@ def _add_other(part: object, content: list[str], attributes: dict[str, object]) 
 
 
 def _text_of(part: str) -> str:
-    # Template libraries have a string type of their own for trusted HTML. Others (StrEnum) are text.
+    # Template libraries have a string type of their own for trusted HTML. Others are text.
     return str(part.__html__()) if hasattr(part, "__html__") else _escape(str.__str__(part))
 
 
@@ -316,86 +316,90 @@ def _value_of(name: str, value: object) -> str:
     )
 
 
-class Tag:
-    """Makes one kind of element: `h.P("text", {"class": "x"})`. Uncalled, it is the empty one."""
+# -- Factories. `h.P` is a function: called, it gives an element with these parts (dicts are
+# attributes, later wins; all else is content). Uncalled, as in `h.Div(h.Br)`, it is the empty one.
 
-    __slots__ = ("_close", "_open", "name")
+Tag = Callable[..., SafeString]
 
-    def __init__(self, name: str) -> None:
-        if not re.fullmatch(r"[A-Za-z][^\s/<>=\"'\x00]*", name):
-            raise StarioError(f"{name!r} cannot be the name of an HTML element")
-        self.name = name
-        self._open = f"<{name}"
-        self._close = f"</{name}>"
 
-    def __html__(self) -> str:
-        """The empty element, for `h.Div(h.Br)`."""
-        return self()
+def _plain_tag(name: str) -> Tag:
+    start, end = f"<{name}", f"</{name}>"
 
-    def __repr__(self) -> str:
-        return f"h.tag({self.name!r})"
-
-    def __call__(self, *parts: object) -> SafeString:
-        """The element with these parts: dicts are attributes (later wins), all else its content."""
-        if len(parts) == 1 and type(parts[0]) is str:  # a text and nothing else, as in most cells
-            return SafeString(f"{self._open}>{_escape(parts[0])}{self._close}")
+    def element(*parts: Any) -> SafeString:
+        # The loop of `_add` once more: pages are made of this function, and a call costs a third.
         attributes: dict[str, object] = {}
         content: list[str] = []
-        _add(parts, content, attributes)
-        written = _attributes(attributes) if attributes else ""
-        return SafeString(f"{self._open}{written}>{''.join(content)}{self._close}")
+        for part in parts:
+            kind = type(part)
+            if kind is SafeString:
+                content.append(part)
+            elif kind is str:
+                content.append(_escape(part))
+            elif kind is dict:
+                attributes = {**attributes, **part} if attributes else part
+            elif kind is int:
+                content.append(str(part))
+            else:
+                _add_other(part, content, attributes := dict(attributes))
+        if attributes:
+            return SafeString(f"{start}{_attributes(attributes)}>{''.join(content)}{end}")
+        return SafeString(f"{start}>{''.join(content)}{end}")
+
+    return element
 
 
-class _VoidTag(Tag):
+def _void_tag(name: str) -> Tag:
     """`<br/>`: closes itself, and has no children."""
 
-    __slots__ = ()
-
-    def __call__(self, *parts: object) -> SafeString:
+    def element(*parts: object) -> SafeString:
         attributes, content = _assemble(parts)
         if content:
-            raise StarioError(f"<{self.name}> cannot have content: it is a void element")
-        return SafeString(f"{self._open}{attributes}/>")
+            raise StarioError(f"<{name}> cannot have content: it is a void element")
+        return SafeString(f"<{name}{attributes}/>")
+
+    return element
 
 
-class _RawTag(Tag):
+def _raw_tag(name: str) -> Tag:
     """`<script>` and `<style>`: the browser does not decode their text, so it is only checked."""
 
-    __slots__ = ()
-
-    def __call__(self, *parts: object) -> SafeString:
-        attributes, text = _assemble(map(self._trust, parts))
-        if "<!--" in text or f"</{self.name}" in text.lower():
+    def element(*parts: object) -> SafeString:
+        attributes, text = _assemble(map(_trust, parts))
+        if "<!--" in text or f"</{name}" in text.lower():
             raise StarioError(
-                f"text in <{self.name}> cannot hold '</{self.name}' or '<!--', which would end it: "
+                f"text in <{name}> cannot hold '</{name}' or '<!--', which would end it: "
                 "write '<' as \\u003c in a JavaScript string, as \\3c in CSS"
             )
-        return SafeString(f"{self._open}{attributes}>{text}{self._close}")
+        return SafeString(f"<{name}{attributes}>{text}</{name}>")
 
-    def _trust(self, part: object) -> object:
-        if isinstance(part, (list, tuple)):
-            return [self._trust(inner) for inner in part]
-        return SafeString(part) if type(part) is str else part
+    return element
 
 
-class _PreTag(Tag):
+def _trust(part: object) -> object:
+    if isinstance(part, (list, tuple)):
+        return [_trust(inner) for inner in part]
+    return SafeString(part) if type(part) is str else part
+
+
+def _pre_tag(name: str) -> Tag:
     """`<pre>` and `<textarea>`: browsers drop a line feed that comes first, so one is added."""
 
-    __slots__ = ()
-
-    def __call__(self, *parts: object) -> SafeString:
+    def element(*parts: object) -> SafeString:
         attributes, content = _assemble(parts)
         spare = "\n" if content.startswith("\n") else ""
-        return SafeString(f"{self._open}{attributes}>{spare}{content}{self._close}")
+        return SafeString(f"<{name}{attributes}>{spare}{content}</{name}>")
+
+    return element
 
 
-class _HtmlTag(Tag):
+def _html_tag(name: str) -> Tag:
     """`<html>`, with the doctype in front that keeps browsers out of quirks mode."""
 
-    __slots__ = ()
+    def element(*parts: object) -> SafeString:
+        attributes, content = _assemble(parts)
+        return SafeString(f"<!doctype html><{name}{attributes}>{content}</{name}>")
 
-    def __call__(self, *parts: object) -> SafeString:
-        return SafeString("<!doctype html>" + str(super().__call__(*parts)))
+    return element
 
 
 _HTML_TAGS = """
@@ -415,29 +419,24 @@ foreignObject g image line linearGradient marker mask metadata mpath path patter
 radialGradient rect set stop switch symbol text textPath tspan use view
 """
 _VOID_TAGS = "area base br col embed hr img input link meta param source track wbr"
-_TAG_KINDS: dict[str, type[Tag]] = {
-    **dict.fromkeys((_HTML_TAGS + _SVG_TAGS).split(), Tag),
-    **dict.fromkeys(_VOID_TAGS.split(), _VoidTag),
-    **dict.fromkeys(("script", "style"), _RawTag),
-    **dict.fromkeys(("pre", "textarea"), _PreTag),
-    "html": _HtmlTag,
+_TAG_KINDS: dict[str, Callable[[str], Tag]] = {
+    **dict.fromkeys((_HTML_TAGS + _SVG_TAGS).split(), _plain_tag),
+    **dict.fromkeys(_VOID_TAGS.split(), _void_tag),
+    **dict.fromkeys(("script", "style"), _raw_tag),
+    **dict.fromkeys(("pre", "textarea"), _pre_tag),
+    "html": _html_tag,
 }
 _TAG_NAMES = {name.lower(): name for name in _TAG_KINDS}
 
 
 class Tags:
-    """All elements of HTML and SVG by their names in CapWords:
-
-    `h.Div`, `h.H1`, `h.ForeignObject`.
-    """
+    """All elements of HTML and SVG by their names in CapWords: `h.Div`, `h.ForeignObject`."""
 
     def __getattr__(self, name: str) -> Tag:
         known = _TAG_NAMES.get(name.lower())
         if known is None or not name[0].isupper():
-            raise AttributeError(
-                f"HTML and SVG have no <{name}>; for an element of your own: h.tag('my-card')"
-            )
-        tag = _TAG_KINDS[known](known)
+            raise AttributeError(f"there is no <{name}>; for your own elements: h.tag('my-card')")
+        tag = self.tag(known)
         setattr(self, name, tag)  # the next look-up finds it without coming here
         return tag
 
@@ -446,7 +445,13 @@ class Tags:
 
     def tag(self, name: str) -> Tag:
         """A factory for any other element, a web component's say: `card = h.tag("my-card")`."""
-        return _TAG_KINDS.get(name.lower(), Tag)(name)
+        if not re.fullmatch(r"[A-Za-z][^\s/<>=\"'\x00]*", name):
+            raise StarioError(f"{name!r} cannot be the name of an HTML element")
+        factory = _TAG_KINDS.get(name, _plain_tag)(name)
+        setattr(factory, "__html__", factory)  # noqa: B010 - what an uncalled factory stands for
+        factory.__name__ = name
+        factory.__doc__ = f"A <{name}> element with these parts: see part 3 of the file."
+        return factory
 
 
 h = Tags()
@@ -806,18 +811,21 @@ at = Actions()
 def _request(
     method: str, url: str, queries: Mapping[str, object] | None, options: RequestOptions
 ) -> str:
-    if queries:
-        url += ("&" if "?" in url else "?") + _query(queries)
-    address = f"'{url}'" if _PLAIN_URL.fullmatch(url) else s(url)
+    pairs = [
+        (name, str(item))
+        for name, value in (queries or {}).items()
+        for item in (value if isinstance(value, (list, tuple)) else (value,))
+    ]
     written = _request_options(method, options) if options else ""
-    return f"@{method}({address}{written})"
+    return f"@{method}({_address(url, tuple(pairs))}{written})"
 
 
-def _query(queries: Mapping[str, object]) -> str:
-    # Numbers, the usual case, need no escaping.
-    if all(type(value) is int for value in queries.values()) and all(map(str.isalnum, queries)):
-        return "&".join([f"{name}={value}" for name, value in queries.items()])
-    return urlencode(queries, doseq=True)
+@lru_cache(maxsize=4096)
+def _address(url: str, queries: tuple[tuple[str, str], ...]) -> str:
+    """A URL with its queries as a JavaScript string. Kept: views are rendered over and over."""
+    if queries:
+        url += ("&" if "?" in url else "?") + urlencode(queries)
+    return f"'{url}'" if _PLAIN_URL.fullmatch(url) else s(url)
 
 
 def _request_options(method: str, options: RequestOptions) -> str:
@@ -4255,7 +4263,9 @@ class Connection(asyncio.Protocol):
     def abort(self) -> None:
         """See Carrier. Where the connection's end is the end of the body, only a reset tells."""
         self._answering = False
-        self._ended = True
+        lost, self._ended = self._is_lost(), True
+        if lost:
+            return
         if self._http_1_0:
             connection = self._transport.get_extra_info("socket")
             with suppress(AttributeError, OSError):
@@ -4364,9 +4374,9 @@ class Connection(asyncio.Protocol):
         destroy the answer on its way. So where more may come: end our side only, and read on for a
         while.
         """
-        if self._ended:
+        lost, self._ended = self._is_lost(), True
+        if lost:
             return
-        self._ended = True
         self._deadline = self._worker.loop.time() + _LINGER
         unread = self._lost_track or self._body is not None or self._at < len(self._buffer)
         self._buffer = b""
