@@ -2204,10 +2204,6 @@ class Request:
             return _parse_multipart(await self.body(), content_type)
         raise HttpException(415, "expected a form (urlencoded or multipart)")
 
-    def _discard_body(self) -> None:
-        if self._body is not None:
-            self._body.discard()
-
 
 def _too_large(limit: int) -> HttpException:
     return HttpException(413, f"the body is larger than {limit} bytes")
@@ -2440,7 +2436,7 @@ _SSE_FIELDS = (  # proxies must neither keep a stream nor wait for its end: ngin
     b"content-type: text/event-stream\r\ncache-control: no-cache\r\nx-accel-buffering: no\r\n"
 )
 # What HTTP calls hop by hop: the carrier alone can say these rightly.
-_CARRIER_FIELDS = ("transfer-encoding", "connection", "keep-alive", "upgrade", "trailer")
+_CARRIER_FIELDS = ("transfer-encoding", "connection", "keep-alive", "upgrade", "trailer", "date")
 _BODILESS = frozenset((204, 304))
 _REDIRECT_SAFE = "!#$%&'()*+,-./:;=?@[]_~"
 
@@ -2998,7 +2994,7 @@ class Alive(Generic[T]):
             aclose = getattr(self._iterator, "aclose", None)
             if aclose is not None:
                 with suppress(RuntimeError):  # no loop runs any more
-                    _spawn(aclose(), asyncio.get_running_loop())
+                    _keep(_spawn(aclose(), asyncio.get_running_loop()))
 
 
 # A task of its own for a coroutine. From Python 3.12 on it starts at once, and one that never has
@@ -3006,16 +3002,21 @@ class Alive(Generic[T]):
 if sys.version_info >= (3, 12):
 
     def _spawn(
-        coroutine: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop
+        coroutine: Coroutine[Any, Any, T],
+        loop: asyncio.AbstractEventLoop,
+        context: contextvars.Context | None = None,
     ) -> asyncio.Task[T]:
-        return _keep(asyncio.Task(coroutine, loop=loop, eager_start=True))
+        # (Given no name, a task would put one together.)
+        return asyncio.Task(coroutine, loop=loop, name="stario", context=context, eager_start=True)
 
 else:
 
     def _spawn(
-        coroutine: Coroutine[Any, Any, T], loop: asyncio.AbstractEventLoop
+        coroutine: Coroutine[Any, Any, T],
+        loop: asyncio.AbstractEventLoop,
+        context: contextvars.Context | None = None,
     ) -> asyncio.Task[T]:
-        return _keep(loop.create_task(coroutine))
+        return loop.create_task(coroutine, name="stario", context=context)
 
 
 def _keep(task: asyncio.Task[T]) -> asyncio.Task[T]:
@@ -3857,7 +3858,8 @@ class _Chunks:
         if line:
             self._check_overhead(len(line))
             self._overhead += len(line)
-            if not _FIELD_LINES.fullmatch(line + b"\r\n"):
+            # Framing is for the head (RFC 9110, section 6.5.1); others might heed it here, too.
+            if not _FIELD_LINES.fullmatch(line + b"\r\n") or _FRAMING_FIELDS.match(b"\n" + line):
                 raise HttpException(400, "a trailer of the body is malformed")
         else:
             self.ended = True
@@ -4208,7 +4210,8 @@ class Connection(asyncio.Protocol):
     def answer(self, status: int, fields: bytes, body: bytes) -> None:
         """See Carrier."""
         self._framed = False
-        self._write(self._head_bytes(status, fields) + body)
+        fields = self._with_connection(fields)
+        self._write(b"".join((_status_line(status), fields, self._worker.date_line, body)))
         self.finish()
 
     def begin(self, status: int, fields: bytes, unsized: bool) -> None:
@@ -4218,9 +4221,11 @@ class Connection(asyncio.Protocol):
             fields += b"transfer-encoding: chunked\r\n"
         elif unsized:
             self._close_after = True  # HTTP/1.0: the end of the connection is the end of the body
-        self._write(self._head_bytes(status, fields))
+        fields = self._with_connection(fields)
+        self._write(b"".join((_status_line(status), fields, self._worker.date_line)))
 
-    def _head_bytes(self, status: int, fields: bytes) -> bytes:
+    def _with_connection(self, fields: bytes) -> bytes:
+        """The fields, and what is to be said of the connection (RFC 9112, section 9.3)."""
         if self._expects or self._left > _DISCARD_LIMIT:
             # Nobody can tell whether the body will still come, or it would be too much of it.
             self._close_after = True
@@ -4229,9 +4234,7 @@ class Connection(asyncio.Protocol):
             fields += b"connection: close\r\n"
         elif self._http_1_0:
             fields += b"connection: keep-alive\r\n"
-        if b"\ndate: " in fields or fields.startswith(b"date: "):
-            return _status_line(status) + fields + b"\r\n"
-        return _status_line(status) + fields + self._worker.date_line
+        return fields
 
     def send(self, data: bytes) -> None:
         """See Carrier."""
@@ -4350,7 +4353,7 @@ class Connection(asyncio.Protocol):
                 self._transport.abort()
 
     def _write(self, data: bytes) -> None:
-        if not self._is_lost():
+        if not (self._ended or self._transport.is_closing()):
             self._sent += len(data)
             self._transport.write(data)
 
@@ -4490,8 +4493,10 @@ class Stario(Router):
         finally:
             if not w.completed:
                 carrier.abort()  # cancelled: the server could not wait any longer
-            w._stop_heartbeat()
-            request._discard_body()
+            if w._timer is not None:
+                w._stop_heartbeat()
+            if request._body is not None:
+                request._body.discard()
             if c._span is not None:
                 c._span["status"] = w.status_code
                 c._span.end()
@@ -4663,7 +4668,7 @@ class Worker:
         Each starts in a copy of the server's own context, so that no handler's context variables
         reach the next request on its connection.
         """
-        task = _start_task(handling, self.loop, self.context.copy())
+        task = _spawn(handling, self.loop, self.context.copy())
         if not task.done():
             self.tasks.add(task)
             task.add_done_callback(self.tasks.discard)
@@ -4728,26 +4733,6 @@ class Worker:
 def _last_line(timestamp: float) -> bytes:
     """The last field of an answer's head, and the end of the head. Made anew by each sweep."""
     return f"date: {_http_date(timestamp)}\r\n\r\n".encode("ascii")
-
-
-# See `_spawn`: the same, with a context.
-if sys.version_info >= (3, 12):
-
-    def _start_task(
-        coroutine: Coroutine[Any, Any, None],
-        loop: asyncio.AbstractEventLoop,
-        context: contextvars.Context,
-    ) -> asyncio.Task[None]:
-        return asyncio.Task(coroutine, loop=loop, context=context, eager_start=True)
-
-else:
-
-    def _start_task(
-        coroutine: Coroutine[Any, Any, None],
-        loop: asyncio.AbstractEventLoop,
-        context: contextvars.Context,
-    ) -> asyncio.Task[None]:
-        return loop.create_task(coroutine, context=context)
 
 
 class Server:
@@ -5338,7 +5323,7 @@ class TestClient:
             lambda: "testclient",
         )
         loop = asyncio.get_running_loop()
-        task = _start_task(self.app.dispatch(request, exchange), loop, contextvars.copy_context())
+        task = _spawn(self.app.dispatch(request, exchange), loop)
         self._under_way[task] = exchange
         task.add_done_callback(lambda done: self._under_way.pop(done, None))
         return task, exchange
