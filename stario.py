@@ -1235,10 +1235,6 @@ def read_signals(schema: type[T], signals: object) -> T:
 _EVENTS_KEPT = 100
 
 
-def _new_id(bits: int) -> str:
-    return f"{random.getrandbits(bits) or 1:0{bits // 4}x}"
-
-
 class SpanEvent(NamedTuple):
     """Something that happened in a span. `time_ns` is nanoseconds since 1970."""
 
@@ -1264,9 +1260,9 @@ class Span:
     ) -> None:
         self.tracer = tracer
         self.name = name
-        self.id = _new_id(64)
+        self.id = f"{random.getrandbits(64):016x}"
         self.parent_id = parent.id if parent else None
-        self.trace_id: str = parent.trace_id if parent else _new_id(128)
+        self.trace_id: str = parent.trace_id if parent else f"{random.getrandbits(128):032x}"
         self.attributes: dict[str, Any] = dict(attributes) if attributes else {}
         self.events: list[SpanEvent] = []
         self.links: list[Span] = []
@@ -1424,9 +1420,12 @@ class JsonTracer(_StreamTracer):
         self._write(_json_line(record))
 
 
+_log_json = json.JSONEncoder(default=str).encode
+
+
 def _json_line(record: dict[str, Any]) -> str:
     try:
-        return json.dumps(record, default=str)
+        return _log_json(record)
     except (TypeError, ValueError, RecursionError):  # a key that is a tuple, a list in itself
         return json.dumps({**record, "attributes": repr(record.get("attributes")), "events": []})
 
