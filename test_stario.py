@@ -13,6 +13,7 @@ import ast
 import asyncio
 import base64
 import enum
+import gc
 import gzip
 import hashlib
 import html
@@ -29,10 +30,13 @@ import struct
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
 import unittest
+import unittest.mock
 import uuid
-from collections.abc import AsyncIterator, Callable, Mapping
+import zlib
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import date, datetime, timezone
@@ -45,6 +49,7 @@ from urllib.parse import parse_qs, quote, urlencode
 import stario
 from stario import (
     POCKET_CLIENT,
+    ClientDisconnected,
     CompressionConfig,
     Context,
     HttpException,
@@ -58,6 +63,7 @@ from stario import (
     SpanEvent,
     Stario,
     StarioError,
+    Subscription,
     TestClient,
     Tracer,
     Writer,
@@ -1312,6 +1318,1551 @@ class TestRouting(AsyncTest):
         span = json.loads(out.getvalue())
         self.assertEqual(span["error"], "RuntimeError: secret")
         self.assertIn("in fail", span["events"][0]["attributes"]["exception.stacktrace"])
+
+
+# -- 6. Telemetry: long life
+
+
+class CountingTracer(Tracer):
+    """A tracer that counts."""
+
+    def __init__(self) -> None:
+        self.started = self.noted = self.ended = 0
+
+    def on_start(self, span: Span) -> None:
+        self.started += 1
+
+    def on_event(self, span: Span, event: SpanEvent) -> None:
+        self.noted += 1
+
+    def on_end(self, span: Span) -> None:
+        self.ended += 1
+
+
+class TestLongLife(AsyncTest):
+    def test_a_million_events_reach_the_tracer_and_a_hundred_stay_in_memory(self) -> None:
+        tracer = CountingTracer()
+        with tracer("stream") as span:
+            for number in range(1_000_000):
+                span("tick", {"number": number})
+        self.assertEqual(tracer.noted, 1_000_000)
+        self.assertEqual([e.attributes["number"] for e in span.events], [*range(999_900, 10**6)])
+
+    def test_json_lines_have_every_event_once_and_in_order(self) -> None:
+        stream = io.StringIO()
+        with JsonTracer(stream) as tracer, tracer("stream") as span:
+            for number in range(1050):
+                span("tick", {"number": number})
+                self.assertLess(len(span.events), 101)
+        lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+        numbers = [e["attributes"]["number"] for line in lines for e in line.get("events", ())]
+        self.assertEqual(numbers, list(range(1050)))
+        self.assertEqual({line["span_id"] for line in lines}, {span.id})
+        self.assertEqual([line.get("partial", False) for line in lines], [True] * 10 + [False])
+
+    async def test_a_span_starts_and_ends_once_for_each_stream(self) -> None:
+        tracer, relay, opened = CountingTracer(), Relay[str](), 20
+
+        async def stream(c: Context, w: Writer) -> None:
+            w.patch(h.P({"id": "here"}))
+            async for subject, _ in w.alive(relay.subscribe("*")):
+                c(subject)
+
+        app = Stario(tracer)
+        app.get("/", stream)
+        async with app.running() as server:
+            peers = [await open_stream(server.port) for _ in range(opened)]
+            self.assertEqual((tracer.started, tracer.ended), (opened, 0))
+            for number, peer in enumerate(peers):
+                peer.reset() if number % 2 else await peer.close()
+        self.assertEqual((tracer.started, tracer.ended), (opened, opened))
+
+
+# -- 7. The relay
+
+
+def listeners(relay: Relay[Any], subject: str = "anything") -> int:
+    """How many subscriptions a message of this subject would go to."""
+    return len(relay._listeners(subject))
+
+
+def is_empty(relay: Relay[Any]) -> bool:
+    """Whether nothing is left in the relay's tables."""
+    return not relay._exact and not relay._prefix
+
+
+async def received(subscription: Subscription[Any]) -> list[Any]:
+    """The data of all that is queued."""
+    subscription.close()
+    return [data async for _, data in subscription]
+
+
+class TestRelay(AsyncTest):
+    async def test_a_pattern_fits_a_subject_a_prefix_or_everything(self) -> None:
+        relay = Relay[str]()
+        patterns = ("room.1", "room.*", "room.1.*", "*", "lobby")
+        subscriptions = {pattern: relay.subscribe(pattern) for pattern in patterns}
+        for subject in ("room.1", "room.2", "room.1.door", "room", "roomy", "lobby"):
+            relay.publish(subject, subject)
+        got = {pattern: await received(one) for pattern, one in subscriptions.items()}
+        self.assertEqual(got["room.1"], ["room.1"])
+        self.assertEqual(got["room.*"], ["room.1", "room.2", "room.1.door"])
+        self.assertEqual(got["room.1.*"], ["room.1.door"])
+        self.assertEqual(got["*"], ["room.1", "room.2", "room.1.door", "room", "roomy", "lobby"])
+        self.assertEqual(got["lobby"], ["lobby"])
+
+    async def test_a_message_comes_once_however_many_patterns_fit(self) -> None:
+        relay = Relay[int]()
+        subscription = relay.subscribe("a.b", "a.*", "*", "a.b")
+        relay.publish("a.b", 1)
+        self.assertEqual(await received(subscription), [1])
+        self.assertTrue(is_empty(relay))
+
+    async def test_a_pattern_or_rule_that_cannot_be_is_refused(self) -> None:
+        relay = Relay[int]()
+        for wrong in ("*.a", "a*", "a.*.b", "**"):
+            with self.subTest(wrong), self.assertRaises(StarioError):
+                relay.subscribe(wrong)
+        with self.assertRaises(StarioError):
+            relay.subscribe()
+        with self.assertRaises(StarioError):
+            relay.subscribe("a", overflow="newest")
+        with self.assertRaises(StarioError):
+            relay.subscribe("a", maxsize=0)
+        self.assertTrue(is_empty(relay))
+
+    async def test_a_refused_pattern_leaves_nothing_behind(self) -> None:
+        relay = Relay[int]()
+        with self.assertRaises(StarioError):
+            relay.subscribe("good", "b*d")
+        self.assertTrue(is_empty(relay))
+
+    async def test_nothing_is_missed_between_subscribing_and_reading(self) -> None:
+        relay = Relay[int]()
+        subscription = relay.subscribe("a")
+        relay.publish("a", 1)
+        self.assertEqual(await within(anext(subscription)), ("a", 1))
+
+    async def test_oldest_drops_the_oldest_and_counts(self) -> None:
+        relay = Relay[int]()
+        subscription = relay.subscribe("a", maxsize=3)
+        for number in range(10):
+            relay.publish("a", number)
+        self.assertEqual(subscription.dropped, 7)
+        self.assertEqual(await received(subscription), [7, 8, 9])
+
+    async def test_latest_keeps_the_last_of_each_subject(self) -> None:
+        relay = Relay[int]()
+        subscription = relay.subscribe("*", overflow="latest")
+        for number, subject in enumerate("abacab"):
+            relay.publish(subject, number)
+        self.assertEqual(subscription.dropped, 3)
+        self.assertEqual(await received(subscription), [3, 4, 5])
+
+    async def test_latest_is_bounded_by_maxsize_too(self) -> None:
+        relay = Relay[int]()
+        subscription = relay.subscribe("*", overflow="latest", maxsize=2)
+        for number, subject in enumerate("abcd"):
+            relay.publish(subject, number)
+        self.assertEqual(subscription.dropped, 2)
+        self.assertEqual(await received(subscription), [2, 3])
+
+    async def test_close_ends_after_what_is_queued(self) -> None:
+        relay = Relay[int]()
+        subscription = relay.subscribe("a", maxsize=2, overflow="close")
+        for number in range(5):
+            relay.publish("a", number)
+        self.assertTrue(subscription.closed)
+        self.assertTrue(is_empty(relay))
+        self.assertEqual([data async for _, data in subscription], [0, 1])
+
+    async def test_closing_wakes_the_reader(self) -> None:
+        relay = Relay[int]()
+        subscription = relay.subscribe("a")
+        reader = asyncio.create_task(received_until_closed(subscription))
+        await asyncio.sleep(0)
+        relay.publish("a", 1)
+        subscription.close()
+        self.assertEqual(await within(reader), [1])
+
+    async def test_a_cancelled_reader_loses_no_message(self) -> None:
+        relay = Relay[int]()
+        subscription = relay.subscribe("a")
+        reader = asyncio.ensure_future(anext(subscription))
+        await asyncio.sleep(0)
+        relay.publish("a", 1)  # it is woken,
+        reader.cancel()  # and cancelled before it runs
+        with self.assertRaises(asyncio.CancelledError):
+            await reader
+        self.assertEqual(await within(anext(subscription)), ("a", 1))
+
+    async def test_a_second_reader_at_the_same_time_is_an_error(self) -> None:
+        relay = Relay[int]()
+        subscription = relay.subscribe("a")
+        first = asyncio.ensure_future(anext(subscription))
+        await asyncio.sleep(0)
+        with self.assertRaisesRegex(StarioError, "one reader"):
+            await within(anext(subscription))
+        relay.publish("a", 1)
+        self.assertEqual(await within(first), ("a", 1))
+
+    async def test_leaving_its_loop_or_block_closes_a_subscription(self) -> None:
+        relay = Relay[int]()
+        with relay.subscribe("a") as subscription:
+            self.assertEqual(listeners(relay, "a"), 1)
+        self.assertEqual(listeners(relay, "a"), 0)
+        subscription = relay.subscribe("a")
+        relay.publish("a", 1)
+        async for _ in subscription:
+            break
+        self.assertTrue(subscription.closed)
+        self.assertTrue(is_empty(relay))
+
+    async def test_a_subscription_that_nobody_holds_is_gone(self) -> None:
+        relay = Relay[int]()
+        relay.subscribe("a")
+        gc.collect()
+        self.assertTrue(is_empty(relay))
+        cycle: list[Any] = [relay.subscribe("a")]
+        cycle.append(cycle)
+        del cycle
+        gc.collect()
+        self.assertTrue(is_empty(relay))
+
+    async def test_publishing_looks_at_those_who_listen_and_not_at_the_others(self) -> None:
+        relay = Relay[int]()
+        others = [relay.subscribe(f"room.{number}", f"hall.{number}.*") for number in range(1000)]
+        listener = relay.subscribe("room.1000")
+        self.assertEqual(listeners(relay, "room.1000"), 1)
+        relay.publish("room.1000", 1)
+        self.assertEqual(await received(listener), [1])
+        self.assertEqual(sum(len(one._mailbox.queue) for one in others), 0)
+
+    async def test_a_subscriber_may_leave_or_come_in_the_middle_of_a_publish(self) -> None:
+        relay = Relay[int]()
+        kept: list[Subscription[int]] = []
+        subscriptions = [relay.subscribe("a") for _ in range(10)]
+
+        async def read(one: Subscription[int]) -> None:
+            async for _ in one:
+                subscriptions.pop().close()
+                kept.append(relay.subscribe("a"))
+
+        readers = [asyncio.create_task(read(one)) for one in list(subscriptions)]
+        for _ in range(11):
+            relay.publish("a", 1)
+            await asyncio.sleep(0)
+            if not subscriptions:
+                break
+        await within(asyncio.gather(*readers, return_exceptions=True))
+        self.assertEqual(listeners(relay, "a"), len(kept))
+
+    async def test_threads_may_come_and_go_while_others_publish(self) -> None:
+        relay = Relay[int]()
+        stop = threading.Event()
+
+        def publish() -> None:
+            while not stop.is_set():
+                relay.publish("room.1", 1)
+
+        def come_and_go() -> None:
+            for number in range(1000):
+                with relay.subscribe("room.1", "room.*", "*"):
+                    relay.publish("room.2", number)
+
+        publishers = [asyncio.to_thread(publish) for _ in range(2)]
+        noise = asyncio.gather(*publishers)
+        await asyncio.gather(*(asyncio.to_thread(come_and_go) for _ in range(2)))
+        stop.set()
+        await noise
+        self.assertTrue(is_empty(relay))
+
+    async def test_a_queue_is_touched_under_the_lock_only(self) -> None:
+        relay = Relay[int]()
+        subscription = relay.subscribe("a")
+        held: list[bool] = []
+        put, take = stario._Mailbox.put, stario._Mailbox.take
+
+        def is_held() -> bool:
+            return relay._lock._is_owned()  # type: ignore[attr-defined,no-any-return]
+
+        def noted_put(mailbox: Any, subject: str, data: Any) -> None:
+            held.append(is_held())
+            put(mailbox, subject, data)
+
+        def noted_take(mailbox: Any) -> Any:
+            held.append(is_held())
+            return take(mailbox)
+
+        with (
+            unittest.mock.patch.object(stario._Mailbox, "put", noted_put),
+            unittest.mock.patch.object(stario._Mailbox, "take", noted_take),
+        ):
+            relay.publish("a", 1)
+            await within(anext(subscription))
+        self.assertEqual(held, [True, True])
+
+    async def test_a_reader_hears_publishers_of_other_threads_in_their_order(self) -> None:
+        relay = Relay[tuple[int, int]]()
+        subscription = relay.subscribe("*", maxsize=10**6)
+        each = 5000
+
+        def publish(publisher: int) -> None:
+            for number in range(each):
+                relay.publish(f"p.{publisher}", (publisher, number))
+
+        reader = asyncio.create_task(received_until_closed(subscription))
+        await asyncio.gather(*(asyncio.to_thread(publish, number) for number in range(4)))
+        subscription.close()
+        got = await within(reader)
+        for publisher in range(4):
+            own = [number for who, number in got if who == publisher]
+            self.assertEqual(own, list(range(each)))
+
+    async def test_a_hundred_subscribers_lose_only_what_the_rule_says(self) -> None:
+        relay = Relay[int]()
+        total = 10_000  # a million are in .ci/soak.py
+        subscriptions = [relay.subscribe("a", maxsize=100) for _ in range(100)]
+        readers = [asyncio.create_task(received_until_closed(one)) for one in subscriptions]
+
+        def publish() -> None:
+            for number in range(total):
+                relay.publish("a", number)
+
+        await asyncio.to_thread(publish)
+        for one in subscriptions:
+            one.close()
+        for one, got in zip(subscriptions, await within(asyncio.gather(*readers)), strict=True):
+            self.assertEqual(len(got) + one.dropped, total)
+            self.assertEqual(got, sorted(set(got)))
+            self.assertEqual(got[-1], total - 1)
+
+    async def test_a_loop_that_has_closed_does_not_disturb_publishing(self) -> None:
+        relay = Relay[int]()
+        subscription = relay.subscribe("a")
+
+        def read_in_a_loop_that_is_closed() -> None:
+            loop = asyncio.new_event_loop()
+            reading = loop.create_task(anext(subscription))
+            reading._log_destroy_pending = False  # type: ignore[attr-defined]
+            loop.run_until_complete(asyncio.sleep(0))
+            loop.close()
+
+        await asyncio.to_thread(read_in_a_loop_that_is_closed)
+        relay.publish("a", 1)
+        self.assertEqual(await received(subscription), [1])
+
+
+async def received_until_closed(subscription: Subscription[Any]) -> list[Any]:
+    return [data async for _, data in subscription]
+
+
+# -- 9. `alive`
+
+GET = "GET / HTTP/1.1\r\nHost: test\r\n\r\n"
+
+
+async def open_stream(port: int, path: str = "/", **options: Any) -> Peer:
+    """A client whose stream has begun: its head and first event have come."""
+    peer = await Peer.connect(port, **options)
+    await peer.send(f"GET {path} HTTP/1.1\r\nHost: test\r\n\r\n")
+    await peer.head()
+    await peer.chunk()
+    return peer
+
+
+class StreamTest(AsyncTest):
+    """What the tests of streams share: a relay, and a log of what happens to a handler."""
+
+    def setUp(self) -> None:
+        self.relay = Relay[str]()
+        self.log: list[str] = []
+        self.ready = asyncio.Event()  # the handler is where the test wants it
+        self.ended = asyncio.Event()  # the handler has ended
+        self.task: asyncio.Task[Any] | None = None  # the handler's
+
+    def app(self, handler: Callable[[Context, Writer], Awaitable[None]]) -> Stario:
+        async def noted(c: Context, w: Writer) -> None:
+            self.task = asyncio.current_task()
+            try:
+                await handler(c, w)
+            finally:
+                self.ended.set()
+
+        app = Stario(Tracer())
+        app.get("/", noted)
+        return app
+
+    async def source(self) -> AsyncIterator[str]:
+        """A generator that listens to the relay, and writes down that it was closed."""
+        try:
+            async for _, data in self.relay.subscribe("*"):
+                yield data
+        finally:
+            self.log.append("source closed")
+
+    def start(self, w: Writer) -> None:
+        """Send the first event of a stream."""
+        w.patch(h.P({"id": "p"}, "first"))
+        self.ready.set()
+
+    async def run_stream(
+        self,
+        handler: Callable[[Context, Writer], Awaitable[None]],
+        leave: Callable[[Peer], Awaitable[None]],
+        **options: Any,
+    ) -> list[str]:
+        """What the handler writes down when its client does this."""
+        async with connected(self.app(handler), **options) as peer:
+            await peer.send(GET)
+            await within(self.ready.wait())
+            await leave(peer)
+            await within(self.ended.wait())
+        return self.log
+
+
+async def close(peer: Peer) -> None:
+    await peer.close()
+
+
+async def half_close(peer: Peer) -> None:
+    peer.writer.write_eof()
+
+
+async def reset(peer: Peer) -> None:
+    peer.reset()
+
+
+async def stay(peer: Peer) -> None:
+    """The client does nothing; somebody else acts."""
+
+
+LEAVING = (close, half_close, reset)
+
+
+class TestAlive(StreamTest):
+    async def loop(self, c: Context, w: Writer) -> None:
+        """The plain form."""
+        self.start(w)
+        async for data in w.alive(self.source()):
+            self.log.append(data)
+            w.patch(h.P({"id": "p"}, data))
+        self.log.append("cleanup")
+
+    async def block(self, c: Context, w: Writer) -> None:
+        """The other form: it interrupts what its block awaits."""
+        async with w.alive(self.source()) as items:
+            self.start(w)
+            async for data in items:
+                self.log.append(data)
+            self.log.append("not reached")
+        self.log.append("cleanup")
+
+    async def test_the_code_after_it_runs_once_however_the_client_leaves(self) -> None:
+        for handler in (self.loop, self.block):
+            for leave in LEAVING:
+                with self.subTest(handler.__name__, leave=leave.__name__):
+                    self.setUp()
+                    log = await self.run_stream(handler, leave)
+                    self.assertEqual(log, ["source closed", "cleanup"])
+                    self.assertTrue(is_empty(self.relay))
+
+    async def test_the_code_after_it_runs_once_when_the_server_stops(self) -> None:
+        for handler in (self.loop, self.block):
+            with self.subTest(handler.__name__):
+                self.setUp()
+                async with connected(self.app(handler)) as peer:
+                    await peer.send(GET)
+                    await within(self.ready.wait())
+                self.assertEqual(self.log, ["source closed", "cleanup"])
+                self.assertTrue(is_empty(self.relay))
+
+    async def test_the_stream_is_complete_when_the_server_stops(self) -> None:
+        app = self.app(self.loop)
+        async with app.running() as server:
+            peer = await Peer.connect(server.port)
+            await peer.send(GET)
+            await within(self.ready.wait())
+        self.assertTrue((await within(peer.rest())).endswith(b"\r\n0\r\n\r\n"))
+        await peer.close()
+
+    async def test_items_come_in_order_until_the_source_ends(self) -> None:
+        async def numbers() -> AsyncIterator[int]:
+            for number in range(100):
+                yield number
+
+        async def handler(c: Context, w: Writer) -> None:
+            async for number in w.alive(numbers()):
+                w.event("n", str(number))
+            w.event("end", "100")
+
+        async with connected(self.app(handler)) as peer:
+            text = (await within(peer.get())).text
+        found = [line[6:] for line in text.splitlines() if line.startswith("data: ")]
+        self.assertEqual(found, [str(number) for number in range(101)])
+
+    async def test_a_client_that_left_before_the_first_event_gets_no_turn(self) -> None:
+        proceed = asyncio.Event()
+
+        async def looping(c: Context, w: Writer) -> None:
+            events = self.relay.subscribe("*")
+            self.relay.publish("a", "waiting")
+            self.ready.set()
+            await proceed.wait()
+            w.patch(h.P({"id": "p"}))
+            async for _, data in w.alive(events):
+                self.log.append(data)
+            self.log.append("cleanup")
+
+        async def blocking(c: Context, w: Writer) -> None:
+            self.ready.set()
+            await proceed.wait()
+            async with w.alive(self.relay.subscribe("*")):
+                self.log.append("in the block")
+                await asyncio.Event().wait()
+            self.log.append("cleanup")
+
+        async def leave_early(peer: Peer) -> None:
+            peer.reset()
+            (worker,) = self.workers
+            connection = next(iter(worker.connections))
+            while not connection.disconnected:
+                await asyncio.sleep(0)
+            proceed.set()
+
+        for handler, expected in (
+            (looping, ["cleanup"]),
+            (blocking, ["in the block", "cleanup"]),
+        ):
+            with self.subTest(handler.__name__):
+                self.setUp()
+                proceed.clear()
+                async with self.app(handler).running() as server:
+                    self.workers = server._workers
+                    peer = await Peer.connect(server.port)
+                    await peer.send(GET)
+                    await within(self.ready.wait())
+                    await within(leave_early(peer))
+                    await within(self.ended.wait())
+                self.assertEqual(self.log, expected)
+                self.assertTrue(is_empty(self.relay))
+
+    async def test_a_client_that_leaves_in_the_middle_of_a_patch_ends_the_loop(self) -> None:
+        large = "x" * 2**20
+
+        async def handler(c: Context, w: Writer) -> None:
+            events = self.relay.subscribe("*")
+            self.relay.publish("a", "one")
+            self.relay.publish("a", "two")
+            async for _, data in w.alive(events):
+                self.log.append(data)
+                w.patch(h.P({"id": "p"}, large))
+                self.ready.set()
+            self.log.append("cleanup")
+
+        for leave in LEAVING[::2]:
+            with self.subTest(leave.__name__):
+                self.setUp()
+                app = self.app(handler)
+                async with app.running() as server:
+                    peer = await Peer.connect(server.port)
+                    peer.writer.transport.pause_reading()  # type: ignore[attr-defined]
+                    await peer.send(GET)
+                    await within(self.ready.wait())
+                    await leave(peer)
+                    await within(self.ended.wait())
+                self.assertEqual(self.log, ["one", "cleanup"])
+                self.assertTrue(is_empty(self.relay))
+
+    async def test_a_loop_is_not_interrupted_while_its_body_awaits(self) -> None:
+        gone = asyncio.Event()
+
+        async def handler(c: Context, w: Writer) -> None:
+            self.relay.publish("a", "unheard")
+            async for data in w.alive(self.source_of("one", "two")):
+                self.log.append(data)
+                self.ready.set()
+                while not w.disconnected:
+                    await asyncio.sleep(0)
+                gone.set()
+                await asyncio.sleep(0)
+                self.log.append("body is through")
+            self.log.append("cleanup")
+
+        log = await self.run_stream(handler, reset)
+        self.assertTrue(gone.is_set())
+        self.assertEqual(log, ["one", "body is through", "source closed", "cleanup"])
+
+    async def source_of(self, *items: str) -> AsyncIterator[str]:
+        try:
+            for item in items:
+                yield item
+            await asyncio.Event().wait()
+        finally:
+            self.log.append("source closed")
+
+    async def test_a_block_is_interrupted_wherever_it_awaits(self) -> None:
+        async def handler(c: Context, w: Writer) -> None:
+            async with w.alive():
+                self.start(w)
+                try:
+                    await asyncio.Event().wait()
+                finally:
+                    self.log.append("finally")
+            self.log.append("cleanup")
+
+        self.assertEqual(await self.run_stream(handler, reset), ["finally", "cleanup"])
+
+    async def test_the_code_after_it_may_await_as_long_as_it_likes(self) -> None:
+        async def handler(c: Context, w: Writer) -> None:
+            async with w.alive():
+                self.start(w)
+                await asyncio.Event().wait()
+            async with asyncio.timeout(10):
+                await asyncio.sleep(0.01)
+            await asyncio.gather(asyncio.sleep(0), asyncio.sleep(0))
+            self.log.append(f"cancelling: {asyncio.current_task().cancelling()}")  # type: ignore[union-attr]
+
+        self.assertEqual(await self.run_stream(handler, reset), ["cancelling: 0"])
+
+    async def test_a_block_that_never_awaits_is_not_interrupted_behind_it(self) -> None:
+        async def handler(c: Context, w: Writer) -> None:
+            carrier: Any = w._carrier
+            async with w.alive():
+                self.ready.set()
+                carrier.shut_down()
+            async with w.alive():  # the second one begins when the end is known
+                self.log.append("in the block")
+            await asyncio.sleep(0)
+            self.log.append("cleanup")
+
+        self.assertEqual(await self.run_stream(handler, stay), ["in the block", "cleanup"])
+
+    async def test_the_source_is_closed_even_where_the_handler_keeps_it(self) -> None:
+        async def handler(c: Context, w: Writer) -> None:
+            self.start(w)
+            alive = w.alive(self.relay.subscribe("*"))
+            async for _ in alive:
+                pass
+            self.log.append(f"listeners: {listeners(self.relay)}")
+            del alive
+
+        self.assertEqual(await self.run_stream(handler, reset), ["listeners: 0"])
+
+    async def test_break_closes_a_subscription_at_once(self) -> None:
+        async def handler(c: Context, w: Writer) -> None:
+            self.start(w)
+            async for _ in w.alive(self.relay.subscribe("*")):
+                break
+            self.log.append(f"listeners: {listeners(self.relay)}")
+
+        async def publish(peer: Peer) -> None:
+            self.relay.publish("a", "one")
+
+        self.assertEqual(await self.run_stream(handler, publish), ["listeners: 0"])
+
+    async def test_break_closes_a_generator_at_the_next_await(self) -> None:
+        async def handler(c: Context, w: Writer) -> None:
+            async for _ in w.alive(self.source_of("one")):
+                break
+            await asyncio.sleep(0)
+            self.log.append("cleanup")
+            self.ready.set()
+
+        log = await self.run_stream(handler, stay)
+        self.assertEqual(log, ["source closed", "cleanup"])
+
+    async def test_an_exception_of_the_body_goes_on_its_way_and_closes_the_source(self) -> None:
+        async def looping(c: Context, w: Writer) -> None:
+            try:
+                async for _ in w.alive(self.source_of("one")):
+                    raise KeyError
+            finally:
+                await asyncio.sleep(0)
+                self.log.append("finally")
+                self.ready.set()
+
+        async def blocking(c: Context, w: Writer) -> None:
+            try:
+                async with w.alive(self.source_of("one")) as items:
+                    await anext(items)
+                    raise KeyError
+            finally:
+                self.log.append("finally")
+                self.ready.set()
+
+        for handler in (looping, blocking):
+            with self.subTest(handler.__name__):
+                self.setUp()
+
+                async def caught(c: Context, w: Writer, handler: Any = handler) -> None:
+                    try:
+                        await handler(c, w)
+                    except KeyError:
+                        self.log.append("passed on")
+
+                log = await self.run_stream(caught, stay)
+                self.assertEqual(log, ["source closed", "finally", "passed on"])
+
+    async def test_an_exception_cuts_the_stream_so_that_the_client_can_tell(self) -> None:
+        async def handler(c: Context, w: Writer) -> None:
+            self.start(w)
+            async for _ in w.alive(self.relay.subscribe("*")):
+                raise HttpGone
+
+        class HttpGone(Exception):
+            pass
+
+        loop = asyncio.get_running_loop()
+        seen: list[Any] = []
+        loop.set_exception_handler(lambda _, context: seen.append(context["exception"]))
+        async with connected(self.app(handler)) as peer:
+            await peer.send(GET)
+            await within(self.ready.wait())
+            self.relay.publish("a", "one")
+            everything = await within(peer.rest())
+        self.assertFalse(everything.endswith(b"0\r\n\r\n"))
+        self.assertEqual([type(exc) for exc in seen], [HttpGone])
+        self.assertTrue(is_empty(self.relay))
+
+    async def test_a_cancellation_from_outside_is_passed_on(self) -> None:
+        async def cancel(peer: Peer) -> None:
+            assert self.task
+            self.task.cancel("from outside")
+
+        for handler in (self.loop, self.block):
+            with self.subTest(handler.__name__):
+                self.setUp()
+
+                async def caught(c: Context, w: Writer, handler: Any = handler) -> None:
+                    try:
+                        await handler(c, w)
+                    except asyncio.CancelledError as exc:
+                        await asyncio.sleep(0)
+                        self.log.append(str(exc))
+                        raise
+
+                log = await self.run_stream(caught, cancel)
+                self.assertEqual(log, ["source closed", "from outside"])
+                self.assertTrue(is_empty(self.relay))
+
+    async def test_a_cancellation_at_the_same_moment_as_a_disconnect_is_passed_on(self) -> None:
+        async def handler(c: Context, w: Writer) -> None:
+            carrier: Any = w._carrier
+            assert self.task
+            try:
+                async with w.alive():
+                    self.ready.set()
+                    carrier.shut_down()
+                    asyncio.get_running_loop().call_soon(self.task.cancel)
+                    await asyncio.Event().wait()
+                self.log.append("swallowed")
+            except asyncio.CancelledError:
+                self.log.append("passed on")
+
+        self.assertEqual(await self.run_stream(handler, stay), ["passed on"])
+
+    async def test_a_timeout_around_it_is_a_timeout(self) -> None:
+        async def looping(c: Context, w: Writer) -> None:
+            async for _ in w.alive(self.source()):
+                pass
+
+        async def blocking(c: Context, w: Writer) -> None:
+            async with w.alive(self.source()) as items:
+                await anext(items)
+
+        for handler in (looping, blocking):
+            with self.subTest(handler.__name__):
+                self.setUp()
+
+                async def timed(c: Context, w: Writer, handler: Any = handler) -> None:
+                    self.start(w)
+                    try:
+                        async with asyncio.timeout(0.01):
+                            await handler(c, w)
+                    except TimeoutError:
+                        await asyncio.sleep(0)
+                        self.log.append("timed out")
+                    w.event("still here")
+
+                log = await self.run_stream(timed, stay)
+                self.assertEqual(log, ["source closed", "timed out"])
+                self.assertTrue(is_empty(self.relay))
+
+    async def test_a_timeout_inside_it_is_its_own_affair(self) -> None:
+        async def handler(c: Context, w: Writer) -> None:
+            async with w.alive():
+                try:
+                    async with asyncio.timeout(0.01):
+                        await asyncio.Event().wait()
+                except TimeoutError:
+                    self.log.append("timed out")
+                self.start(w)
+                async with asyncio.timeout(60):
+                    await asyncio.Event().wait()
+                self.log.append("not reached")
+            self.log.append("cleanup")
+
+        self.assertEqual(await self.run_stream(handler, reset), ["timed out", "cleanup"])
+
+    async def test_a_task_group_inside_it_is_cancelled_and_awaited(self) -> None:
+        async def child(number: int) -> None:
+            try:
+                await asyncio.Event().wait()
+            finally:
+                await asyncio.sleep(0)
+                self.log.append(f"child {number}")
+
+        async def handler(c: Context, w: Writer) -> None:
+            async with w.alive(), asyncio.TaskGroup() as group:
+                group.create_task(child(1))
+                group.create_task(child(2))
+                self.start(w)
+            self.log.append("cleanup")
+
+        log = await self.run_stream(handler, reset)
+        self.assertEqual(sorted(log[:2]), ["child 1", "child 2"])
+        self.assertEqual(log[2:], ["cleanup"])
+
+    async def test_a_task_group_around_it_cancels_it(self) -> None:
+        async def fail() -> None:
+            await self.ready.wait()
+            raise KeyError
+
+        for form in (self.loop, self.block):
+            with self.subTest(form.__name__):
+                self.setUp()
+
+                async def handler(c: Context, w: Writer, form: Any = form) -> None:
+                    try:
+                        async with asyncio.TaskGroup() as group:
+                            group.create_task(fail())
+                            await form(c, w)
+                    except* KeyError:
+                        self.log.append("failed")
+
+                log = await self.run_stream(handler, stay)
+                self.assertEqual(log, ["source closed", "failed"])
+
+    async def test_it_may_run_in_a_child_task_with_the_others_going_on(self) -> None:
+        async def handler(c: Context, w: Writer) -> None:
+            async with asyncio.TaskGroup() as group:
+                group.create_task(self.loop(c, w))
+                group.create_task(self.loop(c, w))
+            self.log.append("group is through")
+
+        log = await self.run_stream(handler, reset)
+        self.assertEqual(sorted(log[:4]), ["cleanup"] * 2 + ["source closed"] * 2)
+        self.assertEqual(log[4:], ["group is through"])
+        self.assertTrue(is_empty(self.relay))
+
+    async def test_one_inside_another_ends_both(self) -> None:
+        async def handler(c: Context, w: Writer) -> None:
+            async with w.alive():
+                async for _ in w.alive(self.source()):
+                    pass
+                await asyncio.sleep(0)
+                self.log.append("not reached")
+            self.log.append("cleanup")
+
+        async def begin(c: Context, w: Writer) -> None:
+            self.start(w)
+            await handler(c, w)
+
+        self.assertEqual(await self.run_stream(begin, reset), ["source closed", "cleanup"])
+
+    async def test_without_a_source_it_comes_back_until_the_client_is_gone(self) -> None:
+        async def handler(c: Context, w: Writer) -> None:
+            turns = 0
+            async for _ in w.alive():
+                turns += 1
+                if turns == 10:
+                    self.start(w)
+            self.log.append("cleanup" if turns >= 10 else "too early")
+
+        self.assertEqual(await self.run_stream(handler, reset), ["cleanup"])
+
+    async def test_a_long_poll_answers_once_and_ends_if_nobody_waits(self) -> None:
+        async def handler(c: Context, w: Writer) -> None:
+            events = self.relay.subscribe("*")
+            self.ready.set()
+            async for _, data in w.alive(events, heartbeat=0.001):
+                w.text(data)
+                break
+            self.log.append("cleanup")
+
+        app = self.app(handler)
+        async with connected(app) as peer:
+            await peer.send(GET)
+            await within(self.ready.wait())
+            await asyncio.sleep(0.02)  # many heartbeats, none of which belongs into the answer
+            self.relay.publish("a", "news")
+            self.assertEqual((await within(peer.answer())).text, "news")
+            self.ended.clear()
+            self.ready.clear()
+            await peer.send(GET)
+            await within(self.ready.wait())
+            peer.reset()
+            await within(self.ended.wait())
+        self.assertEqual(self.log, ["cleanup", "cleanup"])
+        self.assertTrue(is_empty(self.relay))
+
+    async def test_a_silent_stream_sends_a_comment_each_heartbeat(self) -> None:
+        async def handler(c: Context, w: Writer) -> None:
+            self.start(w)
+            async for _ in w.alive(self.relay.subscribe("*"), heartbeat=0.02):
+                pass
+
+        async with connected(self.app(handler)) as peer:
+            await peer.send(GET)
+            await peer.head()
+            await within(peer.chunk())
+            for _ in range(3):
+                self.assertEqual(await within(peer.chunk()), b":\n\n")
+
+    async def test_a_heartbeat_outlives_the_end_of_a_loop_inside(self) -> None:
+        async def handler(c: Context, w: Writer) -> None:
+            async with w.alive(heartbeat=0.02):
+                async for _ in w.alive(self.source_of("one"), heartbeat=0.02):
+                    break
+                self.start(w)
+                await asyncio.Event().wait()
+
+        async with connected(self.app(handler)) as peer:
+            await peer.send(GET)
+            await peer.head()
+            await within(peer.chunk())
+            self.assertEqual(await within(peer.chunk()), b":\n\n")
+
+    async def test_nothing_can_be_kept_alive_after_a_complete_answer(self) -> None:
+        async def handler(c: Context, w: Writer) -> None:
+            w.text("done")
+            with self.assertRaises(StarioError):
+                w.alive(self.relay.subscribe("*"))
+            self.log.append("refused")
+
+        async with connected(self.app(handler)) as peer:
+            self.assertEqual((await peer.get()).text, "done")
+            await within(self.ended.wait())
+        self.assertEqual(self.log, ["refused"])
+        self.assertTrue(is_empty(self.relay))
+
+    async def test_the_fields_of_a_stream_tell_proxies_not_to_keep_it(self) -> None:
+        async with connected(self.app(self.loop)) as peer:
+            await peer.send(GET)
+            headers = (await within(peer.head())).headers
+        self.assertEqual(headers["content-type"], "text/event-stream")
+        self.assertEqual(headers["cache-control"], "no-cache")
+        self.assertEqual(headers["x-accel-buffering"], "no")
+        self.assertNotIn("connection", headers)
+        self.assertNotIn("content-length", headers)
+
+    async def test_a_compressed_stream_is_flushed_at_each_event(self) -> None:
+        def inflate() -> Callable[[bytes], bytes]:
+            return zlib.decompressobj(wbits=31).decompress
+
+        await self.check_flushed("gzip", inflate())
+
+    @needs("brotli")
+    async def test_a_stream_in_brotli_is_flushed_at_each_event(self) -> None:
+        import brotli
+
+        await self.check_flushed("br", brotli.Decompressor().process)
+
+    @needs("zstandard")
+    async def test_a_stream_in_zstd_is_flushed_at_each_event(self) -> None:
+        import zstandard
+
+        await self.check_flushed("zstd", zstandard.ZstdDecompressor().decompressobj().decompress)
+
+    async def check_flushed(self, coding: str, decompress: Callable[[bytes], bytes]) -> None:
+        async with connected(self.app(self.loop)) as peer:
+            await peer.send(f"GET / HTTP/1.1\r\nHost: t\r\nAccept-Encoding: {coding}\r\n\r\n")
+            answer = await within(peer.head())
+            self.assertEqual(answer.headers["content-encoding"], coding)
+            self.assertIn(b"first", decompress(await within(peer.chunk())))
+            for text in ("second", "third"):
+                self.relay.publish("a", text)
+                self.assertIn(text.encode(), decompress(await within(peer.chunk())))
+
+    async def test_no_task_and_no_connection_is_left_behind(self) -> None:
+        before = asyncio.all_tasks()
+        async with self.app(self.loop).running() as server:
+            (worker,) = server._workers
+            accepting = asyncio.all_tasks()
+            for leave in LEAVING * 5:
+                self.ready.clear()
+                self.ended.clear()
+                peer = await Peer.connect(server.port)
+                await peer.send(GET)
+                await within(self.ready.wait())
+                await leave(peer)
+                await within(self.ended.wait())
+                await peer.close()
+            while worker.connections or worker.tasks:  # they go a turn after the handler
+                await asyncio.sleep(0)
+            self.assertEqual(asyncio.all_tasks(), accepting)
+        self.assertEqual(asyncio.all_tasks(), before)
+        self.assertEqual(self.log.count("cleanup"), len(LEAVING * 5))
+
+    # -- Slow readers
+
+    async def test_a_stream_is_gzip_for_whoever_takes_it(self) -> None:
+        for accepted in ("gzip, deflate, br, zstd", "gzip"):
+            with self.subTest(accepted):
+                async with connected(self.app(self.loop)) as peer:
+                    await peer.send(GET[:-2], f"Accept-Encoding: {accepted}\r\n\r\n")
+                    headers = (await within(peer.head())).headers
+                self.assertEqual(headers["content-encoding"], "gzip")
+                self.assertEqual(headers["vary"], "accept-encoding")
+
+    async def test_what_was_sent_before_helps_to_compress_what_follows(self) -> None:
+        compress, finish = stario._gzip_stream(6)
+        noise = os.urandom(4000).hex().encode()
+        first, second, last = compress(noise), compress(noise), finish()
+        self.assertLess(len(second), len(first) // 20)
+        self.assertEqual(zlib.decompress(first + second + last, wbits=31), noise * 2)
+
+
+def stop_reading(peer: Peer) -> None:
+    peer.writer.transport.pause_reading()  # type: ignore[attr-defined]
+
+
+def read_again(peer: Peer) -> None:
+    peer.writer.transport.resume_reading()  # type: ignore[attr-defined]
+
+
+class TestSlowReaders(StreamTest):
+    LARGE = "x" * 16_000
+
+    async def numbered(self, c: Context, w: Writer) -> None:
+        """Send each number that is published, with much around it, until 'end' comes."""
+        events = self.relay.subscribe("*", maxsize=10)
+        self.start(w)
+        async for _, data in w.alive(events):
+            w.event("number", f"{data} {self.LARGE}")
+            if data == "end":
+                break
+        w.event("dropped", str(events.dropped))
+
+    async def publish(self, numbers: range) -> None:
+        for number in numbers:
+            self.relay.publish("a", str(number))
+            await asyncio.sleep(0)
+
+    async def test_one_that_reads_again_gets_the_newest_and_dropped_says_how_many_it_missed(
+        self,
+    ) -> None:
+        async with connected(self.app(self.numbered)) as peer:
+            stop_reading(peer)
+            await peer.send(GET)
+            await within(self.ready.wait())
+            await self.publish(range(2000))
+            self.relay.publish("a", "end")
+            read_again(peer)
+            text = (await within(peer.answer())).text
+        lines = [line.split()[1:] for line in text.splitlines() if line.startswith("data: ")]
+        *numbers, end = [words[0] for words in lines[1:-1]]
+        dropped = int(lines[-1][0])
+        self.assertEqual(end, "end")
+        self.assertEqual(numbers[-1], "1999")
+        self.assertEqual(numbers, sorted(set(numbers), key=int))
+        self.assertGreater(dropped, 0)
+        self.assertEqual(len(numbers) + dropped, 2000)
+
+    async def test_one_that_stops_reading_costs_a_bounded_buffer(self) -> None:
+        async with self.app(self.numbered).running() as server:
+            peer = await Peer.connect(server.port)
+            stop_reading(peer)
+            await peer.send(GET)
+            await within(self.ready.wait())
+            (connection,) = server._workers[0].connections
+            most = 0
+            for number in range(2000):
+                self.relay.publish("a", str(number))
+                await asyncio.sleep(0)
+                most = max(most, connection._transport.get_write_buffer_size())
+            self.assertGreater(most, 0)
+            self.assertLess(most, 64 * 1024 + 2 * len(self.LARGE))
+            peer.reset()
+            await within(self.ended.wait())
+
+    async def test_the_others_are_served_meanwhile(self) -> None:
+        app = self.app(self.numbered)
+
+        async def hello(c: Context, w: Writer) -> None:
+            w.text("hello")
+
+        app.get("/hello", hello)
+        async with app.running() as server:
+            slow = await Peer.connect(server.port)
+            stop_reading(slow)
+            await slow.send(GET)
+            await within(self.ready.wait())
+            quick = await open_stream(server.port)
+            for number in range(500):
+                self.relay.publish("a", str(number))
+                self.assertTrue((await within(quick.chunk())).startswith(b"event: number"))
+            another = await Peer.connect(server.port)
+            self.assertEqual((await within(another.get("/hello"))).text, "hello")
+            for peer in (slow, quick, another):
+                await peer.close()
+
+    async def test_one_that_takes_nothing_for_write_timeout_is_cut_off(self) -> None:
+        async def handler(c: Context, w: Writer) -> None:
+            async for _ in w.alive():
+                w.patch(h.P({"id": "p"}, self.LARGE))
+                self.ready.set()
+            self.log.append("cleanup")
+
+        async def never_read(peer: Peer) -> None:
+            stop_reading(peer)
+
+        log = await self.run_stream(handler, never_read, write_timeout=0.2)
+        self.assertEqual(log, ["cleanup"])
+
+    async def test_one_that_reads_slowly_is_not_cut_off(self) -> None:
+        async def handler(c: Context, w: Writer) -> None:
+            for _ in range(20):
+                w.event("large", self.LARGE * 10)
+                await w.drain()
+
+        async with self.app(handler).running(write_timeout=0.3) as server:
+            loop = asyncio.get_running_loop()
+            with socket.create_connection(("127.0.0.1", server.port)) as client:
+                client.setblocking(False)
+                await loop.sock_sendall(client, GET.encode())
+                got = b""
+                while not got.endswith(b"0\r\n\r\n"):
+                    await asyncio.sleep(0.02)  # slowly, and in all for longer than the time-out
+                    got += await within(loop.sock_recv(client, 100_000))
+        self.assertEqual(got.count(b"event: large"), 20)
+
+    async def test_a_handler_that_waits_gets_client_disconnected(self) -> None:
+        async def handler(c: Context, w: Writer) -> None:
+            self.start(w)
+            try:
+                while True:
+                    w.patch(h.P({"id": "p"}, self.LARGE))
+                    await w.drain()
+                    await asyncio.sleep(0)
+            except ClientDisconnected:
+                self.log.append("disconnected")
+                raise
+
+        self.assertEqual(await self.run_stream(handler, reset), ["disconnected"])
+
+    async def test_what_is_written_to_a_client_that_has_gone_is_dropped(self) -> None:
+        async def handler(c: Context, w: Writer) -> None:
+            self.start(w)
+            while not w.disconnected:
+                await asyncio.sleep(0)
+            carrier: Any = w._carrier
+            with self.assertNoLogs("asyncio"):  # it would warn of each write after the end
+                for _ in range(100):
+                    w.patch(h.P({"id": "p"}, self.LARGE))
+            self.log.append(f"kept: {carrier._transport.get_write_buffer_size()}")
+
+        self.assertEqual(await self.run_stream(handler, reset), ["kept: 0"])
+
+    async def test_a_handler_that_never_waits_fills_max_buffer_and_no_more(self) -> None:
+        async def handler(c: Context, w: Writer) -> None:
+            carrier: Any = w._carrier
+            most = 0
+            for _ in range(1000):
+                w.write(b"x" * 2**16)
+                most = max(most, carrier._transport.get_write_buffer_size())
+            self.log.append("bounded" if 2**19 < most < 2**20 + 2**17 else f"most: {most}")
+            self.ready.set()
+            with self.assertRaises(ClientDisconnected):
+                await w.drain()
+            self.log.append("disconnected")
+
+        async with connected(self.app(handler), max_buffer=2**20) as peer:
+            stop_reading(peer)
+            await peer.send(GET)
+            await within(self.ended.wait())
+        self.assertEqual(self.log, ["bounded", "disconnected"])
+
+    async def test_a_client_that_reads_slowly_outlives_its_heartbeats(self) -> None:
+        beats = 0
+        enough = asyncio.Event()
+        check_peer = stario.Connection.check_peer
+
+        def counted(connection: stario.Connection, seconds: float) -> None:
+            nonlocal beats
+            beats += 1
+            check_peer(connection, seconds)
+            if beats == 30:
+                enough.set()
+
+        async def handler(c: Context, w: Writer) -> None:
+            self.start(w)
+            async for _ in w.alive(heartbeat=0.05):
+                w.event("large", self.LARGE)
+                if enough.is_set():
+                    break
+            w.event("last")
+
+        with unittest.mock.patch.object(stario.Connection, "check_peer", counted):
+            async with connected(self.app(handler)) as peer:
+                stop_reading(peer)
+                await peer.send(GET)
+                await within(enough.wait())
+                read_again(peer)
+                self.assertIn("event: last", (await within(peer.answer())).text)
+
+
+VANISHING = """
+    import asyncio, subprocess, sys
+    import stario
+    from stario import Relay, Stario, h
+
+    def lo(state):
+        subprocess.run(["ip", "link", "set", "lo", state], check=True)
+
+    async def stream(c, w):
+        w.patch(h.P({"id": "p"}))
+        async for _ in w.alive(relay.subscribe("*"), heartbeat=0.3):
+            pass
+        print("stream ended", flush=True)
+
+    async def long_poll(c, w):
+        async for _ in w.alive(relay.subscribe("*"), heartbeat=0.3):
+            pass
+        print("long poll ended", flush=True)
+
+    async def main():
+        lo("up")
+        stario._INHERITED.update(TCP_KEEPIDLE=1, TCP_KEEPINTVL=1, TCP_KEEPCNT=2)
+        app = Stario()
+        app.get("/stream", stream)
+        app.get("/long-poll", long_poll)
+        async with app.running() as server:
+            for path in ("/stream", "/long-poll"):
+                reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+                writer.write(f"GET {path} HTTP/1.1\\r\\nHost: t\\r\\n\\r\\n".encode())
+                keep.append(writer)
+                if path == "/stream":
+                    await reader.readuntil(b"</p>")
+            while len(relay._prefix.get("", ())) < 2:
+                await asyncio.sleep(0.01)
+            lo("down")
+            while relay._prefix:
+                await asyncio.sleep(0.01)
+
+    relay, keep = Relay(), []
+    asyncio.run(asyncio.wait_for(main(), 25))
+"""
+
+
+def can_unshare() -> bool:
+    """Whether we may have a network of our own."""
+    if not (shutil.which("unshare") and shutil.which("ip")):
+        return False
+    command = ["unshare", "--net", "ip", "link", "set", "lo", "up"]
+    return subprocess.run(command, capture_output=True).returncode == 0
+
+
+async def run_python(code: str, *prefix: str) -> asyncio.subprocess.Process:
+    """Another Python, which can import stario."""
+    path = str(Path(stario.__file__).parent)
+    return await asyncio.create_subprocess_exec(
+        *prefix,
+        sys.executable,
+        "-c",
+        textwrap.dedent(code),
+        env={**os.environ, "PYTHONPATH": path},
+        stdout=asyncio.subprocess.PIPE,
+    )
+
+
+class TestVanishing(AsyncTest):
+    @unittest.skipUnless(sys.platform == "linux" and can_unshare(), "needs unshare --net, as root")
+    async def test_a_client_that_vanishes_without_a_word_is_noticed(self) -> None:
+        process = await run_python(VANISHING, "unshare", "--net")
+        output, _ = await within(process.communicate(), 30)
+        self.assertEqual(sorted(output.decode().splitlines()), ["long poll ended", "stream ended"])
+
+
+# -- 13. Shutdown, threads
+
+SHUTDOWN = """
+    import asyncio, sys
+    from stario import Relay, Stario, h
+
+    relay, ended = Relay(), []
+
+    async def stream(c, w):
+        w.patch(h.P({"id": "p"}))
+        async for _ in w.alive(relay.subscribe("*")):
+            pass
+        await asyncio.sleep(0.01)
+        ended.append(1)
+
+    async def stubborn(c, w):
+        w.patch(h.P({"id": "p"}))
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0.05)
+            ended.append(1)
+
+    async def main():
+        app = Stario()
+        app.get("/", stream)
+        app.get("/stubborn", stubborn)
+        async with app.running(workers=2, graceful_timeout=GRACE) as server:
+            print(server.port, flush=True)
+            await server.wait_for_signal()
+        print(len(ended), len(relay._prefix), flush=True)
+
+    asyncio.run(main())
+"""
+
+
+class TestShutdown(StreamTest):
+    async def stopped_by(self, number: int, grace: float, *paths: str) -> tuple[list[str], int]:
+        """What a server with these streams says after a signal, and its exit code."""
+        process = await run_python(SHUTDOWN.replace("GRACE", str(grace)))
+        assert process.stdout
+        try:
+            port = int(await within(process.stdout.readline()))
+            peers = [await open_stream(port, path) for path in paths]
+            process.send_signal(number)
+            said = (await within(process.stdout.read(), 20)).decode().split()
+            for peer in peers:
+                await within(peer.rest())
+                await peer.close()
+            return said, await within(process.wait())
+        finally:
+            if process.returncode is None:
+                process.kill()
+
+    @unittest.skipIf(sys.platform == "win32", "Windows has no SIGTERM to send")
+    async def test_a_signal_ends_a_hundred_streams_with_their_cleanup(self) -> None:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            with self.subTest(number):
+                # A grace without end: so it is the streams that end, and not the grace.
+                said = await self.stopped_by(number, 600, *["/"] * 100)
+                self.assertEqual(said, (["100", "0"], 0))
+
+    @unittest.skipIf(sys.platform == "win32", "Windows has no SIGTERM to send")
+    async def test_what_does_not_end_is_cancelled_after_the_grace(self) -> None:
+        said = await self.stopped_by(signal.SIGTERM, 0.2, "/", "/stubborn", "/")
+        self.assertEqual(said, (["3", "0"], 0))
+
+    async def test_a_request_under_way_is_answered(self) -> None:
+        async def handler(c: Context, w: Writer) -> None:
+            self.ready.set()
+            while not w.shutting_down:
+                await asyncio.sleep(0)
+            await asyncio.sleep(0.01)
+            w.text("finished")
+
+        async with self.app(handler).running() as server:
+            peer = await Peer.connect(server.port)
+            await peer.send(GET)
+            await within(self.ready.wait())
+        answer = await within(peer.answer())
+        self.assertEqual(answer.text, "finished")
+        self.assertEqual(await within(peer.rest()), b"")
+        await peer.close()
+
+    async def test_idle_connections_close_and_new_ones_are_refused(self) -> None:
+        async def handler(c: Context, w: Writer) -> None:
+            w.text("hello")
+
+        async with self.app(handler).running() as server:
+            peer = await Peer.connect(server.port)
+            await peer.get()
+        self.assertEqual(await within(peer.rest()), b"")
+        await peer.close()
+        with self.assertRaises(OSError):
+            await Peer.connect(server.port)
+
+    async def test_a_stream_that_a_slow_reader_does_not_take_does_not_hang_it(self) -> None:
+        async def handler(c: Context, w: Writer) -> None:
+            async for _ in w.alive():
+                w.event("large", "x" * 2**16)
+                self.ready.set()
+            self.log.append("cleanup")
+
+        app = self.app(handler)
+        async with app.running(graceful_timeout=0.2) as server:
+            peer = await Peer.connect(server.port)
+            stop_reading(peer)
+            await peer.send(GET)
+            await within(self.ready.wait())
+            (worker,) = server._workers
+        self.assertEqual(self.log, ["cleanup"])
+        self.assertEqual(worker.connections, set())
+        await peer.close()
+
+
+class TestThreads(StreamTest):
+    async def test_workers_hear_each_other_and_clean_up(self) -> None:
+        lock = threading.Lock()
+        cleaned = 0
+        threads: set[str] = set()
+
+        async def stream(c: Context, w: Writer) -> None:
+            nonlocal cleaned
+            events = self.relay.subscribe("*")
+            w.event("thread", threading.current_thread().name)
+            async for _, data in w.alive(events):
+                w.event("said", data)
+            with lock:
+                cleaned += 1
+
+        async def say(c: Context, w: Writer) -> None:
+            w.empty()
+            with lock:
+                threads.add(threading.current_thread().name)
+            self.relay.publish("said", c.req.query.get("text", ""))
+
+        app = Stario(Tracer())
+        app.get("/", stream)
+        app.get("/say", say)
+        async with app.running(workers=4) as server:
+            peers = [await open_stream(server.port) for _ in range(40)]
+            for number in range(8):  # one connection each, so that each worker gets its turn
+                speaker = await Peer.connect(server.port)
+                self.assertEqual((await speaker.get(f"/say?text={number}")).status, 204)
+                await speaker.close()
+                for peer in peers:
+                    chunk = await within(peer.chunk())
+                    self.assertEqual(chunk, b"event: said\ndata: %d\n\n" % number)
+            for peer in peers[:20]:
+                peer.reset()
+        self.assertEqual(len(threads), 4)
+        self.assertEqual(cleaned, 40)
+        self.assertTrue(is_empty(self.relay))
+        for peer in peers:
+            await peer.close()
+
+    async def test_no_thread_is_left_after_the_server(self) -> None:
+        before = set(threading.enumerate())
+
+        async def hello(c: Context, w: Writer) -> None:
+            w.text("hello")
+
+        async with connected(self.app(hello), workers=3) as peer:
+            self.assertEqual((await peer.get()).text, "hello")
+            names = {thread.name for thread in set(threading.enumerate()) - before}
+            self.assertEqual({name for name in names if "stario" in name}, {"stario-1", "stario-2"})
+        left = [t.name for t in threading.enumerate() if t.name.startswith("stario")]
+        self.assertEqual(left, [])
+
+
+# -- Behind a proxy
+
+
+@asynccontextmanager
+async def nginx(upstream: int) -> AsyncIterator[int]:
+    """nginx with its default settings in front of a server: its port."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        config = Path(folder, "nginx.conf")
+        config.write_text(
+            f"pid {folder}/pid; error_log {folder}/error.log; events {{}}\n"
+            f"http {{ access_log off; server {{ listen 127.0.0.1:{port};\n"
+            f"location / {{ proxy_pass http://127.0.0.1:{upstream}; }} }} }}\n"
+        )
+        process = await asyncio.create_subprocess_exec(
+            "nginx", "-p", folder, "-c", str(config), "-g", "daemon off;",
+            stderr=asyncio.subprocess.DEVNULL,
+        )  # fmt: skip
+        try:
+            await within(until_listening(port))
+            yield port
+        finally:
+            process.terminate()
+            await process.wait()
+
+
+async def until_listening(port: int) -> None:
+    while True:
+        with suppress(OSError):
+            await (await Peer.connect(port)).close()
+            return
+        await asyncio.sleep(0.01)
+
+
+@needs("nginx")
+class TestProxy(StreamTest):
+    """nginx speaks HTTP/1.0 to us by default, and would keep what it gets in buffers."""
+
+    async def stream(self, c: Context, w: Writer) -> None:
+        self.start(w)
+        async for _, data in w.alive(self.relay.subscribe("*"), heartbeat=0.2):
+            w.event("news", data)
+        self.log.append("cleanup")
+
+    @asynccontextmanager
+    async def behind_nginx(self) -> AsyncIterator[Peer]:
+        async with self.app(self.stream).running() as server, nginx(server.port) as port:
+            peer = await Peer.connect(port)
+            await peer.send(GET)
+            yield peer
+            await peer.close()
+
+    async def until(self, peer: Peer, text: bytes) -> bytes:
+        return bytes(await within(peer.reader.readuntil(text)))
+
+    async def test_each_event_comes_through_at_once(self) -> None:
+        async with self.behind_nginx() as peer:
+            head = (await self.until(peer, b"\r\n\r\n")).lower()
+            self.assertIn(b"\r\ncontent-type: text/event-stream\r\n", head)
+            self.assertIn(b"\r\ncache-control: no-cache\r\n", head)
+            await self.until(peer, b"first</p>\n\n")
+            for text in ("one", "two", "three"):
+                self.relay.publish("a", text)
+                await self.until(peer, f"data: {text}\n\n".encode())
+
+    async def test_heartbeats_come_through(self) -> None:
+        async with self.behind_nginx() as peer:
+            await self.until(peer, b"first</p>\n\n")
+            await self.until(peer, b":\n\n")
+            await self.until(peer, b":\n\n")
+
+    async def test_the_handler_hears_of_a_client_that_leaves(self) -> None:
+        for leave in (close, reset):
+            with self.subTest(leave.__name__):
+                self.setUp()
+                async with self.behind_nginx() as peer:
+                    await self.until(peer, b"first</p>\n\n")
+                    await leave(peer)
+                    await within(self.ended.wait())
+                self.assertEqual(self.log, ["cleanup"])
+                self.assertTrue(is_empty(self.relay))
+
+    async def test_the_client_hears_of_a_server_that_stops(self) -> None:
+        async with self.app(self.stream).running() as server, nginx(server.port) as port:
+            peer = await Peer.connect(port)
+            await peer.send(GET)
+            await self.until(peer, b"first</p>\n\n")
+            await within(server.stop())
+            self.assertTrue((await self.until(peer, b"0\r\n\r\n")).endswith(b"0\r\n\r\n"))
+            await peer.close()
+        self.assertEqual(self.log, ["cleanup"])
+
+    async def test_a_page_comes_through_compressed(self) -> None:
+        async def page(c: Context, w: Writer) -> None:
+            w.html(h.P("hello " * 1000))
+
+        async with self.app(page).running() as server, nginx(server.port) as port:
+            peer = await Peer.connect(port)
+            for _ in range(2):  # the connection to nginx stays
+                await peer.send("GET / HTTP/1.1\r\nHost: t\r\nAccept-Encoding: gzip\r\n\r\n")
+                head = (await self.until(peer, b"\r\n\r\n")).lower()
+                self.assertIn(b"\r\ncontent-encoding: gzip\r\n", head)
+                length = int(head.partition(b"content-length: ")[2].split()[0])
+                body = await within(peer.reader.readexactly(length))
+                self.assertIn(b"hello hello", zlib.decompress(body, wbits=31))
+            await peer.close()
 
 
 class TestWalkthrough(AsyncTest):

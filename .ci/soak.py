@@ -1,0 +1,665 @@
+"""Stress for stario.py: many clients that come, paint, stall and vanish, and nothing left behind.
+
+    python .ci/soak.py                     about two minutes
+    python .ci/soak.py --quick             under a minute, smaller
+    python .ci/soak.py --seconds 3600      an hour of Tiles
+    python .ci/soak.py --workers 4         the server with four event loops
+    python .ci/soak.py idle relay          only these stages: tiles attack idle relay restart
+
+Each stage starts a server of its own as another process, on 127.0.0.1 at a free port. It prints
+what was seen, and the exit code is 1 if a target was missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import ctypes
+import gc
+import json
+import os
+import random
+import socket
+import struct
+import sys
+import threading
+import time
+import tracemalloc
+import weakref
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+ROOT = next(place for place in (HERE.parent, HERE, Path.cwd()) if (place / "stario.py").exists())
+sys.path.insert(0, str(ROOT))
+
+import tiles_app  # noqa: E402
+from stario import Context, Relay, Span, Stario, Subscription, Tracer, Writer, h  # noqa: E402
+
+IDLE_TARGET = 20 * 1024  # bytes of RSS for each idle stream
+GROWTH_TARGET = 0.05  # of the memory before
+SERVED_TARGET = 1.0  # seconds for a normal client during an attack
+GRACEFUL_TIMEOUT = 5.0
+BROWSER_CODINGS = "Accept-Encoding: gzip, deflate, br, zstd\r\n"
+
+
+# -- The server's side: Tiles, with counters and a few routes of its own
+
+
+class CountingRelay(Relay[str]):
+    """A relay that adds up what its subscriptions dropped, and knows which still exist."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dropped = 0
+        self.subscriptions: weakref.WeakSet[Subscription[str]] = weakref.WeakSet()
+
+    def subscribe(
+        self, *patterns: str, maxsize: int = 1000, overflow: str = "oldest"
+    ) -> Subscription[str]:
+        subscription = super().subscribe(*patterns, maxsize=maxsize, overflow=overflow)
+        self.subscriptions.add(subscription)
+        weakref.finalize(subscription, self._note, subscription._mailbox)
+        return subscription
+
+    def _note(self, mailbox: Any) -> None:
+        self.dropped += mailbox.dropped
+
+
+class CountingTracer(Tracer):
+    """A tracer that knows which spans are open, and counts those that failed."""
+
+    def __init__(self) -> None:
+        self.open: set[str] = set()
+        self.failed: list[str] = []
+
+    def on_start(self, span: Span) -> None:
+        self.open.add(span.id)
+
+    def on_end(self, span: Span) -> None:
+        self.open.discard(span.id)
+        if span.error:
+            self.failed.append(f"{span.name}: {span.error}")
+
+
+class Counts:
+    """Streams opened and cleaned up, from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.opened = 0
+        self.cleaned = 0
+
+    def note_opened(self) -> None:
+        with self._lock:
+            self.opened += 1
+
+    def note_cleaned(self) -> None:
+        with self._lock:
+            self.cleaned += 1
+
+
+counts = Counts()
+relay = CountingRelay()
+tracer = CountingTracer()
+server: Any = None
+
+
+async def idle(c: Context, w: Writer) -> None:
+    """A stream with nothing to say."""
+    counts.note_opened()
+    w.patch(h.P({"id": "idle"}, "here"))
+    async for _, text in w.alive(relay.subscribe("idle")):
+        w.sync({"text": text})
+    counts.note_cleaned()
+
+
+async def flood(c: Context, w: Writer) -> None:
+    """A stream that sends as much as the client takes."""
+    counts.note_opened()
+    async for _ in w.alive():
+        w.patch(h.P({"id": "flood"}, "x" * 16_000))
+    counts.note_cleaned()
+
+
+async def page(c: Context, w: Writer) -> None:
+    """An answer that does not fit into the buffers of a client that does not read."""
+    w.text("x" * 128 * 1024)
+
+
+async def stats(c: Context, w: Writer) -> None:
+    """What there is in this process, after a tidying-up: what is free goes back to the system."""
+    gc.collect()
+    with suppress(OSError, AttributeError):  # glibc has this, others need not
+        ctypes.CDLL(None).malloc_trim(0)
+    w.json(figures())
+
+
+def figures() -> dict[str, Any]:
+    return {
+        "rss": rss(),
+        "traced": tracemalloc.get_traced_memory()[0],
+        "objects": len(gc.get_objects()),
+        "tasks": sum(len(worker.tasks) for worker in server._workers),
+        "connections": sum(len(worker.connections) for worker in server._workers),
+        "subscriptions": len(relay.subscriptions),
+        "patterns": len(relay._exact) + len(relay._prefix),
+        "players": len(tiles_app.players),
+        "spans": len(tracer.open),
+        "failed": tracer.failed,
+        "opened": counts.opened,
+        "cleaned": counts.cleaned,
+        "dropped": relay.dropped,
+    }
+
+
+def rss() -> int:
+    """Bytes of this process that are in memory (0 where the system does not tell)."""
+    with suppress(OSError):
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+    return 0
+
+
+def count_players() -> None:
+    """Let Tiles use our relay, and tell us of each stream that joins and leaves."""
+    join, leave = tiles_app.join, tiles_app.leave
+
+    def counted_join(user_id: str) -> None:
+        counts.note_opened()
+        join(user_id)
+
+    def counted_leave(user_id: str) -> None:
+        leave(user_id)
+        counts.note_cleaned()
+
+    tiles_app.join, tiles_app.leave, tiles_app.relay = counted_join, counted_leave, relay
+
+
+async def serve(workers: int) -> None:
+    """The other process: say the port, serve until SIGTERM, say what is left."""
+    global server
+    count_players()
+    app = Stario(tracer)
+    app.get("/", tiles_app.home)
+    app.assets("/static", {"style.css": "p {}", "icon.svg": "<svg/>"})
+    app.get("/subscribe", tiles_app.subscribe)
+    app.post("/click", tiles_app.click)
+    app.get("/idle", idle)
+    app.get("/flood", flood)
+    app.get("/page", page)
+    app.get("/stats", stats)
+    async with app.running(
+        workers=workers,
+        backlog=4096,
+        max_connections=50_000,
+        graceful_timeout=GRACEFUL_TIMEOUT,
+    ) as running:
+        server = running
+        print(running.port, flush=True)
+        await running.wait_for_signal()
+        started = time.monotonic()
+    print(json.dumps({**figures(), "stopped_in": time.monotonic() - started}), flush=True)
+
+
+# -- The clients' side
+
+
+@dataclass
+class Target:
+    """The server process, as the clients see it."""
+
+    port: int
+    process: asyncio.subprocess.Process
+    last: dict[str, Any] = field(default_factory=dict)
+
+    async def stats(self) -> dict[str, Any]:
+        body = await get(self.port, "/stats")
+        found: dict[str, Any] = json.loads(body)
+        return found
+
+    async def settled(self, until: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        """The figures, once they are so, or after ten seconds."""
+        deadline = time.monotonic() + 10
+        found = await self.stats()
+        while not until(found) and time.monotonic() < deadline:
+            await asyncio.sleep(0.2)
+            found = await self.stats()
+        return found
+
+    async def stop(self) -> None:
+        """SIGTERM, and its last words."""
+        self.process.terminate()
+        assert self.process.stdout is not None
+        words = await asyncio.wait_for(self.process.stdout.read(), GRACEFUL_TIMEOUT + 10)
+        await self.process.wait()
+        self.last = json.loads(words) if words else {}
+
+
+@asynccontextmanager
+async def served(options: argparse.Namespace) -> AsyncIterator[Target]:
+    """A server process for one stage."""
+    tracing = ["-X", "tracemalloc"] if options.tracemalloc else []
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, *tracing, __file__, "--serve", "--workers", str(options.workers),
+        stdout=asyncio.subprocess.PIPE, limit=2**20,
+    )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        target = Target(int(await asyncio.wait_for(process.stdout.readline(), 20)), process)
+        yield target
+        if not target.last:
+            await target.stop()
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+
+
+async def connect(
+    port: int, receive_buffer: int = 0
+) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    client = socket.socket()
+    client.setblocking(False)
+    if receive_buffer:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, receive_buffer)
+    await asyncio.get_running_loop().sock_connect(client, ("127.0.0.1", port))
+    return await asyncio.open_connection(sock=client, limit=2**16)
+
+
+async def get(port: int, path: str) -> bytes:
+    """The body of an answer."""
+    reader, writer = await connect(port)
+    writer.write(request(path, close=True))
+    _, _, body = (await asyncio.wait_for(reader.read(-1), 30)).partition(b"\r\n\r\n")
+    writer.close()
+    return body
+
+
+def request(
+    path: str, method: str = "GET", body: bytes = b"", *, close: bool = False, fields: str = ""
+) -> bytes:
+    fields += f"Content-Length: {len(body)}\r\n" if body else ""
+    fields += "Connection: close\r\n" if close else ""
+    return f"{method} {path} HTTP/1.1\r\nHost: soak\r\n{fields}\r\n".encode() + body
+
+
+def reset(writer: asyncio.StreamWriter) -> None:
+    """Vanish with a TCP reset."""
+    client = writer.get_extra_info("socket")
+    with suppress(OSError):  # the server was first
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    writer.transport.abort()
+
+
+def subscription(user_id: str) -> bytes:
+    signals = f"%7B%22user_id%22%3A%22{user_id}%22%7D"
+    return request(f"/subscribe?datastar={signals}")
+
+
+class Crowd:
+    """Clients of Tiles, each of which lives many short lives."""
+
+    def __init__(self, port: int, seconds: float) -> None:
+        self.port = port
+        self.until = time.monotonic() + seconds
+        self.held = 0
+        self.most_held = 0
+        self.streams = 0
+        self.events = 0
+        self.clicks = 0
+        self.refused = 0
+
+    async def run(self, size: int) -> None:
+        await asyncio.gather(*(self._browser(number) for number in range(size)))
+
+    async def _browser(self, number: int) -> None:
+        chance = random.Random(number)
+        while time.monotonic() < self.until:
+            try:
+                await self._life(f"u{number}", chance)
+            except (TimeoutError, ConnectionError, asyncio.IncompleteReadError):
+                self.refused += 1
+            await asyncio.sleep(chance.random() * 0.2)
+
+    async def _life(self, user_id: str, chance: random.Random) -> None:
+        reader, writer = await connect(self.port, receive_buffer=chance.choice((0, 4096)))
+        try:
+            writer.write(subscription(user_id))
+            self.streams += 1
+            self.held += 1
+            self.most_held = max(self.most_held, self.held)
+            ending = chance.choice((self._close, self._reset, self._half_close, self._stop_reading))
+            if chance.random() < 0.1:  # gone before the first event
+                await ending(reader, writer, chance)
+                return
+            await self._read(reader, chance.random() * 2)
+            if chance.random() < 0.7:
+                await self._paint(user_id, chance)
+                await self._read(reader, chance.random())
+            await ending(reader, writer, chance)
+        finally:
+            self.held -= 1
+            writer.close()
+
+    async def _read(self, reader: asyncio.StreamReader, seconds: float) -> None:
+        until = min(time.monotonic() + seconds, self.until)
+        while (left := until - time.monotonic()) > 0:
+            try:
+                data = await asyncio.wait_for(reader.read(2**16), left)
+            except TimeoutError:
+                return
+            if not data:
+                raise ConnectionError("the server ended the stream")
+            self.events += data.count(b"event: ")
+
+    async def _paint(self, user_id: str, chance: random.Random) -> None:
+        body = json.dumps({"user_id": user_id}).encode()
+        reader, writer = await connect(self.port)
+        writer.write(request(f"/click?cellId={chance.randrange(25)}", "POST", body, close=True))
+        await asyncio.wait_for(reader.read(-1), 30)
+        writer.close()
+        self.clicks += 1
+
+    async def _close(self, reader: Any, writer: asyncio.StreamWriter, chance: Any) -> None:
+        writer.close()
+
+    async def _reset(self, reader: Any, writer: asyncio.StreamWriter, chance: Any) -> None:
+        reset(writer)
+
+    async def _half_close(
+        self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, chance: Any
+    ) -> None:
+        writer.write_eof()
+        await asyncio.wait_for(reader.read(-1), 30)
+
+    async def _stop_reading(
+        self, reader: Any, writer: asyncio.StreamWriter, chance: random.Random
+    ) -> None:
+        writer.transport.pause_reading()  # type: ignore[attr-defined]
+        await asyncio.sleep(chance.random() * 2)
+        reset(writer)
+
+
+# -- Stages
+
+
+class Report:
+    """What a stage has found, and what it missed."""
+
+    def __init__(self) -> None:
+        self.missed: list[str] = []
+
+    def say(self, **figures: object) -> None:
+        for name, value in figures.items():
+            print(f"  {name.replace('_', ' '):34} {value}", flush=True)
+
+    def check(self, promise: str, kept: bool) -> None:
+        if not kept:
+            self.missed.append(promise)
+            print(f"  MISSED: {promise}", flush=True)
+
+    def check_nothing_left(self, before: dict[str, Any], after: dict[str, Any]) -> None:
+        """What both stages with vanishing clients promise."""
+        self.say(
+            cleanups_run_of_streams_opened=f"{after['cleaned']} of {after['opened']}",
+            dropped_by_rule=after["dropped"],
+            memory_before=megabytes(before["rss"]),
+            memory_after=megabytes(after["rss"]),
+            traced_before=f"{before['traced']:,} bytes" if before["traced"] else "(--tracemalloc)",
+            traced_after=f"{after['traced']:,} bytes" if after["traced"] else "(--tracemalloc)",
+            objects_before=before["objects"],
+            objects_after=after["objects"],
+        )
+        self.check("no cleanup is missed", after["cleaned"] == after["opened"])
+        for what in ("connections", "tasks", "spans"):
+            self.check(f"no {what} left: {after[what]}", after[what] <= 1)  # /stats itself
+        for what in ("subscriptions", "patterns", "players"):
+            self.check(f"no {what} left: {after[what]}", after[what] == 0)
+        self.check(f"no handler failed: {after['failed'][:3]}", not after["failed"])
+        for what in ("rss", "traced"):
+            most = before[what] * (1 + GROWTH_TARGET)
+            self.check(f"memory ({what}) is within 5%", after[what] <= most)
+        grown = after["objects"] - before["objects"]
+        self.check(f"objects are within 1%: {grown} more", grown < before["objects"] * 0.01)
+
+
+def megabytes(size: float) -> str:
+    return f"{size / 2**20:.1f} MB"
+
+
+def is_quiet(found: dict[str, Any]) -> bool:
+    return bool(found["connections"] <= 1 and found["tasks"] <= 1)
+
+
+async def tiles(report: Report, options: argparse.Namespace) -> None:
+    """Browsers that join, paint, vanish in every way there is, and come back."""
+    async with served(options) as target:
+        await Crowd(target.port, 5 if options.quick else 10).run(options.clients)  # to warm up
+        before = await target.settled(is_quiet)
+        crowd = Crowd(target.port, options.seconds)
+        await crowd.run(options.clients)
+        after = await target.settled(is_quiet)
+    report.say(
+        connections_held=crowd.most_held,
+        streams=crowd.streams,
+        clicks=crowd.clicks,
+        events_delivered=crowd.events,
+        lives_cut_short=crowd.refused,
+    )
+    report.check("events are delivered", crowd.events > crowd.streams)
+    report.check("no stream is cut short by the server", crowd.refused == 0)
+    report.check_nothing_left(before, after)
+
+
+async def attack(report: Report, options: argparse.Namespace) -> None:
+    """Slow heads and slow readers, and a normal client among them."""
+    size = at_most(500 if options.quick else 2000, times=2)
+    async with served(options) as target:
+        for _ in range(2):  # to warm up: what memory is kept for a next time is kept now
+            await one_attack(target, size, 3.0)
+        before = await target.settled(is_quiet)
+        slowest = await one_attack(target, size, 5.0 if options.quick else 12.0)
+        after = await target.settled(is_quiet)
+    report.say(slow_heads=size, slow_readers=size, a_normal_request_took=f"{slowest * 1000:.0f} ms")
+    report.check("a normal client is served within a second", slowest < SERVED_TARGET)
+    report.check_nothing_left(before, after)
+
+
+async def one_attack(target: Target, size: int, seconds: float) -> float:
+    """The longest time that a normal request took."""
+    writers = [(await connect(target.port))[1] for _ in range(size)]
+    for writer in writers:
+        writer.write(b"GET / HTTP/1.1\r\nHost: ")
+    readers = [await connect(target.port, receive_buffer=4096) for _ in range(size)]
+    for number, (_, writer) in enumerate(readers):
+        writer.transport.pause_reading()  # type: ignore[attr-defined]
+        writer.write(request("/page" if number % 4 else "/flood"))
+    slowest = 0.0
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        started = time.monotonic()
+        await get(target.port, "/")
+        slowest = max(slowest, time.monotonic() - started)
+        for writer in writers:  # one byte a second
+            writer.write(b"x")
+        await asyncio.sleep(0.5)
+    for writer in (*writers, *(writer for _, writer in readers)):
+        reset(writer)
+    return slowest
+
+
+async def idle_streams(report: Report, options: argparse.Namespace) -> None:
+    """Many open streams that have nothing to say: what one costs."""
+    size = at_most(1000 if options.quick else 5000, times=2)
+    async with served(options) as target:
+        # The first hundred pay for what is made only once.
+        first = await open_streams(target.port, 100)
+        before = await target.stats()
+        plain = await open_streams(target.port, size)
+        held = await target.stats()
+        compressed = await open_streams(target.port, size, BROWSER_CODINGS)
+        both = await target.stats()
+        hang_up(first + plain + compressed)
+        after = await target.settled(is_quiet)
+    each = (held["rss"] - before["rss"]) / size
+    each_compressed = (both["rss"] - held["rss"]) / size
+    report.say(
+        idle_streams=f"{size} and {size} compressed",
+        memory_of_each=f"{each / 1024:.1f} kB",
+        memory_of_each_compressed=f"{each_compressed / 1024:.1f} kB",
+        objects_of_each=(held["objects"] - before["objects"]) / size,
+        cleanups_run_of_streams_opened=f"{after['cleaned']} of {after['opened']}",
+    )
+    target_size = f"less than {IDLE_TARGET // 1024} kB"
+    report.check(f"an idle stream costs {target_size}", each < IDLE_TARGET)
+    report.check(f"a compressed one costs {target_size}", each_compressed < IDLE_TARGET)
+    report.check("no cleanup is missed", after["cleaned"] == after["opened"] == 2 * size + 100)
+
+
+async def open_streams(port: int, size: int, codings: str = "") -> list[asyncio.StreamWriter]:
+    """Streams whose first event has come."""
+    opened = []
+    for _ in range(size):
+        reader, writer = await connect(port)
+        writer.write(request("/idle", fields=codings))
+        await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 30)
+        await asyncio.wait_for(reader.readuntil(b"\n"), 30)
+        opened.append(writer)
+    return opened
+
+
+def hang_up(writers: Iterable[asyncio.StreamWriter]) -> None:
+    for writer in writers:
+        writer.close()
+
+
+async def restart(report: Report, options: argparse.Namespace) -> None:
+    """SIGTERM while streams are open."""
+    size = at_most(200 if options.quick else 1000, times=1)
+    async with served(options) as target:
+        writers = await open_streams(target.port, size)
+        await target.stop()
+        hang_up(writers)
+    last = target.last
+    report.say(
+        open_streams=size,
+        stopped_in=f"{last['stopped_in'] * 1000:.0f} ms",
+        cleanups_run_of_streams_opened=f"{last['cleaned']} of {last['opened']}",
+    )
+    report.check("no cleanup is missed", last["cleaned"] == last["opened"] == size)
+    report.check("it ends within graceful_timeout", last["stopped_in"] < GRACEFUL_TIMEOUT)
+    report.check("it ends with code 0", target.process.returncode == 0)
+
+
+async def publishing(report: Report, options: argparse.Namespace) -> None:
+    """Publishers in threads, a hundred subscribers: nothing is lost but by the rule, in order."""
+    total = options.publishes
+    started = time.monotonic()
+    published: Relay[tuple[int, int]] = Relay()
+    publishers = 4
+    subscriptions = [published.subscribe("numbers", maxsize=1000) for _ in range(100)]
+    readers = [asyncio.create_task(read_in_order(one)) for one in subscriptions]
+
+    def publish(publisher: int) -> None:
+        for number in range(total // publishers):
+            published.publish("numbers", (publisher, number))
+
+    threads = [asyncio.to_thread(publish, publisher) for publisher in range(publishers)]
+    await asyncio.gather(*threads)
+    for one in subscriptions:
+        one.close()
+    results = await asyncio.gather(*readers)
+    dropped = sum(one.dropped for one in subscriptions)
+    received = sum(count for count, _ in results)
+    seconds = time.monotonic() - started
+    report.say(
+        publishes=total,
+        events_delivered=received,
+        dropped_by_rule=dropped,
+        publishes_a_second=int(total / seconds),
+    )
+    report.check("nothing is lost but by the rule", received + dropped == total * 100)
+    report.check("in order for each publisher", all(in_order for _, in_order in results))
+
+
+async def read_in_order(subscription: Subscription[tuple[int, int]]) -> tuple[int, bool]:
+    """How many came, and whether each publisher's came in order."""
+    last: dict[int, int] = {}
+    count, in_order = 0, True
+    async for _, (publisher, number) in subscription:
+        count += 1
+        in_order = in_order and last.get(publisher, -1) < number
+        last[publisher] = number
+    return count, in_order
+
+
+STAGES: dict[str, Callable[[Report, argparse.Namespace], Awaitable[None]]] = {
+    "attack": attack,
+    "idle": idle_streams,
+    "relay": publishing,
+    "restart": restart,
+    "tiles": tiles,
+}
+
+
+def raise_descriptor_limit() -> int:
+    """Thousands of connections need as many file descriptors: how many there may be."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 2**31
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return hard if hard != resource.RLIM_INFINITY else 2**31
+
+
+def at_most(size: int, times: int) -> int:
+    """A number of connections, as far as there are descriptors for `times` as many."""
+    return min(size, (raise_descriptor_limit() - 300) // times)
+
+
+def read_options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    parser.add_argument("stages", nargs="*", help=" ".join(STAGES))
+    parser.add_argument("--seconds", type=float, help="how long the Tiles stage takes")
+    parser.add_argument("--clients", type=int, default=200, help="of the Tiles stage")
+    parser.add_argument("--workers", type=int, default=1, help="event loops of the server")
+    parser.add_argument("--publishes", type=int, help="of the relay stage, to 100 subscribers")
+    parser.add_argument("--quick", action="store_true", help="smaller, under a minute")
+    parser.add_argument("--tracemalloc", action="store_true", help="count Python's memory, too")
+    parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.seconds = options.seconds or (15 if options.quick else 60)
+    options.publishes = options.publishes or (20_000 if options.quick else 100_000)
+    unknown = set(options.stages) - set(STAGES)
+    if unknown:
+        parser.error(f"no stage {', '.join(unknown)}: {', '.join(STAGES)}")
+    return options
+
+
+async def soak(options: argparse.Namespace) -> int:
+    report = Report()
+    for name in options.stages or STAGES:
+        started = time.monotonic()
+        print(f"{name}: {STAGES[name].__doc__}", flush=True)
+        await STAGES[name](report, options)
+        report.say(seconds=f"{time.monotonic() - started:.1f}")
+    print(f"{len(report.missed)} targets missed", *report.missed, sep="\n  ")
+    return 1 if report.missed else 0
+
+
+def main() -> int:
+    options = read_options()
+    raise_descriptor_limit()
+    if options.serve:
+        asyncio.run(serve(options.workers))
+        return 0
+    return asyncio.run(soak(options))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
