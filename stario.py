@@ -517,10 +517,7 @@ def s(text: str) -> str:
 
 
 def js(mapping: Mapping[str, str] | None = None, /, **expressions: str) -> str:
-    """An object literal whose values are expressions:
-
-    `js(total="$a + $b")`, `js({"is-on": "$on"})`.
-    """
+    """A JavaScript object whose values are expressions: `js(total="$a + $b")`."""
     pairs = {**(mapping or {}), **expressions}
     return "{" + ", ".join(f"{s(name)}: {code}" for name, code in pairs.items()) + "}"
 
@@ -1650,10 +1647,7 @@ class Subscription(Generic[T]):
 
 
 class _Messages(Generic[T]):
-    """What `async for` holds while it runs:
-
-    `break` lets go of it, and that closes the subscription.
-    """
+    """What `async for` holds while it runs: letting go of it closes the subscription."""
 
     __slots__ = ("_subscription",)
 
@@ -1769,10 +1763,7 @@ class Relay(Generic[T]):
 
 
 def _wake(to_wake: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]]) -> None:
-    """Resolve futures, each on its own loop:
-
-    at once on this thread's, by one call into any other.
-    """
+    """Resolve futures: those of this thread's loop at once, others by one call into their loop."""
     here = asyncio._get_running_loop()
     for loop, waiters in to_wake.items():
         if loop is here:
@@ -2281,10 +2272,7 @@ class Carrier(Protocol):
         """The answer cannot be completed: let the client see that it is cut off."""
 
     def has_room(self) -> bool:
-        """Whether the client keeps up:
-
-        nothing waits beyond what buffers hold as a matter of course.
-        """
+        """Whether nothing waits for the client beyond what buffers hold anyway."""
 
     async def drained(self) -> None:
         """Wait until there is room. Raises ClientDisconnected if the client goes."""
@@ -2609,10 +2597,7 @@ class Writer:
         id: str | None = None,
         retry: int | None = None,
     ) -> None:
-        """Merge signals into the page's:
-
-        a dict, a dataclass, a model, or JSON text. None removes.
-        """
+        """Merge signals into the page's: a dict, a dataclass, a model, or JSON. None removes."""
         lines = _signal_lines(signals, only_if_missing)
         self._send_event("datastar-patch-signals", lines, id, retry)
 
@@ -2625,10 +2610,7 @@ class Writer:
         id: str | None = None,
         retry: int | None = None,
     ) -> None:
-        """Run JavaScript in the page:
-
-        a `<script>` that is appended, and removed when it has run.
-        """
+        """Run JavaScript in the page, in a `<script>` that is removed when it has run."""
         script = _script_element(js, auto_remove, attributes)
         lines = _patch_lines(script, "append", "body")
         self._send_event("datastar-patch-elements", lines, id, retry)
@@ -2839,15 +2821,18 @@ class Writer:
     ) -> None:
         event = _sse(name, lines, id, retry)
         if not self.started:
-            self._start(200)
-            self._sse = True
-            fields = self._compressed_stream(self._own_fields(_SSE_FIELDS))
-            self._carrier.begin(200, fields, unsized=self._request.method != "HEAD")
+            self._begin_events()
         elif not self._sse:
             raise StarioError(
                 "this answer is no stream of events: it was started as something else"
             )
         self.write(event.encode("utf-8", "replace"))
+
+    def _begin_events(self) -> None:
+        self._start(200)
+        self._sse = True
+        fields = self._compressed_stream(self._own_fields(_SSE_FIELDS))
+        self._carrier.begin(200, fields, unsized=self._request.method != "HEAD")
 
     def _send(self, data: bytes) -> None:
         self._silent = False
@@ -2867,16 +2852,18 @@ class Writer:
     # -- For alive
 
     def _enter(self, scope: _Scope) -> None:
-        """Interrupt this scope when the client goes or the server stops:
-
-        soon, if that has happened.
-        """
+        """Interrupt this scope when the stream is over: soon, if it is already."""
         if self._scopes is None:
             self._scopes = []
         self._scopes.append(scope)
         self._carrier.on_end = self._interrupt
-        if self._carrier.disconnected or self._carrier.shutting_down:
+        if self._is_over():
             self._interrupt()
+
+    def _is_over(self) -> bool:
+        """Whether a stream has nobody to go on for: HEAD asked only for its head."""
+        carrier = self._carrier
+        return carrier.disconnected or carrier.shutting_down or self._request.method == "HEAD"
 
     def _leave(self, scope: _Scope) -> None:
         if self._scopes:
@@ -2905,6 +2892,8 @@ class Writer:
             self._timer = None
             return
         self._carrier.check_peer(seconds)
+        if not self.started and "text/event-stream" in (self._request.headers.get("accept") or ""):
+            self._begin_events()  # the client, and proxies on the way, wait for a sign of life
         if self._sse and self._silent:
             self.write(b":\n\n")
         self._silent = True
@@ -2971,7 +2960,7 @@ class Alive(Generic[T]):
 
     async def __anext__(self) -> T:
         carrier = self._writer._carrier
-        if self._open and not carrier.disconnected and not carrier.shutting_down:
+        if self._open and not self._writer._is_over():
             try:
                 with _Scope(self._writer):
                     if not carrier.has_room():
@@ -3109,10 +3098,7 @@ class Context:
     def __call__(
         self, event: str | BaseException, attributes: Mapping[str, Any] | None = None
     ) -> None:
-        """Note an event, or an exception, in the current span:
-
-        that of the step, or the request's.
-        """
+        """Note an event, or an exception, in the span of the step, or else the request's."""
         if not self.app._silent:
             self._current()(event, attributes)
 
@@ -3508,10 +3494,7 @@ class _File:
         self._encoded: dict[str, bytes] = {}
 
     def encoded(self, coding: str) -> bytes:
-        """The contents in a content coding:
-
-        from a file beside it (`style.css.br`), or made once.
-        """
+        """The contents in a content coding: of a file beside it (`style.css.br`), or made once."""
         if coding not in self._encoded:
             sibling = Path(f"{self.path}{_SIBLINGS[coding]}")
             if self.path and sibling.is_file():
@@ -3835,10 +3818,7 @@ class _Chunks:
         self.ended = False
 
     def decode(self, buffer: bytes, at: int) -> tuple[bytes, int]:
-        """Decode from position `at`:
-
-        what was in there, and the position up to which it was read.
-        """
+        """What is in the buffer from `at` on, decoded, and the position up to which it was read."""
         out: list[bytes] = []
         while not self.ended and at < len(buffer):
             if self._left:
@@ -4207,10 +4187,7 @@ class Connection(asyncio.Protocol):
     # -- Refusing
 
     def _refuse(self, exc: HttpException) -> None:
-        """Answer a request that cannot be understood, and close:
-
-        who knows where the next begins.
-        """
+        """Refuse what cannot be understood, and close: nobody knows where the next one begins."""
         self._worker.note_refusal(self, exc)
         self._close_after = self._lost_track = True
         if self._body is not None:  # its handler is at work, and shall hear of it
@@ -4490,7 +4467,7 @@ class Stario(Router):
         self.max_body = max_body
         self._silent = type(self.tracer) is Tracer
         self._fallback: Handler = self._no_route
-        self._add("GET", "/_stario/*", Assets({"pocket.js": POCKET_CLIENT}, "_stario"))
+        self._add("GET", "/_stario/*", _collections["_stario"])  # the pocket client
         self._routes.clear()  # `use` may still come: this route is the framework's own
 
     def use(self, *middleware: Middleware) -> None:
@@ -4506,7 +4483,7 @@ class Stario(Router):
         c = Context(self, request)
         w = Writer(carrier, request, self.compression)
         if not self._silent:
-            c["client"] = request.client
+            c.span.attributes["client"] = request.client
         try:
             try:
                 await self._route(request)(c, w)
@@ -4522,7 +4499,7 @@ class Stario(Router):
             if request._body is not None:
                 request._body.discard()
             if c._span is not None:
-                c._span["status"] = w.status_code
+                c._span.attributes["status"] = w.status_code
                 c._span.end()
 
     def _route(self, request: Request) -> Handler:
@@ -4806,8 +4783,8 @@ class Server:
             if not isinstance(value, (int, float)) or not value > 0:
                 raise StarioError(f"{name} is {value!r}: a number above 0 is needed")
         self._limits = Limits(**limits)
-        if workers < 1:
-            raise StarioError("workers must be at least 1")
+        if not isinstance(workers, int) or workers < 1:
+            raise StarioError("workers must be a number from 1 up")
         self._sockets: list[socket.socket] = []
         self._workers: list[Worker] = []
         self._threads: list[threading.Thread] = []
@@ -5298,8 +5275,9 @@ class TestClient:
         """
         task, exchange = self._send(method, path, **options)
         try:
-            while not exchange.status and not exchange.finished:
-                await exchange.change()
+            for _ in range(10):  # let the handler come to its first event, or to where it waits
+                if not exchange.status:
+                    await asyncio.sleep(0)
             self._take_cookies(exchange.headers)
             yield TestStream(exchange)
         finally:
@@ -6319,22 +6297,30 @@ if (document.readyState === 'loading') document.addEventListener('DOMContentLoad
 else begin();
 """
 
+Assets({"pocket.js": POCKET_CLIENT}, "_stario")  # for the route that each app has
+
 __all__ = [
+    "DATASTAR_URL",
+    "POCKET_CLIENT",
+    "Carrier",
     "ClientDisconnected",
     "CompressionConfig",
     "Context",
     "Form",
     "FormFile",
+    "Handler",
     "Headers",
     "HttpException",
     "JsonTracer",
     "Limits",
+    "Middleware",
     "QueryParams",
     "Relay",
     "Request",
     "RichTracer",
     "Router",
     "SafeString",
+    "Server",
     "ServerEvent",
     "SignalsError",
     "Span",
@@ -6343,6 +6329,8 @@ __all__ = [
     "StarioError",
     "Subscription",
     "TestClient",
+    "TestResponse",
+    "TestStream",
     "Tracer",
     "Writer",
     "asset",

@@ -12,12 +12,16 @@ from __future__ import annotations
 import ast
 import asyncio
 import base64
+import contextlib
+import contextvars
+import dataclasses
 import enum
 import gc
 import gzip
 import hashlib
 import html
 import importlib
+import inspect
 import io
 import json
 import logging
@@ -26,6 +30,8 @@ import re
 import shutil
 import signal
 import socket
+import ssl
+import stat
 import struct
 import subprocess
 import sys
@@ -36,21 +42,23 @@ import unittest
 import unittest.mock
 import uuid
 import zlib
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
-from datetime import date, datetime, timezone
+from datetime import date, datetime, timedelta, timezone
 from decimal import Decimal
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NotRequired, TypedDict
-from urllib.parse import parse_qs, quote, urlencode
+from unittest import mock
+from urllib.parse import parse_qs, quote, urlencode, urljoin
 
 import stario
 from stario import (
     POCKET_CLIENT,
     ClientDisconnected,
     CompressionConfig,
+    Connection,
     Context,
     HttpException,
     JsonTracer,
@@ -58,6 +66,7 @@ from stario import (
     RichTracer,
     Router,
     SafeString,
+    Server,
     SignalsError,
     Span,
     SpanEvent,
@@ -76,6 +85,7 @@ from stario import (
     read_signals,
     render,
     s,
+    same_origin,
 )
 
 try:
@@ -251,6 +261,8 @@ class TestFile(unittest.TestCase):
     def test_everything_public_is_exported_and_has_a_docstring(self) -> None:
         for name in stario.__all__:
             thing = getattr(stario, name)
+            if name in ("Handler", "Middleware"):
+                continue  # types cannot have one
             with self.subTest(name):
                 self.assertTrue((getattr(thing, "__doc__", "") or "").strip())
         for name in ("h", "data", "at"):
@@ -2324,7 +2336,49 @@ class TestAlive(StreamTest):
         self.assertEqual(zlib.decompress(first + second + last, wbits=31), noise * 2)
 
 
+class TestBeginnings(StreamTest):
+    """Streams that have nothing to say yet."""
+
+    def waiting_app(self) -> Stario:
+        app = Stario()
+
+        async def wait(c: Context, w: Writer) -> None:
+            async for _, text in w.alive(self.relay.subscribe("*"), heartbeat=0.05):
+                w.event("news", text)
+
+        app.get("/", wait)
+        return app
+
+    async def test_a_client_of_events_gets_its_headers_at_the_first_heartbeat(self) -> None:
+        self.relay: Relay[str] = Relay()
+        async with connected(self.waiting_app()) as peer:
+            await peer.send(GET[:-2], "Accept: text/event-stream, text/html\r\n\r\n")
+            answer = await within(peer.head())
+            self.assertEqual(answer.headers["content-type"], "text/event-stream")
+            self.relay.publish("x", "later")
+            while (chunk := await within(peer.chunk())) == b":\n\n":
+                pass
+            self.assertEqual(chunk, b"event: news\ndata: later\n\n")
+
+    async def test_head_of_a_stream_ends_at_once(self) -> None:
+        self.relay = Relay()
+        async with connected(self.waiting_app()) as peer:
+            answer = await within(peer.get("/", "HEAD"))
+            self.assertEqual(answer.status, 204)
+            self.assertEqual((await within(peer.get("/nope"))).status, 404)
+
+    async def test_the_test_client_does_not_wait_for_the_first_event(self) -> None:
+        self.relay = Relay()
+        async with (
+            TestClient(self.waiting_app()) as client,
+            client.stream("GET", "/") as events,
+        ):
+            self.relay.publish("x", "now")
+            self.assertEqual((await within(anext(events))).data, "now")
+
+
 def stop_reading(peer: Peer) -> None:
+    """From now on the client takes nothing that the server sends."""
     peer.writer.transport.pause_reading()  # type: ignore[attr-defined]
 
 
@@ -2863,6 +2917,2258 @@ class TestProxy(StreamTest):
                 body = await within(peer.reader.readexactly(length))
                 self.assertIn(b"hello hello", zlib.decompress(body, wbits=31))
             await peer.close()
+
+
+# -- HTTP/1.1 (parts 12 and 13)
+
+
+class Spans(Tracer):
+    """Keeps the spans that have ended."""
+
+    def __init__(self) -> None:
+        self.ended: list[Span] = []
+
+    def on_end(self, span: Span) -> None:
+        self.ended.append(span)
+
+    def named(self, name: str) -> list[Span]:
+        return [span for span in self.ended if span.name == name]
+
+    def refusals(self) -> list[int]:
+        """The status of what no handler got to see."""
+        return [span["status"] for span in self.named("http.refused")]
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Wait for what nobody announces."""
+
+    async def poll() -> None:
+        while not condition():
+            await asyncio.sleep(0.005)
+
+    await within(poll())
+
+
+def connections_of(server: Server) -> list[Connection]:
+    return [connection for worker in server._workers for connection in worker.connections]
+
+
+async def echo(c: Context, w: Writer) -> None:
+    """What a request was understood as."""
+    body = await c.req.body()
+    w.json([c.req.method, c.req.path, c.req.host, body.decode("latin-1")])
+
+
+def echo_app(**options: Any) -> Stario:
+    app = Stario(**options)
+    for method in ("GET", "POST", "PUT", "DELETE"):
+        app.handle(method, "/*", echo)
+    return app
+
+
+def understood(answer: Answer) -> list[str]:
+    found: list[str] = json.loads(answer.body)
+    return found
+
+
+HOST = "Host: test\r\n"
+NEXT = "GET /smuggled HTTP/1.1\r\nHost: test\r\n\r\n"
+
+
+class HttpTest(AsyncTest):
+    """A base: what goes wrong in a loop's callbacks fails the test."""
+
+    async def asyncSetUp(self) -> None:
+        self.unhandled: list[dict[str, Any]] = []
+        asyncio.get_running_loop().set_exception_handler(
+            lambda _, what: self.unhandled.append(what)
+        )
+
+    async def asyncTearDown(self) -> None:
+        self.assertEqual(self.unhandled, [])
+
+    async def check_refused(self, port: int, data: str | bytes, status: int = 400) -> None:
+        """One answer with that status that closes, and nothing behind it is read."""
+        peer = await Peer.connect(port)
+        await peer.send(data, NEXT)
+        answer = await within(peer.answer())
+        self.assertEqual((answer.status, answer.headers["connection"]), (status, "close"))
+        self.assertEqual(await within(peer.rest()), b"")
+        await peer.close()
+
+
+class TestRequestLine(HttpTest):
+    async def test_what_can_be_read_in_two_ways_is_refused(self) -> None:
+        """RFC 9112, section 3."""
+        lines = {
+            "GET  / HTTP/1.1": 400,
+            " GET / HTTP/1.1": 400,
+            "GET / HTTP/1.1 ": 400,
+            "GET\t/\tHTTP/1.1": 400,
+            "GET /a b HTTP/1.1": 400,
+            "GET /\x7f HTTP/1.1": 400,
+            "GET /\xe4 HTTP/1.1": 400,
+            "GET /a\rb HTTP/1.1": 400,
+            "GET /a\0b HTTP/1.1": 400,
+            "GET /#fragment HTTP/1.1": 400,
+            "GET /": 400,
+            "GET HTTP/1.1": 400,
+            "G(T / HTTP/1.1": 400,
+            "GET / http/1.1": 400,
+            "GET / HTTP/1.10": 400,
+            "GET / HTTP/11": 400,
+            "GET / HTTP/ 1.1": 400,
+            "GET / HTTP/2.0": 505,
+            "GET / HTTP/0.9": 505,
+            "GET /a%2 HTTP/1.1": 400,
+            "GET /%gg HTTP/1.1": 400,
+            "GET /%ff HTTP/1.1": 400,
+        }
+        async with echo_app().running() as server:
+            for line, status in lines.items():
+                with self.subTest(line):
+                    await self.check_refused(server.port, f"{line}\r\n{HOST}\r\n", status)
+
+    async def test_a_path_that_cannot_be_decoded_is_refused_whatever_its_body(self) -> None:
+        """RFC 3986, section 2.1: a body that is still on its way does not keep the answer back."""
+        async with echo_app().running() as server:
+            for path in ("/%zz", "/%ff"):
+                for body in ("", "ab", "abcde"):
+                    with self.subTest(path, body=body):
+                        peer = await Peer.connect(server.port)
+                        await peer.send(
+                            f"POST {path} HTTP/1.1\r\n{HOST}Content-Length: 5\r\n\r\n{body}"
+                        )
+                        self.assertEqual((await within(peer.answer())).status, 400)
+                        self.assertEqual(await within(peer.rest()), b"")
+                        await peer.close()
+
+    async def test_line_breaks_other_than_CRLF_are_refused(self) -> None:
+        """RFC 9112, section 2.2: what one server takes for a line's end, the next one may not."""
+        heads = [
+            f"GET / HTTP/1.1\n{HOST}\r\n",
+            "GET / HTTP/1.1\r\nHost: test\n\r\n",
+            "GET / HTTP/1.1\r\nHost: test\r\r\n\r\n",
+            "GET / HTTP/1.1\r\nHost: test\r\n\n",
+            "GET / HTTP/1.1\nHost: test\n\n",
+            "GET / HTTP/1.1\rHost: test\r\r",
+            "GET / HTTP/1.1\r\nHost: test\r\nX: a\rY: b\r\n\r\n",
+        ]
+        async with echo_app().running() as server:
+            for head in heads:
+                with self.subTest(head):
+                    await self.check_refused(server.port, head)
+
+    async def test_empty_lines_before_a_request_are_tolerated(self) -> None:
+        """RFC 9112, section 2.2."""
+        async with connected(echo_app()) as peer:
+            await peer.send("\r\n\r\nGET /1 HTTP/1.1\r\nHost: a\r\n\r\n\r", "\nGET /2 HTTP/1.1\r\n")
+            await peer.send("Host: a\r\n\r\n")
+            for path in ("/1", "/2"):
+                self.assertEqual(understood(await within(peer.answer()))[1], path)
+
+    async def test_each_target_form_is_understood(self) -> None:
+        """RFC 9112, section 3.2; what an absolute target says goes before Host (3.2.2)."""
+        forms = {
+            "GET /a%20b?c#".rstrip("#"): ["GET", "/a b", "test"],
+            "GET http://Other:81/x?y": ["GET", "/x", "other"],
+            "GET HTTPS://other": ["GET", "/", "other"],
+            "GET http://other?q=/x": ["GET", "/", "other"],
+            "GET http://[::1]:80/x": ["GET", "/x", "[::1]"],
+        }
+        async with connected(echo_app()) as peer:
+            for form, wanted in forms.items():
+                with self.subTest(form):
+                    await peer.send(f"{form} HTTP/1.1\r\n{HOST}\r\n")
+                    self.assertEqual(understood(await within(peer.answer()))[:3], wanted)
+            await peer.send(f"OPTIONS * HTTP/1.1\r\n{HOST}\r\n")
+            answer = await within(peer.answer())
+            self.assertEqual((answer.status, "GET" in answer.headers["allow"]), (204, True))
+
+    async def test_other_targets_are_refused(self) -> None:
+        """RFC 9112, section 3.2: no relative paths, user names, other schemes; no proxy."""
+        forms = {
+            "GET *": 400,
+            "GET x": 400,
+            "GET ftp://other/": 400,
+            "GET http://": 400,
+            "GET http:///x": 400,
+            "GET http://user@other/": 400,
+            "GET http://a,b c/": 400,
+            "GET http://other/#x": 400,
+            "GET http://a|b/": 400,
+            "CONNECT other:443": 501,
+        }
+        async with echo_app().running() as server:
+            for form, status in forms.items():
+                with self.subTest(form):
+                    await self.check_refused(server.port, f"{form} HTTP/1.1\r\n{HOST}\r\n", status)
+
+
+class TestFields(HttpTest):
+    async def test_malformed_fields_are_refused(self) -> None:
+        """RFC 9112, section 5."""
+        fields = [
+            "X : 1",  # a blank before the colon (5.1)
+            "X\t: 1",
+            " X: 1",
+            "X: 1\r\n folded",  # obs-fold (5.2)
+            "X: 1\r\n\tfolded",
+            "X",
+            ": 1",
+            "X(: 1",
+            "X\xe4: 1",
+            "X: a\0b",
+            "X: a\x0bb",
+            "X: a\x7fb",
+        ]
+        async with echo_app().running() as server:
+            for given in fields:
+                with self.subTest(given):
+                    head = f"GET / HTTP/1.1\r\n{HOST}{given}\r\n\r\n"
+                    await self.check_refused(server.port, head)
+                with self.subTest(given, place="first"):
+                    head = f"GET / HTTP/1.1\r\n{given}\r\n{HOST}\r\n"
+                    await self.check_refused(server.port, head)
+
+    async def test_exactly_one_valid_host_is_required(self) -> None:
+        """RFC 9112, section 3.2."""
+        hosts = [
+            "",
+            "Host: a\r\nHost: a\r\n",
+            "Host: a\r\nhost: b\r\n",
+            "Host: a b\r\n",
+            "Host: a/b\r\n",
+            "Host: a@b\r\n",
+            "Host: a\\b\r\n",
+            "Host: a:b\r\n",
+            "Host: [a\r\n",
+            "Host: ::1\r\n",
+        ]
+        async with echo_app().running() as server:
+            for given in hosts:
+                with self.subTest(given):
+                    await self.check_refused(server.port, f"GET / HTTP/1.1\r\n{given}\r\n")
+            peer = await Peer.connect(server.port)
+            for given, host in {"A.Example:80": "a.example", "[::1]:8000": "[::1]", "": ""}.items():
+                with self.subTest(given):
+                    await peer.send(f"GET / HTTP/1.1\r\nHost: {given}\r\n\r\n")
+                    self.assertEqual(understood(await within(peer.answer()))[2], host)
+            await peer.close()
+
+    async def test_names_are_caseless_and_values_are_stripped_latin_1(self) -> None:
+        """RFC 9110, sections 5.1 and 5.5; RFC 9112, section 5."""
+
+        async def show(c: Context, w: Writer) -> None:
+            w.json([c.req.headers.get("X-A"), c.req.headers.getlist("x-b"), "x-c" in c.req.headers])
+
+        app = Stario()
+        app.get("/", show)
+        async with connected(app) as peer:
+            await peer.send(
+                "GET / HTTP/1.1\r\nhOST: a\r\nx-a: \t\xe4 b \t\r\nX-B:1\r\nx-b: 2\r\n\r\n"
+            )
+            self.assertEqual((await within(peer.answer())).body, '["ä b",["1","2"],false]'.encode())
+
+    async def test_fields_do_not_reach_the_next_request(self) -> None:
+        """A header block that comes again is parsed once; what is not the same must not be."""
+
+        async def show(c: Context, w: Writer) -> None:
+            w.text(c.req.headers.get("x") or "none")
+
+        app = Stario()
+        app.get("/", show)
+        async with connected(app) as peer:
+            for fields, text in (
+                ({"X": "1"}, "1"),
+                ({"X": "1"}, "1"),
+                ({"X": "2"}, "2"),
+                ({}, "none"),
+            ):
+                self.assertEqual((await within(peer.get("/", **fields))).text, text)
+
+
+class TestFraming(HttpTest):
+    async def test_an_ambiguous_length_is_refused(self) -> None:
+        """RFC 9112, sections 6.1 to 6.3: this is how requests are smuggled."""
+        fields = [
+            "Content-Length: 5\r\nContent-Length: 5",
+            "Content-Length: 5\r\nContent-Length: 6",
+            "Content-Length: 5, 5",
+            "Content-Length: +5",
+            "Content-Length: -5",
+            "Content-Length: 5 5",
+            "Content-Length: 0x5",
+            "Content-Length: 5_0",
+            "Content-Length: 5.0",
+            "Content-Length: 5e0",
+            "Content-Length:",
+            "Content-Length: \xb2",
+            f"Content-Length: {'9' * 19}",
+            f"Content-Length: {'0' * 5000}5",
+            "Content-Length: 5\r\nTransfer-Encoding: chunked",
+            "Transfer-Encoding: chunked\r\nContent-Length: 5",
+            "Transfer-Encoding: identity",
+            "Transfer-Encoding: gzip, chunked",
+            "Transfer-Encoding: chunked, chunked",
+            "Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked",
+            "Transfer-Encoding: chunked;a=b",
+            "Transfer-Encoding: xchunked",
+            "Transfer-Encoding: \x0bchunked",
+            'Transfer-Encoding: "chunked"',
+            "Transfer-Encoding:",
+            "Transfer-Encoding : chunked",
+            "Transfer-Encoding:\r\n chunked",
+        ]
+        async with echo_app().running() as server:
+            for given in fields:
+                with self.subTest(given):
+                    head = f"POST / HTTP/1.1\r\n{HOST}{given}\r\n\r\nhello"
+                    await self.check_refused(server.port, head)
+            with self.subTest("HTTP/1.0 has no Transfer-Encoding"):
+                head = f"POST / HTTP/1.0\r\n{HOST}Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n"
+                await self.check_refused(server.port, head)
+
+    async def test_a_body_ends_where_its_length_says(self) -> None:
+        """RFC 9112, section 6.3: what follows is the next request, what looks like one is not."""
+        async with connected(echo_app()) as peer:
+            inner = "GET /inner HTTP/1.1\r\nHost: x\r\n\r\n"
+            await peer.send(
+                f"POST /1 HTTP/1.1\r\n{HOST}Content-Length: {len(inner)}\r\n\r\n{inner}"
+                f"GET /2 HTTP/1.1\r\n{HOST}Content-Length: 0\r\n\r\n"
+                f"POST /3 HTTP/1.1\r\n{HOST}Transfer-Encoding: Chunked\r\n\r\n"
+                f"{len(inner):X}\r\n{inner}\r\n0\r\n\r\n"
+                f"GET /4 HTTP/1.1\r\n{HOST}\r\n"
+            )
+            for path, body in (("/1", inner), ("/2", ""), ("/3", inner), ("/4", "")):
+                found = understood(await within(peer.answer()))
+                self.assertEqual((found[1], found[3]), (path, body))
+
+    async def test_malformed_chunks_are_refused(self) -> None:
+        """RFC 9112, section 7.1."""
+        bodies = [
+            "+5\r\nhello\r\n0\r\n\r\n",
+            "-5\r\nhello\r\n0\r\n\r\n",
+            "0x5\r\nhello\r\n0\r\n\r\n",
+            "0_5\r\nhello\r\n0\r\n\r\n",
+            " 5\r\nhello\r\n0\r\n\r\n",
+            "5 \r\nhello\r\n0\r\n\r\n",
+            "g\r\nhello\r\n0\r\n\r\n",
+            "\r\nhello\r\n0\r\n\r\n",
+            ";a\r\nhello\r\n0\r\n\r\n",
+            "5\nhello\r\n0\r\n\r\n",
+            "5\rhello\r\n0\r\n\r\n",
+            "5;a\nb\r\nhello\r\n0\r\n\r\n",
+            "5;a\0b\r\nhello\r\n0\r\n\r\n",
+            "5;a\rb\r\nhello\r\n0\r\n\r\n",
+            "5\r\nhello!\r\n0\r\n\r\n",
+            "5\r\nhello0\r\n\r\n",
+            "5\r\nhello\n0\r\n\r\n",
+            "5\r\nhello\r0\r\n\r\n",
+            "5\r\nhello\r\r\n0\r\n\r\n",
+            "10000000000000000\r\nhello\r\n0\r\n\r\n",
+            "5\r\nhello\r\n0\r\nbad trailer\r\n\r\n",
+            "5\r\nhello\r\n0\r\nX : y\r\n\r\n",
+            "5\r\nhello\r\n0\r\ncontent-length: 5\r\n\r\n",
+            "5\r\nhello\r\n0\r\nX: y\r\nTransfer-Encoding: chunked\r\n\r\n",
+            "5\r\nhello\r\n0\r\nX: a\nY: b\r\n\r\n",
+            "5\r\nhello\r\n0\r\nX: a\r\n folded\r\n\r\n",
+        ]
+        async with echo_app().running() as server:
+            for body in bodies:
+                for sent in ([body], list(body)):
+                    with self.subTest(body, pieces=len(sent)):
+                        peer = await Peer.connect(server.port)
+                        await peer.send(
+                            f"POST / HTTP/1.1\r\n{HOST}Transfer-Encoding: chunked\r\n\r\n"
+                        )
+                        for piece in sent:
+                            await peer.send(piece)
+                        await peer.send(NEXT)
+                        self.assertEqual((await within(peer.answer())).status, 400)
+                        self.assertEqual(await within(peer.rest()), b"")
+                        await peer.close()
+
+    async def test_chunks_may_be_cut_anywhere(self) -> None:
+        """RFC 9112, section 7.1; extensions (7.1.1) and trailers (7.1.2) are read and forgotten."""
+        body = '3;a="b"\r\nabc\r\n0A ; x\r\n0123456789\r\n1\r\n\r\r\n'
+        body += "000\r\nTrailer: x\r\nMore:\r\n\r\n"
+        async with connected(echo_app()) as peer:
+            for size in (1, 2, 3, 7, len(body)):
+                with self.subTest(size=size):
+                    await peer.send(f"POST / HTTP/1.1\r\n{HOST}Transfer-Encoding: chunked\r\n\r\n")
+                    for start in range(0, len(body), size):
+                        await peer.send(body[start : start + size])
+                        await asyncio.sleep(0)
+                    self.assertEqual(understood(await within(peer.answer()))[3], "abc0123456789\r")
+
+    async def test_many_tiny_chunks_make_one_body(self) -> None:
+        """RFC 9112, section 7.1."""
+        async with connected(echo_app()) as peer:
+            await peer.send(f"POST / HTTP/1.1\r\n{HOST}Transfer-Encoding: chunked\r\n\r\n")
+            await peer.send("1\r\nx\r\n" * 50_000, "0\r\n\r\n")
+            self.assertEqual(understood(await within(peer.answer()))[3], "x" * 50_000)
+
+    async def test_extension_and_trailer_floods_are_refused(self) -> None:
+        """RFC 9112, section 7.1.1: a limit on the total, in one chunk or in many; 431."""
+        floods = [
+            "1;" + "x" * 5000,
+            "1;" + "x" * 5000 + "\r\na\r\n",
+            f"1;{'x' * 50}\r\na\r\n" * 100,
+            "0\r\n" + "X: y\r\n" * 2000,
+            "0\r\nX: " + "y" * 5000,
+        ]
+        async with echo_app().running(max_header_bytes=4096) as server:
+            for flood in floods:
+                with self.subTest(flood[:10]):
+                    peer = await Peer.connect(server.port)
+                    await peer.send(f"POST / HTTP/1.1\r\n{HOST}Transfer-Encoding: chunked\r\n\r\n")
+                    await peer.send(flood)
+                    self.assertEqual((await within(peer.answer())).status, 431)
+                    self.assertEqual(await within(peer.rest()), b"")
+                    await peer.close()
+
+    async def test_the_same_bytes_read_the_same_however_they_are_cut(self) -> None:
+        """Findings of the fuzzer: faults that were seen early or late, by where the cuts were."""
+        requests = [
+            f"POST /1 HTTP/1.1\r\n{HOST}Content-Length: 3\r\n\r\nab\r\n",
+            f"PUT / HTTP/1.1\r\n{HOST}Transfer-Encoding: chunked\r\n\r\n0\r\nMore: y\n\r\r\n",
+        ]
+        for request in requests:
+            found = []
+            for pieces in ([request], list(request)):
+                async with connected(echo_app()) as peer:
+                    for piece in pieces:
+                        await peer.send(piece)
+                    peer.writer.write_eof()
+                    out = await within(peer.rest())
+                    found.append(re.findall(rb"HTTP/1.1 \d+", out))
+            with self.subTest(request):
+                self.assertEqual(found[0], found[1])
+
+
+class TestConnections(HttpTest):
+    async def test_a_connection_stays_open_unless_somebody_says_close(self) -> None:
+        """RFC 9112, section 9.3; options are a list, without regard to case (RFC 9110, 7.6.1)."""
+        kept = {
+            ("HTTP/1.1", ""): True,
+            ("HTTP/1.1", "Connection: keep-alive\r\n"): True,
+            ("HTTP/1.1", "Connection: close\r\n"): False,
+            ("HTTP/1.1", "Connection: Keep-Alive,\tClose\r\n"): False,
+            ("HTTP/1.1", "Connection: x\r\nConnection: close\r\n"): False,
+            ("HTTP/1.1", "Connection: xclose, closed\r\n"): True,
+            ("HTTP/1.0", ""): False,
+            ("HTTP/1.0", "Connection: keep-alive\r\n"): True,
+            ("HTTP/1.0", "Connection: close, keep-alive\r\n"): False,
+        }
+        async with echo_app().running() as server:
+            for (version, fields), stays in kept.items():
+                with self.subTest(version, fields=fields):
+                    peer = await Peer.connect(server.port)
+                    request = f"GET / {version}\r\n{HOST}{fields}\r\n"
+                    await peer.send(request)
+                    answer = await within(peer.answer())
+                    said = answer.headers.get("connection")
+                    wanted = ("keep-alive" if version == "HTTP/1.0" else None) if stays else "close"
+                    self.assertEqual(said, wanted)
+                    if stays:
+                        await peer.send(request)
+                        self.assertEqual((await within(peer.answer())).status, 200)
+                    else:
+                        self.assertEqual(await within(peer.rest()), b"")
+                    await peer.close()
+
+    async def test_nothing_is_read_behind_a_request_that_closes(self) -> None:
+        """RFC 9112, section 9.6; also when the client has closed its side meanwhile."""
+        seen: list[str] = []
+        go_on = asyncio.Event()
+
+        async def note(c: Context, w: Writer) -> None:
+            seen.append(c.req.path)
+            if c.req.path == "/1":
+                await go_on.wait()
+            w.text("ok")
+
+        app = Stario()
+        app.get("/*", note)
+        async with connected(app) as peer:
+            await peer.send(
+                f"GET /1 HTTP/1.1\r\n{HOST}\r\n"
+                f"GET /2 HTTP/1.1\r\n{HOST}Connection: close\r\n\r\n"
+                f"GET /3 HTTP/1.1\r\n{HOST}\r\n"
+            )
+            peer.writer.write_eof()
+            await until(lambda: seen)
+            go_on.set()
+            self.assertEqual((await within(peer.rest())).count(b"HTTP/1.1 200"), 2)
+        self.assertEqual(seen, ["/1", "/2"])
+
+    async def test_pipelined_requests_are_answered_in_order(self) -> None:
+        """RFC 9112, section 9.3.2; one at a time, however long the first one takes."""
+        under_way = most = 0
+
+        async def slow_first(c: Context, w: Writer) -> None:
+            nonlocal under_way, most
+            under_way += 1
+            most = max(most, under_way)
+            for _ in range(20 if c.req.path == "/0" else 0):
+                await asyncio.sleep(0)
+            under_way -= 1
+            w.text(c.req.path)
+
+        app = Stario()
+        app.get("/*", slow_first)
+        async with connected(app) as peer:
+            await peer.send("".join(f"GET /{i} HTTP/1.1\r\n{HOST}\r\n" for i in range(2000)))
+            for i in range(2000):
+                self.assertEqual((await within(peer.answer())).text, f"/{i}")
+        self.assertEqual(most, 1)
+
+    async def test_a_thousand_requests_at_once_leave_others_their_turn(self) -> None:
+        """However many come in one piece: others are answered before the last of them."""
+        order: list[str] = []
+
+        async def note(c: Context, w: Writer) -> None:
+            order.append(c.req.path)
+            w.empty()
+
+        app = Stario()
+        app.get("/*", note)
+        async with app.running() as server:
+            other = await Peer.connect(server.port)
+            await within(other.get("/warm"))
+            (connection,) = connections_of(server)
+            many = await Peer.connect(server.port)
+            await within(many.get("/warm"))
+            (busy,) = set(connections_of(server)) - {connection}
+            # Both in one turn of the loop, as when the sockets become readable together.
+            busy.data_received(f"GET /many HTTP/1.1\r\n{HOST}\r\n".encode() * 1000)
+            connection.data_received(f"GET /other HTTP/1.1\r\n{HOST}\r\n".encode())
+            await within(other.answer())
+            for _ in range(1000):
+                self.assertEqual((await within(many.answer())).status, 204)
+            self.assertLess(order.index("/other"), 200)
+            self.assertEqual(order.count("/many"), 1000)
+            await other.close()
+            await many.close()
+
+    async def test_pipelined_requests_before_the_end_of_a_client_are_all_answered(self) -> None:
+        """RFC 9112, section 9.6: also when they are more than one turn's worth."""
+        async with connected(echo_app()) as peer:
+            await peer.send(f"GET / HTTP/1.1\r\n{HOST}\r\n" * 300)
+            peer.writer.write_eof()
+            self.assertEqual((await within(peer.rest())).count(b"HTTP/1.1 200"), 300)
+
+    async def test_what_is_queued_behind_a_request_is_bounded(self) -> None:
+        """RFC 9112, section 9.3.2: the client has to wait, and loses nothing."""
+        go_on = asyncio.Event()
+
+        async def wait(c: Context, w: Writer) -> None:
+            await go_on.wait()
+            w.text(c.req.path)
+
+        app = Stario()
+        app.get("/*", wait)
+        async with app.running() as server:
+            peer = await Peer.connect(server.port)
+            padding = "x" * 8000
+            requests = [f"GET /{i} HTTP/1.1\r\n{HOST}X: {padding}\r\n\r\n" for i in range(500)]
+            sending = asyncio.ensure_future(peer.send(*requests))
+            await until(lambda: [c for c in connections_of(server) if c._paused_reading])
+            (connection,) = connections_of(server)
+            self.assertLess(len(connection._buffer), 512 * 1024)
+            go_on.set()
+            for i in range(500):
+                self.assertEqual((await within(peer.answer())).text, f"/{i}")
+            await within(sending)
+            await peer.close()
+
+    async def test_answers_that_nobody_takes_hold_up_later_requests(self) -> None:
+        """A client that only sends gets no more than a bounded number of answers made for it."""
+        made = 0
+
+        async def big(c: Context, w: Writer) -> None:
+            nonlocal made
+            made += 1
+            w.respond(bytes(100_000), "application/octet-stream")
+
+        app = Stario()
+        app.get("/", big)
+        async with app.running() as server:
+            peer = await Peer.connect(server.port)
+            stop_reading(peer)
+            await peer.send(f"GET / HTTP/1.1\r\n{HOST}\r\n" * 1000)
+            await until(lambda: [c for c in connections_of(server) if c._paused_writing])
+            self.assertLess(made, 500)
+            read_again(peer)
+            for _ in range(1000):
+                await within(peer.answer())
+            self.assertEqual(made, 1000)
+            await peer.close()
+
+    async def test_context_variables_do_not_leak_into_the_next_request(self) -> None:
+        variable: contextvars.ContextVar[str] = contextvars.ContextVar("variable", default="clean")
+
+        async def leave(c: Context, w: Writer) -> None:
+            w.text(variable.get())
+            variable.set("left behind")
+
+        app = Stario()
+        app.get("/", leave)
+        async with connected(app) as peer:
+            await peer.send(f"GET / HTTP/1.1\r\n{HOST}\r\n" * 3)
+            for _ in range(3):
+                self.assertEqual((await within(peer.answer())).text, "clean")
+
+    async def test_an_unread_body_is_drained_if_it_is_small(self) -> None:
+        """RFC 9112, section 9.3: else the connection closes; never is it taken for a request."""
+
+        async def ignore(c: Context, w: Writer) -> None:
+            w.text("ignored")
+
+        app = Stario()
+        app.post("/", ignore)
+        async with app.running() as server:
+            for size, stays in ((10, True), (200_000, True), (2_000_000, False)):
+                for chunked in (False, True):
+                    with self.subTest(size=size, chunked=chunked):
+                        peer = await Peer.connect(server.port)
+                        framing = (
+                            "Transfer-Encoding: chunked" if chunked else f"Content-Length: {size}"
+                        )
+                        head = f"POST / HTTP/1.1\r\n{HOST}{framing}\r\n\r\n"
+                        unit = NEXT.encode()
+                        data = (unit * (size // len(unit) + 1))[:size]
+                        if chunked:
+                            data = b"%x\r\n%b\r\n0\r\n\r\n" % (size, data)
+                        await peer.send(head, data)
+                        answer = await within(peer.answer())
+                        self.assertEqual(answer.text, "ignored")
+                        if stays:
+                            await peer.send(head, data)
+                            self.assertEqual((await within(peer.answer())).text, "ignored")
+                        else:
+                            self.assertEqual(await within(peer.rest()), b"")
+                        if not chunked:
+                            self.assertEqual("connection" in answer.headers, not stays)
+                        await peer.close()
+
+    async def test_a_body_that_nobody_wants_is_not_read_for_ever(self) -> None:
+        """While a handler that has read a part of it is still answering, the client must wait."""
+        go_on = asyncio.Event()
+
+        async def read_some(c: Context, w: Writer) -> None:
+            async for _ in c.req.stream():
+                break
+            await go_on.wait()
+            w.text("enough")
+
+        app = Stario()
+        app.post("/", read_some)
+        async with app.running() as server:
+            peer = await Peer.connect(server.port)
+            await peer.send(
+                f"POST / HTTP/1.1\r\n{HOST}Content-Length: 10000000\r\n\r\n", bytes(65536)
+            )
+            sending = asyncio.ensure_future(peer.send(bytes(9_000_000)))
+            await until(lambda: connections_of(server))
+            (connection,) = connections_of(server)
+            await until(lambda: connection._discarded and connection._paused_reading)
+            self.assertLess(connection._discarded, 2_000_000)
+            go_on.set()
+            self.assertEqual((await within(peer.answer())).text, "enough")
+            await within(sending)
+            await peer.close()
+
+    async def test_continue_is_sent_when_the_body_is_asked_for(self) -> None:
+        """RFC 9110, section 10.1.1."""
+        head = f"POST / HTTP/1.1\r\n{HOST}Content-Length: 3\r\nExpect: 100-Continue\r\n\r\n"
+        async with connected(echo_app()) as peer:
+            for _ in range(2):
+                await peer.send(head)
+                self.assertEqual((await within(peer.head())).status, 100)
+                await peer.send("abc")
+                self.assertEqual(understood(await within(peer.answer()))[3], "abc")
+
+    async def test_continue_is_not_sent_to_who_does_not_wait(self) -> None:
+        """RFC 9110, section 10.1.1: without a body, or to HTTP/1.0."""
+        async with connected(echo_app()) as peer:
+            await peer.send(f"GET / HTTP/1.1\r\n{HOST}Expect: 100-continue\r\n\r\n")
+            self.assertEqual((await within(peer.answer())).status, 200)
+            await peer.send(
+                f"POST / HTTP/1.0\r\n{HOST}Expect: 100-continue\r\nContent-Length: 3\r\n\r\n"
+            )
+            await peer.send("abc")
+            self.assertEqual(understood(await within(peer.answer()))[3], "abc")
+
+    async def test_an_answer_may_come_instead_of_continue(self) -> None:
+        """RFC 9110, section 10.1.1: who has been told so may send no body, so this closes."""
+
+        async def refuse(c: Context, w: Writer) -> None:
+            raise HttpException(403)
+
+        async def answer_first(c: Context, w: Writer) -> None:
+            w.write(b"early")
+            with contextlib.suppress(ClientDisconnected):
+                await c.req.body()
+
+        app = Stario(max_body=100)
+        app.post("/403", refuse)
+        app.post("/413", echo)
+        app.post("/200", answer_first)
+        async with app.running() as server:
+            for status, length in ((403, 5), (413, 101), (200, 5)):
+                with self.subTest(status):
+                    peer = await Peer.connect(server.port)
+                    await peer.send(
+                        f"POST /{status} HTTP/1.1\r\n{HOST}Content-Length: {length}\r\n"
+                    )
+                    await peer.send("Expect: 100-continue\r\n\r\n")
+                    head = await within(peer.head())
+                    self.assertEqual((head.status, head.headers["connection"]), (status, "close"))
+                    if status == 200:
+                        peer.writer.write_eof()
+                    self.assertNotIn(b"100 Continue", await within(peer.rest()))
+                    await peer.close()
+
+    async def test_other_expectations_are_refused(self) -> None:
+        """RFC 9110, section 10.1.1: 417."""
+        async with echo_app().running() as server:
+            for expected in ("x", "100-continue, x", "100-continue;x"):
+                with self.subTest(expected):
+                    head = f"GET / HTTP/1.1\r\n{HOST}Expect: {expected}\r\n\r\n"
+                    await self.check_refused(server.port, head, 417)
+
+    async def test_http_1_0_gets_an_answer_that_it_can_read(self) -> None:
+        """RFC 9112, section 6.3: without chunks, the end of the connection ends the body."""
+
+        async def stream(c: Context, w: Writer) -> None:
+            w.write(b"a").write(b"b")
+
+        app = Stario()
+        app.get("/", stream)
+        async with connected(app) as peer:
+            await peer.send("GET / HTTP/1.0\r\nConnection: keep-alive\r\n\r\n")
+            answer = await within(peer.answer())
+            self.assertEqual((answer.headers["connection"], answer.body), ("close", b"ab"))
+            self.assertNotIn("transfer-encoding", answer.headers)
+
+    async def test_a_client_that_has_closed_its_side_gets_its_answers(self) -> None:
+        """RFC 9112, section 9.6, and TCP: half-closed is not gone."""
+
+        async def later(c: Context, w: Writer) -> None:
+            await asyncio.sleep(0.01)
+            w.text(c.req.path)
+
+        app = Stario()
+        app.get("/*", later)
+        async with connected(app) as peer:
+            await peer.send(f"GET /1 HTTP/1.1\r\n{HOST}\r\nGET /2 HTTP/1.1\r\n{HOST}\r\nGET /3")
+            peer.writer.write_eof()
+            self.assertEqual([(await within(peer.answer())).text for _ in "12"], ["/1", "/2"])
+            self.assertEqual(await within(peer.rest()), b"")
+
+    async def test_a_request_that_is_cut_off_is_no_request(self) -> None:
+        """RFC 9112, section 8: neither its handler's answer nor a 204 is sent for it."""
+        spans = Spans()
+        app = echo_app(tracer=spans)
+        for framing, part in (
+            ("Content-Length: 5", "abc"),
+            ("Transfer-Encoding: chunked", "5\r\na"),
+        ):
+            with self.subTest(framing):
+                async with connected(app) as peer:
+                    await peer.send(f"POST / HTTP/1.1\r\n{HOST}{framing}\r\n\r\n{part}")
+                    peer.writer.write_eof()
+                    self.assertEqual(await within(peer.rest()), b"")
+        events = [event.name for span in spans.ended for event in span.events]
+        self.assertEqual(events, ["client.disconnected"] * 2)
+
+    async def test_a_cut_off_rest_of_an_unwanted_body_closes(self) -> None:
+        """RFC 9112, section 8."""
+
+        async def ignore(c: Context, w: Writer) -> None:
+            w.empty()
+
+        app = Stario()
+        app.post("/", ignore)
+        async with app.running() as server:
+            peer = await Peer.connect(server.port)
+            await peer.send(f"POST / HTTP/1.1\r\n{HOST}Content-Length: 5\r\n\r\nabc")
+            self.assertEqual((await within(peer.answer())).status, 204)
+            peer.writer.write_eof()
+            self.assertEqual(await within(peer.rest()), b"")
+            await until(lambda: not connections_of(server))
+            await peer.close()
+
+    async def test_a_long_answer_that_closes_is_not_cut_off(self) -> None:
+        """RFC 9112, section 9.6: as long as the client takes it, whatever else it has sent."""
+
+        async def long(c: Context, w: Writer) -> None:
+            w.respond(bytes(20_000_000), "application/octet-stream")
+
+        app = Stario()
+        app.get("/", long)
+        with mock.patch("stario._LINGER", 0.05):
+            async with app.running(write_timeout=5.0) as server:
+                peer = await Peer.connect(server.port)
+                stop_reading(peer)
+                await peer.send(f"GET / HTTP/1.1\r\n{HOST}Connection: close\r\n\r\n{NEXT}")
+                await until(lambda: [c for c in connections_of(server) if c._ended])
+                (connection,) = connections_of(server)
+                deadline = connection._deadline
+                await until(lambda: connection._deadline != deadline)  # it would have been closed
+                read_again(peer)
+                self.assertEqual(len((await within(peer.answer())).body), 20_000_000)
+                self.assertEqual(await within(peer.rest()), b"")
+                await peer.close()
+
+    async def test_a_refused_client_may_go_on_sending(self) -> None:
+        """RFC 9112, section 9.6: closing at once would be a reset, which destroys the answer."""
+        async with echo_app(max_body=1000).running() as server:
+            requests = {
+                f"POST / HTTP/1.1\r\n{HOST}Content-Length: 9000000\r\n\r\n": 413,
+                f"POST / HTTP/1.1\r\n{HOST}Content-Length: 9000000, 1\r\n\r\n": 400,
+                f"POST / HTTP/1.1\r\n{HOST}Transfer-Encoding: chunked\r\n\r\n895440\r\n": 413,
+            }
+            for head, status in requests.items():
+                with self.subTest(head):
+                    peer = await Peer.connect(server.port)
+                    await peer.send(head)
+                    await within(peer.send(*[bytes(100_000)] * 90))
+                    self.assertEqual((await within(peer.answer())).status, status)
+                    await peer.close()
+
+
+class TestAnswers(HttpTest):
+    async def test_some_answers_have_no_body(self) -> None:
+        """RFC 9110, sections 9.3.2 (HEAD), 15.3.5 (204) and 15.4.5 (304)."""
+
+        async def one_shot(c: Context, w: Writer) -> None:
+            w.respond(b"content", "text/plain", int(c.req.query.get("status", "200")))
+
+        async def stream(c: Context, w: Writer) -> None:
+            w.write(b"content").write(b"more").end(b"and more")
+
+        async def sized(c: Context, w: Writer) -> None:
+            w.headers.set("content-length", 7)
+            w.write_headers(int(c.req.query.get("status", "200")))
+            if c.req.method == "GET" and not c.req.query:
+                w.write(b"content")
+
+        async def events(c: Context, w: Writer) -> None:
+            w.event("x", "y")
+
+        app = Stario()
+        for path, handler in {"one": one_shot, "str": stream, "len": sized, "sse": events}.items():
+            app.get(f"/{path}", handler)
+        lengths = {
+            ("HEAD", "/one"): "7",
+            ("HEAD", "/str"): None,
+            ("HEAD", "/len"): "7",
+            ("HEAD", "/sse"): None,
+            ("GET", "/one?status=204"): None,
+            ("GET", "/one?status=304"): None,
+            ("GET", "/len?status=204"): None,
+            ("GET", "/len?status=304"): "7",
+        }
+        async with connected(app) as peer:
+            for (method, path), length in lengths.items():
+                with self.subTest(method, path=path):
+                    answer = await within(peer.get(path, method))
+                    self.assertEqual(answer.headers.get("content-length"), length)
+                    self.assertNotIn("transfer-encoding", answer.headers)
+                    # A body would stand in front of the next answer.
+                    self.assertEqual((await within(peer.get("/one"))).text, "content")
+
+    async def test_a_body_has_a_length_or_comes_in_chunks_but_not_both(self) -> None:
+        """RFC 9112, section 6.2; what a handler says of the connection's own fields is left out."""
+
+        async def sized(c: Context, w: Writer) -> None:
+            w.headers.set("transfer-encoding", "chunked").set("content-length", 2)
+            w.headers.set("connection", "close").set("keep-alive", "timeout=1")
+            w.write(b"ab")
+
+        async def unsized(c: Context, w: Writer) -> None:
+            w.headers.set("transfer-encoding", "gzip")
+            w.write(b"ab")
+
+        app = Stario()
+        app.get("/sized", sized)
+        app.get("/unsized", unsized)
+        async with connected(app) as peer:
+            answer = await within(peer.get("/sized"))
+            self.assertEqual((answer.headers["content-length"], answer.body), ("2", b"ab"))
+            self.assertFalse(
+                {"transfer-encoding", "connection", "keep-alive"} & set(answer.headers)
+            )
+            answer = await within(peer.get("/unsized"))
+            self.assertEqual((answer.headers["transfer-encoding"], answer.body), ("chunked", b"ab"))
+            self.assertNotIn("content-length", answer.headers)
+
+    async def test_every_answer_has_one_date_and_no_server(self) -> None:
+        """RFC 9110, sections 6.6.1 and 5.6.7."""
+
+        async def dated(c: Context, w: Writer) -> None:
+            w.headers.set("date", "Thu, 01 Jan 1970 00:00:00 GMT")
+            w.text("old")
+
+        app = echo_app()
+        app.get("/dated", dated)
+        async with connected(app) as peer:
+            for path in ("/", "/dated"):  # a handler's own is left out
+                answer = await within(peer.get(path))
+                date = datetime.strptime(answer.headers["date"], "%a, %d %b %Y %H:%M:%S GMT")
+                age = datetime.now(timezone.utc) - date.replace(tzinfo=timezone.utc)
+                self.assertLess(abs(age), timedelta(minutes=1))
+                self.assertNotIn("server", answer.headers)
+
+    async def test_a_stream_that_dies_is_cut_off_visibly(self) -> None:
+        """RFC 9112, section 8: no last chunk, too few bytes, or a reset."""
+
+        async def die(c: Context, w: Writer) -> None:
+            if c.req.query.get("sized"):
+                w.headers.set("content-length", 100)
+            w.write(b"start")
+            await w.drain()
+            raise HttpException(400, "too late")
+
+        app = Stario()
+        app.get("/", die)
+        async with app.running() as server:
+            for target in ("/", "/?sized=1"):
+                with self.subTest(target):
+                    peer = await Peer.connect(server.port)
+                    await peer.send(f"GET {target} HTTP/1.1\r\n{HOST}\r\n")
+                    await within(peer.head())
+                    rest = await within(peer.rest())
+                    self.assertIn(rest, (b"start", b"5\r\nstart\r\n"))
+                    await peer.close()
+            peer = await Peer.connect(server.port)
+            await peer.send("GET / HTTP/1.0\r\n\r\n")
+            with self.assertRaises(ConnectionResetError):
+                await within(peer.rest())
+            await peer.close()
+
+    async def test_a_handler_without_an_answer_gives_204_and_says_so(self) -> None:
+        spans = Spans()
+        app = Stario(spans)
+
+        async def silent(c: Context, w: Writer) -> None:
+            pass
+
+        app.get("/", silent)
+        async with connected(app) as peer:
+            self.assertEqual((await within(peer.get("/"))).status, 204)
+            self.assertEqual((await within(peer.get("/"))).status, 204)
+        self.assertEqual([e.name for e in spans.named("GET /")[0].events], ["no answer"])
+
+    async def test_another_length_than_the_declared_one_is_an_error_that_is_seen(self) -> None:
+        """RFC 9110, section 8.6: by the developer, and by the client."""
+        spans = Spans()
+        app = Stario(spans)
+
+        async def declare(c: Context, w: Writer) -> None:
+            w.headers.set("content-length", 5)
+            w.write(b"1234" if c.req.path == "/less" else b"12345678")
+
+        async def file(c: Context, w: Writer) -> None:
+            w.headers.set("content-length", 5)
+            with open(__file__, "rb") as opened:
+                w.write_headers(200)
+                await w.send_file(opened, 0, 6)
+
+        app.get("/less", declare)
+        app.get("/more", declare)
+        app.get("/file", file)
+        for path, wanted in {"/less": b"1234", "/more": b"", "/file": b""}.items():
+            with self.subTest(path):
+                out = await ask(app, f"GET {path} HTTP/1.1\r\n{HOST}\r\n{NEXT}")
+                self.assertEqual(out.partition(b"\r\n\r\n")[2], wanted)
+                (span,) = spans.named(f"GET {path}")
+                self.assertIn("Content-Length", span.error or "")
+
+    async def test_an_answer_that_cannot_be_sent_is_a_500_and_not_silence(self) -> None:
+        """Whatever goes wrong between the handler and the wire, the client hears of it."""
+
+        async def bad_type(c: Context, w: Writer) -> None:
+            w.respond(b"x", "text/plain\r\nX: y")
+
+        async def bad_status(c: Context, w: Writer) -> None:
+            raise HttpException(42)
+
+        async def bad_address(c: Context, w: Writer) -> None:
+            raise HttpException(302, "/a\r\nSet-Cookie: b")
+
+        async def bad_length(c: Context, w: Writer) -> None:
+            w.headers.set("content-length", "many")
+            w.write(b"x")
+
+        async def bad_json(c: Context, w: Writer) -> None:
+            w.json(object())
+
+        app = Stario(Spans())
+        handlers = [bad_type, bad_status, bad_address, bad_length, bad_json]
+        for handler in handlers:
+            app.get(f"/{handler.__name__}", handler)
+        async with connected(app) as peer:
+            for handler in handlers:
+                with self.subTest(handler.__name__):
+                    answer = await within(peer.get(f"/{handler.__name__}"))
+                    self.assertEqual((answer.status, answer.text), (500, "Internal Server Error"))
+
+    async def test_a_body_of_the_wrong_type_closes_the_connection(self) -> None:
+        async def not_bytes(c: Context, w: Writer) -> None:
+            w.respond("text", "text/plain")  # type: ignore[arg-type]
+
+        app = Stario(Spans())
+        app.get("/", not_bytes)
+        self.assertEqual(await ask(app, f"GET / HTTP/1.1\r\n{HOST}\r\n"), b"")
+
+    async def test_errors_tell_the_client_no_details(self) -> None:
+        async def fail(c: Context, w: Writer) -> None:
+            raise RuntimeError("the password is 1234")
+
+        app = Stario(Spans())
+        app.get("/", fail)
+        async with connected(app) as peer:
+            answer = await within(peer.get("/"))
+            self.assertEqual((answer.status, answer.text), (500, "Internal Server Error"))
+            self.assertNotIn("stario", str(answer.headers).lower())
+
+
+class TestPathsAndText(HttpTest):
+    async def test_an_escaped_slash_does_not_split_a_segment(self) -> None:
+        """RFC 3986, section 2.2: split first, decode after."""
+
+        async def show(c: Context, w: Writer) -> None:
+            w.json([c.req.params.get("name"), c.req.tail, c.req.raw_path])
+
+        app = Stario()
+        app.get("/one/{name}", show)
+        app.get("/one/{name}/two", show)
+        app.get("/tail/*", show)
+        async with connected(app) as peer:
+            answers = {
+                "/one/a%2Fb": ["a/b", "", "/one/a%2Fb"],
+                "/one/a%2Ftwo": ["a/two", "", "/one/a%2Ftwo"],
+                "/one/%7Bx%7D": ["{x}", "", "/one/%7Bx%7D"],
+                "/one/%C3%A4%2B+": ["ä++", "", "/one/%C3%A4%2B+"],
+                "/tail/a%2Fb/../c": [None, "a/b/../c", "/tail/a%2Fb/../c"],
+            }
+            for path, wanted in answers.items():
+                with self.subTest(path):
+                    self.assertEqual(json.loads((await within(peer.get(path))).body), wanted)
+            self.assertEqual((await within(peer.get("/one/a/b"))).status, 404)
+
+    async def test_no_path_makes_a_redirect_to_another_host(self) -> None:
+        """RFC 3986, section 4.2: '//evil.com' is a host, and to browsers so is '/\\evil.com'."""
+
+        async def show(c: Context, w: Writer) -> None:
+            w.text("here")
+
+        app = Stario()
+        app.get("/{name}", show)
+        app.get("/{name}/evil.com", show)
+        app.get("/{name}/{other}/evil.com", show)
+        paths = ["//evil.com/", "/\\evil.com/", "///evil.com/", "//\\evil.com//", "/a//evil.com/"]
+        paths += ["//evil.com%2f..", "/%5Cevil.com/", "/%2f/evil.com/", "http:evil.com/"]
+        async with app.running() as server:
+            for path in paths:
+                with self.subTest(path):
+                    peer = await Peer.connect(server.port)
+                    answer = await within(peer.get(path))
+                    self.assertIn(answer.status, (308, 404, 400))
+                    location = answer.headers.get("location", "/")
+                    self.assertRegex(location, r"^/(?![/\\])")
+                    await peer.close()
+
+    async def test_redirects_stay_what_they_are(self) -> None:
+        """RFC 9110, section 10.2.2."""
+
+        async def go(c: Context, w: Writer) -> None:
+            w.redirect(c.req.query.get("to"))
+
+        app = Stario()
+        app.get("/", go)
+        targets = {
+            "/a?b=%26c#d": "/a?b=%26c#d",
+            "/ä b": "/%C3%A4%20b",
+            "/\\evil.com": "/%5Cevil.com",
+            "\\\\evil.com": "%5C%5Cevil.com",
+            "https://other.example/x": "https://other.example/x",
+            '/"<>': "/%22%3C%3E",
+        }
+        async with connected(app) as peer:
+            for target, location in targets.items():
+                with self.subTest(target):
+                    answer = await within(peer.get(f"/?to={quote(target, safe='')}"))
+                    self.assertEqual(answer.headers["location"], location)
+
+    async def test_control_characters_are_refused_where_they_are_set(self) -> None:
+        """RFC 9110, section 5.5; RFC 6265, section 4.1.1; else a text could end a header."""
+        problems: list[str] = []
+
+        def check(name: str, call: Callable[[], object]) -> None:
+            try:
+                call()
+            except StarioError:
+                return
+            problems.append(name)
+
+        def try_fields(w: Writer, bad: str) -> None:
+            check(f"value {bad!r}", lambda: w.headers.set("x", bad))
+            check(f"bytes value {bad!r}", lambda: w.headers.add("x", bad.encode()))
+            check(f"name {bad!r}", lambda: w.headers.setdefault(bad, "x"))
+            check(f"update {bad!r}", lambda: w.headers.update({"x": bad}))
+            check(f"cookie value {bad!r}", lambda: w.cookie("a", bad))
+            check(f"cookie name {bad!r}", lambda: w.cookie(bad, "a"))
+            check(f"cookie path {bad!r}", lambda: w.cookie("a", "b", path=bad))
+            check(f"cookie domain {bad!r}", lambda: w.cookie("a", "b", domain=bad))
+            check(f"redirect {bad!r}", lambda: w.redirect(bad))
+            check(f"content type {bad!r}", lambda: w.respond(b"", bad))
+
+        def try_events(w: Writer, bad: str) -> None:
+            check(f"event name {bad!r}", lambda: w.event(bad, "x"))
+            check(f"event id {bad!r}", lambda: w.event("x", "y", id=bad))
+
+        async def try_all(c: Context, w: Writer) -> None:
+            for bad in ("a\rb", "a\nb", "a\r\nX: y", "a\0b", "\r\n", "a\x7fb", "a\x0bb"):
+                try_fields(w, bad)
+            for bad in ("a\rb", "a\nb", "\r\n", "a\0b"):
+                try_events(w, bad)
+            for bad in ("", "a b", "a:b", "a(b", "ä"):
+                check(f"name {bad!r}", lambda name=bad: w.headers.set(name, "x"))
+            check("value outside of Latin-1", lambda: w.headers.set("x", "€"))
+            check("cookie path with ;", lambda: w.cookie("a", "b", path="/;domain=x"))
+            check("samesite", lambda: w.cookie("a", "b", samesite="lax; domain=x"))
+            w.text("answered")
+
+        app = Stario(Spans())
+        app.get("/", try_all)
+        async with connected(app) as peer:
+            answer = await within(peer.get("/"))
+        self.assertEqual(problems, [])
+        self.assertEqual(answer.text, "answered")
+        self.assertFalse({"x", "set-cookie", "location"} & set(answer.headers))
+
+    async def test_text_cannot_forge_events(self) -> None:
+        """HTML standard, 9.2.6: each kind of line break starts a new data line."""
+
+        async def send(c: Context, w: Writer) -> None:
+            w.event("x", "a\nb\rc\r\nevent: forged\n\ndata: d")
+
+        app = Stario()
+        app.get("/", send)
+        async with connected(app) as peer:
+            lines = (await within(peer.get("/"))).text.split("\n")
+        self.assertEqual(
+            [line for line in lines if not line.startswith("data: ")], ["event: x", "", ""]
+        )
+
+
+class TestLimits(HttpTest):
+    def setUp(self) -> None:
+        self.spans = Spans()
+        self.app = echo_app(tracer=self.spans)
+
+    async def trickle(self, peer: Peer, piece: str) -> None:
+        """Send a little, again and again, until the server has said something."""
+        while not peer.reader._buffer and not peer.reader.at_eof():  # type: ignore[attr-defined]
+            try:
+                await peer.send(piece)
+            except ConnectionError:
+                return
+            await asyncio.sleep(0.01)
+
+    async def test_a_head_has_to_come_in_time_as_a_whole(self) -> None:
+        """RFC 9110, section 15.5.9: 408, however steadily it trickles."""
+        async with connected(self.app, header_timeout=0.5) as peer:
+            await peer.send(f"GET / HTTP/1.1\r\n{HOST}X: ")
+            await within(self.trickle(peer, "y"))
+            self.assertEqual((await within(peer.answer())).status, 408)
+            self.assertEqual(await within(peer.rest()), b"")
+        self.assertEqual(self.spans.refusals(), [408])
+
+    async def test_a_second_head_has_to_come_in_time_too(self) -> None:
+        async with connected(self.app, header_timeout=0.2) as peer:
+            await within(peer.get("/"))
+            await peer.send("GET / HT")
+            self.assertEqual((await within(peer.answer())).status, 408)
+        self.assertEqual(self.spans.refusals(), [408])
+
+    async def test_idle_connections_are_closed_without_a_word(self) -> None:
+        """RFC 9112, section 9.5."""
+        with self.subTest("never said anything"):
+            async with connected(self.app, header_timeout=0.1) as peer:
+                self.assertEqual(await within(peer.rest()), b"")
+        with self.subTest("only empty lines"):
+            async with connected(self.app, header_timeout=0.2) as peer:
+                await within(self.trickle(peer, "\r\n"))
+                with contextlib.suppress(ConnectionResetError):  # it was just sending one more
+                    self.assertEqual(await within(peer.rest()), b"")
+        with self.subTest("after an answer"):
+            async with connected(self.app, keep_alive_timeout=0.1) as peer:
+                self.assertEqual((await within(peer.get("/"))).status, 200)
+                self.assertEqual(await within(peer.rest()), b"")
+        self.assertEqual(self.spans.refusals(), [])
+
+    async def test_a_body_that_stalls_or_trickles_gets_408(self) -> None:
+        """RFC 9110, section 15.5.9."""
+        for framing, piece in (
+            ("Content-Length: 9999", "x"),
+            ("Transfer-Encoding: chunked", "1\r\nx\r\n"),
+        ):
+            for trickles in (False, True):
+                with self.subTest(framing, trickles=trickles):
+                    async with connected(self.app, body_timeout=0.2) as peer:
+                        await peer.send(f"POST / HTTP/1.1\r\n{HOST}{framing}\r\n\r\n")
+                        if trickles:
+                            await within(self.trickle(peer, piece))
+                        self.assertEqual((await within(peer.answer())).status, 408)
+                        self.assertEqual(await within(peer.rest()), b"")
+        self.assertEqual(self.spans.refusals(), [408] * 4)
+
+    async def test_a_body_that_nobody_reads_has_its_time_too(self) -> None:
+        async def ignore(c: Context, w: Writer) -> None:
+            w.text("ignored")
+
+        app = Stario()
+        app.post("/", ignore)
+        async with connected(app, body_timeout=0.1) as peer:
+            await peer.send(f"POST / HTTP/1.1\r\n{HOST}Content-Length: 5\r\n\r\n")
+            self.assertEqual((await within(peer.answer())).text, "ignored")
+            self.assertEqual(await within(peer.rest()), b"")
+
+    async def test_a_slow_handler_is_no_slow_client(self) -> None:
+        """Time-outs are for what the client owes, not for what the handler does."""
+
+        async def slow(c: Context, w: Writer) -> None:
+            await asyncio.sleep(0.6)
+            w.text(str(len(await c.req.body())))
+
+        app = Stario()
+        app.post("/", slow)
+        times = {"header_timeout": 0.4, "body_timeout": 0.2, "keep_alive_timeout": 0.2}
+        async with connected(app, write_timeout=0.2, **times) as peer:
+            sending = peer.send(
+                f"POST / HTTP/1.1\r\n{HOST}Content-Length: 900000\r\n\r\n", bytes(900_000)
+            )
+            _, answer = await asyncio.gather(within(sending), within(peer.answer()))
+            self.assertEqual(answer.text, "900000")
+
+    async def test_a_client_that_does_not_take_its_answer_is_cut_off(self) -> None:
+        ended = asyncio.Event()
+
+        async def flood(c: Context, w: Writer) -> None:
+            try:
+                while True:
+                    w.write(bytes(65536))
+                    await w.drain()
+            except ClientDisconnected:
+                ended.set()
+
+        self.app.get("/flood", flood)
+        async with self.app.running(write_timeout=0.2) as server:
+            peer = await Peer.connect(server.port)
+            stop_reading(peer)
+            await peer.send(f"GET /flood HTTP/1.1\r\n{HOST}\r\n")
+            await within(ended.wait())
+            await until(lambda: not connections_of(server))
+            await peer.close()
+        self.assertEqual(self.spans.refusals(), [408])
+
+    async def test_what_is_kept_for_a_client_is_bounded(self) -> None:
+        """A handler that never drains costs `max_buffer`, not all memory."""
+
+        async def flood(c: Context, w: Writer) -> None:
+            while not w.disconnected:
+                w.write(bytes(65536))
+                await asyncio.sleep(0)
+
+        self.app.get("/flood", flood)
+        async with self.app.running(max_buffer=1_000_000) as server:
+            peer = await Peer.connect(server.port)
+            stop_reading(peer)
+            await peer.send(f"GET /flood HTTP/1.1\r\n{HOST}\r\n")
+            await until(lambda: self.spans.named("GET /flood"))
+            await peer.close()
+        self.assertEqual(self.spans.refusals(), [408])
+
+    async def test_heads_have_limits(self) -> None:
+        """RFC 9110, section 15.5.15 (414), and RFC 6585, section 5 (431)."""
+        options: dict[str, Any] = {"max_header_bytes": 2000, "max_headers": 10, "max_target": 500}
+        target, fields = "x" * 600, "X: y\r\n" * 11
+        heads = {
+            f"GET /{target} HTTP/1.1\r\n{HOST}\r\n": 414,
+            f"GET /{'x' * 5000} HTTP/1.1\r\n{HOST}\r\n": 414,
+            f"GET /{'x' * 5000}": 414,
+            f"GET / HTTP/1.1\r\n{HOST}{fields}\r\n": 431,
+            f"GET / HTTP/1.1\r\n{HOST}X: {'y' * 2000}\r\n\r\n": 431,
+            f"GET / HTTP/1.1\r\n{HOST}X: {'y' * 2000}": 431,
+        }
+        async with self.app.running(**options) as server:
+            for head, status in heads.items():
+                with self.subTest(head[:30], status=status):
+                    await self.check_refused(server.port, head, status)
+            peer = await Peer.connect(server.port)
+            wide = {f"X{i}": "y" * 100 for i in range(9)}
+            self.assertEqual((await within(peer.get("/" + "x" * 499, **wide))).status, 200)
+            await peer.close()
+        self.assertEqual(self.spans.refusals(), list(heads.values()))
+
+    async def test_bodies_have_a_limit_that_a_request_can_raise(self) -> None:
+        """RFC 9110, section 15.5.14: 413, for a length that is declared, and one that shows."""
+
+        async def generous(c: Context, w: Writer) -> None:
+            c.req.max_body = 2000
+            w.text(str(len(await c.req.body())))
+
+        app = echo_app(max_body=1000)
+        app.post("/generous", generous)
+        async with app.running() as server:
+            for path, size, status in (
+                ("/", 1000, 200),
+                ("/", 1001, 413),
+                ("/generous", 2000, 200),
+                ("/generous", 2001, 413),
+            ):
+                for chunked in (False, True):
+                    with self.subTest(path, size=size, chunked=chunked):
+                        peer = await Peer.connect(server.port)
+                        framing = (
+                            "Transfer-Encoding: chunked" if chunked else f"Content-Length: {size}"
+                        )
+                        data = f"{size:x}\r\n{'x' * size}\r\n0\r\n\r\n" if chunked else "x" * size
+                        await peer.send(f"POST {path} HTTP/1.1\r\n{HOST}{framing}\r\n\r\n{data}")
+                        self.assertEqual((await within(peer.answer())).status, status)
+                        # What is small enough has been drained: the connection goes on.
+                        self.assertEqual((await within(peer.get("/"))).status, 200)
+                        await peer.close()
+
+    async def test_too_many_connections_get_503_and_when_to_come_again(self) -> None:
+        """RFC 9110, sections 15.6.4 and 10.2.3."""
+        async with self.app.running(max_connections=2) as server:
+            peers = [await Peer.connect(server.port) for _ in range(2)]
+            for peer in peers:
+                self.assertEqual((await within(peer.get("/"))).status, 200)
+            for _ in range(2):
+                late = await Peer.connect(server.port)
+                answer = await within(late.get("/"))
+                self.assertEqual((answer.status, answer.headers["connection"]), (503, "close"))
+                self.assertRegex(answer.headers["retry-after"], r"^\d+$")
+                self.assertEqual(await within(late.rest()), b"")
+                await late.close()
+            self.assertEqual((await within(peers[0].get("/"))).status, 200)
+            await peers.pop().close()
+            await until(lambda: len(connections_of(server)) == 1)
+            again = await Peer.connect(server.port)
+            self.assertEqual((await within(again.get("/"))).status, 200)
+            for peer in (*peers, again):
+                await peer.close()
+        self.assertEqual(self.spans.refusals(), [503, 503])
+
+    async def test_far_too_many_connections_are_closed_unheard(self) -> None:
+        with mock.patch("stario._TOLD_BUSY", 1):
+            async with self.app.running(max_connections=1) as server:
+                first = await Peer.connect(server.port)
+                self.assertEqual((await within(first.get("/"))).status, 200)
+                second = await Peer.connect(server.port)
+                await until(lambda: len(connections_of(server)) == 2)
+                third = await Peer.connect(server.port)
+                with contextlib.suppress(ConnectionResetError):
+                    self.assertEqual(await within(third.rest()), b"")
+                self.assertEqual((await within(second.get("/"))).status, 503)
+                for peer in (first, second, third):
+                    await peer.close()
+
+    async def test_the_sweep_goes_on_whatever_happens_in_it(self) -> None:
+        async with self.app.running(header_timeout=0.4) as server:
+            with mock.patch.object(Connection, "check", side_effect=RuntimeError("a fault")):
+                peer = await Peer.connect(server.port)
+                await peer.send("GET /")
+                await until(lambda: self.unhandled)
+            self.unhandled.clear()
+            self.assertEqual((await within(peer.answer())).status, 408)
+            await peer.close()
+            self.unhandled.clear()
+
+
+async def forever() -> AsyncIterator[None]:
+    """A source that has nothing to say."""
+    await asyncio.Event().wait()
+    yield None
+
+
+class TestFaults(HttpTest):
+    async def test_a_client_may_vanish_at_every_byte_of_its_request(self) -> None:
+        """RFC 9112, section 9.5: resets, and plain ends; nothing is left behind."""
+        request = (
+            f"POST / HTTP/1.1\r\n{HOST}Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n"
+        )
+        async with echo_app().running() as server:
+            for length in range(len(request) + 1):
+                for vanish in (Peer.reset, lambda peer: peer.writer.close()):
+                    peer = await Peer.connect(server.port)
+                    await peer.send(request[:length])
+                    vanish(peer)
+            await until(lambda: not connections_of(server) and not server._workers[0].tasks)
+            peer = await Peer.connect(server.port)
+            self.assertEqual((await within(peer.get("/"))).status, 200)
+            await peer.close()
+
+    async def test_a_client_may_vanish_at_every_byte_of_its_answer(self) -> None:
+        async def slow(c: Context, w: Writer) -> None:
+            for byte in b"some bytes":
+                w.write(bytes((byte,)))
+                await asyncio.sleep(0)
+
+        app = Stario()
+        app.get("/", slow)
+        async with connected(app) as peer:
+            whole = await within(ask(app, f"GET / HTTP/1.1\r\n{HOST}Connection: close\r\n\r\n"))
+        async with app.running() as server:
+            for length in range(len(whole) + 1):
+                peer = await Peer.connect(server.port)
+                await peer.send(f"GET / HTTP/1.1\r\n{HOST}Connection: close\r\n\r\n")
+                await within(peer.reader.readexactly(length))
+                peer.reset()
+            await until(lambda: not connections_of(server) and not server._workers[0].tasks)
+
+    async def test_a_refused_client_that_goes_is_forgotten_at_once(self) -> None:
+        """RFC 9112, section 9.6: reading on is for who still sends."""
+        with mock.patch("stario._LINGER", 1000.0):
+            async with echo_app().running() as server:
+                await self.check_refused(server.port, "GET / HTTP/1.1\r\n\r\n")
+                await until(lambda: not connections_of(server))
+
+    async def test_who_does_not_go_is_cut_off(self) -> None:
+        """RFC 9112, section 9.6: and no more than a moment is given for it."""
+        with mock.patch("stario._LINGER", 0.05):
+            async with echo_app().running(keep_alive_timeout=0.2) as server:
+                peer = await Peer.connect(server.port)
+                await peer.send("GET / HTTP/1.1\r\n\r\n")
+                self.assertEqual((await within(peer.answer())).status, 400)
+                await until(lambda: not connections_of(server))
+                await peer.close()
+
+    async def test_a_file_for_a_client_that_has_gone_is_not_begun(self) -> None:
+        gone = asyncio.Event()
+
+        async def late(c: Context, w: Writer) -> None:
+            w.headers.set("content-length", 100)
+            w.write_headers(200)
+            await until(lambda: w.disconnected)
+            with open(__file__, "rb") as file:
+                try:
+                    await w.send_file(file, 0, 100)
+                except ClientDisconnected:
+                    gone.set()
+
+        app = Stario()
+        app.get("/", late)
+        async with connected(app) as peer:
+            await peer.send(f"GET / HTTP/1.1\r\n{HOST}\r\n")
+            await within(peer.head())
+            peer.reset()
+            await within(gone.wait())
+
+    async def test_a_stream_hears_of_a_client_that_has_gone_even_if_too_much_is_queued(
+        self,
+    ) -> None:
+        """Reading pauses, and with it the news; the heartbeat finds out."""
+        ended = asyncio.Event()
+
+        async def events(c: Context, w: Writer) -> None:
+            w.event("hello")
+            async for _ in w.alive(forever(), heartbeat=0.05):
+                pass
+            ended.set()
+
+        app = Stario()
+        app.get("/", events)
+        async with app.running() as server:
+            peer = await Peer.connect(server.port)
+            await peer.send(f"GET / HTTP/1.1\r\n{HOST}\r\n", NEXT * 10_000)
+            await until(lambda: [c for c in connections_of(server) if c._paused_reading])
+            peer.reset()
+            await within(ended.wait())
+
+    async def test_a_handler_hears_of_a_reset_while_it_reads(self) -> None:
+        """Also while the connection does not read on, because enough is in memory."""
+        started, heard = asyncio.Event(), asyncio.Event()
+
+        async def read_later(c: Context, w: Writer) -> None:
+            started.set()
+            with contextlib.suppress(ClientDisconnected):
+                async for _ in c.req.stream():
+                    pass
+            heard.set()
+            raise ClientDisconnected
+
+        app = Stario()
+        app.post("/", read_later)
+        async with connected(app) as peer:
+            await peer.send(
+                f"POST / HTTP/1.1\r\n{HOST}Content-Length: 9000000\r\n\r\n", bytes(500_000)
+            )
+            await within(started.wait())
+            peer.reset()
+            await within(heard.wait())
+
+    @unittest.skipUnless(hasattr(os, "fork"), "needs a system with resource limits")
+    async def test_no_descriptors_left_is_no_end(self) -> None:
+        """Accepting goes on when there are some again."""
+        import resource
+
+        failed = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        accept = loop.sock_accept
+
+        async def watched(listening: socket.socket) -> Any:
+            try:
+                return await accept(listening)
+            except OSError:
+                failed.set()
+                raise
+
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        held: list[int] = []
+        async with echo_app().running() as server:
+            waiting = socket.socket()
+            source = os.open(os.devnull, os.O_RDONLY)
+            resource.setrlimit(resource.RLIMIT_NOFILE, (min(200, hard), hard))
+            try:
+                with contextlib.suppress(OSError):
+                    while True:
+                        held.append(os.dup(source))
+                with patched(loop, "sock_accept", watched):
+                    waiting.connect(("127.0.0.1", server.port))
+                    await within(failed.wait())
+            finally:
+                for descriptor in (*held, source):
+                    os.close(descriptor)
+                resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            peer = Peer(*await asyncio.open_connection(sock=waiting))
+            self.assertEqual((await within(peer.get("/"))).status, 200)
+            await peer.close()
+
+
+@contextlib.contextmanager
+def patched(thing: Any, name: str, value: Any) -> Any:
+    """mock.patch.object; where the attribute is read-only (uvloop) the test is skipped."""
+    before = getattr(thing, name)
+    try:
+        setattr(thing, name, value)
+    except AttributeError:
+        raise unittest.SkipTest(f"{name} cannot be watched on this event loop") from None
+    try:
+        yield
+    finally:
+        setattr(thing, name, before)
+
+
+class TestListening(HttpTest):
+    async def test_port_0_is_a_free_port_and_servers_do_not_disturb_each_other(self) -> None:
+        async with echo_app().running() as one, echo_app().running(port=0) as two:
+            self.assertNotEqual(one.port, two.port)
+            for server in (one, two):
+                self.assertEqual(server.url, f"http://127.0.0.1:{server.port}")
+                peer = await Peer.connect(server.port)
+                self.assertEqual((await within(peer.get("/"))).status, 200)
+                await peer.close()
+        with self.assertRaises(ConnectionRefusedError):
+            await Peer.connect(one.port)
+
+    async def test_a_taken_port_is_one_clear_sentence(self) -> None:
+        async with echo_app().running() as server:
+            with self.assertRaisesRegex(StarioError, f"127.0.0.1:{server.port}: the port is taken"):
+                async with echo_app().running(port=server.port):
+                    pass
+
+    async def test_a_bad_option_is_one_clear_sentence(self) -> None:
+        for options, words in (
+            ({"max_conections": 1}, "no option 'max_conections'"),
+            ({"header_timeout": 0}, "header_timeout is 0"),
+            ({"max_headers": "10"}, "max_headers is '10'"),
+            ({"body_timeout": None}, "body_timeout is None"),
+            ({"write_timeout": float("nan")}, "write_timeout is nan"),
+            ({"workers": 0}, "workers must be a number from 1 up"),
+        ):
+            with self.subTest(words), self.assertRaisesRegex(StarioError, words):
+                Server(Stario(), **options)  # type: ignore[arg-type]
+
+    async def test_ipv6(self) -> None:
+        try:
+            socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+        except OSError:
+            self.skipTest("this machine has no IPv6")
+
+        async def show(c: Context, w: Writer) -> None:
+            w.text(f"{c.req.client} {c.req.host}")
+
+        app = Stario()
+        app.get("/", show)
+        async with app.running(host="::1") as server:
+            self.assertEqual(server.url, f"http://[::1]:{server.port}")
+            peer = await Peer.connect(server.port, "::1")
+            await peer.send("GET / HTTP/1.1\r\nHost: [::1]:80\r\n\r\n")
+            self.assertEqual((await within(peer.answer())).text, "::1 [::1]")
+            await peer.close()
+
+    async def test_an_address_family_that_is_missing_does_not_hinder_the_other(self) -> None:
+        """`localhost` has two addresses, in containers often without IPv6."""
+        both = [
+            (socket.AF_INET6, socket.SOCK_STREAM, 6, "", ("2001:db8::1", 0, 0, 0)),
+            (socket.AF_INET, socket.SOCK_STREAM, 6, "", ("127.0.0.1", 0)),
+        ]
+        with mock.patch("socket.getaddrinfo", return_value=both):
+            server = Server(echo_app(), "localhost", 0)
+            await server.start()
+        peer = await Peer.connect(server.port)
+        self.assertEqual((await within(peer.get("/"))).status, 200)
+        await peer.close()
+        await server.stop()
+        with (
+            mock.patch("socket.getaddrinfo", return_value=both[:1]),
+            self.assertRaisesRegex(StarioError, "cannot listen on localhost"),
+        ):
+            await Server(echo_app(), "localhost", 0).start()
+
+
+@unittest.skipUnless(hasattr(socket, "AF_UNIX"), "needs Unix sockets")
+class TestUnixSockets(HttpTest):
+    def setUp(self) -> None:
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.path = Path(folder.name, "socket")
+
+    async def test_a_unix_socket_has_its_permissions_and_is_removed_in_the_end(self) -> None:
+        async def show(c: Context, w: Writer) -> None:
+            w.text(f"<{c.req.client}>")
+
+        app = Stario()
+        app.get("/", show)
+        options: dict[str, Any] = {}
+        for mode in (0o660, 0o600):
+            async with app.running(unix_socket=self.path, **options) as server:
+                self.assertEqual(server.url, f"unix:{self.path}")
+                self.assertEqual(stat.S_IMODE(self.path.stat().st_mode), mode)
+                peer = Peer(*await asyncio.open_unix_connection(str(self.path)))
+                self.assertEqual((await within(peer.get("/"))).text, "<>")
+                await peer.close()
+            self.assertFalse(self.path.exists())
+            options["unix_mode"] = 0o600
+
+    async def test_a_stale_socket_file_is_replaced(self) -> None:
+        with socket.socket(socket.AF_UNIX) as dead:
+            dead.bind(str(self.path))
+        async with echo_app().running(unix_socket=self.path):
+            peer = Peer(*await asyncio.open_unix_connection(str(self.path)))
+            self.assertEqual((await within(peer.get("/"))).status, 200)
+            await peer.close()
+
+    async def test_what_is_not_ours_is_left_alone(self) -> None:
+        async with echo_app().running(unix_socket=self.path):
+            with self.assertRaisesRegex(StarioError, "another server is listening there"):
+                await Server(echo_app(), unix_socket=self.path).start()
+            self.assertTrue(self.path.exists())
+        with socket.socket(socket.AF_UNIX) as hung, contextlib.ExitStack() as waiting:
+            hung.bind(str(self.path.with_name("hung")))
+            hung.listen(0)
+            with contextlib.suppress(BlockingIOError):
+                while True:  # until no more wait in its backlog
+                    client = waiting.enter_context(socket.socket(socket.AF_UNIX))
+                    client.setblocking(False)
+                    client.connect(hung.getsockname())
+            with self.assertRaisesRegex(StarioError, "cannot listen on"):
+                await Server(echo_app(), unix_socket=hung.getsockname()).start()
+        self.path.write_text("precious")
+        with self.assertRaisesRegex(StarioError, "it is no socket"):
+            await Server(echo_app(), unix_socket=self.path).start()
+        self.assertEqual(self.path.read_text(), "precious")
+        with self.assertRaisesRegex(StarioError, "path too long"):
+            await Server(echo_app(), unix_socket=self.path.with_name("x" * 200)).start()
+
+
+@needs("openssl")
+class TestTls(HttpTest):
+    server_side: ClassVar[ssl.SSLContext]
+    client_side: ClassVar[ssl.SSLContext]
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            key, certificate = f"{folder}/key.pem", f"{folder}/certificate.pem"
+            make = (
+                "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
+            )
+            make += " -subj /CN=localhost -addext subjectAltName=IP:127.0.0.1"
+            command = [*make.split(), "-keyout", key, "-out", certificate]
+            subprocess.run(command, check=True, capture_output=True)
+            cls.server_side = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            cls.server_side.load_cert_chain(certificate, key)
+            cls.client_side = ssl.create_default_context(cafile=certificate)
+
+    async def connect(self, server: Server) -> Peer:
+        return await within(Peer.connect(server.port, ssl=self.client_side))
+
+    async def test_https(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            Path(folder, "large.bin").write_bytes(os.urandom(3_000_000))
+            app = echo_app()
+            app.assets("/static", folder)
+            async with app.running(ssl=self.server_side) as server:
+                self.assertEqual(server.url, f"https://127.0.0.1:{server.port}")
+                peer = await self.connect(server)
+                for _ in range(2):
+                    self.assertEqual(understood(await within(peer.get("/x")))[1], "/x")
+                answer = await within(peer.get(f"/static/{asset('large.bin')}"))
+                self.assertEqual(answer.body, Path(folder, "large.bin").read_bytes())
+                await peer.close()
+                await until(lambda: not connections_of(server))
+
+    async def test_a_client_that_speaks_no_tls_is_let_go(self) -> None:
+        async with echo_app().running(ssl=self.server_side) as server:
+            peer = await Peer.connect(server.port)
+            await peer.send(NEXT)
+            with contextlib.suppress(ConnectionResetError):
+                self.assertNotIn(b"HTTP", await within(peer.rest()))
+            await peer.close()
+            peer = await self.connect(server)
+            self.assertEqual((await within(peer.get("/"))).status, 200)
+            await peer.close()
+
+    async def test_handshakes_that_do_not_come_are_counted(self) -> None:
+        options: dict[str, Any] = {
+            "ssl": self.server_side,
+            "header_timeout": 1000.0,
+            "max_connections": 2,
+        }
+        with mock.patch("stario._TOLD_BUSY", 0):
+            async with echo_app().running(**options) as server:
+                silent = [await Peer.connect(server.port) for _ in range(2)]
+                await until(lambda: server._workers[0].arriving == 2)
+                third = await Peer.connect(server.port)
+                with contextlib.suppress(ConnectionResetError):
+                    self.assertEqual(await within(third.rest()), b"")
+                for peer in (*silent, third):
+                    await peer.close()
+                await until(lambda: server._workers[0].arriving == 0)
+                peer = await self.connect(server)
+                self.assertEqual((await within(peer.get("/"))).status, 200)
+                await peer.close()
+
+    async def test_a_handshake_has_to_come_in_time(self) -> None:
+        async with echo_app().running(ssl=self.server_side, header_timeout=0.2) as server:
+            peer = await Peer.connect(server.port)
+            with contextlib.suppress(ConnectionResetError):
+                self.assertEqual(await within(peer.rest()), b"")
+            await peer.close()
+
+    async def test_a_client_that_does_not_take_its_answer_is_cut_off(self) -> None:
+        ended = asyncio.Event()
+
+        async def flood(c: Context, w: Writer) -> None:
+            with contextlib.suppress(ClientDisconnected):
+                while True:
+                    w.write(bytes(65536))
+                    await w.drain()
+            ended.set()
+
+        app = Stario()
+        app.get("/", flood)
+        async with app.running(ssl=self.server_side, write_timeout=0.2) as server:
+            peer = await self.connect(server)
+            await peer.send(f"GET / HTTP/1.1\r\n{HOST}\r\n")
+            await within(peer.head())
+            stop_reading(peer)
+            await within(ended.wait())
+            await until(lambda: not connections_of(server))
+            peer.writer.transport.abort()
+
+    async def test_a_refused_client_can_read_why(self) -> None:
+        """RFC 9112, section 9.6: TLS cannot close one side only, so the client has to."""
+        async with echo_app(max_body=1000).running(ssl=self.server_side) as server:
+            peer = await self.connect(server)
+            await peer.send(f"POST / HTTP/1.1\r\n{HOST}Content-Length: 5000000\r\n\r\n")
+            await within(peer.send(*[bytes(100_000)] * 50))
+            self.assertEqual((await within(peer.answer())).status, 413)
+            await peer.close()
+
+    async def test_nothing_is_read_behind_a_request_that_closes(self) -> None:
+        """RFC 9112, section 9.6."""
+        seen: list[str] = []
+
+        async def note(c: Context, w: Writer) -> None:
+            seen.append(c.req.path)
+            w.text("ok")
+
+        app = Stario()
+        app.get("/*", note)
+        with mock.patch("stario._LINGER", 0.1):
+            async with app.running(ssl=self.server_side, keep_alive_timeout=0.2) as server:
+                peer = await self.connect(server)
+                await peer.send(f"GET /1 HTTP/1.1\r\n{HOST}Connection: close\r\n\r\n{NEXT}{NEXT}")
+                self.assertEqual((await within(peer.rest())).count(b"HTTP/1.1"), 1)
+                await peer.close()
+        self.assertEqual(seen, ["/1"])
+
+
+class TestSameOrigin(HttpTest):
+    async def test_what_other_sites_send_is_refused(self) -> None:
+        """Fetch Metadata, and RFC 6454, section 7, for older browsers."""
+
+        async def done(c: Context, w: Writer) -> None:
+            w.text("done")
+
+        app = Stario()
+        app.use(same_origin)
+        for method in ("GET", "POST", "PUT", "PATCH", "DELETE"):
+            app.handle(method, "/", done)
+        table: list[tuple[str, dict[str, str], int]] = [
+            ("GET", {"Sec_Fetch_Site": "cross-site"}, 200),
+            ("HEAD", {"Origin": "https://evil.example"}, 200),
+            ("POST", {}, 200),
+            ("POST", {"Sec_Fetch_Site": "same-origin"}, 200),
+            ("POST", {"Sec_Fetch_Site": "none"}, 200),
+            ("POST", {"Sec_Fetch_Site": "same-site"}, 403),
+            ("POST", {"Sec_Fetch_Site": "cross-site"}, 403),
+            ("POST", {"Sec_Fetch_Site": "cross-site", "Origin": "http://test"}, 403),
+            ("POST", {"Sec_Fetch_Site": ""}, 403),
+            ("PUT", {"Origin": "https://evil.example"}, 403),
+            ("PATCH", {"Origin": "https://test.evil.example"}, 403),
+            ("DELETE", {"Origin": "null"}, 403),
+            ("POST", {"Origin": "http://test:81"}, 403),
+            ("POST", {"Origin": "http://TEST"}, 200),
+        ]
+        async with connected(app) as peer:
+            for method, fields, status in table:
+                with self.subTest(method, **fields):
+                    self.assertEqual((await within(peer.get("/", method, **fields))).status, status)
+
+
+class TestAssets(HttpTest):
+    def setUp(self) -> None:
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.outside = Path(folder.name).resolve()
+        self.root = self.outside / "root"
+        (self.root / "sub").mkdir(parents=True)
+        (self.outside / "secret.txt").write_text("secret")
+        (self.root / "style.css").write_text("body { color: red }\n" * 100)
+        (self.root / "sub" / "a.txt").write_text("small")
+        (self.root / ".env").write_text("secret")
+        self.large = os.urandom(1_000_000)
+        (self.root / "large.bin").write_bytes(self.large)
+        self.spans = Spans()
+        self.app = Stario(self.spans)
+        self.app.assets("/static", self.root)
+
+    async def get(self, peer: Peer, name: str, **fields: str) -> Answer:
+        return await within(peer.get(f"/static/{asset(name)}", **fields))
+
+    async def test_a_fingerprinted_file_is_cached_for_ever(self) -> None:
+        """RFC 9111, section 5.2.2, and RFC 8246."""
+        async with connected(self.app) as peer:
+            self.assertRegex(asset("style.css"), r"^style\.[0-9a-f]{16}\.css$")
+            answer = await self.get(peer, "style.css")
+            self.assertEqual(answer.body, (self.root / "style.css").read_bytes())
+            self.assertEqual(answer.headers["content-type"], "text/css; charset=utf-8")
+            self.assertIn("immutable", answer.headers["cache-control"])
+            self.assertEqual(answer.headers["x-content-type-options"], "nosniff")
+            self.assertEqual((await self.get(peer, "sub/a.txt")).text, "small")
+
+    async def test_a_plain_name_leads_to_the_fingerprinted_one(self) -> None:
+        async with connected(self.app) as peer:
+            for name in ("style.css", "sub/a.txt", "style.0123456789abcdef.css"):
+                answer = await within(peer.get(f"/static/{name}"))
+                plain = name.replace(".0123456789abcdef", "")
+                wanted = "./" + asset(plain).rpartition("/")[2]
+                self.assertEqual((answer.status, answer.headers["location"]), (307, wanted))
+                self.assertEqual(answer.headers["cache-control"], "no-cache")
+
+    async def test_names_that_look_like_fingerprinted_ones_are_found(self) -> None:
+        names = ["x.0123456789abcdef.css", "x.0123456789abcdef", "plain", "ä b.txt"]
+        for name in names:
+            (self.root / name).write_text(name)
+        async with connected(self.app) as peer:
+            for name in names:
+                with self.subTest(name):
+                    path = f"/static/{quote(name)}"
+                    answer = await within(peer.get(path))
+                    self.assertEqual(answer.status, 307)
+                    answer = await within(peer.get(urljoin(path, answer.headers["location"])))
+                    self.assertEqual((answer.status, answer.text), (200, name))
+
+    async def test_nothing_outside_and_nothing_hidden_is_served(self) -> None:
+        """RFC 3986, section 5.2.4: escaped or not, `..` leaves nothing."""
+        links: list[tuple[str, str | Path]] = [
+            ("leave", self.outside / "secret.txt"),
+            ("up", self.outside),
+            ("self", "self"),
+        ]
+        if hasattr(os, "symlink"):
+            for name, target in links:
+                os.symlink(target, self.root / name)
+        names = [
+            "../secret.txt",
+            "..%2fsecret.txt",
+            "%2e%2e/secret.txt",
+            "sub/../../secret.txt",
+            "sub/..%5c..%5csecret.txt",
+            "..\\secret.txt",
+            f"/{self.outside}/secret.txt",
+            f"%2f{self.outside}/secret.txt",
+            ".env",
+            "%2eenv",
+            "sub/../.env",
+            "leave",
+            "up/secret.txt",
+            "self",
+            "sub",
+            "sub/",
+            "",
+            "style.css/",
+            "style.css/x",
+            "style.css%00",
+            "x" * 5000,
+            "nothing.css",
+        ]
+        async with connected(self.app) as peer:
+            for name in names:
+                with self.subTest(name):
+                    answer = await within(peer.get(f"/static/{name}"))
+                    self.assertEqual((answer.status, answer.text), (404, "Not Found"))
+
+    @unittest.skipUnless(hasattr(os, "symlink"), "needs symbolic links")
+    async def test_links_inside_of_the_directory_are_followed(self) -> None:
+        """As in a mounted ConfigMap, where each file is a link."""
+        (self.root / "..data").mkdir()
+        (self.root / "..data" / "real.txt").write_text("linked")
+        os.symlink("..data/real.txt", self.root / "link.txt")
+        async with connected(self.app) as peer:
+            self.assertEqual((await self.get(peer, "link.txt")).text, "linked")
+
+    async def test_who_has_it_gets_304(self) -> None:
+        """RFC 9110, sections 13.1.2 and 15.4.5."""
+        async with connected(self.app) as peer:
+            for name in ("style.css", "large.bin"):
+                for coding in ("", "gzip"):
+                    first = await self.get(peer, name, Accept_Encoding=coding)
+                    tag = first.headers["etag"]
+                    for known in (tag, f"W/{tag}", f'"x", {tag}', "*"):
+                        with self.subTest(name, coding=coding, known=known):
+                            again = await self.get(peer, name, If_None_Match=known)
+                            self.assertEqual((again.status, again.body), (304, b""))
+                            self.assertIn("etag", again.headers)
+                    other = await self.get(peer, name, If_None_Match='"other"')
+                    self.assertEqual(other.status, 200)
+
+    async def test_a_part_can_be_asked_for(self) -> None:
+        """RFC 9110, sections 14.2 and 15.3.7; what is not understood gives the whole file."""
+        whole, last = len(self.large), len(self.large) - 1
+        ranges: dict[str, tuple[int, int, int]] = {
+            "bytes=0-9": (206, 0, 10),
+            "bytes=10-": (206, 10, whole),
+            "bytes=-10": (206, whole - 10, whole),
+            f"bytes={last}-": (206, last, whole),
+            "bytes=10-99999999": (206, 10, whole),
+            "bytes=-99999999": (200, 0, whole),
+            "bytes=0-": (200, 0, whole),
+            "bytes=9-0": (200, 0, whole),
+            "bytes=0-1,5-6": (200, 0, whole),
+            "bytes=x-y": (200, 0, whole),
+            "bytes=-": (200, 0, whole),
+            "lines=0-1": (200, 0, whole),
+        }
+        async with connected(self.app) as peer:
+            (self.root / "part.css").write_bytes(self.large[:1000])
+            for asked, (status, start, stop) in ranges.items():
+                with self.subTest(asked):
+                    answer = await self.get(peer, "large.bin", Range=asked)
+                    self.assertEqual((answer.status, answer.body), (status, self.large[start:stop]))
+                    if status == 206:
+                        wanted = f"bytes {start}-{stop - 1}/{whole}"
+                        self.assertEqual(answer.headers["content-range"], wanted)
+            small = await self.get(peer, "part.css", Range="bytes=5-9", Accept_Encoding="gzip")
+            self.assertEqual((small.status, small.body), (206, self.large[5:10]))
+            self.assertNotIn("content-encoding", small.headers)
+            for asked in (f"bytes={whole}-", "bytes=-0"):
+                answer = await self.get(peer, "large.bin", Range=asked)
+                self.assertEqual(
+                    (answer.status, answer.headers["content-range"]), (416, f"bytes */{whole}")
+                )
+                self.assertNotIn("immutable", answer.headers["cache-control"])
+
+    async def test_a_part_of_another_version_is_not_given(self) -> None:
+        """RFC 9110, section 13.1.5."""
+        async with connected(self.app) as peer:
+            tag = (await self.get(peer, "large.bin")).headers["etag"]
+            for condition, status in ((tag, 206), ('"other"', 200), (f"W/{tag}", 200)):
+                with self.subTest(condition):
+                    answer = await self.get(
+                        peer, "large.bin", Range="bytes=0-9", If_Range=condition
+                    )
+                    self.assertEqual(answer.status, status)
+
+    async def test_text_is_compressed_once_or_beforehand(self) -> None:
+        """RFC 9110, sections 8.4 and 12.5.3."""
+        plain = (self.root / "style.css").read_bytes()
+        async with connected(self.app) as peer:
+            answer = await self.get(peer, "style.css", Accept_Encoding="gzip")
+            self.assertEqual(answer.headers["content-encoding"], "gzip")
+            self.assertIn("accept-encoding", answer.headers["vary"])
+            self.assertEqual(gzip.decompress(answer.body), plain)
+            identity = await self.get(peer, "style.css")
+            self.assertIn("accept-encoding", identity.headers["vary"])
+            self.assertNotEqual(identity.headers["etag"], answer.headers["etag"])
+            (self.root / "page.css").write_bytes(plain)
+            (self.root / "page.css.gz").write_bytes(gzip.compress(plain, 1) + b"")
+            answer = await self.get(peer, "page.css", Accept_Encoding="gzip")
+            self.assertEqual(answer.body, (self.root / "page.css.gz").read_bytes())
+            answer = await self.get(peer, "large.bin", Accept_Encoding="gzip")
+            self.assertNotIn("content-encoding", answer.headers)
+
+    async def test_a_file_that_changes_has_another_name(self) -> None:
+        async with connected(self.app) as peer:
+            before = asset("style.css")
+            await self.get(peer, "style.css")
+            (self.root / "style.css").write_text("changed")
+            self.assertNotEqual(asset("style.css"), before)
+            answer = await within(peer.get(f"/static/{before}"))
+            self.assertEqual(
+                (answer.status, answer.headers["location"]), (307, f"./{asset('style.css')}")
+            )
+            self.assertEqual((await self.get(peer, "style.css")).text, "changed")
+            path = f"/static/{asset('style.css')}"
+            (self.root / "style.css").unlink()
+            self.assertEqual((await within(peer.get(path))).status, 404)
+            with self.assertRaisesRegex(StarioError, "no file 'style.css'"):
+                asset("style.css")
+
+    async def test_contents_from_a_dict(self) -> None:
+        app = Stario()
+        app.assets("/built", {"app.js": "let a = 1", "deep/x.bin": b"\0"}, collection="built")
+        async with connected(app) as peer:
+            answer = await within(peer.get(f"/built/{asset('app.js', collection='built')}"))
+            self.assertEqual((answer.status, answer.text), (200, "let a = 1"))
+            answer = await within(peer.get(f"/built/{asset('deep/x.bin', 'built')}"))
+            self.assertEqual(answer.body, b"\0")
+            self.assertEqual((await within(peer.get("/built/../app.py"))).status, 404)
+        with self.assertRaisesRegex(StarioError, "no directory"):
+            app.assets("/more", self.root / "missing")
+
+    async def test_a_large_file_comes_whole_and_the_connection_goes_on(self) -> None:
+        """Also to many at once, and to HEAD without its contents."""
+        async with self.app.running() as server:
+            path = f"/static/{asset('large.bin')}"
+
+            async def fetch() -> None:
+                peer = await Peer.connect(server.port)
+                for _ in range(3):
+                    self.assertEqual((await within(peer.get(path))).body, self.large)
+                head = await within(peer.get(path, "HEAD"))
+                self.assertEqual(head.headers["content-length"], str(len(self.large)))
+                self.assertEqual(
+                    (await within(peer.get(path, Range="bytes=1-2"))).body, self.large[1:3]
+                )
+                await peer.close()
+
+            await asyncio.gather(*(fetch() for _ in range(5)))
+
+    async def test_clients_that_vanish_or_stop_reading_keep_no_file_open(self) -> None:
+        """A reset, an end, and one that just does not read: the handler ends each time."""
+        huge = self.root / "huge.bin"
+        huge.touch()
+        os.truncate(huge, 50_000_000)
+        path = f"/static/{asset('huge.bin')}"
+        for ending in ("reset", "close", "stop reading"):
+            with self.subTest(ending):
+                self.spans.ended.clear()
+                async with self.app.running(write_timeout=0.3) as server:
+                    warm = await Peer.connect(server.port)  # what the loop opens for itself
+                    await within(warm.get("/"))
+                    await warm.close()
+                    await until(lambda: not connections_of(server))
+                    files = _open_files()
+                    peer = await Peer.connect(server.port)
+                    await peer.send(f"GET {path} HTTP/1.1\r\n{HOST}\r\n")
+                    await within(peer.head())
+                    stop_reading(peer)
+                    await until(lambda: [c for c in connections_of(server) if c._paused_writing])
+                    if ending == "reset":
+                        peer.reset()
+                    elif ending == "close":
+                        peer.writer.transport.abort()
+                    await until(lambda: self.spans.named(f"GET {path}"))
+                    await until(lambda: not connections_of(server))
+                    if ending == "stop reading":
+                        await peer.close()
+                    await until(lambda most=files: _open_files() <= most)
+                    (span,) = self.spans.named(f"GET {path}")
+                    self.assertIsNone(span.error)
+
+    async def test_a_file_that_gets_shorter_while_it_is_sent_is_cut_off(self) -> None:
+        """RFC 9112, section 8: the client gets less than it was told, and can tell."""
+        huge = self.root / "huge.bin"
+        huge.touch()
+        os.truncate(huge, 50_000_000)
+        path = f"/static/{asset('huge.bin')}"
+        async with self.app.running() as server:
+            peer = await Peer.connect(server.port)
+            stop_reading(peer)
+            await peer.send(f"GET {path} HTTP/1.1\r\n{HOST}\r\n")
+            await until(lambda: [c for c in connections_of(server) if c._paused_writing])
+            os.truncate(huge, 1000)
+            read_again(peer)
+            await within(peer.head())
+            self.assertLess(len(await within(peer.rest())), 50_000_000)
+            await peer.close()
+        (span,) = self.spans.named(f"GET {path}")
+        self.assertIn("shorter", span.error or "")
+
+    async def test_without_sendfile_it_works_as_well(self) -> None:
+        with mock.patch.object(os, "sendfile", create=True):
+            del os.sendfile
+            async with connected(self.app) as peer:
+                self.assertEqual((await self.get(peer, "large.bin")).body, self.large)
+                part = await self.get(peer, "large.bin", Range="bytes=5-900000")
+                self.assertEqual(part.body, self.large[5:900001])
+
+
+def _open_files() -> int:
+    """How many descriptors this process has open; on a system without /proc always 0."""
+    try:
+        return len(os.listdir("/proc/self/fd"))
+    except OSError:
+        return 0
+
+
+HERE = Path(__file__).parent
+README = Path(__file__).with_name("README.md")
+EXCERPT = "# tiles_app.py\n"
+
+# Runs a program with `app.serve()` for one request to "/", on a port of its own.
+SERVE_ONCE = """
+import asyncio, stario
+
+async def once(app, *arguments, **options):
+    async with app.running(port=0) as server:
+        reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+        writer.write(b"GET / HTTP/1.1\\r\\nHost: x\\r\\nConnection: close\\r\\n\\r\\n")
+        answer = await asyncio.wait_for(reader.read(), 10)
+        writer.close()
+        assert answer.startswith(b"HTTP/1.1 200 "), answer
+
+stario.Stario.serve = once
+"""
+
+
+def blocks(language: str) -> Iterator[tuple[int, str]]:
+    """The fenced blocks of a language, each with the line it begins at."""
+    text = README.read_text(encoding="utf-8")
+    for found in re.finditer(rf"^```{language}\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
+        yield text.count("\n", 0, found.start()) + 2, found[1]
+
+
+@unittest.skipUnless(README.is_file(), "README.md is not here")
+class TestReadme(unittest.TestCase):
+    """The README's snippets run, its excerpts are real, its tables name what is there."""
+
+    text = README.read_text(encoding="utf-8") if README.is_file() else ""
+    code = "\n".join(re.findall(r"`([^`]+)`", re.sub(r"(?ms)^```.*?^```$", "", text)))
+
+    def test_every_program_runs(self) -> None:
+        programs = [(n, code) for n, code in blocks("python") if not code.startswith(EXCERPT)]
+        self.assertGreater(len(programs), 4)
+        for line, code in programs:
+            with self.subTest(line=line):
+                compile(code, f"README.md:{line}", "exec")
+                if "app.serve(" in code:
+                    code = SERVE_ONCE + code
+                result = subprocess.run(
+                    [sys.executable, "-X", "utf8", "-W", "error", "-c", code],
+                    cwd=HERE,
+                    env={**os.environ, "PYTHONPATH": str(HERE), "PYTHONDONTWRITEBYTECODE": "1"},
+                    capture_output=True,
+                    text=True,
+                    timeout=60,
+                )
+                self.assertEqual((result.returncode, result.stderr), (0, ""))
+
+    def test_excerpts_are_from_tiles(self) -> None:
+        tiles = (HERE / "tiles_app.py").read_text(encoding="utf-8")
+        excerpts = [(n, code) for n, code in blocks("python") if code.startswith(EXCERPT)]
+        self.assertGreater(len(excerpts), 3)
+        for line, code in excerpts:
+            for piece in re.split(r"^ *\.\.\.\n", code.removeprefix(EXCERPT), flags=re.MULTILINE):
+                with self.subTest(line=line, piece=piece):
+                    self.assertIn("\n" + piece, "\n" + tiles)
+
+    def test_every_public_name_is_told(self) -> None:
+        for name in stario.__all__:
+            with self.subTest(name=name):
+                self.assertTrue(re.search(rf"\b{name}\b", self.code), name)
+
+    def test_every_method_is_told(self) -> None:
+        objects = [
+            stario.Context, stario.Writer, stario.Request, stario.Form, stario.Headers,
+            stario.Relay, stario.Router, stario.Subscription, stario.Span, stario.Tracer,
+            stario.TestClient, stario.ServerEvent, type(stario.data), type(stario.at),
+        ]  # fmt: skip
+        for kind in objects:
+            for name in vars(kind):
+                if not name.startswith("_"):
+                    with self.subTest(name=f"{kind.__name__}.{name}"):
+                        self.assertTrue(re.search(rf"\b{name}\b", self.code), name)
+
+    def test_the_limits_are_those_of_the_code(self) -> None:
+        rows = dict(
+            re.findall(r"^\| `(\w+)` \| ([\d,]+(?: KiB| MiB)?) \|", self.text, re.MULTILINE)
+        )
+        units = {"KiB": 1024, "MiB": 1024 * 1024}
+        for field in dataclasses.fields(stario.Limits):
+            number, _, unit = rows[field.name].partition(" ")
+            told = int(number.replace(",", "")) * units.get(unit, 1)
+            self.assertEqual(told, field.default, field.name)
+
+    def test_every_option_of_the_server_is_told(self) -> None:
+        names = set(inspect.signature(stario.Server).parameters) - {"app", "limits"}
+        for name in names:
+            with self.subTest(name=name):
+                self.assertTrue(re.search(rf"\b{name}\b", self.code), name)
+
+    def test_signatures_are_those_of_the_code(self) -> None:
+        signatures: dict[str, Callable[..., Any]] = {
+            "max_age=None, expires=None, path=\"/\", domain=None, secure=False, httponly=False, "
+            "samesite=\"lax\", partitioned=False": stario.Writer.cookie,
+            "mode=\"outer\", selector=None, namespace=None, use_view_transition=False":
+                stario.Writer.patch,
+            "auto_remove=True, attributes=None": stario.Writer.execute,
+            "host=\"127.0.0.1\", port=8000, workers=1": stario.Stario.serve,
+            "maxsize=1000, overflow=\"oldest\"": stario.Relay.subscribe,
+        }  # fmt: skip
+        for told, function in signatures.items():
+            with self.subTest(told=told):
+                self.assertIn(told, " ".join(self.text.split()))
+                parameters = inspect.signature(function).parameters
+                for name, _, default in (pair.partition("=") for pair in told.split(", ")):
+                    self.assertEqual(repr(parameters[name].default).replace("'", '"'), default)
+        self.assertEqual(
+            repr(stario.CompressionConfig()),
+            "CompressionConfig(min_size=256, zstd_level=3, brotli_level=4, gzip_level=6)",
+        )
+        self.assertIn(repr(stario.CompressionConfig()), self.text)
+
+    def test_links_inside_lead_somewhere(self) -> None:
+        titles = re.findall(r"^#+ (.+)$", self.text, re.MULTILINE)
+        anchors = {re.sub(r"[^\w\- ]", "", title).lower().replace(" ", "-") for title in titles}
+        for target in re.findall(r"\]\(#([^)]+)\)", self.text):
+            self.assertIn(target, anchors)
+
+    def test_no_path_of_a_machine(self) -> None:
+        self.assertNotRegex(self.text, r"/root/|/work/|/tmp/|/home/|\bpypi\.org|\.internal\b")
 
 
 class TestWalkthrough(AsyncTest):
