@@ -5171,6 +5171,59 @@ class TestReadme(unittest.TestCase):
         self.assertNotRegex(self.text, r"/root/|/work/|/tmp/|/home/|\bpypi\.org|\.internal\b")
 
 
+class TestUvloop(unittest.TestCase):
+    """The event loop is the caller's; workers get one of the same kind."""
+
+    @needs("uvloop")
+    def test_everything_goes_on_another_event_loop(self) -> None:
+        uvloop = importlib.import_module("uvloop")
+        app = Stario()
+        relay: Relay[str] = Relay()
+        loops: set[str] = set()
+
+        async def page(c: Context, w: Writer) -> None:
+            loops.add(type(asyncio.get_running_loop()).__module__)
+            w.text("page")
+
+        async def stream(c: Context, w: Writer) -> None:
+            w.event("hello")
+            async for _, text in w.alive(relay.subscribe("*")):
+                w.event("news", text)
+
+        async def visit(large: bytes) -> None:
+            async with app.running(workers=3) as server:
+                for _ in range(6):
+                    peer = await Peer.connect(server.port)
+                    self.assertEqual((await peer.get()).text, "page")
+                    answer = await peer.get("/files/" + asset("large", collection="uv"))
+                    self.assertEqual(answer.body, large)
+                    await peer.close()
+                peers = [await Peer.connect(server.port) for _ in range(6)]
+                for peer in peers:
+                    await peer.send("GET /stream HTTP/1.1\r\nHost: x\r\n\r\n")
+                    await peer.head()
+                    await peer.chunk()
+                relay.publish("x", "later")
+                for peer in peers:
+                    self.assertIn(b"later", await within(peer.chunk()))
+            for peer in peers:
+                self.assertEqual(await within(peer.rest()), b"0\r\n\r\n")
+                await peer.close()
+
+        with tempfile.TemporaryDirectory() as folder:
+            large = os.urandom(2_000_000)
+            Path(folder, "large").write_bytes(large)
+            app.assets("/files", folder, collection="uv")
+            app.get("/", page)
+            app.get("/stream", stream)
+            loop = uvloop.new_event_loop()
+            try:
+                loop.run_until_complete(visit(large))
+            finally:
+                loop.close()
+        self.assertEqual(loops, {"uvloop"})
+
+
 class TestWalkthrough(AsyncTest):
     """The walkthrough's snippets, by its sections, on one app."""
 
