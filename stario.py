@@ -31,9 +31,9 @@ JavaScript library that patches the page in the browser.
     8  The request
 
 How to leave, or to change a part for something bigger: parts 3 to 7 stand on their own and can be
-used with any framework. Whatever carries requests reaches the rest through one narrow interface,
-`Carrier` (9): the HTTP/1.1 connection and the test client are two carriers, and a third one needs
-about a page.
+used with any framework (only `datastar_script()` asks part 11 for a URL). Whatever carries requests
+reaches the rest through one narrow interface, `Carrier` (9): the HTTP/1.1 connection and the test
+client are two carriers, and a third one needs about a page.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ import enum
 import errno
 import hashlib
 import json
+import math
 import os
 import random
 import re
@@ -75,25 +76,15 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from datetime import date, datetime, timezone
 from datetime import time as time_of_day
 from decimal import Decimal
+from email.utils import formatdate
 from functools import cached_property, lru_cache
 from http import HTTPStatus
 from pathlib import Path
-from typing import (
-    IO,
-    TYPE_CHECKING,
-    Any,
-    Generic,
-    NamedTuple,
-    Protocol,
-    TypedDict,
-    TypeVar,
-    Unpack,
-    cast,
-)
+from typing import IO, Any, Generic, NamedTuple, Protocol, Self, TypedDict, TypeVar, Unpack, cast
 from urllib.parse import parse_qsl, quote, unquote, unquote_to_bytes, urlencode
 from uuid import UUID
 
-if TYPE_CHECKING:
+if typing.TYPE_CHECKING:
     import ssl as ssl_module
 
 T = TypeVar("T")
@@ -162,10 +153,7 @@ def _phrase(status: int) -> str:
 
 
 class SafeString(str):
-    """HTML that is never escaped again.
-
-    `SafeString(text)` says: I trust this text, put it in as it is.
-    """
+    """HTML that is never escaped again. `SafeString(text)` says: I trust this text as it is."""
 
     __slots__ = ()
 
@@ -360,17 +348,21 @@ def _void_tag(name: str) -> Tag:
     return element
 
 
-def _raw_tag(name: str) -> Tag:
-    """`<script>` and `<style>`: the browser does not decode their text, so it is only checked."""
+def _special_tag(name: str) -> Tag:
+    """`<html>`, `<script>`, `<style>`, `<pre>` and `<textarea>` have rules of their own."""
+    start = "<!doctype html><html" if name == "html" else f"<{name}"  # else: quirks mode
+    is_raw = name in ("script", "style")  # the browser does not decode their text
 
     def element(*parts: object) -> SafeString:
-        attributes, text = _assemble(map(_trust, parts))
-        if "<!--" in text or f"</{name}" in text.lower():
+        attributes, content = _assemble(map(_trust, parts) if is_raw else parts)
+        if is_raw and ("<!--" in content or f"</{name}" in content.lower()):
             raise StarioError(
                 f"text in <{name}> cannot hold '</{name}' or '<!--', which would end it: "
                 "write '<' as \\u003c in a JavaScript string, as \\3c in CSS"
             )
-        return SafeString(f"<{name}{attributes}>{text}</{name}>")
+        if name in ("pre", "textarea") and content.startswith("\n"):
+            content = "\n" + content  # browsers drop a line feed that comes first
+        return SafeString(f"{start}{attributes}>{content}</{name}>")
 
     return element
 
@@ -379,27 +371,6 @@ def _trust(part: object) -> object:
     if isinstance(part, (list, tuple)):
         return [_trust(inner) for inner in part]
     return SafeString(part) if type(part) is str else part
-
-
-def _pre_tag(name: str) -> Tag:
-    """`<pre>` and `<textarea>`: browsers drop a line feed that comes first, so one is added."""
-
-    def element(*parts: object) -> SafeString:
-        attributes, content = _assemble(parts)
-        spare = "\n" if content.startswith("\n") else ""
-        return SafeString(f"<{name}{attributes}>{spare}{content}</{name}>")
-
-    return element
-
-
-def _html_tag(name: str) -> Tag:
-    """`<html>`, with the doctype in front that keeps browsers out of quirks mode."""
-
-    def element(*parts: object) -> SafeString:
-        attributes, content = _assemble(parts)
-        return SafeString(f"<!doctype html><{name}{attributes}>{content}</{name}>")
-
-    return element
 
 
 _HTML_TAGS = """
@@ -419,12 +390,10 @@ foreignObject g image line linearGradient marker mask metadata mpath path patter
 radialGradient rect set stop switch symbol text textPath tspan use view
 """
 _VOID_TAGS = "area base br col embed hr img input link meta param source track wbr"
-_TAG_KINDS: dict[str, Callable[[str], Tag]] = {
+_TAG_KINDS = {
     **dict.fromkeys((_HTML_TAGS + _SVG_TAGS).split(), _plain_tag),
     **dict.fromkeys(_VOID_TAGS.split(), _void_tag),
-    **dict.fromkeys(("script", "style"), _raw_tag),
-    **dict.fromkeys(("pre", "textarea"), _pre_tag),
-    "html": _html_tag,
+    **dict.fromkeys(("html", "pre", "script", "style", "textarea"), _special_tag),
 }
 _TAG_NAMES = {name.lower(): name for name in _TAG_KINDS}
 
@@ -484,19 +453,17 @@ def _plain(value: object) -> object:
         return value.value
     if isinstance(value, (UUID, Decimal, Path)):
         return str(value)
-    if isinstance(value, (set, frozenset, Mapping)):
-        return dict(value) if isinstance(value, Mapping) else list(value)
+    if isinstance(value, (set, frozenset)):
+        return list(value)
+    if isinstance(value, Mapping):
+        return dict(value)
     raise TypeError(f"{type(value).__name__} cannot be written as JSON")
 
 
 def _json(value: object, *, ascii_only: bool = False) -> str:
     try:
         return json.dumps(
-            value,
-            default=_plain,
-            ensure_ascii=ascii_only,
-            allow_nan=False,
-            separators=(",", ":"),
+            value, default=_plain, ensure_ascii=ascii_only, allow_nan=False, separators=(",", ":")
         )
     except (TypeError, ValueError, RecursionError) as exc:
         raise StarioError(f"this cannot be written as JSON: {exc}") from exc
@@ -509,10 +476,7 @@ def _script_json(value: object) -> str:
 
 
 def s(text: str) -> str:
-    """A JavaScript string literal for any text, safe inside an expression.
-
-    `data.on("click", f"$name = {s(user.name)}")`
-    """
+    """A JavaScript string literal, safe in an expression: `f"$name = {s(user.name)}"`."""
     return _script_json(str(text))
 
 
@@ -524,7 +488,7 @@ def js(mapping: Mapping[str, str] | None = None, /, **expressions: str) -> str:
 
 Duration = int | float | str  # whole seconds; seconds with a fraction; or "250ms" as it is
 Timing = Duration | tuple[Any, ...]  # (0.5, "leading") adds the client's own flags
-Pattern = str | re.Pattern[str]  # a regular expression, which the browser runs
+Pattern = str | re.Pattern[str] | None  # a regular expression, run by the browser; None fits all
 Attributes = dict[str, object]
 
 
@@ -559,8 +523,6 @@ def _duration(value: Duration) -> str:
 
 def _modifier(name: str, value: object) -> str:
     """`__once` for True, nothing for False, `__debounce.500ms.leading` for (0.5, "leading")."""
-    if name not in Modifiers.__annotations__:
-        raise StarioError(f"no modifier {name!r}: {', '.join(Modifiers.__annotations__)}")
     if value is None or value is False:
         return ""
     if value is True:
@@ -570,11 +532,12 @@ def _modifier(name: str, value: object) -> str:
 
 
 @lru_cache(maxsize=1024)
-def _attribute_name(start: str, modifiers: tuple[tuple[str, object], ...]) -> str:
+def _attribute_name(start: str, /, **modifiers: object) -> str:
     """`data-on:click__once`. Kept, since a page repeats the few that it has."""
-    order = list(Modifiers.__annotations__)
-    ranked = sorted(modifiers, key=lambda pair: order.index(pair[0]) if pair[0] in order else 0)
-    return start + "".join(_modifier(name, value) for name, value in ranked)
+    known = Modifiers.__annotations__
+    if unknown := modifiers.keys() - known:
+        raise StarioError(f"no modifier {', '.join(unknown)}: one of {', '.join(known)}")
+    return start + "".join(_modifier(name, modifiers[name]) for name in known if name in modifiers)
 
 
 @lru_cache(maxsize=1024)
@@ -585,14 +548,15 @@ def _event_start(event: str) -> str:
     return f"data-on:{kebab}{case}"
 
 
-def _regex(pattern: Pattern) -> str:
+def _regex(pattern: str | re.Pattern[str]) -> str:
     """A regular expression literal, in which nothing ends it, and the client rewrites nothing."""
     text = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
     text = re.sub(r"\\.|/", lambda m: "\\/" if m[0] == "/" else m[0], text)
     return "/" + text.replace("@", "\\x40").replace(";", "\\x3b") + "/"
 
 
-def _filter(include: Pattern | None, exclude: Pattern | None) -> str | None:
+def _filter(include: Pattern, exclude: Pattern) -> str | None:
+    """The client's object for "the signals whose names match", or None for all of them."""
     given = {"include": include, "exclude": exclude}
     parts = [f"{name}: {_regex(value)}" for name, value in given.items() if value is not None]
     return "{" + ", ".join(parts) + "}" if parts else None
@@ -646,32 +610,33 @@ class DataAttributes:
 
     def init(self, expression: str, **modifiers: Unpack[Modifiers]) -> Attributes:
         """Run the expression when the element comes into the page (`delay`, `viewtransition`)."""
-        return {_attribute_name("data-init", tuple(modifiers.items())): expression}
+        return {_attribute_name("data-init", **modifiers): expression}
 
     def on(self, event: str, expression: str, **modifiers: Unpack[Modifiers]) -> Attributes:
         """Run the expression at an event: `data.on("click", at.post("/click"), debounce=0.5)`."""
-        return {_attribute_name(_event_start(event), tuple(modifiers.items())): expression}
+        return {_attribute_name(_event_start(event), **modifiers): expression}
 
     def on_intersect(self, expression: str, **modifiers: Unpack[Modifiers]) -> Attributes:
         """Run the expression when the element scrolls into view (or out, with `exit`)."""
-        return {_attribute_name("data-on-intersect", tuple(modifiers.items())): expression}
+        return {_attribute_name("data-on-intersect", **modifiers): expression}
 
     def on_interval(self, expression: str, **modifiers: Unpack[Modifiers]) -> Attributes:
         """Run the expression every `duration` (one second without it)."""
-        return {_attribute_name("data-on-interval", tuple(modifiers.items())): expression}
+        return {_attribute_name("data-on-interval", **modifiers): expression}
 
     def on_signal_patch(
         self,
         expression: str,
         *,
-        include: Pattern | None = None,
-        exclude: Pattern | None = None,
+        include: Pattern = None,
+        exclude: Pattern = None,
         **modifiers: Unpack[Modifiers],
     ) -> Attributes:
         """Run the expression when signals change; with a filter, those whose names match."""
-        name = _attribute_name("data-on-signal-patch", tuple(modifiers.items()))
-        names = _filter(include, exclude)
-        return {name: expression, **({"data-on-signal-patch-filter": names} if names else {})}
+        attributes: Attributes = {_attribute_name("data-on-signal-patch", **modifiers): expression}
+        if names := _filter(include, exclude):
+            attributes["data-on-signal-patch-filter"] = names
+        return attributes
 
     def indicator(self, signal: str) -> Attributes:
         """Set the signal to true while a request of this element is under way."""
@@ -690,11 +655,7 @@ class DataAttributes:
         return {"data-ignore-morph": True}
 
     def json_signals(
-        self,
-        *,
-        include: Pattern | None = None,
-        exclude: Pattern | None = None,
-        terse: bool = False,
+        self, *, include: Pattern = None, exclude: Pattern = None, terse: bool = False
     ) -> Attributes:
         """Show all signals (or those whose names match) as JSON: for debugging."""
         name = "data-json-signals__terse" if terse else "data-json-signals"
@@ -709,14 +670,11 @@ data = DataAttributes()
 
 
 class RequestOptions(TypedDict, total=False):
-    """The options of a request, with the client's defaults. Patterns match names of signals.
-
-    https://data-star.dev/reference/actions
-    """
+    """The options of a request: see https://data-star.dev/reference/actions."""
 
     content_type: str  # "json": the signals; or "form": the fields of the form around the element
-    include: Pattern  # the signals to send: those that match,
-    exclude: Pattern  # and those that do not
+    include: Pattern  # the signals to send: those whose names match,
+    exclude: Pattern  # and those whose names do not
     selector: str  # a CSS selector for the form to send
     headers: Mapping[str, str]  # more request headers
     open_when_hidden: bool  # keep the stream while the tab is hidden (False for GET)
@@ -733,6 +691,7 @@ _REQUEST_DEFAULTS: dict[str, object] = {
     "content_type": "json", "retry": "auto", "retry_interval_ms": 1000, "retry_scaler": 2,
     "retry_max_wait_ms": 30_000, "retry_max_count": 10, "request_cancellation": "auto",
 }  # fmt: skip
+Queries = Mapping[str, object] | None  # a value that is a list comes once for each of its items
 _PLAIN_URL = re.compile(r"[A-Za-z0-9/_.~?&=%:+,#-]*")
 
 
@@ -742,48 +701,23 @@ class Actions:
     `queries` are added to the URL. For the options see `RequestOptions`.
     """
 
-    def get(
-        self,
-        url: str,
-        queries: Mapping[str, object] | None = None,
-        **options: Unpack[RequestOptions],
-    ) -> str:
+    def get(self, url: str, queries: Queries = None, **options: Unpack[RequestOptions]) -> str:
         """Ask with GET; signals go into the query. `@get('/subscribe')`"""
         return _request("get", url, queries, options)
 
-    def post(
-        self,
-        url: str,
-        queries: Mapping[str, object] | None = None,
-        **options: Unpack[RequestOptions],
-    ) -> str:
+    def post(self, url: str, queries: Queries = None, **options: Unpack[RequestOptions]) -> str:
         """Ask with POST; signals go as JSON."""
         return _request("post", url, queries, options)
 
-    def put(
-        self,
-        url: str,
-        queries: Mapping[str, object] | None = None,
-        **options: Unpack[RequestOptions],
-    ) -> str:
+    def put(self, url: str, queries: Queries = None, **options: Unpack[RequestOptions]) -> str:
         """Ask with PUT; signals go as JSON."""
         return _request("put", url, queries, options)
 
-    def patch(
-        self,
-        url: str,
-        queries: Mapping[str, object] | None = None,
-        **options: Unpack[RequestOptions],
-    ) -> str:
+    def patch(self, url: str, queries: Queries = None, **options: Unpack[RequestOptions]) -> str:
         """Ask with PATCH; signals go as JSON."""
         return _request("patch", url, queries, options)
 
-    def delete(
-        self,
-        url: str,
-        queries: Mapping[str, object] | None = None,
-        **options: Unpack[RequestOptions],
-    ) -> str:
+    def delete(self, url: str, queries: Queries = None, **options: Unpack[RequestOptions]) -> str:
         """Ask with DELETE; signals go into the query."""
         return _request("delete", url, queries, options)
 
@@ -791,13 +725,11 @@ class Actions:
         """The expression's value, without running again when its signals change."""
         return f"@peek(() => {expression})"
 
-    def set_all(
-        self, value: object, *, include: Pattern | None = None, exclude: Pattern | None = None
-    ) -> str:
+    def set_all(self, value: object, *, include: Pattern = None, exclude: Pattern = None) -> str:
         """Set all signals (or those whose names match) to a value; a str is an expression."""
         return f"@setAll({', '.join(filter(None, (_code(value), _filter(include, exclude))))})"
 
-    def toggle_all(self, *, include: Pattern | None = None, exclude: Pattern | None = None) -> str:
+    def toggle_all(self, *, include: Pattern = None, exclude: Pattern = None) -> str:
         """Turn all signals (or those whose names match) from true to false and back."""
         return f"@toggleAll({_filter(include, exclude) or ''})"
 
@@ -805,9 +737,7 @@ class Actions:
 at = Actions()
 
 
-def _request(
-    method: str, url: str, queries: Mapping[str, object] | None, options: RequestOptions
-) -> str:
+def _request(method: str, url: str, queries: Queries, options: RequestOptions) -> str:
     pairs = [
         (name, str(item))
         for name, value in (queries or {}).items()
@@ -863,7 +793,7 @@ def datastar_script(src: str | None = None) -> SafeString:
     """
     if src is not None:
         return h.Script({"type": "module", "src": src})
-    pocket = "/_stario/" + asset("pocket.js", collection="_stario")
+    pocket = "/_stario/" + asset("pocket.js", collection="_stario")  # see 11
     return h.Script(
         {"type": "module"},
         f"""
@@ -891,12 +821,9 @@ _LINE_BREAK = re.compile(r"\r\n|\r|\n")
 
 def _sse(event: str, lines: Iterable[str], id: str | None = None, retry: int | None = None) -> str:
     """One event of a stream (HTML standard, 9.2.5)."""
-    for field in (event, id or ""):
-        if _CONTROL.search(field):
-            raise StarioError(f"an event's name or id cannot hold line breaks or NUL: {field!r}")
-    out = [f"event: {event}\n"]
+    out = [f"event: {_one_line(event)}\n"]
     if id is not None:
-        out.append(f"id: {id}\n")
+        out.append(f"id: {_one_line(id)}\n")
     if retry is not None:
         out.append(f"retry: {int(retry)}\n")
     out += [f"data: {line}\n" for line in lines]
@@ -904,7 +831,12 @@ def _sse(event: str, lines: Iterable[str], id: str | None = None, retry: int | N
     return "".join(out)
 
 
-_CONTROL = re.compile(r"[\r\n\x00]")
+def _one_line(text: str) -> str:
+    if "\0" in text or _LINE_BREAK.search(text):
+        raise StarioError(f"event, id and selector cannot hold line breaks or NUL: {text!r}")
+    return text
+
+
 _PATCH_MODES = ("outer", "inner", "replace", "prepend", "append", "before", "after", "remove")
 
 
@@ -921,9 +853,7 @@ def _patch_lines(
     if namespace not in (None, "html", "svg", "mathml"):
         raise StarioError(f"no namespace {namespace!r}: html, svg or mathml")
     if not selector and mode not in ("outer", "replace"):
-        raise StarioError(
-            f"mode {mode!r} needs a selector: without one only outer and replace work"
-        )
+        raise StarioError(f"mode {mode!r} needs a selector: only outer and replace do without")
     lines = [f"selector {_one_line(selector)}"] if selector else []
     if mode != "outer":
         lines.append(f"mode {mode}")
@@ -941,22 +871,11 @@ def _split_lines(text: str) -> list[str]:
     return _LINE_BREAK.split(text) if "\n" in text or "\r" in text else [text]
 
 
-def _one_line(selector: str) -> str:
-    if _CONTROL.search(selector):
-        raise StarioError(f"a selector cannot hold line breaks or NUL: {selector!r}")
-    return selector
-
-
 def _signal_lines(signals: object, only_if_missing: bool = False) -> list[str]:
     """The data lines of `datastar-patch-signals`; a str is taken for JSON already."""
     text = signals if isinstance(signals, str) else _json(signals)
     lines = ["onlyIfMissing true"] if only_if_missing else []
     return lines + ["signals " + line for line in _split_lines(text)]
-
-
-def _script_element(code: str, auto_remove: bool, attributes: Mapping[str, object] | None) -> str:
-    own = {"data-effect": "el.remove()"} if auto_remove else {}
-    return h.Script({**own, **(attributes or {})}, code)
 
 
 # ==================================================================================================
@@ -972,7 +891,7 @@ def _script_element(code: str, auto_remove: bool, attributes: Mapping[str, objec
 
 _TRUE = frozenset(("true", "on", "yes", "1"))
 _FALSE = frozenset(("false", "off", "no", "0", ""))
-_WRONG = object()  # what a reader gives back after it has noted a problem
+_WRONG = object()  # stands for a value whose problem has been noted
 
 # Types that are written as text in JSON, with what makes them from it.
 _FROM_TEXT: dict[Any, Callable[[str], Any]] = {
@@ -984,17 +903,15 @@ _FROM_TEXT: dict[Any, Callable[[str], Any]] = {
 }
 
 
+class _Misfit(Exception):
+    """A value does not fit its type; the text says what was expected."""
+
+
 class _Reading:
     """One reading of one set of signals: collects what is wrong on the way."""
 
     def __init__(self) -> None:
         self.problems: list[str] = []
-
-    def wrong(self, path: str, expected: str, value: object) -> Any:
-        shown = json.dumps(value, default=str)
-        shown = shown if len(shown) <= 60 else shown[:57] + "..."
-        self.problems.append(f"{path or 'the signals'}: expected {expected}, got {shown}")
-        return _WRONG
 
     def read(self, kind: Any, value: object, path: str) -> Any:
         """The value as a `kind`, or `_WRONG`."""
@@ -1002,85 +919,38 @@ class _Reading:
             return value  # what most fields are
         if kind in (Any, object):
             return value
-        if isinstance(kind, type) and not isinstance(kind, types.GenericAlias):
-            return self._read_class(kind, value, path)
-        return self._read_form(kind, value, path)
+        try:
+            if isinstance(kind, type) and not isinstance(kind, types.GenericAlias):
+                return self._read_class(kind, value, path)
+            return self._read_form(kind, value, path)
+        except _Misfit as misfit:
+            shown = json.dumps(value, default=str)
+            shown = shown if len(shown) <= 60 else shown[:57] + "..."
+            self.problems.append(f"{path or 'the signals'}: expected {misfit}, got {shown}")
+        except ValueError as exc:  # from a __post_init__ that checks more; pydantic's is one, too
+            self.problems.append(f"{path}: {exc}" if path else str(exc))
+        return _WRONG
 
-    def _read_class(self, kind: type, value: object, path: str) -> Any:
-        if kind is str:
-            return value if isinstance(value, str) else self.wrong(path, "text", value)
+    def _read_class(self, kind: Any, value: Any, path: str) -> Any:
+        if kind in (str, types.NoneType):
+            if isinstance(value, kind):
+                return value
+            raise _Misfit("text" if kind is str else "null")
         if kind is bool:
-            return self._read_bool(value, path)
+            return _read_bool(value)
         if kind in (int, float):
-            return self._read_number(kind, value, path)
-        if kind is types.NoneType:
-            return None if value is None else self.wrong(path, "null", value)
+            return _read_number(kind, value)
         if kind in (list, set, frozenset, tuple, dict):
             return self._read_form(kind[_BARE[kind]], value, path)
         if issubclass(kind, enum.Enum):
-            return self._read_choice([member.value for member in kind], value, path, kind)
+            return kind(_read_choice([member.value for member in kind], value))
         if kind in _FROM_TEXT:
-            return self._read_text_form(kind, value, path)
+            return _read_text(kind, value)
         if dataclasses.is_dataclass(kind) or typing.is_typeddict(kind):
             return self._read_fields(kind, value, path)
         if hasattr(kind, "model_validate"):
-            return self._read_model(kind, value, path)
+            return kind.model_validate(value)
         raise StarioError(f"signals cannot be read as {kind.__name__} ({path or 'the schema'})")
-
-    def _read_bool(self, value: object, path: str) -> Any:
-        if isinstance(value, bool):
-            return value
-        word = value.strip().lower() if isinstance(value, str) else None
-        if word in _TRUE or word in _FALSE:
-            return word in _TRUE
-        return self.wrong(path, "true or false", value)
-
-    def _read_number(self, kind: type[int] | type[float], value: object, path: str) -> Any:
-        expected = "a whole number" if kind is int else "a number"
-        if isinstance(value, str):
-            # int() and float() would take "1_000", "nan" and Arabic digits as well.
-            form = r"[+-]?\d{1,400}" if kind is int else r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?"
-            if not re.fullmatch(form, value.strip(), re.ASCII):
-                return self.wrong(path, expected, value)
-            return self._finite(kind(value), path, value)
-        if isinstance(value, bool) or not isinstance(value, (int, float)):
-            return self.wrong(path, expected, value)
-        if kind is int and isinstance(value, float) and not value.is_integer():
-            return self.wrong(path, expected, value)
-        try:
-            return self._finite(kind(value), path, value)
-        except OverflowError:
-            return self.wrong(path, expected, value)
-
-    def _finite(self, number: float, path: str, value: object) -> Any:
-        if number in (float("inf"), float("-inf")) or number != number:
-            return self.wrong(path, "a finite number", value)
-        return number
-
-    def _read_choice(
-        self, choices: Sequence[object], value: object, path: str, kind: type[enum.Enum] | None
-    ) -> Any:
-        # First the value itself (of the same type: 1 is not True), then the text that spells it.
-        same = [item for item in choices if type(item) is type(value) and item == value]
-        spelt = [item for item in choices if isinstance(value, str) and str(item) == value]
-        if not same and not spelt:
-            words = ", ".join(json.dumps(item, default=str) for item in choices)
-            return self.wrong(path, f"one of {words}", value)
-        found = (same or spelt)[0]
-        return kind(found) if kind else found
-
-    def _read_text_form(self, kind: type, value: object, path: str) -> Any:
-        if isinstance(value, (int, float)) and kind is Decimal and not isinstance(value, bool):
-            value = str(value)
-        try:
-            return (
-                _FROM_TEXT[kind](value) if isinstance(value, str) else self._no(kind, value, path)
-            )
-        except (ValueError, ArithmeticError):
-            return self._no(kind, value, path)
-
-    def _no(self, kind: type, value: object, path: str) -> Any:
-        return self.wrong(path, f"a {kind.__name__} as text", value)
 
     def _read_form(self, kind: Any, value: object, path: str) -> Any:
         """Types with parameters: unions, `list[T]`, `dict[str, T]`, `Literal`, aliases."""
@@ -1088,7 +958,7 @@ class _Reading:
         if origin in (typing.Union, types.UnionType):
             return self._read_union(arguments, value, path)
         if origin is typing.Literal:
-            return self._read_choice(arguments, value, path, None)
+            return _read_choice(arguments, value)
         if origin in (typing.Annotated, typing.Required, typing.NotRequired, typing.ClassVar):
             return self.read(arguments[0], value, path)
         if origin in (list, set, frozenset, tuple, Sequence, Iterable):
@@ -1112,28 +982,26 @@ class _Reading:
                 return found
         if len(ranked) == 2 and types.NoneType in ranked:  # T | None: T's own words say more
             return self.read(next(o for o in ranked if o is not types.NoneType), value, path)
-        names = (getattr(option, "__name__", str(option)) for option in options)
-        return self.wrong(path, " or ".join(names), value)
+        raise _Misfit(" or ".join(getattr(option, "__name__", str(option)) for option in options))
 
     def _read_list(self, origin: Any, kinds: tuple[Any, ...], value: object, path: str) -> Any:
         if not isinstance(value, list):
-            return self.wrong(path, "a list", value)
-        if origin is tuple and kinds[-1:] != (Ellipsis,):
-            if len(value) != len(kinds):
-                return self.wrong(path, f"a list of {len(kinds)}", value)
-            pairs = list(zip(kinds, value, strict=True))
-        else:
-            pairs = [(kinds[0], item) for item in value]
-        items = [self.read(kind, item, f"{path}[{i}]") for i, (kind, item) in enumerate(pairs)]
+            raise _Misfit("a list")
+        if origin is not tuple or kinds[-1:] == (Ellipsis,):
+            kinds = kinds[:1] * len(value)
+        if len(value) != len(kinds):
+            raise _Misfit(f"a list of {len(kinds)}")
+        pairs = enumerate(zip(kinds, value, strict=True))
+        items = [self.read(kind, item, f"{path}[{i}]") for i, (kind, item) in pairs]
         make = origin if origin in (set, frozenset, tuple) else list
         try:
             return make(items)
         except TypeError:  # a set of lists
-            return self.wrong(path, "a list of plain values", value)
+            raise _Misfit("a list of plain values") from None
 
     def _read_dict(self, kinds: tuple[Any, ...], value: object, path: str) -> Any:
         if not isinstance(value, dict):
-            return self.wrong(path, "an object", value)
+            raise _Misfit("an object")
         return {
             self.read(kinds[0], key, f"{path}.{key}"): self.read(kinds[1], item, f"{path}.{key}")
             for key, item in value.items()
@@ -1142,7 +1010,7 @@ class _Reading:
     def _read_fields(self, schema: Any, value: object, path: str) -> Any:
         """A dataclass or a TypedDict: each field from the signal of its name."""
         if not isinstance(value, dict):
-            return self.wrong(path, "an object", value)
+            raise _Misfit("an object")
         found: dict[str, Any] = {}
         before = len(self.problems)
         for name, kind, required in _fields_of(schema):
@@ -1151,20 +1019,53 @@ class _Reading:
                 found[name] = self.read(kind, value[name], inner)
             elif required:
                 self.problems.append(f"{inner}: is missing")
-        if len(self.problems) > before:
-            return _WRONG
-        try:
-            return schema(**found)
-        except ValueError as exc:  # a __post_init__ that checks more
-            self.problems.append(f"{path}: {exc}" if path else str(exc))
-            return _WRONG
+        return schema(**found) if len(self.problems) == before else _WRONG
 
-    def _read_model(self, kind: Any, value: object, path: str) -> Any:
-        try:
-            return kind.model_validate(value)
-        except ValueError as exc:  # pydantic's ValidationError is one
-            self.problems.append(f"{path}: {exc}" if path else str(exc))
-            return _WRONG
+
+def _read_bool(value: object) -> bool:
+    if isinstance(value, bool):
+        return value
+    word = value.strip().lower() if isinstance(value, str) else None
+    if word in _TRUE or word in _FALSE:
+        return word in _TRUE
+    raise _Misfit("true or false")
+
+
+def _read_number(kind: type[int] | type[float], value: Any) -> float:
+    if isinstance(value, str):
+        # int() and float() would take "1_000", "nan" and Arabic digits as well.
+        form = r"[+-]?\d{1,400}" if kind is int else r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?"
+        fits = re.fullmatch(form, value.strip(), re.ASCII) is not None
+    elif isinstance(value, float):
+        fits = kind is float or value.is_integer()
+    else:
+        fits = isinstance(value, int) and not isinstance(value, bool)
+    if not fits:
+        raise _Misfit("a whole number" if kind is int else "a number")
+    try:
+        number: float = kind(value)
+    except OverflowError:  # a whole number beyond the largest float
+        number = math.inf
+    if kind is float and not math.isfinite(number):
+        raise _Misfit("a finite number")
+    return number
+
+
+def _read_choice(choices: Sequence[object], value: object) -> Any:
+    # First the value itself (of the same type: 1 is not True), then the text that spells it.
+    same = [item for item in choices if type(item) is type(value) and item == value]
+    spelt = [item for item in choices if isinstance(value, str) and str(item) == value]
+    if not same and not spelt:
+        raise _Misfit("one of " + ", ".join(json.dumps(item, default=str) for item in choices))
+    return (same or spelt)[0]
+
+
+def _read_text(kind: type, value: object) -> Any:
+    text = str(value) if kind is Decimal and type(value) in (int, float) else value
+    with suppress(ValueError, ArithmeticError):
+        if isinstance(text, str):
+            return _FROM_TEXT[kind](text)
+    raise _Misfit(f"a {kind.__name__} as text")
 
 
 _BARE: dict[type, Any] = {list: Any, set: Any, frozenset: Any, tuple: (Any, ...), dict: (str, Any)}
@@ -1181,24 +1082,16 @@ def _fields_of(schema: Any) -> list[tuple[str, Any, bool]]:
             "what it names at the top of a module"
         ) from exc
     if typing.is_typeddict(schema):
-        return [
-            (name, kind, name in schema.__required_keys__ and not _is_not_required(kind))
-            for name, kind in hints.items()
-        ]
+        # With `from __future__ import annotations` it takes NotRequired keys for required ones.
+        optional = {n for n, kind in hints.items() if typing.get_origin(kind) is typing.NotRequired}
+        required = schema.__required_keys__ - optional
+        return [(name, kind, name in required) for name, kind in hints.items()]
+    missing = dataclasses.MISSING
     return [
-        (
-            field.name,
-            hints[field.name],
-            field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING,
-        )
+        (field.name, hints[field.name], field.default is field.default_factory is missing)
         for field in dataclasses.fields(schema)
         if field.init
     ]
-
-
-def _is_not_required(kind: Any) -> bool:
-    # With `from __future__ import annotations` a TypedDict does not know this of its own keys.
-    return typing.get_origin(kind) is typing.NotRequired
 
 
 def read_signals(schema: type[T], signals: object) -> T:
@@ -1272,8 +1165,13 @@ class Span:
         self, event: str | BaseException, attributes: Mapping[str, Any] | None = None
     ) -> None:
         """Note an event by its name, or an exception. Neither makes the span an error."""
-        if isinstance(event, BaseException):
-            attributes = {**_describe(event), **(attributes or {})}
+        if isinstance(event, BaseException):  # by OpenTelemetry's names
+            attributes = {
+                "exception.type": type(event).__name__,
+                "exception.message": str(event),
+                "exception.stacktrace": "".join(traceback.format_exception(event)),
+                **(attributes or {}),
+            }
             event = "exception"
         noted = SpanEvent(event, attributes or {}, time.time_ns())
         self.events.append(noted)
@@ -1319,15 +1217,6 @@ class Span:
         self.end()
 
 
-def _describe(exc: BaseException) -> dict[str, Any]:
-    """An exception by OpenTelemetry's names for its attributes."""
-    return {
-        "exception.type": type(exc).__name__,
-        "exception.message": str(exc),
-        "exception.stacktrace": "".join(traceback.format_exception(exc)),
-    }
-
-
 class Tracer:
     """A tracer that shows nothing, and the base of those that do.
 
@@ -1338,7 +1227,7 @@ class Tracer:
         """Start a span that no request stands behind: `with tracer("job") as span:`"""
         return Span(self, name, attributes, None)
 
-    def __enter__(self: TracerT) -> TracerT:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -1354,11 +1243,8 @@ class Tracer:
         """A span has ended: its attributes, error and end time stand now."""
 
 
-TracerT = TypeVar("TracerT", bound=Tracer)
-
-
 class _StreamTracer(Tracer):
-    """What both tracers share: whole lines to a stream, one thread at a time."""
+    """What the two tracers below share: whole lines to a stream, one thread at a time."""
 
     def __init__(self, stream: IO[str] | None = None) -> None:
         self._stream = stream or sys.stdout
@@ -1367,12 +1253,9 @@ class _StreamTracer(Tracer):
     def _write(self, line: str) -> None:
         # One write and a flush for each line: nothing is lost if the process dies. A log that can't
         # be written (a closed pipe, a full disk) must not take the requests down with it.
-        with self._lock:
-            try:
-                self._stream.write(line + "\n")
-                self._stream.flush()
-            except (OSError, ValueError):
-                pass
+        with self._lock, suppress(OSError, ValueError):
+            self._stream.write(line + "\n")
+            self._stream.flush()
 
 
 class JsonTracer(_StreamTracer):
@@ -1393,42 +1276,34 @@ class JsonTracer(_StreamTracer):
         self._write_span(span, {"duration_ms": (span.end_ns - span.start_ns) / 1e6})
 
     def _write_span(self, span: Span, more: dict[str, Any]) -> None:
-        record: dict[str, Any] = {
+        events = [
+            {"time": _iso_time(time_ns), "name": name, **_filled(attributes=attributes)}
+            for name, attributes, time_ns in span.events
+        ]
+        span.events.clear()  # they are written, and not needed again
+        links = [{"span_id": other.id, "trace_id": other.trace_id} for other in span.links]
+        record = {
             "time": _iso_time(span.start_ns),
             "name": span.name,
             "span_id": span.id,
             "trace_id": span.trace_id,
+            **_filled(parent_id=span.parent_id),
+            **more,
+            **_filled(attributes=span.attributes, events=events, links=links, error=span.error),
         }
-        if span.parent_id:
-            record["parent_id"] = span.parent_id
-        record.update(more)
-        if span.attributes:
-            record["attributes"] = span.attributes
-        if span.events:
-            record["events"] = [
-                {"time": _iso_time(event.time_ns), "name": event.name, **_unless_empty(event)}
-                for event in span.events
-            ]
-            span.events.clear()  # they are written, and not needed again
-        if span.links:
-            record["links"] = [{"span_id": s.id, "trace_id": s.trace_id} for s in span.links]
-        if span.error:
-            record["error"] = span.error
-        self._write(_json_line(record))
+        try:
+            line = _log_json(record)
+        except (TypeError, ValueError, RecursionError):  # a key that is a tuple, a list in itself
+            line = _log_json({**record, "attributes": repr(span.attributes), "events": []})
+        self._write(line)
 
 
 _log_json = json.JSONEncoder(default=str).encode
 
 
-def _json_line(record: dict[str, Any]) -> str:
-    try:
-        return _log_json(record)
-    except (TypeError, ValueError, RecursionError):  # a key that is a tuple, a list in itself
-        return json.dumps({**record, "attributes": repr(record.get("attributes")), "events": []})
-
-
-def _unless_empty(event: SpanEvent) -> dict[str, Any]:
-    return {"attributes": event.attributes} if event.attributes else {}
+def _filled(**fields: Any) -> dict[str, Any]:
+    """The fields that have something in them."""
+    return {name: value for name, value in fields.items() if value}
 
 
 def _iso_time(time_ns: int) -> str:
@@ -1449,8 +1324,7 @@ class RichTracer(_StreamTracer):
 
     def __init__(self, stream: IO[str] | None = None) -> None:
         super().__init__(stream)
-        colours = self._stream.isatty() and "NO_COLOR" not in os.environ
-        self._paint = _ansi if colours else _no_paint
+        self._colours = self._stream.isatty() and "NO_COLOR" not in os.environ
         self._under_way: dict[str, Span] = {}
         self._opened: set[str] = set()  # ids of those whose first line has been written
 
@@ -1464,13 +1338,13 @@ class RichTracer(_StreamTracer):
     def on_event(self, span: Span, event: SpanEvent) -> None:
         """Show the event, and before the first one what it is an event of."""
         self._open(span)
-        trace = event.attributes.get("exception.stacktrace")
-        name = event.name if trace is None else str(event.attributes["exception.type"])
+        stack = event.attributes.get("exception.stacktrace")
+        name = event.name if stack is None else str(event.attributes["exception.type"])
         shown = {k: v for k, v in event.attributes.items() if not k.startswith("exception.")}
-        if trace is not None:
+        if stack is not None:
             shown["message"] = event.attributes["exception.message"]
-        self._line(span, "│", name + _pairs(shown), event.time_ns, "yellow" if trace else "cyan")
-        for line in str(trace or "").splitlines():
+        self._line(span, "│", name + _pairs(shown), event.time_ns, "yellow" if stack else "cyan")
+        for line in str(stack or "").splitlines():
             self._line(span, "│", "  " + line, event.time_ns, "dim")
 
     def on_end(self, span: Span) -> None:
@@ -1495,22 +1369,15 @@ class RichTracer(_StreamTracer):
 
     def _line(self, span: Span, mark: str, text: str, time_ns: int, colour: str) -> None:
         clock = datetime.fromtimestamp(time_ns / 1e9).strftime("%H:%M:%S.%f")[:-3]
+        start = self._paint(f"{clock} {span.trace_id[:4]}", "dim")
         indent = "  " * self._depth(span)
-        self._write(
-            f"{self._paint(f'{clock} {span.trace_id[:4]}', 'dim')} "
-            f"{indent}{self._paint(f'{mark} {_printable(text)}', colour)}"
-        )
+        self._write(f"{start} {indent}{self._paint(f'{mark} {_printable(text)}', colour)}")
+
+    def _paint(self, text: str, colour: str) -> str:
+        return f"\x1b[{_COLOURS[colour]}m{text}\x1b[0m" if self._colours else text
 
 
 _COLOURS = {"bold": 1, "dim": 2, "red": 31, "green": 32, "yellow": 33, "cyan": 36}
-
-
-def _ansi(text: str, colour: str) -> str:
-    return f"\x1b[{_COLOURS[colour]}m{text}\x1b[0m"
-
-
-def _no_paint(text: str, colour: str) -> str:
-    return text
 
 
 def _pairs(attributes: Mapping[str, Any]) -> str:
@@ -1541,8 +1408,14 @@ def _printable(text: str) -> str:
 # ==================================================================================================
 
 
+ToWake = dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]]  # readers, by their loops
+
+
 class _Mailbox:
-    """What the relay knows of a subscription. Everything is touched only under the relay's lock."""
+    """What the relay knows of a subscription. Everything is touched only under the relay's lock.
+
+    It does not refer to the Subscription: one that nobody holds any more is collected, and closes.
+    """
 
     __slots__ = ("closed", "dropped", "loop", "maxsize", "overflow", "patterns", "queue", "waiter")
 
@@ -1583,6 +1456,12 @@ class _Mailbox:
         queue = self.queue
         return queue.popitem(last=False)[1] if isinstance(queue, OrderedDict) else queue.popleft()
 
+    def call(self, to_wake: ToWake) -> None:
+        """Put the reader, if one waits, among those who are to be woken."""
+        waiter, self.waiter = self.waiter, None
+        if waiter is not None and self.loop is not None:
+            to_wake.setdefault(self.loop, []).append(waiter)
+
 
 class Subscription(Generic[T]):
     """An async iterator of `(subject, data)`; `relay.subscribe()` makes them.
@@ -1608,10 +1487,7 @@ class Subscription(Generic[T]):
         return self._mailbox.closed
 
     def close(self) -> None:
-        """Take no more messages, from any thread.
-
-        A reader that waits gets what is queued, then ends.
-        """
+        """Take no more messages, from any thread. A waiting reader gets the queued ones first."""
         if self._mailbox.patterns:
             self._relay._unsubscribe(self._mailbox)
 
@@ -1642,8 +1518,7 @@ class Subscription(Generic[T]):
     def __exit__(self, *exc: object) -> None:
         self.close()
 
-    def __del__(self) -> None:
-        self.close()
+    __del__ = close
 
 
 class _Messages(Generic[T]):
@@ -1664,8 +1539,7 @@ class _Messages(Generic[T]):
         """The loop is over."""
         self._subscription.close()
 
-    def __del__(self) -> None:
-        self._subscription.close()
+    __del__ = close
 
 
 class Relay(Generic[T]):
@@ -1705,7 +1579,7 @@ class Relay(Generic[T]):
 
     def publish(self, subject: str, data: T = None) -> None:  # type: ignore[assignment]
         """Give a message to everyone who listens to its subject. From any thread; never waits."""
-        to_wake: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
+        to_wake: ToWake = {}
         with self._lock:
             for mailbox in self._listeners(subject):
                 if mailbox.closed:
@@ -1713,7 +1587,7 @@ class Relay(Generic[T]):
                 mailbox.put(subject, data)
                 if mailbox.closed:  # the rule was "close"
                     self._remove(mailbox)
-                self._note_waiter(mailbox, to_wake)
+                mailbox.call(to_wake)
         _wake(to_wake)
 
     def _place(self, pattern: str) -> tuple[dict[str, dict[_Mailbox, None]], str]:
@@ -1737,11 +1611,11 @@ class Relay(Generic[T]):
         return list(dict.fromkeys(mailbox for table in tables for mailbox in list(table)))
 
     def _unsubscribe(self, mailbox: _Mailbox) -> None:
-        to_wake: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]] = {}
+        to_wake: ToWake = {}
         with self._lock:
             mailbox.closed = True
             self._remove(mailbox)
-            self._note_waiter(mailbox, to_wake)
+            mailbox.call(to_wake)
         _wake(to_wake)
 
     def _remove(self, mailbox: _Mailbox) -> None:
@@ -1753,16 +1627,8 @@ class Relay(Generic[T]):
             if not listeners:
                 table.pop(key, None)
 
-    @staticmethod
-    def _note_waiter(
-        mailbox: _Mailbox, to_wake: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]]
-    ) -> None:
-        waiter, mailbox.waiter = mailbox.waiter, None
-        if waiter is not None and mailbox.loop is not None:
-            to_wake.setdefault(mailbox.loop, []).append(waiter)
 
-
-def _wake(to_wake: dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]]) -> None:
+def _wake(to_wake: ToWake) -> None:
     """Resolve futures: those of this thread's loop at once, others by one call into their loop."""
     here = asyncio._get_running_loop()
     for loop, waiters in to_wake.items():
@@ -1791,27 +1657,22 @@ _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, section 5.6.2
 _BAD_VALUE = re.compile(r"[^\t\x20-\x7e\x80-\xff]")  # section 5.5
 
 
-class Headers:
-    """Header fields: names without regard to case, values as text (RFC 9110, section 5)."""
+class _Fields:
+    """Text under names, where a name may come several times."""
 
     def __init__(self, fields: dict[str, list[str]] | None = None) -> None:
-        self._fields = fields if fields is not None else {}  # lower-case name -> values in order
-
-    def get(self, name: str, default: str | None = None) -> str | None:
-        """The first value of a field, or `default`."""
-        values = self._fields.get(name) or self._fields.get(name.lower())
-        return values[0] if values else default
-
-    def getlist(self, name: str) -> list[str]:
-        """All values of a field, in order; an empty list where there is none."""
-        return list(self._fields.get(name.lower(), ()))
+        self._fields = fields if fields is not None else {}  # name -> its values, in order
 
     def items(self) -> list[tuple[str, str]]:
         """All fields as pairs; a name that came twice is there twice."""
         return [(name, value) for name, values in self._fields.items() for value in values]
 
+    def getlist(self, name: str) -> list[str]:
+        """All values of a name, in order; an empty list where there is none."""
+        return list(self._fields.get(name, ()))
+
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and name.lower() in self._fields
+        return name in self._fields
 
     def __len__(self) -> int:
         return sum(map(len, self._fields.values()))
@@ -1821,6 +1682,37 @@ class Headers:
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.items()!r})"
+
+
+class QueryParams(_Fields):
+    """The parameters of a query or a form: decoded text, a key may come several times."""
+
+    def __init__(self, pairs: Iterable[tuple[str, str]] = ()) -> None:
+        fields: dict[str, list[str]] = {}
+        for key, value in pairs:
+            fields.setdefault(key, []).append(value)
+        super().__init__(fields)
+
+    def get(self, key: str, default: str | None = None) -> Any:
+        """The first value of a key, or `default`."""
+        values = self._fields.get(key)
+        return values[0] if values else default
+
+
+class Headers(_Fields):
+    """Header fields: names without regard to case, values as text (RFC 9110, section 5)."""
+
+    def get(self, name: str, default: str | None = None) -> str | None:
+        """The first value of a field, or `default`."""
+        values = self._fields.get(name) or self._fields.get(name.lower())
+        return values[0] if values else default
+
+    def getlist(self, name: str) -> list[str]:
+        """All values of a field, in order; an empty list where there is none."""
+        return super().getlist(name.lower())
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and name.lower() in self._fields
 
 
 class ResponseHeaders(Headers):
@@ -1837,23 +1729,20 @@ class ResponseHeaders(Headers):
 
     def set(self, name: str | bytes, value: str | bytes | int) -> ResponseHeaders:
         """Make this the only value of the field."""
-        self._check()
         key, text = _field(name, value)
-        self._fields[key] = [text]
+        self._unsent[key] = [text]
         return self
 
     def add(self, name: str | bytes, value: str | bytes | int) -> ResponseHeaders:
         """Add one more field of this name."""
-        self._check()
         key, text = _field(name, value)
-        self._fields.setdefault(key, []).append(text)
+        self._unsent.setdefault(key, []).append(text)
         return self
 
     def setdefault(self, name: str | bytes, value: str | bytes | int) -> ResponseHeaders:
         """Set the field unless it is there."""
-        self._check()
         key, text = _field(name, value)
-        self._fields.setdefault(key, [text])
+        self._unsent.setdefault(key, [text])
         return self
 
     def update(self, fields: Mapping[str, str | bytes | int]) -> ResponseHeaders:
@@ -1864,19 +1753,19 @@ class ResponseHeaders(Headers):
 
     def remove(self, name: str | bytes) -> ResponseHeaders:
         """Remove all fields of this name, if there are any."""
-        self._check()
-        self._fields.pop(_text(name).lower(), None)
+        self._unsent.pop(_text(name).lower(), None)
         return self
 
     def clear(self) -> ResponseHeaders:
         """Remove all fields."""
-        self._check()
-        self._fields.clear()
+        self._unsent.clear()
         return self
 
-    def _check(self) -> None:
+    @property
+    def _unsent(self) -> dict[str, list[str]]:
         if self.sent:
             raise StarioError("the headers have been sent: set them before the first write")
+        return self._fields
 
 
 def _text(value: str | bytes) -> str:
@@ -1897,42 +1786,6 @@ def _field(name: str | bytes, value: str | bytes | int) -> tuple[str, str]:
     return key, text
 
 
-class QueryParams:
-    """The parameters of a query or a form: decoded text, a key may come several times."""
-
-    __slots__ = ("_values",)
-
-    def __init__(self, pairs: Iterable[tuple[str, str]] = ()) -> None:
-        self._values: dict[str, list[str]] = {}
-        for key, value in pairs:
-            self._values.setdefault(key, []).append(value)
-
-    def get(self, key: str, default: str | None = None) -> Any:
-        """The first value of a key, or `default`."""
-        values = self._values.get(key)
-        return values[0] if values else default
-
-    def getlist(self, key: str) -> list[str]:
-        """All values of a key, in order; an empty list where there is none."""
-        return list(self._values.get(key, ()))
-
-    def items(self) -> list[tuple[str, str]]:
-        """All pairs; a key that came twice is there twice."""
-        return [(key, value) for key, values in self._values.items() for value in values]
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._values
-
-    def __len__(self) -> int:
-        return sum(map(len, self._values.values()))
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._values)
-
-    def __repr__(self) -> str:
-        return f"{type(self).__name__}({self.items()!r})"
-
-
 @dataclasses.dataclass(slots=True)
 class FormFile:
     """A file of a form: its name as the browser gave it (do not trust it), its type, its bytes."""
@@ -1944,8 +1797,6 @@ class FormFile:
 
 class Form(QueryParams):
     """The fields of a form, as QueryParams; its files by field name in `files`."""
-
-    __slots__ = ("files",)
 
     def __init__(self, pairs: Iterable[tuple[str, str]] = ()) -> None:
         super().__init__(pairs)
@@ -1980,8 +1831,7 @@ def _parse_multipart(body: bytes, content_type: str) -> Form:
         raise HttpException(400, "the multipart form is cut off: its last boundary is missing")
     if len(parts) > _MAX_FORM_FIELDS:
         raise HttpException(400, f"more than {_MAX_FORM_FIELDS} parts")
-    pairs: list[tuple[str, str]] = []
-    files: dict[str, list[FormFile]] = {}
+    form = Form()
     for part in parts[:-1]:
         head, found, content = part.lstrip(b" \t").partition(b"\r\n\r\n")
         lines = (line.partition(":") for line in head.decode("utf-8", "replace").split("\r\n"))
@@ -1992,11 +1842,9 @@ def _parse_multipart(body: bytes, content_type: str) -> Form:
         name = disposition["name"]
         if "filename" in disposition:
             kind = fields.get("content-type", "application/octet-stream")
-            files.setdefault(name, []).append(FormFile(disposition["filename"], kind, content))
+            form.files.setdefault(name, []).append(FormFile(disposition["filename"], kind, content))
         else:
-            pairs.append((name, content.decode("utf-8", "replace")))
-    form = Form(pairs)
-    form.files = files
+            form._fields.setdefault(name, []).append(content.decode("utf-8", "replace"))
     return form
 
 
@@ -2092,8 +1940,6 @@ class Request:
     subhost = ""
     _body_read: bytes | None = None
     _streamed = False
-    _query: QueryParams | None = None
-    _cookies: dict[str, str] | None = None
 
     def __init__(
         self,
@@ -2115,19 +1961,20 @@ class Request:
         self._body = body
         self._client = client
 
-    @property
+    @cached_property
     def query(self) -> QueryParams:
         """The parameters of the query string. More than 1,000 are an HttpException(400)."""
-        if self._query is None:
-            self._query = QueryParams(_parse_pairs(self.query_string) if self.query_string else ())
-        return self._query
+        return QueryParams(_parse_pairs(self.query_string) if self.query_string else ())
 
-    @property
+    @cached_property
     def cookies(self) -> dict[str, str]:
         """The cookies by name (RFC 6265, section 4.2), percent-decoded; the first one counts."""
-        if self._cookies is None:
-            self._cookies = _parse_cookies(self.headers.getlist("cookie"))
-        return self._cookies
+        cookies: dict[str, str] = {}
+        for pair in ";".join(self.headers.getlist("cookie")).split(";"):
+            name, equals, value = pair.partition("=")
+            if equals:
+                cookies.setdefault(name.strip(), unquote(value.strip().strip('"')))
+        return cookies
 
     @property
     def host(self) -> str:
@@ -2157,15 +2004,17 @@ class Request:
         if body is None:
             return
         try:
-            if int(self.headers.get("content-length") or 0) > self.max_body:
-                raise _too_large(self.max_body)
+            self._check_size(int(self.headers.get("content-length") or 0))
             while chunk := await body.read():
                 total += len(chunk)
-                if total > self.max_body:
-                    raise _too_large(self.max_body)
+                self._check_size(total)
                 yield chunk
         finally:
             body.discard()
+
+    def _check_size(self, size: int) -> None:
+        if size > self.max_body:
+            raise HttpException(413, f"the body is larger than {self.max_body} bytes")
 
     async def body(self) -> bytes:
         """The whole body; a second call gives it again. Raises what `stream()` raises."""
@@ -2195,10 +2044,6 @@ class Request:
         raise HttpException(415, "expected a form (urlencoded or multipart)")
 
 
-def _too_large(limit: int) -> HttpException:
-    return HttpException(413, f"the body is larger than {limit} bytes")
-
-
 _BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
 
 
@@ -2210,15 +2055,6 @@ def _decode_path(raw: str) -> str:
         return unquote_to_bytes(raw).decode("utf-8")
     except UnicodeDecodeError:
         raise HttpException(400, "the path is not UTF-8") from None
-
-
-def _parse_cookies(values: Iterable[str]) -> dict[str, str]:
-    cookies: dict[str, str] = {}
-    for pair in ";".join(values).split(";"):
-        name, equals, value = pair.partition("=")
-        if equals:
-            cookies.setdefault(name.strip(), unquote(value.strip().strip('"')))
-    return cookies
 
 
 def _parse_json(text: str | bytes) -> Any:
@@ -2363,25 +2199,15 @@ def _zstd_package(level: int, streaming: bool) -> Compressor:
     return lambda data: coder.compress(data) + coder.flush(block), coder.flush
 
 
-def _importable(name: str) -> bool:
-    from importlib.util import find_spec
-
-    try:
-        return find_spec(name) is not None
-    except ImportError:  # the package above it is missing
-        return False
-
-
 @lru_cache(maxsize=1)
 def _compressors() -> dict[str, Callable[[int, bool], Compressor]]:
-    """What this Python can do, by content coding."""
+    """What this Python can do, by content coding. Tried out: a package may be there and broken."""
     found: dict[str, Callable[[int, bool], Compressor]] = {"gzip": _gzip}
-    if _importable("compression.zstd"):
-        found["zstd"] = _zstd_library
-    elif _importable("zstandard"):
-        found["zstd"] = _zstd_package
-    if _importable("brotli"):
-        found["br"] = _brotli
+    for coding, make in (("zstd", _zstd_library), ("zstd", _zstd_package), ("br", _brotli)):
+        if coding not in found:
+            with suppress(ImportError):
+                make(1, False)
+                found[coding] = make
     return found
 
 
@@ -2404,10 +2230,8 @@ def _choose_coding(accepted: str, config: CompressionConfig, streaming: bool = F
         weights[coding.strip()] = _weight(parameters)
     best, best_weight = None, 0.0
     for coding in preference:
-        if coding not in _compressors():
-            continue
         weight = weights.get(coding, weights.get("*", 0.0))
-        if weight > best_weight and _level(config, coding) >= 0:
+        if weight > best_weight and coding in _compressors() and _level(config, coding) >= 0:
             best, best_weight = coding, weight
     return best if best_weight >= weights.get("identity", 0.0) else None
 
@@ -2450,15 +2274,16 @@ _SSE_FIELDS = (  # proxies must neither keep a stream nor wait for its end: ngin
 # What HTTP calls hop by hop: the carrier alone can say these rightly.
 _CARRIER_FIELDS = ("transfer-encoding", "connection", "keep-alive", "upgrade", "trailer", "date")
 _BODILESS = frozenset((204, 304))
+_CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _REDIRECT_SAFE = "!#$%&'()*+,-./:;=?@[]_~"
+_COOKIE_SAFE = "!#$&'()*+-./:<=>?@[]^_`{|}~"  # RFC 6265, section 4.1.1, but for "%"
 
 
 class Writer:
     """The answer to one request: `w`. Each handler gets one, and answers through it.
 
     `status_code` is 0 until something is sent; `started` says whether the headers have gone out,
-    `completed` whether the answer is through, `disconnected` whether the client has gone,
-    `shutting_down` whether the server wants streams to end.
+    `completed` whether the answer is through.
     """
 
     status_code = 0
@@ -2469,7 +2294,7 @@ class Writer:
     _remaining: int | None = None  # bytes still due of a declared Content-Length
     _sse = False  # this is a stream of events
     _silent = False  # nothing was sent since the last heartbeat
-    _scopes: list[_Scope] | None = None  # what to interrupt when the client goes
+    _scopes: Sequence[_Scope] = ()  # what to interrupt when the client goes
     _timer: asyncio.TimerHandle | None = None  # the next heartbeat
 
     def __init__(self, carrier: Carrier, request: Request, compression: CompressionConfig) -> None:
@@ -2501,25 +2326,21 @@ class Writer:
 
     def respond(self, body: bytes, content_type: str, status: int = 200) -> None:
         """Answer with these bytes. A second answer is a StarioError."""
-        fields = _field_line("content-type", content_type)
-        self._start(status)
-        small = len(body) < self._compression.min_size and status not in _BODILESS
-        if small and self._headers is None:
+        small = len(body) < self._compression.min_size
+        if small and self._headers is None and status not in _BODILESS:
             fields = _small_fields(content_type, len(body))
-            self._carrier.answer(status, fields, b"" if self._request.method == "HEAD" else body)
-            self.completed = True
-            return
-        if self._headers is not None:
-            fields = self._own_fields(fields)
-        if len(body) >= self._compression.min_size and _is_compressible(content_type):
-            body, fields = self._compressed(body, fields)
-        if status in _BODILESS:
-            body = b""
+            self._start(status)
         else:
-            fields += b"content-length: %d\r\n" % len(body)
-        if self._request.method == "HEAD":
-            body = b""
-        self._carrier.answer(status, fields, body)
+            fields = _field_line("content-type", content_type)
+            self._start(status)
+            fields = self._own_fields(fields)
+            if not small and _is_compressible(content_type):
+                body, fields = self._compressed(body, fields)
+            if status in _BODILESS:
+                body = b""
+            else:
+                fields += b"content-length: %d\r\n" % len(body)
+        self._carrier.answer(status, fields, b"" if self._request.method == "HEAD" else body)
         self.completed = True
 
     def html(self, node: object, status: int = 200) -> None:
@@ -2539,7 +2360,7 @@ class Writer:
         """Send the client to another address (303 if it should GET that after a POST)."""
         if status not in (301, 302, 303, 307, 308):
             raise StarioError(f"{status} is no redirect: 301, 302, 303, 307 or 308")
-        if re.search(r"[\x00-\x1f\x7f]", url):
+        if _CONTROL.search(url):
             raise StarioError(f"{url!r} cannot be a redirect's target: it holds control characters")
         self._start(status)
         # A backslash is a slash to browsers: "/\evil.com" would leave the site.
@@ -2611,8 +2432,8 @@ class Writer:
         retry: int | None = None,
     ) -> None:
         """Run JavaScript in the page, in a `<script>` that is removed when it has run."""
-        script = _script_element(js, auto_remove, attributes)
-        lines = _patch_lines(script, "append", "body")
+        own = {"data-effect": "el.remove()"} if auto_remove else {}
+        lines = _patch_lines(h.Script({**own, **(attributes or {})}, js), "append", "body")
         self._send_event("datastar-patch-elements", lines, id, retry)
 
     def navigate(self, url: str, *, id: str | None = None, retry: int | None = None) -> None:
@@ -2631,16 +2452,15 @@ class Writer:
 
     def write_headers(self, status: int) -> Writer:
         """Send the status and `headers`; the body follows by `write` and `end`."""
-        declared = self._headers.get("content-length") if self._headers else None
+        declared = self.headers.get("content-length")
         if declared is not None and not re.fullmatch("[0-9]{1,18}", declared):
             raise StarioError(f"{declared!r} cannot be a Content-Length")
         self._start(status)
-        content_type = (self._headers.get("content-type") if self._headers else None) or ""
         # A 204 has no Content-Length (RFC 9110, section 8.6).
         fields = self._own_fields(b"", keep_length=status != 204)
         if declared is not None:
             self._remaining = int(declared)
-        elif content_type and _is_compressible(content_type):
+        elif _is_compressible(self.headers.get("content-type") or ""):
             fields = self._compressed_stream(fields)
         bodiless = status in _BODILESS or self._request.method == "HEAD"
         if bodiless:
@@ -2691,10 +2511,7 @@ class Writer:
         await self._carrier.send_file(file, offset, count)
 
     async def drain(self) -> None:
-        """Wait until the client has taken what was sent.
-
-        Raises ClientDisconnected if it has gone.
-        """
+        """Wait until the client has taken what was sent. Raises ClientDisconnected if it goes."""
         await self._carrier.drained()
 
     def cookie(
@@ -2717,18 +2534,17 @@ class Writer:
         """
         if not _TOKEN.fullmatch(name):
             raise StarioError(f"{name!r} cannot be the name of a cookie")
-        if re.search(r"[\x00-\x1f\x7f]", value):
+        if _CONTROL.search(value):
             raise StarioError(f"the value of the cookie {name!r} holds control characters")
         if samesite is not None and samesite.lower() not in ("lax", "strict", "none"):
             raise StarioError(f"samesite is lax, strict or none, not {samesite!r}")
         for given in (path, domain or ""):
-            if re.search(r"[\x00-\x1f\x7f;]", given):
+            if _CONTROL.search(given) or ";" in given:
                 raise StarioError(f"{given!r} cannot be the path or domain of a cookie")
-        when = expires.astimezone(timezone.utc).timestamp() if expires else None
         pieces = [
             f"{name}={quote(value, safe=_COOKIE_SAFE)}",
             f"Max-Age={int(max_age)}" if max_age is not None else "",
-            f"Expires={_http_date(when)}" if when is not None else "",
+            f"Expires={formatdate(expires.timestamp(), usegmt=True)}" if expires else "",
             f"Domain={domain}" if domain else "",
             f"Path={path}" if path else "",
             "Secure" if secure else "",
@@ -2809,7 +2625,7 @@ class Writer:
 
     def _encoded(self, fields: bytes, coding: str) -> bytes:
         # A strong ETag promises the same bytes (RFC 9110, section 8.8.1), which these are not.
-        fields = fields.replace(b'\netag: "', b'\netag: W/"')
+        fields = re.sub(rb'(?m)^etag: "', b'etag: W/"', fields)
         return fields + b"content-encoding: %b\r\n" % coding.encode()
 
     def _varied(self, fields: bytes) -> bytes:
@@ -2853,27 +2669,24 @@ class Writer:
 
     def _enter(self, scope: _Scope) -> None:
         """Interrupt this scope when the stream is over: soon, if it is already."""
-        if self._scopes is None:
-            self._scopes = []
-        self._scopes.append(scope)
+        self._scopes = [*self._scopes, scope]
         self._carrier.on_end = self._interrupt
         if self._is_over():
             self._interrupt()
+
+    def _leave(self, scope: _Scope) -> None:
+        self._scopes = [other for other in self._scopes if other is not scope]
 
     def _is_over(self) -> bool:
         """Whether a stream has nobody to go on for: HEAD asked only for its head."""
         carrier = self._carrier
         return carrier.disconnected or carrier.shutting_down or self._request.method == "HEAD"
 
-    def _leave(self, scope: _Scope) -> None:
-        if self._scopes:
-            self._scopes.remove(scope)
-
     def _interrupt(self) -> None:
         # Not at once but as a call of the loop's own: then the task is waiting somewhere, never
         # running, so the cancellation surfaces in the scope and not somewhere after it.
         loop = asyncio.get_running_loop()
-        for scope in self._scopes or ():
+        for scope in self._scopes:
             loop.call_soon(scope.interrupt)
 
     def _start_heartbeat(self, seconds: float | None) -> None:
@@ -2897,7 +2710,7 @@ class Writer:
         if self._sse and self._silent:
             self.write(b":\n\n")
         self._silent = True
-        self._timer = asyncio.get_running_loop().call_later(seconds, self._beat, seconds)
+        self._start_heartbeat(seconds)
 
 
 class _Scope:
@@ -2907,12 +2720,11 @@ class _Scope:
     `asyncio.timeout` keeps: if anybody else has cancelled the task meanwhile, theirs goes on.
     """
 
-    __slots__ = ("_before", "_entered", "_interrupted", "_task", "_writer")
+    __slots__ = ("_before", "_interrupted", "_task", "_writer")
 
     def __init__(self, writer: Writer) -> None:
         self._writer = writer
         self._interrupted = False
-        self._entered = False
 
     def __enter__(self) -> None:
         task = asyncio.current_task()
@@ -2920,17 +2732,15 @@ class _Scope:
             raise StarioError("alive() works inside a task only")
         self._task = task
         self._before = task.cancelling()
-        self._entered = True
         self._writer._enter(self)
 
     def interrupt(self) -> None:
-        """End the stretch where its task waits now."""
-        if self._entered and not self._interrupted:
+        """End the stretch where its task waits now, unless it is over already."""
+        if self in self._writer._scopes and not self._interrupted:
             self._interrupted = True
             self._task.cancel()
 
     def __exit__(self, kind: type[BaseException] | None, *exc: object) -> bool:
-        self._entered = False
         self._writer._leave(self)
         if not self._interrupted:
             return False
@@ -2941,18 +2751,16 @@ class _Scope:
 class Alive(Generic[T]):
     """What `w.alive()` gives: to loop over with `async for`, or to enter with `async with`."""
 
-    __slots__ = ("_iterator", "_open", "_scope", "_writer")
+    _open = False
 
     def __init__(
         self, writer: Writer, source: AsyncIterable[T] | None, heartbeat: float | None
     ) -> None:
-        self._open = False
         if writer.completed:
             raise StarioError("the answer is complete: there is nothing to keep alive")
-        self._open = True
         self._writer = writer
         self._iterator = None if source is None else aiter(source)
-        self._scope: _Scope | None = None
+        self._open = True
         writer._start_heartbeat(heartbeat)
 
     def __aiter__(self) -> Alive[T]:
@@ -2981,77 +2789,56 @@ class Alive(Generic[T]):
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, *exc: object) -> bool:
-        ended = self._scope is not None and self._scope.__exit__(kind, *exc)
+        ended = self._scope.__exit__(kind, *exc)
         await self.aclose()
         return ended or kind is ClientDisconnected
 
     async def aclose(self) -> None:
         """Close the source. A second call does nothing."""
-        if self._open:
-            self._let_go()
-            aclose = getattr(self._iterator, "aclose", None)
-            if aclose is not None:
-                await aclose()
+        if aclose := self._let_go():
+            await aclose()
 
-    def _let_go(self) -> None:
+    def _let_go(self) -> Callable[[], Coroutine[Any, Any, None]] | None:
+        """Close a subscription, or give what closes another source, if there is any."""
         # The heartbeat goes on: the handler may send more, or wait in an `alive` around this one.
-        self._open = False
-        if isinstance(self._iterator, _Messages):
+        was_open, self._open = self._open, False
+        if was_open and isinstance(self._iterator, _Messages):
             self._iterator.close()
+        return getattr(self._iterator, "aclose", None) if was_open else None
 
     def __del__(self) -> None:
         # `break`, or an exception of the loop's body: nothing but this tells an async iterator. In
         # CPython it comes as soon as the loop lets go.
-        if self._open:
-            self._let_go()
-            aclose = getattr(self._iterator, "aclose", None)
-            if aclose is not None:
-                with suppress(RuntimeError):  # no loop runs any more
-                    _keep(_spawn(aclose(), asyncio.get_running_loop()))
+        if aclose := self._let_go():
+            with suppress(RuntimeError):  # no loop runs any more
+                _keep(_spawn(aclose(), asyncio.get_running_loop()), _closing)
 
 
-# A task of its own for a coroutine. From Python 3.12 on it starts at once, and one that never has
-# to wait is done when this returns, without another turn of the loop.
-if sys.version_info >= (3, 12):
-
-    def _spawn(
-        coroutine: Coroutine[Any, Any, T],
-        loop: asyncio.AbstractEventLoop,
-        context: contextvars.Context | None = None,
-    ) -> asyncio.Task[T]:
-        # (Given no name, a task would put one together.)
-        return asyncio.Task(coroutine, loop=loop, name="stario", context=context, eager_start=True)
-
-else:
-
-    def _spawn(
-        coroutine: Coroutine[Any, Any, T],
-        loop: asyncio.AbstractEventLoop,
-        context: contextvars.Context | None = None,
-    ) -> asyncio.Task[T]:
-        return loop.create_task(coroutine, name="stario", context=context)
+_EAGER = sys.version_info >= (3, 12)
 
 
-def _keep(task: asyncio.Task[T]) -> asyncio.Task[T]:
+def _spawn(
+    coroutine: Coroutine[Any, Any, T],
+    loop: asyncio.AbstractEventLoop,
+    context: contextvars.Context | None = None,
+) -> asyncio.Task[T]:
+    """A task of its own for a coroutine.
+
+    From Python 3.12 on it starts at once, and one that never has to wait is done when this returns,
+    without another turn of the loop. (Given no name, a task would put one together.)
+    """
+    if _EAGER:
+        return asyncio.Task(coroutine, loop=loop, name="stario", context=context, eager_start=True)  # type: ignore[call-arg]
+    return loop.create_task(coroutine, name="stario", context=context)
+
+
+_closing: set[asyncio.Task[Any]] = set()  # tasks that close what an `alive` has left
+
+
+def _keep(task: asyncio.Task[Any], tasks: set[asyncio.Task[Any]]) -> None:
     """A loop refers to its tasks only weakly, so somebody has to keep those that are under way."""
-    if not task.done():
-        _tasks.add(task)
-        task.add_done_callback(_tasks.discard)
-    return task
-
-
-_tasks: set[asyncio.Task[Any]] = set()
-
-
-def _http_date(timestamp: float) -> str:
-    """A time in the form of RFC 9110, section 5.6.7. (strftime would use the locale's names.)"""
-    at_time = time.gmtime(timestamp)
-    day = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")[at_time.tm_wday]
-    month = "JanFebMarAprMayJunJulAugSepOctNovDec"[at_time.tm_mon * 3 - 3 : at_time.tm_mon * 3]
-    return f"{day}, {at_time.tm_mday:02d} {month} {time.strftime('%Y %H:%M:%S GMT', at_time)}"
-
-
-_COOKIE_SAFE = "!#$&'()*+-./:<=>?@[]^_`{|}~"  # RFC 6265, section 4.1.1, but for "%"
+    tasks.add(task)
+    task.add_done_callback(tasks.discard)
 
 
 # ==================================================================================================
@@ -3069,28 +2856,23 @@ _COOKIE_SAFE = "!#$&'()*+-./:<=>?@[]^_`{|}~"  # RFC 6265, section 4.1.1, but for
 class Context:
     """Everything about one request: `c`. Called, it notes an event; indexed, it sets an attribute.
 
-    `app` is the Stario that serves it, `req` the request, `state` a dict in which middleware leaves
-    things for handlers, `span` the request's span.
+    `app` is the Stario that serves it, `req` the request.
     """
 
-    _span: Span | None = None
-    _state: dict[str, Any] | None = None
+    _span: Span | None = None  # made when it is first needed: a silent app needs few of them
 
     def __init__(self, app: Stario, req: Request) -> None:
         self.app = app
         self.req = req
 
-    @property
+    @cached_property
     def state(self) -> dict[str, Any]:
         """Where middleware leaves things for handlers."""
-        if self._state is None:
-            self._state = {}
-        return self._state
+        return {}
 
     @property
     def span(self) -> Span:
         """The request's span."""
-        # Made when it is first needed: a silent tracer has no use for most of them.
         if self._span is None:
             self._span = self.app.tracer(f"{self.req.method} {self.req.path}")
         return self._span
@@ -3110,10 +2892,7 @@ class Context:
 
     @contextmanager
     def step(self, name: str, attributes: Mapping[str, Any] | None = None) -> Iterator[Span]:
-        """Trace a part of the work in a child span.
-
-        Tasks that are started inside it belong to it.
-        """
+        """Trace a part of the work in a child span. Tasks that are started inside belong to it."""
         outer = self._current()
         with outer.step(name, attributes) as span:
             _current_step.set((self, span))
@@ -3163,30 +2942,19 @@ ErrorHandler = Callable[[Context, Writer, Any], Awaitable[None] | None]
 
 
 class _Node:
-    """A place in the tree of paths.
-
-    `routes` are by method; `shape` is the path as it was written.
-    """
-
-    __slots__ = ("catch_all", "children", "names", "parameter", "routes", "shape")
+    """A place in the tree of paths."""
 
     def __init__(self) -> None:
         self.children: dict[str, _Node] = {}  # by the segment's text
         self.parameter: _Node | None = None  # any one segment
         self.catch_all: _Node | None = None  # all that is left, even nothing
-        self.routes: dict[str, Handler] = {}
+        self.routes: dict[str, Handler] = {}  # by method
         self.names: list[str] = []  # of the parameters on the way here
-        self.shape = ""
+        self.shape = ""  # the path as it was written
 
 
-class _Match(NamedTuple):
-    """What was found for a path: a node, and what its parameters and its catch-all took."""
-
-    node: _Node
-    values: list[str]
-    tail: str
-
-
+# What is found for a path: a node, what the parameters on the way took, and what the catch-all did.
+_Match = tuple[_Node, list[str], str]
 _PARAMETER_SEGMENT = re.compile(r"\{([A-Za-z_]\w*)\}")
 
 
@@ -3240,7 +3008,9 @@ class Router:
         self._check_open()
         for wrap in (*reversed(middleware), *reversed(self._middleware)):
             handler = wrap(handler)
-        self._add(method.upper(), "/" + path.lstrip("/"), handler)
+        method, path = method.upper(), "/" + path.lstrip("/")
+        self._add(method, path, handler)
+        self._routes.append((method, path, handler))
 
     def assets(
         self,
@@ -3255,7 +3025,7 @@ class Router:
         the prefix if you do not name it. A directory that does not exist is a StarioError.
         """
         name = prefix.strip("/") if collection is None else collection
-        self.get(f"/{prefix.strip('/')}/*".replace("//", "/"), Assets(source, name), *middleware)
+        self.get(f"{prefix.strip('/')}/*", Assets(source, name), *middleware)
 
     def use(self, *middleware: Middleware) -> None:
         """Wrap every route of this router. It has to come before the first route."""
@@ -3266,21 +3036,17 @@ class Router:
     def on_error(self, exception_type: type[BaseException], handler: ErrorHandler) -> None:
         """Let `handler(c, w, exc)`, sync or async, answer for exceptions of this type.
 
-        The nearest type in the exception's line wins. It should answer only if `w.started` is
-        false.
+        The nearest type in the exception's line wins. It should answer only if not `w.started`.
         """
         self._errors[exception_type] = handler
 
     def mount(self, prefix: str, router: Router) -> None:
-        """Take over a router's routes, each under the prefix.
-
-        Add its routes before you mount it.
-        """
+        """Take over a router's routes, each under the prefix. Add its routes before."""
         self._check_open()
         router._mounted = True
-        prefix = "/" + prefix.strip("/") if prefix.strip("/") else ""
+        prefix = prefix.strip("/")
         for method, path, handler in router._routes:
-            full = prefix + path if path != "/" or not prefix else prefix
+            full = prefix if path == "/" else prefix + path
             self.handle(method, full, router._with_errors(handler))
         for pattern, hosted in router._hosts:
             self.host(pattern, hosted)
@@ -3330,7 +3096,6 @@ class Router:
         node.names, node.shape = names, path
         if not names and "*" not in path:
             self._exact[path] = node
-        self._routes.append((method, path, handler))
 
     def _with_errors(self, handler: Handler) -> Handler:
         """The handler, with this router's own `on_error` around it."""
@@ -3352,14 +3117,13 @@ class Router:
         node = self._exact.get(request.raw_path)
         if node is not None and request.method in node.routes:
             return node.routes[request.method]
-        for match in self._matches(request.raw_path):
-            routes = match.node.routes
-            handler = routes.get(request.method)
+        for node, values, tail in self._matches(request.raw_path):
+            handler = node.routes.get(request.method)
             if handler is None and request.method == "HEAD":
-                handler = routes.get("GET")
+                handler = node.routes.get("GET")
             if handler is not None:
-                request.params = dict(zip(match.node.names, match.values, strict=True))
-                request.tail = match.tail
+                request.params = dict(zip(node.names, values, strict=True))
+                request.tail = tail
                 return handler
         return None
 
@@ -3374,14 +3138,14 @@ class Router:
 
     def _methods(self, raw_path: str) -> set[str]:
         """The methods that a path is there for."""
-        methods = {method for match in self._matches(raw_path) for method in match.node.routes}
+        methods = {method for node, _, _ in self._matches(raw_path) for method in node.routes}
         return methods | {"HEAD"} if "GET" in methods else methods
 
 
 def _walk(node: _Node, segments: list[str], at_segment: int, values: list[str]) -> Iterator[_Match]:
     if at_segment == len(segments):
         if node.routes:
-            yield _Match(node, values, "")
+            yield node, values, ""
     else:
         segment = segments[at_segment]
         child = node.children.get(segment)
@@ -3390,7 +3154,7 @@ def _walk(node: _Node, segments: list[str], at_segment: int, values: list[str]) 
         if node.parameter is not None and segment:
             yield from _walk(node.parameter, segments, at_segment + 1, [*values, segment])
     if node.catch_all is not None:
-        yield _Match(node.catch_all, values, "/".join(segments[at_segment:]))
+        yield node.catch_all, values, "/".join(segments[at_segment:])
 
 
 async def _handle_error(
@@ -3418,21 +3182,17 @@ def same_origin(handler: Handler) -> Handler:
     """
 
     async def guarded(c: Context, w: Writer) -> None:
-        if c.req.method not in _SAFE_METHODS and not _is_same_origin(c.req.headers):
+        sent = c.req.headers.get
+        site, origin = sent("sec-fetch-site"), sent("origin")
+        if site is None and origin is not None:
+            same = origin.partition("://")[2].lower() == (sent("host") or "").lower()
+        else:
+            same = site in (None, "same-origin", "none")
+        if c.req.method not in _SAFE_METHODS and not same:
             raise HttpException(403, "this request comes from another site")
         await handler(c, w)
 
     return guarded
-
-
-def _is_same_origin(headers: Headers) -> bool:
-    site = headers.get("sec-fetch-site")
-    if site is not None:
-        return site in ("same-origin", "none")
-    origin = headers.get("origin")
-    if origin is None:
-        return True
-    return origin.partition("://")[2].lower() == (headers.get("host") or "").lower()
 
 
 # ==================================================================================================
@@ -3472,22 +3232,21 @@ def _content_type(name: str) -> str:
 
 
 class _File:
-    """One file of a collection: its fingerprint, and its contents if they are small."""
+    """One file of a collection: its fingerprint, and its contents unless it is large."""
 
-    def __init__(self, name: str, path: Path | None, data: bytes) -> None:
-        self.name = name
-        self.path = path
-        self.stamp = _stamp(path) if path else None
-        self.size = self.stamp[0] if self.stamp else len(data)
-        self.small = self.size <= _IN_MEMORY
-        if path and self.small:
-            data = path.read_bytes()
-        self.data = data
+    def __init__(self, name: str, path: Path | None, data: bytes = b"") -> None:
+        self.path = path  # None: `data` was given
+        self.stamp = _stamp(path) if path else (len(data), 0)
+        self.size = self.stamp[0]
+        self.small = path is None or self.size <= _IN_MEMORY
         if path and not self.small:
             with path.open("rb") as file:
-                self.digest = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+                digest = hashlib.file_digest(file, "sha256")
         else:
-            self.digest = hashlib.sha256(data).hexdigest()[:16]
+            data = path.read_bytes() if path else data
+            digest = hashlib.sha256(data)
+        self.data = data
+        self.digest = digest.hexdigest()[:16]
         stem, suffix = os.path.splitext(name)
         self.fingerprinted = f"{stem}.{self.digest}{suffix}"
         self.content_type = _content_type(name)
@@ -3569,23 +3328,22 @@ class Assets:
         path = (root / name).resolve()
         if not path.is_relative_to(root) or not path.is_file():
             return None  # a link that leaves the directory, or no file
-        return _File(name, path, b"")
+        return _File(name, path)
 
     async def __call__(self, c: Context, w: Writer) -> None:
         """Serve the file that `c.req.tail` names."""
         asked = c.req.tail
-        plain = _FINGERPRINT.sub("", asked, count=1)
-        file = self.file(plain)
-        if file is None or asked != file.fingerprinted:
-            # A plain name, or the fingerprint of an older version that a page still asks for; or a
-            # file whose plain name looks like one with a fingerprint.
-            file = file or self.file(asked)
-            if file is None:
-                raise HttpException(404)
-            w.headers.set("cache-control", "no-cache")
-            w.redirect("./" + quote(file.fingerprinted.rpartition("/")[2]))
+        file = self.file(_FINGERPRINT.sub("", asked, count=1))
+        if file is not None and asked == file.fingerprinted:
+            await self._serve(file, c.req, w)
             return
-        await self._serve(file, c.req, w)
+        # A plain name, or the fingerprint of an older version that a page still asks for; or a
+        # file whose plain name looks like one with a fingerprint.
+        file = file or self.file(asked)
+        if file is None:
+            raise HttpException(404)
+        w.headers.set("cache-control", "no-cache")
+        w.redirect("./" + quote(file.fingerprinted.rpartition("/")[2]))
 
     async def _serve(self, file: _File, req: Request, w: Writer) -> None:
         w.headers.set("cache-control", "public, max-age=31536000, immutable")
@@ -3602,12 +3360,15 @@ class Assets:
             w.empty(416)
             return
         start, stop = span
-        status = 200
-        if (start, stop) != (0, file.size):
-            status = 206
+        status = 200 if span == (0, file.size) else 206
+        if status == 206:
             w.headers.set("content-range", f"bytes {start}-{stop - 1}/{file.size}")
-        if not file.small:
-            await self._serve_large(file, start, stop - start, w, status)
+        if file.path and not file.small:
+            w.headers.set("content-type", file.content_type).set("content-length", stop - start)
+            with file.path.open("rb") as opened:
+                w.write_headers(status)
+                await w.send_file(opened, start, stop - start)
+            w.end()
         elif status == 206:
             w.respond(file.data[start:stop], file.content_type, status)
         else:
@@ -3623,16 +3384,6 @@ class Assets:
                 body = file.encoded(coding)
                 w.headers.set("content-encoding", coding).set("etag", f'"{file.digest}-{coding}"')
         w.respond(body, file.content_type)
-
-    async def _serve_large(
-        self, file: _File, start: int, count: int, w: Writer, status: int
-    ) -> None:
-        assert file.path is not None
-        w.headers.set("content-type", file.content_type).set("content-length", count)
-        with file.path.open("rb") as opened:
-            w.write_headers(status)
-            await w.send_file(opened, start, count)
-        w.end()
 
 
 def _range(req: Request, file: _File) -> tuple[int, int] | None:
@@ -3664,9 +3415,11 @@ def _range(req: Request, file: _File) -> tuple[int, int] | None:
 #     `_answering` is true  they belong to later requests: keep them, up to a bound
 #     neither               they are a request's head: parse it and start the handler
 #
-# `_advance` looks at these again and again until nothing more can be done; `data_received` and
-# `finish` (an answer is through) are all that calls it. After an answer the connection waits for
-# the rest of the request's body, if need be, and only then turns to the next request.
+# `_advance` looks at these again and again until nothing more can be done. It is called when bytes
+# have come, when an answer is through, and when there is room for another one. After an answer the
+# connection waits for the rest of the request's body, if need be, and only then turns to the next
+# request. A connection belongs to a `Worker` (13), which has the event loop, the app, the time of
+# its last sweep (`now`), and all the other connections of that loop.
 #
 # The rule for everything that comes in: what could be understood in two ways is refused, with 400
 # and a closed connection. Repairing a request is how two servers in a row come to disagree on where
@@ -3701,6 +3454,9 @@ _TOLD_BUSY = 100  # connections beyond the limit that still get an answer, 503
 _A_TURN = 64  # requests and bodies of one client that are read before others get their turn
 _KEPT_HEAD = 4096  # bytes of a header block that is worth keeping for the next request
 _LINGER = 2.0  # seconds in which a client may read an answer that ended its connection
+_NEVER = float("inf")  # the deadline of who waits for nothing
+_FILE_PIECE = 1024 * 1024  # bytes of a file that are sent at a time
+_RESET = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)  # SO_LINGER: on, for no time
 
 _REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/([0-9])\.([0-9])")
 _ABSOLUTE = re.compile(r"https?://([^/?#@]+)(/[^?#]*)?(\?[^#]*)?", re.IGNORECASE)
@@ -3731,6 +3487,14 @@ def _parse_request_line(line: bytes) -> tuple[str, str, bool]:
     return method.decode("ascii"), target.decode("ascii"), minor == b"0"
 
 
+# Three fields that say where a request ends and whom it is for: each comes at most once, and as:
+_ONCE = {
+    "content-length": (re.compile("[0-9]{1,18}"), "Content-Length is not one decimal number"),
+    "transfer-encoding": (re.compile("(?i:chunked)"), "Transfer-Encoding is not exactly 'chunked'"),
+    "host": (_HOST, "Host is not one valid host"),
+}
+
+
 class _Head:
     """A parsed header block: the fields, and what they say about framing (RFC 9112, section 6)."""
 
@@ -3746,8 +3510,13 @@ class _Head:
         for name, value in _FRAMING_FIELDS.findall(b"\n" + block):
             values = fields.setdefault(name.decode("ascii").lower(), [])
             values.append(value.decode("latin-1").strip(" \t"))
-        self.length = self._content_length(fields)
-        self.chunked = self._is_chunked(fields)
+        for name, values in fields.items():
+            if name in _ONCE:
+                pattern, wrong = _ONCE[name]
+                if len(values) > 1 or not pattern.fullmatch(values[0]):
+                    raise HttpException(400, wrong)
+        self.length = int(fields["content-length"][0]) if "content-length" in fields else 0
+        self.chunked = "transfer-encoding" in fields
         if self.chunked and "content-length" in fields:
             raise HttpException(400, "both Content-Length and Transfer-Encoding")
         listed = ",".join(fields.get("connection", ())).lower().split(",")
@@ -3755,28 +3524,7 @@ class _Head:
         self.close = "close" in options
         self.keep_alive = "keep-alive" in options
         self.expects = ",".join(fields.get("expect", ())).lower()
-        hosts = fields.get("host", [])
-        self.has_host = bool(hosts)
-        if len(hosts) > 1 or not _HOST.fullmatch("".join(hosts)):
-            raise HttpException(400, "Host is not one valid host")
-
-    @staticmethod
-    def _content_length(fields: dict[str, list[str]]) -> int:
-        values = fields.get("content-length")
-        if values is None:
-            return 0
-        if len(values) > 1 or not re.fullmatch("[0-9]{1,18}", values[0]):
-            raise HttpException(400, "Content-Length is not one decimal number")
-        return int(values[0])
-
-    @staticmethod
-    def _is_chunked(fields: dict[str, list[str]]) -> bool:
-        values = fields.get("transfer-encoding")
-        if values is None:
-            return False
-        if len(values) > 1 or values[0].lower() != "chunked":
-            raise HttpException(400, "Transfer-Encoding is not exactly 'chunked'")
-        return True
+        self.has_host = "host" in fields
 
 
 class _ReceivedHeaders(Headers):
@@ -3795,11 +3543,7 @@ def _split_fields(block: bytes) -> dict[str, list[str]]:
     fields: dict[str, list[str]] = {}
     for line in block.decode("latin-1").split("\r\n")[:-1]:
         name, _, value = line.partition(":")
-        name = name.lower()
-        if name in fields:
-            fields[name].append(value.strip(" \t"))
-        else:
-            fields[name] = [value.strip(" \t")]
+        fields.setdefault(name.lower(), []).append(value.strip(" \t"))
     return fields
 
 
@@ -3935,28 +3679,29 @@ class Connection(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """It has gone, or we have closed: wake everybody who waits for it."""
         self._worker.connections.discard(self)
-        self._ended = True
-        self._peer_gone()
+        self._ended = self.disconnected = True
+        self._call_on_end()
         self._resume_drains()
-        if self._body is not None:
-            self._body.fail(ClientDisconnected("the client left before its request was complete"))
+        self._fail_body(ClientDisconnected("the client left before its request was complete"))
 
     def eof_received(self) -> bool:
         """The client will send no more. It may still be reading: what it asked for is answered."""
         if self._ended:
             return False  # it has read our last answer, or never will
-        self._eof = True
-        if self._body is not None:
-            body, self._body = self._body, None
-            body.fail(ClientDisconnected("the client closed in the middle of its request"))
+        self._eof = self.disconnected = True
+        if self._fail_body(ClientDisconnected("the client closed in the middle of its request")):
             self._close_after = True
-        self._peer_gone()
+        self._call_on_end()
         self._advance_later()
         return self._transport.get_extra_info("sslcontext") is None  # TLS has no half-closed state
 
-    def _peer_gone(self) -> None:
-        self.disconnected = True
-        self._call_on_end()
+    def _fail_body(self, error: Exception) -> bool:
+        """If a body is under way: the rest will not come, and its handler shall hear of it."""
+        body, self._body = self._body, None
+        if body is not None:
+            self._deadline = _NEVER
+            body.fail(error)
+        return body is not None
 
     def _call_on_end(self) -> None:
         on_end, self.on_end = self.on_end, None
@@ -4072,9 +3817,7 @@ class Connection(asyncio.Protocol):
         if self._idle and waiting:
             self._idle = False
             self._deadline = self._worker.loop.time() + self._limits.header_timeout
-        self._scanned = len(self._buffer)
-        # The next bytes will be put behind what is left, so positions count from there.
-        self._scanned -= self._at
+        self._scanned = waiting  # the next bytes will be put behind these
 
     def _head_too_large(self, start: bytes) -> HttpException:
         line = start.partition(b"\r\n")[0]
@@ -4084,14 +3827,13 @@ class Connection(asyncio.Protocol):
 
     def _start(self, method: str, target: str, head: _Head) -> None:
         """Begin with a request: its framing is known, its handler starts."""
-        headers = head.headers
+        headers, worker = head.headers, self._worker
+        self._close_after = head.close or worker.stopping
         if self._http_1_0:
-            self._close_after = not head.keep_alive or head.close
+            self._close_after |= not head.keep_alive
             if head.chunked:
                 raise HttpException(400, "Transfer-Encoding in HTTP/1.0")
-        else:
-            self._close_after = head.close
-        if not head.has_host and not self._http_1_0:
+        elif not head.has_host:
             raise HttpException(400, "Host is missing")
         if target[0] != "/":
             target, headers = self._other_form(method, target, headers)
@@ -4108,16 +3850,15 @@ class Connection(asyncio.Protocol):
             self._discarded = 0
             self._expects = bool(head.expects) and not self._http_1_0
             if not self._expects:
-                self._deadline = self._worker.now + self._limits.body_timeout
+                self._deadline = worker.now + self._limits.body_timeout
             # A small body comes with its head: fed now, its handler will not have to wait.
             if self._at == len(self._buffer) or not self._read_body(body):
                 self._body = body
         self._answering = True
-        worker = self._worker
-        if worker.stopping:
-            self._close_after = True
         if self._busy:
-            self._refuse_busy()
+            self._close_after = True
+            worker.note_refusal(self, HttpException(503, "too many connections"))
+            self.answer(503, b"retry-after: 5\r\ncontent-length: 0\r\n", b"")
             return
         worker.run(worker.app.dispatch(request, self))
 
@@ -4131,8 +3872,8 @@ class Connection(asyncio.Protocol):
         if not found or not _HOST.fullmatch(found[1]):
             raise HttpException(400, "the target is malformed")
         # What the target says goes before the Host field (section 3.2.2).
-        origin_form = (found[2] or "/") + (found[3] or "")
-        return origin_form, Headers({**headers._fields, "host": [found[1]]})
+        headers = Headers({**headers._fields, "host": [found[1]]})
+        return (found[2] or "/") + (found[3] or ""), headers
 
     def _peer_address(self) -> str:
         peer = self._transport.get_extra_info("peername")
@@ -4190,9 +3931,7 @@ class Connection(asyncio.Protocol):
         """Refuse what cannot be understood, and close: nobody knows where the next one begins."""
         self._worker.note_refusal(self, exc)
         self._close_after = self._lost_track = True
-        if self._body is not None:  # its handler is at work, and shall hear of it
-            body, self._body = self._body, None
-            body.fail(exc)
+        if self._fail_body(exc):
             if not self._answering:
                 self._close()
             return
@@ -4201,16 +3940,10 @@ class Connection(asyncio.Protocol):
         fields = b"content-type: text/plain; charset=utf-8\r\ncontent-length: %d\r\n" % len(text)
         self.answer(exc.status_code, fields, text)
 
-    def _refuse_busy(self) -> None:
-        self._close_after = True
-        self._worker.note_refusal(self, HttpException(503, "too many connections"))
-        self.answer(503, b"retry-after: 5\r\ncontent-length: 0\r\n", b"")
-
     # -- The Carrier's side: answers
 
     def answer(self, status: int, fields: bytes, body: bytes) -> None:
         """See Carrier."""
-        self._framed = False
         fields = self._with_connection(fields)
         self._write(b"".join((_status_line(status), fields, self._worker.date_line, body)))
         self.finish()
@@ -4431,11 +4164,6 @@ class Connection(asyncio.Protocol):
             self._transport.close()
 
 
-_NEVER = float("inf")
-_FILE_PIECE = 1024 * 1024
-_RESET = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)  # SO_LINGER: on, for no time
-
-
 # ==================================================================================================
 # 13. The app and its server
 #
@@ -4465,10 +4193,9 @@ class Stario(Router):
         self.tracer = tracer or Tracer()
         self.compression = compression or CompressionConfig()
         self.max_body = max_body
-        self._silent = type(self.tracer) is Tracer
+        self._silent = type(self.tracer) is Tracer  # nobody looks at the spans: make none
         self._fallback: Handler = self._no_route
-        self._add("GET", "/_stario/*", _collections["_stario"])  # the pocket client
-        self._routes.clear()  # `use` may still come: this route is the framework's own
+        self._add("GET", "/_stario/*", _collections["_stario"])  # the pocket client, see part 15
 
     def use(self, *middleware: Middleware) -> None:
         """Wrap every route that follows, and the answers where there is no route."""
@@ -4513,16 +4240,14 @@ class Stario(Router):
 
     def _routers_for(self, request: Request) -> Iterator[Router]:
         """The routers that may answer: those of the request's host, then the app itself."""
-        if self._hosts:
-            host = request.host
-            for pattern, router in self._hosts:
-                if pattern == host:
-                    request.subhost = ""
-                    yield router
-                elif pattern.startswith("*") and host.endswith(pattern[1:]):
-                    request.subhost = host[: 1 - len(pattern)]
-                    yield router
-            request.subhost = ""
+        host = request.host if self._hosts else ""
+        for pattern, router in self._hosts:
+            if pattern == host:
+                yield router
+            elif pattern.startswith("*") and host.endswith(pattern[1:]):
+                request.subhost = host[: 1 - len(pattern)]
+                yield router
+                request.subhost = ""
         yield self
 
     async def _no_route(self, c: Context, w: Writer) -> None:
@@ -4585,9 +4310,8 @@ class Stario(Router):
         """Tell the developer: by the span, or, where nobody looks at spans, as asyncio does."""
         if self._silent:
             message = f"unhandled exception in {c.req.method} {c.req.path}"
-            asyncio.get_running_loop().call_exception_handler(
-                {"message": message, "exception": exc}
-            )
+            report = {"message": message, "exception": exc}
+            asyncio.get_running_loop().call_exception_handler(report)
         else:
             c.span.fail(exc)
 
@@ -4654,13 +4378,8 @@ class Worker:
         self.now = loop.time()  # as of the last sweep: good enough for time-outs of seconds
         self.date_line = _last_line(time.time())
         self.context = contextvars.copy_context()
-        timeouts = (
-            limits.header_timeout,
-            limits.body_timeout,
-            limits.keep_alive_timeout,
-            limits.write_timeout,
-        )
-        self._interval = max(0.01, min(1.0, min(timeouts) / 4))
+        times = (time for name, time in dataclasses.asdict(limits).items() if "timeout" in name)
+        self._interval = max(0.01, min(1.0, min(times) / 4))
         self._timer = loop.call_later(self._interval, self._sweep)
 
     def run(self, handling: Coroutine[Any, Any, None]) -> None:
@@ -4671,8 +4390,7 @@ class Worker:
         """
         task = _spawn(handling, self.loop, self.context.copy())
         if not task.done():
-            self.tasks.add(task)
-            task.add_done_callback(self.tasks.discard)
+            _keep(task, self.tasks)
 
     def adopt(self, accepted: socket.socket, tls: ssl_module.SSLContext | None) -> None:
         """Take over a connection that has been accepted, if there is any room for it."""
@@ -4680,9 +4398,7 @@ class Worker:
             accepted.close()
             return
         self.arriving += 1
-        task = self.loop.create_task(self._adopt(accepted, tls))
-        self.tasks.add(task)
-        task.add_done_callback(self.tasks.discard)
+        _keep(self.loop.create_task(self._adopt(accepted, tls)), self.tasks)
 
     async def _adopt(self, accepted: socket.socket, tls: ssl_module.SSLContext | None) -> None:
         try:
@@ -4733,7 +4449,7 @@ class Worker:
 
 def _last_line(timestamp: float) -> bytes:
     """The last field of an answer's head, and the end of the head. Made anew by each sweep."""
-    return f"date: {_http_date(timestamp)}\r\n\r\n".encode("ascii")
+    return f"date: {formatdate(timestamp, usegmt=True)}\r\n\r\n".encode("ascii")
 
 
 class Server:
@@ -4769,13 +4485,17 @@ class Server:
         self.port = port
         self._count = workers
         self._unix_socket = str(unix_socket) if unix_socket is not None else None
-        if self._unix_socket and not hasattr(socket, "AF_UNIX"):
-            raise StarioError("this system's Python has no Unix sockets")
         self._unix_mode = unix_mode
         self._ssl = ssl
         self._reuse_port = reuse_port
         self._backlog = backlog
         self._graceful_timeout = graceful_timeout
+        if not isinstance(workers, int) or workers < 1:
+            raise StarioError("workers must be a number from 1 up")
+        if self._unix_socket and not hasattr(socket, "AF_UNIX"):
+            raise StarioError("this system's Python has no Unix sockets")
+        if reuse_port and not hasattr(socket, "SO_REUSEPORT"):
+            raise StarioError("reuse_port is not supported on this system")
         known = {field.name for field in dataclasses.fields(Limits)}
         for name, value in limits.items():
             if name not in known:
@@ -4783,14 +4503,11 @@ class Server:
             if not isinstance(value, (int, float)) or not value > 0:
                 raise StarioError(f"{name} is {value!r}: a number above 0 is needed")
         self._limits = Limits(**limits)
-        if not isinstance(workers, int) or workers < 1:
-            raise StarioError("workers must be a number from 1 up")
         self._sockets: list[socket.socket] = []
         self._workers: list[Worker] = []
         self._threads: list[threading.Thread] = []
         self._accepting: list[asyncio.Task[None]] = []
         self._next = 0  # the worker whose turn it is
-        self._interrupted: asyncio.Event | None = None
 
     @property
     def url(self) -> str:
@@ -4804,79 +4521,65 @@ class Server:
 
     async def start(self) -> None:
         """Listen, and start the workers. Raises StarioError where that cannot be."""
-        self._sockets = self._listen_unix() if self._unix_socket else self._listen_tcp()
+        self._listen()
         loop = asyncio.get_running_loop()
         share = -(-self._limits.max_connections // self._count)
         self._workers = [Worker(self.app, loop, self._limits, share)]
         for number in range(1, self._count):
-            self._start_thread(type(loop)(), number, share)
+            other = type(loop)()
+            self._workers.append(Worker(self.app, other, self._limits, share))
+            name = f"stario-{number}"
+            thread = threading.Thread(target=_run_loop, args=(other,), name=name, daemon=True)
+            thread.start()
+            self._threads.append(thread)
         for listening in self._sockets:
             self._accepting.append(loop.create_task(self._accept(loop, listening)))
 
-    def _start_thread(self, loop: asyncio.AbstractEventLoop, number: int, share: int) -> None:
-        worker = Worker(self.app, loop, self._limits, share)
-        thread = threading.Thread(
-            target=_run_loop, args=(loop,), name=f"stario-{number}", daemon=True
-        )
-        thread.start()
-        self._workers.append(worker)
-        self._threads.append(thread)
-
-    def _listen_tcp(self) -> list[socket.socket]:
+    def _listen(self) -> None:
         try:
-            found = socket.getaddrinfo(
-                self.host or None, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-            )
-        except OSError as exc:
-            raise StarioError(f"cannot listen on {self.host!r}: {exc.strerror}") from None
-        found = [entry for entry in found if _is_here(entry[0], entry[4])] or found
-        sockets: list[socket.socket] = []
-        try:
-            for family, kind, protocol, _, address in dict.fromkeys(found):
-                listening = socket.socket(family, kind, protocol)
-                sockets.append(listening)
-                if os.name == "posix":
-                    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-                if self._reuse_port:
-                    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-                _set_inherited(listening)
-                if family == socket.AF_INET6:
-                    listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-                listening.bind((address[0], self.port, *address[2:]))
+            if self._unix_socket:
+                self._bind_unix(self._unix_socket)
+            else:
+                self._bind_tcp()
+            for listening in self._sockets:
                 listening.listen(self._backlog)
                 listening.setblocking(False)
-                self.port = listening.getsockname()[1]  # port 0: the same one for all addresses
-        except (OSError, AttributeError, OverflowError) as exc:
-            for opened in sockets:
+        except (OSError, OverflowError, ValueError, StarioError) as exc:
+            for opened in self._sockets:
                 opened.close()
-            raise StarioError(self._why_not(exc)) from None
-        return sockets
+            self._sockets = []
+            reason: object = exc
+            if isinstance(exc, OSError):
+                reason = exc.strerror or exc
+                if exc.errno == errno.EADDRINUSE:
+                    reason = "the port is taken. Stop what runs there, or set port="
+            place = self._unix_socket or f"{self.host}:{self.port}"
+            raise StarioError(f"cannot listen on {place}: {reason}") from None
 
-    def _why_not(self, exc: Exception) -> str:
-        place = f"{self.host}:{self.port}"
-        if isinstance(exc, AttributeError):
-            return "reuse_port is not supported on this system"
-        if isinstance(exc, OSError) and exc.errno == errno.EADDRINUSE:
-            return (
-                f"cannot listen on {place}: the port is taken. Stop what runs there, or set port="
-            )
-        reason = exc.strerror if isinstance(exc, OSError) else exc
-        return f"cannot listen on {place}: {reason}"
+    def _bind_tcp(self) -> None:
+        found = socket.getaddrinfo(
+            self.host or None, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        found = [entry for entry in found if _is_here(entry[0], entry[4])] or found
+        for family, kind, protocol, _, address in dict.fromkeys(found):
+            listening = socket.socket(family, kind, protocol)
+            self._sockets.append(listening)
+            if os.name == "posix":
+                listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if self._reuse_port:
+                listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            _set_inherited(listening)
+            if family == socket.AF_INET6:
+                listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            listening.bind((address[0], self.port, *address[2:]))
+            self.port = listening.getsockname()[1]  # port 0: the same one for all addresses
 
-    def _listen_unix(self) -> list[socket.socket]:
-        path = str(self._unix_socket)
+    def _bind_unix(self, path: str) -> None:
+        _remove_stale_socket(path)
         listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        try:
-            _remove_stale_socket(path)
-            listening.bind(path)
-            os.chmod(path, self._unix_mode)
-            listening.listen(self._backlog)
-            listening.setblocking(False)
-        except (OSError, StarioError) as exc:
-            listening.close()
-            reason = exc.strerror if isinstance(exc, OSError) and exc.strerror else exc
-            raise StarioError(f"cannot listen on {path}: {reason}") from None
-        return [listening]
+        self._sockets.append(listening)
+        listening.bind(path)
+        os.chmod(path, self._unix_mode)
 
     # -- Running
 
@@ -4896,10 +4599,7 @@ class Server:
                 worker.loop.call_soon_threadsafe(worker.adopt, accepted, self._ssl)
 
     async def wait_for_signal(self) -> None:
-        """Wait for SIGINT (Ctrl-C) or SIGTERM.
-
-        A second one while the server stops ends it at once.
-        """
+        """Wait for SIGINT (Ctrl-C) or SIGTERM. A second one, while it stops, ends it at once."""
         loop = asyncio.get_running_loop()
         stop = asyncio.Event()
         restore = [_on_signal(number, loop, stop) for number in (signal.SIGINT, signal.SIGTERM)]
@@ -4922,14 +4622,10 @@ class Server:
         self._sockets = []
         here = asyncio.get_running_loop()
         stopping = [
-            worker.stop(self._graceful_timeout)
-            if worker.loop is here
-            else asyncio.wrap_future(
-                asyncio.run_coroutine_threadsafe(worker.stop(self._graceful_timeout), worker.loop)
-            )
+            asyncio.run_coroutine_threadsafe(worker.stop(self._graceful_timeout), worker.loop)
             for worker in self._workers
         ]
-        await asyncio.gather(*stopping)
+        await asyncio.gather(*map(asyncio.wrap_future, stopping))
         for worker in self._workers[1:]:
             worker.loop.call_soon_threadsafe(worker.loop.stop)
         for thread in self._threads:
@@ -5028,51 +4724,43 @@ class _Exchange:
         self._changed = asyncio.Event()
 
     def answer(self, status: int, fields: bytes, body: bytes) -> None:
-        """See Carrier."""
         self.begin(status, fields, False)
         self.send(body)
         self.finish()
 
     def begin(self, status: int, fields: bytes, unsized: bool) -> None:
-        """See Carrier."""
         self.status = status
         self.headers = Headers(_split_fields(fields))
         self._changed.set()
 
     def send(self, data: bytes) -> None:
-        """See Carrier."""
         if not self.disconnected:
             self.unread += data
             self._changed.set()
 
     def finish(self) -> None:
-        """See Carrier."""
         self.finished = True
         self._changed.set()
 
     def abort(self) -> None:
-        """See Carrier."""
-        self.finished = self.aborted = True
-        self._changed.set()
+        self.aborted = True
+        self.finish()
 
     def has_room(self) -> bool:
-        """See Carrier."""
         return len(self.unread) < _HIGH_WATER and not self.disconnected
 
     async def drained(self) -> None:
-        """See Carrier."""
         while not self.has_room():
             if self.disconnected:
                 raise ClientDisconnected("the client has gone")
             await self.change()
 
     async def send_file(self, file: IO[bytes], offset: int, count: int) -> None:
-        """See Carrier."""
         file.seek(offset)
         self.send(file.read(count))
 
     def check_peer(self, seconds: float) -> None:
-        """See Carrier: there is no network that could lose the peer."""
+        """There is no network that could lose the peer."""
 
     async def change(self) -> None:
         """Wait until something happens on the other side."""
@@ -5149,23 +4837,19 @@ class ServerEvent:
 
 def _parse_event(block: str) -> ServerEvent | None:
     """One event's lines (HTML standard, 9.2.6); None for a comment."""
-    event = ServerEvent("message", "")
-    data: list[str] = []
-    seen = False
+    found: dict[str, list[str]] = {}
     for line in block.split("\n"):
         name, _, value = line.partition(":")
-        value = value[1:] if value.startswith(" ") else value
-        seen = seen or name in ("event", "data")
-        if name == "event":
-            event.event = value
-        elif name == "data":
-            data.append(value)
-        elif name == "id":
-            event.id = value
-        elif name == "retry":
-            event.retry = int(value)
-    event.data = "\n".join(data)
-    return event if seen else None
+        found.setdefault(name, []).append(value.removeprefix(" "))
+    if "event" not in found and "data" not in found:
+        return None
+    last = {name: values[-1] for name, values in found.items()}
+    return ServerEvent(
+        last.get("event", "message"),
+        "\n".join(found.get("data", [])),
+        last.get("id"),
+        int(last["retry"]) if "retry" in last else None,
+    )
 
 
 class TestStream:
@@ -5316,16 +5000,10 @@ class TestClient:
         incoming.feed(body)
         incoming.end()
         target = quote(path, safe="/?&=%:@!$'()*+,;~[]-._{}|\\")
+        given = Headers({name: [value] for name, value in fields.items()})
+        request = Request(method, target, given, incoming if body else None, lambda: "testclient")
         exchange = _Exchange()
-        request = Request(
-            method,
-            target,
-            Headers({name: [value] for name, value in fields.items()}),
-            incoming if body else None,
-            lambda: "testclient",
-        )
-        loop = asyncio.get_running_loop()
-        task = _spawn(self.app.dispatch(request, exchange), loop)
+        task = _spawn(self.app.dispatch(request, exchange), asyncio.get_running_loop())
         self._under_way[task] = exchange
         task.add_done_callback(lambda done: self._under_way.pop(done, None))
         return task, exchange
