@@ -1276,21 +1276,25 @@ class JsonTracer(_StreamTracer):
         self._write_span(span, {"duration_ms": (span.end_ns - span.start_ns) / 1e6})
 
     def _write_span(self, span: Span, more: dict[str, Any]) -> None:
-        events = [
-            {"time": _iso_time(time_ns), "name": name, **_filled(attributes=attributes)}
-            for name, attributes, time_ns in span.events
-        ]
+        events = [_event_record(event) for event in span.events]
         span.events.clear()  # they are written, and not needed again
-        links = [{"span_id": other.id, "trace_id": other.trace_id} for other in span.links]
         record = {
             "time": _iso_time(span.start_ns),
             "name": span.name,
             "span_id": span.id,
             "trace_id": span.trace_id,
-            **_filled(parent_id=span.parent_id),
             **more,
-            **_filled(attributes=span.attributes, events=events, links=links, error=span.error),
         }
+        links = [{"span_id": other.id, "trace_id": other.trace_id} for other in span.links]
+        for name, value in (
+            ("parent_id", span.parent_id),
+            ("attributes", span.attributes),
+            ("events", events),
+            ("links", links),
+            ("error", span.error),
+        ):
+            if value:
+                record[name] = value
         try:
             line = _log_json(record)
         except (TypeError, ValueError, RecursionError):  # a key that is a tuple, a list in itself
@@ -1301,9 +1305,11 @@ class JsonTracer(_StreamTracer):
 _log_json = json.JSONEncoder(default=str).encode
 
 
-def _filled(**fields: Any) -> dict[str, Any]:
-    """The fields that have something in them."""
-    return {name: value for name, value in fields.items() if value}
+def _event_record(event: SpanEvent) -> dict[str, Any]:
+    record: dict[str, Any] = {"time": _iso_time(event.time_ns), "name": event.name}
+    if event.attributes:
+        record["attributes"] = event.attributes
+    return record
 
 
 def _iso_time(time_ns: int) -> str:
@@ -2262,12 +2268,6 @@ def _field_line(name: str, value: str) -> bytes:
     return f"{key}: {text}\r\n".encode("latin-1")
 
 
-@lru_cache(maxsize=512)
-def _small_fields(content_type: str, length: int) -> bytes:
-    """All fields of a small answer whose handler has set none itself."""
-    return _field_line("content-type", content_type) + b"content-length: %d\r\n" % length
-
-
 _SSE_FIELDS = (  # proxies must neither keep a stream nor wait for its end: nginx reads the last one
     b"content-type: text/event-stream\r\ncache-control: no-cache\r\nx-accel-buffering: no\r\n"
 )
@@ -2326,22 +2326,8 @@ class Writer:
 
     def respond(self, body: bytes, content_type: str, status: int = 200) -> None:
         """Answer with these bytes. A second answer is a StarioError."""
-        small = len(body) < self._compression.min_size
-        if small and self._headers is None and status not in _BODILESS:
-            fields = _small_fields(content_type, len(body))
-            self._start(status)
-        else:
-            fields = _field_line("content-type", content_type)
-            self._start(status)
-            fields = self._own_fields(fields)
-            if not small and _is_compressible(content_type):
-                body, fields = self._compressed(body, fields)
-            if status in _BODILESS:
-                body = b""
-            else:
-                fields += b"content-length: %d\r\n" % len(body)
-        self._carrier.answer(status, fields, b"" if self._request.method == "HEAD" else body)
-        self.completed = True
+        fields = _field_line("content-type", content_type)
+        self._answer(status, fields, body, compressible=_is_compressible(content_type))
 
     def html(self, node: object, status: int = 200) -> None:
         """Answer with a page: an element, or anything that can stand in one."""
@@ -2362,19 +2348,13 @@ class Writer:
             raise StarioError(f"{status} is no redirect: 301, 302, 303, 307 or 308")
         if _CONTROL.search(url):
             raise StarioError(f"{url!r} cannot be a redirect's target: it holds control characters")
-        self._start(status)
         # A backslash is a slash to browsers: "/\evil.com" would leave the site.
         location = quote(url.replace("\\", "%5C"), safe=_REDIRECT_SAFE, errors="replace")
-        fields = f"location: {location}\r\ncontent-length: 0\r\n".encode("ascii")
-        self._carrier.answer(status, self._own_fields(fields), b"")
-        self.completed = True
+        self._answer(status, f"location: {location}\r\n".encode("ascii"), b"")
 
     def empty(self, status: int = 204) -> None:
         """Answer without a body: "done", and nothing to show."""
-        self._start(status)
-        fields = b"" if status in _BODILESS else b"content-length: 0\r\n"
-        self._carrier.answer(status, self._own_fields(fields) if self._headers else fields, b"")
-        self.completed = True
+        self._answer(status, b"", b"")
 
     # -- Streams of events. The first one sends the headers.
 
@@ -2579,6 +2559,29 @@ class Writer:
             raise StarioError(f"{status} is no status of an answer: 200 to 599 are")
         self.started = True
         self.status_code = status
+
+    def _answer(
+        self, status: int, fields: bytes, body: bytes, *, compressible: bool = False
+    ) -> None:
+        """Answer at once. What the handler has set itself goes before these fields."""
+        self._start(status)
+        if self._headers is not None:
+            fields = self._own_fields(fields)
+        if compressible and len(body) >= self._compression.min_size:
+            body, fields = self._compressed(body, fields)
+        if status in _BODILESS:
+            body = b""
+        else:
+            fields += b"content-length: %d\r\n" % len(body)
+        self._carrier.answer(status, fields, b"" if self._request.method == "HEAD" else body)
+        self.completed = True
+
+    def _begin(self, status: int, fields: bytes, length: int) -> None:
+        """Begin an answer of so many bytes."""
+        self._start(status)
+        self._remaining = None if self._request.method == "HEAD" else length
+        fields = self._own_fields(fields) + b"content-length: %d\r\n" % length
+        self._carrier.begin(status, fields, unsized=False)
 
     def _own_fields(self, fields: bytes, keep_length: bool = False) -> bytes:
         """The handler's own header fields, and those of `fields` that it has not set itself."""
@@ -3250,7 +3253,25 @@ class _File:
         stem, suffix = os.path.splitext(name)
         self.fingerprinted = f"{stem}.{self.digest}{suffix}"
         self.content_type = _content_type(name)
+        self.compressible = _is_compressible(self.content_type)
         self._encoded: dict[str, bytes] = {}
+        self._fields: dict[str | None, bytes] = {}
+
+    def fields(self, coding: str | None = None) -> bytes:
+        """The header fields of an answer with the contents in a coding (None: as they are)."""
+        if coding not in self._fields:
+            lines = [
+                f'etag: "{self.digest}-{coding}"' if coding else f'etag: "{self.digest}"',
+                "cache-control: public, max-age=31536000, immutable",
+                "x-content-type-options: nosniff",
+                "accept-ranges: bytes",
+                f"content-type: {self.content_type}",
+                f"content-encoding: {coding}" if coding else "",
+                "vary: accept-encoding" if self.compressible else "",
+            ]
+            text = "".join(f"{line}\r\n" for line in lines if line)
+            self._fields[coding] = text.encode("latin-1", "replace")
+        return self._fields[coding]
 
     def encoded(self, coding: str) -> bytes:
         """The contents in a content coding: of a file beside it (`style.css.br`), or made once."""
@@ -3346,44 +3367,38 @@ class Assets:
         w.redirect("./" + quote(file.fingerprinted.rpartition("/")[2]))
 
     async def _serve(self, file: _File, req: Request, w: Writer) -> None:
-        w.headers.set("cache-control", "public, max-age=31536000, immutable")
-        w.headers.set("etag", f'"{file.digest}"')
-        w.headers.set("x-content-type-options", "nosniff")
-        w.headers.set("accept-ranges", "bytes")
         known = req.headers.get("if-none-match") or ""
         if file.digest in known or known == "*":
-            w.empty(304)
+            w._answer(304, file.fields(), b"")
             return
         span = _range(req, file)
         if span is None:
-            w.headers.set("content-range", f"bytes */{file.size}").set("cache-control", "no-store")
-            w.empty(416)
+            outside = b"content-range: bytes */%d\r\ncache-control: no-store\r\n" % file.size
+            w._answer(416, outside, b"")
             return
         start, stop = span
-        status = 200 if span == (0, file.size) else 206
-        if status == 206:
-            w.headers.set("content-range", f"bytes {start}-{stop - 1}/{file.size}")
+        whole = span == (0, file.size)
+        fields = file.fields()
+        if not whole:
+            fields += b"content-range: bytes %d-%d/%d\r\n" % (start, stop - 1, file.size)
         if file.path and not file.small:
-            w.headers.set("content-type", file.content_type).set("content-length", stop - start)
             with file.path.open("rb") as opened:
-                w.write_headers(status)
+                w._begin(200 if whole else 206, fields, stop - start)
                 await w.send_file(opened, start, stop - start)
             w.end()
-        elif status == 206:
-            w.respond(file.data[start:stop], file.content_type, status)
+        elif not whole:
+            w._answer(206, fields, file.data[start:stop])
         else:
-            self._serve_small(file, req, w)
+            coding = self._coding(file, req, w)
+            body = file.encoded(coding) if coding else file.data
+            w._answer(200, file.fields(coding), body)
 
-    def _serve_small(self, file: _File, req: Request, w: Writer) -> None:
+    @staticmethod
+    def _coding(file: _File, req: Request, w: Writer) -> str | None:
         accepted = req.headers.get("accept-encoding")
-        coding = _choose_coding(accepted, w._compression) if accepted else None
-        body = file.data
-        if file.size >= w._compression.min_size and _is_compressible(file.content_type):
-            w.headers.set("vary", "accept-encoding")
-            if coding:
-                body = file.encoded(coding)
-                w.headers.set("content-encoding", coding).set("etag", f'"{file.digest}-{coding}"')
-        w.respond(body, file.content_type)
+        if accepted and file.compressible and file.size >= w._compression.min_size:
+            return _choose_coding(accepted, w._compression)
+        return None
 
 
 def _range(req: Request, file: _File) -> tuple[int, int] | None:
@@ -3615,6 +3630,12 @@ class _Chunks:
     def _check_overhead(self, more: int) -> None:
         if self._overhead + more > self._limits.max_header_bytes:
             raise HttpException(431, "the chunk extensions or trailers of the body are too large")
+
+
+def _set_unsent(connection: socket.socket, size: int) -> None:
+    """Bound what the kernel takes of us that is not on its way yet. 0: its own bound."""
+    with suppress(AttributeError, OSError):  # Windows, or a Unix socket
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, size)
 
 
 class Connection(asyncio.Protocol):
@@ -4031,6 +4052,7 @@ class Connection(asyncio.Protocol):
         connection = transport.get_extra_info("socket")
         if hasattr(os, "sendfile") and transport.get_extra_info("sslcontext") is None:
             transport.set_write_buffer_limits(0)  # so that `drained` waits until all has gone
+            _set_unsent(connection, 0)  # no limit: a file is not old by the time it is read
             # A descriptor of our own: the transport may close its one while we wait for it.
             descriptor = os.dup(connection.fileno())
             try:
@@ -4039,6 +4061,7 @@ class Connection(asyncio.Protocol):
                 os.close(descriptor)
                 if not self._is_lost():
                     transport.set_write_buffer_limits(_HIGH_WATER)
+                    _set_unsent(connection, _HIGH_WATER)
             return
         file.seek(offset)
         while count:

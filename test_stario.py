@@ -5171,6 +5171,58 @@ class TestReadme(unittest.TestCase):
         self.assertNotRegex(self.text, r"/root/|/work/|/tmp/|/home/|\bpypi\.org|\.internal\b")
 
 
+class TestOneAnswerOnly(AsyncTest):
+    """A body that fails while its handler answers already must not be answered a second time."""
+
+    async def test_a_body_that_fails_in_the_middle_of_an_answer(self) -> None:
+        begun, go_on = asyncio.Event(), asyncio.Event()
+        app = Stario()
+
+        async def slow(c: Context, w: Writer) -> None:
+            w.write_headers(200).write(b"begin ")
+            begun.set()
+            await go_on.wait()
+            w.end(b"end")
+
+        async def read(c: Context, w: Writer) -> None:
+            await c.req.body()
+
+        app.post("/slow", slow)
+        app.post("/read", read)
+        for framing, rest in (
+            ("transfer-encoding: chunked", b"zz\r\n"),
+            ("content-length: 9", b""),
+        ):
+            begun.clear()
+            go_on.clear()
+            async with app.running(body_timeout=0.1) as server:
+                peer = await Peer.connect(server.port)
+                await peer.send(f"POST /slow HTTP/1.1\r\nHost: x\r\n{framing}\r\n\r\n")
+                await within(begun.wait())
+                await peer.send(rest) if rest else peer.writer.write_eof()
+                # Another client's body times out after this one's time would have been up.
+                clock = await Peer.connect(server.port)
+                await clock.send("POST /read HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\n\r\n")
+                self.assertEqual((await within(clock.answer())).status, 408)
+                go_on.set()
+                text = await within(peer.rest())
+                self.assertEqual(text.count(b"HTTP/1.1"), 1, framing)
+                self.assertIn(b"end", text)
+                await peer.close()
+                await clock.close()
+
+    async def test_a_large_text_among_the_assets_is_served_whole_and_in_parts(self) -> None:
+        app = Stario()
+        app.assets("/big", {"a.js": "x" * 300_000})
+        url = "/big/" + asset("a.js", collection="big")
+        async with TestClient(app) as client:
+            self.assertEqual(len((await client.get(url)).body), 300_000)
+            part = await client.get(url, headers={"range": "bytes=5-9"})
+            self.assertEqual((part.status, part.body), (206, b"xxxxx"))
+            small = await client.get(url, headers={"accept-encoding": "gzip"})
+            self.assertEqual(gzip.decompress(small.body), b"x" * 300_000)
+
+
 class TestUvloop(unittest.TestCase):
     """The event loop is the caller's; workers get one of the same kind."""
 
