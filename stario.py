@@ -4,13 +4,13 @@ Copy this file into your project, under any name, and read it from top to bottom
 only what stands above it. The smallest app:
 
     import asyncio
-    from stario import Context, Stario, Writer, h
+    from stario import Context, RichTracer, Stario, Writer, h
 
     async def home(c: Context, w: Writer) -> None:
         w.html(h.H1("Hello, ", c.req.query.get("name", "world")))
 
     async def main() -> None:
-        app = Stario()
+        app = Stario(RichTracer())
         app.get("/", home)
         await app.serve()
 
@@ -313,7 +313,7 @@ Tag = Callable[..., SafeString]
 def _plain_tag(name: str) -> Tag:
     start, end = f"<{name}", f"</{name}>"
 
-    def element(*parts: Any) -> SafeString:
+    def _element(*parts: Any) -> SafeString:
         # The loop of `_add` once more: pages are made of this function, and a call costs a third.
         attributes: dict[str, object] = {}
         content: list[str] = []
@@ -333,19 +333,19 @@ def _plain_tag(name: str) -> Tag:
             return SafeString(f"{start}{_attributes(attributes)}>{''.join(content)}{end}")
         return SafeString(f"{start}>{''.join(content)}{end}")
 
-    return element
+    return _element
 
 
 def _void_tag(name: str) -> Tag:
     """`<br/>`: closes itself, and has no children."""
 
-    def element(*parts: object) -> SafeString:
+    def _element(*parts: object) -> SafeString:
         attributes, content = _assemble(parts)
         if content:
             raise StarioError(f"<{name}> cannot have content: it is a void element")
         return SafeString(f"<{name}{attributes}/>")
 
-    return element
+    return _element
 
 
 def _special_tag(name: str) -> Tag:
@@ -353,7 +353,7 @@ def _special_tag(name: str) -> Tag:
     start = "<!doctype html><html" if name == "html" else f"<{name}"  # else: quirks mode
     is_raw = name in ("script", "style")  # the browser does not decode their text
 
-    def element(*parts: object) -> SafeString:
+    def _element(*parts: object) -> SafeString:
         attributes, content = _assemble(map(_trust, parts) if is_raw else parts)
         if is_raw and ("<!--" in content or f"</{name}" in content.lower()):
             raise StarioError(
@@ -364,7 +364,7 @@ def _special_tag(name: str) -> Tag:
             content = "\n" + content  # browsers drop a line feed that comes first
         return SafeString(f"{start}{attributes}>{content}</{name}>")
 
-    return element
+    return _element
 
 
 def _trust(part: object) -> object:
@@ -435,7 +435,7 @@ h = Tags()
 # write the events.
 #
 # The rule that must hold: text from users never becomes code. It goes in as JSON, ASCII only,
-# where `@`, `$` and `;` are written as \uXXXX: before it runs an expression, the client rewrites
+# where `@`, `$` and `;` are escaped (`\u0040`): before it runs an expression, the client rewrites
 # `$name` and `@name(` and splits at `;` with regular expressions that look into strings, too.
 # What is given as an *expression* (a plain str) is code, and is the developer's own.
 # ==================================================================================================
@@ -2165,6 +2165,7 @@ def _gzip_stream(level: int) -> Compressor:
     header = b"\x1f\x8b\x08\0\0\0\0\0\0\xff"
 
     def compress(data: bytes) -> bytes:
+        """One piece, complete: the client can decode it as it comes."""
         nonlocal window, checksum, size, header
         coder = zlib.compressobj(level, zlib.DEFLATED, -15, zdict=window)
         window = (window + data)[-16 * 1024 :]
@@ -2173,7 +2174,7 @@ def _gzip_stream(level: int) -> Compressor:
         return start + coder.compress(data) + coder.flush(zlib.Z_SYNC_FLUSH)
 
     def finish() -> bytes:
-        # An empty last block, then checksum and size.
+        """The end of the stream: an empty last block, checksum and size."""
         return header + b"\x03\0" + struct.pack("<II", checksum, size & 0xFFFFFFFF)
 
     return compress, finish
@@ -3105,14 +3106,14 @@ class Router:
         if not self._errors:
             return handler
 
-        async def guarded(c: Context, w: Writer) -> None:
+        async def _guarded(c: Context, w: Writer) -> None:
             try:
                 await handler(c, w)
             except Exception as exc:
                 if not await _handle_error(self._errors, c, w, exc):
                     raise
 
-        return guarded
+        return _guarded
 
     def _find(self, request: Request) -> Handler | None:
         """The handler for a request, and its parameters into the request; None: there is none."""
@@ -3184,7 +3185,7 @@ def same_origin(handler: Handler) -> Handler:
     passes: it carries nobody's cookies.
     """
 
-    async def guarded(c: Context, w: Writer) -> None:
+    async def _guarded(c: Context, w: Writer) -> None:
         sent = c.req.headers.get
         site, origin = sent("sec-fetch-site"), sent("origin")
         if site is None and origin is not None:
@@ -3195,7 +3196,7 @@ def same_origin(handler: Handler) -> Handler:
             raise HttpException(403, "this request comes from another site")
         await handler(c, w)
 
-    return guarded
+    return _guarded
 
 
 # ==================================================================================================
@@ -4747,38 +4748,46 @@ class _Exchange:
         self._changed = asyncio.Event()
 
     def answer(self, status: int, fields: bytes, body: bytes) -> None:
+        """See Carrier."""
         self.begin(status, fields, False)
         self.send(body)
         self.finish()
 
     def begin(self, status: int, fields: bytes, unsized: bool) -> None:
+        """See Carrier."""
         self.status = status
         self.headers = Headers(_split_fields(fields))
         self._changed.set()
 
     def send(self, data: bytes) -> None:
+        """See Carrier."""
         if not self.disconnected:
             self.unread += data
             self._changed.set()
 
     def finish(self) -> None:
+        """See Carrier."""
         self.finished = True
         self._changed.set()
 
     def abort(self) -> None:
+        """See Carrier."""
         self.aborted = True
         self.finish()
 
     def has_room(self) -> bool:
+        """See Carrier."""
         return len(self.unread) < _HIGH_WATER and not self.disconnected
 
     async def drained(self) -> None:
+        """See Carrier."""
         while not self.has_room():
             if self.disconnected:
                 raise ClientDisconnected("the client has gone")
             await self.change()
 
     async def send_file(self, file: IO[bytes], offset: int, count: int) -> None:
+        """See Carrier."""
         file.seek(offset)
         self.send(file.read(count))
 
