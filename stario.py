@@ -1933,6 +1933,23 @@ class Body:
             waiter.set_result(None)
 
 
+class RequestLine:
+    """The first line of a request, taken apart (RFC 9112, section 3).
+
+    Raises HttpException(400) for a path that cannot be decoded.
+    """
+
+    __slots__ = ("http_1_0", "method", "path", "query_string", "raw_path", "target", "usual")
+
+    def __init__(self, method: str, target: str, http_1_0: bool = False) -> None:
+        self.method = method
+        self.target = target
+        self.http_1_0 = http_1_0
+        self.raw_path, _, self.query_string = target.partition("?")
+        self.path = _decode_path(self.raw_path) if "%" in self.raw_path else self.raw_path
+        self.usual = target.startswith("/") and "#" not in target and not http_1_0
+
+
 class Request:
     """What a client asks for: `c.req`.
 
@@ -1940,32 +1957,27 @@ class Request:
     a host pattern. `max_body` (bytes) can be raised for one request before its body is read.
     """
 
-    # What most requests leave as it is costs nothing while it stands in the class.
-    max_body = 0
-    tail = ""
-    subhost = ""
-    _body_read: bytes | None = None
-    _streamed = False
-
     def __init__(
-        self,
-        method: str,
-        target: str,
-        headers: Headers,
-        body: Body | None,
-        client: Callable[[], str],
+        self, line: RequestLine, headers: Headers, body: Body | None, carrier: Carrier
     ) -> None:
-        """From a method, a target (`/path?query`), headers, and a body on its way, or None.
-
-        Raises HttpException(400) for a path that cannot be decoded.
-        """
-        self.method = method
-        self.raw_path, _, self.query_string = target.partition("?")
-        self.path = _decode_path(self.raw_path) if "%" in self.raw_path else self.raw_path
+        """From what a carrier has read; `body` is on its way, or None."""
+        self.method = line.method
+        self.raw_path = line.raw_path
+        self.path = line.path
+        self.query_string = line.query_string
         self.headers = headers
-        self.params: dict[str, str] = {}
+        self.tail = ""
+        self.subhost = ""
+        self.max_body = 0
         self._body = body
-        self._client = client
+        self._body_read: bytes | None = None
+        self._streamed = False
+        self._carrier = carrier
+
+    @cached_property
+    def params(self) -> dict[str, str]:
+        """The parameters of the path: `{"id": "7"}` for `/users/{id}`."""
+        return {}
 
     @cached_property
     def query(self) -> QueryParams:
@@ -1992,7 +2004,7 @@ class Request:
     @property
     def client(self) -> str:
         """The peer's address ("127.0.0.1"), empty where it has none (a Unix socket)."""
-        return self._client()
+        return self._carrier.client
 
     async def stream(self) -> AsyncIterator[bytes]:
         """The body in chunks as they come; while nobody takes them, the client has to wait.
@@ -2097,6 +2109,10 @@ class Carrier(Protocol):
     on_end: Callable[[], None] | None  # called once when the client has gone or the server stops
     disconnected: bool  # the client has gone
     shutting_down: bool  # the server wants its streams to end
+
+    @property
+    def client(self) -> str:
+        """The client's address, or nothing where it has none."""
 
     def answer(self, status: int, fields: bytes, body: bytes) -> None:
         """A whole answer. Its fields say how long the body is, if there is one."""
@@ -2262,11 +2278,17 @@ def _is_compressible(content_type: str) -> bool:
     return _COMPRESSIBLE.match(content_type) is not None
 
 
+Content = tuple[bytes, bool]  # header fields, and whether what they describe may be compressed
+
+
 @lru_cache(maxsize=512)
-def _field_line(name: str, value: str) -> bytes:
-    """A header field as bytes. Kept, since answers repeat their few content types."""
-    key, text = _field(name, value)
-    return f"{key}: {text}\r\n".encode("latin-1")
+def _content(content_type: str) -> Content:
+    _, text = _field("content-type", content_type)
+    return f"content-type: {text}\r\n".encode("latin-1"), _is_compressible(content_type)
+
+
+_HTML, _TEXT = _content("text/html; charset=utf-8"), _content("text/plain; charset=utf-8")
+_JSON = _content("application/json")
 
 
 _SSE_FIELDS = (  # proxies must neither keep a stream nor wait for its end: nginx reads the last one
@@ -2287,21 +2309,20 @@ class Writer:
     `completed` whether the answer is through.
     """
 
-    status_code = 0
-    started = False
-    completed = False
-    _headers: ResponseHeaders | None = None
-    _compressor: Compressor | None = None
-    _remaining: int | None = None  # bytes still due of a declared Content-Length
-    _sse = False  # this is a stream of events
-    _silent = False  # nothing was sent since the last heartbeat
-    _scopes: Sequence[_Scope] = ()  # what to interrupt when the client goes
-    _timer: asyncio.TimerHandle | None = None  # the next heartbeat
-
     def __init__(self, carrier: Carrier, request: Request, compression: CompressionConfig) -> None:
+        self.status_code = 0
+        self.started = False
+        self.completed = False
         self._carrier = carrier
         self._request = request
         self._compression = compression
+        self._headers: ResponseHeaders | None = None
+        self._compressor: Compressor | None = None
+        self._remaining: int | None = None  # bytes still due of a declared Content-Length
+        self._sse = False  # this is a stream of events
+        self._silent = False  # nothing was sent since the last heartbeat
+        self._scopes: Sequence[_Scope] = ()  # what to interrupt when the client goes
+        self._timer: asyncio.TimerHandle | None = None  # the next heartbeat
 
     # -- State
 
@@ -2327,21 +2348,20 @@ class Writer:
 
     def respond(self, body: bytes, content_type: str, status: int = 200) -> None:
         """Answer with these bytes. A second answer is a StarioError."""
-        fields = _field_line("content-type", content_type)
-        self._answer(status, fields, body, compressible=_is_compressible(content_type))
+        self._answer(status, _content(content_type), body)
 
     def html(self, node: object, status: int = 200) -> None:
         """Answer with a page: an element, or anything that can stand in one."""
         text = node if type(node) is SafeString else render(node)
-        self.respond(text.encode("utf-8", "replace"), "text/html; charset=utf-8", status)
+        self._answer(status, _HTML, text.encode("utf-8", "replace"))
 
     def text(self, text: str, status: int = 200) -> None:
         """Answer with plain text."""
-        self.respond(text.encode("utf-8", "replace"), "text/plain; charset=utf-8", status)
+        self._answer(status, _TEXT, text.encode("utf-8", "replace"))
 
     def json(self, obj: object, status: int = 200) -> None:
         """Answer with JSON. Dataclasses, dates, enums, UUIDs and models are written, too."""
-        self.respond(_json(obj).encode("utf-8", "replace"), "application/json", status)
+        self._answer(status, _JSON, _json(obj).encode("utf-8", "replace"))
 
     def redirect(self, url: str, status: int = 307) -> None:
         """Send the client to another address (303 if it should GET that after a POST)."""
@@ -2351,11 +2371,11 @@ class Writer:
             raise StarioError(f"{url!r} cannot be a redirect's target: it holds control characters")
         # A backslash is a slash to browsers: "/\evil.com" would leave the site.
         location = quote(url.replace("\\", "%5C"), safe=_REDIRECT_SAFE, errors="replace")
-        self._answer(status, f"location: {location}\r\n".encode("ascii"), b"")
+        self._answer(status, (f"location: {location}\r\n".encode("ascii"), False), b"")
 
     def empty(self, status: int = 204) -> None:
         """Answer without a body: "done", and nothing to show."""
-        self._answer(status, b"", b"")
+        self._answer(status, (b"", False), b"")
 
     # -- Streams of events. The first one sends the headers.
 
@@ -2561,11 +2581,10 @@ class Writer:
         self.started = True
         self.status_code = status
 
-    def _answer(
-        self, status: int, fields: bytes, body: bytes, *, compressible: bool = False
-    ) -> None:
+    def _answer(self, status: int, content: Content, body: bytes) -> None:
         """Answer at once. What the handler has set itself goes before these fields."""
         self._start(status)
+        fields, compressible = content
         if self._headers is not None:
             fields = self._own_fields(fields)
         if compressible and len(body) >= self._compression.min_size:
@@ -2573,8 +2592,10 @@ class Writer:
         if status in _BODILESS:
             body = b""
         else:
-            fields += b"content-length: %d\r\n" % len(body)
-        self._carrier.answer(status, fields, b"" if self._request.method == "HEAD" else body)
+            fields = b"%bcontent-length: %d\r\n" % (fields, len(body))
+            if self._request.method == "HEAD":
+                body = b""
+        self._carrier.answer(status, fields, body)
         self.completed = True
 
     def _begin(self, status: int, fields: bytes, length: int) -> None:
@@ -2863,11 +2884,10 @@ class Context:
     `app` is the Stario that serves it, `req` the request.
     """
 
-    _span: Span | None = None  # made when it is first needed: a silent app needs few of them
-
     def __init__(self, app: Stario, req: Request) -> None:
         self.app = app
         self.req = req
+        self._span: Span | None = None  # made when it is needed: a silent app needs few of them
 
     @cached_property
     def state(self) -> dict[str, Any]:
@@ -2971,7 +2991,7 @@ class Router:
     def __init__(self) -> None:
         self._tree = _Node()
         self._routes: list[tuple[str, str, Handler]] = []  # method, path, handler: for mounting
-        self._exact: dict[str, _Node] = {}  # the nodes without parameters, by path
+        self._exact: dict[str, dict[str, Handler]] = {}  # routes without parameters, by path
         self._middleware: list[Middleware] = []
         self._errors: dict[type[BaseException], ErrorHandler] = {}
         self._hosts: list[tuple[str, Router]] = []
@@ -3099,7 +3119,7 @@ class Router:
         node.routes[method] = handler
         node.names, node.shape = names, path
         if not names and "*" not in path:
-            self._exact[path] = node
+            self._exact[path] = node.routes
 
     def _with_errors(self, handler: Handler) -> Handler:
         """The handler, with this router's own `on_error` around it."""
@@ -3118,9 +3138,9 @@ class Router:
     def _find(self, request: Request) -> Handler | None:
         """The handler for a request, and its parameters into the request; None: there is none."""
         # Most requests are for a path without parameters, and spelt as the route is.
-        node = self._exact.get(request.raw_path)
-        if node is not None and request.method in node.routes:
-            return node.routes[request.method]
+        routes = self._exact.get(request.raw_path)
+        if routes is not None and request.method in routes:
+            return routes[request.method]
         for node, values, tail in self._matches(request.raw_path):
             handler = node.routes.get(request.method)
             if handler is None and request.method == "HEAD":
@@ -3370,12 +3390,12 @@ class Assets:
     async def _serve(self, file: _File, req: Request, w: Writer) -> None:
         known = req.headers.get("if-none-match") or ""
         if file.digest in known or known == "*":
-            w._answer(304, file.fields(), b"")
+            w._answer(304, (file.fields(), False), b"")
             return
         span = _range(req, file)
         if span is None:
             outside = b"content-range: bytes */%d\r\ncache-control: no-store\r\n" % file.size
-            w._answer(416, outside, b"")
+            w._answer(416, (outside, False), b"")
             return
         start, stop = span
         whole = span == (0, file.size)
@@ -3388,11 +3408,11 @@ class Assets:
                 await w.send_file(opened, start, stop - start)
             w.end()
         elif not whole:
-            w._answer(206, fields, file.data[start:stop])
+            w._answer(206, (fields, False), file.data[start:stop])
         else:
             coding = self._coding(file, req, w)
             body = file.encoded(coding) if coding else file.data
-            w._answer(200, file.fields(coding), body)
+            w._answer(200, (file.fields(coding), False), body)
 
     @staticmethod
     def _coding(file: _File, req: Request, w: Writer) -> str | None:
@@ -3474,12 +3494,16 @@ _NEVER = float("inf")  # the deadline of who waits for nothing
 _FILE_PIECE = 1024 * 1024  # bytes of a file that are sent at a time
 _RESET = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)  # SO_LINGER: on, for no time
 
-_REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/([0-9])\.([0-9])")
+_REQUEST_LINE = re.compile(
+    rb"(?:\r\n)*+([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/([0-9])\.([0-9])"
+)
 _ABSOLUTE = re.compile(r"https?://([^/?#@]+)(/[^?#]*)?(\?[^#]*)?", re.IGNORECASE)
 _HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(?::[0-9]*)?")
 # Header lines (RFC 9112, section 5): no folding, no blank before the colon, no control characters.
 # The possessive "+" keep the match linear.
-_FIELD_LINES = re.compile(rb"(?:[!#$%&'*+.^_`|~0-9A-Za-z-]++:[\t\x20-\x7e\x80-\xff]*+\r\n)*+")
+_FIELD_LINES = re.compile(
+    rb"\r\n(?:[!#$%&'*+.^_`|~0-9A-Za-z-]++:[\t\x20-\x7e\x80-\xff]*+\r\n)*+\r\n"
+)
 _FRAMING_FIELDS = re.compile(
     rb"\n(host|connection|content-length|transfer-encoding|expect):([^\r]*)", re.IGNORECASE
 )
@@ -3491,16 +3515,26 @@ def _status_line(status: int) -> bytes:
     return f"HTTP/1.1 {status} {_phrase(status)}\r\n".encode("latin-1")
 
 
-@lru_cache(maxsize=256)
-def _parse_request_line(line: bytes) -> tuple[str, str, bool]:
-    """Method, target, and whether it is HTTP/1.0. Kept, since few lines make most requests."""
+_request_lines: dict[bytes, RequestLine] = {}  # kept, since few lines make most requests
+
+
+def _request_line(line: bytes) -> RequestLine:
+    return _request_lines.get(line) or _parse_request_line(line)
+
+
+def _parse_request_line(line: bytes) -> RequestLine:
     found = _REQUEST_LINE.fullmatch(line)
     if not found:
         raise HttpException(400, "the request line is malformed")
     method, target, major, minor = found.groups()
     if major != b"1":
         raise HttpException(505, "only HTTP/1.1 and HTTP/1.0 are spoken here")
-    return method.decode("ascii"), target.decode("ascii"), minor == b"0"
+    parsed = RequestLine(method.decode("ascii"), target.decode("ascii"), minor == b"0")
+    if len(_request_lines) >= 256:
+        _request_lines.clear()
+    if len(line) <= 1024:
+        _request_lines[line] = parsed
+    return parsed
 
 
 # Three fields that say where a request ends and whom it is for: each comes at most once, and as:
@@ -3511,20 +3545,16 @@ _ONCE = {
 }
 
 
-class _Head:
-    """A parsed header block: the fields, and what they say about framing (RFC 9112, section 6)."""
+class _Framing:
+    """What a header block says of its request: where it ends, for whom it is, what comes after."""
 
-    __slots__ = ("chunked", "close", "expects", "has_host", "headers", "keep_alive", "length")
+    __slots__ = ("chunked", "close", "expects", "has_host", "keep_alive", "length", "usual")
 
-    def __init__(self, block: bytes, max_headers: int) -> None:
-        if not _FIELD_LINES.fullmatch(block):
-            raise HttpException(400, "a header line is malformed")
-        if block.count(b"\n") > max_headers:
-            raise HttpException(431, f"more than {max_headers} header fields")
-        self.headers: Headers = _ReceivedHeaders(block)
+    def __init__(self, found: Iterable[tuple[bytes, bytes]]) -> None:
+        """From the fields that matter here, by name and value (RFC 9112, section 6)."""
         fields: dict[str, list[str]] = {}
-        for name, value in _FRAMING_FIELDS.findall(b"\n" + block):
-            values = fields.setdefault(name.decode("ascii").lower(), [])
+        for raw, value in found:
+            values = fields.setdefault(raw.decode("ascii").lower(), [])
             values.append(value.decode("latin-1").strip(" \t"))
         for name, values in fields.items():
             if name in _ONCE:
@@ -3541,6 +3571,21 @@ class _Head:
         self.keep_alive = "keep-alive" in options
         self.expects = ",".join(fields.get("expect", ())).lower()
         self.has_host = "host" in fields
+        # A request of HTTP/1.1 that is over with its head.
+        self.usual = self.has_host and not (self.length or self.chunked or self.expects)
+
+
+# Kept, since these few fields are the same in most requests, whatever else differs in their heads.
+_framing = lru_cache(maxsize=256)(_Framing)
+
+
+def _parse_block(block: bytes, max_headers: int) -> tuple[Headers, _Framing]:
+    """Check a header block, with the CRLF before it and the empty line, and take it apart."""
+    if not _FIELD_LINES.fullmatch(block):
+        raise HttpException(400, "a header line is malformed")
+    if block.count(b"\n") > max_headers + 2:
+        raise HttpException(431, f"more than {max_headers} header fields")
+    return _ReceivedHeaders(block), _framing(tuple(_FRAMING_FIELDS.findall(block)))
 
 
 class _ReceivedHeaders(Headers):
@@ -3557,7 +3602,7 @@ class _ReceivedHeaders(Headers):
 def _split_fields(block: bytes) -> dict[str, list[str]]:
     """Well-formed field lines as a dict."""
     fields: dict[str, list[str]] = {}
-    for line in block.decode("latin-1").split("\r\n")[:-1]:
+    for line in block.decode("latin-1").strip("\r\n").split("\r\n"):
         name, _, value = line.partition(":")
         fields.setdefault(name.lower(), []).append(value.strip(" \t"))
     return fields
@@ -3623,7 +3668,8 @@ class _Chunks:
             self._check_overhead(len(line))
             self._overhead += len(line)
             # Framing is for the head (RFC 9110, section 6.5.1); others might heed it here, too.
-            if not _FIELD_LINES.fullmatch(line + b"\r\n") or _FRAMING_FIELDS.match(b"\n" + line):
+            framed = b"\r\n%b\r\n\r\n" % line
+            if not _FIELD_LINES.fullmatch(framed) or _FRAMING_FIELDS.search(framed):
                 raise HttpException(400, "a trailer of the body is malformed")
         else:
             self.ended = True
@@ -3645,7 +3691,7 @@ class Connection(asyncio.Protocol):
     __slots__ = (
         "_advancing", "_answering", "_at", "_block", "_body", "_buffer", "_busy", "_chunks",
         "_close_after", "_deadline", "_discarded", "_drain_waiters", "_ended", "_eof", "_expects",
-        "_framed", "_head", "_http_1_0", "_idle", "_left", "_limits", "_lost_track",
+        "_framed", "_framing", "_headers", "_http_1_0", "_idle", "_left", "_limits", "_lost_track",
         "_paused_reading", "_paused_writing", "_scanned", "_sent", "_stalled_since", "_taken",
         "_transport", "_worker", "disconnected", "on_end", "shutting_down",
     )  # fmt: skip
@@ -3655,11 +3701,12 @@ class Connection(asyncio.Protocol):
         self._limits = worker.limits
         self._transport: asyncio.Transport = None  # type: ignore[assignment]  # connection_made
         # Reading
-        self._buffer = b""  # bytes that have come,
-        self._at = 0  # of which these many have been used
+        self._buffer = b""  # bytes that have come; empty when all of them have been used
+        self._at = 0  # how many of them have been used
         self._scanned = 0  # where to go on looking for the end of a head
-        self._block = b"\r\n"  # the last header block, as it came, and parsed: a browser
-        self._head: _Head | None = None  # sends the same one with each request
+        self._block = b""  # the last header block, from the CRLF before it to the empty line: a
+        self._headers = Headers()  # browser sends the same one with each request, so what it came
+        self._framing: _Framing | None = None  # to is kept
         self._body: Body | None = None  # the body that is coming in,
         self._chunks: _Chunks | None = None  # chunked, or
         self._left = 0  # with so many bytes to come
@@ -3734,8 +3781,10 @@ class Connection(asyncio.Protocol):
         """Bytes have come."""
         if self._ended:
             return
-        self._buffer = self._buffer[self._at :] + data if self._at < len(self._buffer) else data
-        self._at = 0
+        if self._buffer:
+            self._buffer, self._at = self._buffer[self._at :] + data, 0
+        else:
+            self._buffer = data
         if not self._advancing:
             self._advance()
 
@@ -3757,11 +3806,10 @@ class Connection(asyncio.Protocol):
 
     def _advance(self) -> None:
         """Do all that can be done with the bytes that are here."""
-        self._advancing, more = True, False
+        self._advancing, turns = True, 0
         try:
-            for _ in range(_A_TURN):
-                if self._at >= len(self._buffer) or self._ended:
-                    break
+            while self._buffer and not self._ended and turns < _A_TURN:
+                turns += 1
                 if self._body is not None:
                     if not self._read_body(self._body):
                         break
@@ -3769,17 +3817,17 @@ class Connection(asyncio.Protocol):
                         self._become_idle()
                 elif self._answering or self._paused_writing or not self._read_head():
                     break
-            else:
-                more = True  # a client that sends a thousand requests at once is not alone
-                self._worker.loop.call_soon(self._advance_later)
+                if self._buffer and self._transport.is_closing():
+                    break
         except HttpException as exc:
             self._refuse(exc)
         finally:
             self._advancing = False
-        if self._at >= len(self._buffer):
-            self._buffer, self._at = b"", 0
-            if self._body is None and not self._eof and not self._paused_reading:
-                return
+        if not (self._buffer or self._body or self._eof or self._paused_reading):
+            return  # what most packets come to: a request, whole, and nothing is left to do
+        more = turns == _A_TURN
+        if more:  # a client that sends a thousand requests at once is not alone
+            self._worker.loop.call_soon(self._advance_later)
         if self._eof and not (more or self._body or self._answering or self._paused_writing):
             self._close()  # what is left is a part of a request, and no more of it will come
         self._regulate()
@@ -3803,31 +3851,42 @@ class Connection(asyncio.Protocol):
 
     def _read_head(self) -> bool:
         """Start the next request, if all of its head is here."""
-        buffer, limits = self._buffer, self._limits
-        while buffer.startswith(b"\r\n", self._at):  # tolerated in front (RFC 9112, section 2.2)
-            self._at += 2
-        end = buffer.find(b"\r\n\r\n", max(self._at, self._scanned - 3))
+        buffer, at, framing = self._buffer, self._at, self._framing
+        first = buffer.removesuffix(self._block)
+        if framing and not at and first is not buffer and len(buffer) <= self._worker.short_head:
+            # A request line, and the header block that we know: most of what browsers send.
+            self._buffer = b""
+            self._start(_request_line(first), self._headers, framing)
+            return True
+        limits = self._limits
+        while buffer.startswith(b"\r\n", at):  # tolerated in front (RFC 9112, section 2.2)
+            at += 2
+        end = buffer.find(b"\r\n\r\n", max(at, self._scanned - 3))
         if end < 0:
+            self._use(at)
             self._await_head()
             return False
         self._scanned = 0
-        line_end = buffer.find(b"\r\n", self._at)
-        line, block = buffer[self._at : line_end], buffer[line_end + 2 : end + 2]
-        if end - self._at > limits.max_header_bytes:
-            raise self._head_too_large(line)
-        self._at = end + 4
-        self._idle = False
-        self._deadline = _NEVER
-        method, target, self._http_1_0 = _parse_request_line(line)
-        if len(target) > limits.max_target:
+        line_end = buffer.find(b"\r\n", at)
+        if end - at > limits.max_header_bytes:
+            raise self._head_too_large(buffer[at:line_end])
+        line, block = _request_line(buffer[at:line_end]), buffer[line_end : end + 4]
+        if len(line.target) > limits.max_target:
             raise HttpException(414, f"the target is longer than {limits.max_target} bytes")
-        head = self._head
-        if block != self._block or head is None:
-            head = _Head(block, limits.max_headers)
+        headers = self._headers
+        if block != self._block or framing is None:
+            headers, framing = _parse_block(block, limits.max_headers)
             if len(block) <= _KEPT_HEAD:
-                self._block, self._head = block, head
-        self._start(method, target, head)
+                self._block, self._headers, self._framing = block, headers, framing
+        self._use(end + 4)
+        self._start(line, headers, framing)
         return True
+
+    def _use(self, upto: int) -> None:
+        """The buffer has been used up to this position."""
+        self._at = upto
+        if upto >= len(self._buffer):
+            self._buffer, self._at = b"", 0
 
     def _await_head(self) -> None:
         """The head is not complete: see that it does not grow, or take, without end."""
@@ -3847,70 +3906,89 @@ class Connection(asyncio.Protocol):
             return HttpException(414, f"the target is longer than {self._limits.max_target} bytes")
         return HttpException(431, f"the head is larger than {self._limits.max_header_bytes} bytes")
 
-    def _start(self, method: str, target: str, head: _Head) -> None:
-        """Begin with a request: its framing is known, its handler starts."""
-        headers, worker = head.headers, self._worker
-        self._close_after = head.close or worker.stopping
-        if self._http_1_0:
-            self._close_after |= not head.keep_alive
-            if head.chunked:
-                raise HttpException(400, "Transfer-Encoding in HTTP/1.0")
-        elif not head.has_host:
-            raise HttpException(400, "Host is missing")
-        if target[0] != "/":
-            target, headers = self._other_form(method, target, headers)
-        elif "#" in target:
-            raise HttpException(400, "a target has no fragment")
-        if head.expects and head.expects != "100-continue":
-            raise HttpException(417, "only '100-continue' can be expected")
-        body = Body(self._wants_body) if head.chunked or head.length else None
-        request = Request(method, target, headers, body, self._peer_address)
-        self._expects = False
-        if body is not None:
-            self._chunks = _Chunks(self._limits) if head.chunked else None
-            self._left = head.length
-            self._discarded = 0
-            self._expects = bool(head.expects) and not self._http_1_0
-            if not self._expects:
-                self._deadline = worker.now + self._limits.body_timeout
-            # A small body comes with its head: fed now, its handler will not have to wait.
-            if self._at == len(self._buffer) or not self._read_body(body):
-                self._body = body
+    def _start(self, line: RequestLine, headers: Headers, framing: _Framing) -> None:
+        """Begin with a request: its handler starts."""
+        worker, body = self._worker, None
+        self._idle = self._expects = False
+        self._deadline = _NEVER
+        self._http_1_0 = line.http_1_0
+        self._close_after = framing.close or worker.stopping
+        if not (line.usual and framing.usual):
+            line, headers = self._check(line, headers, framing)
+            body = self._begin_body(framing)
+        request = Request(line, headers, body, self)
         self._answering = True
         if self._busy:
             self._close_after = True
             worker.note_refusal(self, HttpException(503, "too many connections"))
             self.answer(503, b"retry-after: 5\r\ncontent-length: 0\r\n", b"")
-            return
-        worker.run(worker.app.dispatch(request, self))
+        else:
+            # Each starts in a copy of the server's own context, so that no handler's context
+            # variables reach the next request on its connection.
+            handling = worker.app.dispatch(request, self)
+            task = _spawn(handling, worker.loop, worker.context.copy())
+            if not task.done():
+                _keep(task, worker.tasks)
 
-    def _other_form(self, method: str, target: str, headers: Headers) -> tuple[str, Headers]:
-        """A target that does not begin with a slash (RFC 9112, section 3.2)."""
-        if method == "CONNECT":
+    def _check(
+        self, line: RequestLine, headers: Headers, framing: _Framing
+    ) -> tuple[RequestLine, Headers]:
+        """See that line and head go together; they come back as an ordinary request has them."""
+        if self._http_1_0:
+            self._close_after |= not framing.keep_alive
+            if framing.chunked:
+                raise HttpException(400, "Transfer-Encoding in HTTP/1.0")
+        elif not framing.has_host:
+            raise HttpException(400, "Host is missing")
+        if framing.expects and framing.expects != "100-continue":
+            raise HttpException(417, "only '100-continue' can be expected")
+        if "#" in line.target:
+            raise HttpException(400, "a target has no fragment")
+        if line.target.startswith("/") or (line.target == "*" and line.method == "OPTIONS"):
+            return line, headers
+        # The other forms of a target (RFC 9112, section 3.2).
+        if line.method == "CONNECT":
             raise HttpException(501, "this is no proxy: CONNECT is not supported")
-        if target == "*" and method == "OPTIONS":
-            return target, headers
-        found = _ABSOLUTE.fullmatch(target)
+        found = _ABSOLUTE.fullmatch(line.target)
         if not found or not _HOST.fullmatch(found[1]):
             raise HttpException(400, "the target is malformed")
         # What the target says goes before the Host field (section 3.2.2).
         headers = Headers({**headers._fields, "host": [found[1]]})
-        return (found[2] or "/") + (found[3] or ""), headers
+        return RequestLine(line.method, (found[2] or "/") + (found[3] or "")), headers
 
-    def _peer_address(self) -> str:
+    def _begin_body(self, framing: _Framing) -> Body | None:
+        """A body for the request, if it has one. What has come of it is in it already."""
+        if not (framing.chunked or framing.length):
+            return None
+        body = Body(self._wants_body)
+        self._chunks = _Chunks(self._limits) if framing.chunked else None
+        self._left = framing.length
+        self._discarded = 0
+        self._expects = bool(framing.expects) and not self._http_1_0
+        if not self._expects:
+            self._deadline = self._worker.now + self._limits.body_timeout
+        # A small body comes with its head: fed now, its handler will not have to wait.
+        if not self._buffer or not self._read_body(body):
+            self._body = body
+        return body
+
+    @property
+    def client(self) -> str:
+        """See Carrier."""
         peer = self._transport.get_extra_info("peername")
         return str(peer[0]) if isinstance(peer, tuple) else ""
 
     def _read_body(self, body: Body) -> bool:
         """Feed what has come of a body to it; true if the body has come to its end."""
         if self._chunks is not None:
-            data, self._at = self._chunks.decode(self._buffer, self._at)
+            data, upto = self._chunks.decode(self._buffer, self._at)
             complete = self._chunks.ended
         else:
             data = self._buffer[self._at : self._at + self._left]
-            self._at += len(data)
+            upto = self._at + len(data)
             self._left -= len(data)
             complete = self._left == 0
+        self._use(upto)
         self._expects = False  # it has begun to send without being asked
         if data:
             body.feed(data)
@@ -3966,8 +4044,12 @@ class Connection(asyncio.Protocol):
 
     def answer(self, status: int, fields: bytes, body: bytes) -> None:
         """See Carrier."""
-        fields = self._with_connection(fields)
-        self._write(b"".join((_status_line(status), fields, self._worker.date_line, body)))
+        if self._close_after or self._http_1_0 or self._body is not None:
+            fields = self._with_connection(fields)
+        if not self._ended:  # (a single write to a transport that is closing does no harm)
+            data = b"".join((_status_line(status), fields, self._worker.date_line, body))
+            self._sent += len(data)
+            self._transport.write(data)
         self.finish()
 
     def begin(self, status: int, fields: bytes, unsized: bool) -> None:
@@ -4008,14 +4090,15 @@ class Connection(asyncio.Protocol):
             self._framed = False
         self._answering = False
         self.on_end = None
-        if self._close_after:
+        if self._close_after or self._worker.stopping:
             self._close()
             return
         if self._body is not None:
             self._give_up_body(self._body)
         else:
-            self._become_idle()
-        if (self._at < len(self._buffer) or self._eof) and not self._advancing:
+            self._idle = True
+            self._deadline = self._worker.idle_deadline
+        if (self._buffer or self._eof) and not self._advancing:
             # In a turn of its own, and not inside the handler that has just answered.
             self._worker.loop.call_soon(self._advance_later)
 
@@ -4111,7 +4194,7 @@ class Connection(asyncio.Protocol):
                 self._transport.abort()
 
     def _write(self, data: bytes) -> None:
-        if not (self._ended or self._transport.is_closing()):
+        if not self._is_lost():
             self._sent += len(data)
             self._transport.write(data)
 
@@ -4124,7 +4207,7 @@ class Connection(asyncio.Protocol):
 
     def _become_idle(self) -> None:
         self._idle = True
-        self._deadline = self._worker.now + self._limits.keep_alive_timeout
+        self._deadline = self._worker.idle_deadline
         if self._worker.stopping:
             self._close()
 
@@ -4139,7 +4222,7 @@ class Connection(asyncio.Protocol):
         if lost:
             return
         self._deadline = self._worker.loop.time() + _LINGER
-        unread = self._lost_track or self._body is not None or self._at < len(self._buffer)
+        unread = bool(self._lost_track or self._body or self._buffer)
         self._buffer = b""
         if not unread or self._eof:
             self._transport.close()
@@ -4172,7 +4255,7 @@ class Connection(asyncio.Protocol):
                 self._deadline = self._worker.now + _LINGER
             else:
                 self._transport.abort()
-        elif self._idle and self._at == len(self._buffer):
+        elif self._idle and not self._buffer:
             self._close()
         elif self._body is not None:
             self._refuse(HttpException(408, "the body did not come in time"))
@@ -4237,7 +4320,10 @@ class Stario(Router):
             c.span.attributes["client"] = request.client
         try:
             try:
-                await self._route(request)(c, w)
+                if not self._hosts:
+                    await (self._find(request) or self._fallback)(c, w)
+                else:
+                    await self._find_by_host(request)(c, w)
             except Exception as exc:
                 await self._failed(c, w, exc)
             if not w.completed:
@@ -4253,9 +4339,7 @@ class Stario(Router):
                 c._span.attributes["status"] = w.status_code
                 c._span.end()
 
-    def _route(self, request: Request) -> Handler:
-        if not self._hosts:
-            return self._find(request) or self._fallback
+    def _find_by_host(self, request: Request) -> Handler:
         for router in self._routers_for(request):
             handler = router._find(request)
             if handler is not None:
@@ -4399,22 +4483,16 @@ class Worker:
         self.arriving = 0  # accepted, but not connections yet: TLS takes its time
         self.tasks: set[asyncio.Task[None]] = set()  # handlers under way
         self.stopping = False
-        self.now = loop.time()  # as of the last sweep: good enough for time-outs of seconds
+        # As of the last sweep, which is good enough for time-outs of seconds:
+        self.now = loop.time()
+        self.idle_deadline = self.now + limits.keep_alive_timeout
         self.date_line = _last_line(time.time())
+        # The size up to which a head needs no look at the limits.
+        self.short_head = min(limits.max_target, limits.max_header_bytes)
         self.context = contextvars.copy_context()
         times = (time for name, time in dataclasses.asdict(limits).items() if "timeout" in name)
         self._interval = max(0.01, min(1.0, min(times) / 4))
         self._timer = loop.call_later(self._interval, self._sweep)
-
-    def run(self, handling: Coroutine[Any, Any, None]) -> None:
-        """Start a handler. One that never waits is through when this returns (Python 3.12+).
-
-        Each starts in a copy of the server's own context, so that no handler's context variables
-        reach the next request on its connection.
-        """
-        task = _spawn(handling, self.loop, self.context.copy())
-        if not task.done():
-            _keep(task, self.tasks)
 
     def adopt(self, accepted: socket.socket, tls: ssl_module.SSLContext | None) -> None:
         """Take over a connection that has been accepted, if there is any room for it."""
@@ -4441,12 +4519,12 @@ class Worker:
         """Put into the trace what no handler got to see."""
         if not self.app._silent:
             attributes = {"status": exc.status_code, "detail": exc.detail}
-            client = connection._peer_address()
-            self.app.tracer("http.refused", {"client": client, **attributes}).end()
+            self.app.tracer("http.refused", {"client": connection.client, **attributes}).end()
 
     def _sweep(self) -> None:
         self._timer = self.loop.call_later(self._interval, self._sweep)
         self.now = self.loop.time()
+        self.idle_deadline = self.now + self.limits.keep_alive_timeout
         self.date_line = _last_line(time.time())
         for connection in list(self.connections):
             connection.check(self.now)
@@ -4738,6 +4816,7 @@ class _Exchange:
 
     def __init__(self) -> None:
         self.on_end: Callable[[], None] | None = None
+        self.client = "testclient"
         self.disconnected = False
         self.shutting_down = False
         self.status = 0
@@ -5033,8 +5112,9 @@ class TestClient:
         incoming.end()
         target = quote(path, safe="/?&=%:@!$'()*+,;~[]-._{}|\\")
         given = Headers({name: [value] for name, value in fields.items()})
-        request = Request(method, target, given, incoming if body else None, lambda: "testclient")
         exchange = _Exchange()
+        line = RequestLine(method, target)
+        request = Request(line, given, incoming if body else None, exchange)
         task = _spawn(self.app.dispatch(request, exchange), asyncio.get_running_loop())
         self._under_way[task] = exchange
         task.add_done_callback(lambda done: self._under_way.pop(done, None))

@@ -832,7 +832,8 @@ class TestTelemetry(unittest.TestCase):
 
 def a_request(target: str = "/", method: str = "GET", **fields: str) -> stario.Request:
     headers = {name.replace("_", "-"): [value] for name, value in fields.items()}
-    return stario.Request(method, target, stario.Headers(headers), None, lambda: "")
+    line = stario.RequestLine(method, target)
+    return stario.Request(line, stario.Headers(headers), None, stario._Exchange())
 
 
 class TestRequest(AsyncTest):
