@@ -173,7 +173,7 @@ def _escape(text: str) -> str:
     # be a reference: browsers turn a bare one into a line feed while they read.
     if "&" in text or "<" in text or ">" in text or "\r" in text:
         text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
-        text = text.replace("\r", "&#13;")
+        return text.replace("\r", "&#13;") if "\r" in text else text
     return text
 
 
@@ -204,7 +204,7 @@ def _add(parts: Iterable[Any], content: list[str], attributes: dict[str, object]
         elif kind is dict:
             attributes.update(part)
         elif kind is int:
-            content.append(str(part))
+            content.append(f"{part}")
         else:
             _add_other(part, content, attributes)
 
@@ -256,12 +256,15 @@ def _attribute_start(name: object) -> str:
 def _attributes(attributes: Mapping[str, object]) -> str:
     """Write a dict as ` name="value" bare`."""
     text = ""
-    for name, value in attributes.items():
+    for name in attributes:  # (several times faster than to loop over items)
+        value = attributes[name]
         start = _attribute_starts.get(name) or _attribute_start(name)
         if type(value) is str:
-            text += f'{start}{_quoted(value)}"'
+            if '"' in value or "&" in value or "<" in value or ">" in value or "\r" in value:
+                value = _quoted(value)
+            text = f'{text}{start}{value}"'
         elif type(value) is dict and name == "style":
-            text += f'{start}{_style(value)}"'
+            text = f'{text}{start}{_style(value)}"'
         elif value is True or value is None:
             text += start[:-2]
         elif isinstance(value, Mapping):
@@ -272,14 +275,13 @@ def _attributes(attributes: Mapping[str, object]) -> str:
 
 
 def _quoted(text: str) -> str:
-    if "&" in text or '"' in text or "<" in text or ">" in text or "\r" in text:
-        return _escape(text).replace('"', "&quot;")
-    return text
+    return _escape(text).replace('"', "&quot;")
 
 
 def _style(properties: Mapping[str, object]) -> str:
     text = ""
-    for name, value in properties.items():
+    for name in properties:
+        value = properties[name]
         if type(value) is str:
             text += f"{name}:{_quoted(value)};"
         elif value is not None and value is not False:
@@ -311,27 +313,28 @@ Tag = Callable[..., SafeString]
 
 
 def _plain_tag(name: str) -> Tag:
-    start, end = f"<{name}", f"</{name}>"
+    start, bare, end = f"<{name}", f"<{name}>", f"</{name}>"
 
     def _element(*parts: Any) -> SafeString:
         # The loop of `_add` once more: pages are made of this function, and a call costs a third.
-        attributes: dict[str, object] = {}
-        content: list[str] = []
+        attributes: dict[str, object] | None = None
+        pieces: list[str] = [bare]
         for part in parts:
             kind = type(part)
             if kind is SafeString:
-                content.append(part)
+                pieces.append(part)
             elif kind is str:
-                content.append(_escape(part))
+                pieces.append(_escape(part))
             elif kind is dict:
                 attributes = {**attributes, **part} if attributes else part
             elif kind is int:
-                content.append(str(part))
-            else:
-                _add_other(part, content, attributes := dict(attributes))
+                pieces.append(f"{part}")
+            elif part is not None:
+                _add_other(part, pieces, attributes := dict(attributes or {}))
         if attributes:
-            return SafeString(f"{start}{_attributes(attributes)}>{''.join(content)}{end}")
-        return SafeString(f"{start}>{''.join(content)}{end}")
+            pieces[0] = f"{start}{_attributes(attributes)}>"
+        pieces.append(end)
+        return SafeString("".join(pieces))
 
     return _element
 
@@ -460,18 +463,38 @@ def _plain(value: object) -> object:
     raise TypeError(f"{type(value).__name__} cannot be written as JSON")
 
 
-def _json(value: object, *, ascii_only: bool = False) -> str:
+def _json_encoder(**options: Any) -> Callable[[object], str]:
+    """`json.dumps` with these options, ready made.
+
+    `dumps` makes the encoder of the C module anew for each call, which costs more than to encode
+    a small value. It is made as json.JSONEncoder does it; where that fails, JSONEncoder serves.
+    """
+    encoder = json.JSONEncoder(**options, check_circular=False, separators=(",", ":"))
+    escape = "encode_basestring_ascii" if encoder.ensure_ascii else "encode_basestring"
     try:
-        return json.dumps(
-            value, default=_plain, ensure_ascii=ascii_only, allow_nan=False, separators=(",", ":")
-        )
+        encode = json.encoder.c_make_encoder(  # type: ignore[attr-defined]
+            None, encoder.default, getattr(json.encoder, escape), None, ":", ",", False, False,
+            encoder.allow_nan,
+        )  # fmt: skip
+        return lambda value: "".join(encode(value, 0))
+    except (AttributeError, TypeError):
+        return encoder.encode
+
+
+_encode_json = _json_encoder(default=_plain, ensure_ascii=False, allow_nan=False)
+_encode_script = _json_encoder(default=_plain, allow_nan=False)
+
+
+def _json(value: object, encode: Callable[[object], str] = _encode_json) -> str:
+    try:
+        return encode(value)
     except (TypeError, ValueError, RecursionError) as exc:
         raise StarioError(f"this cannot be written as JSON: {exc}") from exc
 
 
 def _script_json(value: object) -> str:
     """JSON that can stand in an expression: see the rule above."""
-    text = _json(value, ascii_only=True)
+    text = _json(value, _encode_script)
     return text.replace("@", "\\u0040").replace("$", "\\u0024").replace(";", "\\u003b")
 
 
@@ -738,21 +761,23 @@ at = Actions()
 
 
 def _request(method: str, url: str, queries: Queries, options: RequestOptions) -> str:
-    pairs = [
-        (name, str(item))
-        for name, value in (queries or {}).items()
-        for item in (value if isinstance(value, (list, tuple)) else (value,))
-    ]
+    pairs: list[tuple[str, str]] = []
+    for name, value in queries.items() if queries else ():
+        if type(value) is list or type(value) is tuple:
+            pairs += [(name, str(item)) for item in value]
+        else:
+            pairs.append((name, f"{value}"))
     written = _request_options(method, options) if options else ""
-    return f"@{method}({_address(url, tuple(pairs))}{written})"
+    return _action(method, url, tuple(pairs), written)
 
 
 @lru_cache(maxsize=4096)
-def _address(url: str, queries: tuple[tuple[str, str], ...]) -> str:
-    """A URL with its queries as a JavaScript string. Kept: views are rendered over and over."""
+def _action(method: str, url: str, queries: tuple[tuple[str, str], ...], options: str) -> str:
+    """An action as text. Kept, since views are rendered over and over."""
     if queries:
         url += ("&" if "?" in url else "?") + urlencode(queries)
-    return f"'{url}'" if _PLAIN_URL.fullmatch(url) else s(url)
+    address = f"'{url}'" if _PLAIN_URL.fullmatch(url) else s(url)
+    return f"@{method}({address}{options})"
 
 
 def _request_options(method: str, options: RequestOptions) -> str:
@@ -1150,9 +1175,10 @@ class Span:
     ) -> None:
         self.tracer = tracer
         self.name = name
-        self.id = f"{random.getrandbits(64):016x}"
+        ids = random.randbytes(8 if parent else 24).hex()
+        self.id = ids[:16]
         self.parent_id = parent.id if parent else None
-        self.trace_id: str = parent.trace_id if parent else f"{random.getrandbits(128):032x}"
+        self.trace_id: str = parent.trace_id if parent else ids[16:]
         self.attributes: dict[str, Any] = dict(attributes) if attributes else {}
         self.events: list[SpanEvent] = []
         self.links: list[Span] = []
@@ -1250,11 +1276,11 @@ class _StreamTracer(Tracer):
         self._stream = stream or sys.stdout
         self._lock = threading.Lock()
 
-    def _write(self, line: str) -> None:
-        # One write and a flush for each line: nothing is lost if the process dies. A log that can't
-        # be written (a closed pipe, a full disk) must not take the requests down with it.
+    def _write(self, *lines: str) -> None:
+        # Flushed each time, so that nothing is lost if the process dies. A log that can't be
+        # written (a closed pipe, a full disk) must not take the requests down with it.
         with self._lock, suppress(OSError, ValueError):
-            self._stream.write(line + "\n")
+            self._stream.write("\n".join((*lines, "")))
             self._stream.flush()
 
 
@@ -1262,8 +1288,31 @@ class JsonTracer(_StreamTracer):
     """One JSON object a line, for log collectors: to standard output, or to `stream`.
 
     A span is one line, written when it ends. One that has many events, or is open for long, writes
-    them in lines of their own before ("partial": true), with the same ids.
+    them in lines of their own before ("partial": true), with the same ids. Lines of one turn of an
+    event loop are written together, at its end: a system call costs more than a request.
     """
+
+    def __init__(self, stream: IO[str] | None = None) -> None:
+        super().__init__(stream)
+        # Lines to be written, by event loop; each list is touched only by its loop's thread.
+        self._gathered: dict[asyncio.AbstractEventLoop, list[str]] = {}
+
+    def __exit__(self, *exc: object) -> None:
+        for loop in list(self._gathered):  # of loops that ended in the middle of a turn
+            self._write_gathered(loop)
+
+    def _gather(self, line: str) -> None:
+        loop = asyncio._get_running_loop()
+        if loop is None:
+            self._write(line)
+        elif loop in self._gathered:
+            self._gathered[loop].append(line)
+        else:
+            self._gathered[loop] = [line]
+            loop.call_soon(self._write_gathered, loop)
+
+    def _write_gathered(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._write(*self._gathered.pop(loop, ()))
 
     def on_event(self, span: Span, event: SpanEvent) -> None:
         """Write what has gathered, if that is much or the first of it is ten seconds old."""
@@ -1299,10 +1348,10 @@ class JsonTracer(_StreamTracer):
             line = _log_json(record)
         except (TypeError, ValueError, RecursionError):  # a key that is a tuple, a list in itself
             line = _log_json({**record, "attributes": repr(span.attributes), "events": []})
-        self._write(line)
+        self._gather(line)
 
 
-_log_json = json.JSONEncoder(default=str).encode
+_log_json = _json_encoder(default=str)
 
 
 def _event_record(event: SpanEvent) -> dict[str, Any]:
@@ -2109,10 +2158,7 @@ class Carrier(Protocol):
     on_end: Callable[[], None] | None  # called once when the client has gone or the server stops
     disconnected: bool  # the client has gone
     shutting_down: bool  # the server wants its streams to end
-
-    @property
-    def client(self) -> str:
-        """The client's address, or nothing where it has none."""
+    client: str  # its address, or nothing where it has none
 
     def answer(self, status: int, fields: bytes, body: bytes) -> None:
         """A whole answer. Its fields say how long the body is, if there is one."""
@@ -3693,7 +3739,7 @@ class Connection(asyncio.Protocol):
         "_close_after", "_deadline", "_discarded", "_drain_waiters", "_ended", "_eof", "_expects",
         "_framed", "_framing", "_headers", "_http_1_0", "_idle", "_left", "_limits", "_lost_track",
         "_paused_reading", "_paused_writing", "_scanned", "_sent", "_stalled_since", "_taken",
-        "_transport", "_worker", "disconnected", "on_end", "shutting_down",
+        "_transport", "_worker", "client", "disconnected", "on_end", "shutting_down",
     )  # fmt: skip
 
     def __init__(self, worker: Worker) -> None:
@@ -3733,6 +3779,7 @@ class Connection(asyncio.Protocol):
         self._stalled_since = 0.0  # then
         # The rest of what a Carrier has
         self.on_end: Callable[[], None] | None = None
+        self.client = ""
         self.disconnected = False
         self.shutting_down = worker.stopping
 
@@ -3741,6 +3788,8 @@ class Connection(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """A client has connected."""
         self._transport = cast(asyncio.Transport, transport)
+        peer = transport.get_extra_info("peername")
+        self.client = str(peer[0]) if isinstance(peer, tuple) else ""
         connections = self._worker.connections
         connections.add(self)
         self._busy = len(connections) > self._worker.max_connections
@@ -3971,12 +4020,6 @@ class Connection(asyncio.Protocol):
         if not self._buffer or not self._read_body(body):
             self._body = body
         return body
-
-    @property
-    def client(self) -> str:
-        """See Carrier."""
-        peer = self._transport.get_extra_info("peername")
-        return str(peer[0]) if isinstance(peer, tuple) else ""
 
     def _read_body(self, body: Body) -> bool:
         """Feed what has come of a body to it; true if the body has come to its end."""
