@@ -957,6 +957,10 @@ class _Reading:
         return _WRONG
 
     def _read_class(self, kind: Any, value: Any, path: str) -> Any:
+        if issubclass(kind, enum.Enum):
+            return kind(_read_choice([member.value for member in kind], value))
+        if dataclasses.is_dataclass(kind) or typing.is_typeddict(kind):
+            return self._read_fields(kind, value, path)
         if kind in (str, types.NoneType):
             if isinstance(value, kind):
                 return value
@@ -967,12 +971,8 @@ class _Reading:
             return _read_number(kind, value)
         if kind in (list, set, frozenset, tuple, dict):
             return self._read_form(kind[_BARE[kind]], value, path)
-        if issubclass(kind, enum.Enum):
-            return kind(_read_choice([member.value for member in kind], value))
         if kind in _FROM_TEXT:
             return _read_text(kind, value)
-        if dataclasses.is_dataclass(kind) or typing.is_typeddict(kind):
-            return self._read_fields(kind, value, path)
         if hasattr(kind, "model_validate"):
             return kind.model_validate(value)
         raise StarioError(f"signals cannot be read as {kind.__name__} ({path or 'the schema'})")
@@ -1643,7 +1643,8 @@ class Relay(Generic[T]):
                 if mailbox.closed:  # the rule was "close"
                     self._remove(mailbox)
                 mailbox.call(to_wake)
-        _wake(to_wake)
+        if to_wake:
+            _wake(to_wake)
 
     def _place(self, pattern: str) -> tuple[dict[str, dict[_Mailbox, None]], str]:
         """The table for a pattern, and its key there."""
@@ -1661,8 +1662,8 @@ class Relay(Generic[T]):
             found.append(self._prefix.get(subject[:dot]))
             dot = subject.find(".", dot) + 1
         tables = [table for table in found if table]
-        if len(tables) == 1:
-            return list(tables[0])
+        if len(tables) < 2:
+            return list(*tables)
         return list(dict.fromkeys(mailbox for table in tables for mailbox in list(table)))
 
     def _unsubscribe(self, mailbox: _Mailbox) -> None:
@@ -2007,9 +2008,9 @@ class Request:
     """
 
     def __init__(
-        self, line: RequestLine, headers: Headers, body: Body | None, carrier: Carrier
+        self, line: RequestLine, headers: Headers, body: Body | bytes, carrier: Carrier
     ) -> None:
-        """From what a carrier has read; `body` is on its way, or None."""
+        """From what a carrier has read. `body` is bytes where all of it has come already."""
         self.method = line.method
         self.raw_path = line.raw_path
         self.path = line.path
@@ -2019,19 +2020,21 @@ class Request:
         self.subhost = ""
         self.max_body = 0
         self._body = body
-        self._body_read: bytes | None = None
         self._streamed = False
         self._carrier = carrier
+        self._query: QueryParams | None = None
 
     @cached_property
     def params(self) -> dict[str, str]:
         """The parameters of the path: `{"id": "7"}` for `/users/{id}`."""
         return {}
 
-    @cached_property
+    @property
     def query(self) -> QueryParams:
         """The parameters of the query string. More than 1,000 are an HttpException(400)."""
-        return QueryParams(_parse_pairs(self.query_string) if self.query_string else ())
+        if self._query is None:
+            self._query = QueryParams(_parse_pairs(self.query_string) if self.query_string else ())
+        return self._query
 
     @cached_property
     def cookies(self) -> dict[str, str]:
@@ -2061,15 +2064,15 @@ class Request:
         Raises HttpException: 413 beyond `max_body` bytes, 408 if the client stalls, 400 if what it
         sends is malformed; ClientDisconnected if it goes; StarioError the second time.
         """
-        if self._body_read is not None:
-            yield self._body_read
+        body, total = self._body, 0
+        if isinstance(body, bytes):
+            self._check_size(len(body))
+            if body:
+                yield body
             return
         if self._streamed:
             raise StarioError("the body has been streamed already: it comes only once")
         self._streamed = True
-        body, total = self._body, 0
-        if body is None:
-            return
         try:
             self._check_size(int(self.headers.get("content-length") or 0))
             while chunk := await body.read():
@@ -2085,13 +2088,10 @@ class Request:
 
     async def body(self) -> bytes:
         """The whole body; a second call gives it again. Raises what `stream()` raises."""
-        if self._body_read is None:
-            body = self._body
-            if body is not None and body.ended and body.buffered <= self.max_body:
-                self._body_read = await body.read()  # it came with the head, as small ones do
-            else:
-                self._body_read = b"".join([chunk async for chunk in self.stream()])
-        return self._body_read
+        if not isinstance(self._body, bytes):
+            self._body = b"".join([chunk async for chunk in self.stream()])
+        self._check_size(len(self._body))
+        return self._body
 
     async def json(self) -> Any:
         """The body parsed as JSON. Raises HttpException(400) where it is not JSON."""
@@ -2124,7 +2124,17 @@ def _decode_path(raw: str) -> str:
         raise HttpException(400, "the path is not UTF-8") from None
 
 
+_decode_json = json.JSONDecoder().raw_decode
+
+
 def _parse_json(text: str | bytes) -> Any:
+    try:  # what browsers send is UTF-8 without blanks around it, for which `loads` does too much
+        plain = text if isinstance(text, str) else text.decode()
+        value, end = _decode_json(plain)
+        if end == len(plain):
+            return value
+    except (ValueError, RecursionError):
+        pass  # `loads` knows more forms, and says what is wrong
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as exc:  # UnicodeDecodeError is a ValueError
@@ -3556,16 +3566,18 @@ _FRAMING_FIELDS = re.compile(
 _LONE_LF = re.compile(rb"[^\r]\n")
 
 
-@lru_cache(maxsize=1024)
-def _status_line(status: int) -> bytes:
-    return f"HTTP/1.1 {status} {_phrase(status)}\r\n".encode("latin-1")
+class _StatusLines(dict[int, bytes]):
+    """Status lines by status, made as they are asked for."""
+
+    def __missing__(self, status: int) -> bytes:
+        line = self[status] = f"HTTP/1.1 {status} {_phrase(status)}\r\n".encode("latin-1")
+        return line
+
+
+_status_lines = _StatusLines()
 
 
 _request_lines: dict[bytes, RequestLine] = {}  # kept, since few lines make most requests
-
-
-def _request_line(line: bytes) -> RequestLine:
-    return _request_lines.get(line) or _parse_request_line(line)
 
 
 def _parse_request_line(line: bytes) -> RequestLine:
@@ -3905,7 +3917,8 @@ class Connection(asyncio.Protocol):
         if framing and not at and first is not buffer and len(buffer) <= self._worker.short_head:
             # A request line, and the header block that we know: most of what browsers send.
             self._buffer = b""
-            self._start(_request_line(first), self._headers, framing)
+            line = _request_lines.get(first) or _parse_request_line(first)
+            self._start(line, self._headers, framing)
             return True
         limits = self._limits
         while buffer.startswith(b"\r\n", at):  # tolerated in front (RFC 9112, section 2.2)
@@ -3919,7 +3932,8 @@ class Connection(asyncio.Protocol):
         line_end = buffer.find(b"\r\n", at)
         if end - at > limits.max_header_bytes:
             raise self._head_too_large(buffer[at:line_end])
-        line, block = _request_line(buffer[at:line_end]), buffer[line_end : end + 4]
+        first, block = buffer[at:line_end], buffer[line_end : end + 4]
+        line = _request_lines.get(first) or _parse_request_line(first)
         if len(line.target) > limits.max_target:
             raise HttpException(414, f"the target is longer than {limits.max_target} bytes")
         headers = self._headers
@@ -3957,7 +3971,8 @@ class Connection(asyncio.Protocol):
 
     def _start(self, line: RequestLine, headers: Headers, framing: _Framing) -> None:
         """Begin with a request: its handler starts."""
-        worker, body = self._worker, None
+        worker = self._worker
+        body: Body | bytes = b""
         self._idle = self._expects = False
         self._deadline = _NEVER
         self._http_1_0 = line.http_1_0
@@ -4005,10 +4020,13 @@ class Connection(asyncio.Protocol):
         headers = Headers({**headers._fields, "host": [found[1]]})
         return RequestLine(line.method, (found[2] or "/") + (found[3] or "")), headers
 
-    def _begin_body(self, framing: _Framing) -> Body | None:
-        """A body for the request, if it has one. What has come of it is in it already."""
-        if not (framing.chunked or framing.length):
-            return None
+    def _begin_body(self, framing: _Framing) -> Body | bytes:
+        """The body of a request: as bytes if all of it is here (small ones come with the head)."""
+        at, upto = self._at, self._at + framing.length
+        if upto <= len(self._buffer) and not framing.chunked:
+            whole = self._buffer[at:upto]
+            self._use(upto)
+            return whole
         body = Body(self._wants_body)
         self._chunks = _Chunks(self._limits) if framing.chunked else None
         self._left = framing.length
@@ -4016,7 +4034,6 @@ class Connection(asyncio.Protocol):
         self._expects = bool(framing.expects) and not self._http_1_0
         if not self._expects:
             self._deadline = self._worker.now + self._limits.body_timeout
-        # A small body comes with its head: fed now, its handler will not have to wait.
         if not self._buffer or not self._read_body(body):
             self._body = body
         return body
@@ -4090,7 +4107,7 @@ class Connection(asyncio.Protocol):
         if self._close_after or self._http_1_0 or self._body is not None:
             fields = self._with_connection(fields)
         if not self._ended:  # (a single write to a transport that is closing does no harm)
-            data = b"".join((_status_line(status), fields, self._worker.date_line, body))
+            data = b"".join((_status_lines[status], fields, self._worker.date_line, body))
             self._sent += len(data)
             self._transport.write(data)
         self.finish()
@@ -4103,7 +4120,7 @@ class Connection(asyncio.Protocol):
         elif unsized:
             self._close_after = True  # HTTP/1.0: the end of the connection is the end of the body
         fields = self._with_connection(fields)
-        self._write(b"".join((_status_line(status), fields, self._worker.date_line)))
+        self._write(b"".join((_status_lines[status], fields, self._worker.date_line)))
 
     def _with_connection(self, fields: bytes) -> bytes:
         """The fields, and what is to be said of the connection (RFC 9112, section 9.3)."""
@@ -4376,7 +4393,7 @@ class Stario(Router):
                 carrier.abort()  # cancelled: the server could not wait any longer
             if w._timer is not None:
                 w._stop_heartbeat()
-            if request._body is not None:
+            if isinstance(request._body, Body):
                 request._body.discard()
             if c._span is not None:
                 c._span.attributes["status"] = w.status_code
@@ -5150,14 +5167,11 @@ class TestClient:
         if body:
             fields["content-length"] = str(len(body))
         fields.update({name.lower(): value for name, value in (headers or {}).items()})
-        incoming = Body()
-        incoming.feed(body)
-        incoming.end()
         target = quote(path, safe="/?&=%:@!$'()*+,;~[]-._{}|\\")
         given = Headers({name: [value] for name, value in fields.items()})
         exchange = _Exchange()
         line = RequestLine(method, target)
-        request = Request(line, given, incoming if body else None, exchange)
+        request = Request(line, given, body, exchange)
         task = _spawn(self.app.dispatch(request, exchange), asyncio.get_running_loop())
         self._under_way[task] = exchange
         task.add_done_callback(lambda done: self._under_way.pop(done, None))
