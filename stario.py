@@ -212,6 +212,8 @@ def _add(parts: Iterable[Any], content: list[str], attributes: dict[str, object]
 def _add_other(part: object, content: list[str], attributes: dict[str, object]) -> None:
     if part is None or part is True or part is False:
         pass
+    elif type(part) in (list, tuple, types.GeneratorType):  # found without a slow isinstance()
+        _add(cast("Iterable[Any]", part), content, attributes)
     elif isinstance(part, str):
         content.append(_text_of(part))
     elif isinstance(part, (int, float, Decimal)):
@@ -275,7 +277,9 @@ def _attributes(attributes: Mapping[str, object]) -> str:
 
 
 def _quoted(text: str) -> str:
-    return _escape(text).replace('"', "&quot;")
+    if '"' in text or "&" in text or "<" in text or ">" in text or "\r" in text:
+        return _escape(text).replace('"', "&quot;")
+    return text
 
 
 def _style(properties: Mapping[str, object]) -> str:
@@ -564,11 +568,11 @@ def _attribute_name(start: str, /, **modifiers: object) -> str:
 
 
 @lru_cache(maxsize=1024)
-def _event_start(event: str) -> str:
+def _event_name(event: str, /, **modifiers: object) -> str:
     """HTML lower-cases attribute names, so `userSaved` is written `user-saved` and turned back."""
     kebab = re.sub(r"(?<!^)([A-Z])", r"-\1", event).lower()
     case = "" if kebab == event else "__case.pascal" if event[0].isupper() else "__case.camel"
-    return f"data-on:{kebab}{case}"
+    return _attribute_name(f"data-on:{kebab}{case}", **modifiers)
 
 
 def _regex(pattern: str | re.Pattern[str]) -> str:
@@ -637,7 +641,7 @@ class DataAttributes:
 
     def on(self, event: str, expression: str, **modifiers: Unpack[Modifiers]) -> Attributes:
         """Run the expression at an event: `data.on("click", at.post("/click"), debounce=0.5)`."""
-        return {_attribute_name(_event_start(event), **modifiers): expression}
+        return {_event_name(event, **modifiers): expression}
 
     def on_intersect(self, expression: str, **modifiers: Unpack[Modifiers]) -> Attributes:
         """Run the expression when the element scrolls into view (or out, with `exit`)."""
@@ -761,21 +765,24 @@ at = Actions()
 
 
 def _request(method: str, url: str, queries: Queries, options: RequestOptions) -> str:
-    pairs: list[tuple[str, str]] = []
-    for name, value in queries.items() if queries else ():
-        if type(value) is list or type(value) is tuple:
-            pairs += [(name, str(item)) for item in value]
-        else:
-            pairs.append((name, f"{value}"))
-    written = _request_options(method, options) if options else ""
-    return _action(method, url, tuple(pairs), written)
+    pairs: list[str] = []
+    if queries:
+        for name in queries:
+            value = queries[name]
+            if type(value) is list or type(value) is tuple:
+                for item in value:
+                    pairs += (name, f"{item}")
+            else:
+                pairs += (name, f"{value}")
+    return _action(method, url, _request_options(method, options) if options else "", *pairs)
 
 
 @lru_cache(maxsize=4096)
-def _action(method: str, url: str, queries: tuple[tuple[str, str], ...], options: str) -> str:
-    """An action as text. Kept, since views are rendered over and over."""
-    if queries:
-        url += ("&" if "?" in url else "?") + urlencode(queries)
+def _action(method: str, url: str, options: str, *pairs: str) -> str:
+    """An action as text; `pairs` are names and values in turn. Kept: views are rendered often."""
+    if pairs:
+        queries = zip(pairs[::2], pairs[1::2], strict=True)
+        url += ("&" if "?" in url else "?") + urlencode(list(queries))
     address = f"'{url}'" if _PLAIN_URL.fullmatch(url) else s(url)
     return f"@{method}({address}{options})"
 
