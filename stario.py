@@ -76,7 +76,6 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from datetime import date, datetime, timezone
 from datetime import time as time_of_day
 from decimal import Decimal
-from email.utils import formatdate
 from functools import cached_property, lru_cache
 from http import HTTPStatus
 from pathlib import Path
@@ -2341,6 +2340,14 @@ def _is_compressible(content_type: str) -> bool:
     return _COMPRESSIBLE.match(content_type) is not None
 
 
+def _http_date(timestamp: float) -> str:
+    """Seconds since 1970 as `Sun, 06 Nov 1994 08:49:37 GMT` (RFC 9110, section 5.6.7)."""
+    # Not by strftime(), which writes the names in the language of the machine.
+    year, month, day, hour, minute, second, weekday, *_ = time.gmtime(timestamp)
+    clock = f"{hour:02}:{minute:02}:{second:02}"
+    return f"{_DAYS[weekday]}, {day:02} {_MONTHS[month - 1]} {year:04} {clock} GMT"
+
+
 Content = tuple[bytes, bool]  # header fields, and whether what they describe may be compressed
 
 
@@ -2360,6 +2367,8 @@ _SSE_FIELDS = (  # proxies must neither keep a stream nor wait for its end: ngin
 # What HTTP calls hop by hop: the carrier alone can say these rightly.
 _CARRIER_FIELDS = ("transfer-encoding", "connection", "keep-alive", "upgrade", "trailer", "date")
 _BODILESS = frozenset((204, 304))
+_DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
+_MONTHS = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _REDIRECT_SAFE = "!#$%&'()*+,-./:;=?@[]_~"
 _COOKIE_SAFE = "!#$&'()*+-./:<=>?@[]^_`{|}~"  # RFC 6265, section 4.1.1, but for "%"
@@ -2608,7 +2617,7 @@ class Writer:
         pieces = [
             f"{name}={quote(value, safe=_COOKIE_SAFE)}",
             f"Max-Age={int(max_age)}" if max_age is not None else "",
-            f"Expires={formatdate(expires.timestamp(), usegmt=True)}" if expires else "",
+            f"Expires={_http_date(expires.timestamp())}" if expires else "",
             f"Domain={domain}" if domain else "",
             f"Path={path}" if path else "",
             "Secure" if secure else "",
@@ -4618,7 +4627,7 @@ class Worker:
 
 def _last_line(timestamp: float) -> bytes:
     """The last field of an answer's head, and the end of the head. Made anew by each sweep."""
-    return f"date: {formatdate(timestamp, usegmt=True)}\r\n\r\n".encode("ascii")
+    return f"date: {_http_date(timestamp)}\r\n\r\n".encode("ascii")
 
 
 class Server:
