@@ -2368,7 +2368,7 @@ _SSE_FIELDS = (  # proxies must neither keep a stream nor wait for its end: ngin
 _CARRIER_FIELDS = ("transfer-encoding", "connection", "keep-alive", "upgrade", "trailer", "date")
 _BODILESS = frozenset((204, 304))
 _DAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
-_MONTHS = "Jan Feb Mar Apr May Jun Jul Aug Sep Oct Nov Dec".split()
+_MONTHS = ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"]
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _REDIRECT_SAFE = "!#$%&'()*+,-./:;=?@[]_~"
 _COOKIE_SAFE = "!#$&'()*+-./:<=>?@[]^_`{|}~"  # RFC 6265, section 4.1.1, but for "%"
@@ -3566,9 +3566,7 @@ _NEVER = float("inf")  # the deadline of who waits for nothing
 _FILE_PIECE = 1024 * 1024  # bytes of a file that are sent at a time
 _RESET = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)  # SO_LINGER: on, for no time
 
-_REQUEST_LINE = re.compile(
-    rb"(?:\r\n)*+([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/([0-9])\.([0-9])"
-)
+_REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/([0-9])\.([0-9])")
 _ABSOLUTE = re.compile(r"https?://([^/?#@]+)(/[^?#]*)?(\?[^#]*)?", re.IGNORECASE)
 _HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(?::[0-9]*)?")
 # Header lines (RFC 9112, section 5): no folding, no blank before the colon, no control characters.
@@ -3930,12 +3928,13 @@ class Connection(asyncio.Protocol):
         """Start the next request, if all of its head is here."""
         buffer, at, framing = self._buffer, self._at, self._framing
         first = buffer.removesuffix(self._block)
-        if framing and not at and first is not buffer and len(buffer) <= self._worker.short_head:
-            # A request line, and the header block that we know: most of what browsers send.
-            self._buffer = b""
-            line = _request_lines.get(first) or _parse_request_line(first)
-            self._start(line, self._headers, framing)
-            return True
+        if first is not buffer and framing and not at and b"\n" not in first:
+            # A line, and the header block that we know: most of what a browser sends.
+            if len(buffer) <= self._worker.short_head:
+                self._buffer = b""
+                line = _request_lines.get(first) or _parse_request_line(first)
+                self._start(line, self._headers, framing)
+                return True
         limits = self._limits
         while buffer.startswith(b"\r\n", at):  # tolerated in front (RFC 9112, section 2.2)
             at += 2
@@ -3944,7 +3943,6 @@ class Connection(asyncio.Protocol):
             self._use(at)
             self._await_head()
             return False
-        self._scanned = 0
         line_end = buffer.find(b"\r\n", at)
         if end - at > limits.max_header_bytes:
             raise self._head_too_large(buffer[at:line_end])
@@ -3991,6 +3989,7 @@ class Connection(asyncio.Protocol):
         body: Body | bytes = b""
         self._idle = self._expects = False
         self._deadline = _NEVER
+        self._scanned = 0
         self._http_1_0 = line.http_1_0
         self._close_after = framing.close or worker.stopping
         if not (line.usual and framing.usual):

@@ -766,6 +766,32 @@ class TestTelemetry(unittest.TestCase):
             [json.loads(line)["name"] for line in out.getvalue().splitlines()], ["a", "b"]
         )
 
+    def test_the_lines_of_one_turn_of_a_loop_are_written_together_and_none_is_lost(self) -> None:
+        writes: list[str] = []
+
+        class Counting(io.StringIO):
+            def write(self, text: str) -> int:
+                writes.append(text)
+                return len(text)
+
+        async def turns() -> None:
+            for name in "abc":
+                tracer(name).end()
+            self.assertEqual(writes, [])
+            await asyncio.sleep(0)
+            self.assertEqual(len(writes), 1)
+            await asyncio.to_thread(lambda: tracer("d").end())  # no loop there, so no turns
+            self.assertEqual(len(writes), 2)
+
+        with JsonTracer(Counting()) as tracer:
+            asyncio.run(turns())
+            loop = asyncio.new_event_loop()
+            loop.call_soon(lambda: (tracer("e").end(), loop.stop()))
+            loop.run_forever()
+            loop.close()  # in the middle of a turn, as far as the tracer can tell
+        lines = "".join(writes).splitlines()
+        self.assertEqual([json.loads(line)["name"] for line in lines], list("abcde"))
+
     def test_a_tracer_whose_stream_is_broken_does_not_break_requests(self) -> None:
         class Broken(io.StringIO):
             def write(self, text: str) -> int:
@@ -3748,6 +3774,111 @@ class TestConnections(HttpTest):
                     await within(peer.send(*[bytes(100_000)] * 90))
                     self.assertEqual((await within(peer.answer())).status, status)
                     await peer.close()
+
+
+class TestRepeatedHeads(HttpTest):
+    """A header block that comes again is known; whatever else differs must still be seen."""
+
+    async def asyncSetUp(self) -> None:
+        await super().asyncSetUp()
+        self.serving = echo_app().running(max_target=200, max_header_bytes=400)
+        self.server = await self.serving.__aenter__()
+        self.peer = await Peer.connect(self.server.port)
+        # From here on the block is known.
+        self.assertEqual(understood(await self.peer.get("/first")), ["GET", "/first", "test", ""])
+
+    async def asyncTearDown(self) -> None:
+        await self.peer.close()
+        await self.serving.__aexit__(None, None, None)
+        await super().asyncTearDown()
+
+    async def paths(self, count: int) -> list[str]:
+        return [understood(await within(self.peer.answer()))[1] for _ in range(count)]
+
+    async def send_in_two(self, request: str, first: int) -> None:
+        """The rest goes out when the first bytes have come."""
+        connection = connections_of(self.server)[0]
+        await self.peer.send(request[:first])
+        await until(lambda: len(connection._buffer) == first or connection._body)
+        await self.peer.send(request[first:])
+
+    async def test_another_line_another_method_and_another_block(self) -> None:
+        for method in ("GET", "DELETE"):
+            answer = understood(await self.peer.get("/a?b=c", method))
+            self.assertEqual(answer, [method, "/a", "test", ""])
+        self.assertEqual(understood(await self.peer.get("/b", accept="x"))[1], "/b")
+        self.assertEqual(understood(await self.peer.get("/c"))[1], "/c")
+
+    async def test_several_in_one_packet_are_several(self) -> None:
+        """RFC 9112, section 9.3.2."""
+        request = f"GET /%d HTTP/1.1\r\n{HOST}\r\n"
+        await self.peer.send(request % 1 + request % 2 + request % 3)
+        self.assertEqual(await self.paths(3), ["/1", "/2", "/3"])
+
+    async def test_empty_lines_in_front_are_tolerated(self) -> None:
+        """RFC 9112, section 2.2."""
+        await self.peer.send(f"\r\n\r\nGET /1 HTTP/1.1\r\n{HOST}\r\n")
+        self.assertEqual(await self.paths(1), ["/1"])
+
+    async def test_one_that_came_in_two_packets_leaves_nothing_behind(self) -> None:
+        """The place where a search stopped belongs to one head: the next one may be shorter."""
+        await self.send_in_two(f"GET /{'long' * 20} HTTP/1.1\r\n{HOST}\r\n", 90)
+        await self.paths(1)
+        await self.peer.send("GET /1 HTTP/1.1\r\nHost:a\r\n\r\n")
+        self.assertEqual(await self.paths(1), ["/1"])
+
+    async def test_a_body_may_end_like_the_block(self) -> None:
+        body = f"GET /x HTTP/1.1\r\n{HOST}\r\n"
+        await self.peer.send(
+            f"POST /1 HTTP/1.1\r\n{HOST}Content-Length: {len(body)}\r\n\r\n{body}",
+            f"GET /2 HTTP/1.1\r\n{HOST}\r\n",
+        )
+        self.assertEqual(understood(await self.peer.answer()), ["POST", "/1", "test", body])
+        self.assertEqual(await self.paths(1), ["/2"])
+
+    async def test_the_same_head_brings_another_body(self) -> None:
+        for body in ("one", "two", "six"):
+            head = f"POST /1 HTTP/1.1\r\n{HOST}Content-Length: 3\r\n\r\n"
+            await self.send_in_two(head + body, len(head))
+            self.assertEqual(understood(await self.peer.answer()), ["POST", "/1", "test", body])
+
+    async def test_limits_and_errors_of_the_line_hold(self) -> None:
+        for line, status in (
+            (f"GET /{'x' * 200} HTTP/1.1", 414),
+            (f"{'X' * 380} / HTTP/1.1", 414),
+            ("GET  / HTTP/1.1", 400),
+            ("GET /%zz HTTP/1.1", 400),
+            ("GET /#a HTTP/1.1", 400),
+            ("GET / HTTP/2.0", 505),
+            ("GET /\rx HTTP/1.1", 400),
+        ):
+            with self.subTest(line):
+                peer = await Peer.connect(self.server.port)
+                await peer.get("/")
+                await peer.send(f"{line}\r\n{HOST}\r\n")
+                self.assertEqual((await within(peer.answer())).status, status)
+                self.assertEqual(await within(peer.rest()), b"")
+                await peer.close()
+
+    async def test_http_1_0_is_seen_in_the_line(self) -> None:
+        """RFC 9112, section 9.3: without keep-alive the connection ends."""
+        await self.peer.send(f"GET /1 HTTP/1.0\r\n{HOST}\r\n")
+        self.assertEqual((await self.peer.answer()).headers["connection"], "close")
+        self.assertEqual(await within(self.peer.rest()), b"")
+
+    async def test_blocks_that_are_framed_alike_keep_their_own_fields(self) -> None:
+        seen: list[str | None] = []
+
+        async def note(c: Context, w: Writer) -> None:
+            seen.append(c.req.headers.get("cookie"))
+            w.empty()
+
+        app = Stario()
+        app.get("/", note)
+        async with connected(app) as peer:
+            for cookie in ("a=1", "a=2", "a=1"):
+                await peer.get("/", cookie=cookie)
+        self.assertEqual(seen, ["a=1", "a=2", "a=1"])
 
 
 class TestAnswers(HttpTest):
