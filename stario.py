@@ -3674,7 +3674,7 @@ class _ReceivedHeaders(Headers):
 def _split_fields(block: bytes) -> dict[str, list[str]]:
     """Well-formed field lines as a dict."""
     fields: dict[str, list[str]] = {}
-    for line in block.decode("latin-1").strip("\r\n").split("\r\n"):
+    for line in filter(None, block.decode("latin-1").split("\r\n")):
         name, _, value = line.partition(":")
         fields.setdefault(name.lower(), []).append(value.strip(" \t"))
     return fields
@@ -3928,13 +3928,13 @@ class Connection(asyncio.Protocol):
         """Start the next request, if all of its head is here."""
         buffer, at, framing = self._buffer, self._at, self._framing
         first = buffer.removesuffix(self._block)
-        if first is not buffer and framing and not at and b"\n" not in first:
+        is_short = len(buffer) <= self._worker.short_head
+        if first is not buffer and framing and is_short and not at and b"\n" not in first:
             # A line, and the header block that we know: most of what a browser sends.
-            if len(buffer) <= self._worker.short_head:
-                self._buffer = b""
-                line = _request_lines.get(first) or _parse_request_line(first)
-                self._start(line, self._headers, framing)
-                return True
+            self._buffer = b""
+            line = _request_lines.get(first) or _parse_request_line(first)
+            self._start(line, self._headers, framing)
+            return True
         limits = self._limits
         while buffer.startswith(b"\r\n", at):  # tolerated in front (RFC 9112, section 2.2)
             at += 2

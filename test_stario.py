@@ -3860,6 +3860,17 @@ class TestRepeatedHeads(HttpTest):
                 self.assertEqual(await within(peer.rest()), b"")
                 await peer.close()
 
+    async def test_a_head_without_fields_has_none(self) -> None:
+        seen: list[list[tuple[str, str]]] = []
+
+        async def note(c: Context, w: Writer) -> None:
+            seen.append(c.req.headers.items())
+
+        app = Stario()
+        app.get("/", note)
+        self.assertIn(b" 204 ", await ask(app, "GET / HTTP/1.0\r\n\r\n"))
+        self.assertEqual(seen, [[]])
+
     async def test_http_1_0_is_seen_in_the_line(self) -> None:
         """RFC 9112, section 9.3: without keep-alive the connection ends."""
         await self.peer.send(f"GET /1 HTTP/1.0\r\n{HOST}\r\n")
