@@ -3535,6 +3535,13 @@ def _range(req: Request, file: _File) -> tuple[int, int] | None:
 #
 # Time. A connection has one `_deadline` for what it is waiting for, and the server's sweep compares
 # it with the clock once a second. So a time-out costs an attribute, not a timer.
+#
+# Speed. Half of what a request costs is spent in two system calls, receiving and sending; the rest
+# is kept small by doing things once. A header block that comes again is recognised by its bytes;
+# request lines, and what the fields for framing say together, are kept by their text; other fields
+# are split up when somebody asks. A body that came with its head is bytes from the start, an answer
+# is one write, and a handler that never waits is through before `_start` returns. Every check and
+# limit holds on these short ways, too: they leave out what has been seen before, byte for byte.
 # ==================================================================================================
 
 
