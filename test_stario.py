@@ -49,7 +49,7 @@ from datetime import date, datetime, timedelta, timezone
 from decimal import Decimal
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NotRequired, TypedDict
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, NotRequired, TypedDict
 from unittest import mock
 from urllib.parse import parse_qs, quote, urlencode, urljoin
 
@@ -559,6 +559,47 @@ class TestDatastar(unittest.TestCase):
         self.assertEqual(own, '<script type="module" src="/static/x.js"></script>')
 
 
+class Place(NamedTuple):
+    x: int
+    y: int
+
+
+class TestActionQueries(unittest.TestCase):
+    def test_a_value_that_is_a_sequence_comes_once_for_each_item(self) -> None:
+        for value in ([1, 2], (1, 2), Place(1, 2)):
+            self.assertEqual(at.get("/x", {"p": value}), "@get('/x?p=1&p=2')")
+
+    def test_the_parameters_of_a_request_can_be_passed_on(self) -> None:
+        query = a_request("/?a=1&a=2&b=%26").query
+        self.assertEqual(at.get("/x", query), "@get('/x?a=1&a=2&b=%26')")
+
+    def test_values_that_are_equal_but_written_differently_stay_apart(self) -> None:
+        values = (1, True, 1.0, Decimal("1.0"), "1")
+        written = [at.get("/x", {"p": value}) for value in values]
+        self.assertEqual(written, [f"@get('/x?p={value}')" for value in values])
+
+
+class TestJson(unittest.TestCase):
+    """What `w.json`, `w.sync` and `data.signals` write with."""
+
+    def test_a_circle_is_an_error_and_the_next_value_is_not_affected(self) -> None:
+        inner: list[object] = []
+        outer = {"a": inner}
+        inner.append(outer)
+        for _ in range(2):
+            with self.assertRaisesRegex(StarioError, "Circular"):
+                data.signals(outer)
+        inner.clear()
+        self.assertEqual(data.signals(outer), {"data-signals": '{"a":[]}'})
+
+    def test_where_the_encoder_in_c_is_missing_the_other_one_serves(self) -> None:
+        with mock.patch.object(json.encoder, "c_make_encoder", None):
+            encode = stario._JsonEncoder(default=str, ensure_ascii=False)
+            self.assertEqual(
+                encode({"a": ["\u00e4", 1.5, None, Path("x")]}), '{"a":["ä",1.5,null,"x"]}'
+            )
+
+
 class Size(enum.Enum):
     SMALL = 1
     LARGE = "l"
@@ -780,8 +821,11 @@ class TestTelemetry(unittest.TestCase):
             self.assertEqual(writes, [])
             await asyncio.sleep(0)
             self.assertEqual(len(writes), 1)
+            with suppress(KeyError), tracer("failed"):
+                raise KeyError
+            self.assertEqual(len(writes), 2)  # at once: the process may be about to end
             await asyncio.to_thread(lambda: tracer("d").end())  # no loop there, so no turns
-            self.assertEqual(len(writes), 2)
+            self.assertEqual(len(writes), 3)
 
         with JsonTracer(Counting()) as tracer:
             asyncio.run(turns())
@@ -790,7 +834,8 @@ class TestTelemetry(unittest.TestCase):
             loop.run_forever()
             loop.close()  # in the middle of a turn, as far as the tracer can tell
         lines = "".join(writes).splitlines()
-        self.assertEqual([json.loads(line)["name"] for line in lines], list("abcde"))
+        names = [json.loads(line)["name"] for line in lines]
+        self.assertEqual(names, ["a", "b", "c", "failed", "d", "e"])
 
     def test_a_tracer_whose_stream_is_broken_does_not_break_requests(self) -> None:
         class Broken(io.StringIO):
@@ -3776,6 +3821,23 @@ class TestConnections(HttpTest):
                     await peer.close()
 
 
+class TestStatusLine(HttpTest):
+    async def test_a_status_of_another_type_is_written_as_its_number(self) -> None:
+        class Status(int, enum.Enum):
+            OK = 200
+
+        async def home(c: Context, w: Writer) -> None:
+            w.text("", Status.OK if c.req.query.get("odd") else 200)
+
+        app = Stario()
+        app.get("/", home)
+        async with connected(app) as peer:
+            for path in ("/?odd=1", "/"):
+                await peer.send(f"GET {path} HTTP/1.1\r\n{HOST}\r\n")
+                head = await within(peer.reader.readuntil(b"\r\n\r\n"))
+                self.assertTrue(head.startswith(b"HTTP/1.1 200 OK\r\n"), head)
+
+
 class TestRepeatedHeads(HttpTest):
     """A header block that comes again is known; whatever else differs must still be seen."""
 
@@ -3835,6 +3897,41 @@ class TestRepeatedHeads(HttpTest):
         )
         self.assertEqual(understood(await self.peer.answer()), ["POST", "/1", "test", body])
         self.assertEqual(await self.paths(1), ["/2"])
+
+    async def test_a_body_comes_once_however_it_was_cut(self) -> None:
+        said: list[str] = []
+
+        async def twice(c: Context, w: Writer) -> None:
+            async for _ in c.req.stream():
+                pass
+            for again in (c.req.stream().__anext__, c.req.body):
+                try:
+                    await again()
+                except StarioError as exc:
+                    said.append(str(exc)[:4])
+            w.empty()
+
+        app = Stario()
+        app.post("/", twice)
+        head = f"POST / HTTP/1.1\r\n{HOST}Content-Length: 3\r\n\r\n"
+        async with app.running() as server:
+            for pieces in ((head + "one",), (head, "one")):
+                peer = await Peer.connect(server.port)
+                await peer.send(pieces[0])
+                for piece in pieces[1:]:
+                    await until(lambda: any(c._body for c in connections_of(server)))
+                    await peer.send(piece)
+                self.assertEqual((await within(peer.answer())).status, 204)
+                await peer.close()
+        self.assertEqual(said, ["the "] * 4)
+
+    async def test_a_huge_block_is_not_kept(self) -> None:
+        known = stario._framing.cache_info().currsize
+        async with echo_app().running() as server:
+            peer = await Peer.connect(server.port)
+            self.assertEqual((await peer.get("/", accept="x" * 5000, expect="x")).status, 417)
+            self.assertEqual(stario._framing.cache_info().currsize, known)
+            await peer.close()
 
     async def test_the_same_head_brings_another_body(self) -> None:
         for body in ("one", "two", "six"):
