@@ -3596,11 +3596,19 @@ _RESET = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)  # SO_LINGER: on, 
 _REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/([0-9])\.([0-9])")
 _ABSOLUTE = re.compile(r"https?://([^/?#@]+)(/[^?#]*)?(\?[^#]*)?", re.IGNORECASE)
 _HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(?::[0-9]*)?")
-# Header lines (RFC 9112, section 5): no folding, no blank before the colon, no control characters.
-# The possessive "+" keep the match linear.
-_FIELD_LINES = re.compile(
-    rb"\r\n(?:[!#$%&'*+.^_`|~0-9A-Za-z-]++:[\t\x20-\x7e\x80-\xff]*+\r\n)*+\r\n"
-)
+
+
+def _field_lines(repeated: bytes) -> re.Pattern[bytes]:
+    """Header lines (RFC 9112, section 5), with the CRLF before them and the empty line.
+
+    No folding, no blank before the colon, no control characters. (A "+" behind a repetition keeps
+    the match linear: what was taken is not tried again with less.)
+    """
+    line = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]++:[\t\x20-\x7e\x80-\xff]*+\r\n"
+    return re.compile(rb"\r\n(?:" + line + rb")" + repeated + rb"\r\n")
+
+
+_FIELD_LINES = _field_lines(b"*+")
 _FRAMING_FIELDS = re.compile(
     rb"\n(host|connection|content-length|transfer-encoding|expect):([^\r]*)", re.IGNORECASE
 )
@@ -3676,16 +3684,6 @@ class _Framing:
 
 # Kept, since these few fields are the same in most requests, whatever else differs in their heads.
 _framing = lru_cache(maxsize=256)(_Framing)
-
-
-def _parse_block(block: bytes, max_headers: int) -> tuple[Headers, _Framing]:
-    """Check a header block, with the CRLF before it and the empty line, and take it apart."""
-    if not _FIELD_LINES.fullmatch(block):
-        raise HttpException(400, "a header line is malformed")
-    if block.count(b"\n") > max_headers + 2:
-        raise HttpException(431, f"more than {max_headers} header fields")
-    parse = _framing if len(block) <= _KEPT_HEAD else _Framing
-    return _ReceivedHeaders(block), parse(tuple(_FRAMING_FIELDS.findall(block)))
 
 
 class _ReceivedHeaders(Headers):
@@ -3956,38 +3954,60 @@ class Connection(asyncio.Protocol):
 
     def _read_head(self) -> bool:
         """Start the next request, if all of its head is here."""
-        buffer, at, framing = self._buffer, self._at, self._framing
-        raw_line = buffer.removesuffix(self._block)  # (the buffer itself, if it ends otherwise)
-        is_known = raw_line is not buffer and b"\n" not in raw_line
-        if is_known and framing and not at and len(buffer) <= self._worker.short_head:
-            # One line, and the header block that we know: most of what a browser sends.
-            self._buffer = b""
-            line = _request_lines.get(raw_line) or _parse_request_line(raw_line)
-            self._start(line, self._headers, framing)
-            return True
-        limits = self._limits
-        while buffer.startswith(b"\r\n", at):  # tolerated in front (RFC 9112, section 2.2)
-            at += 2
-        end = buffer.find(b"\r\n\r\n", max(at, self._scanned - 3))
-        if end < 0:
-            self._use(at)
-            self._await_head()
-            return False
+        buffer, at, limits = self._buffer, self._at, self._limits
         line_end = buffer.find(b"\r\n", at)
+        end = line_end + len(self._block)
+        headers, framing = self._headers, self._framing
+        if not buffer.startswith(self._block, line_end):
+            framing = None  # another block than the last one
+        if framing is None:
+            while buffer.startswith(b"\r\n", at):  # tolerated in front (RFC 9112, section 2.2)
+                at += 2
+            line_end = buffer.find(b"\r\n", at)
+            found = self._find_block(at, line_end)
+            if found is None:
+                self._use(at)
+                self._await_head()
+                return False
+            end = found.end()
+        raw_line = buffer[at:line_end]
         if end - at > limits.max_header_bytes:
-            raise self._head_too_large(buffer[at:line_end])
-        raw_line, block = buffer[at:line_end], buffer[line_end : end + 4]
+            raise self._head_too_large(raw_line)
+        if framing is None:
+            headers, framing = self._read_block(buffer[line_end:end])
         line = _request_lines.get(raw_line) or _parse_request_line(raw_line)
         if len(line.target) > limits.max_target:
             raise HttpException(414, f"the target is longer than {limits.max_target} bytes")
-        headers = self._headers
-        if block != self._block or framing is None:
-            headers, framing = _parse_block(block, limits.max_headers)
-            if len(block) <= _KEPT_HEAD:
-                self._block, self._headers, self._framing = block, headers, framing
-        self._use(end + 4)
+        self._use(end)
         self._start(line, headers, framing)
         return True
+
+    def _find_block(self, at: int, line_end: int) -> re.Match[bytes] | None:
+        """The header block behind a request line, or None if it is not complete."""
+        buffer, field_lines = self._buffer, self._worker.field_lines
+        # Most heads come whole. Of others, no byte is looked at again with each packet.
+        if line_end > at and not self._scanned and (found := field_lines.match(buffer, line_end)):
+            return found
+        end = buffer.find(b"\r\n\r\n", max(at, self._scanned - 3))
+        if end < 0:
+            return None
+        if end + 4 - at > self._limits.max_header_bytes:
+            raise self._head_too_large(buffer[at:line_end])
+        found = field_lines.match(buffer, line_end)
+        if found is None and _FIELD_LINES.match(buffer, line_end):
+            raise HttpException(431, f"more than {self._limits.max_headers} header fields")
+        if found is None:
+            raise HttpException(400, "a header line is malformed")
+        return found
+
+    def _read_block(self, block: bytes) -> tuple[Headers, _Framing]:
+        """What a header block says. It is kept, unless it is large."""
+        headers = _ReceivedHeaders(block)
+        found = tuple(_FRAMING_FIELDS.findall(block))
+        if len(block) > _KEPT_HEAD:
+            return headers, _Framing(found)
+        self._block, self._headers, self._framing = block, headers, _framing(found)
+        return headers, self._framing
 
     def _use(self, upto: int) -> None:
         """The buffer has been used up to this position."""
@@ -4593,8 +4613,7 @@ class Worker:
         self.now = loop.time()
         self.idle_deadline = self.now + limits.keep_alive_timeout
         self.date_line = _last_line(time.time())
-        # The size up to which a head needs no look at the limits.
-        self.short_head = min(limits.max_target, limits.max_header_bytes)
+        self.field_lines = _field_lines(b"{0,%d}+" % limits.max_headers)
         self.context = contextvars.copy_context()
         times = (time for name, time in dataclasses.asdict(limits).items() if "timeout" in name)
         self._interval = max(0.01, min(1.0, min(times) / 4))
