@@ -472,25 +472,26 @@ class _JsonEncoder(threading.local):
     """
 
     def __init__(self, **options: Any) -> None:
-        encoder = json.JSONEncoder(**options, separators=(",", ":"))
+        self._encoder = json.JSONEncoder(**options, separators=(",", ":"))
+        self._renew()
+
+    def _renew(self) -> None:
+        encoder = self._encoder
         escape = "encode_basestring_ascii" if encoder.ensure_ascii else "encode_basestring"
-        inside: dict[int, object] = {}  # what it is in the middle of, to find circles
-        encode: Callable[[object, int], Iterable[str]]
+        self._encode: Callable[[object, int], Iterable[str]]
         try:
-            encode = json.encoder.c_make_encoder(  # type: ignore[attr-defined]
-                inside, encoder.default, getattr(json.encoder, escape), None, ":", ",",
+            self._encode = json.encoder.c_make_encoder(  # type: ignore[attr-defined]
+                {}, encoder.default, getattr(json.encoder, escape), None, ":", ",",
                 False, False, encoder.allow_nan,
             )  # fmt: skip
         except (AttributeError, TypeError):  # no such encoder here, or one of another form
-            encode = lambda value, _: [encoder.encode(value)]  # noqa: E731
-        self._own = encode, inside
+            self._encode = lambda value, _: [encoder.encode(value)]
 
     def __call__(self, value: object) -> str:
-        encode, inside = self._own
         try:
-            return "".join(encode(value, 0))
+            return "".join(self._encode(value, 0))
         except BaseException:
-            inside.clear()
+            self._renew()  # its dict, by which it finds circles, still says where it was
             raise
 
 

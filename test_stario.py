@@ -592,6 +592,16 @@ class TestJson(unittest.TestCase):
         inner.clear()
         self.assertEqual(data.signals(outer), {"data-signals": '{"a":[]}'})
 
+    def test_a_value_may_fail_to_be_written_while_another_is(self) -> None:
+        class Model:
+            def model_dump(self, mode: str) -> object:
+                with suppress(StarioError):
+                    data.signals({"x": object()})
+                return "written"
+
+        signals = data.signals({"a": [Model(), Model()]})
+        self.assertEqual(signals, {"data-signals": '{"a":["written","written"]}'})
+
     def test_where_the_encoder_in_c_is_missing_the_other_one_serves(self) -> None:
         with mock.patch.object(json.encoder, "c_make_encoder", None):
             encode = stario._JsonEncoder(default=str, ensure_ascii=False)
