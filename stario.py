@@ -78,7 +78,6 @@ from datetime import time as time_of_day
 from decimal import Decimal
 from functools import cached_property, lru_cache
 from http import HTTPStatus
-from pathlib import Path
 from typing import IO, Any, Generic, NamedTuple, Protocol, Self, TypedDict, TypeVar, Unpack, cast
 from urllib.parse import parse_qsl, quote, unquote, unquote_to_bytes, urlencode
 from uuid import UUID
@@ -457,7 +456,7 @@ def _plain(value: object) -> object:
         return value.isoformat()
     if isinstance(value, enum.Enum):
         return value.value
-    if isinstance(value, (UUID, Decimal, Path)):
+    if isinstance(value, (UUID, Decimal, os.PathLike)):
         return str(value)
     if isinstance(value, (set, frozenset)):
         return list(value)
@@ -1861,8 +1860,7 @@ def _field(name: str | bytes, value: str | bytes | int) -> tuple[str, str]:
     return key, text
 
 
-@dataclasses.dataclass(slots=True)
-class FormFile:
+class FormFile(NamedTuple):
     """A file of a form: its name as the browser gave it (do not trust it), its type, its bytes."""
 
     filename: str
@@ -3132,7 +3130,7 @@ class Router:
     def assets(
         self,
         prefix: str,
-        source: str | Path | Mapping[str, str | bytes],
+        source: str | os.PathLike[str] | Mapping[str, str | bytes],
         *middleware: Middleware,
         collection: str | None = None,
     ) -> None:
@@ -3351,16 +3349,16 @@ def _content_type(name: str) -> str:
 class _File:
     """One file of a collection: its fingerprint, and its contents unless it is large."""
 
-    def __init__(self, name: str, path: Path | None, data: bytes = b"") -> None:
+    def __init__(self, name: str, path: str | None, data: bytes = b"") -> None:
         self.path = path  # None: `data` was given
         self.stamp = _stamp(path) if path else (len(data), 0)
         self.size = self.stamp[0]
         self.small = path is None or self.size <= _IN_MEMORY
         if path and not self.small:
-            with path.open("rb") as file:
+            with open(path, "rb") as file:
                 digest = hashlib.file_digest(file, "sha256")
         else:
-            data = path.read_bytes() if path else data
+            data = _contents(path) if path else data
             digest = hashlib.sha256(data)
         self.data = data
         self.digest = digest.hexdigest()[:16]
@@ -3390,18 +3388,23 @@ class _File:
     def encoded(self, coding: str) -> bytes:
         """The contents in a content coding: of a file beside it (`style.css.br`), or made once."""
         if coding not in self._encoded:
-            sibling = Path(f"{self.path}{_SIBLINGS[coding]}")
-            if self.path and sibling.is_file():
-                self._encoded[coding] = sibling.read_bytes()
+            sibling = f"{self.path}{_SIBLINGS[coding]}"
+            if self.path and os.path.isfile(sibling):
+                self._encoded[coding] = _contents(sibling)
             else:
                 compress, finish = _compressor(coding, _HARDEST)
                 self._encoded[coding] = compress(self.data) + finish()
         return self._encoded[coding]
 
 
-def _stamp(path: Path) -> tuple[int, int]:
-    found = path.stat()
+def _stamp(path: str) -> tuple[int, int]:
+    found = os.stat(path)
     return found.st_size, found.st_mtime_ns
+
+
+def _contents(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read()
 
 
 _collections: dict[str, Assets] = {}
@@ -3423,16 +3426,18 @@ def asset(name: str, collection: str = "static") -> str:
 class Assets:
     """A handler for the files of one collection, at a route that ends in `/*`."""
 
-    def __init__(self, source: str | Path | Mapping[str, str | bytes], collection: str) -> None:
+    def __init__(
+        self, source: str | os.PathLike[str] | Mapping[str, str | bytes], collection: str
+    ) -> None:
         self._files: dict[str, _File] = {}
-        self._root: Path | None = None
+        self._root: str | None = None
         if isinstance(source, Mapping):
             for name, text in source.items():
                 contents = text.encode() if isinstance(text, str) else text
                 self._files[name] = _File(name, None, contents)
         else:
-            self._root = Path(source).resolve()
-            if not self._root.is_dir():
+            self._root = os.path.realpath(source)
+            if not os.path.isdir(self._root):
                 raise StarioError(f"assets: there is no directory {str(source)!r}")
         _collections[collection] = self
 
@@ -3445,8 +3450,7 @@ class Assets:
             if known is not None and known.path and _stamp(known.path) == known.stamp:
                 return known
             found = self._load(self._root, name)
-        except (OSError, ValueError, RuntimeError):
-            # Gone, unreadable, a name that no file can have, or (before 3.13) a link to itself.
+        except (OSError, ValueError):  # gone, unreadable, or a name that no file can have
             found = None
         if found is None:
             self._files.pop(name, None)
@@ -3456,12 +3460,12 @@ class Assets:
             self._files[name] = found
         return found
 
-    def _load(self, root: Path, name: str) -> _File | None:
+    def _load(self, root: str, name: str) -> _File | None:
         segments = name.split("/")
         if any(not part or part.startswith(".") or "\\" in part for part in segments):
             return None  # hidden, "..", or a way around these
-        path = (root / name).resolve()
-        if not path.is_relative_to(root) or not path.is_file():
+        path = os.path.realpath(os.path.join(root, name))
+        if os.path.commonpath((root, path)) != root or not os.path.isfile(path):
             return None  # a link that leaves the directory, or no file
         return _File(name, path)
 
@@ -3496,7 +3500,7 @@ class Assets:
         if not whole:
             fields += b"content-range: bytes %d-%d/%d\r\n" % (start, stop - 1, file.size)
         if file.path and not file.small:
-            with file.path.open("rb") as opened:
+            with open(file.path, "rb") as opened:
                 w._begin(200 if whole else 206, fields, stop - start)
                 await w.send_file(opened, start, stop - start)
             w.end()
@@ -4700,7 +4704,7 @@ class Server:
         port: int = 8000,
         workers: int = 1,
         *,
-        unix_socket: str | Path | None = None,
+        unix_socket: str | os.PathLike[str] | None = None,
         unix_mode: int = 0o660,
         ssl: ssl_module.SSLContext | None = None,
         reuse_port: bool = False,
@@ -5021,8 +5025,7 @@ class _Exchange:
             on_end()
 
 
-@dataclasses.dataclass(slots=True)
-class TestResponse:
+class TestResponse(NamedTuple):
     """An answer: `status`, `headers`, `cookies` (those it sets), `body`, `text`, `json()`."""
 
     status: int
@@ -5040,8 +5043,7 @@ class TestResponse:
         return json.loads(self.body)
 
 
-@dataclasses.dataclass(slots=True)
-class ServerEvent:
+class ServerEvent(NamedTuple):
     """An event of a stream, parsed: its name, data and id; for Datastar's, what they patch.
 
     `fields` has the lines of a Datastar event by their first word: `event.fields["selector"]`.
