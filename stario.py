@@ -774,9 +774,11 @@ at = Actions()
 
 
 def _request(method: str, url: str, queries: Queries, options: RequestOptions) -> str:
-    pairs: list[str] = []
+    pairs: list[str | int] = []
     for name, value in queries.items() if queries else ():
-        if type(value) is not int and isinstance(value, (list, tuple)):
+        if type(value) is str or type(value) is int:  # (to the cache below, True is the same as 1)
+            pairs += (name, value)
+        elif isinstance(value, (list, tuple)):
             for item in value:
                 pairs += (name, str(item))
         else:
@@ -785,7 +787,7 @@ def _request(method: str, url: str, queries: Queries, options: RequestOptions) -
 
 
 @lru_cache(maxsize=4096)
-def _action(method: str, url: str, options: str, *pairs: str) -> str:
+def _action(method: str, url: str, options: str, *pairs: Any) -> str:
     """An action as text; `pairs` are names and values in turn. Kept: views are rendered often."""
     if pairs:
         queries = zip(pairs[::2], pairs[1::2], strict=True)
