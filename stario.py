@@ -1191,7 +1191,8 @@ class Span:
     ) -> None:
         self.tracer = tracer
         self.name = name
-        ids = random.randbytes(8 if parent else 24).hex()
+        size = 8 if parent else 24  # bytes of one id, or of both
+        ids = random.getrandbits(8 * size).to_bytes(size).hex()
         self.id = ids[:16]
         self.parent_id = parent.id if parent else None
         self.trace_id: str = parent.trace_id if parent else ids[16:]
@@ -1382,12 +1383,13 @@ def _event_record(event: SpanEvent) -> dict[str, Any]:
 
 
 def _iso_time(time_ns: int) -> str:
-    return f"{_iso_second(time_ns // 10**9)}.{time_ns // 1000 % 10**6:06d}Z"
+    digits = str(time_ns).zfill(10)
+    return f"{_iso_second(digits[:-9])}.{digits[-9:-3]}Z"
 
 
 @lru_cache(maxsize=8)
-def _iso_second(second: int) -> str:
-    return datetime.fromtimestamp(second, timezone.utc).strftime("%Y-%m-%dT%H:%M:%S")
+def _iso_second(seconds: str) -> str:
+    return datetime.fromtimestamp(int(seconds), timezone.utc).strftime("%Y-%m-%dT%H:%M:%S")
 
 
 class RichTracer(_StreamTracer):
