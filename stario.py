@@ -2380,6 +2380,11 @@ def _content(content_type: str) -> Content:
     return f"content-type: {text}\r\n".encode("latin-1"), _is_compressible(content_type)
 
 
+@lru_cache(maxsize=1024)  # (to format bytes takes several times as long as to look them up)
+def _length_line(length: int) -> bytes:
+    return b"content-length: %d\r\n" % length
+
+
 _HTML, _TEXT = _content("text/html; charset=utf-8"), _content("text/plain; charset=utf-8")
 _JSON = _content("application/json")
 
@@ -2687,7 +2692,7 @@ class Writer:
         if status in _BODILESS:
             body = b""
         else:
-            fields = b"%bcontent-length: %d\r\n" % (fields, len(body))
+            fields += _length_line(len(body))
             if self._request.method == "HEAD":
                 body = b""
         self._carrier.answer(status, fields, body)
@@ -2697,7 +2702,7 @@ class Writer:
         """Begin an answer of so many bytes."""
         self._start(status)
         self._remaining = None if self._request.method == "HEAD" else length
-        fields = self._own_fields(fields) + b"content-length: %d\r\n" % length
+        fields = self._own_fields(fields) + _length_line(length)
         self._carrier.begin(status, fields, unsized=False)
 
     def _own_fields(self, fields: bytes, keep_length: bool = False) -> bytes:
@@ -4468,7 +4473,7 @@ class Stario(Router):
                 carrier.abort()  # cancelled: the server could not wait any longer
             if w._timer is not None:
                 w._stop_heartbeat()
-            if isinstance(request._body, Body):
+            if type(request._body) is Body:
                 request._body.discard()
             if c._span is not None:
                 c._span.attributes["status"] = w.status_code
