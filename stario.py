@@ -240,17 +240,33 @@ def _number(value: object) -> str:
 
 
 _BAD_NAME = re.compile(r"""[\s"'<>/=\x00-\x1f\x7f-\x9f]""")
-_attribute_starts: dict[str, str] = {}  # checked names: "class" -> ' class="'
+# What attributes have come to, by name and value: {"class": {"cell": ' class="cell"'}}. A live page
+# is built again and again, and most of its attributes are what they were the last time.
+_known_attributes: dict[str, dict[str, str]] = {}
+_KNOWN_NAMES, _KNOWN_VALUES = 512, 4096  # so many names are kept, and so many values of each,
+_KNOWN_LENGTH = 256  # and values up to so many characters
 
 
-def _attribute_start(name: object) -> str:
+def _new_name(name: object) -> dict[str, str]:
     """Check an attribute's name (HTML standard, 13.1.2.3), once for each name."""
     if not isinstance(name, str) or not name or _BAD_NAME.search(name):
         raise StarioError(f"{name!r} cannot be the name of an HTML attribute")
-    if len(_attribute_starts) > 4096:  # names are made by developers, so this is a safety net
-        _attribute_starts.clear()
-    start = _attribute_starts[name] = f' {name}="'
-    return start
+    if len(_known_attributes) >= _KNOWN_NAMES:
+        _known_attributes.clear()
+    return _known_attributes.setdefault(name, {})
+
+
+def _new_value(known: dict[str, str], name: str, value: str) -> str:
+    """Write an attribute that is not known yet, and keep it, unless it is long."""
+    quoted = value
+    if '"' in value or "&" in value or "<" in value or ">" in value or "\r" in value:
+        quoted = _escape(value).replace('"', "&quot;")
+    text = f' {name}="{quoted}"'
+    if len(value) <= _KNOWN_LENGTH:
+        if len(known) >= _KNOWN_VALUES:
+            known.clear()
+        known[value] = text
+    return text
 
 
 def _attributes(attributes: Mapping[str, object]) -> str:
@@ -258,37 +274,40 @@ def _attributes(attributes: Mapping[str, object]) -> str:
     text = ""
     for name in attributes:  # (a fifth faster than items(), with Python 3.13)
         value = attributes[name]
-        start = _attribute_starts.get(name) or _attribute_start(name)
+        known = _known_attributes.get(name)
+        if known is None:
+            known = _new_name(name)
+        if type(value) is dict and name == "style":
+            value = _style(value)
         if type(value) is str:
-            if '"' in value or "&" in value or "<" in value or ">" in value or "\r" in value:
-                value = _quoted(value)
-            text = f'{text}{start}{value}"'
-        elif type(value) is dict and name == "style":
-            text = f'{text}{start}{_style(value)}"'
+            text += known.get(value) or _new_value(known, name, value)
         elif value is True or value is None:
-            text += start[:-2]
+            text += f" {name}"
         elif isinstance(value, Mapping):
             text += _attributes({f"{name}-{key}": item for key, item in value.items()})
         elif value is not False:
-            text += f'{start}{_value_of(name, value)}"'
-    return text
-
-
-def _quoted(text: str) -> str:
-    if '"' in text or "&" in text or "<" in text or ">" in text or "\r" in text:
-        return _escape(text).replace('"', "&quot;")
+            text += f' {name}="{_value_of(name, value)}"'
     return text
 
 
 def _style(properties: Mapping[str, object]) -> str:
+    """Declarations of CSS: as text, or as a SafeString where more than text is among the values."""
     text = ""
     for name in properties:
         value = properties[name]
         if type(value) is str:
-            text += f"{name}:{_quoted(value)};"
+            text = f"{text}{name}:{value};"
         elif value is not None and value is not False:
-            text += f"{name}:{_value_of(name, value)};"
-    return text
+            break
+    else:
+        return text
+    return SafeString(
+        "".join(
+            f"{_value_of('style', name)}:{_value_of(name, value)};"
+            for name, value in properties.items()
+            if value is not None and value is not False
+        )
+    )
 
 
 def _value_of(name: str, value: object) -> str:

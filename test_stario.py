@@ -349,6 +349,45 @@ class TestHtml(unittest.TestCase):
         with self.assertRaisesRegex(StarioError, "object.*title"):
             h.P({"title": object()})
 
+    def test_a_style_is_escaped_whatever_it_is_made_of(self) -> None:
+        class Colour(enum.StrEnum):
+            RED = 'red"'
+
+        for style, text in [
+            ({"color": 'red"><b>'}, "color:red&quot;&gt;&lt;b&gt;;"),
+            ({'a"<': "b&"}, "a&quot;&lt;:b&amp;;"),
+            ({'a"<': 1, "b": None, "c": False, "d": "&"}, "a&quot;&lt;:1;d:&amp;;"),
+            ({"a": SafeString('&amp;"'), "b": '"'}, "a:&amp;&quot;;b:&quot;;"),
+            ({"a": Colour.RED, "b": [1, "<"]}, "a:red&quot;;b:1 &lt;;"),
+            ({"a": None}, ""),
+            ({}, ""),
+        ]:
+            with self.subTest(str(style)):
+                for _ in range(2):
+                    self.assertEqual(h.P({"style": style}), f'<p style="{text}"></p>')
+
+    def test_an_attribute_that_comes_again_is_the_same(self) -> None:
+        for value in ("", 'a"b', "<&>\r", "plain", "x" * 300, '"' * 300):
+            text = value.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+            text = text.replace("\r", "&#13;").replace('"', "&quot;")
+            for _ in range(3):
+                self.assertEqual(h.P({"title": value}), f'<p title="{text}"></p>')
+                self.assertEqual(h.P({"alt": value}), f'<p alt="{text}"></p>')
+        self.assertEqual(h.P({"title": SafeString("&amp;")}), '<p title="&amp;"></p>')
+        self.assertEqual(h.P({"title": "&amp;"}), '<p title="&amp;amp;"></p>')
+        self.assertEqual(h.P({"title": SafeString("&amp;")}), '<p title="&amp;"></p>')
+
+    def test_what_is_kept_of_attributes_has_bounds(self) -> None:
+        known = stario._known_attributes
+        for number in range(10_000):
+            self.assertEqual(h.P({"data-n": str(number)}), f'<p data-n="{number}"></p>')
+        h.P({"title": "y" * 257})
+        self.assertLessEqual(max(map(len, known.values())), 4096)
+        self.assertLessEqual(max(len(value) for of in known.values() for value in of), 256)
+        for number in range(1000):
+            self.assertEqual(h.P({f"data-{number}": "x"}), f'<p data-{number}="x"></p>')
+        self.assertLessEqual(len(known), 512)
+
     def test_void_elements_refuse_content_and_script_keeps_its_text(self) -> None:
         with self.assertRaisesRegex(StarioError, "void"):
             h.Br("x")
