@@ -845,6 +845,23 @@ class TestTelemetry(unittest.TestCase):
         self.assertRegex(parent["time"], r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z$")
         self.assertGreaterEqual(parent["duration_ms"], 0)
 
+    def test_json_times_are_cut_to_the_microsecond(self) -> None:
+        out = io.StringIO()
+        with JsonTracer(out) as tracer:
+            for nanoseconds in (0, 1_999, 999_999_999, 1_700_000_000_123_456_789):
+                span = tracer("a")
+                span.start_ns = nanoseconds
+                span.end()
+        self.assertEqual(
+            [json.loads(line)["time"] for line in out.getvalue().splitlines()],
+            [
+                "1970-01-01T00:00:00.000000Z",
+                "1970-01-01T00:00:00.000001Z",
+                "1970-01-01T00:00:00.999999Z",
+                "2023-11-14T22:13:20.123456Z",
+            ],
+        )
+
     def test_json_survives_what_json_cannot_say(self) -> None:
         out = io.StringIO()
         loop: dict[str, Any] = {}
