@@ -291,23 +291,21 @@ def _attributes(attributes: Mapping[str, object]) -> str:
 
 
 def _style(properties: Mapping[str, object]) -> str:
-    """Declarations of CSS: as text, or as a SafeString where more than text is among the values."""
+    """Declarations of CSS: as text, or as a SafeString where there is more than text among them."""
     text = ""
     for name in properties:
         value = properties[name]
         if type(value) is str:
             text = f"{text}{name}:{value};"
         elif value is not None and value is not False:
-            break
-    else:
-        return text
-    return SafeString(
-        "".join(
-            f"{_value_of('style', name)}:{_value_of(name, value)};"
-            for name, value in properties.items()
-            if value is not None and value is not False
-        )
-    )
+            return SafeString("".join([_declaration(*item) for item in properties.items()]))
+    return text
+
+
+def _declaration(name: str, value: object) -> str:
+    if value is None or value is False:
+        return ""
+    return f"{_value_of('style', name)}:{_value_of(name, value)};"
 
 
 def _value_of(name: str, value: object) -> str:
