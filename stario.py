@@ -258,9 +258,7 @@ def _new_name(name: object) -> dict[str, str]:
 
 def _new_value(known: dict[str, str], name: str, value: str) -> str:
     """Write an attribute that is not known yet, and keep it, unless it is long."""
-    quoted = value
-    if '"' in value or "&" in value or "<" in value or ">" in value or "\r" in value:
-        quoted = _escape(value).replace('"', "&quot;")
+    quoted = _escape(value).replace('"', "&quot;")
     text = f' {name}="{quoted}"'
     if len(value) <= _KNOWN_LENGTH:
         if len(known) >= _KNOWN_VALUES:
@@ -4193,8 +4191,7 @@ class Connection(asyncio.Protocol):
             return
         self._answering = True
         text = f"{exc.detail}\n".encode("latin-1", "replace")
-        fields = b"content-type: text/plain; charset=utf-8\r\ncontent-length: %d\r\n" % len(text)
-        self.answer(exc.status_code, fields, text)
+        self.answer(exc.status_code, _TEXT[0] + _length_line(len(text)), text)
 
     # -- The Carrier's side: answers
 
