@@ -44,6 +44,7 @@ import dataclasses
 import enum
 import errno
 import hashlib
+import ipaddress
 import json
 import math
 import os
@@ -1804,6 +1805,11 @@ class Headers(_Fields):
         """All values of a field, in order; an empty list where there is none."""
         return super().getlist(name.lower())
 
+    def _list(self, name: str) -> list[str]:
+        """The items of a list that may come in several lines (RFC 9110, section 5.3), the last."""
+        items = ",".join(self._fields.get(name, ())).rsplit(",", _MAX_HOPS)
+        return [item for text in items[-_MAX_HOPS:] if (item := text.strip(" \t"))]
+
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and name.lower() in self._fields
 
@@ -1940,7 +1946,7 @@ def _parse_multipart(body: bytes, content_type: str) -> Form:
     return form
 
 
-_PARAMETER = re.compile(r';\s*([^\s=;"]+)\s*=\s*(?:"((?:[^"\\]|\\.)*)"|([^;]*))')
+_PARAMETER = re.compile(r';\s*+([^\s=;"]++)\s*+=\s*+(?:"((?:[^"\\]++|\\.)*+)"|([^;]*+))')
 
 
 def _parameters(value: str) -> dict[str, str]:
@@ -2084,17 +2090,44 @@ class Request:
                 cookies.setdefault(name.strip(), unquote(value.strip().strip('"')))
         return cookies
 
-    @property
-    def host(self) -> str:
-        """The host that was asked for: lower case, without the port; IPv6 in brackets."""
-        host = (self.headers.get("host") or "").lower()
-        end = host.find("]") + 1 if host.startswith("[") else host.find(":")
-        return host[:end] if end > 0 else host
+    @cached_property
+    def _asked(self) -> _Asked:
+        carrier = self._carrier
+        seen = _Asked(carrier.client, carrier.scheme, self.headers.get("host") or "")
+        proxies = carrier.proxies
+        return seen if proxies is None else proxies.asked(self.headers, seen)
 
     @property
     def client(self) -> str:
-        """The peer's address ("127.0.0.1"), empty where it has none (a Unix socket)."""
-        return self._carrier.client
+        """The client's address ("127.0.0.1"), empty where it has none (a Unix socket).
+
+        This, `scheme`, `host` and `url` are what a proxy says of its client, if it is one of
+        `serve(trusted_proxies=…)`. HttpException(400) where what it says can be read in two ways.
+        """
+        return self._asked.client
+
+    @property
+    def scheme(self) -> str:
+        """How the client speaks with us: "https" or "http"."""
+        return self._asked.scheme
+
+    @property
+    def host(self) -> str:
+        """The host that was asked for: lower case, without port and final dot; IPv6 in brackets."""
+        if self._carrier.proxies is None:
+            return _split_host(self.headers.get("host") or "")[0]
+        return _split_host(self._asked.host)[0]
+
+    @property
+    def url(self) -> str:
+        """The whole address that was asked for, as the client sees it."""
+        target = self.raw_path + ("?" + self.query_string if self.query_string else "")
+        return f"{self.scheme}://{self._asked.host}{target}"
+
+    @property
+    def is_datastar(self) -> bool:
+        """Whether Datastar sent it: the answer is for a script, and not a page of its own."""
+        return self.headers.get("datastar-request") == "true"
 
     async def stream(self) -> AsyncIterator[bytes]:
         """The body in chunks as they come; while nobody takes them, the client has to wait.
@@ -2155,6 +2188,103 @@ class Request:
         raise HttpException(415, "expected a form (urlencoded or multipart)")
 
 
+_HOST = re.compile(
+    r"(?:\[[0-9A-Fa-f:.]++\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})*+)(?::[0-9]*+)?"
+)
+
+
+def _split_host(host: str) -> tuple[str, str]:
+    """Host and port of a Host field. `example.com.` is the same host, in its absolute form."""
+    end = host.rfind(":", host.find("]") + 1)
+    name, port = (host[:end], host[end + 1 :]) if end >= 0 else (host, "")
+    return name.lower().removesuffix("."), port
+
+
+# -- Behind a proxy. The peer is the proxy then, and the client is who the proxy says it is. Anybody
+# can send these fields, so they are read only from peers that are trusted, and from the right: each
+# proxy adds its own peer at the end, and what stands left of the first one that is not trusted is
+# hearsay.
+
+
+class _Asked(NamedTuple):
+    client: str
+    scheme: str
+    host: str
+
+
+_MAX_HOPS = 32  # proxies in a row
+
+
+class TrustedProxies:
+    """The proxies that may say for whom they ask: addresses, networks, "unix" for a Unix socket.
+
+    Read are `Forwarded` (RFC 7239), or else `X-Forwarded-For`, `-Proto` and `-Host`.
+    """
+
+    def __init__(self, proxies: Sequence[str]) -> None:
+        """StarioError for what is no address and no network."""
+        if isinstance(proxies, str):
+            raise StarioError(f"trusted_proxies is a list: [{proxies!r}]")
+        self._unix = "unix" in proxies
+        try:
+            self._networks = [ipaddress.ip_network(p, False) for p in proxies if p != "unix"]
+        except (ValueError, TypeError) as exc:
+            wanted = 'an address, a network ("10.0.0.0/8") or "unix" is needed'
+            raise StarioError(f"trusted_proxies: {exc}; {wanted}") from None
+
+    def trust(self, peer: str) -> bool:
+        """Whether this peer may speak for others."""
+        if peer in ("", "unix"):
+            return self._unix
+        try:
+            address = ipaddress.ip_address(peer)
+        except ValueError:
+            return False
+        address = getattr(address, "ipv4_mapped", None) or address
+        return any(address in network for network in self._networks)
+
+    def asked(self, headers: Headers, seen: _Asked) -> _Asked:
+        """Who asks whom, if our peer's word counts. Raises HttpException(400)."""
+        if not self.trust(seen.client):
+            return seen
+        lists = {name: headers._list(f"x-forwarded-{name}") for name in ("for", "proto", "host")}
+        if elements := headers._list("forwarded"):
+            found = [_parameters(";" + element) for element in elements]
+            named = [element.get("for", "") for element in found]
+            if lists["for"] and self._nearest(lists["for"])[0] != self._nearest(named)[0]:
+                raise HttpException(400, "Forwarded and X-Forwarded-For name different clients")
+            lists = {n: [e.get(n, "") for e in found] for n in ("for", "proto", "host")}
+        client, hop = self._nearest(lists["for"])
+        scheme, host = (_hop(lists[name], hop) for name in ("proto", "host"))
+        if not _HOST.fullmatch(host):
+            raise HttpException(400, "the host that was forwarded is malformed")
+        known = scheme.lower() in ("http", "https")
+        return _Asked(
+            client or seen.client, scheme.lower() if known else seen.scheme, host or seen.host
+        )
+
+    def _nearest(self, clients: list[str]) -> tuple[str, int]:
+        """The last one that is no proxy of ours, and how many stand behind it."""
+        found, hop = "", 0
+        for hop, text in enumerate(reversed(clients)):  # noqa: B007
+            found = _address(text)
+            if not found or not self.trust(found):
+                break
+        return found, hop
+
+
+def _hop(values: list[str], hop: int) -> str:
+    """What the proxy so many steps from the right has said; the first, if not all say it."""
+    return values[max(0, len(values) - 1 - hop)] if values else ""
+
+
+def _address(text: str) -> str:
+    """An address without its port: `192.0.2.1:80`, `[2001:db8::1]:80`, `2001:db8::1`."""
+    if text.startswith("["):
+        return text[1:].partition("]")[0]
+    return text.partition(":")[0] if text.count(":") == 1 else text
+
+
 _BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
 
 
@@ -2212,7 +2342,15 @@ class Carrier(Protocol):
     on_end: Callable[[], None] | None  # called once when the client has gone or the server stops
     disconnected: bool  # the client has gone
     shutting_down: bool  # the server wants its streams to end
-    client: str  # its address, or nothing where it has none
+    client: str  # the peer's address, or nothing where it has none
+
+    @property
+    def scheme(self) -> str:
+        """How the peer speaks with us: "http" or "https"."""
+
+    @property
+    def proxies(self) -> TrustedProxies | None:
+        """Which peers may speak for others."""
 
     def answer(self, status: int, fields: bytes, body: bytes) -> None:
         """A whole answer. Its fields say how long the body is, if there is one."""
@@ -3188,7 +3326,10 @@ class Router:
             full = prefix if path == "/" else prefix + path
             self.handle(method, full, router._with_errors(handler))
         for pattern, hosted in router._hosts:
-            self.host(pattern, hosted)
+            inner = Router()
+            inner._errors = router._errors
+            inner.mount(prefix, hosted)
+            self.host(pattern, inner)
 
     def host(self, pattern: str, router: Router) -> None:
         """Serve a router's routes on one host: `api.example.com`, or `*.example.com` for any below.
@@ -3197,11 +3338,14 @@ class Router:
         """
         if "*" in pattern and (not pattern.startswith("*.") or "*" in pattern[1:]):
             raise StarioError(f"no host pattern {pattern!r}: write 'host' or '*.host'")
+        if router._hosts:
+            raise StarioError("a router for a host cannot have hosts itself: give them to the app")
         self._check_open()
+        pattern = pattern.lower().removesuffix(".")
         inner = Router()
         inner._middleware = self._middleware
         inner.mount("/", router)
-        self._hosts.append((pattern.lower(), inner))
+        self._hosts.append((pattern, inner))
         # Exact names first, then the longer patterns.
         self._hosts.sort(key=lambda entry: (entry[0].startswith("*"), -len(entry[0])))
 
@@ -3309,22 +3453,23 @@ async def _handle_error(
     return False
 
 
-_SAFE_METHODS = frozenset(("GET", "HEAD", "OPTIONS", "TRACE"))
+_SAFE_METHODS = frozenset(("GET", "HEAD", "OPTIONS", "TRACE", "QUERY"))
+_PORTS = {"http": "80", "https": "443"}
 
 
 def same_origin(handler: Handler) -> Handler:
     """Middleware: refuse with 403 what other sites make a browser send (CSRF).
 
     Safe methods pass. For others the browser's own word counts: `Sec-Fetch-Site` (Fetch Metadata),
-    or, from one too old for that, `Origin` against `Host`. What sends neither is no browser, and
-    passes: it carries nobody's cookies.
+    or, from one too old for that, `Origin` against the address that was asked for. What sends
+    neither is no browser, and passes: it carries nobody's cookies.
     """
 
     async def _guarded(c: Context, w: Writer) -> None:
         sent = c.req.headers.get
         site, origin = sent("sec-fetch-site"), sent("origin")
         if site is None and origin is not None:
-            same = origin.partition("://")[2].lower() == (sent("host") or "").lower()
+            same = _is_own_origin(origin, c.req)
         else:
             same = site in (None, "same-origin", "none")
         if c.req.method not in _SAFE_METHODS and not same:
@@ -3332,6 +3477,18 @@ def same_origin(handler: Handler) -> Handler:
         await handler(c, w)
 
     return _guarded
+
+
+def _is_own_origin(origin: str, request: Request) -> bool:
+    """Whether an origin (RFC 6454, "null" for nobody's) is the one that was asked."""
+    scheme, _, place = origin.lower().partition("://")
+    if scheme not in _PORTS or not place:
+        return False
+    if request.scheme == "https" != scheme:  # (that we see http may be a proxy's doing)
+        return False
+    (host, port), (own, own_port) = _split_host(place), _split_host(request._asked.host)
+    default = _PORTS[scheme]
+    return host == own and (port or default) == (own_port or default)
 
 
 # ==================================================================================================
@@ -3607,7 +3764,7 @@ class Limits:
     write_timeout: float = 30.0  # for a client that takes nothing of its answer; then cut off
     max_header_bytes: int = 32 * 1024  # a head, and the trailers of a body; beyond: 431
     max_headers: int = 100  # fields in a head; beyond: 431
-    max_target: int = 8 * 1024  # a request's target; beyond: 414
+    max_target: int = 32 * 1024  # its target (a GET has its signals there); beyond: 414
     max_buffer: int = 16 * 1024 * 1024  # of an answer that a client does not take; then cut off
     max_connections: int = 10_000  # at once; beyond: 503
 
@@ -3624,7 +3781,6 @@ _RESET = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)  # SO_LINGER: on, 
 
 _REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/([0-9])\.([0-9])")
 _ABSOLUTE = re.compile(r"https?://([^/?#@]+)(/[^?#]*)?(\?[^#]*)?", re.IGNORECASE)
-_HOST = re.compile(r"(?:\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._~!$&'()*+,;=%-]*)(?::[0-9]*)?")
 
 
 def _field_lines(repeated: bytes) -> re.Pattern[bytes]:
@@ -3865,6 +4021,16 @@ class Connection(asyncio.Protocol):
         self.client = ""
         self.disconnected = False
         self.shutting_down = worker.stopping
+
+    @property
+    def scheme(self) -> str:
+        """See Carrier."""
+        return "http" if self._transport.get_extra_info("sslcontext") is None else "https"
+
+    @property
+    def proxies(self) -> TrustedProxies | None:
+        """See Carrier."""
+        return self._worker.proxies
 
     # -- What the transport tells
 
@@ -4508,7 +4674,8 @@ class Stario(Router):
                 yield router
             elif pattern.startswith("*") and host.endswith(pattern[1:]):
                 request.subhost = host[: 1 - len(pattern)]
-                yield router
+                if all(request.subhost.split(".")):
+                    yield router
                 request.subhost = ""
         yield self
 
@@ -4627,9 +4794,15 @@ class Worker:
     """One event loop's share of the connections. Everything here is touched on that loop only."""
 
     def __init__(
-        self, app: Stario, loop: asyncio.AbstractEventLoop, limits: Limits, max_connections: int
+        self,
+        app: Stario,
+        loop: asyncio.AbstractEventLoop,
+        limits: Limits,
+        max_connections: int,
+        proxies: TrustedProxies | None = None,
     ) -> None:
         self.app = app
+        self.proxies = proxies
         self.loop = loop
         self.limits = limits
         self.max_connections = max_connections
@@ -4717,6 +4890,7 @@ class Server:
     - `reuse_port`: let several processes listen on one port (SO_REUSEPORT)
     - `backlog`: connections that wait to be accepted
     - `graceful_timeout`: seconds that requests under way get when the server stops
+    - `trusted_proxies`: who may say for whom it asks; see TrustedProxies
     - the fields of `Limits`
     """
 
@@ -4733,6 +4907,7 @@ class Server:
         reuse_port: bool = False,
         backlog: int = 1024,
         graceful_timeout: float = 5.0,
+        trusted_proxies: Sequence[str] = (),
         **limits: Any,
     ) -> None:
         self.app = app
@@ -4745,6 +4920,7 @@ class Server:
         self._reuse_port = reuse_port
         self._backlog = backlog
         self._graceful_timeout = graceful_timeout
+        self._proxies = TrustedProxies(trusted_proxies) if trusted_proxies else None
         if not isinstance(workers, int) or workers < 1:
             raise StarioError("workers must be a number from 1 up")
         if self._unix_socket and not hasattr(socket, "AF_UNIX"):
@@ -4779,10 +4955,10 @@ class Server:
         self._listen()
         loop = asyncio.get_running_loop()
         share = -(-self._limits.max_connections // self._count)
-        self._workers = [Worker(self.app, loop, self._limits, share)]
+        self._workers = [Worker(self.app, loop, self._limits, share, self._proxies)]
         for number in range(1, self._count):
             other = type(loop)()
-            self._workers.append(Worker(self.app, other, self._limits, share))
+            self._workers.append(Worker(self.app, other, self._limits, share, self._proxies))
             name = f"stario-{number}"
             thread = threading.Thread(target=_run_loop, args=(other,), name=name, daemon=True)
             thread.start()
@@ -4970,6 +5146,8 @@ class _Exchange:
     def __init__(self) -> None:
         self.on_end: Callable[[], None] | None = None
         self.client = "testclient"
+        self.scheme = "http"
+        self.proxies: TrustedProxies | None = None
         self.disconnected = False
         self.shutting_down = False
         self.status = 0
@@ -6270,6 +6448,7 @@ __all__ = [
     "TestResponse",
     "TestStream",
     "Tracer",
+    "TrustedProxies",
     "Writer",
     "asset",
     "at",

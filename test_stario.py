@@ -5063,6 +5063,104 @@ class TestSameOrigin(HttpTest):
                     self.assertEqual((await within(peer.get("/", method, **fields))).status, status)
 
 
+class TestTrustedProxies(HttpTest):
+    async def asked(self, trusted: list[str], *lines: str, **options: Any) -> Any:
+        """What `c.req` says of who asks for http://own.example:8000/a%20b?c=d, with these lines."""
+
+        async def show(c: Context, w: Writer) -> None:
+            w.json([c.req.client, c.req.scheme, c.req.host, c.req.url])
+
+        app = Stario()
+        app.get("/{name}", show)
+        head = "".join(f"{line}\r\n" for line in ("Host: own.example:8000", *lines))
+        request = f"GET /a%20b?c=d HTTP/1.1\r\n{head}Connection: close\r\n\r\n"
+        answer = await within(ask(app, request, trusted_proxies=trusted, **options))
+        status, body = answer[9:12], answer.partition(b"\r\n\r\n")[2]
+        return json.loads(body) if status == b"200" else int(status)
+
+    async def test_nobody_is_believed_who_is_not_trusted(self) -> None:
+        own = ["127.0.0.1", "http", "own.example", "http://own.example:8000/a%20b?c=d"]
+        says = ("X-Forwarded-For: 6.6.6.6", "X-Forwarded-Proto: https", "X-Forwarded-Host: e.vil")
+        self.assertEqual(await self.asked([], *says), own)
+        self.assertEqual(await self.asked(["10.0.0.0/8", "::1", "unix"], *says), own)
+        self.assertEqual(await self.asked(["10.0.0.1"], "Forwarded: for=6.6.6.6;proto=https"), own)
+        self.assertEqual(await self.asked(["127.0.0.1"]), own)
+
+    async def test_lists_are_read_from_the_right(self) -> None:
+        """RFC 7239, section 7.4, and what X-Forwarded-For has always meant."""
+        trusted = ["127.0.0.0/8", "10.1.0.0/16", "2001:db8::/32", "unix"]
+        table = {
+            "X-Forwarded-For: 6.6.6.6, 192.0.2.7": "192.0.2.7",
+            "X-Forwarded-For: 6.6.6.6, 192.0.2.7, 10.1.2.3,127.0.0.9": "192.0.2.7",
+            "X-Forwarded-For: 10.1.0.1, 10.1.0.2": "10.1.0.1",
+            "X-Forwarded-For: 6.6.6.6, 192.0.2.7:4711": "192.0.2.7",
+            "X-Forwarded-For: 6.6.6.6, 10.2.0.1": "10.2.0.1",
+            "X-Forwarded-For: 192.0.2.7, unix:": "192.0.2.7",
+            "X-Forwarded-For: 192.0.2.7, ::ffff:10.1.0.1": "192.0.2.7",
+            "X-Forwarded-For: 6.6.6.6, somebody": "somebody",
+            "X-Forwarded-For: ,": "127.0.0.1",
+            'Forwarded: for=6.6.6.6, For="[2001:db9::5]:80";by=x': "2001:db9::5",
+            'Forwarded: for="x, for=192.0.2.9, for="[2001:db8::5]"': "192.0.2.9",
+            "Forwarded: for=6.6.6.6, proto=https": "127.0.0.1",
+            "Forwarded: for=192.0.2.1\r\nX-Forwarded-For: 192.0.2.1": "192.0.2.1",
+            "X-Forwarded-For: 6.6.6.6\r\nX-Forwarded-For: 192.0.2.4": "192.0.2.4",
+        }
+        for line, client in table.items():
+            with self.subTest(line):
+                self.assertEqual((await self.asked(trusted, line))[0], client)
+        both = "Forwarded: for=6.6.6.6\r\nX-Forwarded-For: 192.0.2.1"
+        self.assertEqual(await self.asked(trusted, both), 400)
+
+    async def test_scheme_and_host_are_those_of_the_same_hop(self) -> None:
+        trusted = ["127.0.0.1", "10.0.0.1"]
+        for lines in (
+            ("X-Forwarded-For: 192.0.2.1", "X-Forwarded-Proto: https", "X-Forwarded-Host: A.b.:44"),
+            ("X-Forwarded-For: 192.0.2.1, 10.0.0.1", "X-Forwarded-Proto: https, http",
+             "X-Forwarded-Host: A.b.:44, inner"),
+            ("X-Forwarded-For: 192.0.2.1, 10.0.0.1", "X-Forwarded-Proto: https",
+             "X-Forwarded-Host: e.vil, A.b.:44, inner"),
+            ('Forwarded: for=6.6.6.6;host=e.vil, for=192.0.2.1;host="A.b.:44";proto=HTTPS',),
+        ):  # fmt: skip
+            with self.subTest(lines):
+                wanted = ["192.0.2.1", "https", "a.b", "https://A.b.:44/a%20b?c=d"]
+                self.assertEqual(await self.asked(trusted, *lines), wanted)
+        found = await self.asked(trusted, "X-Forwarded-Proto: gopher")
+        self.assertEqual(found[1], "http")
+        self.assertEqual(await self.asked(trusted, "X-Forwarded-Host: a b"), 400)
+        many = "X-Forwarded-For: " + "10.0.0.1," * 3000
+        self.assertEqual((await self.asked(trusted, many))[0], "10.0.0.1")
+
+    async def test_what_is_no_proxy_is_refused(self) -> None:
+        for wrong in ("127.0.0.1", ["localhost"], ["*"], ["10.0.0.0/99"], [None]):
+            with self.subTest(wrong), self.assertRaisesRegex(StarioError, "^trusted_proxies"):
+                Server(Stario(), trusted_proxies=wrong)  # type: ignore[arg-type]
+
+    async def test_the_own_origin_is_the_one_that_the_proxy_was_asked_for(self) -> None:
+        async def done(c: Context, w: Writer) -> None:
+            w.text("done")
+
+        app = Stario()
+        app.use(same_origin)
+        app.post("/", done)
+        table = [
+            ("https://shop.example", "shop.example", 200),
+            ("https://shop.example", "shop.example:443", 200),
+            ("https://shop.example:443", "shop.example", 200),
+            ("https://shop.example:8443", "shop.example", 403),
+            ("https://shop.example", "shop.example:8443", 403),
+            ("http://shop.example", "shop.example", 403),  # and we know that it is https
+            ("https://", "", 403),
+            ("null", "", 403),
+            ("shop.example", "shop.example", 403),
+        ]
+        async with connected(app, trusted_proxies=["127.0.0.1"]) as peer:
+            for origin, host, status in table:
+                fields = {"X_Forwarded_Proto": "https", "X_Forwarded_Host": host, "Origin": origin}
+                with self.subTest(fields):
+                    answer = await within(peer.get("/", "POST", Content_Length="0", **fields))
+                    self.assertEqual(answer.status, status)
+
+
 class TestAssets(HttpTest):
     def setUp(self) -> None:
         folder = tempfile.TemporaryDirectory()
