@@ -48,6 +48,7 @@ import ipaddress
 import json
 import math
 import os
+import queue
 import random
 import re
 import signal
@@ -73,6 +74,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager, suppress
 from datetime import date, datetime, timezone
 from datetime import time as time_of_day
@@ -2339,9 +2341,8 @@ class Carrier(Protocol):
     gone, bytes are dropped without an error.
     """
 
-    on_end: Callable[[], None] | None  # called once when the client has gone or the server stops
+    scopes: list[_Scope]  # to be ended when the client has gone, and when the server stops
     disconnected: bool  # the client has gone
-    shutting_down: bool  # the server wants its streams to end
     client: str  # the peer's address, or nothing where it has none
 
     @property
@@ -2351,6 +2352,10 @@ class Carrier(Protocol):
     @property
     def proxies(self) -> TrustedProxies | None:
         """Which peers may speak for others."""
+
+    @property
+    def shutting_down(self) -> bool:
+        """Whether the server wants its streams to end."""
 
     def answer(self, status: int, fields: bytes, body: bytes) -> None:
         """A whole answer. Its fields say how long the body is, if there is one."""
@@ -2573,8 +2578,7 @@ class Writer:
         self._compressor: Compressor | None = None
         self._remaining: int | None = None  # bytes still due of a declared Content-Length
         self._sse = False  # this is a stream of events
-        self._silent = False  # nothing was sent since the last heartbeat
-        self._scopes: Sequence[_Scope] = ()  # what to interrupt when the client goes
+        self._writes = 0  # pieces of the body so far
         self._timer: asyncio.TimerHandle | None = None  # the next heartbeat
 
     # -- State
@@ -2812,16 +2816,36 @@ class Writer:
         """Ask the client to forget a cookie; path and domain as it was set."""
         self.cookie(name, "", max_age=0, path=path, domain=domain)
 
+    @typing.overload
     def alive(
-        self, source: AsyncIterable[T] | None = None, *, heartbeat: float | None = 15.0
-    ) -> Alive[T]:
+        self, source: AsyncIterable[T], *, every: None = None, heartbeat: float | None = 15.0
+    ) -> Alive[T]: ...
+
+    @typing.overload
+    def alive(
+        self, source: None = None, *, every: float | None = None, heartbeat: float | None = 15.0
+    ) -> Alive[None]: ...
+
+    def alive(
+        self,
+        source: AsyncIterable[Any] | None = None,
+        *,
+        every: float | None = None,
+        heartbeat: float | None = 15.0,
+    ) -> Alive[Any]:
         """Stay with the client until it goes, the server stops, or the source ends.
 
-        `async for item in w.alive(source)` yields what the source does, `async for _ in w.alive()`
-        just comes back each time; `async with w.alive()` interrupts its block instead. The code
-        after it always runs. Before each item it waits until the client has taken what was written.
-        While a stream of events is silent, a comment is sent every `heartbeat` seconds.
+        `async for item in w.alive(source)` yields what the source does, `w.alive(every=0.5)` ticks,
+        now and then every half second. `async for _ in w.alive()` comes back when its body has
+        written or waited, and otherwise four times a second; `async with w.alive()` interrupts its
+        block instead. The code after it runs unless the body raises. Before each item it waits
+        until the client has taken what was written. While a stream of events is silent, a comment
+        is sent every `heartbeat` seconds.
         """
+        if every is not None:
+            if source is not None or every <= 0:
+                raise StarioError("alive takes a source, or every= with a number above 0")
+            source = _ticks(every)
         return Alive(self, source, heartbeat)
 
     # -- Inside
@@ -2929,7 +2953,7 @@ class Writer:
         self._carrier.begin(200, fields, unsized=self._request.method != "HEAD")
 
     def _send(self, data: bytes) -> None:
-        self._silent = False
+        self._writes += 1
         if self._request.method == "HEAD" or not data:
             return
         if self._remaining is not None:
@@ -2945,50 +2969,37 @@ class Writer:
 
     # -- For alive
 
-    def _enter(self, scope: _Scope) -> None:
-        """Interrupt this scope when the stream is over: soon, if it is already."""
-        self._scopes = [*self._scopes, scope]
-        self._carrier.on_end = self._interrupt
-        if self._is_over():
-            self._interrupt()
-
-    def _leave(self, scope: _Scope) -> None:
-        self._scopes = [other for other in self._scopes if other is not scope]
-
     def _is_over(self) -> bool:
         """Whether a stream has nobody to go on for: HEAD asked only for its head."""
         carrier = self._carrier
         return carrier.disconnected or carrier.shutting_down or self._request.method == "HEAD"
 
-    def _interrupt(self) -> None:
-        # Not at once but as a call of the loop's own: then the task is waiting somewhere, never
-        # running, so the cancellation surfaces in the scope and not somewhere after it.
-        loop = asyncio.get_running_loop()
-        for scope in self._scopes:
-            loop.call_soon(scope.interrupt)
-
     def _start_heartbeat(self, seconds: float | None) -> None:
         self._stop_heartbeat()
         if seconds:
-            self._timer = asyncio.get_running_loop().call_later(seconds, self._beat, seconds)
+            self._timer = asyncio.get_running_loop().call_later(
+                seconds, self._beat, seconds, self._writes
+            )
 
     def _stop_heartbeat(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
 
-    def _beat(self, seconds: float) -> None:
-        """Send a comment if nothing was sent since the last beat; it shows dead peers, too."""
+    def _beat(self, seconds: float, writes: int) -> None:
+        """Send a comment if nothing was written since the last beat; it shows dead peers, too."""
         if self.completed or self._carrier.disconnected:
             self._timer = None
             return
         self._carrier.check_peer(seconds)
         if not self.started and "text/event-stream" in (self._request.headers.get("accept") or ""):
             self._begin_events()  # the client, and proxies on the way, wait for a sign of life
-        if self._sse and self._silent:
+        if self._sse and self._writes == writes:
             self.write(b":\n\n")
-        self._silent = True
         self._start_heartbeat(seconds)
+
+
+_CLEANUP = 1.0  # seconds for the code after an `alive` before one around it is interrupted, too
 
 
 class _Scope:
@@ -2996,13 +3007,19 @@ class _Scope:
 
     It interrupts by cancelling the task and swallows that one cancellation, by the same count that
     `asyncio.timeout` keeps: if anybody else has cancelled the task meanwhile, theirs goes on.
+    Where scopes of one task are nested, the innermost takes the cancellation, so that the code
+    after it runs. A block around it is interrupted at its next await; a loop around it waits for
+    that code, which stands in its source, for a second.
     """
 
-    __slots__ = ("_before", "_interrupted", "_task", "_writer")
+    __slots__ = ("_before", "_interrupting", "_is_block", "_open", "_task", "_told", "_writer")
 
-    def __init__(self, writer: Writer) -> None:
+    def __init__(self, writer: Writer, is_block: bool = False) -> None:
         self._writer = writer
-        self._interrupted = False
+        self._is_block = is_block
+        self._open = writer._carrier.scopes  # all of the connection, this one while it is entered
+        self._told = False  # its end has been called for
+        self._interrupting = False  # it has cancelled the task, and no scope has taken that yet
 
     def __enter__(self) -> None:
         task = asyncio.current_task()
@@ -3010,20 +3027,64 @@ class _Scope:
             raise StarioError("alive() works inside a task only")
         self._task = task
         self._before = task.cancelling()
-        self._writer._enter(self)
+        self._open.append(self)
+        if self._writer._is_over():
+            self.end()
 
-    def interrupt(self) -> None:
-        """End the stretch where its task waits now, unless it is over already."""
-        if self in self._writer._scopes and not self._interrupted:
-            self._interrupted = True
+    def end(self) -> None:
+        """End it soon. Called by the carrier; a second call does nothing."""
+        # Not at once but as a call of the loop's own: then the task is waiting somewhere, never
+        # running, so the cancellation surfaces in the scope and not somewhere after it.
+        if not self._told:
+            self._told = True
+            self._task.get_loop().call_soon(self._interrupt)
+
+    def _interrupt(self) -> None:
+        """Cancel the task where it waits now, unless the stretch is over, or this has been done."""
+        if self in self._open and not any(scope._interrupting for scope in self._of_task()):
+            self._interrupting = True
             self._task.cancel()
 
+    def _of_task(self) -> list[_Scope]:
+        return [scope for scope in self._open if scope._task is self._task]
+
     def __exit__(self, kind: type[BaseException] | None, *exc: object) -> bool:
-        self._writer._leave(self)
-        if not self._interrupted:
+        self._open.remove(self)
+        if kind is not asyncio.CancelledError and not self._interrupting:
             return False
-        ours = self._task.uncancel() <= self._before
-        return ours and kind is asyncio.CancelledError
+        around = self._of_task()
+        interrupting = [scope for scope in (self, *around) if scope._interrupting]
+        if not interrupting:
+            return False
+        interrupting[0]._interrupting = False
+        loop = self._task.get_loop()
+        for scope in around:
+            if scope._is_block:
+                loop.call_soon(scope._interrupt)
+            else:
+                loop.call_later(_CLEANUP, scope._interrupt)
+        return self._task.uncancel() <= self._before and kind is asyncio.CancelledError
+
+
+async def _ticks(seconds: float) -> AsyncIterator[None]:
+    """Now, and then every so many seconds. A tick that nobody was there for is left out."""
+    loop = asyncio.get_running_loop()
+    due = loop.time()
+    while True:
+        yield
+        due = max(due + seconds, loop.time())
+        await asyncio.sleep(due - loop.time())
+
+
+async def _returns(writer: Writer) -> AsyncIterator[None]:
+    """Back at once as long as the loop's body writes or waits, else in a quarter of a second."""
+    loop = asyncio.get_running_loop()
+    while True:
+        writes, waited = writer._writes, asyncio.Event()
+        loop.call_soon(waited.set)
+        yield
+        busy = waited.is_set() or writer._writes != writes
+        await asyncio.sleep(0 if busy else 0.25)
 
 
 class Alive(Generic[T]):
@@ -3037,7 +3098,10 @@ class Alive(Generic[T]):
         if writer.completed:
             raise StarioError("the answer is complete: there is nothing to keep alive")
         self._writer = writer
-        self._iterator = None if source is None else aiter(source)
+        self._block: _Scope | None = None  # of `async with`: what covers the waits of a loop, too
+        self._iterator = aiter(
+            cast(AsyncIterable[T], _returns(writer)) if source is None else source
+        )
         self._open = True
         writer._start_heartbeat(heartbeat)
 
@@ -3045,29 +3109,32 @@ class Alive(Generic[T]):
         return self
 
     async def __anext__(self) -> T:
-        carrier = self._writer._carrier
         if self._open and not self._writer._is_over():
             try:
+                if self._block:
+                    return await self._next()
                 with _Scope(self._writer):
-                    if not carrier.has_room():
-                        await carrier.drained()
-                    if self._iterator is not None:
-                        return await anext(self._iterator)
-                    await asyncio.sleep(0)  # let others run, whatever the loop's body does
-                    return cast(T, None)
+                    return await self._next()
             except (StopAsyncIteration, ClientDisconnected):
                 pass
         # Here the source has run dry, or the scope above was interrupted.
         await self.aclose()
         raise StopAsyncIteration
 
+    async def _next(self) -> T:
+        carrier = self._writer._carrier
+        if not carrier.has_room():
+            await carrier.drained()
+        return await anext(self._iterator)
+
     async def __aenter__(self) -> Alive[T]:
-        self._scope = _Scope(self._writer)
-        self._scope.__enter__()
+        self._block = _Scope(self._writer, is_block=True)
+        self._block.__enter__()
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, *exc: object) -> bool:
-        ended = self._scope.__exit__(kind, *exc)
+        assert self._block is not None
+        ended = self._block.__exit__(kind, *exc)
         await self.aclose()
         return ended or kind is ClientDisconnected
 
@@ -3772,8 +3839,10 @@ class Limits:
 _HIGH_WATER = 64 * 1024  # bytes kept of a body, or of later requests, before the client has to wait
 _DISCARD_LIMIT = 256 * 1024  # bytes of an unread body that are worth a connection
 _TOLD_BUSY = 100  # connections beyond the limit that still get an answer, 503
+_ACCEPTED = 64  # connections that are accepted before others get their turn
 _A_TURN = 64  # requests and bodies of one client that are read before others get their turn
 _KEPT_HEAD = 4096  # bytes of a header block that is worth keeping for the next request
+_FAREWELL = 0.5  # seconds in which an idle connection may still ask when the server stops
 _LINGER = 2.0  # seconds in which a client may read an answer that ended its connection
 _NEVER = float("inf")  # the deadline of who waits for nothing
 _FILE_PIECE = 1024 * 1024  # bytes of a file that are sent at a time
@@ -3976,7 +4045,7 @@ class Connection(asyncio.Protocol):
         "_close_after", "_deadline", "_discarded", "_drain_waiters", "_ended", "_eof", "_expects",
         "_framed", "_framing", "_headers", "_http_1_0", "_idle", "_left", "_limits", "_lost_track",
         "_paused_reading", "_paused_writing", "_scanned", "_sent", "_stalled_since", "_taken",
-        "_transport", "_worker", "client", "disconnected", "on_end", "shutting_down",
+        "_transport", "_worker", "client", "disconnected", "scopes",
     )  # fmt: skip
 
     def __init__(self, worker: Worker) -> None:
@@ -4017,10 +4086,14 @@ class Connection(asyncio.Protocol):
         self._taken = 0  # and those it had got rid of when we last looked:
         self._stalled_since = 0.0  # then
         # The rest of what a Carrier has
-        self.on_end: Callable[[], None] | None = None
+        self.scopes: list[_Scope] = []
         self.client = ""
         self.disconnected = False
-        self.shutting_down = worker.stopping
+
+    @property
+    def shutting_down(self) -> bool:
+        """See Carrier."""
+        return self._worker.stopping
 
     @property
     def scheme(self) -> str:
@@ -4041,13 +4114,15 @@ class Connection(asyncio.Protocol):
         self.client = str(peer[0]) if isinstance(peer, tuple) else ""
         connections = self._worker.connections
         connections.add(self)
+        if self._worker.stopping:
+            self._deadline = self._worker.idle_deadline
         self._busy = len(connections) > self._worker.max_connections
 
     def connection_lost(self, exc: Exception | None) -> None:
         """It has gone, or we have closed: wake everybody who waits for it."""
         self._worker.connections.discard(self)
         self._ended = self.disconnected = True
-        self._call_on_end()
+        self._end_scopes()
         self._resume_drains()
         self._fail_body(ClientDisconnected("the client left before its request was complete"))
 
@@ -4058,7 +4133,7 @@ class Connection(asyncio.Protocol):
         self._eof = self.disconnected = True
         if self._fail_body(ClientDisconnected("the client closed in the middle of its request")):
             self._close_after = True
-        self._call_on_end()
+        self._end_scopes()
         self._advance_later()
         return self._transport.get_extra_info("sslcontext") is None  # TLS has no half-closed state
 
@@ -4070,10 +4145,9 @@ class Connection(asyncio.Protocol):
             body.fail(error)
         return body is not None
 
-    def _call_on_end(self) -> None:
-        on_end, self.on_end = self.on_end, None
-        if on_end is not None:
-            on_end()
+    def _end_scopes(self) -> None:
+        for scope in self.scopes:
+            scope.end()
 
     def data_received(self, data: bytes) -> None:
         """Bytes have come."""
@@ -4236,7 +4310,7 @@ class Connection(asyncio.Protocol):
         self._deadline = _NEVER
         self._scanned = 0
         self._http_1_0 = line.http_1_0
-        self._close_after = framing.close or worker.stopping
+        self._close_after = framing.close
         if not (line.is_plain and framing.ends_here):
             line, headers = self._normalise(line, headers, framing)
             body = self._begin_body(framing)
@@ -4364,7 +4438,8 @@ class Connection(asyncio.Protocol):
     def answer(self, status: int, fields: bytes, body: bytes) -> None:
         """See Carrier."""
         # Without a body under way nothing is expected, and nothing left to be read.
-        if self._close_after or self._http_1_0 or self._body is not None:
+        stopping = self._worker.stopping
+        if self._close_after or stopping or self._http_1_0 or self._body is not None:
             fields = self._with_connection(fields)
         if not self._ended:  # (a single write to a transport that is closing does no harm)
             data = b"".join((_status_lines[status], fields, self._worker.date_line, body))
@@ -4384,6 +4459,8 @@ class Connection(asyncio.Protocol):
 
     def _with_connection(self, fields: bytes) -> bytes:
         """The fields, and what is to be said of the connection (RFC 9112, section 9.3)."""
+        if self._worker.stopping:
+            self._close_after = True
         if self._expects or self._left > _DISCARD_LIMIT:
             # Nobody can tell whether the body will still come, or it would be too much of it.
             self._close_after = True
@@ -4409,15 +4486,13 @@ class Connection(asyncio.Protocol):
             self._write(b"0\r\n\r\n")
             self._framed = False
         self._answering = False
-        self.on_end = None
-        if self._close_after or self._worker.stopping:
+        if self._close_after:
             self._close()
             return
         if self._body is not None:
             self._give_up_body(self._body)
-        else:  # `_become_idle`, without asking again whether the server stops
-            self._idle = True
-            self._deadline = self._worker.idle_deadline
+        else:
+            self._become_idle()
         if (self._buffer or self._eof) and not self._advancing:
             # In a turn of its own, and not inside the handler that has just answered.
             self._worker.loop.call_soon(self._advance_later)
@@ -4528,8 +4603,6 @@ class Connection(asyncio.Protocol):
     def _become_idle(self) -> None:
         self._idle = True
         self._deadline = self._worker.idle_deadline
-        if self._worker.stopping:
-            self._close()
 
     def _close(self) -> None:
         """Close, so that the client can read what we have sent.
@@ -4583,12 +4656,10 @@ class Connection(asyncio.Protocol):
             self._refuse(HttpException(408, "the head did not come in time"))
 
     def shut_down(self) -> None:
-        """The server stops: idle connections close, streams end, requests are answered."""
-        self.shutting_down = True
-        if self._answering:
-            self._call_on_end()
-        elif self._body is None and not self._ended:
-            self._transport.close()
+        """The server stops: streams end, requests are answered, idle connections may still ask."""
+        self._end_scopes()
+        if self._idle:
+            self._deadline = self._worker.idle_deadline
 
 
 # ==================================================================================================
@@ -4617,6 +4688,8 @@ class Stario(Router):
         max_body: int = 10 * 1024 * 1024,
     ) -> None:
         super().__init__()
+        if isinstance(tracer, type):
+            raise StarioError(f"{tracer.__name__} is a class: `with {tracer.__name__}() as tracer`")
         self.tracer = tracer or Tracer()
         self.compression = compression or CompressionConfig()
         self.max_body = max_body
@@ -4758,13 +4831,15 @@ class Stario(Router):
     async def serve(
         self, host: str = "127.0.0.1", port: int = 8000, workers: int = 1, **options: Any
     ) -> None:
-        """Serve until SIGINT or SIGTERM. The options are those of `Server`, and the `Limits`.
+        """Serve until a signal says stop. The options are those of `Server`, and the `Limits`.
 
         What keeps it from starting (a port that is taken, an option that does not exist) ends the
-        program with one sentence: SystemExit.
+        program with one sentence: SystemExit. What handlers start with `asyncio.to_thread` runs in
+        threads that do not hold up the program's end.
         """
         try:
             server = Server(self, host, port, workers, **options)
+            asyncio.get_running_loop().set_default_executor(_Threads())
             await server.start()
         except StarioError as exc:
             raise SystemExit(f"stario: {exc}") from None
@@ -4791,7 +4866,11 @@ class Stario(Router):
 
 
 class Worker:
-    """One event loop's share of the connections. Everything here is touched on that loop only."""
+    """One event loop's share of the connections.
+
+    Everything here is touched on that loop only; but `stopping` and `deadline` are set by the
+    server, too, on its own.
+    """
 
     def __init__(
         self,
@@ -4807,9 +4886,11 @@ class Worker:
         self.limits = limits
         self.max_connections = max_connections
         self.connections: set[Connection] = set()
-        self.arriving = 0  # accepted, but not connections yet: TLS takes its time
+        self.arriving: set[asyncio.Task[None]] = set()  # accepted; before a connection comes TLS
         self.tasks: set[asyncio.Task[None]] = set()  # handlers under way
-        self.stopping = False
+        self.stopping = False  # every answer says "connection: close", streams end
+        self.deadline = _NEVER  # when stopping: the time at which all is cut off
+        self.ended = False  # its loop is to end
         # As of the last sweep, which is good enough for time-outs of seconds:
         self.now = loop.time()
         self.idle_deadline = self.now + limits.keep_alive_timeout
@@ -4822,11 +4903,10 @@ class Worker:
 
     def adopt(self, accepted: socket.socket, tls: ssl_module.SSLContext | None) -> None:
         """Take over a connection that has been accepted, if there is any room for it."""
-        if len(self.connections) + self.arriving >= self.max_connections + _TOLD_BUSY:
+        if len(self.connections) + len(self.arriving) >= self.max_connections + _TOLD_BUSY:
             accepted.close()
             return
-        self.arriving += 1
-        _keep(self.loop.create_task(self._adopt(accepted, tls)), self.tasks)
+        _keep(self.loop.create_task(self._adopt(accepted, tls)), self.arriving)
 
     async def _adopt(self, accepted: socket.socket, tls: ssl_module.SSLContext | None) -> None:
         try:
@@ -4838,8 +4918,6 @@ class Worker:
             )
         except (OSError, asyncio.CancelledError):  # no TLS after all, or gone already
             accepted.close()
-        finally:
-            self.arriving -= 1
 
     def note_refusal(self, connection: Connection, exc: HttpException) -> None:
         """Put into the trace what no handler got to see."""
@@ -4850,7 +4928,8 @@ class Worker:
     def _sweep(self) -> None:
         self._timer = self.loop.call_later(self._interval, self._sweep)
         self.now = self.loop.time()
-        self.idle_deadline = self.now + self.limits.keep_alive_timeout
+        idle = _FAREWELL if self.stopping else self.limits.keep_alive_timeout
+        self.idle_deadline = self.now + idle
         self.date_line = _last_line(time.time())
         for connection in list(self.connections):
             connection.check(self.now)
@@ -4858,21 +4937,89 @@ class Worker:
     async def stop(self, graceful_timeout: float) -> None:
         """End the streams, let requests finish, and cut off what takes too long."""
         self.stopping = True
-        deadline = self.loop.time() + graceful_timeout
+        start = self.loop.time()
+        self.deadline = min(self.deadline, start + graceful_timeout)
+        self._timer.cancel()
+        self._interval = min(self._interval, 0.05)
+        self._sweep()
         for connection in list(self.connections):
             connection.shut_down()
-        while (self.tasks or self.connections) and self.loop.time() < deadline:
-            waiting = asyncio.wait(self.tasks) if self.tasks else asyncio.sleep(0.01)
-            with suppress(asyncio.TimeoutError):
-                await asyncio.wait_for(waiting, deadline - self.loop.time())
-        for task in list(self.tasks):
-            task.cancel()
+        while (
+            self.tasks or self.connections or self.arriving
+        ) and self.loop.time() < self.deadline:
+            await asyncio.sleep(0.01)
+            if self.loop.time() >= start + _LINGER:  # nobody waits longer for a TLS greeting
+                _cancel(self.arriving)
+        _cancel(self.tasks | self.arriving)
         for connection in list(self.connections):
             connection._transport.abort()
-        if self.tasks:
-            await asyncio.wait(self.tasks, timeout=1.0)  # their cleanup
+        if under_way := self.tasks | self.arriving:
+            await asyncio.wait(under_way, timeout=_CLEANUP)
         await asyncio.sleep(0)  # for connection_lost
         self._timer.cancel()
+
+    def run(self) -> None:
+        """A worker's thread: run its loop, whatever is raised there, until the worker has ended."""
+        while not self.ended:
+            try:
+                self.loop.run_forever()
+            except BaseException as exc:
+                report = {"message": "a callback has ended the event loop", "exception": exc}
+                self.loop.call_exception_handler(report)
+        self.loop.run_until_complete(self.loop.shutdown_asyncgens())
+        self.loop.close()
+
+    def end(self) -> None:
+        """Let its thread end."""
+        self.ended = True
+        self.loop.stop()
+
+
+def _cancel(tasks: set[asyncio.Task[None]]) -> None:
+    for task in list(tasks):
+        task.cancel()
+
+
+class _Threads(ThreadPoolExecutor):
+    """Threads for `asyncio.to_thread` that nobody waits for when the program ends.
+
+    (Those of ThreadPoolExecutor itself are joined by the interpreter, however long they block.)
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        self._free = threading.Semaphore(0)  # threads that wait for a job
+        self._started = 0
+
+    def submit(self, call: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        """See concurrent.futures.Executor."""
+        future: Future[T] = Future()
+
+        def job() -> None:
+            if future.set_running_or_notify_cancel():
+                try:
+                    future.set_result(call(*args, **kwargs))
+                except BaseException as exc:
+                    future.set_exception(exc)
+
+        if not self._free.acquire(blocking=False) and self._started < self._max_workers:
+            self._started += 1
+            threading.Thread(target=self._work, name="stario-thread", daemon=True).start()
+        self._jobs.put(job)
+        return future
+
+    def _work(self) -> None:
+        while job := self._jobs.get():
+            job()
+            del job  # or what it holds would live until the next one
+            self._free.release()
+
+    def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
+        """Let the threads end that are through. A second call does nothing."""
+        for _ in range(self._started):
+            self._jobs.put(None)
+        self._started = 0
 
 
 def _last_line(timestamp: float) -> bytes:
@@ -4886,8 +5033,10 @@ class Server:
     - `host`, `port`: where to listen; port 0 takes a free one
     - `workers`: event loops, each in a thread of its own but the first
     - `unix_socket`: a path to listen at instead, with `unix_mode` as its permissions
+    - `sock`: a socket to listen with instead. So are those that systemd hands over (LISTEN_FDS)
     - `ssl`: an `ssl.SSLContext`, for HTTPS
-    - `reuse_port`: let several processes listen on one port (SO_REUSEPORT)
+    - `reuse_port`: listen where another process may do so, too: on a port by SO_REUSEPORT; a Unix
+      socket's path is taken over, and the other server keeps what has connected already
     - `backlog`: connections that wait to be accepted
     - `graceful_timeout`: seconds that requests under way get when the server stops
     - `trusted_proxies`: who may say for whom it asks; see TrustedProxies
@@ -4903,6 +5052,7 @@ class Server:
         *,
         unix_socket: str | os.PathLike[str] | None = None,
         unix_mode: int = 0o660,
+        sock: socket.socket | None = None,
         ssl: ssl_module.SSLContext | None = None,
         reuse_port: bool = False,
         backlog: int = 1024,
@@ -4916,29 +5066,35 @@ class Server:
         self._count = workers
         self._unix_socket = str(unix_socket) if unix_socket is not None else None
         self._unix_mode = unix_mode
+        self._unix_file: os.stat_result | None = None  # the file that we have made there
         self._ssl = ssl
         self._reuse_port = reuse_port
         self._backlog = backlog
         self._graceful_timeout = graceful_timeout
         self._proxies = TrustedProxies(trusted_proxies) if trusted_proxies else None
-        if not isinstance(workers, int) or workers < 1:
-            raise StarioError("workers must be a number from 1 up")
+        for name, value, least in (
+            ("workers", workers, 1),
+            ("backlog", backlog, 0),
+            ("port", port, 0),
+        ):
+            if not isinstance(value, int) or value < least:
+                raise StarioError(f"{name} is {value!r}: a whole number from {least} up is needed")
+        if not isinstance(graceful_timeout, (int, float)) or not graceful_timeout >= 0:
+            raise StarioError(f"graceful_timeout is {graceful_timeout!r}: seconds are needed")
+        if sock is not None and not isinstance(sock, socket.socket):
+            raise StarioError(f"sock is {sock!r}: a socket.socket is needed")
         if self._unix_socket and not hasattr(socket, "AF_UNIX"):
             raise StarioError("this system's Python has no Unix sockets")
-        if reuse_port and not hasattr(socket, "SO_REUSEPORT"):
+        if reuse_port and not (self._unix_socket or hasattr(socket, "SO_REUSEPORT")):
             raise StarioError("reuse_port is not supported on this system")
-        known = {field.name for field in dataclasses.fields(Limits)}
-        for name, value in limits.items():
-            if name not in known:
-                raise StarioError(f"the server has no option {name!r}; see Server and Limits")
-            if not isinstance(value, (int, float)) or not value > 0:
-                raise StarioError(f"{name} is {value!r}: a number above 0 is needed")
-        self._limits = Limits(**limits)
-        self._sockets: list[socket.socket] = []
+        self._limits = _limits(limits)
+        self._sockets = [sock] if sock is not None else []
         self._workers: list[Worker] = []
         self._threads: list[threading.Thread] = []
-        self._accepting: list[asyncio.Task[None]] = []
-        self._next = 0  # the worker whose turn it is
+        self._accepting: list[asyncio.Task[None]] = []  # where the loop has no readers
+        self._next = 0  # the worker that gets the next connection
+        self._stop = asyncio.Event()
+        self._asked = 0.0  # when a signal first asked to stop
 
     @property
     def url(self) -> str:
@@ -4953,22 +5109,46 @@ class Server:
     async def start(self) -> None:
         """Listen, and start the workers. Raises StarioError where that cannot be."""
         self._listen()
-        loop = asyncio.get_running_loop()
-        share = -(-self._limits.max_connections // self._count)
-        self._workers = [Worker(self.app, loop, self._limits, share, self._proxies)]
+        self._loop = asyncio.get_running_loop()
+        self._workers = [self._worker_on(self._loop)]
         for number in range(1, self._count):
-            other = type(loop)()
-            self._workers.append(Worker(self.app, other, self._limits, share, self._proxies))
-            name = f"stario-{number}"
-            thread = threading.Thread(target=_run_loop, args=(other,), name=name, daemon=True)
-            thread.start()
-            self._threads.append(thread)
+            self._workers.append(await self._start_thread(f"stario-{number}"))
         for listening in self._sockets:
-            self._accepting.append(loop.create_task(self._accept(loop, listening)))
+            self._watch(listening)
+
+    def _worker_on(self, loop: asyncio.AbstractEventLoop) -> Worker:
+        share = -(-self._limits.max_connections // self._count)
+        return Worker(self.app, loop, self._limits, share, self._proxies)
+
+    async def _start_thread(self, name: str) -> Worker:
+        """A worker with a thread, in which its loop is made: on Windows a loop of the main thread
+        would take over the main loop's wake-up by signals."""
+        started: Future[Worker] = Future()
+        make_loop = type(self._loop)
+
+        def run() -> None:
+            try:
+                loop = make_loop()
+                asyncio.set_event_loop(loop)
+                loop.set_default_executor(_Threads())
+                worker = self._worker_on(loop)
+            except BaseException as exc:
+                started.set_exception(exc)
+                return
+            started.set_result(worker)
+            worker.run()
+
+        thread = threading.Thread(target=run, name=name, daemon=True)
+        thread.start()
+        self._threads.append(thread)
+        return await asyncio.wrap_future(started)
 
     def _listen(self) -> None:
         try:
-            if self._unix_socket:
+            self._sockets = self._sockets or _inherited_sockets()
+            if self._sockets:
+                self._take_address()
+            elif self._unix_socket:
                 self._bind_unix(self._unix_socket)
             else:
                 self._bind_tcp()
@@ -4986,6 +5166,18 @@ class Server:
                     reason = "the port is taken. Stop what runs there, or set port="
             place = self._unix_socket or f"{self.host}:{self.port}"
             raise StarioError(f"cannot listen on {place}: {reason}") from None
+
+    def _take_address(self) -> None:
+        """Say where the sockets are that we were given."""
+        for given in self._sockets:
+            if given.type != socket.SOCK_STREAM:
+                raise StarioError(f"{given!r} is no stream socket")
+            _set_inherited(given)
+        address = self._sockets[0].getsockname()
+        if isinstance(address, tuple):
+            self.host, self.port = address[:2]
+        else:
+            self._unix_socket = os.fsdecode(address)
 
     def _bind_tcp(self) -> None:
         found = socket.getaddrinfo(
@@ -5006,62 +5198,191 @@ class Server:
             self.port = listening.getsockname()[1]  # port 0: the same one for all addresses
 
     def _bind_unix(self, path: str) -> None:
-        _remove_stale_socket(path)
+        """Listen under a name of our own, then give it the path: nobody finds it too early."""
+        _refuse_taken(path, self._reuse_port)
         listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self._sockets.append(listening)
-        listening.bind(path)
-        os.chmod(path, self._unix_mode)
+        own = f"{path}.{os.getpid()}"
+        with suppress(FileNotFoundError):
+            os.unlink(own)
+        listening.bind(own)
+        os.chmod(own, self._unix_mode)
+        listening.listen(self._backlog)
+        self._unix_file = os.stat(own)
+        os.replace(own, path)
 
     # -- Running
 
-    async def _accept(self, loop: asyncio.AbstractEventLoop, listening: socket.socket) -> None:
-        while True:
+    def _watch(self, listening: socket.socket) -> None:
+        """Accept what comes."""
+        try:
+            self._loop.add_reader(listening, self._accept, listening)
+        except NotImplementedError:  # Windows' loop
+            self._accepting.append(self._loop.create_task(self._accept_singly(listening)))
+
+    def _accept(self, listening: socket.socket) -> None:
+        """Accept the connections that wait, and deal them out."""
+        for _ in range(_ACCEPTED):  # the next ones come when others had their share of the loop
             try:
-                accepted, _ = await loop.sock_accept(listening)
+                accepted, _address = listening.accept()
+            except BlockingIOError:
+                return
+            except ConnectionError:  # the client has gone meanwhile
+                continue
             except OSError:
                 # No descriptors or memory left: those who wait stay in the backlog for a moment.
+                self._loop.remove_reader(listening)
+                self._loop.call_later(0.1, self._watch_again, listening)
+                return
+            self._deal(accepted)
+
+    def _watch_again(self, listening: socket.socket) -> None:
+        if listening in self._sockets:
+            self._watch(listening)
+
+    async def _accept_singly(self, listening: socket.socket) -> None:
+        while True:
+            try:
+                accepted, _ = await self._loop.sock_accept(listening)
+            except OSError:
                 await asyncio.sleep(0.1)
-                continue
-            worker = self._workers[self._next]
-            self._next = (self._next + 1) % len(self._workers)
-            if worker.loop is loop:
-                worker.adopt(accepted, self._ssl)
             else:
-                worker.loop.call_soon_threadsafe(worker.adopt, accepted, self._ssl)
+                self._deal(accepted)
+
+    def _deal(self, accepted: socket.socket) -> None:
+        """Give a connection to the next worker."""
+        accepted.setblocking(False)
+        worker = self._workers[self._next]
+        self._next = (self._next + 1) % len(self._workers)
+        if worker.loop is self._loop:
+            worker.adopt(accepted, self._ssl)
+        else:
+            worker.loop.call_soon_threadsafe(worker.adopt, accepted, self._ssl)
+
+    # -- Stopping
 
     async def wait_for_signal(self) -> None:
-        """Wait for SIGINT (Ctrl-C) or SIGTERM. A second one, while it stops, ends it at once."""
-        loop = asyncio.get_running_loop()
-        stop = asyncio.Event()
-        restore = [_on_signal(number, loop, stop) for number in (signal.SIGINT, signal.SIGTERM)]
-        try:
-            await stop.wait()
-        finally:
-            for undo in restore:
-                undo()
+        """Wait for Ctrl-C, SIGTERM, the terminal's end (SIGHUP), or Ctrl-Break (SIGBREAK).
+
+        Another one, while the server stops, ends its patience: requests are cancelled, and the
+        next one, or one that the event loop is too busy to see, ends the process.
+        """
+        _heed_signals(self)
+        await self._stop.wait()
+
+    def _signalled(self, number: int) -> None:
+        """A signal has come. (Within a moment it is the same one: a terminal sends it twice.)"""
+        now = time.monotonic()
+        if not self._asked:
+            self._asked = now
+            self._loop.call_soon_threadsafe(self._stop.set)
+        elif now - self._asked > 0.2:
+            if not self._stop.is_set() or not self._graceful_timeout:
+                os._exit(128 + number)  # (process 1 of a container ends by no signal of its own)
+            self._asked, self._graceful_timeout = now, 0.0
+            for worker in self._workers:
+                worker.deadline = 0.0
 
     async def stop(self) -> None:
         """Accept no more, end the streams, let requests finish within `graceful_timeout`."""
+        try:
+            for worker in self._workers:
+                worker.stopping = True  # from now on every answer tells that its connection ends
+            self._stop_accepting()
+            await self._stop_workers()
+        finally:
+            _forget_signals(self)
+
+    def _stop_accepting(self) -> None:
+        """Close the listening sockets, when all that waits there has been accepted.
+
+        For their clients those connections stand: the kernel has accepted them, and would reset
+        them. A handshake that is under way in this moment is lost on Linux, unless
+        net.ipv4.tcp_migrate_req is set, or somebody else holds the same socket (LISTEN_FDS).
+        """
+        if self._unix_file and self._unix_socket:  # first, so that nobody comes after the last one
+            with suppress(OSError):
+                if os.path.samestat(self._unix_file, os.stat(self._unix_socket)):
+                    os.unlink(self._unix_socket)  # (it may be a successor's)
         for task in self._accepting:
             task.cancel()
-        await asyncio.gather(*self._accepting, return_exceptions=True)
         for listening in self._sockets:
+            with suppress(NotImplementedError):
+                self._loop.remove_reader(listening)
+            for _ in range(self._backlog + 1):
+                try:
+                    self._deal(listening.accept()[0])
+                except ConnectionAbortedError:
+                    continue
+                except OSError:
+                    break
             listening.close()
-        if self._unix_socket and self._sockets:
-            with suppress(OSError):
-                os.unlink(self._unix_socket)
-        self._sockets = []
-        here = asyncio.get_running_loop()
-        stopping = [
-            asyncio.run_coroutine_threadsafe(worker.stop(self._graceful_timeout), worker.loop)
+        self._sockets, self._accepting = [], []
+
+    async def _stop_workers(self) -> None:
+        patience = self._graceful_timeout
+        ends = [
+            asyncio.wrap_future(
+                asyncio.run_coroutine_threadsafe(worker.stop(patience), worker.loop)
+            )
             for worker in self._workers
         ]
-        await asyncio.gather(*map(asyncio.wrap_future, stopping))
+        deadline = time.monotonic() + patience + 2 * _CLEANUP
+        waiting = set(ends)
+        while waiting and time.monotonic() < deadline:
+            if not self._graceful_timeout:
+                deadline = min(deadline, time.monotonic() + _CLEANUP)
+            _, waiting = await asyncio.wait(waiting, timeout=0.1)
         for worker in self._workers[1:]:
-            worker.loop.call_soon_threadsafe(worker.loop.stop)
-        for thread in self._threads:
-            await here.run_in_executor(None, thread.join)
-        self._workers, self._threads = [], []
+            worker.loop.call_soon_threadsafe(worker.end)
+        while any(thread.is_alive() for thread in self._threads) and time.monotonic() < deadline:
+            await asyncio.sleep(0.005)
+        self._workers, self._threads = (
+            [],
+            [],
+        )  # a thread that a handler blocks ends with the process
+
+
+def _limits(options: dict[str, Any]) -> Limits:
+    known = {field.name for field in dataclasses.fields(Limits)}
+    for name, value in options.items():
+        if name not in known:
+            raise StarioError(f"the server has no option {name!r}; see Server and Limits")
+        if not isinstance(value, (int, float)) or not value > 0:
+            raise StarioError(f"{name} is {value!r}: a number above 0 is needed")
+    return Limits(**options)
+
+
+# -- Signals are the process's: they stop every server that waits for one. What was done about them
+# before is put back when the last of these servers has stopped.
+
+_waiting: list[Server] = []  # touched in the main thread only
+_before: dict[int, Any] = {}  # what was done about these signals
+
+
+def _heed_signals(server: Server) -> None:
+    if threading.current_thread() is not threading.main_thread() or server in _waiting:
+        return  # only the main thread can have signals
+    _waiting.append(server)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
+        number = getattr(signal, name, None)
+        before = number and signal.getsignal(number)
+        ignored = name == "SIGHUP" and before == signal.SIG_IGN  # by nohup
+        if number and number not in _before and before is not None and not ignored:
+            _before[number] = before
+            signal.signal(number, _on_signal)
+
+
+def _on_signal(number: int, frame: object) -> None:
+    for server in list(_waiting):
+        server._signalled(number)
+
+
+def _forget_signals(server: Server) -> None:
+    if server in _waiting:
+        _waiting.remove(server)
+        while _before and not _waiting:
+            signal.signal(*_before.popitem())
 
 
 _INHERITED = {
@@ -5083,30 +5404,6 @@ def _set_inherited(listening: socket.socket) -> None:
             listening.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
-def _run_loop(loop: asyncio.AbstractEventLoop) -> None:
-    """A worker's thread."""
-    asyncio.set_event_loop(loop)
-    try:
-        loop.run_forever()
-    finally:
-        loop.run_until_complete(loop.shutdown_asyncgens())
-        loop.close()
-
-
-def _on_signal(
-    number: int, loop: asyncio.AbstractEventLoop, stop: asyncio.Event
-) -> Callable[[], object]:
-    """Set the event when the signal comes; gives back what undoes it."""
-    if threading.current_thread() is not threading.main_thread():
-        return lambda: None  # only the main thread can have signals
-    try:
-        loop.add_signal_handler(number, stop.set)
-        return lambda: loop.remove_signal_handler(number)
-    except NotImplementedError:  # Windows
-        before = signal.signal(number, lambda *_: loop.call_soon_threadsafe(stop.set))
-        return lambda: signal.signal(number, before)
-
-
 def _is_here(family: int, address: tuple[Any, ...]) -> bool:
     """Whether this machine has the address: in containers, `localhost` often lacks its IPv6 one."""
     with suppress(OSError), socket.socket(family, socket.SOCK_STREAM) as probe:
@@ -5115,21 +5412,33 @@ def _is_here(family: int, address: tuple[Any, ...]) -> bool:
     return False
 
 
-def _remove_stale_socket(path: str) -> None:
-    """Remove the socket file of a server that has died. One that still answers is left alone."""
+def _refuse_taken(path: str, take_over: bool) -> None:
+    """Refuse a path where another server answers, and one that is a file of another kind."""
     try:
         if not stat.S_ISSOCK(os.stat(path).st_mode):
             raise StarioError("there is a file of that name, and it is no socket")
     except FileNotFoundError:
         return
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+    with suppress(ConnectionRefusedError), socket.socket(socket.AF_UNIX) as probe:
         probe.settimeout(1.0)  # one that hangs would let us wait for ever
-        try:
+        if not take_over:
             probe.connect(path)
-        except ConnectionRefusedError:
-            os.unlink(path)
-            return
-    raise StarioError("another server is listening there")
+            raise StarioError("another server is listening there")
+
+
+def _inherited_sockets() -> list[socket.socket]:
+    """The sockets that systemd, or whatever speaks its protocol, has opened for us: from 3 on.
+
+    https://www.freedesktop.org/software/systemd/man/latest/sd_listen_fds.html
+    """
+    if os.environ.get("LISTEN_PID") != str(os.getpid()):
+        return []  # they are another process's
+    count = int(os.environ.pop("LISTEN_FDS", "0"))
+    del os.environ["LISTEN_PID"]  # for the programs that we start
+    sockets = [socket.socket(fileno=descriptor) for descriptor in range(3, 3 + count)]
+    for inherited in sockets:
+        inherited.set_inheritable(False)
+    return sockets
 
 
 # ==================================================================================================
@@ -5144,7 +5453,7 @@ class _Exchange:
     """The Carrier of one request of a test."""
 
     def __init__(self) -> None:
-        self.on_end: Callable[[], None] | None = None
+        self.scopes: list[_Scope] = []
         self.client = "testclient"
         self.scheme = "http"
         self.proxies: TrustedProxies | None = None
@@ -5221,9 +5530,8 @@ class _Exchange:
         self.disconnected = self.disconnected or disconnect
         self.shutting_down = self.shutting_down or not disconnect
         self._changed.set()
-        on_end, self.on_end = self.on_end, None
-        if on_end:
-            on_end()
+        for scope in self.scopes:
+            scope.end()
 
 
 class TestResponse(NamedTuple):

@@ -2335,6 +2335,7 @@ class TestAlive(StreamTest):
             turns = 0
             async for _ in w.alive():
                 turns += 1
+                await asyncio.sleep(0)
                 if turns == 10:
                     self.start(w)
             self.log.append("cleanup" if turns >= 10 else "too early")
@@ -4808,7 +4809,7 @@ class TestListening(HttpTest):
             ({"max_headers": "10"}, "max_headers is '10'"),
             ({"body_timeout": None}, "body_timeout is None"),
             ({"write_timeout": float("nan")}, "write_timeout is nan"),
-            ({"workers": 0}, "workers must be a number from 1 up"),
+            ({"workers": 0}, "workers is 0: a whole number from 1 up"),
         ):
             with self.subTest(words), self.assertRaisesRegex(StarioError, words):
                 Server(Stario(), **options)  # type: ignore[arg-type]
@@ -4963,13 +4964,13 @@ class TestTls(HttpTest):
         with mock.patch("stario._TOLD_BUSY", 0):
             async with echo_app().running(**options) as server:
                 silent = [await Peer.connect(server.port) for _ in range(2)]
-                await until(lambda: server._workers[0].arriving == 2)
+                await until(lambda: len(server._workers[0].arriving) == 2)
                 third = await Peer.connect(server.port)
                 with contextlib.suppress(ConnectionResetError):
                     self.assertEqual(await within(third.rest()), b"")
                 for peer in (*silent, third):
                     await peer.close()
-                await until(lambda: server._workers[0].arriving == 0)
+                await until(lambda: len(server._workers[0].arriving) == 0)
                 peer = await self.connect(server)
                 self.assertEqual((await within(peer.get("/"))).status, 200)
                 await peer.close()
