@@ -4737,17 +4737,7 @@ class TestFaults(HttpTest):
         """Accepting goes on when there are some again."""
         import resource
 
-        failed = asyncio.Event()
-        loop = asyncio.get_running_loop()
-        accept = loop.sock_accept
-
-        async def watched(listening: socket.socket) -> Any:
-            try:
-                return await accept(listening)
-            except OSError:
-                failed.set()
-                raise
-
+        again = asyncio.Event()
         soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
         held: list[int] = []
         async with echo_app().running() as server:
@@ -4758,13 +4748,14 @@ class TestFaults(HttpTest):
                 with contextlib.suppress(OSError):
                     while True:
                         held.append(os.dup(source))
-                with patched(loop, "sock_accept", watched):
+                with patched(server, "_watch_again", lambda listening: again.set()):
                     waiting.connect(("127.0.0.1", server.port))
-                    await within(failed.wait())
+                    await within(again.wait())
             finally:
                 for descriptor in (*held, source):
                     os.close(descriptor)
                 resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+            server._watch_again(*server._sockets)
             peer = Peer(*await asyncio.open_connection(sock=waiting))
             self.assertEqual((await within(peer.get("/"))).status, 200)
             await peer.close()
