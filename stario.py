@@ -39,11 +39,13 @@ client are two carriers, and a third one needs about a page.
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextvars
 import dataclasses
 import enum
 import errno
 import hashlib
+import hmac
 import ipaddress
 import json
 import math
@@ -1827,6 +1829,7 @@ class ResponseHeaders(Headers):
     def __init__(self) -> None:
         super().__init__()
         self.sent = False
+        self.before_sending: Callable[[], None] | None = None  # a last chance to add some
 
     def set(self, name: str | bytes, value: str | bytes | int) -> ResponseHeaders:
         """Make this the only value of the field."""
@@ -2855,6 +2858,9 @@ class Writer:
             raise StarioError("this request has been answered already: a Writer answers once")
         if not 200 <= status <= 999:
             raise StarioError(f"{status} is no status of an answer: 200 to 599 are")
+        if self._headers is not None and (last_chance := self._headers.before_sending):
+            self._headers.before_sending = None  # if it fails, the error's answer goes without it
+            last_chance()
         self.started = True
         self.status_code = status
 
@@ -3215,6 +3221,13 @@ class Context:
         return {}
 
     @property
+    def session(self) -> dict[str, Any]:
+        """What the browser keeps for you in a signed cookie: see `Session` (part 10b)."""
+        if "session" not in self.state:
+            raise StarioError("there is no c.session: add app.use(Session(key)) before the routes")
+        return cast("dict[str, Any]", self.state["session"])
+
+    @property
     def span(self) -> Span:
         """The request's span."""
         if self._span is None:
@@ -3556,6 +3569,119 @@ def _is_own_origin(origin: str, request: Request) -> bool:
     (host, port), (own, own_port) = _split_host(place), _split_host(request._asked.host)
     default = _PORTS[scheme]
     return host == own and (port or default) == (own_port or default)
+
+
+# ==================================================================================================
+# 10b. Sessions
+#
+# A session is a dict that stays with one browser: `c.session["user"] = 7`. It lives in a cookie,
+# as JSON with a signature (HMAC-SHA256, RFC 2104). So the server keeps nothing, and every process
+# that knows the key can read it:
+#
+#     session=eyJ1c2VyIjo3fQ.1764180000.kq0h…      JSON in base64 . seconds since 1970 . signature
+#
+# The rule that must hold: the browser can read the session, but only a text that this key has
+# signed is one. What it leaves out: a session cannot be ended from the server's side before its
+# time (a copy of the cookie stays good), and 4,096 bytes are all that a cookie holds.
+# ==================================================================================================
+
+
+class Session:
+    """Middleware: `app.use(Session(key))` gives each request its `c.session`, a dict of JSON.
+
+    - `key`: a secret of 16 bytes or more that stays the same over restarts. Make one with
+      `python -c "import secrets; print(secrets.token_hex())"`, and keep it out of the code.
+      Several are a rotation: the first signs, all are accepted.
+    - `max_age`: seconds after which a session that nothing changes is empty again
+    - `name`: the cookie's; over HTTPS it gets the prefix `__Host-`, which lets no other host set it
+
+    A cookie that was tampered with is an empty session, and the event `session.refused`.
+    """
+
+    def __init__(
+        self,
+        key: str | bytes,
+        *older_keys: str | bytes,
+        name: str = "session",
+        max_age: int = 14 * 24 * 3600,
+        samesite: str = "lax",
+    ) -> None:
+        self._keys = [k.encode() if isinstance(k, str) else k for k in (key, *older_keys)]
+        if min(map(len, self._keys)) < 16:
+            raise StarioError(
+                "a session's key needs 16 bytes or more that nobody can guess: make one with "
+                'python -c "import secrets; print(secrets.token_hex())"'
+            )
+        self._name = name
+        self._max_age = max_age
+        self._samesite = samesite
+
+    def __call__(self, handler: Handler) -> Handler:
+        """Wrap a handler: read the session before it, and write what has changed with its answer."""
+
+        async def _with_session(c: Context, w: Writer) -> None:
+            name = f"__Host-{self._name}" if c.req.scheme == "https" else self._name
+            kept, age = self._read(c, c.req.cookies.get(name))
+            session = c.state["session"] = json.loads(kept)
+
+            def save() -> None:
+                nonlocal kept
+                text = _session_json(session)
+                if session or kept != "{}":
+                    w.headers.add("vary", "cookie")  # caches must not show it to others
+                if text != kept or age > self._max_age / 2:
+                    self._write(w, name, text if session else "")
+                kept = text
+
+            w.headers.before_sending = save
+            await handler(c, w)
+            if w.started and _session_json(session) != kept:
+                raise StarioError(
+                    "c.session was changed after the answer had begun, so the browser does not "
+                    "hear of it: change it before the first w.html(), w.patch(), ..."
+                )
+
+        return _with_session
+
+    def _read(self, c: Context, cookie: str | None) -> tuple[str, float]:
+        """The JSON of a session, and its age in seconds: that of an empty one if it is not good."""
+        if not cookie:
+            return "{}", 0
+        payload, _, signature = cookie.rpartition(".")
+        signatures = [self._sign(key, payload) for key in self._keys]
+        if not any(hmac.compare_digest(good, signature.encode("utf-8", "replace")) for good in signatures):
+            c("session.refused", {"reason": "the signature is not ours"})
+            return "{}", 0
+        text, _, written = payload.rpartition(".")
+        age = time.time() - int(written)
+        if age > self._max_age:
+            return "{}", 0
+        return base64.urlsafe_b64decode(text).decode(), age
+
+    def _write(self, w: Writer, name: str, text: str) -> None:
+        """Set the cookie; without a text, delete it."""
+        payload = f"{base64.urlsafe_b64encode(text.encode()).decode()}.{int(time.time())}"
+        value = f"{payload}.{self._sign(self._keys[0], payload).decode()}" if text else ""
+        if len(name) + len(value) > 4096:  # RFC 6265, section 6.1
+            raise StarioError(
+                f"c.session is too large: {len(value)} bytes where a cookie holds 4,096. "
+                "Keep the data on the server, and a key to it in the session"
+            )
+        w.cookie(
+            name, value, max_age=self._max_age if text else 0, httponly=True,
+            secure=name.startswith("__Host-"), samesite=self._samesite,
+        )  # fmt: skip
+
+    def _sign(self, key: bytes, payload: str) -> bytes:
+        digest = hmac.digest(key, f"{self._name}={payload}".encode(), "sha256")
+        return base64.urlsafe_b64encode(digest).rstrip(b"=")
+
+
+def _session_json(session: dict[str, Any]) -> str:
+    try:
+        return json.dumps(session, separators=(",", ":"), sort_keys=True)
+    except (TypeError, ValueError) as exc:
+        raise StarioError(f"c.session holds what JSON cannot: {exc}") from None
 
 
 # ==================================================================================================
@@ -6746,6 +6872,7 @@ __all__ = [
     "SafeString",
     "Server",
     "ServerEvent",
+    "Session",
     "SignalsError",
     "Span",
     "SpanEvent",

@@ -67,6 +67,7 @@ from stario import (
     Router,
     SafeString,
     Server,
+    Session,
     SignalsError,
     Span,
     SpanEvent,
@@ -1480,6 +1481,162 @@ class TestRouting(AsyncTest):
 
 
 # -- 6. Telemetry: long life
+
+
+class TestSession(AsyncTest):
+    """Part 10b: a dict that stays with one browser."""
+
+    KEY = "k" * 16
+
+    def app(self, *keys: str, **options: Any) -> Stario:
+        app = Stario()
+        app.use(Session(*(keys or (self.KEY,)), **options))
+        app.get("/", self.show)
+        app.post("/add", self.add)
+        app.post("/clear", self.clear)
+        app.get("/late", self.late)
+        return app
+
+    @staticmethod
+    async def show(c: Context, w: Writer) -> None:
+        w.json(c.session)
+
+    @staticmethod
+    async def add(c: Context, w: Writer) -> None:
+        c.session.setdefault("seen", []).append(c.req.query.get("what"))
+        w.empty()
+
+    @staticmethod
+    async def clear(c: Context, w: Writer) -> None:
+        c.session.clear()
+        w.empty()
+
+    @staticmethod
+    async def late(c: Context, w: Writer) -> None:
+        w.text("begun")
+        c.session["user"] = 7
+
+    async def test_it_comes_back_with_the_next_request_also_what_changed_inside(self) -> None:
+        async with TestClient(self.app()) as client:
+            await client.post("/add?what=%C3%BC")
+            await client.post("/add?what=;=")
+            self.assertEqual((await client.get("/")).json(), {"seen": ["ü", ";="]})
+            self.assertEqual((await client.get("/")).headers.get("vary"), "cookie")
+
+    async def test_a_session_that_was_not_touched_sets_no_cookie(self) -> None:
+        async with TestClient(self.app()) as client:
+            answer = await client.get("/")
+        self.assertIsNone(answer.headers.get("set-cookie"))
+        self.assertIsNone(answer.headers.get("vary"))
+
+    async def test_an_emptied_session_deletes_the_cookie(self) -> None:
+        async with TestClient(self.app()) as client:
+            await client.post("/add?what=x")
+            answer = await client.post("/clear")
+            self.assertIn("Max-Age=0", answer.headers.get("set-cookie") or "")
+            self.assertEqual((await client.get("/")).json(), {})
+
+    async def test_the_cookie_is_out_of_reach_of_scripts_and_other_sites(self) -> None:
+        async with TestClient(self.app()) as client:
+            cookie = (await client.post("/add?what=x")).headers.get("set-cookie") or ""
+        self.assertIn("; HttpOnly; SameSite=Lax", cookie)
+        self.assertNotIn("Secure", cookie)  # over plain HTTP a browser would drop it
+
+    async def test_whatever_was_not_signed_is_an_empty_session_and_an_event(self) -> None:
+        async with TestClient(self.app()) as client:
+            cookie = (await client.post("/add?what=x")).headers.get("set-cookie") or ""
+        good = cookie.partition(";")[0].partition("=")[2]
+        payload, _, signature = good.rpartition(".")
+        text, _, written = payload.rpartition(".")
+        forged = [
+            "x", ".", "..", "ü.1.x", good[:-1], good + "x", f"{text}.{int(written) + 9}.{signature}",
+            f"{text[:-2]}.{written}.{signature}", payload + ".", "." + good,
+        ]  # fmt: skip
+        for value in forged:
+            spans = Spans()
+            app = self.app()
+            app.tracer, app._silent = spans, False
+            async with TestClient(app) as client:
+                answer = await client.get("/", headers={"cookie": f"session={quote(value)}"})
+            with self.subTest(value):
+                self.assertEqual(answer.json(), {})
+                self.assertIn("session.refused", [e.name for s in spans.ended for e in s.events])
+
+    async def test_a_signature_for_another_cookie_is_none_for_this(self) -> None:
+        async with TestClient(self.app(name="basket")) as client:
+            cookie = (await client.post("/add?what=x")).headers.get("set-cookie") or ""
+        value = cookie.partition(";")[0].partition("=")[2]
+        async with TestClient(self.app()) as client:
+            answer = await client.get("/", headers={"cookie": f"session={value}"})
+        self.assertEqual(answer.json(), {})
+
+    async def test_keys_rotate_the_first_signs_and_all_are_accepted(self) -> None:
+        new = "n" * 16
+        async with TestClient(self.app()) as client:
+            old = (await client.post("/add?what=x")).headers.get("set-cookie") or ""
+        header = {"cookie": old.partition(";")[0]}
+        async with TestClient(self.app(new, self.KEY)) as client:
+            self.assertEqual((await client.get("/", headers=header)).json(), {"seen": ["x"]})
+            changed = (await client.post("/add?what=y", headers=header)).headers.get("set-cookie")
+        async with TestClient(self.app(new)) as client:
+            kept = {"cookie": (changed or "").partition(";")[0]}
+            self.assertEqual((await client.get("/", headers=kept)).json(), {"seen": ["x", "y"]})
+            self.assertEqual((await client.get("/", headers=header)).json(), {})
+
+    async def test_it_ends_by_itself_and_is_renewed_halfway(self) -> None:
+        async with TestClient(self.app(max_age=1000)) as client:
+            cookie = (await client.post("/add?what=x")).headers.get("set-cookie") or ""
+        header = {"cookie": cookie.partition(";")[0]}
+        now = stario.time.time()
+        for later, session, is_renewed in (
+            (10, {"seen": ["x"]}, False),
+            (600, {"seen": ["x"]}, True),
+            (1010, {}, False),
+        ):
+            with self.subTest(later), mock.patch("stario.time.time", lambda: now + later):  # noqa: B023
+                async with TestClient(self.app(max_age=1000)) as client:
+                    answer = await client.get("/", headers=header)
+            self.assertEqual(answer.json(), session)
+            self.assertEqual("set-cookie" in answer.headers, is_renewed)
+
+    async def test_a_change_after_the_answer_began_is_said(self) -> None:
+        async with connected(self.app()) as peer:
+            with self.assertLogs("asyncio", "ERROR") as logs:
+                await peer.get("/late")
+                await peer.get("/")
+        self.assertIn("changed after the answer had begun", "".join(logs.output))
+
+    async def test_what_cannot_be_kept_is_said_and_the_answer_is_a_500(self) -> None:
+        async def large(c: Context, w: Writer) -> None:
+            c.session["text"] = "x" * 4096
+            w.text("never sent")
+
+        async def odd(c: Context, w: Writer) -> None:
+            c.session["when"] = datetime.now(timezone.utc)
+            w.text("never sent")
+
+        for handler, message in ((large, "too large"), (odd, "what JSON cannot")):
+            app = self.app()
+            app.get("/bad", handler)
+            async with connected(app) as peer:
+                with self.subTest(message), self.assertLogs("asyncio", "ERROR") as logs:
+                    answer = await peer.get("/bad")
+            self.assertEqual(answer.status, 500)
+            self.assertIn(message, "".join(logs.output))
+
+    def test_a_short_key_is_refused(self) -> None:
+        with self.assertRaisesRegex(StarioError, "16 bytes"):
+            Session("secret")
+        with self.assertRaisesRegex(StarioError, "16 bytes"):
+            Session("k" * 16, b"old")
+
+    async def test_without_the_middleware_it_says_what_is_missing(self) -> None:
+        app = Stario()
+        app.get("/", self.show)
+        async with connected(app) as peer:
+            with self.assertLogs("asyncio", "ERROR") as logs:
+                self.assertEqual((await peer.get("/")).status, 500)
+        self.assertIn("app.use(Session(key))", "".join(logs.output))
 
 
 class CountingTracer(Tracer):
