@@ -76,8 +76,14 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager, suppress
+from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
+from contextlib import (
+    AbstractAsyncContextManager,
+    AsyncExitStack,
+    asynccontextmanager,
+    contextmanager,
+    suppress,
+)
 from datetime import date, datetime, timezone
 from datetime import time as time_of_day
 from decimal import Decimal
@@ -3617,7 +3623,7 @@ class Session:
         self._samesite = samesite
 
     def __call__(self, handler: Handler) -> Handler:
-        """Wrap a handler: read the session before it, and write what has changed with its answer."""
+        """Wrap a handler: read the session before it, write what has changed with its answer."""
 
         async def _with_session(c: Context, w: Writer) -> None:
             name = f"__Host-{self._name}" if c.req.scheme == "https" else self._name
@@ -3649,7 +3655,9 @@ class Session:
             return "{}", 0
         payload, _, signature = cookie.rpartition(".")
         signatures = [self._sign(key, payload) for key in self._keys]
-        if not any(hmac.compare_digest(good, signature.encode("utf-8", "replace")) for good in signatures):
+        if not any(
+            hmac.compare_digest(good, signature.encode("utf-8", "replace")) for good in signatures
+        ):
             c("session.refused", {"reason": "the signature is not ours"})
             return "{}", 0
         text, _, written = payload.rpartition(".")
@@ -4789,6 +4797,86 @@ class Connection(asyncio.Protocol):
 
 
 # ==================================================================================================
+# 12b. What lives as long as the server
+#
+# A database handle is opened before the first request and closed after the last: a lifespan. A
+# clock ticks, a long job goes on after its request has been answered: background work. Both start
+# and end with the server, on the event loop that `serve` was called on.
+# ==================================================================================================
+
+Lifespan = Callable[["Stario"], AbstractAsyncContextManager[object]]
+
+
+class _Life:
+    """An app's lifespans and background tasks. `tasks` is touched on `loop` only."""
+
+    def __init__(self, app: Stario) -> None:
+        self.app = app
+        self.lifespans: list[Lifespan] = []
+        self.loop: asyncio.AbstractEventLoop | None = None  # of the server, while there is one
+        self.tasks: set[asyncio.Task[None]] = set()
+        self._waiting: list[Callable[[], None]] = []  # what was asked for before the server started
+
+    @asynccontextmanager
+    async def lived(self) -> AsyncIterator[None]:
+        """Enter the lifespans in their order, start what waits; at the end, end it all."""
+        if self.loop is not None:
+            raise StarioError(
+                "this app is being served already: make another Stario for this server"
+            )
+        self.loop = asyncio.get_running_loop()
+        try:
+            async with AsyncExitStack() as stack:
+                for lifespan in self.lifespans:
+                    await stack.enter_async_context(lifespan(self.app))
+                while self._waiting:
+                    self._waiting.pop(0)()
+                try:
+                    yield
+                finally:
+                    await self._end_tasks()
+        finally:
+            self.loop = None
+
+    async def _end_tasks(self) -> None:
+        for task in self.tasks:
+            task.cancel()
+        if self.tasks:
+            await asyncio.wait(self.tasks, timeout=1.0)  # their cleanup
+
+    def begin(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        """Start the work, or let it wait for the server."""
+        handle: Future[T] = Future()
+
+        def start() -> None:
+            loop = asyncio.get_running_loop()
+            task = loop.create_task(self._watch(work, handle))
+            _keep(task, self.tasks)
+            handle.add_done_callback(lambda _: loop.call_soon_threadsafe(task.cancel))
+
+        if self.loop is None:
+            self._waiting.append(start)
+        else:
+            self.loop.call_soon_threadsafe(start)
+        return handle
+
+    async def _watch(self, work: Coroutine[Any, Any, T], handle: Future[T]) -> None:
+        """Do the work in a span of its own, and see to it that somebody hears of its failure."""
+        name = getattr(work, "__qualname__", "background")
+        with suppress(InvalidStateError):  # the handle was cancelled in this very moment
+            try:
+                with self.app.tracer(name):
+                    handle.set_result(await work)
+            except asyncio.CancelledError:
+                handle.cancel()
+            except BaseException as exc:
+                handle.set_exception(exc)
+                if self.app._silent:
+                    report = {"message": f"{name} has failed", "exception": exc}
+                    asyncio.get_running_loop().call_exception_handler(report)
+
+
+# ==================================================================================================
 # 13. The app and its server
 #
 # A Stario is a router with a tracer. `dispatch` takes one request through it: context, handler,
@@ -4820,6 +4908,7 @@ class Stario(Router):
         self.compression = compression or CompressionConfig()
         self.max_body = max_body
         self._silent = type(self.tracer) is Tracer  # nobody looks at the spans: make none
+        self._life = _Life(self)
         self._fallback: Handler = self._no_route
         self._add("GET", "/_stario/*", _collections["_stario"])  # the pocket client, see part 15
 
@@ -4829,6 +4918,29 @@ class Stario(Router):
         self._fallback = self._no_route
         for wrap in reversed(self._middleware):
             self._fallback = wrap(self._fallback)
+
+    def lifespan(self, manager: Lifespan) -> Lifespan:
+        """Open before the first request what is closed after the last: `app.lifespan(database)`.
+
+        `manager(app)` gives an async context manager, as a function with `@asynccontextmanager`
+        does. Several are entered in their order. An exception in it keeps the server from starting.
+        """
+        self._life.lifespans.append(manager)
+        return manager
+
+    def background(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        """Start a task that lives as long as the server: `app.background(tick())`.
+
+        Before the server runs it waits for it; a handler starts with it what goes on after the
+        answer. It is traced, and cancelled when the server stops, or by `cancel()` of what this
+        gives back, from any thread.
+        """
+        if not asyncio.iscoroutine(work):
+            raise StarioError(
+                f"background() takes a coroutine, as in app.background(tick()), "
+                f"not a {type(work).__name__}"
+            )
+        return self._life.begin(work)
 
     async def dispatch(self, request: Request, carrier: Carrier) -> None:
         """Take one request from its carrier to its handler, and its answer back. Raises nothing."""
@@ -5235,6 +5347,12 @@ class Server:
     async def start(self) -> None:
         """Listen, and start the workers. Raises StarioError where that cannot be."""
         self._listen()
+        self._lived = self.app._life.lived()
+        try:
+            await self._lived.__aenter__()
+        except BaseException:
+            self._close_listening()
+            raise
         self._loop = asyncio.get_running_loop()
         self._workers = [self._worker_on(self._loop)]
         for number in range(1, self._count):
@@ -5282,9 +5400,7 @@ class Server:
                 listening.listen(self._backlog)
                 listening.setblocking(False)
         except (OSError, OverflowError, ValueError, StarioError) as exc:
-            for opened in self._sockets:
-                opened.close()
-            self._sockets = []
+            self._close_listening()
             reason: object = exc
             if isinstance(exc, OSError):
                 reason = exc.strerror or exc
@@ -5304,6 +5420,11 @@ class Server:
             self.host, self.port = address[:2]
         else:
             self._unix_socket = os.fsdecode(address)
+
+    def _close_listening(self) -> None:
+        for opened in self._sockets:
+            opened.close()
+        self._sockets = []
 
     def _bind_tcp(self) -> None:
         found = socket.getaddrinfo(
@@ -5416,6 +5537,7 @@ class Server:
                 worker.stopping = True  # from now on every answer tells that its connection ends
             self._stop_accepting()
             await self._stop_workers()
+            await self._lived.__aexit__(None, None, None)
         finally:
             _forget_signals(self)
 
@@ -5463,10 +5585,7 @@ class Server:
             worker.loop.call_soon_threadsafe(worker.end)
         while any(thread.is_alive() for thread in self._threads) and time.monotonic() < deadline:
             await asyncio.sleep(0.005)
-        self._workers, self._threads = (
-            [],
-            [],
-        )  # a thread that a handler blocks ends with the process
+        self._workers, self._threads = [], []  # a blocked thread ends with the process
 
 
 def _limits(options: dict[str, Any]) -> Limits:
@@ -5779,6 +5898,8 @@ class TestClient:
         self._under_way: dict[asyncio.Task[None], _Exchange] = {}
 
     async def __aenter__(self) -> TestClient:
+        self._lived = self.app._life.lived()
+        await self._lived.__aenter__()
         return self
 
     async def __aexit__(self, *exc: object) -> None:
@@ -5786,6 +5907,7 @@ class TestClient:
             exchange.end_streams(disconnect=False)
         if self._under_way:
             await asyncio.wait(self._under_way)
+        await self._lived.__aexit__(None, None, None)
 
     async def get(self, path: str, **options: Any) -> TestResponse:
         """GET a path. Options: see `request`."""
@@ -6862,6 +6984,7 @@ __all__ = [
     "Headers",
     "HttpException",
     "JsonTracer",
+    "Lifespan",
     "Limits",
     "Middleware",
     "QueryParams",

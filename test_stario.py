@@ -271,7 +271,7 @@ class TestFile(unittest.TestCase):
     def test_everything_public_is_exported_and_has_a_docstring(self) -> None:
         for name in stario.__all__:
             thing = getattr(stario, name)
-            if name in ("Handler", "Middleware"):
+            if name in ("Handler", "Lifespan", "Middleware"):
                 continue  # types cannot have one
             with self.subTest(name):
                 self.assertTrue((getattr(thing, "__doc__", "") or "").strip())
@@ -1549,8 +1549,8 @@ class TestSession(AsyncTest):
         payload, _, signature = good.rpartition(".")
         text, _, written = payload.rpartition(".")
         forged = [
-            "x", ".", "..", "ü.1.x", good[:-1], good + "x", f"{text}.{int(written) + 9}.{signature}",
-            f"{text[:-2]}.{written}.{signature}", payload + ".", "." + good,
+            "x", ".", "..", "ü.1.x", good[:-1], good + "x", payload + ".", "." + good,
+            f"{text}.{int(written) + 9}.{signature}", f"{text[:-2]}.{written}.{signature}",
         ]  # fmt: skip
         for value in forged:
             spans = Spans()
@@ -1637,6 +1637,162 @@ class TestSession(AsyncTest):
             with self.assertLogs("asyncio", "ERROR") as logs:
                 self.assertEqual((await peer.get("/")).status, 500)
         self.assertIn("app.use(Session(key))", "".join(logs.output))
+
+
+class TestLife(AsyncTest):
+    """Part 12b: what lives as long as the server."""
+
+    async def test_lifespans_are_entered_in_order_before_requests_and_left_after_them(self) -> None:
+        log: list[str] = []
+
+        def named(name: str) -> Callable[[Stario], Any]:
+            @asynccontextmanager
+            async def manager(app: Stario) -> AsyncIterator[None]:
+                log.append(f"{name} opens")
+                yield
+                log.append(f"{name} closes")
+
+            return manager
+
+        async def work_on(c: Context, w: Writer) -> None:
+            w.empty()
+            await asyncio.sleep(0.01)  # goes on while the server stops
+            log.append("handled")
+
+        app = Stario()
+        app.lifespan(named("first"))
+        app.lifespan(named("second"))
+        app.get("/", work_on)
+        async with connected(app) as peer:
+            self.assertEqual(log, ["first opens", "second opens"])
+            await peer.get("/")
+        self.assertEqual(
+            log, ["first opens", "second opens", "handled", "second closes", "first closes"]
+        )
+        log.clear()
+        async with TestClient(app) as client:
+            await client.get("/")
+        self.assertEqual(log[0], "first opens")
+        self.assertEqual(log[-1], "first closes")
+
+    async def test_a_lifespan_that_fails_keeps_the_server_from_starting(self) -> None:
+        closed = []
+
+        @asynccontextmanager
+        async def good(app: Stario) -> AsyncIterator[None]:
+            try:
+                yield
+            finally:
+                closed.append("good")
+
+        @asynccontextmanager
+        async def bad(app: Stario) -> AsyncIterator[None]:
+            raise ValueError("no database")
+            yield
+
+        app = Stario()
+        app.lifespan(good)
+        app.lifespan(bad)
+        for _ in range(2):  # and the next start finds everything as it was
+            server = Server(app, port=0)
+            with self.assertRaisesRegex(ValueError, "no database"):
+                await server.start()
+            self.assertEqual(server._sockets, [])
+        self.assertEqual(closed, ["good"] * 2)
+
+    async def test_background_work_waits_for_the_server_and_ends_with_it(self) -> None:
+        log: list[str] = []
+        begun = asyncio.Event()
+
+        async def tick() -> None:
+            try:
+                log.append("begun")
+                begun.set()
+                await asyncio.Event().wait()
+            finally:
+                log.append("ended")
+
+        app = Stario()
+        handle = app.background(tick())
+        await asyncio.sleep(0)
+        self.assertEqual(log, [])
+        async with app.running():
+            await within(begun.wait())
+            self.assertFalse(handle.done())
+        self.assertEqual(log, ["begun", "ended"])
+        self.assertTrue(handle.cancelled())
+
+    async def test_a_handler_in_any_thread_starts_work_on_the_servers_loop(self) -> None:
+        loops: list[object] = []
+
+        async def job(number: int) -> int:
+            loops.append(asyncio.get_running_loop())
+            return number * 2
+
+        async def start(c: Context, w: Writer) -> None:
+            handle = c.app.background(job(21))
+            w.json(await asyncio.wrap_future(handle))
+
+        app = Stario()
+        app.get("/", start)
+        async with app.running(workers=3) as server:
+            for _ in range(3):
+                peer = await Peer.connect(server.port)
+                self.assertEqual((await within(peer.get("/"))).text, "42")
+                await peer.close()
+        self.assertEqual(loops, [asyncio.get_running_loop()] * 3)
+
+    async def test_work_is_cancelled_from_any_thread(self) -> None:
+        begun, ended = asyncio.Event(), asyncio.Event()
+
+        async def job() -> None:
+            begun.set()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                ended.set()
+
+        app = Stario()
+        async with app.running():
+            handle = app.background(job())
+            await within(begun.wait())
+            self.assertTrue(await asyncio.to_thread(handle.cancel))
+            await within(ended.wait())
+            never = app.background(job())
+            never.cancel()  # before it could begin
+
+    async def test_a_failure_is_seen(self) -> None:
+        async def job() -> None:
+            raise ValueError("lost")
+
+        spans = Spans()
+        app = Stario(spans)
+        async with app.running():
+            handle = app.background(job())
+            with self.assertRaisesRegex(ValueError, "lost"):
+                await within(asyncio.wrap_future(handle))
+        (span,) = [span for span in spans.ended if span.name.endswith("job")]
+        self.assertEqual(span.error, "ValueError: lost")
+
+        silent = Stario()
+        with self.assertLogs("asyncio", "ERROR") as logs:
+            async with silent.running():
+                with self.assertRaisesRegex(ValueError, "lost"):
+                    await within(asyncio.wrap_future(silent.background(job())))
+        self.assertIn("job has failed", "".join(logs.output))
+
+    async def test_mistakes_are_told(self) -> None:
+        async def job() -> None: ...
+
+        app = Stario()
+        with self.assertRaisesRegex(StarioError, r"takes a coroutine, .* not a function"):
+            app.background(job)  # type: ignore[arg-type]
+        async with app.running():
+            with self.assertRaisesRegex(StarioError, "served already"):
+                async with app.running():
+                    pass
+        async with app.running():  # one after the other is fine
+            pass
 
 
 class CountingTracer(Tracer):
@@ -4798,8 +4954,7 @@ class TestFaults(HttpTest):
 
         app = Stario()
         app.get("/", slow)
-        async with connected(app) as peer:
-            whole = await within(ask(app, f"GET / HTTP/1.1\r\n{HOST}Connection: close\r\n\r\n"))
+        whole = await within(ask(app, f"GET / HTTP/1.1\r\n{HOST}Connection: close\r\n\r\n"))
         async with app.running() as server:
             for length in range(len(whole) + 1):
                 peer = await Peer.connect(server.port)
