@@ -47,6 +47,7 @@ import errno
 import hashlib
 import hmac
 import ipaddress
+import inspect
 import json
 import math
 import os
@@ -64,7 +65,7 @@ import traceback
 import types
 import typing
 import zlib
-from collections import OrderedDict, deque
+from collections import Counter, OrderedDict, deque
 from collections.abc import (
     AsyncIterable,
     AsyncIterator,
@@ -6971,6 +6972,243 @@ else begin();
 
 Assets({"pocket.js": POCKET_CLIENT}, "_stario")  # for the route that each app has
 
+# ==================================================================================================
+# 16. An app to begin with, and this file as a page
+#
+# `python stario.py` runs the app below: a counter and a clock that all tabs share. With `--read` it
+# serves this file as a page: what explains stands beside what it explains, a name leads to where it
+# is defined, and an example runs where it stands. An example is code in a comment; its last line
+# is a request, and what the answer begins with:
+#
+#     async def hello(c: Context, w: Writer) -> None:
+#         w.html(h.P("Hello, ", c.req.query.get("name", "world")))
+#
+#     app = Stario()
+#     app.get("/", hello)
+#     # GET /?name=you -> <p>Hello, you</p>
+# ==================================================================================================
+
+
+def _first_app() -> Stario:
+    """The app that `python stario.py` runs."""
+    relay, clicks = Relay[None](), Counter[str]()
+
+    def view() -> SafeString:
+        button = h.Button(data.on("click", at.post("/click")), f"{clicks['all']} clicks")
+        stay = data.init(at.get("/live", retry="always"))
+        return h.Main({"id": "main"}, stay, h.H1(time.strftime("%H:%M:%S")), button)
+
+    async def page(c: Context, w: Writer) -> None:
+        w.html(h.Html(h.Head(h.Title("Stario"), datastar_script()), h.Body(view())))
+
+    async def live(c: Context, w: Writer) -> None:
+        async for _ in w.alive(relay.subscribe("*", overflow="latest")):
+            w.patch(view())
+
+    async def click(c: Context, w: Writer) -> None:
+        w.empty()
+        clicks["all"] += 1
+        relay.publish("click", None)
+
+    async def tick() -> None:
+        while True:
+            relay.publish("tick", None)
+            await asyncio.sleep(1 - time.time() % 1)
+
+    app = Stario()
+    app.get("/", page)
+    app.get("/live", live)
+    app.post("/click", click)
+    app.background(tick())
+    return app
+
+
+class _Row(NamedTuple):
+    """Some lines of this file: a comment or a docstring, and the code that it is about."""
+
+    line: int  # where it begins
+    prose: list[str]
+    code: list[tuple[int, str]]  # with the number of each line
+
+
+_BEGINS_ROW = re.compile(r"\s*(@|(async )?def |class )")
+
+
+def _is_more_than_decorators(code: list[tuple[int, str]]) -> bool:
+    return any(line.strip() and not line.lstrip().startswith("@") for _, line in code)
+
+
+def _rows(source: str) -> list[_Row]:
+    """Sort the lines of a file into rows."""
+    rows = [_Row(1, [], [])]
+    docstring: int | None = None  # how far the one that we are in is indented
+    for number, line in enumerate(source.split("\n"), 1):
+        text, row = line.strip(), rows[-1]
+        is_comment = text == "#" or text.startswith(("# ", "// "))
+        begins = is_comment or (_BEGINS_ROW.match(line) and _is_more_than_decorators(row.code))
+        ends_banner = text.startswith("# ====") and row.prose
+        if ends_banner or (row.code and begins):
+            row = _Row(number, [], [])
+            rows.append(row)
+        may_open = docstring is None and (not row.code or row.code[-1][1].endswith(":"))
+        if may_open and text.startswith('"""'):
+            docstring, line = line.index('"'), line.replace('"""', "", 1)
+        if is_comment:
+            row.prose.append("" if ends_banner else text.lstrip("#/").removeprefix(" "))
+        elif docstring is not None:
+            row.prose.append(line[docstring:].replace('"""', ""))
+            docstring = None if '"""' in line else docstring
+        else:
+            row.code.append((number, line))
+    return rows
+
+
+_DEFINITION = re.compile(
+    r"^(?:export )?(?:async )?(?:def|class|function|const|let) (\w+)|^([A-Za-z_]\w*)(?:: .+)? = ",
+    re.MULTILINE,
+)
+_CODE = re.compile(
+    r"(?P<c>#.*|//.*)|(?P<s>'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\"|`[^`]*`)|(?P<w>[A-Za-z_]\w*)"
+)
+_KEYWORD = re.compile(
+    "False|None|True|and|as|assert|async|await|break|class|const|continue|def|del|elif|else|except|"
+    "export|finally|for|from|function|if|import|in|is|lambda|let|new|nonlocal|not|null|of|or|pass|"
+    "raise|return|static|this|throw|try|typeof|undefined|while|with|yield"
+)
+
+
+def _colored(line: str, defined: dict[str, int], number: int) -> SafeString:
+    """A line of Python or JavaScript: coloured, and its names as links."""
+    pieces, end = [], 0
+    for found in _CODE.finditer(line):
+        kind, text = found.lastgroup or "", found[0]
+        pieces.append(line[end : found.start()])
+        end = found.end()
+        if kind != "w" or _KEYWORD.fullmatch(text):
+            pieces.append(h.Span({"class": kind}, text))
+        elif text in defined and defined[text] == number:
+            pieces.append(h.B({"id": text}, text))
+        else:
+            pieces.append(h.A({"href": f"#{text}"}, text) if text in defined else text)
+    return render(pieces, line[end:])
+
+
+def _prose(lines: list[str]) -> SafeString:
+    """The text of a comment: paragraphs, and what is indented as it is."""
+    blocks = [block.strip("\n") for block in "\n".join(lines).split("\n\n")]
+    return render(
+        h.Pre(block) if block.startswith("    ") else h.P(
+            h.Code(text) if i % 2 else text for i, text in enumerate(block.split("`"))
+        )
+        for block in blocks
+    )  # fmt: skip
+
+
+_STYLE = """
+:root { color-scheme: light dark; font: 100%/1.55 Georgia, serif; --line: light-dark(#ddd, #444);
+  background: light-dark(#fff, #16181d); color: light-dark(#222, #ddd); scroll-padding: 4rem; }
+body { margin: 0; } a { color: inherit; text-decoration-color: var(--line); }
+header { position: sticky; top: 0; display: flex; gap: 1rem; padding: .5rem 1.5rem;
+  border-bottom: 1px solid var(--line); background: light-dark(#fff, #16181d); }
+nav { padding: 1rem 1.5rem; columns: 20rem; } nav a { display: block; }
+section { display: grid; grid-template-columns: minmax(18rem, 34rem) minmax(0, 1fr); }
+section > * { padding: .25rem 1.5rem; min-width: 0; } section > pre { margin: 0; }
+section > pre { background: light-dark(#f6f5f1, #1d2027); } h2 { margin: 3rem 0 1rem; }
+pre, code { font: .8rem/1.5 ui-monospace, Menlo, Consolas, monospace; overflow-x: auto; }
+p { margin: .4rem 0; overflow-wrap: break-word; } pre b { font-weight: 600; }
+pre a { text-decoration-style: dotted; } :target { text-decoration: underline; }
+.c { color: light-dark(#777, #888); } .s { color: light-dark(#0a6b3d, #8fd19e); }
+.k, .w { color: light-dark(#8b2f8f, #d6a0dc); }
+@media (max-width: 60rem) { section { grid-template-columns: minmax(0, 1fr); } }
+"""
+_SCRIPT = """
+const rows = [...document.querySelectorAll("section")], find = document.querySelector("input");
+find.oninput = () => rows.forEach((row) =>
+  row.hidden = !row.textContent.toLowerCase().includes(find.value.toLowerCase()));
+if (!location.hash) scrollTo(0, localStorage.place ?? 0);
+addEventListener("scrollend", () => find.value || (localStorage.place = scrollY));
+"""
+
+
+def _book_page(rows: list[_Row], source: str) -> SafeString:
+    """The file as a page."""
+    defined: dict[str, int] = {}
+    for found in _DEFINITION.finditer(source):
+        defined.setdefault(found[1] or found[2], source.count("\n", 0, found.start()) + 1)
+    titles = [row.prose[1] for row in rows if _is_banner(row)]
+    return h.Html(
+        {"lang": "en"},
+        h.Head(
+            h.Meta({"charset": "utf-8"}),
+            h.Meta({"name": "viewport", "content": "width=device-width"}),
+            h.Title("stario.py, to read"),
+            h.Style(_STYLE),
+            datastar_script(),
+        ),
+        h.Body(
+            h.Header(h.A({"href": "#"}, "stario.py"), h.Input({"placeholder": "Search"})),
+            h.Nav(h.A({"href": f"#{title}"}, title) for title in titles),
+            h.Main(_book_row(row, defined) for row in rows),
+            h.Script(_SCRIPT),
+        ),
+    )
+
+
+def _is_banner(row: _Row) -> bool:
+    return row.prose[:1] != [] and row.prose[0].startswith("====")
+
+
+def _book_row(row: _Row, defined: dict[str, int]) -> SafeString:
+    prose, title = row.prose, None
+    if _is_banner(row):
+        prose, title = row.prose[3:], h.H2({"id": row.prose[1]}, row.prose[1])
+    code = [_colored(line, defined, number) for number, line in row.code]
+    run = data.on("click", at.post("/run", {"line": row.line}))
+    example = h.Button(run, "Run"), h.Pre({"id": f"out-{row.line}"})
+    return h.Section(
+        {"id": f"L{row.line}"},
+        h.Div(title, _prose(prose), example if _request_of(row) else None),
+        h.Pre(SafeString("\n".join(code).strip("\n"))),
+    )
+
+
+def _request_of(row: _Row) -> list[str]:
+    """The request of an example, and what its answer begins with; or nothing."""
+    found = re.search(r"^    # ([A-Z]+) (/\S*) -> (.*)$", "\n".join(row.prose), re.MULTILINE)
+    return list(found.groups()) if found else []
+
+
+async def _run_example(row: _Row) -> TestResponse:
+    """Run the code of an example, and send its request to the `app` that it has made."""
+    names = dict(globals())
+    exec("\n".join(line[4:] for line in row.prose if line.startswith("    ")), names)
+    method, target, _ = _request_of(row)
+    async with TestClient(names["app"]) as client:
+        return await client.request(method, target)
+
+
+def _book_app() -> Stario:
+    """The app that `python stario.py --read` runs."""
+    source = inspect.getsource(sys.modules[__name__])
+    rows = _rows(source)
+    examples = {str(row.line): row for row in rows if _request_of(row)}
+    book = _book_page(rows, source)
+
+    async def page(c: Context, w: Writer) -> None:
+        w.html(book)
+
+    async def run(c: Context, w: Writer) -> None:
+        line = c.req.query.get("line")
+        answer = await _run_example(examples[line])
+        w.patch(h.Pre({"id": f"out-{line}"}, f"{answer.status}\n{answer.text}"))
+
+    app = Stario()
+    app.use(same_origin)
+    app.get("/", page)
+    app.post("/run", run)
+    return app
+
+
 __all__ = [
     "DATASTAR_URL",
     "POCKET_CLIENT",
@@ -7019,3 +7257,13 @@ __all__ = [
     "s",
     "same_origin",
 ]
+
+
+async def _main() -> None:
+    app = _book_app() if "--read" in sys.argv else _first_app()
+    print("Open http://127.0.0.1:8000 in two tabs. Ctrl-C ends it.")
+    await app.serve()
+
+
+if __name__ == "__main__":
+    asyncio.run(_main())
