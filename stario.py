@@ -46,9 +46,10 @@ import enum
 import errno
 import hashlib
 import hmac
-import ipaddress
 import inspect
+import ipaddress
 import json
+import keyword
 import math
 import os
 import queue
@@ -7034,10 +7035,6 @@ class _Row(NamedTuple):
 _BEGINS_ROW = re.compile(r"\s*(@|(async )?def |class )")
 
 
-def _is_more_than_decorators(code: list[tuple[int, str]]) -> bool:
-    return any(line.strip() and not line.lstrip().startswith("@") for _, line in code)
-
-
 def _rows(source: str) -> list[_Row]:
     """Sort the lines of a file into rows."""
     rows = [_Row(1, [], [])]
@@ -7045,13 +7042,13 @@ def _rows(source: str) -> list[_Row]:
     for number, line in enumerate(source.split("\n"), 1):
         text, row = line.strip(), rows[-1]
         is_comment = text == "#" or text.startswith(("# ", "// "))
-        begins = is_comment or (_BEGINS_ROW.match(line) and _is_more_than_decorators(row.code))
+        before = row.code[-1][1].lstrip() if row.code else ""
+        begins = is_comment or (_BEGINS_ROW.match(line) and before[:1] != "@")
         ends_banner = text.startswith("# ====") and row.prose
         if ends_banner or (row.code and begins):
             row = _Row(number, [], [])
             rows.append(row)
-        may_open = docstring is None and (not row.code or row.code[-1][1].endswith(":"))
-        if may_open and text.startswith('"""'):
+        if docstring is None and text.startswith('"""') and before[-1:] in ("", ":"):
             docstring, line = line.index('"'), line.replace('"""', "", 1)
         if is_comment:
             row.prose.append("" if ends_banner else text.lstrip("#/").removeprefix(" "))
@@ -7070,11 +7067,18 @@ _DEFINITION = re.compile(
 _CODE = re.compile(
     r"(?P<c>#.*|//.*)|(?P<s>'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\"|`[^`]*`)|(?P<w>[A-Za-z_]\w*)"
 )
-_KEYWORD = re.compile(
-    "False|None|True|and|as|assert|async|await|break|class|const|continue|def|del|elif|else|except|"
-    "export|finally|for|from|function|if|import|in|is|lambda|let|new|nonlocal|not|null|of|or|pass|"
-    "raise|return|static|this|throw|try|typeof|undefined|while|with|yield"
-)
+_WORDS = {
+    *keyword.kwlist,
+    "const",
+    "export",
+    "function",
+    "let",
+    "new",
+    "null",
+    "of",
+    "this",
+    "typeof",
+}
 
 
 def _colored(line: str, defined: dict[str, int], number: int) -> SafeString:
@@ -7084,7 +7088,7 @@ def _colored(line: str, defined: dict[str, int], number: int) -> SafeString:
         kind, text = found.lastgroup or "", found[0]
         pieces.append(line[end : found.start()])
         end = found.end()
-        if kind != "w" or _KEYWORD.fullmatch(text):
+        if kind != "w" or text in _WORDS:
             pieces.append(h.Span({"class": kind}, text))
         elif text in defined and defined[text] == number:
             pieces.append(h.B({"id": text}, text))
@@ -7199,6 +7203,8 @@ def _book_app() -> Stario:
 
     async def run(c: Context, w: Writer) -> None:
         line = c.req.query.get("line")
+        if line not in examples:
+            raise HttpException(404, "there is no example on this line")
         answer = await _run_example(examples[line])
         w.patch(h.Pre({"id": f"out-{line}"}, f"{answer.status}\n{answer.text}"))
 
@@ -7260,10 +7266,17 @@ __all__ = [
 
 
 async def _main() -> None:
-    app = _book_app() if "--read" in sys.argv else _first_app()
-    print("Open http://127.0.0.1:8000 in two tabs. Ctrl-C ends it.")
-    await app.serve()
+    options = argparse.ArgumentParser(description="Stario in one file: an app to begin with.")
+    options.add_argument("--read", action="store_true", help="show this file as a page instead")
+    options.add_argument("--port", type=int, default=8000)
+    chosen = options.parse_args()
+    app = _book_app() if chosen.read else _first_app()
+    async with app.running(port=chosen.port) as server:
+        print(f"Open {server.url} in two tabs. Ctrl-C ends it.")
+        await server.wait_for_signal()
 
 
 if __name__ == "__main__":
+    import argparse
+
     asyncio.run(_main())

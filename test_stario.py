@@ -5782,6 +5782,95 @@ stario.Stario.serve = once
 """
 
 
+class TestReadingPage(AsyncTest):
+    """Part 16: what `python stario.py` runs."""
+
+    def run_file(self, *arguments: str) -> tuple[subprocess.Popen[str], str]:
+        """Run the file itself on a free port; gives the process and the address it prints."""
+        process = subprocess.Popen(
+            [sys.executable, "-u", stario.__file__, "--port", "0", *arguments],
+            stdout=subprocess.PIPE, text=True,
+        )  # fmt: skip
+        self.addCleanup(process.stdout.close)  # type: ignore[union-attr]
+        self.addCleanup(process.wait, 10)
+        self.addCleanup(process.terminate)
+        found = re.search(r"http://127\.0\.0\.1:(\d+)", process.stdout.readline())  # type: ignore[union-attr]
+        assert found
+        return process, found[1]
+
+    async def test_alone_it_shows_a_counter_and_a_clock_that_all_tabs_share(self) -> None:
+        _, port = self.run_file()
+        one, other, clicker = [await Peer.connect(int(port)) for _ in range(3)]
+        page = await within(one.get("/"))
+        self.assertIn("0 clicks", page.text)
+        await other.send("GET /live HTTP/1.1\r\nHost: test\r\n\r\n")
+        await within(other.head())
+        self.assertEqual((await within(clicker.get("/click", method="POST"))).status, 204)
+        text = b""
+        while b"1 clicks" not in text:
+            text += await within(other.chunk())
+        self.assertRegex(text.decode(), r"<h1>\d\d:\d\d:\d\d</h1>")
+
+    def test_every_line_of_the_file_stands_in_one_row(self) -> None:
+        source = Path(stario.__file__).read_text(encoding="utf-8")
+        rows = stario._rows(source)
+        numbers = [number for row in rows for number, _ in row.code]
+        self.assertEqual(numbers, sorted(set(numbers)))
+        lines = [text for row in rows for text in row.prose]
+        lines += [text for row in rows for _, text in row.code]
+        words = re.findall(r"\w+", "\n".join(lines))
+        self.assertEqual(sorted(words), sorted(re.findall(r"\w+", source)))
+
+    def test_a_docstring_stands_beside_its_function_and_a_comment_beside_its_lines(self) -> None:
+        source = textwrap.dedent(
+            '''
+            @decorated
+            def one():
+                """What it does.
+
+                More of it.
+                """
+                return 1
+            # About two.
+            def two(): return "# no comment"
+            '''
+        )
+        rows = [(row.prose, [line for _, line in row.code]) for row in stario._rows(source)]
+        one = ["@decorated", "def one():", "    return 1"]
+        self.assertEqual(
+            rows[1:],
+            [
+                (["What it does.", "", "More of it.", ""], one),
+                (["About two."], ['def two(): return "# no comment"', ""]),
+            ],
+        )
+
+    async def test_the_examples_of_the_file_give_what_they_say(self) -> None:
+        rows = stario._rows(Path(stario.__file__).read_text(encoding="utf-8"))
+        examples = [row for row in rows if stario._request_of(row)]
+        self.assertTrue(examples)
+        for row in examples:
+            with self.subTest(line=row.line):
+                answer = await stario._run_example(row)
+                self.assertTrue(answer.text.startswith(stario._request_of(row)[2]), answer.text)
+
+    async def test_as_a_page_its_names_are_links_and_its_examples_run(self) -> None:
+        _, port = self.run_file("--read")
+        peer = await Peer.connect(int(port))
+        page = (await within(peer.get("/"))).text
+        ids = set(re.findall(r' id="([^"]*)"', page))
+        links = set(re.findall(r' href="#([^"]+)"', page))
+        self.assertEqual(
+            {html.unescape(link) for link in links} - {html.unescape(i) for i in ids}, set()
+        )
+        self.assertIn("Router", links)
+        run = re.search(r"(/run\?line=(\d+))", page)
+        assert run
+        answer = await within(peer.get(run[1], method="POST"))
+        self.assertIn(f'<pre id="out-{run[2]}">200', answer.text)
+        self.assertEqual((await within(peer.get("/run?line=1", method="POST"))).status, 404)
+
+
 def blocks(language: str) -> Iterator[tuple[int, str]]:
     """The fenced blocks of a language, each with the line it begins at."""
     text = README.read_text(encoding="utf-8")
