@@ -42,6 +42,7 @@ import asyncio
 import base64
 import contextvars
 import dataclasses
+import difflib
 import enum
 import errno
 import hashlib
@@ -91,7 +92,19 @@ from datetime import time as time_of_day
 from decimal import Decimal
 from functools import cached_property, lru_cache
 from http import HTTPStatus
-from typing import IO, Any, Generic, NamedTuple, Protocol, Self, TypedDict, TypeVar, Unpack, cast
+from typing import (
+    IO,
+    Any,
+    Generic,
+    Literal,
+    NamedTuple,
+    Protocol,
+    Self,
+    TypedDict,
+    TypeVar,
+    Unpack,
+    cast,
+)
 from urllib.parse import parse_qsl, quote, unquote, unquote_to_bytes, urlencode
 from uuid import UUID
 
@@ -142,6 +155,13 @@ class SignalsError(HttpException):
     def __init__(self, problems: Sequence[str], status_code: int = 422) -> None:
         self.problems = list(problems)
         super().__init__(status_code, "\n".join(self.problems))
+
+
+def _one_of(word: object, known: Iterable[str]) -> str:
+    """For errors: the words that are known, and the one that was probably meant."""
+    words = list(known)
+    near = difflib.get_close_matches(str(word), words, 1)
+    return f"one of {', '.join(words)}" + (f" ({near[0]!r}?)" if near else "")
 
 
 def _phrase(status: int) -> str:
@@ -213,7 +233,7 @@ def _add(parts: Iterable[Any], content: list[str], attributes: dict[str, object]
         elif kind is str:
             content.append(_escape(part))
         elif kind is dict:
-            attributes.update(part)
+            attributes.update(_merged(attributes, part) if attributes else part)
         elif kind is int:
             content.append(f"{part}")
         else:
@@ -230,7 +250,7 @@ def _add_other(part: object, content: list[str], attributes: dict[str, object]) 
     elif isinstance(part, (int, float, Decimal)):
         content.append(_number(part))
     elif isinstance(part, Mapping):
-        attributes.update(part)
+        attributes.update(_merged(attributes, part))
     elif hasattr(part, "__html__"):
         content.append(part.__html__())
     elif isinstance(part, Iterable) and not isinstance(part, (bytes, bytearray, memoryview)):
@@ -240,6 +260,21 @@ def _add_other(part: object, content: list[str], attributes: dict[str, object]) 
             f"{type(part).__name__} cannot stand in HTML: give text, a number, an element, "
             "a dict of attributes, or an iterable of those"
         )
+
+
+def _merged(first: Mapping[str, object], more: Mapping[str, object]) -> dict[str, object]:
+    """Attributes of two dicts: the later one wins. Only what Datastar runs is never left out: of
+    two handlers of one event, or two sets of signals, one would vanish without a word.
+    """
+    merged = {**first, **more}
+    if len(merged) < len(first) + len(more):  # a name is in both
+        for name in first.keys() & more.keys():
+            if first[name] != more[name] and _DATASTAR_NAME.match(name):
+                raise StarioError(
+                    f"{name!r} is there twice, but an element has one of each name: write both "
+                    "into one, as in data.on('click', 'one(); two()') or data.signals({**a, **b})"
+                )
+    return merged
 
 
 def _text_of(part: str) -> str:
@@ -252,6 +287,9 @@ def _number(value: object) -> str:
     return int.__repr__(value) if isinstance(value, int) else str(value)
 
 
+_DATASTAR_NAME = re.compile(
+    "data-(attr|bind|class|computed|effect|indicator|init|on|ref|show|signals|style|text)(?![a-z])"
+)
 _BAD_NAME = re.compile(r"""[\s"'<>/=\x00-\x1f\x7f-\x9f]""")
 # What attributes have come to, by name and value: {"class": {"cell": ' class="cell"'}}. A live page
 # is built again and again, and most of its attributes are what they were the last time.
@@ -356,7 +394,7 @@ def _plain_tag(name: str) -> Tag:
             elif kind is str:
                 pieces.append(_escape(part))
             elif kind is dict:
-                attributes = {**attributes, **part} if attributes else part
+                attributes = _merged(attributes, part) if attributes else part
             elif kind is int:
                 pieces.append(f"{part}")
             elif part is not None:
@@ -469,8 +507,10 @@ h = Tags()
 #
 # The rule that must hold: text from users never becomes code. It goes in as JSON, ASCII only,
 # where `@`, `$` and `;` are escaped (`\u0040`): before it runs an expression, the client rewrites
-# `$name` and `@name(` and splits at `;` with regular expressions that look into strings, too.
-# What is given as an *expression* (a plain str) is code, and is the developer's own.
+# `$name` and `@name(` and splits at `;` with regular expressions that look into strings, too. And
+# `<`, `>` and `&`, so that it can stand in a script, of HTML (which `<!--` would end) or of SVG
+# (where `&quot` is decoded). What is given as an *expression* (a str) is code, the developer's own;
+# what is not text (True, 3, a list) is written in JavaScript.
 # ==================================================================================================
 
 
@@ -533,26 +573,78 @@ def _json(value: object, encode: Callable[[object], str] = _encode_json) -> str:
         raise StarioError(f"this cannot be written as JSON: {exc}") from exc
 
 
+def _finite(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):  # "NaN" and "Infinity" are no JSON (RFC 8259, section 6), and
+        raise ValueError(f"{text[:20]} is no finite number")  # 1e999 would be infinite here
+    return number
+
+
+_decode_json = json.JSONDecoder(parse_float=_finite, parse_constant=_finite).decode
+
+
 def _script_json(value: object) -> str:
     """JSON that can stand in an expression: see the rule above."""
     text = _json(value, _encode_script)
-    return text.replace("@", "\\u0040").replace("$", "\\u0024").replace(";", "\\u003b")
+    for letter, escape in _ESCAPES:
+        if letter in text:
+            text = text.replace(letter, escape)
+    if "__proto__" in text:  # a name like others, but not in the braces of JavaScript
+        text = re.sub(r'([{,])"__proto__":', r'\1["__proto__"]:', text)
+    return text
 
 
-def s(text: str) -> str:
+_ESCAPES = [(letter, f"\\u{ord(letter):04x}") for letter in "@$;<>&"]
+
+
+def _signals_json(signals: object, encode: Callable[[object], str]) -> str:
+    text = _json(signals, encode) if encode is _encode_json else _script_json(signals)
+    if not text.startswith("{"):
+        raise StarioError(
+            f"{type(signals).__name__} is no set of signals: give a dict from names to values, a "
+            "dataclass, or anything with model_dump"
+        )
+    return text
+
+
+def s(text: object) -> str:
     """A JavaScript string literal, safe in an expression: `f"$name = {s(user.name)}"`."""
-    return _script_json(str(text))
+    return _script_json(_as_text(text))
 
 
-def js(mapping: Mapping[str, str] | None = None, /, **expressions: str) -> str:
+def js(mapping: Mapping[str, object] | None = None, /, **expressions: object) -> str:
     """A JavaScript object whose values are expressions: `js(total="$a + $b")`."""
+    if mapping is not None and not isinstance(mapping, Mapping):
+        raise StarioError(f"give a dict from names to expressions in place of {mapping!r}")
     pairs = {**(mapping or {}), **expressions}
-    return "{" + ", ".join(f"{s(name)}: {code}" for name, code in pairs.items()) + "}"
+    names = ((s(name), code) for name, code in pairs.items())
+    quoted = ((f"[{name}]" if name == '"__proto__"' else name, code) for name, code in names)
+    return "{" + ", ".join(f"{name}: {_code(code)}" for name, code in quoted) + "}"
+
+
+def _code(value: object) -> str:
+    """A value where an expression is meant: a str is one, and True is `true`."""
+    return str.__str__(value) if isinstance(value, str) else _script_json(value)
+
+
+def _as_text(value: object) -> str:
+    """The text of a value: of an enum's member that of its value."""
+    if isinstance(value, str):
+        return str.__str__(value)
+    return _as_text(value.value) if isinstance(value, enum.Enum) else str(value)
+
+
+def _signal_name(name: str) -> str:
+    """The name of a signal, where the client wants a name and no expression."""
+    if not isinstance(name, str) or not re.fullmatch(r"[^\s$@;'\"(){}\[\]]+", name):
+        raise StarioError(f"give the name of a signal, as in 'user.name', without $: not {name!r}")
+    return str.__str__(name)
 
 
 Duration = int | float | str  # whole seconds; seconds with a fraction; or "250ms" as it is
 Timing = Duration | tuple[Any, ...]  # (0.5, "leading") adds the client's own flags
 Pattern = str | re.Pattern[str] | None  # a regular expression, run by the browser; None fits all
+Expression = str | bool | int | float  # JavaScript; what is no text is written as JavaScript
 Attributes = dict[str, object]
 
 
@@ -578,11 +670,23 @@ class Modifiers(TypedDict, total=False):
     viewtransition: bool
 
 
-def _duration(value: Duration) -> str:
+def _duration(name: str, value: Duration) -> str:
     # The client separates a modifier's tags by dots, so "1.5s" cannot be written: milliseconds.
-    if isinstance(value, float):
-        return f"{round(value * 1000)}ms"
-    return f"{value}s" if isinstance(value, int) else value
+    if isinstance(value, str) and re.fullmatch(r"\d+(ms|s)", value):
+        return value
+    if isinstance(value, (str, bool)) or not 0 <= value < math.inf:
+        raise StarioError(f"{name}={value!r} is no duration: write seconds (0.5), or '500ms'")
+    if value >= (1000 if name == "duration" else 100):
+        raise StarioError(
+            f"{name}={value!r} is {value} seconds. Milliseconds meant? Write {value / 1000:g}, or "
+            f"'{value}s' if it is right"
+        )
+    return f"{round(value * 1000)}ms" if isinstance(value, float) else f"{value}s"
+
+
+def _kebab(name: str) -> str:
+    """HTML lower-cases attribute names: `valueAsNumber` is written `value-as-number`."""
+    return re.sub(r"(?<!^)([A-Z])", r"-\1", name).lower()
 
 
 def _modifier(name: str, value: object) -> str:
@@ -591,32 +695,66 @@ def _modifier(name: str, value: object) -> str:
         return ""
     if value is True:
         return f"__{name}"
+    if name not in _MODIFIERS_WITH_VALUE:
+        raise StarioError(f"{name}={value!r}: write {name}=True")
+    if name == "threshold":
+        if isinstance(value, int) and 0 <= value <= 100:
+            return f"__threshold.{value}"
+        raise StarioError(f"threshold={value!r}: a whole number of percent, 0 to 100")
     first, *flags = value if isinstance(value, tuple) else (value,)
-    return ".".join((f"__{name}", str(first) if name == "threshold" else _duration(first), *flags))
+    for flag in flags:
+        if flag not in _FLAGS:
+            raise StarioError(f"{name} has no flag {flag!r}: {_one_of(flag, _FLAGS)}")
+    return ".".join((f"__{name}", _duration(name, first), *flags))
 
 
-@lru_cache(maxsize=1024)
-def _attribute_name(start: str, /, **modifiers: object) -> str:
-    """`data-on:click__once`. Kept, since a page repeats the few that it has."""
+_MODIFIERS_WITH_VALUE = ("threshold", "duration", "delay", "debounce", "throttle")
+_FLAGS = ("leading", "notrailing", "noleading", "trailing")
+
+
+def _attribute_name(start: str, modifiers: Mapping[str, object]) -> str:
+    """`data-on:click__once`"""
     known = Modifiers.__annotations__
-    if unknown := modifiers.keys() - known:
-        raise StarioError(f"no modifier {', '.join(unknown)}: one of {', '.join(known)}")
+    for name in modifiers:
+        if name not in known:
+            raise StarioError(f"no modifier {name!r}: {_one_of(name, known)}")
     return start + "".join(_modifier(name, modifiers[name]) for name in known if name in modifiers)
 
 
-@lru_cache(maxsize=1024)
-def _event_name(event: str, /, **modifiers: object) -> str:
-    """HTML lower-cases attribute names, so `userSaved` is written `user-saved` and turned back."""
-    kebab = re.sub(r"(?<!^)([A-Z])", r"-\1", event).lower()
+@lru_cache(maxsize=256)
+def _event_name(event: str) -> str:
+    """`data-on:user-saved__case.camel`: the client turns `user-saved` back into `userSaved`."""
+    if not isinstance(event, str) or not 0 < len(event) <= 100:  # (and so no cache of long ones)
+        raise StarioError(f"{str(event)[:60]!r} is no event's name: one of at most 100 characters")
+    if event.lower() in ("onclick", "onsubmit", "oninput", "onchange", "onkeydown"):
+        raise StarioError(f"no event {event!r}: without 'on', {event[2:].lower()!r}")
+    kebab = _kebab(event)
     case = "" if kebab == event else "__case.pascal" if event[0].isupper() else "__case.camel"
-    return _attribute_name(f"data-on:{kebab}{case}", **modifiers)
+    return f"data-on:{kebab}{case}"
 
 
 def _regex(pattern: str | re.Pattern[str]) -> str:
     """A regular expression literal, in which nothing ends it, and the client rewrites nothing."""
-    text = pattern.pattern if isinstance(pattern, re.Pattern) else pattern
-    text = re.sub(r"\\.|/", lambda m: "\\/" if m[0] == "/" else m[0], text)
-    return "/" + text.replace("@", "\\x40").replace(";", "\\x3b") + "/"
+    text, flags = pattern, ""
+    if isinstance(pattern, re.Pattern):
+        text = re.sub(r"^\(\?[aimsux]+\)", "", pattern.pattern)  # they are in its flags, too
+        flags = "".join(letter for flag, letter in _REGEX_FLAGS.items() if pattern.flags & flag)
+        if pattern.flags & re.VERBOSE:
+            raise StarioError("a browser knows no re.VERBOSE: write the pattern without it")
+    return f"/{_REGEX_SPECIAL.sub(_regex_escape, str(text)) or '(?:)'}/{flags}"
+
+
+_REGEX_FLAGS = {re.IGNORECASE: "i", re.MULTILINE: "m", re.DOTALL: "s"}
+# A pair with a backslash, `$` in front of what could be a name, and single characters.
+_REGEX_SPECIAL = re.compile(r"\\[\s\S]|\$(?=[\w-])|[/@;<>&\n\r\u2028\u2029]")
+
+
+def _regex_escape(found: re.Match[str]) -> str:
+    text = found[0]
+    if text == "/":
+        return "\\/"
+    letter = text[-1]
+    return f"\\u{ord(letter):04x}" if letter in "$@;<>&\n\r\u2028\u2029" else text
 
 
 def _filter(include: Pattern, exclude: Pattern) -> str | None:
@@ -638,77 +776,89 @@ class DataAttributes:
 
         With `ifmissing` only those that the page does not have yet.
         """
-        return {"data-signals__ifmissing" if ifmissing else "data-signals": _script_json(signals)}
+        name = "data-signals__ifmissing" if ifmissing else "data-signals"
+        return {name: _signals_json(signals, _encode_script)}
 
-    def bind(self, signal: str) -> Attributes:
-        """Keep a form field and a signal equal, in both directions."""
-        return {"data-bind": signal}
+    def bind(
+        self, signal: str, *, prop: str | None = None, event: str | Sequence[str] | None = None
+    ) -> Attributes:
+        """Keep a form field and a signal equal, in both directions.
 
-    def text(self, expression: str) -> Attributes:
+        `prop` is the element's property to bind (`"checked"` of a component of your own), `event`
+        the events, one or several, after which it is read.
+        """
+        events = [event] if isinstance(event, str) else list(event or ())
+        name = f"data-bind__prop.{_kebab(prop)}" if prop else "data-bind"
+        return {".".join((name + "__event" * bool(events), *events)): _signal_name(signal)}
+
+    def text(self, expression: Expression) -> Attributes:
         """Show the expression's value as the element's text."""
-        return {"data-text": expression}
+        return {"data-text": _code(expression)}
 
-    def show(self, expression: str) -> Attributes:
+    def show(self, expression: Expression) -> Attributes:
         """Show the element only while the expression is true."""
-        return {"data-show": expression}
+        return {"data-show": _code(expression)}
 
-    def class_(self, classes: Mapping[str, str]) -> Attributes:
+    def class_(self, classes: Mapping[str, Expression]) -> Attributes:
         """Give the element each class whose expression is true: `{"is-open": "$open"}`."""
         return {"data-class": js(classes)}
 
-    def attr(self, attributes: Mapping[str, str]) -> Attributes:
+    def attr(self, attributes: Mapping[str, Expression]) -> Attributes:
         """Set attributes to the values of expressions: `{"disabled": "$busy"}`."""
         return {"data-attr": js(attributes)}
 
-    def style(self, styles: Mapping[str, str]) -> Attributes:
+    def style(self, styles: Mapping[str, Expression]) -> Attributes:
         """Set CSS properties to the values of expressions."""
         return {"data-style": js(styles)}
 
-    def computed(self, signals: Mapping[str, str]) -> Attributes:
+    def computed(self, signals: Mapping[str, Expression]) -> Attributes:
         """Signals that follow from others: `{"total": "$price * $count"}`."""
-        return {"data-computed": js({name: f"() => ({code})" for name, code in signals.items()})}
+        pairs = {_signal_name(name): f"() => ({_code(code)})" for name, code in signals.items()}
+        return {"data-computed": js(pairs)}
 
-    def effect(self, expression: str) -> Attributes:
+    def effect(self, expression: Expression) -> Attributes:
         """Run the expression now, and again whenever a signal in it changes."""
-        return {"data-effect": expression}
+        return {"data-effect": _code(expression)}
 
-    def init(self, expression: str, **modifiers: Unpack[Modifiers]) -> Attributes:
+    def init(self, expression: Expression, **modifiers: Unpack[Modifiers]) -> Attributes:
         """Run the expression when the element comes into the page (`delay`, `viewtransition`)."""
-        return {_attribute_name("data-init", **modifiers): expression}
+        return {_attribute_name("data-init", modifiers): _code(expression)}
 
-    def on(self, event: str, expression: str, **modifiers: Unpack[Modifiers]) -> Attributes:
+    def on(self, event: str, expression: Expression, **modifiers: Unpack[Modifiers]) -> Attributes:
         """Run the expression at an event: `data.on("click", at.post("/click"), debounce=0.5)`."""
-        return {_event_name(event, **modifiers): expression}
+        name = _event_name(event)
+        return {_attribute_name(name, modifiers) if modifiers else name: _code(expression)}
 
-    def on_intersect(self, expression: str, **modifiers: Unpack[Modifiers]) -> Attributes:
+    def on_intersect(self, expression: Expression, **modifiers: Unpack[Modifiers]) -> Attributes:
         """Run the expression when the element scrolls into view (or out, with `exit`)."""
-        return {_attribute_name("data-on-intersect", **modifiers): expression}
+        return {_attribute_name("data-on-intersect", modifiers): _code(expression)}
 
-    def on_interval(self, expression: str, **modifiers: Unpack[Modifiers]) -> Attributes:
+    def on_interval(self, expression: Expression, **modifiers: Unpack[Modifiers]) -> Attributes:
         """Run the expression every `duration` (one second without it)."""
-        return {_attribute_name("data-on-interval", **modifiers): expression}
+        return {_attribute_name("data-on-interval", modifiers): _code(expression)}
 
     def on_signal_patch(
         self,
-        expression: str,
+        expression: Expression,
         *,
         include: Pattern = None,
         exclude: Pattern = None,
         **modifiers: Unpack[Modifiers],
     ) -> Attributes:
         """Run the expression when signals change; with a filter, those whose names match."""
-        attributes: Attributes = {_attribute_name("data-on-signal-patch", **modifiers): expression}
+        name = _attribute_name("data-on-signal-patch", modifiers)
+        attributes: Attributes = {name: _code(expression)}
         if names := _filter(include, exclude):
             attributes["data-on-signal-patch-filter"] = names
         return attributes
 
     def indicator(self, signal: str) -> Attributes:
         """Set the signal to true while a request of this element is under way."""
-        return {"data-indicator": signal}
+        return {"data-indicator": _signal_name(signal)}
 
     def ref(self, signal: str) -> Attributes:
         """Put the element itself into a signal."""
-        return {"data-ref": signal}
+        return {"data-ref": _signal_name(signal)}
 
     def ignore(self, *, self_only: bool = False) -> Attributes:
         """Keep Datastar away from the element and what is in it (or from the element alone)."""
@@ -733,29 +883,48 @@ class DataAttributes:
 data = DataAttributes()
 
 
+class ResponseOverrides(TypedDict, total=False):
+    """What the client does with an answer that is no stream, in place of what its headers say."""
+
+    selector: str
+    mode: str
+    namespace: str
+    use_view_transition: bool
+    only_if_missing: bool  # of signals
+
+
 class RequestOptions(TypedDict, total=False):
     """The options of a request: see https://data-star.dev/reference/actions."""
 
-    content_type: str  # "json": the signals; or "form": the fields of the form around the element
+    content_type: Literal["json", "form"]  # the signals, or the form around the element
     include: Pattern  # the signals to send: those whose names match,
     exclude: Pattern  # and those whose names do not
     selector: str  # a CSS selector for the form to send
     headers: Mapping[str, str]  # more request headers
     open_when_hidden: bool  # keep the stream while the tab is hidden (False for GET)
     payload: object  # what to send in place of the signals; a str is an expression
-    retry: str  # "auto": after a broken connection; or "error", "always", "never"
+    retry: Literal["auto", "error", "always", "never"]  # auto: after a broken connection
     retry_interval_ms: int  # 1000
     retry_scaler: float  # 2: each wait is so many times the one before
     retry_max_wait_ms: int  # 30000
     retry_max_count: int  # 10
-    request_cancellation: str  # "auto", "disabled", or an expression for an AbortController
+    # "auto": a new request of the same URL ends it; "cleanup": the end of its element does, too;
+    # "disabled"; or an expression for an AbortController: `$controller`, `window.controller`
+    request_cancellation: str
+    response_overrides: ResponseOverrides
 
 
 _REQUEST_DEFAULTS: dict[str, object] = {
     "content_type": "json", "retry": "auto", "retry_interval_ms": 1000, "retry_scaler": 2,
     "retry_max_wait_ms": 30_000, "retry_max_count": 10, "request_cancellation": "auto",
 }  # fmt: skip
-Queries = Mapping[str, object] | None  # a value that is a list comes once for each of its items
+_WORDS = {  # what the client knows; another word would do nothing, without a word
+    "content_type": ("json", "form"),
+    "retry": ("auto", "error", "always", "never"),
+    "request_cancellation": ("auto", "cleanup", "disabled"),
+}
+# A value that is a list comes once for each of its items; None is left out.
+Queries = Mapping[str, object] | None
 _PLAIN_URL = re.compile(r"[A-Za-z0-9/_.~?&=%:+,#-]*")
 
 
@@ -785,9 +954,13 @@ class Actions:
         """Ask with DELETE; signals go into the query."""
         return _request("delete", url, queries, options)
 
-    def peek(self, expression: str) -> str:
+    def query(self, url: str, queries: Queries = None, **options: Unpack[RequestOptions]) -> str:
+        """Ask with QUERY, a GET whose signals go as JSON; client 1.0.4 and later (see README)."""
+        return _request("query", url, queries, options)
+
+    def peek(self, expression: Expression) -> str:
         """The expression's value, without running again when its signals change."""
-        return f"@peek(() => {expression})"
+        return f"@peek(() => {_code(expression)})"
 
     def set_all(self, value: object, *, include: Pattern = None, exclude: Pattern = None) -> str:
         """Set all signals (or those whose names match) to a value; a str is an expression."""
@@ -802,26 +975,43 @@ at = Actions()
 
 
 def _request(method: str, url: str, queries: Queries, options: RequestOptions) -> str:
-    pairs: list[str | int] = []
-    for name, value in queries.items() if queries else ():
-        if type(value) is str or type(value) is int:  # (to the cache below, True is the same as 1)
+    written = _request_options(method, options) if options else ""
+    if not queries:
+        return _short_action(method, url, written)
+    pairs: list[str] = []
+    for name, value in queries.items():
+        if type(value) is str:
             pairs += (name, value)
-        elif isinstance(value, (list, tuple)):
+        elif isinstance(value, (list, tuple, set, frozenset)):
             for item in value:
-                pairs += (name, str(item))
-        else:
-            pairs += (name, str(value))
-    return _action(method, url, _request_options(method, options) if options else "", *pairs)
+                pairs += (name, _as_text(item))
+        elif isinstance(value, (Mapping, bytes)):
+            raise StarioError(f"a query cannot be {type(value).__name__} (of {name!r}): give text")
+        elif value is not None:
+            pairs += (name, _as_text(value))
+    return _short_action(method, url, written, *pairs)
 
 
-@lru_cache(maxsize=4096)
-def _action(method: str, url: str, options: str, *pairs: Any) -> str:
-    """An action as text; `pairs` are names and values in turn. Kept: views are rendered often."""
+def _short_action(method: str, url: str, options: str, *pairs: str) -> str:
+    """An action, from memory if it is short: views are rendered often, but a text of users that is
+    long hardly comes twice, and would be kept.
+    """
+    size = len(url) + len(options) + sum(map(len, pairs))
+    return (_known_action if size <= 256 else _action)(method, url, options, *pairs)
+
+
+def _action(method: str, url: str, options: str, *pairs: str) -> str:
+    """An action as text; `pairs` are names and values in turn."""
     if pairs:
         queries = zip(pairs[::2], pairs[1::2], strict=True)
-        url += ("&" if "?" in url else "?") + urlencode(list(queries))
+        url, mark, fragment = url.partition("#")
+        url += ("&" if "?" in url else "?") + urlencode(list(queries), errors="replace")
+        url += mark + fragment
     address = f"'{url}'" if _PLAIN_URL.fullmatch(url) else s(url)
     return f"@{method}({address}{options})"
+
+
+_known_action = lru_cache(maxsize=2048)(_action)
 
 
 def _request_options(method: str, options: RequestOptions) -> str:
@@ -832,39 +1022,57 @@ def _request_options(method: str, options: RequestOptions) -> str:
     defaults = {**_REQUEST_DEFAULTS, "open_when_hidden": method != "get"}
     for name, value in given.items():
         if name not in RequestOptions.__annotations__:
-            raise StarioError(f"no option {name!r}: {', '.join(RequestOptions.__annotations__)}")
+            known = RequestOptions.__annotations__
+            raise StarioError(f"no option {name!r}: {_one_of(name, known)}")
         if value is None or value == defaults.get(name):
             continue
-        words = name.removesuffix("_ms").split("_")
-        key = words[0] + "".join(word.capitalize() for word in words[1:])
-        is_code = name == "payload" or (name == "request_cancellation" and value != "disabled")
-        written.append(f"{key}: {_code(value) if is_code else _script_json(value)}")
+        written.append(f"{_camel(name.removesuffix('_ms'))}: {_option(name, value)}")
     return f", {{{', '.join(written)}}}" if written else ""
 
 
-def _code(value: object) -> str:
-    """A value where an expression is meant, too: a str is one."""
-    return value if isinstance(value, str) else _script_json(value)
+def _camel(name: str) -> str:
+    return re.sub("_([a-z])", lambda found: found[1].upper(), name)
+
+
+def _option(name: str, value: Any) -> str:
+    """An option's value: a word that the client knows, an expression, a number, an object."""
+    if name == "response_overrides":
+        known = ResponseOverrides.__annotations__
+        if unknown := [key for key in value if key not in known]:
+            raise StarioError(
+                f"nothing to override is {unknown[0]!r}: {_one_of(unknown[0], known)}"
+            )
+        return _script_json({_camel(key): item for key, item in value.items()})
+    words = _WORDS.get(name, ())
+    is_code = name == "payload" or (name == "request_cancellation" and value not in words)
+    is_bare = isinstance(value, str) and re.fullmatch(r"[\w-]*", value) is not None
+    if words and value not in words and (is_bare or not is_code):
+        raise StarioError(f"{name}={value!r}: {_one_of(value, words)}")
+    if name.startswith("retry_") and (isinstance(value, (bool, str)) or not 0 <= value < math.inf):
+        raise StarioError(f"{name}={value!r}: a number, 0 or more")
+    return _code(value) if is_code else _script_json(value)
 
 
 DATASTAR_URL = "https://cdn.jsdelivr.net/gh/starfederation/datastar@1.0.2/bundles/datastar.js"
 DATASTAR_INTEGRITY = "sha384-SnyFlWTdFL3c8+9/1WsPuMFBq6AQOGC1LmS9upY4YkM3En3wZr5q2UvydHaMgOVG"
 
 
-def datastar_script(src: str | None = None) -> SafeString:
+def datastar_script(src: str | None = None, *, nonce: str | None = None) -> SafeString:
     """The `<script>` that brings Datastar into a page: put it into `<head>`.
 
     Without `src` it is the official bundle from its CDN and, where that fails or has not come after
     a second and a half, the pocket client (15) from this server. Never both: the bundle is fetched
     as text first, and only what has come in full, and has the right hash, is run. (A script element
     could not be called back: one that the CDN answers late would run beside the pocket client.)
-    `src` names another copy to load instead, and nothing else.
+    `src` names another copy to load instead, and nothing else. `nonce` is the one of the page's
+    Content-Security-Policy.
     """
+    attributes = {"type": "module", "nonce": nonce or False}
     if src is not None:
-        return h.Script({"type": "module", "src": src})
+        return h.Script(attributes, {"src": src})
     pocket = "/_stario/" + asset("pocket.js", collection="_stario")  # see 11
     return h.Script(
-        {"type": "module"},
+        attributes,
         f"""
 const official = "{DATASTAR_URL}";
 const integrity = "{DATASTAR_INTEGRITY}";
@@ -894,15 +1102,18 @@ def _sse(event: str, lines: Iterable[str], id: str | None = None, retry: int | N
     if id is not None:
         out.append(f"id: {_one_line(id)}\n")
     if retry is not None:
+        if not isinstance(retry, int) or isinstance(retry, bool) or retry < 0:
+            raise StarioError(f"retry={retry!r}: give whole milliseconds")
         out.append(f"retry: {int(retry)}\n")
     out += [f"data: {line}\n" for line in lines]
     out.append("\n")
     return "".join(out)
 
 
-def _one_line(text: str) -> str:
+def _one_line(value: object) -> str:
+    text = _as_text(value)
     if "\0" in text or _LINE_BREAK.search(text):
-        raise StarioError(f"event, id and selector cannot hold line breaks or NUL: {text!r}")
+        raise StarioError(f"event, id and selector cannot hold line breaks or NUL: {text[:60]!r}")
     return text
 
 
@@ -915,14 +1126,17 @@ def _patch_lines(
     selector: str | None = None,
     namespace: str | None = None,
     use_view_transition: bool = False,
+    view_transition_selector: str | None = None,
 ) -> list[str]:
     """The data lines of `datastar-patch-elements`."""
     if mode not in _PATCH_MODES:
-        raise StarioError(f"no patch mode {mode!r}: one of {', '.join(_PATCH_MODES)}")
+        raise StarioError(f"no patch mode {mode!r}: {_one_of(mode, _PATCH_MODES)}")
     if namespace not in (None, "html", "svg", "mathml"):
         raise StarioError(f"no namespace {namespace!r}: html, svg or mathml")
     if not selector and mode not in ("outer", "replace"):
         raise StarioError(f"mode {mode!r} needs a selector: only outer and replace do without")
+    if not selector and html and " id=" not in html[: html.find(">") + 1]:
+        _check_id(html)
     lines = [f"selector {_one_line(selector)}"] if selector else []
     if mode != "outer":
         lines.append(f"mode {mode}")
@@ -930,9 +1144,26 @@ def _patch_lines(
         lines.append(f"namespace {namespace}")
     if use_view_transition:
         lines.append("useViewTransition true")
+    if view_transition_selector:
+        lines.append(f"viewTransitionSelector {_one_line(view_transition_selector)}")
     if html:
         lines += ["elements " + line for line in _split_lines(html)]
     return lines
+
+
+_FIRST_TAG = re.compile(r"\s*<([a-z!][^\s>/]*)([^>]*)", re.IGNORECASE)
+
+
+def _check_id(html: str) -> None:
+    """Without a selector the client finds an element by its id, or changes nothing."""
+    tag = _FIRST_TAG.match(html)
+    if tag and (tag[1].lower() in ("html", "head", "body") or tag[1].startswith("!")):
+        return  # there is one of each
+    if not tag or not re.search(r"\sid\s*=", tag[2], re.IGNORECASE):
+        raise StarioError(
+            f"no place for {html[:60]!r}: give the element an id that the page has, or say "
+            "where with selector= and mode="
+        )
 
 
 def _split_lines(text: str) -> list[str]:
@@ -941,8 +1172,17 @@ def _split_lines(text: str) -> list[str]:
 
 
 def _signal_lines(signals: object, only_if_missing: bool = False) -> list[str]:
-    """The data lines of `datastar-patch-signals`; a str is taken for JSON already."""
-    text = signals if isinstance(signals, str) else _json(signals)
+    """The data lines of `datastar-patch-signals`; a str is JSON already."""
+    if isinstance(signals, str):
+        text = _as_text(signals)
+        try:
+            is_object = isinstance(_decode_json(text), dict)
+        except (ValueError, RecursionError):
+            is_object = False
+        if not is_object:
+            raise StarioError(f"no JSON object: {text[:60]!r}; give a dict from names to values")
+    else:
+        text = _signals_json(signals, _encode_json)
     lines = ["onlyIfMissing true"] if only_if_missing else []
     return lines + ["signals " + line for line in _split_lines(text)]
 
@@ -2311,19 +2551,11 @@ def _decode_path(raw: str) -> str:
         raise HttpException(400, "the path is not UTF-8") from None
 
 
-_decode_json = json.JSONDecoder().raw_decode
-
-
 def _parse_json(text: str | bytes) -> Any:
-    try:  # what browsers send is UTF-8 without blanks around it, for which `loads` does too much
-        plain = text if isinstance(text, str) else text.decode()
-        value, end = _decode_json(plain)
-        if end == len(plain):
-            return value
-    except (ValueError, RecursionError):
-        pass  # `loads` knows more forms, and says what is wrong
     try:
-        return json.loads(text)
+        if isinstance(text, bytes):
+            text = text.decode(json.detect_encoding(text))
+        return _decode_json(text)
     except (ValueError, RecursionError) as exc:  # UnicodeDecodeError is a ValueError
         raise HttpException(400, f"this is not JSON: {exc}") from None
 
@@ -2655,16 +2887,20 @@ class Writer:
         selector: str | None = None,
         namespace: str | None = None,
         use_view_transition: bool = False,
+        view_transition_selector: str | None = None,
         id: str | None = None,
         retry: int | None = None,
     ) -> None:
         """Patch elements into the page: by their ids, or into what `selector` finds.
 
         Modes: outer, inner, replace, prepend, append, before, after, remove; without a selector
-        only outer and replace. https://data-star.dev/reference/sse_events
+        only outer and replace. `view_transition_selector` is where a view transition takes place
+        (client 1.0.3 and later). https://data-star.dev/reference/sse_events
         """
         html = node if type(node) is SafeString else render(node)
-        lines = _patch_lines(html, mode, selector, namespace, use_view_transition)
+        lines = _patch_lines(
+            html, mode, selector, namespace, use_view_transition, view_transition_selector
+        )
         self._send_event("datastar-patch-elements", lines, id, retry)
 
     def remove(
@@ -2697,24 +2933,42 @@ class Writer:
         *,
         auto_remove: bool = True,
         attributes: Mapping[str, object] | None = None,
+        nonce: str | None = None,
         id: str | None = None,
         retry: int | None = None,
     ) -> None:
-        """Run JavaScript in the page, in a `<script>` that is removed when it has run."""
+        """Run JavaScript in the page, in a `<script>` that is removed when it has run.
+
+        `nonce` is the one of the page's Content-Security-Policy.
+        """
         own = {"data-effect": "el.remove()"} if auto_remove else {}
+        own |= {"nonce": nonce} if nonce else {}
         lines = _patch_lines(h.Script({**own, **(attributes or {})}, js), "append", "body")
         self._send_event("datastar-patch-elements", lines, id, retry)
 
-    def navigate(self, url: str, *, id: str | None = None, retry: int | None = None) -> None:
-        """Send the browser to another page."""
+    def navigate(
+        self,
+        url: str,
+        *,
+        nonce: str | None = None,
+        id: str | None = None,
+        retry: int | None = None,
+    ) -> None:
+        """Send the browser to another page. (`nonce` as in `execute`.)"""
+        # A browser skips control characters and blanks before and in a scheme (URL standard, 4.4).
+        scheme = re.sub(r"[\x00-\x20]", "", url).partition(":")[0].lower()
+        if scheme in ("javascript", "data", "vbscript"):
+            raise StarioError(f"{url[:60]!r} is a program, no page: navigate goes to pages only")
         # After a turn of the browser's loop, so that the rest of this event's work is done.
-        target = _script_json(url).replace("<", "\\u003c")
-        self.execute(f"setTimeout(() => {{ window.location = {target} }})", id=id, retry=retry)
+        script = f"setTimeout(() => {{ window.location = {_script_json(url)} }})"
+        self.execute(script, nonce=nonce, id=id, retry=retry)
 
     def event(
         self, name: str, data: str = "", *, id: str | None = None, retry: int | None = None
     ) -> None:
         """Send a plain server-sent event (HTML standard, 9.2), for a client other than Datastar."""
+        if not isinstance(data, str):
+            raise StarioError(f"an event's data is text, not {type(data).__name__}: json.dumps it")
         self._send_event(name, _split_lines(data), id, retry)
 
     # -- Raw
@@ -3357,6 +3611,10 @@ class Router:
     def delete(self, path: str, handler: Handler, *middleware: Middleware) -> None:
         """Answer DELETE at a path."""
         self.handle("DELETE", path, handler, *middleware)
+
+    def query(self, path: str, handler: Handler, *middleware: Middleware) -> None:
+        """Answer QUERY at a path: a GET with a body (draft-ietf-httpbis-safe-method-w-body)."""
+        self.handle("QUERY", path, handler, *middleware)
 
     def head(self, path: str, handler: Handler, *middleware: Middleware) -> None:
         """Answer HEAD at a path, where the GET handler should not."""

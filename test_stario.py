@@ -549,7 +549,7 @@ class TestDatastar(unittest.TestCase):
         app = Stario()
 
         async def page(c: Context, w: Writer) -> None:
-            w.patch(SafeString("<p>\n\nevent: x\r\rdata: y\r\n</p>"), id="1", retry=50)
+            w.patch(SafeString("<p id=p>\n\nevent: x\r\rdata: y\r\n</p>"), id="1", retry=50)
             w.sync('{"a":\n1}', only_if_missing=True)
             w.patch(h.P(), mode="append", selector="#x", namespace="svg", use_view_transition=True)
             w.remove("#gone")
@@ -565,7 +565,7 @@ class TestDatastar(unittest.TestCase):
         self.assertEqual(
             asyncio.run(read()),
             "event: datastar-patch-elements\nid: 1\nretry: 50\n"
-            "data: elements <p>\ndata: elements \ndata: elements event: x\ndata: elements \n"
+            "data: elements <p id=p>\ndata: elements \ndata: elements event: x\ndata: elements \n"
             "data: elements data: y\ndata: elements </p>\n\n"
             'event: datastar-patch-signals\ndata: onlyIfMissing true\ndata: signals {"a":\n'
             "data: signals 1}\n\n"
@@ -1127,7 +1127,11 @@ class TestWriter(AsyncTest):
         async def handler(c: Context, w: Writer) -> None:
             w.empty(204)
             seen.append("after")
-            for again in (lambda: w.text("x"), lambda: w.patch(h.P()), lambda: w.write(b"x")):
+            for again in (
+                lambda: w.text("x"),
+                lambda: w.patch(h.P({"id": "p"})),
+                lambda: w.write(b"x"),
+            ):
                 try:
                     again()
                 except StarioError:
