@@ -574,13 +574,14 @@ def _json(value: object, encode: Callable[[object], str] = _encode_json) -> str:
 
 
 def _finite(text: str) -> float:
+    """A number of JSON. NaN and Infinity are none (RFC 8259, section 6), and 1e999 would be one."""
     number = float(text)
-    if not math.isfinite(number):  # "NaN" and "Infinity" are no JSON (RFC 8259, section 6), and
-        raise ValueError(f"{text[:20]} is no finite number")  # 1e999 would be infinite here
+    if number - number != 0:
+        raise ValueError(f"{text[:20]} is no finite number")
     return number
 
 
-_decode_json = json.JSONDecoder(parse_float=_finite, parse_constant=_finite).decode
+_json_decoder = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)
 
 
 def _script_json(value: object) -> str:
@@ -617,13 +618,17 @@ def js(mapping: Mapping[str, object] | None = None, /, **expressions: object) ->
     if mapping is not None and not isinstance(mapping, Mapping):
         raise StarioError(f"give a dict from names to expressions in place of {mapping!r}")
     pairs = {**(mapping or {}), **expressions}
-    names = ((s(name), code) for name, code in pairs.items())
-    quoted = ((f"[{name}]" if name == '"__proto__"' else name, code) for name, code in names)
-    return "{" + ", ".join(f"{name}: {_code(code)}" for name, code in quoted) + "}"
+    return "{" + ", ".join(f"{_key(name)}: {_code(code)}" for name, code in pairs.items()) + "}"
+
+
+def _key(name: str) -> str:
+    return '["__proto__"]' if name == "__proto__" else s(name)
 
 
 def _code(value: object) -> str:
     """A value where an expression is meant: a str is one, and True is `true`."""
+    if type(value) is str:
+        return value
     return str.__str__(value) if isinstance(value, str) else _script_json(value)
 
 
@@ -672,7 +677,7 @@ class Modifiers(TypedDict, total=False):
 
 def _duration(name: str, value: Duration) -> str:
     # The client separates a modifier's tags by dots, so "1.5s" cannot be written: milliseconds.
-    if isinstance(value, str) and re.fullmatch(r"\d+(ms|s)", value):
+    if isinstance(value, str) and re.fullmatch(r"\d{1,9}(ms|s)", value):
         return value
     if isinstance(value, (str, bool)) or not 0 <= value < math.inf:
         raise StarioError(f"{name}={value!r} is no duration: write seconds (0.5), or '500ms'")
@@ -714,11 +719,20 @@ _FLAGS = ("leading", "notrailing", "noleading", "trailing")
 
 def _attribute_name(start: str, modifiers: Mapping[str, object]) -> str:
     """`data-on:click__once`"""
+    if tuple in map(type, modifiers.values()):  # (1, "leading") == (True, "leading") to a cache
+        return _new_name_with(start, **modifiers)
+    return _name_with(start, **modifiers)
+
+
+def _new_name_with(start: str, /, **modifiers: object) -> str:
     known = Modifiers.__annotations__
     for name in modifiers:
         if name not in known:
             raise StarioError(f"no modifier {name!r}: {_one_of(name, known)}")
     return start + "".join(_modifier(name, modifiers[name]) for name in known if name in modifiers)
+
+
+_name_with = lru_cache(maxsize=512, typed=True)(_new_name_with)  # typed: 1 is not True
 
 
 @lru_cache(maxsize=256)
@@ -827,7 +841,11 @@ class DataAttributes:
     def on(self, event: str, expression: Expression, **modifiers: Unpack[Modifiers]) -> Attributes:
         """Run the expression at an event: `data.on("click", at.post("/click"), debounce=0.5)`."""
         name = _event_name(event)
-        return {_attribute_name(name, modifiers) if modifiers else name: _code(expression)}
+        return {
+            _attribute_name(name, modifiers) if modifiers else name: (
+                expression if type(expression) is str else _code(expression)
+            )
+        }
 
     def on_intersect(self, expression: Expression, **modifiers: Unpack[Modifiers]) -> Attributes:
         """Run the expression when the element scrolls into view (or out, with `exit`)."""
@@ -977,30 +995,33 @@ at = Actions()
 def _request(method: str, url: str, queries: Queries, options: RequestOptions) -> str:
     written = _request_options(method, options) if options else ""
     if not queries:
-        return _short_action(method, url, written)
-    pairs: list[str] = []
+        return (_known_action if len(url) < 256 else _action)(method, url, written)
+    size = len(url) + len(written)
+    pairs: list[str | int] = []  # names and values in turn
     for name, value in queries.items():
         if type(value) is str:
             pairs += (name, value)
-        elif isinstance(value, (list, tuple, set, frozenset)):
-            for item in value:
-                pairs += (name, _as_text(item))
-        elif isinstance(value, (Mapping, bytes)):
-            raise StarioError(f"a query cannot be {type(value).__name__} (of {name!r}): give text")
+            size += len(value)
+        elif type(value) is int:
+            pairs += (name, value)  # (an int and no bool: to a cache, True is 1)
+            size += value.bit_length()
         elif value is not None:
-            pairs += (name, _as_text(value))
-    return _short_action(method, url, written, *pairs)
+            texts = _texts(name, value)
+            pairs += [part for text in texts for part in (name, text)]
+            size += sum(map(len, texts))
+    return (_known_action if size < 256 else _action)(method, url, written, *pairs)
 
 
-def _short_action(method: str, url: str, options: str, *pairs: str) -> str:
-    """An action, from memory if it is short: views are rendered often, but a text of users that is
-    long hardly comes twice, and would be kept.
-    """
-    size = len(url) + len(options) + sum(map(len, pairs))
-    return (_known_action if size <= 256 else _action)(method, url, options, *pairs)
+def _texts(name: str, value: object) -> list[str]:
+    """The values of a query: of a list one for each item."""
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [text for item in value for text in _texts(name, item)]
+    if isinstance(value, (Mapping, bytes)):
+        raise StarioError(f"{type(value).__name__} cannot be in a query (as {name!r}): give text")
+    return [] if value is None else [_as_text(value)]
 
 
-def _action(method: str, url: str, options: str, *pairs: str) -> str:
+def _action(method: str, url: str, options: str, *pairs: str | int) -> str:
     """An action as text; `pairs` are names and values in turn."""
     if pairs:
         queries = zip(pairs[::2], pairs[1::2], strict=True)
@@ -1011,6 +1032,7 @@ def _action(method: str, url: str, options: str, *pairs: str) -> str:
     return f"@{method}({address}{options})"
 
 
+# Views are rendered often: the short ones are kept. A long text of a user's hardly comes twice.
 _known_action = lru_cache(maxsize=2048)(_action)
 
 
@@ -1030,6 +1052,7 @@ def _request_options(method: str, options: RequestOptions) -> str:
     return f", {{{', '.join(written)}}}" if written else ""
 
 
+@lru_cache(maxsize=64)
 def _camel(name: str) -> str:
     return re.sub("_([a-z])", lambda found: found[1].upper(), name)
 
@@ -1135,7 +1158,7 @@ def _patch_lines(
         raise StarioError(f"no namespace {namespace!r}: html, svg or mathml")
     if not selector and mode not in ("outer", "replace"):
         raise StarioError(f"mode {mode!r} needs a selector: only outer and replace do without")
-    if not selector and html and " id=" not in html[: html.find(">") + 1]:
+    if not selector and html.find(" id=", 0, html.find(">")) < 0 and html:
         _check_id(html)
     lines = [f"selector {_one_line(selector)}"] if selector else []
     if mode != "outer":
@@ -1176,7 +1199,7 @@ def _signal_lines(signals: object, only_if_missing: bool = False) -> list[str]:
     if isinstance(signals, str):
         text = _as_text(signals)
         try:
-            is_object = isinstance(_decode_json(text), dict)
+            is_object = isinstance(_json_decoder.decode(text), dict)
         except (ValueError, RecursionError):
             is_object = False
         if not is_object:
@@ -2552,10 +2575,15 @@ def _decode_path(raw: str) -> str:
 
 
 def _parse_json(text: str | bytes) -> Any:
+    try:  # what browsers send is UTF-8 without blanks around it, for which `loads` does too much
+        plain = text if isinstance(text, str) else text.decode()
+        value, end = _json_decoder.raw_decode(plain)
+        if end == len(plain):
+            return value
+    except (ValueError, RecursionError):
+        pass  # `loads` knows more forms, and says what is wrong
     try:
-        if isinstance(text, bytes):
-            text = text.decode(json.detect_encoding(text))
-        return _decode_json(text)
+        return json.loads(text, parse_float=_finite, parse_constant=_finite)
     except (ValueError, RecursionError) as exc:  # UnicodeDecodeError is a ValueError
         raise HttpException(400, f"this is not JSON: {exc}") from None
 
