@@ -1021,7 +1021,7 @@ def _texts(name: str, value: object) -> list[str]:
     return [] if value is None else [_as_text(value)]
 
 
-def _action(method: str, url: str, options: str, *pairs: str | int) -> str:
+def _action(method: str, url: str, options: str, *pairs: Any) -> str:
     """An action as text; `pairs` are names and values in turn."""
     if pairs:
         queries = zip(pairs[::2], pairs[1::2], strict=True)

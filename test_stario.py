@@ -49,6 +49,7 @@ from datetime import date, datetime, timedelta, timezone
 from decimal import Decimal
 from html.parser import HTMLParser
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, NotRequired, TypedDict
 from unittest import mock
 from urllib.parse import parse_qs, quote, urlencode, urljoin
@@ -597,6 +598,221 @@ class TestDatastar(unittest.TestCase):
         self.assertRegex(script, r"/_stario/pocket\.[0-9a-f]{16}\.js")
         own = datastar_script("/static/x.js")
         self.assertEqual(own, '<script type="module" src="/static/x.js"></script>')
+
+
+class Word(enum.StrEnum):
+    """Text of a type of its own, as settings often are."""
+
+    OPEN = "$open"
+    PATH = "/over there"
+
+
+class TestBuildersWriteWhatWasMeant(unittest.TestCase):
+    """Part 4: other values than text, text of any kind, and mistakes that are named at the call."""
+
+    def test_what_is_no_text_is_written_in_javascript(self) -> None:
+        for given, expected in [
+            (data.show(False), {"data-show": "false"}),
+            (data.text(3), {"data-text": "3"}),
+            (data.show(Word.OPEN), {"data-show": "$open"}),
+            (data.style({"opacity": 0.5}), {"data-style": '{"opacity": 0.5}'}),
+            (data.attr({"disabled": True}), {"data-attr": '{"disabled": true}'}),
+            (data.computed({"a": False}), {"data-computed": '{"a": () => (false)}'}),
+            (data.on("click", True), {"data-on:click": "true"}),
+            (at.peek(False), "@peek(() => false)"),
+            (s(Word.OPEN), '"\\u0024open"'),
+            (s(Size.LARGE), '"l"'),
+            (js({"a": None, "b": [1]}), '{"a": null, "b": [1]}'),
+        ]:
+            with self.subTest(str(expected)):
+                self.assertEqual(given, expected)
+
+    def test_a_query_has_what_there_is_before_the_fragment(self) -> None:
+        for given, expected in [
+            (at.get("/x#top", {"a": "b"}), "@get('/x?a=b#top')"),
+            (at.get("/x?y=1#a?b", {"a": 2}), '@get("/x?y=1\\u0026a=2#a?b")'),
+            (at.get("/x", {"a": None, "b": [None, 2, Size.LARGE]}), "@get('/x?b=2&b=l')"),
+            (at.get("/x", {"a": None}), "@get('/x')"),
+            (at.post("/x", {"a": "half \udc00"}), "@post('/x?a=half+%3F')"),
+            (at.get(Word.PATH), '@get("/over there")'),
+            (at.query("/x", {"a": 1}), "@query('/x?a=1')"),
+        ]:
+            with self.subTest(expected):
+                self.assertEqual(given.replace("\\u0026", "&"), expected.replace("\\u0026", "&"))
+        for wrong in ({"a": {"b": 1}}, {"a": b"x"}, {"a": [{}]}):
+            with self.subTest(str(wrong)), self.assertRaisesRegex(StarioError, "'a'"):
+                at.get("/x", wrong)
+
+    def test_text_can_stand_in_scripts_of_html_and_svg(self) -> None:
+        for text in ("<!-- ", "</script >", "&lt;&#39", "]]>", "a && b"):
+            for written in (
+                s(text),
+                js({text: "1"}),
+                str(data.signals({"x": text})["data-signals"]),
+            ):
+                self.assertFalse(set(written) & set("<>&"), written)
+            script = h.Script(f"go({s(text)})")
+            self.assertEqual(html.unescape(script), script)
+        self.assertEqual(json.loads(s("\ud83d<")), "\ud83d<")
+
+    def test_no_name_of_a_signal_is_a_prototype(self) -> None:
+        written = data.signals({"__proto__": {"a": '{"__proto__":1}'}, "b": {"__proto__": 2}})
+        self.assertEqual(
+            written["data-signals"],
+            '{["__proto__"]:{"a":"{\\"__proto__\\":1}"},"b":{["__proto__"]:2}}',
+        )
+        self.assertEqual(js({"__proto__": "$x"}), '{["__proto__"]: $x}')
+
+    def test_values_that_are_equal_but_not_the_same_stay_apart(self) -> None:
+        for values in ((1, True, 1.0), (True, 1.0, 1), (1.0, 1, True)):
+            stario._name_with.cache_clear()
+            for value in values:
+                expected = {int: ".1s", float: ".1000ms", bool: ""}[type(value)]
+                name = f"data-on:scroll__throttle{expected}"
+                self.assertEqual(data.on("scroll", "x()", throttle=value), {name: "x()"})
+        for pair in ((1, "trailing"), (1.0, "trailing")):
+            expected = "1s" if type(pair[0]) is int else "1000ms"
+            name = f"data-on:scroll__throttle.{expected}.trailing"
+            self.assertEqual(data.on("scroll", "x()", throttle=pair), {name: "x()"})
+        with self.assertRaises(StarioError):
+            data.on("scroll", "x()", throttle=(True, "trailing"))
+
+    def test_nothing_long_is_kept(self) -> None:
+        known = stario._known_action.cache_info().currsize
+        for give in (
+            lambda text: at.get("/x", {"q": text}),
+            lambda text: at.get("/x", {"q": ["a", text]}),
+            lambda text: at.get("/" + text),
+            lambda text: at.get("/x", selector=text),
+            lambda text: at.get("/x", {"n": int(text.replace("w", "7"))}),
+        ):
+            for number in range(3):
+                give(f"{number}" + "w" * 2000)
+        self.assertEqual(stario._known_action.cache_info().currsize, known)
+
+    def test_what_an_element_is_told_twice_is_refused_unless_it_is_the_same(self) -> None:
+        for first, second in (
+            (data.on("keyup", "a()"), data.on("keyup", "b()")),
+            (data.signals({"a": 1}, ifmissing=True), data.signals({"b": 1}, ifmissing=True)),
+            (data.class_({"a": "$a"}), data.class_({"b": "$b"})),
+            (data.effect("a()"), data.effect("b()")),
+            (data.init("a()"), [data.init("b()")]),
+            (MappingProxyType(data.computed({"a": "1"})), data.computed({"b": "2"})),
+        ):
+            for element in (h.Div, h.Input, h.Textarea):
+                with self.subTest(str(first)), self.assertRaisesRegex(StarioError, "twice"):
+                    element(first, second)
+        self.assertIn('"a()"', h.Div(data.on("click", "a()"), data.on("click", "a()")))
+        self.assertIn('"2"', h.Div({"data-id": "1", "id": "a"}, {"data-id": "2", "id": "b"}))
+        both = h.Div(data.on("click", "a()"), data.on("click", "b()", once=True))
+        self.assertTrue("a()" in both and "b()" in both)
+
+    def test_flags_of_patterns_and_what_would_end_them(self) -> None:
+        for pattern, expected in [
+            (re.compile("^x", re.I), "/^x/i"),
+            (re.compile("(?is)a.b"), "/a.b/is"),
+            (re.compile("^a$", re.M | re.A), "/^a$/m"),
+            ("", "/(?:)/"),
+            (r"^a/b\/c$", r"/^a\/b\/c$/"),
+            ("a\nb", "/a\\u000ab/"),
+            (r"\$user|x@y;", r"/\u0024user|x\u0040y\u003b/"),
+            ("[$a]", r"/[\u0024a]/"),
+        ]:
+            with self.subTest(str(pattern)):
+                self.assertEqual(stario._regex(pattern), expected)
+        with self.assertRaisesRegex(StarioError, "VERBOSE"):
+            at.get("/x", include=re.compile("a b", re.X))
+
+    def test_options_are_words_of_the_client_or_expressions(self) -> None:
+        for given, expected in [
+            (at.get("/x", request_cancellation="cleanup"), '{requestCancellation: "cleanup"}'),
+            (at.get("/x", request_cancellation="$a"), "{requestCancellation: $a}"),
+            (at.get("/x", request_cancellation="window.a"), "{requestCancellation: window.a}"),
+            (at.get("/x", retry="never"), '{retry: "never"}'),
+            (at.get("/x", response_overrides={"mode": "inner", "use_view_transition": True}),
+             '{responseOverrides: {"mode":"inner","useViewTransition":true}}'),
+        ]:  # fmt: skip
+            with self.subTest(expected):
+                self.assertEqual(given, f"@get('/x', {expected})")
+
+    def test_mistakes_are_named_at_the_call(self) -> None:
+        wrong: list[tuple[str, Callable[..., object]]] = [
+            ("cleanup", lambda: at.get("/x", request_cancellation="cleanups")),
+            ("always", lambda: at.get("/x", retry="alway")),  # type: ignore[arg-type]
+            ("json", lambda: at.post("/x", content_type="application/json")),  # type: ignore[arg-type]
+            ("retry_max_wait_ms", lambda: at.get("/x", retry_max_wait=1)),  # type: ignore[call-arg]
+            ("retry_scaler", lambda: at.get("/x", retry_scaler="2")),  # type: ignore[arg-type]
+            ("selector", lambda: at.get("/x", response_overrides={"select": ""})),  # type: ignore[typeddict-item]
+            ("without", lambda: data.bind("$name")),
+            ("without", lambda: data.indicator("$busy")),
+            ("without", lambda: data.computed({"$a": "1"})),
+            ("dict", lambda: data.class_("active")),  # type: ignore[arg-type]
+            ("dict", lambda: data.signals([1])),
+            ("dict", lambda: data.signals("a")),
+            ("Milliseconds", lambda: data.on("input", "x()", debounce=500)),
+            ("0.25", lambda: data.init("x()", delay=250)),
+            ("500ms", lambda: data.on("input", "x()", throttle="1.5s")),
+            ("0.5", lambda: data.on("input", "x()", throttle="half a second")),
+            ("duration", lambda: data.on_interval("x()", duration=-1)),
+            ("once=True", lambda: data.on("click", "x()", once=1)),  # type: ignore[arg-type]
+            ("percent", lambda: data.on_intersect("x()", threshold=0.5)),  # type: ignore[arg-type]
+            ("notrailing", lambda: data.on("click", "x()", debounce=(1, "notrail"))),
+            ("'prevent'", lambda: data.on("click", "x()", prevnt=True)),  # type: ignore[call-arg]
+            ("'click'", lambda: data.on("onclick", "x()")),
+            ("name", lambda: data.on("", "x()")),
+        ]
+        for word, make in wrong:
+            with self.subTest(word), self.assertRaisesRegex(StarioError, word):
+                make()
+
+    def test_writers_refuse_what_is_no_data_and_patches_without_a_place(self) -> None:
+        writer = Writer(stario._Exchange(), a_request(), CompressionConfig())
+        wrong: list[tuple[str, Callable[..., object]]] = [
+            ("dict", lambda: writer.sync([1])),
+            ("dict", lambda: writer.sync(None)),
+            ("dict", lambda: writer.sync(Place)),
+            ("dict", lambda: writer.sync("hello")),
+            ("dict", lambda: writer.sync('{"a": Infinity}')),
+            ("dict", lambda: writer.sync('[{"a": 1}]')),
+            ("JSON", lambda: writer.sync({"a": float("inf")})),
+            ("dict", lambda: writer.event("x", {"a": 1})),  # type: ignore[arg-type]
+            ("milliseconds", lambda: writer.event("x", "y", retry=0.5)),  # type: ignore[arg-type]
+            ("id", lambda: writer.patch("hello")),
+            ("id", lambda: writer.patch(h.P({"class": "id"}, "an id=5"))),
+            ("'prepend'", lambda: writer.patch(h.P(), mode="prepnd", selector="p")),
+        ]
+        for word, make in wrong:
+            with self.subTest(word), self.assertRaisesRegex((StarioError, TypeError), word):
+                make()
+        self.assertFalse(writer.started)
+        for fits in (
+            h.Html(),
+            h.Body(),
+            SafeString("<P\tID='a'>"),
+            h.P(data.text("$x"), {"id": 1}),
+        ):
+            stario._patch_lines(fits)
+
+    def test_navigate_goes_to_pages_only(self) -> None:
+        writer = Writer(stario._Exchange(), a_request(), CompressionConfig())
+        for url in ("javascript:x()", " JAVASCRIPT:x()", "java\nscript:x()", "\x01javascript:x()",
+                    "data:text/html,x", "vbscript:x"):  # fmt: skip
+            with self.subTest(url), self.assertRaises(StarioError):
+                writer.navigate(url)
+        self.assertFalse(writer.started)
+        writer.navigate("/a?next=javascript:x", nonce="n")
+        writer.navigate("https://example.com/?a=<b>&c")
+
+    def test_a_nonce_and_the_clients_newer_attributes(self) -> None:
+        self.assertIn(' nonce="a1"', datastar_script("/x.js", nonce="a1"))
+        self.assertIn(' nonce="a1"', datastar_script(nonce="a1"))
+        self.assertEqual(
+            data.bind("a", prop="valueAsNumber", event=["input", "blur"]),
+            {"data-bind__prop.value-as-number__event.input.blur": "a"},
+        )
+        self.assertEqual(data.bind("a", event="change"), {"data-bind__event.change": "a"})
+        lines = stario._patch_lines("<p id=a>", view_transition_selector="#a")
+        self.assertEqual(lines, ["viewTransitionSelector #a", "elements <p id=a>"])
 
 
 class Place(NamedTuple):
