@@ -994,9 +994,9 @@ at = Actions()
 
 def _request(method: str, url: str, queries: Queries, options: RequestOptions) -> str:
     written = _request_options(method, options) if options else ""
-    if not queries:
-        return (_known_action if len(url) < 256 else _action)(method, url, written)
     size = len(url) + len(written)
+    if not queries:
+        return (_known_action if size < 256 else _action)(method, url, written)
     pairs: list[str | int] = []  # names and values in turn
     for name, value in queries.items():
         if type(value) is str:

@@ -630,7 +630,7 @@ class TestBuildersWriteWhatWasMeant(unittest.TestCase):
     def test_a_query_has_what_there_is_before_the_fragment(self) -> None:
         for given, expected in [
             (at.get("/x#top", {"a": "b"}), "@get('/x?a=b#top')"),
-            (at.get("/x?y=1#a?b", {"a": 2}), '@get("/x?y=1\\u0026a=2#a?b")'),
+            (at.get("/x?y=1#a?b", {"a": 2}), "@get('/x?y=1&a=2#a?b')"),
             (at.get("/x", {"a": None, "b": [None, 2, Size.LARGE]}), "@get('/x?b=2&b=l')"),
             (at.get("/x", {"a": None}), "@get('/x')"),
             (at.post("/x", {"a": "half \udc00"}), "@post('/x?a=half+%3F')"),
@@ -638,7 +638,7 @@ class TestBuildersWriteWhatWasMeant(unittest.TestCase):
             (at.query("/x", {"a": 1}), "@query('/x?a=1')"),
         ]:
             with self.subTest(expected):
-                self.assertEqual(given.replace("\\u0026", "&"), expected.replace("\\u0026", "&"))
+                self.assertEqual(given, expected)
         for wrong in ({"a": {"b": 1}}, {"a": b"x"}, {"a": [{}]}):
             with self.subTest(str(wrong)), self.assertRaisesRegex(StarioError, "'a'"):
                 at.get("/x", wrong)
@@ -770,7 +770,7 @@ class TestBuildersWriteWhatWasMeant(unittest.TestCase):
         wrong: list[tuple[str, Callable[..., object]]] = [
             ("dict", lambda: writer.sync([1])),
             ("dict", lambda: writer.sync(None)),
-            ("dict", lambda: writer.sync(Place)),
+            ("JSON", lambda: writer.sync(Place)),
             ("dict", lambda: writer.sync("hello")),
             ("dict", lambda: writer.sync('{"a": Infinity}')),
             ("dict", lambda: writer.sync('[{"a": 1}]')),
