@@ -936,7 +936,7 @@ _REQUEST_DEFAULTS: dict[str, object] = {
     "content_type": "json", "retry": "auto", "retry_interval_ms": 1000, "retry_scaler": 2,
     "retry_max_wait_ms": 30_000, "retry_max_count": 10, "request_cancellation": "auto",
 }  # fmt: skip
-_WORDS = {  # what the client knows; another word would do nothing, without a word
+_OPTION_WORDS = {  # what the client knows; another word would do nothing, without a word
     "content_type": ("json", "form"),
     "retry": ("auto", "error", "always", "never"),
     "request_cancellation": ("auto", "cleanup", "disabled"),
@@ -1066,7 +1066,7 @@ def _option(name: str, value: Any) -> str:
                 f"nothing to override is {unknown[0]!r}: {_one_of(unknown[0], known)}"
             )
         return _script_json({_camel(key): item for key, item in value.items()})
-    words = _WORDS.get(name, ())
+    words = _OPTION_WORDS.get(name, ())
     is_code = name == "payload" or (name == "request_cancellation" and value not in words)
     is_bare = isinstance(value, str) and re.fullmatch(r"[\w-]*", value) is not None
     if words and value not in words and (is_bare or not is_code):
