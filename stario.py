@@ -45,6 +45,7 @@ import dataclasses
 import difflib
 import enum
 import errno
+import functools
 import hashlib
 import hmac
 import inspect
@@ -138,6 +139,13 @@ class HttpException(Exception):
     """
 
     def __init__(self, status_code: int, detail: str = "") -> None:
+        """StarioError for what is no status or no text, and for a redirect without an address."""
+        _check_status(status_code)
+        if detail and not isinstance(detail, str):
+            kind = type(detail).__name__
+            raise StarioError(f"an HttpException's detail is text, not {kind}: answer with w.json")
+        if status_code in _REDIRECTS and not detail:
+            raise StarioError(f'{status_code} needs an address: HttpException(303, "/login")')
         self.status_code = status_code
         self.detail = detail or _phrase(status_code)
         super().__init__(self.status_code, self.detail)
@@ -162,6 +170,27 @@ def _one_of(word: object, known: Iterable[str]) -> str:
     words = list(known)
     near = difflib.get_close_matches(str(word), words, 1)
     return f"one of {', '.join(words)}" + (f" ({near[0]!r}?)" if near else "")
+
+
+_REDIRECTS = frozenset((301, 302, 303, 307, 308))
+
+
+def _check_status(status: object) -> None:
+    if not isinstance(status, int) or not 200 <= status <= 999:
+        raise StarioError(f"{status!r} is no status of an answer: 200 to 599 are")
+
+
+def _alone(exc: BaseException) -> BaseException:
+    """What a TaskGroup hands on as a group is often one exception, or several answers: the first.
+
+    So it is treated as if the handler had raised it itself.
+    """
+    while isinstance(exc, BaseExceptionGroup):
+        inside = [_alone(inner) for inner in exc.exceptions]
+        if len(inside) > 1 and not all(isinstance(inner, HttpException) for inner in inside):
+            break
+        exc = inside[0]
+    return exc
 
 
 def _phrase(status: int) -> str:
@@ -2026,6 +2055,10 @@ _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, section 5.6.2
 _BAD_VALUE = re.compile(r"[^\t\x20-\x7e\x80-\xff]")  # section 5.5
 
 
+class _Missing(HttpException, KeyError):
+    """The client has left out what the handler takes for granted."""
+
+
 class _Fields:
     """Text under names, where a name may come several times."""
 
@@ -2039,6 +2072,17 @@ class _Fields:
     def getlist(self, name: str) -> list[str]:
         """All values of a name, in order; an empty list where there is none."""
         return list(self._fields.get(name, ()))
+
+    def keys(self) -> list[str]:
+        """The names, each once."""
+        return list(self._fields)
+
+    def __getitem__(self, name: str) -> str:
+        """The first value of a name; HttpException(400), which is a KeyError, too, without one."""
+        values = self.getlist(name)
+        if not values:
+            raise _Missing(400, f"{name!r} is missing")
+        return values[0]
 
     def __contains__(self, name: object) -> bool:
         return name in self._fields
@@ -2062,10 +2106,20 @@ class QueryParams(_Fields):
             fields.setdefault(key, []).append(value)
         super().__init__(fields)
 
-    def get(self, key: str, default: str | None = None) -> Any:
-        """The first value of a key, or `default`."""
+    def get(self, key: str, default: Any = None, type: Callable[[str], Any] | None = None) -> Any:
+        """The first value of a key, or `default`: also where `type` does not take the value.
+
+        `c.req.query.get("start", 0, type=int)`; a bool is true for "true", "on", "yes" and "1".
+        """
         values = self._fields.get(key)
-        return values[0] if values else default
+        if not values or type is None:
+            return values[0] if values else default
+        if type is bool:
+            return values[0].lower() in ("true", "on", "yes", "1")
+        try:
+            return _finite(values[0]) if type is float else type(values[0])
+        except (ValueError, ArithmeticError):  # (Decimal's error is the second)
+            return default
 
 
 class Headers(_Fields):
@@ -2345,8 +2399,8 @@ class Request:
         self._query: QueryParams | None = None
 
     @cached_property
-    def params(self) -> dict[str, str]:
-        """The parameters of the path: `{"id": "7"}` for `/users/{id}`."""
+    def params(self) -> dict[str, Any]:
+        """The parameters of the path: `{"id": 7}` for `/users/{id:int}`."""
         return {}  # the router puts its own here, where there are any
 
     @property
@@ -2826,9 +2880,23 @@ _CARRIER_FIELDS = ("transfer-encoding", "connection", "keep-alive", "upgrade", "
 _BODILESS = frozenset((204, 304))
 _DAYS = ["Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun"]
 _MONTHS = ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"]
+# What a handler sets for its answer, and an error's answer in its place must not have.
+_DESCRIPTIONS = (
+    "content-type", "content-length", "content-encoding", "content-disposition", "content-language",
+    "content-location", "content-range", "content-digest", "repr-digest", "etag", "last-modified",
+    "accept-ranges", "age", "cache-control", "cdn-cache-control", "expires", "pragma", "location",
+    "refresh", "link",
+)  # fmt: skip
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _REDIRECT_SAFE = "!#$%&'()*+,-./:;=?@[]_~"
 _COOKIE_SAFE = "!#$&'()*+-./:<=>?@[]^_`{|}~"  # RFC 6265, section 4.1.1, but for "%"
+
+
+def _check_target(url: str, status: int) -> None:
+    if status not in _REDIRECTS:
+        raise StarioError(f"{status} is no redirect: 301, 302, 303, 307 or 308")
+    if _CONTROL.search(url):
+        raise StarioError(f"{url!r} cannot be a redirect's target: it holds control characters")
 
 
 class Writer:
@@ -2892,11 +2960,21 @@ class Writer:
         self._answer(status, _JSON, _json(obj).encode("utf-8", "replace"))
 
     def redirect(self, url: str, status: int = 307) -> None:
-        """Send the client to another address (303 if it should GET that after a POST)."""
-        if status not in (301, 302, 303, 307, 308):
-            raise StarioError(f"{status} is no redirect: 301, 302, 303, 307 or 308")
-        if _CONTROL.search(url):
-            raise StarioError(f"{url!r} cannot be a redirect's target: it holds control characters")
+        """Send the client to another address (303 if it should GET that after a POST).
+
+        A request of Datastar's comes from inside a page: it is answered by `navigate`, since a
+        redirect would be followed there, and the other page patched into the open one.
+        """
+        if self._request.is_datastar and not self.started:
+            _check_target(url, status)
+            self.navigate(url)
+            self.end()
+        else:
+            self._redirect(url, status)
+
+    def _redirect(self, url: str, status: int) -> None:
+        """A redirect of HTTP's own, for Datastar, too: what was asked for is found elsewhere."""
+        _check_target(url, status)
         # A backslash is a slash to browsers: "/\evil.com" would leave the site.
         location = quote(url.replace("\\", "%5C"), safe=_REDIRECT_SAFE, errors="replace")
         self._answer(status, (f"location: {location}\r\n".encode("ascii"), False), b"")
@@ -3143,11 +3221,16 @@ class Writer:
 
     # -- Inside
 
+    def _forget_answer(self) -> None:
+        """The answer has failed before it began: what described it goes, what all have stays."""
+        if self._headers is not None and not self.started:
+            for name in _DESCRIPTIONS:
+                self._headers.remove(name)
+
     def _start(self, status: int) -> None:
         if self.started:
             raise StarioError("this request has been answered already: a Writer answers once")
-        if not 200 <= status <= 999:
-            raise StarioError(f"{status} is no status of an answer: 200 to 599 are")
+        _check_status(status)
         if self._headers is not None and (last_chance := self._headers.before_sending):
             self._headers.before_sending = None  # if it fails, the error's answer goes without it
             last_chance()
@@ -3487,10 +3570,10 @@ def _keep(task: asyncio.Task[Any], tasks: set[asyncio.Task[Any]]) -> None:
 #
 # A handler is `async def handler(c, w)`, and a middleware is a function from a handler to a
 # handler. A router keeps its routes in a tree of path segments. The rule of matching: at each
-# segment an exact name goes before a parameter, and that before a catch-all, in whatever order the
-# routes were added; only routes that have the method count, and if there are none but the path is
-# known, the answer is 405. Paths are split at `/` first and decoded after, so that an escaped `/`
-# stays inside its segment.
+# segment an exact name goes before a parameter (one with a type before one without), and that
+# before a catch-all, in whatever order the routes were added; only routes that have the method
+# count, and if there are none but the path is known, the answer is 405. Paths are split at `/`
+# first and decoded after, so that an escaped `/` stays inside its segment.
 # ==================================================================================================
 
 
@@ -3588,21 +3671,103 @@ Middleware = Callable[[Handler], Handler]
 ErrorHandler = Callable[[Context, Writer, Any], Awaitable[None] | None]
 
 
+# -- What cannot work is refused where it is written, and not at a visitor's request.
+
+
+def _check_handler(route: str, handler: object) -> None:
+    """Raise StarioError for what is no handler."""
+    if inspect.iscoroutine(handler):
+        handler.close()
+        raise StarioError(f"{route}: this handler was called: give it without its parentheses")
+    if isinstance(handler, type) or not callable(handler):
+        wanted = "the handler is an `async def handler(c, w)`"
+        raise StarioError(f"{route}: {wanted}, not {handler!r}")
+    plain = inspect.unwrap(handler)
+    while isinstance(plain, functools.partial):
+        plain = inspect.unwrap(plain.func)
+    plain = getattr(plain, "__func__", plain)  # a method is a function and its object
+    if not inspect.isfunction(plain):
+        plain = type(plain).__call__
+    is_lambda = getattr(plain, "__name__", "") == "<lambda>"  # it may give what another one does
+    if inspect.isfunction(plain) and not (is_lambda or inspect.iscoroutinefunction(plain)):
+        raise StarioError(f"{route}: write `async def {plain.__name__}(c, w)`, without a yield")
+    _check_arguments(handler, "c, w")
+
+
+def _check_arguments(function: Any, wanted: str) -> None:
+    """Raise StarioError where a function cannot be called with these arguments."""
+    try:
+        inspect.signature(function).bind(*wanted.split(", "))
+    except ValueError:
+        pass  # a builtin that does not tell
+    except TypeError as exc:
+        name = getattr(function, "__name__", repr(function))
+        raise StarioError(f"{name} is called as {name}({wanted}): {exc}") from None
+
+
+def _wrapped(middleware: Middleware, handler: Handler) -> Handler:
+    wrapped = middleware(handler)
+    if not callable(wrapped):
+        name = getattr(middleware, "__name__", repr(middleware))
+        raise StarioError(f"the middleware {name} gives {wrapped!r}: it has to return a handler")
+    return wrapped
+
+
 class _Node:
     """A place in the tree of paths."""
 
     def __init__(self) -> None:
         self.children: dict[str, _Node] = {}  # by the segment's text
-        self.parameter: _Node | None = None  # any one segment
+        self.parameters: dict[str, _Node] = {}  # one segment that its type fits: the strict first
         self.catch_all: _Node | None = None  # all that is left, even nothing
         self.routes: dict[str, Handler] = {}  # by method
         self.names: list[str] = []  # of the parameters on the way here
         self.shape = ""  # the path as it was written
 
+    def parameter(self, kind: str) -> _Node:
+        """The place behind a parameter of this type."""
+        self.parameters.setdefault(kind, _Node())
+        ordered = [known for known in (*_PATH_TYPES, _ANY) if known in self.parameters]
+        self.parameters = {known: self.parameters[known] for known in ordered}
+        return self.parameters[kind]
+
 
 # What is found for a path: a node, what the parameters on the way took, and what the catch-all did.
-_Match = tuple[_Node, list[str], str]
-_PARAMETER_SEGMENT = re.compile(r"\{([A-Za-z_]\w*)\}")
+_Match = tuple[_Node, list[Any], str]
+_PARAMETER_SEGMENT = re.compile(r"\{([A-Za-z_]\w*)(?::(\w+))?\}")
+_NO_SEGMENT = re.compile(r"[{}*<>?#]|^:\w")  # other frameworks' parameters among them
+
+
+# The types of parameters, in the order in which they are tried: their form, and what they become.
+_PATH_TYPES: dict[str, tuple[re.Pattern[str], Callable[[str], Any]]] = {
+    "int": (re.compile(r"-?[0-9]{1,1000}"), int),
+    "float": (re.compile(r"-?[0-9]{1,1000}(\.[0-9]{1,1000})?"), _finite),
+    "date": (re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}"), date.fromisoformat),
+    "uuid": (re.compile(r"(?i)[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}"), UUID),
+}
+_ANY = "str"  # a parameter without a type; it is tried last
+
+
+def _converted(kind: str, segment: str) -> Any:
+    """A segment as the type says, or None where it does not fit."""
+    if kind == _ANY:
+        return segment or None
+    pattern, convert = _PATH_TYPES[kind]
+    with suppress(ValueError):
+        return convert(segment) if pattern.fullmatch(segment) else None
+
+
+def _filled(segment: str, params: dict[str, Any]) -> str:
+    """A segment of a route with its parameter, which is taken out of `params`."""
+    if segment == "*":
+        return quote(str(params.pop("tail", "")), errors="replace")
+    named = _PARAMETER_SEGMENT.fullmatch(segment)
+    if not named:
+        return quote(segment)
+    text = str(params.pop(named[1], ""))
+    if _converted(named[2] or _ANY, text) is None:
+        raise StarioError(f"{named[1]}={text!r} does not fit {segment}")
+    return quote(text, safe="", errors="replace")
 
 
 class Router:
@@ -3613,10 +3778,11 @@ class Router:
 
     def __init__(self) -> None:
         self._tree = _Node()
-        self._routes: list[tuple[str, str, Handler]] = []  # method, path, handler: for mounting
+        self._routes: list[tuple[str, str, Handler, str]] = []  # method, path, handler, its name
+        self._paths: dict[str, set[str]] = {}  # by the name of their handler
         self._exact: dict[str, dict[str, Handler]] = {}  # routes without parameters, by path
         self._middleware: list[Middleware] = []
-        self._errors: dict[type[BaseException], ErrorHandler] = {}
+        self._errors: dict[type[Exception], ErrorHandler] = {}
         self._hosts: list[tuple[str, Router]] = []
         self._mounted = False
 
@@ -3653,15 +3819,46 @@ class Router:
         self.handle("OPTIONS", path, handler, *middleware)
 
     def handle(self, method: str, path: str, handler: Handler, *middleware: Middleware) -> None:
-        """Answer any method at a path. The first middleware given is the outermost."""
-        if not callable(handler):
-            raise StarioError(f"the handler of {method} {path} is a {type(handler).__name__}")
+        """Answer any method at a path. The first middleware given is the outermost.
+
+        A path is `/users`, `/users/{name}`, `/users/{id:int}` (or float, date, uuid: the value is
+        in `c.req.params`; what does not fit is a 404), or `/files/*` (the rest is `c.req.tail`).
+        """
+        _check_handler(f"{method} {path}", handler)
+        self._handle(method, path, handler, getattr(handler, "__name__", ""), middleware)
+
+    def url(self, name: str, /, **params: object) -> str:
+        """The path of the route whose handler has this name: `app.url("user", id=3)`.
+
+        `tail` fills a `*`. StarioError where no route, or more than one, has a handler of that
+        name, and where the parameters are not those of the route.
+        """
+        paths = self._paths.get(name, set())
+        if len(paths) != 1:
+            raise StarioError(f"{name!r} is the handler of {len(paths)} paths: {sorted(paths)}")
+        [path] = paths
+        filled = "/".join(_filled(segment, params) for segment in path.split("/"))
+        if params:
+            raise StarioError(f"{path} has no parameter {', '.join(params)}")
+        return filled
+
+    def _handle(
+        self,
+        method: str,
+        path: str,
+        handler: Handler,
+        name: str,
+        middleware: Sequence[Middleware] = (),
+    ) -> None:
+        if not (isinstance(path, str) and isinstance(method, str)):
+            raise StarioError(f"method and path are text, not {method!r} and {path!r}")
         self._check_open()
         for wrap in (*reversed(middleware), *reversed(self._middleware)):
-            handler = wrap(handler)
+            handler = _wrapped(wrap, handler)
         method, path = method.upper(), "/" + path.lstrip("/")
         self._add(method, path, handler)
-        self._routes.append((method, path, handler))
+        self._routes.append((method, path, handler, name))
+        self._paths.setdefault(name, set()).add(path)
 
     def assets(
         self,
@@ -3684,11 +3881,19 @@ class Router:
             raise StarioError("use() comes before the routes: it would not wrap those that exist")
         self._middleware.extend(middleware)
 
-    def on_error(self, exception_type: type[BaseException], handler: ErrorHandler) -> None:
+    def on_error(self, exception_type: type[Exception], handler: ErrorHandler) -> None:
         """Let `handler(c, w, exc)`, sync or async, answer for exceptions of this type.
 
-        The nearest type in the exception's line wins. It should answer only if not `w.started`.
+        The nearest type in the exception's line wins; `Exception` stands for what nobody has
+        foreseen, and so neither for HttpException nor for ClientDisconnected. A redirect is no
+        error. The exception has been traced by then. Answer only if not `w.started`.
         """
+        if not (isinstance(exception_type, type) and issubclass(exception_type, Exception)):
+            raise StarioError(
+                f"on_error takes a type of exception, not {exception_type!r}; for a status take "
+                "HttpException, and look at exc.status_code"
+            )
+        _check_arguments(handler, "c, w, exc")
         self._errors[exception_type] = handler
 
     def mount(self, prefix: str, router: Router) -> None:
@@ -3696,9 +3901,9 @@ class Router:
         self._check_open()
         router._mounted = True
         prefix = prefix.strip("/")
-        for method, path, handler in router._routes:
+        for method, path, handler, name in router._routes:
             full = prefix if path == "/" else prefix + path
-            self.handle(method, full, router._with_errors(handler))
+            self._handle(method, full, router._with_errors(handler), name)
         for pattern, hosted in router._hosts:
             inner = Router()
             inner._errors = router._errors
@@ -3734,12 +3939,13 @@ class Router:
             named = _PARAMETER_SEGMENT.fullmatch(segment)
             if segment == "*" and i == len(segments) - 1:
                 node.catch_all = node = node.catch_all or _Node()
-            elif named:
+            elif named and (kind := named[2] or _ANY) in (*_PATH_TYPES, _ANY):
                 names.append(named[1])
-                node.parameter = node = node.parameter or _Node()
-            elif "{" in segment or "}" in segment or "*" in segment:
+                node = node.parameter(kind)
+            elif _NO_SEGMENT.search(segment):
                 raise StarioError(
-                    f"{path!r}: a parameter is a whole segment, '{{name}}', and '*' comes last"
+                    f"{path!r}: a parameter is a whole segment, '{{name}}' or '{{id:int}}' (or "
+                    "float, date, uuid), and '*' comes last"
                 )
             else:
                 node = node.children.setdefault(segment, _Node())
@@ -3763,7 +3969,7 @@ class Router:
             try:
                 await handler(c, w)
             except Exception as exc:
-                if not await _handle_error(self._errors, c, w, exc):
+                if not await _handle_error(self._errors, c, w, _alone(exc)):
                     raise
 
         return _guarded
@@ -3799,7 +4005,7 @@ class Router:
         return methods | {"HEAD"} if "GET" in methods else methods
 
 
-def _walk(node: _Node, segments: list[str], at_segment: int, values: list[str]) -> Iterator[_Match]:
+def _walk(node: _Node, segments: list[str], at_segment: int, values: list[Any]) -> Iterator[_Match]:
     if at_segment == len(segments):
         if node.routes:
             yield node, values, ""
@@ -3808,18 +4014,25 @@ def _walk(node: _Node, segments: list[str], at_segment: int, values: list[str]) 
         child = node.children.get(segment)
         if child is not None:
             yield from _walk(child, segments, at_segment + 1, values)
-        if node.parameter is not None and segment:
-            yield from _walk(node.parameter, segments, at_segment + 1, [*values, segment])
+        for kind, behind in node.parameters.items():
+            if (value := _converted(kind, segment)) is not None:
+                yield from _walk(behind, segments, at_segment + 1, [*values, value])
     if node.catch_all is not None:
         yield node.catch_all, values, "/".join(segments[at_segment:])
 
 
 async def _handle_error(
-    handlers: Mapping[type[BaseException], ErrorHandler], c: Context, w: Writer, exc: Exception
+    handlers: Mapping[type[Exception], ErrorHandler], c: Context, w: Writer, exc: BaseException
 ) -> bool:
     """Give an exception to the handler of the nearest type in its line; False: there is none."""
+    if isinstance(exc, HttpException) and exc.status_code < 400:
+        return False
+    foreseen = isinstance(exc, (HttpException, ClientDisconnected))
     for kind in type(exc).__mro__:
-        if kind in handlers:
+        if kind in handlers and not (foreseen and kind is Exception):
+            if kind is Exception or not c.app._silent:  # (its own page: no need to log it)
+                c.app._note(c, exc)
+            w._forget_answer()
             answer = handlers[kind](c, w, exc)
             if answer is not None:
                 await answer
@@ -4152,7 +4365,7 @@ class Assets:
         if file is None:
             raise HttpException(404)
         w.headers.set("cache-control", "no-cache")
-        w.redirect("./" + quote(file.fingerprinted.rpartition("/")[2]))
+        w._redirect("./" + quote(file.fingerprinted.rpartition("/")[2]), 307)
 
     async def _serve(self, file: _File, req: Request, w: Writer) -> None:
         known = req.headers.get("if-none-match") or ""
@@ -5176,6 +5389,20 @@ class _Life:
 # ==================================================================================================
 
 
+def _is_stopped(carrier: Carrier, exc: BaseException) -> bool:
+    """Whether it is the server that ends a handler, or who presses Ctrl-C while it stops."""
+    task = asyncio.current_task()
+    cancelled = isinstance(exc, asyncio.CancelledError) and task is not None and task.cancelling()
+    return carrier.shutting_down and bool(cancelled or isinstance(exc, KeyboardInterrupt))
+
+
+_HINTS = {  # what Python says of an `await` too much or too little, and what to do
+    "NoneType can't be used in 'await'": "the methods of a Writer are not awaited: w.html(...)",
+    "'NoneType' object can't be awaited": "the methods of a Writer are not awaited: w.html(...)",
+    "'coroutine' object": "`await` is missing: await c.signals(), await c.req.json()",
+}
+
+
 class Stario(Router):
     """An app: routes, a tracer, and what holds for all requests.
 
@@ -5190,8 +5417,8 @@ class Stario(Router):
         max_body: int = 10 * 1024 * 1024,
     ) -> None:
         super().__init__()
-        if isinstance(tracer, type):
-            raise StarioError(f"{tracer.__name__} is a class: `with {tracer.__name__}() as tracer`")
+        if tracer is not None and not isinstance(tracer, Tracer):
+            raise StarioError(f"a tracer is needed, not {tracer!r}: `with RichTracer() as tracer:`")
         self.tracer = tracer or Tracer()
         self.compression = compression or CompressionConfig()
         self.max_body = max_body
@@ -5205,7 +5432,7 @@ class Stario(Router):
         super().use(*middleware)
         self._fallback = self._no_route
         for wrap in reversed(self._middleware):
-            self._fallback = wrap(self._fallback)
+            self._fallback = _wrapped(wrap, self._fallback)
 
     def lifespan(self, manager: Lifespan) -> Lifespan:
         """Open before the first request what is closed after the last: `app.lifespan(database)`.
@@ -5235,15 +5462,17 @@ class Stario(Router):
         request.max_body = self.max_body
         c = Context(self, request)
         w = Writer(carrier, request, self.compression)
-        if not self._silent:
-            c.span.attributes["client"] = request.client
         try:
             try:
+                if not self._silent:
+                    c.span.attributes["client"] = request.client
                 if not self._hosts:
                     await (self._find(request) or self._fallback)(c, w)
                 else:
                     await self._find_by_host(request)(c, w)
-            except Exception as exc:
+            except BaseException as exc:
+                if _is_stopped(carrier, exc):
+                    raise
                 await self._failed(c, w, exc)
             if not w.completed:
                 self._complete(c, w)
@@ -5292,7 +5521,7 @@ class Stario(Router):
         bare = "/" + request.raw_path.strip("/\\")
         if request.raw_path.endswith("/") and self._methods_for(request, bare):
             query = f"?{request.query_string}" if request.query_string else ""
-            w.redirect(bare + query, 308)
+            w._redirect(bare + query, 308)
             return
         raise HttpException(404)
 
@@ -5301,43 +5530,57 @@ class Stario(Router):
             return {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"}
         return {m for router in self._routers_for(request) for m in router._methods(raw_path)}
 
-    async def _failed(self, c: Context, w: Writer, exc: Exception) -> None:
-        """A handler has raised: answer for it, if there is still an answer to give."""
+    async def _failed(self, c: Context, w: Writer, exc: BaseException) -> None:
+        """A handler has raised: answer for it, if there is still an answer to give.
+
+        Whatever it is, `SystemExit` and a cancellation from elsewhere too, it ends this request
+        and nothing else.
+        """
+        exc = _alone(exc)
         try:
             if await _handle_error(self._errors, c, w, exc):
                 return
-        except Exception as another:  # the error handler's own
+            self._note(c, exc)
+        except BaseException as another:  # the error handler's own
+            if _is_stopped(w._carrier, another):
+                raise
             exc = another
-        if isinstance(exc, ClientDisconnected):
-            c("client.disconnected")
-        elif isinstance(exc, HttpException):
-            c("http.exception", {"status": exc.status_code, "detail": exc.detail})
+            self._note(c, exc)
+        if not (w.started or isinstance(exc, ClientDisconnected)):
             self._answer_error(c, w, exc)
-        else:
-            self._report(c, exc)
-            self._answer_error(c, w, HttpException(500))
         if not w.completed:
             w.completed = True
             w._carrier.abort()
 
-    def _answer_error(self, c: Context, w: Writer, exc: HttpException) -> None:
-        if w.started:
-            return
-        for name in ("content-type", "content-length", "content-encoding", "etag", "cache-control"):
-            w.headers.remove(name)  # they were meant for another answer
+    def _answer_error(self, c: Context, w: Writer, exc: BaseException) -> None:
+        w._forget_answer()
         try:
-            if exc.status_code in (301, 302, 303, 307, 308):
+            if not isinstance(exc, HttpException):
+                w.text(_phrase(500), 500)
+            elif exc.status_code in _REDIRECTS:
                 w.redirect(exc.detail, exc.status_code)
             else:
                 w.text(exc.detail, exc.status_code)
-        except StarioError as wrong:  # a status, or an address, that no answer can have
+        except Exception as wrong:  # a status, or an address, that no answer can have
             self._report(c, wrong)
             w.text(_phrase(500), 500)
 
-    def _report(self, c: Context, exc: Exception) -> None:
+    def _note(self, c: Context, exc: BaseException) -> None:
+        """Tell the developer of an exception: as an error, unless it is an answer or a farewell."""
+        if isinstance(exc, ClientDisconnected):
+            c("client.disconnected")
+        elif isinstance(exc, HttpException):
+            c("http.exception", {"status": exc.status_code, "detail": exc.detail})
+        else:
+            self._report(c, exc)
+
+    def _report(self, c: Context, exc: BaseException) -> None:
         """Tell the developer: by the span, or, where nobody looks at spans, as asyncio does."""
-        if self._silent:
-            message = f"unhandled exception in {c.req.method} {c.req.path}"
+        for sign, hint in _HINTS.items():
+            if isinstance(exc, (TypeError, AttributeError)) and sign in str(exc):
+                exc.add_note(f"stario: {hint}")
+        if self._silent:  # (the path goes to a terminal: it must not start a line of its own there)
+            message = f"unhandled exception in {c.req.method} {c.req.path!r}"
             report = {"message": message, "exception": exc}
             asyncio.get_running_loop().call_exception_handler(report)
         else:

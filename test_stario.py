@@ -16,6 +16,7 @@ import contextlib
 import contextvars
 import dataclasses
 import enum
+import functools
 import gc
 import gzip
 import hashlib
@@ -1643,6 +1644,108 @@ class TestRouting(AsyncTest):
             found = await client.get("/302?detail=/login")
             self.assertEqual((found.status, found.headers.get("location")), (302, "/login"))
 
+    async def test_path_parameters_have_types_and_go_both_ways(self) -> None:
+        app = self.app(
+            "GET /i/{x:int}", "GET /i/{x}", "GET /i/all", "GET /f/{x:float}/end", "GET /f/{x:date}",
+            "GET /u/{x:uuid}", "GET /s/{a:str}/{b}/*", "POST /u/{x:uuid}",
+        )  # fmt: skip
+        number = "12345678-90ab-cdef-1234-567890abcdef"
+        table: dict[str, Any] = {
+            "/i/7": 7, "/i/-07": -7, "/i/7x": "7x", "/i/٣": "٣", "/i/1_0": "1_0",
+            f"/i/{'9' * 2000}": "9" * 2000, "/f/2.50/end": 2.5, "/f/3/end": 3.0, "/f/1e9/end": None,
+            f"/f/{'9' * 400}/end": None, "/f/2024-02-29": "2024-02-29", "/f/2023-02-29": None,
+            "/f/20240229": None, f"/u/{number.upper()}": number, f"/u/{{{number}}}": None,
+        }  # fmt: skip
+        async with TestClient(app) as client:
+            for path, value in table.items():
+                with self.subTest(path):
+                    found = await client.get(path)
+                    self.assertEqual(found.status, 404 if value is None else 200)
+                    if value is not None:
+                        self.assertEqual(found.json()[1], {"x": value})
+            self.assertEqual((await client.put(f"/u/{number}")).status, 405)
+            self.assertEqual((await client.put("/u/1")).status, 404)
+
+        async def user(c: Context, w: Writer) -> None:
+            w.json([c.req.params, c.req.tail])
+
+        async def files(c: Context, w: Writer) -> None:
+            w.json([c.req.params, c.req.tail])
+
+        shop, app = Router(), Stario()
+        shop.get("/{id:int}/café/{name}", user, lambda inner: inner)
+        shop.post("/{id:int}/café/{name}", user)
+        app.mount("/shop", shop)
+        app.get("/files/*", files)
+        where = app.url("user", id=3, name="a/b é?")
+        self.assertEqual(where, "/shop/3/caf%C3%A9/a%2Fb%20%C3%A9%3F")
+        async with TestClient(app) as client:
+            found = (await client.get(where)).json()
+            self.assertEqual(found, [{"id": 3, "name": "a/b é?"}, ""])
+            found = (await client.get(app.url("files", tail="a/b c"))).json()
+            self.assertEqual(found, [{}, "a/b c"])
+        wrong: list[dict[str, Any]] = [
+            {"id": 3}, {"id": "x", "name": "y"}, {"id": 3, "name": ""},
+            {"id": 1, "name": "n", "b": 2},
+        ]  # fmt: skip
+        for params in wrong:
+            with self.subTest(params), self.assertRaises(StarioError):
+                app.url("user", **params)
+        app.get("/other", user)
+        for name in ("user", "nobody"):
+            with self.subTest(name), self.assertRaisesRegex(StarioError, name):
+                app.url(name)
+
+    async def test_what_cannot_work_is_refused_where_it_is_added(self) -> None:
+        class Page:
+            async def __call__(self, c: Context, w: Writer) -> None: ...
+
+            async def shown(self, c: Context, w: Writer, *, big: bool = False) -> None: ...
+
+            def plain(self, c: Context, w: Writer) -> None: ...
+
+        async def page(c: Context, w: Writer) -> None: ...
+
+        async def rows(c: Context, w: Writer) -> Any:
+            yield 1
+
+        async def one(c: Context) -> None: ...
+
+        async def three(c: Context, w: Writer, more: int) -> None: ...
+
+        @functools.wraps(page)
+        def wrapped(c: Context, w: Writer) -> Any:
+            return page(c, w)
+
+        fine = [page, Page(), Page().shown, functools.partial(three, more=1), wrapped]
+        for handler in [*fine, lambda c, w: page(c, w)]:
+            Stario().get("/", handler)
+        called = page(None, None)  # type: ignore[arg-type]
+        handlers: list[Any] = [Page().plain, rows, one, three, Page, called, None, "page"]
+        for handler in handlers:
+            with self.subTest(handler), self.assertRaises(StarioError):
+                Stario().get("/", handler)
+        paths: list[Any] = [
+            "/<id>", "/a/:id", "/x<y", "/{id:path}", "/a?b=1", "/a#b", "/{id", None, page,
+        ]  # fmt: skip
+        for path in paths:
+            with self.subTest(path), self.assertRaises(StarioError):
+                Stario().get(path, page)
+
+        def forgets(handler: Any) -> Any:
+            """No `return`."""
+
+        with self.assertRaisesRegex(StarioError, "forgets"):
+            Stario().get("/", page, forgets)
+        with self.assertRaisesRegex(StarioError, "forgets"):
+            Stario().use(forgets)
+        kinds: list[Any] = [500, "KeyError", KeyError("x"), SystemExit, int]
+        for kind in kinds:
+            with self.subTest(kind), self.assertRaises(StarioError):
+                Stario().on_error(kind, lambda c, w, exc: None)
+        with self.assertRaises(StarioError):
+            Stario().on_error(KeyError, lambda c, w: None)  # type: ignore[misc,arg-type]
+
     async def test_hosts_choose_routers_and_the_app_answers_for_the_rest(self) -> None:
         app = self.app("GET /main")
 
@@ -2013,6 +2116,200 @@ class TestLife(AsyncTest):
                     pass
         async with app.running():  # one after the other is fine
             pass
+
+
+class TestExceptions(AsyncTest):
+    """Every exception has an owner: an answer for the client, a traceback for the developer."""
+
+    async def failing(
+        self, exc: Any, *kinds: type[Exception], headers: Any = None
+    ) -> tuple[Any, list[str], Span]:
+        """The answer to a handler that raises; what the pages for these types got; the span."""
+        tracer, seen = Spans(), []
+
+        async def fail(c: Context, w: Writer) -> None:
+            raise exc
+
+        def page(c: Context, w: Writer, exc: Exception) -> None:
+            seen.append(type(exc).__name__)
+            self.assertTrue(c.span.events)  # it was told before
+            w.text("a page", 500)
+
+        app = Stario(tracer)
+        app.get("/", fail)
+        for kind in kinds:
+            app.on_error(kind, page)
+        async with TestClient(app) as client:
+            answer = await client.get("/", headers=headers or {})
+        return answer, seen, tracer.ended[-1]
+
+    async def test_whatever_a_handler_raises_it_is_an_answer(self) -> None:
+        class Odd(HttpException):
+            def __init__(self) -> None:
+                self.status_code = 404
+
+        changed = HttpException(404)
+        changed.status_code = "x"  # type: ignore[assignment]
+        for exc in (
+            SystemExit(1), KeyboardInterrupt(), GeneratorExit(), asyncio.CancelledError(),
+            BaseException("x"), BaseExceptionGroup("two", [SystemExit(), KeyError()]),
+            StopAsyncIteration(), Odd(), changed, TimeoutError(),
+        ):  # fmt: skip
+            with self.subTest(repr(exc)):
+                answer, _, span = await self.failing(exc)
+                self.assertEqual((answer.status, answer.text), (500, "Internal Server Error"))
+                self.assertIsNotNone(span.error)
+
+    async def test_a_worker_outlives_what_its_handlers_raise(self) -> None:
+        async def fail(c: Context, w: Writer) -> None:
+            task = asyncio.create_task(asyncio.sleep(60))
+            await asyncio.sleep(0)
+            task.cancel()
+            if c.req.query["how"] == "cancelled":
+                await task
+            if c.req.query["how"] == "started":
+                w.write(b"some")
+            sys.exit("no more")
+
+        app = Stario(Tracer())
+        app._silent = False
+        app.get("/", fail)
+        async with app.running(workers=2) as server:
+            for how in ("exit", "cancelled", "started") * 2:
+                peer = await Peer.connect(server.port)
+                await peer.send(f"GET /?how={how} HTTP/1.1\r\nHost: x\r\n\r\n")
+                if how == "started":
+                    self.assertTrue((await within(peer.rest())).endswith(b"4\r\nsome\r\n"))
+                else:
+                    self.assertEqual((await within(peer.answer())).status, 500)
+                await peer.close()
+
+    async def test_a_group_around_one_exception_is_that_exception(self) -> None:
+        gone, missing = HttpException(410, "gone"), HttpException(404, "missing")
+        table: list[tuple[Any, int, list[str]]] = [
+            (ExceptionGroup("", [gone]), 410, ["HttpException"]),
+            (ExceptionGroup("", [ExceptionGroup("", [gone]), missing]), 410, ["HttpException"]),
+            (ExceptionGroup("", [KeyError("x")]), 500, ["KeyError"]),
+            (ExceptionGroup("", [gone, KeyError("x")]), 500, []),
+        ]
+        for exc, status, seen in table:
+            with self.subTest(repr(exc)):
+                self.assertEqual((await self.failing(exc))[0].status, status)
+                self.assertEqual((await self.failing(exc, KeyError, HttpException))[1], seen)
+
+    async def test_pages_get_what_they_were_asked_for(self) -> None:
+        class Full(HttpException, LookupError): ...
+
+        table: list[tuple[Exception, list[type[Exception]], list[str], int]] = [
+            (HttpException(404), [Exception], [], 404),
+            (HttpException(404), [Exception, HttpException], ["HttpException"], 500),
+            (SignalsError(["x: is missing"]), [HttpException], ["SignalsError"], 500),
+            (Full(409), [LookupError], ["Full"], 500),
+            (HttpException(308, "/x"), [Exception, HttpException], [], 308),
+            (KeyError("x"), [Exception], ["KeyError"], 500),
+            (KeyError("x"), [HttpException], [], 500),
+        ]
+        for exc, kinds, seen, status in table:
+            with self.subTest(repr(exc), kinds=kinds):
+                answer, found, span = await self.failing(exc, *kinds)
+                self.assertEqual((found, answer.status), (seen, status))
+                self.assertEqual(span.error is not None, not isinstance(exc, HttpException))
+                self.assertTrue(span.events)
+
+    async def test_an_http_exception_that_cannot_answer_is_refused_where_it_is_made(self) -> None:
+        wrong: list[tuple[Any, ...]] = [
+            ("404",), (None,), (404, {"a": 1}), (400, ValueError("x")), (302,), (303, ""), (99,),
+        ]  # fmt: skip
+        for arguments in wrong:
+            with self.subTest(arguments), self.assertRaises(StarioError):
+                HttpException(*arguments)
+
+    async def test_the_answer_of_an_error_describes_itself(self) -> None:
+        described = {
+            "content-type": "image/png", "content-length": "7", "content-encoding": "br",
+            "content-disposition": "attachment", "content-range": "bytes 0-6/9", "etag": '"1"',
+            "last-modified": "yesterday", "cache-control": "max-age=9", "expires": "never",
+            "content-language": "eo", "accept-ranges": "bytes", "location": "/x",
+        }  # fmt: skip
+        kept = {"content-security-policy": "self", "access-control-allow-origin": "*", "x-a": "b"}
+
+        def fielded(handler: Any) -> Any:
+            async def guarded(c: Context, w: Writer) -> None:
+                w.headers.update(kept)
+                w.cookie("seen", "1")
+                await handler(c, w)
+
+            return guarded
+
+        async def fail(c: Context, w: Writer) -> None:
+            w.headers.update(described)
+            raise {"http": HttpException(404), "key": KeyError(), "zero": ZeroDivisionError()}[
+                c.req.params["how"]
+            ]
+
+        app = Stario(Spans())
+        app.use(fielded)
+        app.get("/{how}", fail)
+        app.on_error(ZeroDivisionError, lambda c, w, exc: w.text("a page", 500))
+        async with TestClient(app) as client:
+            for how in ("http", "key", "zero"):
+                with self.subTest(how):
+                    answer = await client.get(f"/{how}")
+                    self.assertEqual(answer.cookies, {"seen": "1"})
+                    found = {name: answer.headers.get(name) for name in (*kept, *described)}
+                    self.assertEqual(
+                        {name: value for name, value in found.items() if value},
+                        {**kept, "content-type": "text/plain; charset=utf-8",
+                         "content-length": str(len(answer.body))},
+                    )  # fmt: skip
+
+    async def test_an_await_too_much_or_too_little_is_explained(self) -> None:
+        async def too_much(c: Context, w: Writer) -> None:
+            await w.text("x")  # type: ignore[func-returns-value]
+
+        async def too_little(c: Context, w: Writer) -> None:
+            signals: Any = c.signals()
+            try:
+                w.text(signals.user)
+            finally:
+                signals.close()
+
+        app = Stario(tracer := Spans())
+        app.get("/much", too_much)
+        app.get("/little", too_little)
+        async with TestClient(app) as client:
+            await client.get("/much")
+            await client.get("/little")
+        told = [str(span.events[-1]) for span in tracer.ended]
+        self.assertIn("are not awaited", told[0])
+        self.assertIn("`await` is missing", told[1])
+
+    async def test_redirects_lead_the_browser_and_not_the_script_in_it(self) -> None:
+        """A redirect that Datastar's fetch follows would patch the other page into this one."""
+
+        async def save(c: Context, w: Writer) -> None:
+            w.cookie("seen", "1")
+            w.redirect("/list?a=1", 303)
+
+        async def private(c: Context, w: Writer) -> None:
+            raise HttpException(302, "/login")
+
+        app = Stario()
+        app.post("/", save)
+        app.get("/private", private)
+        app.post("/slash", save)
+        async with TestClient(app) as client:
+            for answer, there in (
+                (await client.post("/", signals={}), "/list?a=1"),
+                (await client.get("/private", signals={}), "/login"),
+            ):
+                self.assertEqual((answer.status, answer.headers.get("location")), (200, None))
+                self.assertIn("window.location", answer.text)
+                self.assertIn(there, answer.text)
+            self.assertEqual(client.cookies, {"seen": "1"})
+            self.assertEqual((await client.get("/private")).status, 302)
+            # The way to the path without its slash is HTTP's own: the body goes along.
+            self.assertEqual((await client.post("/slash/", signals={})).status, 308)
 
 
 class CountingTracer(Tracer):
@@ -6425,7 +6722,7 @@ class TestWalkthrough(AsyncTest):
     async def test_a_stream_without_a_user_is_redirected(self) -> None:
         async with TestClient(self.app()) as client:
             answer = await client.get("/subscribe", signals={"user_id": ""})
-            self.assertEqual((answer.status, answer.headers.get("location")), (307, "/"))
+            self.assertIn('window.location = "/"', answer.text)
             answer = await client.get("/subscribe")
             self.assertEqual((answer.status, answer.text), (422, "user_id: is missing"))
 
@@ -6441,7 +6738,7 @@ class TestWalkthrough(AsyncTest):
                 self.assertEqual(self.board, {})
             for path, who in (("/click?cellId=3", "u"), ("/click", "v")):
                 answer = await client.post(path, signals={"user_id": who})
-                self.assertEqual(answer.status, 307)
+                self.assertIn('window.location = "/"', answer.text)
 
     async def test_child_spans(self) -> None:
         app = self.app()
