@@ -208,7 +208,8 @@ def _phrase(status: int) -> str:
 # build and then to walk: an element can be kept, compared, cached and joined as the text it is, and
 # what does not change can be built once, as a module constant. The rule that must hold: a plain str
 # is text and gets escaped, a SafeString is HTML and does not, and only this part and the developer
-# (by name) turn one into the other.
+# (by name) turn one into the other. The value of an attribute is text for the browser, which
+# decodes it once: there all is escaped, a SafeString too.
 # ==================================================================================================
 
 
@@ -237,23 +238,27 @@ def _escape(text: str) -> str:
     return text
 
 
+def _quote(text: str) -> str:
+    """Escape text for between the quotes of an attribute."""
+    if '"' in text or "&" in text or "<" in text or ">" in text or "\r" in text:
+        return _escape(text).replace('"', "&quot;")
+    return text
+
+
 def render(*parts: object) -> SafeString:
     """Join parts into one piece of HTML: elements, text, numbers, and iterables of them."""
-    attributes, content = _assemble(parts)
-    if attributes:
-        raise StarioError("render() has no element to bear attributes: give the dict to one")
-    return SafeString(content)
-
-
-def _assemble(parts: Iterable[object]) -> tuple[str, str]:
-    """What the parts of an element come to: its attributes, and its content, as HTML."""
-    attributes: dict[str, object] = {}
     content: list[str] = []
-    _add(parts, content, attributes)
-    return _attributes(attributes) if attributes else "", "".join(content)
+    _add(parts, content, None)
+    return SafeString("".join(content))
 
 
-def _add(parts: Iterable[Any], content: list[str], attributes: dict[str, object]) -> None:
+# -- Content. `attributes` takes the dicts among the parts of an element: where no element is to
+# bear them, as in `render()`, it is None.
+
+Attributes = dict[str, object]
+
+
+def _add(parts: Iterable[Any], content: list[str], attributes: Attributes | None) -> None:
     """Add each part to the content, or to the attributes."""
     for part in parts:
         kind = type(part)  # the usual types exactly: one comparison each
@@ -261,7 +266,7 @@ def _add(parts: Iterable[Any], content: list[str], attributes: dict[str, object]
             content.append(part)
         elif kind is str:
             content.append(_escape(part))
-        elif kind is dict:
+        elif kind is dict and attributes is not None:
             attributes.update(_merged(attributes, part) if attributes else part)
         elif kind is int:
             content.append(f"{part}")
@@ -269,26 +274,48 @@ def _add(parts: Iterable[Any], content: list[str], attributes: dict[str, object]
             _add_other(part, content, attributes)
 
 
-def _add_other(part: object, content: list[str], attributes: dict[str, object]) -> None:
+def _add_other(part: object, content: list[str], attributes: Attributes | None) -> None:
     if part is None or part is True or part is False:
         pass
     elif type(part) in (list, tuple, types.GeneratorType):  # found without a slow isinstance()
         _add(cast("Iterable[Any]", part), content, attributes)
-    elif isinstance(part, str):
-        content.append(_text_of(part))
-    elif isinstance(part, (int, float, Decimal)):
-        content.append(_number(part))
-    elif isinstance(part, Mapping):
-        attributes.update(_merged(attributes, part))
-    elif hasattr(part, "__html__"):
+    elif hasattr(part, "__html__"):  # the string types of template libraries, too
         content.append(part.__html__())
+    elif isinstance(part, (str, int, float, Decimal)):
+        content.append(_escape(_plain_text(part)))
+    elif isinstance(part, Mapping):
+        if attributes is None:
+            raise StarioError(
+                f"a {type(part).__name__} is the attributes of an element, as in "
+                'h.P({"id": "x"}, "text"): here is none to bear them (for JSON: w.json)'
+            )
+        attributes.update(_merged(attributes, part))
     elif isinstance(part, Iterable) and not isinstance(part, (bytes, bytearray, memoryview)):
         _add(part, content, attributes)
     else:
         raise StarioError(
             f"{type(part).__name__} cannot stand in HTML: give text, a number, an element, "
-            "a dict of attributes, or an iterable of those"
+            f"a dict of attributes, or an iterable of those{_hint(part)}"
         )
+
+
+def _plain_text(value: str | float | Decimal) -> str:
+    # The own str() of an enum's member may be its name.
+    if isinstance(value, str):
+        return str.__str__(value)
+    return int.__repr__(value) if isinstance(value, int) else str(value)
+
+
+def _hint(value: object) -> str:
+    """What else to say of a value that cannot be written."""
+    return " (await it first)" if isinstance(value, Awaitable) else ""
+
+
+# -- Attributes
+
+_DATASTAR_NAME = re.compile(
+    "data-(attr|bind|class|computed|effect|indicator|init|on|ref|show|signals|style|text)(?![a-z])"
+)
 
 
 def _merged(first: Mapping[str, object], more: Mapping[str, object]) -> dict[str, object]:
@@ -306,100 +333,74 @@ def _merged(first: Mapping[str, object], more: Mapping[str, object]) -> dict[str
     return merged
 
 
-def _text_of(part: str) -> str:
-    # Template libraries have a string type of their own for trusted HTML. Others are text.
-    return str(part.__html__()) if hasattr(part, "__html__") else _escape(str.__str__(part))
-
-
-def _number(value: object) -> str:
-    # An IntEnum's own str() may be its name.
-    return int.__repr__(value) if isinstance(value, int) else str(value)
-
-
-_DATASTAR_NAME = re.compile(
-    "data-(attr|bind|class|computed|effect|indicator|init|on|ref|show|signals|style|text)(?![a-z])"
-)
 _BAD_NAME = re.compile(r"""[\s"'<>/=\x00-\x1f\x7f-\x9f]""")
-# What attributes have come to, by name and value: {"class": {"cell": ' class="cell"'}}. A live page
-# is built again and again, and most of its attributes are what they were the last time.
-_known_attributes: dict[str, dict[str, str]] = {}
-_KNOWN_NAMES, _KNOWN_VALUES = 512, 4096  # so many names are kept, and so many values of each,
-_KNOWN_LENGTH = 256  # and values up to so many characters
+_known_names: set[object] = set()  # found to be right: at most 512, of up to 64 characters
 
 
-def _new_name(name: object) -> dict[str, str]:
-    """Check an attribute's name (HTML standard, 13.1.2.3), once for each name."""
+def _check_name(name: object) -> None:
+    """Refuse what cannot be the name of an attribute (HTML standard, 13.1.2.3)."""
     if not isinstance(name, str) or not name or _BAD_NAME.search(name):
-        raise StarioError(f"{name!r} cannot be the name of an HTML attribute")
-    if len(_known_attributes) >= _KNOWN_NAMES:
-        _known_attributes.clear()
-    return _known_attributes.setdefault(name, {})
-
-
-def _new_value(known: dict[str, str], name: str, value: str) -> str:
-    """Write an attribute that is not known yet, and keep it, unless it is long."""
-    quoted = _escape(value).replace('"', "&quot;")
-    text = f' {name}="{quoted}"'
-    if len(value) <= _KNOWN_LENGTH:
-        if len(known) >= _KNOWN_VALUES:
-            known.clear()
-        known[value] = text
-    return text
+        raise StarioError(
+            f"{name!r} cannot be the name of an HTML attribute: a dict among the parts of an "
+            "element is its attributes, by name"
+        )
+    if len(name) <= 64:
+        if len(_known_names) >= 512:
+            _known_names.clear()
+        _known_names.add(name)
 
 
 def _attributes(attributes: Mapping[str, object]) -> str:
     """Write a dict as ` name="value" bare`."""
     text = ""
     for name in attributes:  # (a fifth faster than items(), with Python 3.13)
+        if name not in _known_names:
+            _check_name(name)
         value = attributes[name]
-        known = _known_attributes.get(name)
-        if known is None:
-            known = _new_name(name)
-        if type(value) is dict and name == "style":
-            value = _style(value)
         if type(value) is str:
-            text += known.get(value) or _new_value(known, name, value)
+            text += f' {name}="{_quote(value)}"'
         elif value is True or value is None:
             text += f" {name}"
-        elif isinstance(value, Mapping):
-            text += _attributes({f"{name}-{key}": item for key, item in value.items()})
         elif value is not False:
-            text += f' {name}="{_value_of(name, value)}"'
+            text += _other_attribute(name, value)
     return text
 
 
+def _other_attribute(name: str, value: object) -> str:
+    if type(value) is dict or isinstance(value, Mapping):
+        if name == "style":
+            return f' style="{_quote(_style(value))}"'
+        if name != "class":
+            return _attributes({f"{name}-{key}": item for key, item in value.items()})
+    return f' {name}="{_quote(_value_text(name, value))}"'
+
+
 def _style(properties: Mapping[str, object]) -> str:
-    """Declarations of CSS: as text, or as a SafeString where there is more than text among them."""
+    """Declarations of CSS: `a:b;c:d;`, without those whose value is None or False."""
     text = ""
     for name in properties:
         value = properties[name]
         if type(value) is str:
-            text = f"{text}{name}:{value};"
+            text += f"{name}:{value};"
         elif value is not None and value is not False:
-            return SafeString("".join([_declaration(*item) for item in properties.items()]))
+            text += f"{name}:{_value_text(name, value)};"
     return text
 
 
-def _declaration(name: str, value: object) -> str:
-    if value is None or value is False:
-        return ""
-    return f"{_value_of('style', name)}:{_value_of(name, value)};"
-
-
-def _value_of(name: str, value: object) -> str:
-    """One attribute value, of any kind, as it stands between its quotes."""
-    if isinstance(value, str):
-        text = value if isinstance(value, SafeString) else _text_of(value)
-        return text.replace('"', "&quot;")
-    if isinstance(value, (int, float, Decimal)):
-        return _number(value)
-    if isinstance(value, (list, tuple)):
-        words = (_value_of(name, item) for item in value if item is not None and item is not False)
-        return " ".join(words)
+def _value_text(name: str, value: object) -> str:
+    """The value of an attribute, of any kind, as text that is still to be escaped."""
     if hasattr(value, "__html__"):
-        return str(value.__html__()).replace('"', "&quot;")
+        return str(value.__html__())
+    if isinstance(value, (str, int, float, Decimal)):
+        return _plain_text(value)
+    if isinstance(value, Mapping) and name == "class":
+        value = [word for word, is_on in value.items() if is_on]
+    if isinstance(value, (list, tuple)):
+        words = [word for word in value if not (word is None or word is True or word is False)]
+        return " ".join([_value_text(name, word) for word in words])
     raise StarioError(
-        f"{type(value).__name__} cannot be the value of {name!r}: give text or a number"
+        f"{type(value).__name__} cannot be the value of {name!r}: "
+        f"give text, a number, or a list of those{_hint(value)}"
     )
 
 
@@ -414,7 +415,7 @@ def _plain_tag(name: str) -> Tag:
 
     def _element(*parts: Any) -> SafeString:
         # The loop of `_add` once more: pages are made of this function, and a call costs a third.
-        attributes: dict[str, object] | None = None
+        attributes: Attributes | None = None
         pieces: list[str] = [bare]
         for part in parts:
             kind = type(part)
@@ -439,10 +440,10 @@ def _plain_tag(name: str) -> Tag:
 def _void_tag(name: str) -> Tag:
     """`<br/>`: closes itself, and has no children."""
 
-    def _element(*parts: object) -> SafeString:
+    def _element(*parts: Any) -> SafeString:
         attributes, content = _assemble(parts)
         if content:
-            raise StarioError(f"<{name}> cannot have content: it is a void element")
+            raise StarioError(f"<{name}> is a void element: it cannot have content ({content!r})")
         return SafeString(f"<{name}{attributes}/>")
 
     return _element
@@ -453,24 +454,45 @@ def _special_tag(name: str) -> Tag:
     start = "<!doctype html><html" if name == "html" else f"<{name}"  # else: quirks mode
     is_raw = name in ("script", "style")  # the browser does not decode their text
 
-    def _element(*parts: object) -> SafeString:
+    def _element(*parts: Any) -> SafeString:
         attributes, content = _assemble(map(_trust, parts) if is_raw else parts)
-        if is_raw and ("<!--" in content or f"</{name}" in content.lower()):
-            raise StarioError(
-                f"text in <{name}> cannot hold '</{name}' or '<!--', which would end it: "
-                "write '<' as \\u003c in a JavaScript string, as \\3c in CSS"
-            )
-        if name in ("pre", "textarea") and content.startswith("\n"):
-            content = "\n" + content  # browsers drop a line feed that comes first
+        if is_raw:
+            _check_raw(name, content)
+        elif name != "html":
+            content = _keep_line_feed(content)
         return SafeString(f"{start}{attributes}>{content}</{name}>")
 
     return _element
 
 
+def _assemble(parts: Iterable[object]) -> tuple[str, str]:
+    """The attributes and the content of an element, as HTML."""
+    attributes: Attributes = {}
+    content: list[str] = []
+    _add(parts, content, attributes)
+    return _attributes(attributes), "".join(content)
+
+
 def _trust(part: object) -> object:
-    if isinstance(part, (list, tuple)):
-        return [_trust(inner) for inner in part]
-    return SafeString(part) if type(part) is str else part
+    """Text of a script or a style, of any kind, goes in as it is."""
+    if isinstance(part, str):
+        return SafeString(str.__str__(part))
+    if isinstance(part, Iterable) and not isinstance(part, (Mapping, bytes, bytearray, memoryview)):
+        return map(_trust, part)
+    return part
+
+
+def _check_raw(name: str, content: str) -> None:
+    if "<!--" in content or f"</{name}" in content.lower():
+        raise StarioError(
+            f"text in <{name}> cannot hold '</{name}' or '<!--', which would end it: "
+            "write '<' as \\u003c in a JavaScript string, as \\3c in CSS"
+        )
+
+
+def _keep_line_feed(content: str) -> str:
+    """Browsers drop a line feed that comes first in <pre> and <textarea>: put one more there."""
+    return "\n" + content if content.startswith("\n") else content
 
 
 _HTML_TAGS = """
@@ -498,19 +520,25 @@ _TAG_KINDS = {
 _TAG_NAMES = {name.lower(): name for name in _TAG_KINDS}
 
 
+def _cap_words(name: str) -> str:
+    return name[0].upper() + name[1:]
+
+
 class Tags:
     """All elements of HTML and SVG by their names in CapWords: `h.Div`, `h.ForeignObject`."""
 
     def __getattr__(self, name: str) -> Tag:
         known = _TAG_NAMES.get(name.lower())
-        if known is None or not name[0].isupper():
+        if known is None:
             raise AttributeError(f"there is no <{name}>; for your own elements: h.tag('my-card')")
+        if not name[0].isupper():
+            raise AttributeError(f"names of elements begin with a capital: h.{_cap_words(known)}")
         tag = self.tag(known)
         setattr(self, name, tag)  # the next look-up finds it without coming here
         return tag
 
     def __dir__(self) -> Iterable[str]:
-        return [*super().__dir__(), *(name[0].upper() + name[1:] for name in _TAG_KINDS)]
+        return [*super().__dir__(), *map(_cap_words, _TAG_KINDS)]
 
     def tag(self, name: str) -> Tag:
         """A factory for any other element, a web component's say: `card = h.tag("my-card")`."""
@@ -519,6 +547,9 @@ class Tags:
         factory = _TAG_KINDS.get(name, _plain_tag)(name)
         setattr(factory, "__html__", factory)  # noqa: B010 - what an uncalled factory stands for
         factory.__name__ = name
+        # How Python's own error begins for `h.Div(id="x")`. (To take `**wrong` costs each call 5%.)
+        call = f"h.{_cap_words(name)}"
+        factory.__qualname__ = f'attributes are a dict, {call}({{"id": "x"}}): {call}'
         factory.__doc__ = f"A <{name}> element with these parts: see part 3 of the file."
         return factory
 
@@ -679,7 +710,6 @@ Duration = int | float | str  # whole seconds; seconds with a fraction; or "250m
 Timing = Duration | tuple[Any, ...]  # (0.5, "leading") adds the client's own flags
 Pattern = str | re.Pattern[str] | None  # a regular expression, run by the browser; None fits all
 Expression = str | bool | int | float  # JavaScript; what is no text is written as JavaScript
-Attributes = dict[str, object]
 
 
 class Modifiers(TypedDict, total=False):
