@@ -93,6 +93,7 @@ from datetime import time as time_of_day
 from decimal import Decimal
 from functools import cached_property, lru_cache
 from http import HTTPStatus
+from itertools import count, repeat
 from typing import (
     IO,
     Any,
@@ -154,15 +155,34 @@ class HttpException(Exception):
         return f"{self.status_code}: {self.detail}"
 
 
+class Problem(str):
+    """What is wrong with one field of the signals: a sentence that has its parts, too.
+
+    `field` is the path of the field (`"pets[0].age"`), `expected` and `got` are in words.
+    """
+
+    field: str
+    expected: str
+    got: str
+
+    def __new__(cls, sentence: str, field: str = "", expected: str = "", got: str = "") -> Problem:
+        problem = super().__new__(cls, sentence)
+        problem.field, problem.expected, problem.got = field, expected, got
+        return problem
+
+
 class SignalsError(HttpException):
     """The signals of a request do not fit their schema (422), or are no JSON (400).
 
-    `problems` has one sentence for each field that is wrong; `detail` is all of them, one a line.
+    `problems` has one `Problem` for each field that is wrong, of the first twenty; `more` says how
+    many are left out; `detail` is all of that as text, a line for each.
     """
 
-    def __init__(self, problems: Sequence[str], status_code: int = 422) -> None:
-        self.problems = list(problems)
-        super().__init__(status_code, "\n".join(self.problems))
+    def __init__(self, problems: Sequence[str], status_code: int = 422, more: int = 0) -> None:
+        self.problems = [p if isinstance(p, Problem) else Problem(p) for p in problems]
+        self.more = more
+        rest = [f"and {more} more"] if more else []
+        super().__init__(status_code, "\n".join([*self.problems, *rest]))
 
 
 def _one_of(word: object, known: Iterable[str]) -> str:
@@ -1274,230 +1294,547 @@ def _signal_lines(signals: object, only_if_missing: bool = False) -> list[str]:
 #
 # The browser sends all its signals with every request. `read_signals(schema, signals)` takes the
 # ones that the schema names and checks each against its type. The rule that must hold: a handler
-# gets values of the types it asked for, or the client gets one list of everything that is wrong.
+# gets values of the types it asked for, or the client gets one list of what is wrong. And a second
+# one: reading costs what the signals are long, whatever the schema, and whoever has written them.
+#
+# So a schema is compiled, once: its *reader* is a function from a value to that value as the type
+# says. Where it is in the signals (the path) is put into words only if something is wrong there.
 #
 # HTML inputs know only text, so text that spells a number or a truth value is taken for one where
 # the schema wants one. Nothing is converted the other way round: a number never becomes text.
 # ==================================================================================================
 
-_TRUE = frozenset(("true", "on", "yes", "1"))
-_FALSE = frozenset(("false", "off", "no", "0", ""))
-_WRONG = object()  # stands for a value whose problem has been noted
-
-# Types that are written as text in JSON, with what makes them from it.
-_FROM_TEXT: dict[Any, Callable[[str], Any]] = {
-    datetime: datetime.fromisoformat,
-    date: date.fromisoformat,
-    time_of_day: time_of_day.fromisoformat,
-    UUID: UUID,
-    Decimal: Decimal,
-}
+_MOST_PROBLEMS, _SHOWN = 20, 60  # so many are told, with so many characters of path and value
+_WRONG: Any = object()  # stands for a value whose problem has been noted
+_NOTHING = object()  # stands for the value of a field that is missing
+# What a dataclass or a model raises over values that it does not like: a ValueError on purpose,
+# the others by chance (`self.stop < self.start` where one of them is None).
+_REJECTIONS = (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, AssertionError)
 
 
-class _Misfit(Exception):
-    """A value does not fit its type; the text says what was expected."""
+# Where a value is: its place, and where that is in turn; None for the signals as a whole.
+_Path = tuple[Any, str | int] | None
+# A problem, not yet in words: a union forgets most, while it tries one type after another. Where it
+# is, what was expected, what came, and a sentence in place of "expected …, got …".
+_Note = tuple[_Path, str, object, str]
+
+
+def _in_words(note: _Note) -> Problem:
+    place, expected, value, said = note
+    path, got = _cut(_path_text(place)), _shown(value)
+    where = path if path or said else "the signals"
+    sentence = _cut(" ".join(said.split()), 200) or f"expected {expected}, got {got}"
+    return Problem(f"{where}: {sentence}" if where else sentence, path, expected, got)
+
+
+def _path_text(place: _Path) -> str:
+    """`pets[0].age`; a key that is no plain word is shown as JSON."""
+    parts: list[str] = []
+    while place is not None:
+        place, name = place
+        is_word = isinstance(name, str) and re.fullmatch(r"[\w-]{1,60}", name)
+        parts.append(f".{name}" if is_word else f"[{_shown(name)}]")
+    return "".join(reversed(parts)).removeprefix(".")
+
+
+def _shown(value: object) -> str:
+    """The beginning of a value as JSON, however long it is."""
+    if value is _NOTHING:
+        return "nothing"
+    text = ""
+    for piece in _SHOWING.iterencode(value[:_SHOWN] if isinstance(value, str) else value):
+        text += piece[: _SHOWN + 1]
+        if len(text) > _SHOWN:
+            break
+    return _cut(text)
+
+
+_SHOWING = json.JSONEncoder(default=str, skipkeys=True)
+
+
+def _cut(text: str, length: int = _SHOWN) -> str:
+    return text if len(text) <= length else text[: length - 3] + "..."
 
 
 class _Reading:
-    """One reading of one set of signals: collects what is wrong on the way."""
+    """One reading of one set of signals."""
 
     def __init__(self) -> None:
-        self.problems: list[str] = []
+        self.place: _Path = None  # of the value that is being read
+        self.notes: list[_Note] = []  # of the first problems
+        self.count = 0  # of all problems
+        self.cause: Exception | None = None
+        self.attempts = 0  # of unions, around the value that is being read
+        self.tried: dict[object, _Attempt] = {}  # by reader and value
 
-    def read(self, kind: Any, value: object, path: str) -> Any:
-        """The value as a `kind`, or `_WRONG`."""
-        if type(value) is kind and kind in (str, int, bool):
-            return value  # what most fields are
-        if kind in (Any, object):
-            return value
-        try:
-            if isinstance(kind, type) and not isinstance(kind, types.GenericAlias):
-                return self._read_class(kind, value, path)
-            return self._read_form(kind, value, path)
-        except _Misfit as misfit:
-            shown = json.dumps(value, default=str)
-            shown = shown if len(shown) <= 60 else shown[:57] + "..."
-            self.problems.append(f"{path or 'the signals'}: expected {misfit}, got {shown}")
-        except ValueError as exc:  # from a __post_init__ that checks more; pydantic's is one, too
-            self.problems.append(f"{path}: {exc}" if path else str(exc))
+    def expected(self, what: str, value: object, said: str = "") -> Any:
+        """Note that the value here is not what was expected."""
+        self.count += 1
+        if len(self.notes) < _MOST_PROBLEMS:
+            self.notes.append((self.place, what, value, said))
         return _WRONG
 
-    def _read_class(self, kind: Any, value: Any, path: str) -> Any:
-        if issubclass(kind, enum.Enum):
-            return kind(_read_choice([member.value for member in kind], value))
-        if dataclasses.is_dataclass(kind) or typing.is_typeddict(kind):
-            return self._read_fields(kind, value, path)
-        if kind in (str, types.NoneType):
-            if isinstance(value, kind):
-                return value
-            raise _Misfit("text" if kind is str else "null")
-        if kind is bool:
-            return _read_bool(value)
-        if kind in (int, float):
-            return _read_number(kind, value)
-        if kind in (list, set, frozenset, tuple, dict):
-            return self._read_form(kind[_BARE[kind]], value, path)
-        if kind in _FROM_TEXT:
-            return _read_text(kind, value)
-        if hasattr(kind, "model_validate"):
-            return kind.model_validate(value)
-        raise StarioError(f"signals cannot be read as {kind.__name__} ({path or 'the schema'})")
+    def rejected(self, exc: Exception) -> Any:
+        """Note what a dataclass or a model has against its values."""
+        self.cause = exc
+        if not callable(errors := getattr(exc, "errors", None)):
+            said = str(exc) if isinstance(exc, (ValueError, AssertionError)) else ""
+            return self.expected("", _NOTHING, said or "the values do not fit together")
+        here = self.place
+        for error in errors():  # pydantic's list, one for each field
+            for name in error.get("loc", ()):
+                self.place = self.place, name
+            is_missing = error.get("type") == "missing"
+            said = error.get("msg") or str(exc)
+            self.expected(said, _NOTHING if is_missing else error.get("input", _NOTHING), said)
+            self.place = here
+        return _WRONG
 
-    def _read_form(self, kind: Any, value: object, path: str) -> Any:
-        """Types with parameters: unions, `list[T]`, `dict[str, T]`, `Literal`, aliases."""
-        origin, arguments = typing.get_origin(kind), typing.get_args(kind)
-        if origin in (typing.Union, types.UnionType):
-            return self._read_union(arguments, value, path)
-        if origin is typing.Literal:
-            return _read_choice(arguments, value)
-        if origin in (typing.Annotated, typing.Required, typing.NotRequired, typing.ClassVar):
-            return self.read(arguments[0], value, path)
-        if origin in (list, set, frozenset, tuple, Sequence, Iterable):
-            return self._read_list(origin, arguments, value, path)
-        if origin in (dict, Mapping):
-            return self._read_dict(arguments, value, path)
-        alias = getattr(kind, "__value__", None) or getattr(kind, "__supertype__", None)
-        if alias is not None:  # `type Name = …` and NewType
-            return self.read(alias, value, path)
-        raise StarioError(f"signals cannot be read as {kind!r} ({path or 'the schema'})")
+    def read_each(self, parts: Iterable[tuple[str | int, Any, Reader]]) -> Any:
+        """Read values, each with its name and its reader: a list of them, or `_WRONG`."""
+        before, here, found = self.count, self.place, []
+        for name, value, read in parts:
+            self.place = here, name
+            found.append(read(value, self))
+        self.place = here
+        return found if self.count == before else _WRONG
 
-    def _read_union(self, options: tuple[Any, ...], value: object, path: str) -> Any:
-        if value == "" and types.NoneType in options and str not in options:
-            return None  # an input that was left empty
-        # A value that is of one of the types already stays as it is: "1" in `int | str` is text.
-        ranked = sorted(options, key=lambda option: type(value) is not option)
-        for option in ranked:
-            attempt = _Reading()
-            found = attempt.read(option, value, path)
-            if not attempt.problems:
-                return found
-        if len(ranked) == 2 and types.NoneType in ranked:  # T | None: T's own words say more
-            return self.read(next(o for o in ranked if o is not types.NoneType), value, path)
-        raise _Misfit(" or ".join(getattr(option, "__name__", str(option)) for option in options))
-
-    def _read_list(self, origin: Any, kinds: tuple[Any, ...], value: object, path: str) -> Any:
-        if not isinstance(value, list):
-            raise _Misfit("a list")
-        if origin is not tuple or kinds[-1:] == (Ellipsis,):
-            kinds = kinds[:1] * len(value)
-        if len(value) != len(kinds):
-            raise _Misfit(f"a list of {len(kinds)}")
-        pairs = enumerate(zip(kinds, value, strict=True))
-        items = [self.read(kind, item, f"{path}[{i}]") for i, (kind, item) in pairs]
-        make = origin if origin in (set, frozenset, tuple) else list
-        try:
-            return make(items)
-        except TypeError:  # a set of lists
-            raise _Misfit("a list of plain values") from None
-
-    def _read_dict(self, kinds: tuple[Any, ...], value: object, path: str) -> Any:
-        if not isinstance(value, dict):
-            raise _Misfit("an object")
-        return {
-            self.read(kinds[0], key, f"{path}.{key}"): self.read(kinds[1], item, f"{path}.{key}")
-            for key, item in value.items()
-        }
-
-    def _read_fields(self, schema: Any, value: object, path: str) -> Any:
-        """A dataclass or a TypedDict: each field from the signal of its name."""
-        if not isinstance(value, dict):
-            raise _Misfit("an object")
-        found: dict[str, Any] = {}
-        before = len(self.problems)
-        for name, kind, required in _fields_of(schema):
-            inner = f"{path}.{name}" if path else name
-            if name in value:
-                found[name] = self.read(kind, value[name], inner)
-            elif required:
-                self.problems.append(f"{inner}: is missing")
-        return schema(**found) if len(self.problems) == before else _WRONG
+    def attempt(self, read: Reader, value: object) -> _Attempt:
+        """Read a value, but keep its problems apart. Types that hold each other could be tried 2 to
+        the power of their depth: so what came of it is remembered, within an attempt.
+        """
+        key = (id(read), id(value)) if self.attempts and _is_deep(value) else None
+        if key in self.tried:
+            return self.tried[key]
+        notes, self.notes, count, self.count = self.notes, [], self.count, 0
+        self.attempts += 1
+        attempt = read(value, self), self.notes, self.count
+        self.attempts -= 1
+        self.notes, self.count = notes, count
+        if key is not None:
+            self.tried[key] = attempt
+        elif self.tried and not self.attempts:
+            self.tried.clear()
+        return attempt
 
 
-def _read_bool(value: object) -> bool:
+def _is_deep(value: object) -> bool:
+    """Whether a value holds lists or objects: what does not is quickly read again."""
+    items = value.values() if isinstance(value, dict) else value
+    return isinstance(value, (dict, list)) and any(type(item) in (dict, list) for item in items)
+
+
+Reader = Callable[[Any, _Reading], Any]
+_Attempt = tuple[Any, list[_Note], int]  # what was read, or _WRONG and the problems
+
+
+# -- Plain values
+
+_TRUE = frozenset(("true", "on", "yes", "1"))
+_FALSE = frozenset(("false", "off", "no", "0", ""))
+_HUGE = 10**400  # a whole number has at most so many digits: printing them costs their square
+# int() and float() would take "1_000", "nan" and Arabic digits as well.
+_WHOLE = re.compile(r"[+-]?\d{1,400}", re.ASCII)
+_NUMBER = re.compile(r"[+-]?(\d{1,400}(\.\d{0,400})?|\.\d{1,400})([eE][+-]?\d{1,5})?", re.ASCII)
+_UUID = re.compile(r"[0-9a-f]{8}-?([0-9a-f]{4}-?){3}[0-9a-f]{12}", re.ASCII | re.IGNORECASE)
+
+
+def _read_any(value: Any, reading: _Reading) -> Any:
+    return value
+
+
+def _read_str(value: Any, reading: _Reading) -> Any:
+    return value if isinstance(value, str) else reading.expected("text", value)
+
+
+def _read_none(value: Any, reading: _Reading) -> Any:
+    return None if value is None else reading.expected("null", value)
+
+
+def _read_bool(value: Any, reading: _Reading) -> Any:
     if isinstance(value, bool):
         return value
     word = value.strip().lower() if isinstance(value, str) else None
     if word in _TRUE or word in _FALSE:
         return word in _TRUE
-    raise _Misfit("true or false")
+    return reading.expected("true or false", value)
 
 
-def _read_number(kind: type[int] | type[float], value: Any) -> float:
-    if isinstance(value, str):
-        # int() and float() would take "1_000", "nan" and Arabic digits as well.
-        form = r"[+-]?\d{1,400}" if kind is int else r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?"
-        fits = re.fullmatch(form, value.strip(), re.ASCII) is not None
-    elif isinstance(value, float):
-        fits = kind is float or value.is_integer()
-    else:
-        fits = isinstance(value, int) and not isinstance(value, bool)
-    if not fits:
-        raise _Misfit("a whole number" if kind is int else "a number")
+def _read_int(value: Any, reading: _Reading) -> Any:
+    if type(value) is int and -_HUGE < value < _HUGE:
+        return value
+    if isinstance(value, str) and _WHOLE.fullmatch(text := value.strip()):
+        return int(text)
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return reading.expected("a whole number", value)
+
+
+def _read_float(value: Any, reading: _Reading) -> Any:
+    text = value.strip() if isinstance(value, str) else ""
+    if not _NUMBER.fullmatch(text) and type(value) not in (int, float):
+        return reading.expected("a number", value)
     try:
-        number: float = kind(value)
+        number = float(text or value)
     except OverflowError:  # a whole number beyond the largest float
         number = math.inf
-    if kind is float and not math.isfinite(number):
-        raise _Misfit("a finite number")
-    return number
+    return number if math.isfinite(number) else reading.expected("a finite number", value)
 
 
-def _read_choice(choices: Sequence[object], value: object) -> Any:
-    # First the value itself (of the same type: 1 is not True), then the text that spells it.
-    same = [item for item in choices if type(item) is type(value) and item == value]
-    spelt = [item for item in choices if isinstance(value, str) and str(item) == value]
-    if not same and not spelt:
-        raise _Misfit("one of " + ", ".join(json.dumps(item, default=str) for item in choices))
-    return (same or spelt)[0]
+def _read_decimal(value: Any, reading: _Reading) -> Any:
+    text = str(value) if type(value) in (int, float) else value
+    if isinstance(text, str) and _NUMBER.fullmatch(text := text.strip()):
+        number = Decimal(text)
+        if abs(number.adjusted()) <= 400:  # 1e9999 is short, until it is printed
+            return number
+    return reading.expected("a number", value)
 
 
-def _read_text(kind: type, value: object) -> Any:
-    text = str(value) if kind is Decimal and type(value) in (int, float) else value
-    with suppress(ValueError, ArithmeticError):
-        if isinstance(text, str):
-            return _FROM_TEXT[kind](text)
-    raise _Misfit(f"a {kind.__name__} as text")
+def _text_reader(name: str, make: Callable[[str], Any]) -> Reader:
+    """Types that are written as text in JSON."""
+
+    def _read(value: Any, reading: _Reading) -> Any:
+        if isinstance(value, str) and len(value) <= 100:
+            with suppress(ValueError):
+                return make(value)
+        return reading.expected(f"a {name} as text", value)
+
+    return _read
 
 
-_BARE: dict[type, Any] = {list: Any, set: Any, frozenset: Any, tuple: (Any, ...), dict: (str, Any)}
+def _make_uuid(text: str) -> UUID:
+    if not _UUID.fullmatch(text):
+        raise ValueError
+    return UUID(text)
+
+
+_READERS: dict[Any, Reader] = {
+    Any: _read_any,
+    object: _read_any,
+    str: _read_str,
+    types.NoneType: _read_none,
+    bool: _read_bool,
+    int: _read_int,
+    float: _read_float,
+    Decimal: _read_decimal,
+    datetime: _text_reader("datetime", datetime.fromisoformat),
+    date: _text_reader("date", date.fromisoformat),
+    time_of_day: _text_reader("time", time_of_day.fromisoformat),
+    UUID: _text_reader("UUID", _make_uuid),
+}
+
+
+def _choice_reader(choices: Iterable[Any]) -> Reader:
+    """`Literal` and enums: the value itself (1 is not True), or else the text that spells it."""
+    values = {item: item.value if isinstance(item, enum.Enum) else item for item in choices}
+    plain = (str, int, float, bool, types.NoneType)
+    same = {(type(value), value): item for item, value in values.items() if type(value) in plain}
+    spelt = {str(value): item for item, value in values.items()}
+    words = _cut("one of " + ", ".join(map(_shown, values.values())), 200)
+
+    def _read(value: Any, reading: _Reading) -> Any:
+        found = same.get((type(value), value), _WRONG) if type(value) in plain else _WRONG
+        if found is _WRONG and isinstance(value, str):
+            found = spelt.get(value, _WRONG)
+        return reading.expected(words, value) if found is _WRONG else found
+
+    return _read
+
+
+# -- Values that hold others
+
+
+def _list_reader(make: Any, kind: Any = Any) -> Reader:
+    reader = _reader(kind)
+
+    def _read(value: Any, reading: _Reading) -> Any:
+        if not isinstance(value, list):
+            return reading.expected("a list", value)
+        items = reading.read_each(zip(count(), value, repeat(reader)))
+        if items is _WRONG or make is list:
+            return items
+        if make is not tuple and not _is_hashable(items):
+            return reading.expected("a list of plain values of many kinds", value)
+        return make(items)
+
+    return _read
+
+
+def _tuple_reader(kinds: tuple[Any, ...]) -> Reader:
+    readers = [_reader(kind) for kind in kinds]
+
+    def _read(value: Any, reading: _Reading) -> Any:
+        if not isinstance(value, list) or len(value) != len(readers):
+            return reading.expected(f"a list of {len(readers)}", value)
+        items = reading.read_each(zip(count(), value, readers))
+        return items if items is _WRONG else tuple(items)
+
+    return _read
+
+
+def _dict_reader(key_kind: Any = str, kind: Any = Any) -> Reader:
+    read_key, reader = _reader(key_kind), _reader(kind)
+
+    def _read(value: Any, reading: _Reading) -> Any:
+        if not isinstance(value, dict):
+            return reading.expected("an object", value)
+        keys = reading.read_each(zip(value, value, repeat(read_key)))
+        items = reading.read_each(zip(value, value.values(), repeat(reader)))
+        if keys is _WRONG or items is _WRONG:
+            return _WRONG
+        if key_kind is not str and not _is_hashable(keys):
+            return reading.expected("an object with names of many kinds", value)
+        return dict(zip(keys, items, strict=True))
+
+    return _read
+
+
+def _is_hashable(items: Iterable[Any]) -> bool:
+    """Whether a set of these costs what they are long. The hash of a number is known to all: of
+    40,000 whole numbers with the same one, each would be compared with all that came before.
+    """
+    first: dict[int, Any] = {}
+    alike: list[Any] = []  # have the hash of another one
+    try:
+        for item in items:
+            known = first.setdefault(hash(item), item)
+            if known != item and item not in alike:
+                alike.append(item)
+                if len(alike) > 20:
+                    return False
+    except TypeError:  # a list, say
+        return False
+    return True
+
+
+def _fields_reader(schema: Any) -> Reader:
+    """A dataclass or a TypedDict: each field from the signal of its name."""
+    make, fields = typing.get_origin(schema) or schema, _fields_of(schema)
+
+    def _read(value: Any, reading: _Reading) -> Any:
+        if not isinstance(value, dict):
+            return reading.expected("an object", value)
+        found: dict[str, Any] = {}
+        before, here = reading.count, reading.place
+        for name, read, is_required in fields:
+            reading.place = here, name
+            if name in value:
+                found[name] = read(value[name], reading)
+            elif is_required:
+                reading.expected("a value", _NOTHING, "is missing")
+        reading.place = here
+        if reading.count > before:
+            return _WRONG
+        try:
+            return make(**found)
+        except _REJECTIONS as exc:
+            return reading.rejected(exc)
+
+    return _read
+
+
+def _model_reader(model: Any) -> Reader:
+    def _read(value: Any, reading: _Reading) -> Any:
+        try:
+            return model.model_validate(value)
+        except _REJECTIONS as exc:  # pydantic's is a ValueError
+            return reading.rejected(exc)
+
+    return _read
+
+
+def _union_reader(options: tuple[Any, ...]) -> Reader:
+    """The first type that fits. A value that is of one of them already stays as it is: "1" is text
+    for `int | str`.
+    """
+    kinds = [kind for kind in map(_bare, options) if kind is not types.NoneType]
+    readers = [_reader(kind) for kind in kinds]
+    words = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds)
+    is_optional = len(kinds) < len(options)
+
+    def _read(value: Any, reading: _Reading) -> Any:
+        if value is None and is_optional:
+            return None
+        if len(readers) == 1 and value != "":
+            return readers[0](value, reading)
+        first, failures, here = _WRONG, [], reading.place
+        for read in readers:
+            found, notes, count = reading.attempt(read, value)
+            if found is _WRONG:
+                failures.append((notes, count))
+            elif found is value or type(value) in (dict, list):
+                return found
+            elif first is _WRONG:
+                first = found
+        if value == "" and is_optional and (first is _WRONG or first is False):
+            return None  # an input that was left empty
+        if first is not _WRONG:
+            return first
+        # What fits but for something in it says more than what does not fit at all.
+        inner = [f for f in failures if f[0][0][0] is not here or f[0][0][3]]
+        if len(inner) != 1:
+            return reading.expected(words, value)
+        [(notes, count)] = inner
+        reading.notes += notes[: _MOST_PROBLEMS - len(reading.notes)]
+        reading.count += count
+        return _WRONG
+
+    return _read
+
+
+# -- From types to readers
+
+_SHAPES: dict[Any, Any] = {
+    list: list, Sequence: list, Iterable: list, set: set, frozenset: frozenset, tuple: tuple,
+}  # fmt: skip
+_QUALIFIERS: set[Any] = {
+    typing.Annotated, typing.Required, typing.NotRequired, typing.ClassVar, typing.Final,
+    getattr(typing, "ReadOnly", typing.Final),
+}  # fmt: skip
+
+
+def _reader(kind: Any) -> Reader:
+    """Compile a type. (What is in a dataclass, when the first one comes: it may hold itself.)"""
+    kind = _bare(kind)
+    origin, arguments = typing.get_origin(kind) or kind, typing.get_args(kind)
+    if origin in _READERS:
+        return _READERS[origin]
+    if origin in (typing.Union, types.UnionType):
+        return _union_reader(arguments)
+    if origin is typing.Literal:
+        return _choice_reader(arguments)
+    if origin is tuple and arguments[-1:] != (Ellipsis,) and kind is not tuple:
+        return _tuple_reader(arguments)
+    if origin in _SHAPES:
+        return _list_reader(_SHAPES[origin], *arguments[:1])
+    if origin in (dict, Mapping):
+        return _dict_reader(*arguments)
+    if isinstance(kind, TypeVar):
+        return _reader(kind.__bound__ or Any)
+    if (
+        hasattr(origin, "__value__")
+        or dataclasses.is_dataclass(origin)
+        or typing.is_typeddict(origin)
+    ):
+        return _kept_reader(kind)
+    if isinstance(origin, type):
+        if issubclass(origin, enum.Enum):
+            return _choice_reader(origin)
+        if hasattr(origin, "model_validate"):
+            return _model_reader(kind)
+    raise StarioError(f"signals cannot be read as {getattr(kind, '__name__', repr(kind))}")
+
+
+def _kept_reader(kind: Any) -> Reader:
+    """The reader of a type: always the same (and by its text, since `int | bool == bool | int`)."""
+    return _schema_reader(kind, "" if isinstance(kind, type) else repr(kind))
 
 
 @lru_cache(maxsize=1024)
-def _fields_of(schema: Any) -> list[tuple[str, Any, bool]]:
-    """Name, type and whether it must be there, for each field. Looked up once for each schema."""
+def _schema_reader(schema: Any, text: str) -> Reader:
+    made: list[Reader] = []  # when it is first needed: a schema may hold itself
+
+    def _read(value: Any, reading: _Reading) -> Any:
+        if not made:
+            made.append(_new_reader(schema))
+        return made[0](value, reading)
+
+    return _read
+
+
+def _new_reader(schema: Any) -> Reader:
+    origin = typing.get_origin(schema) or schema
+    if hasattr(origin, "__value__"):  # `type Name = …`
+        return _reader(_bind(origin.__value__, schema))
+    is_record = dataclasses.is_dataclass(origin) or typing.is_typeddict(origin)
+    return _fields_reader(schema) if is_record else _reader(schema)
+
+
+def _bare(kind: Any) -> Any:
+    """A type without what only says something of it: `Annotated`, `Required`, a new name."""
+    while True:
+        if typing.get_origin(kind) in _QUALIFIERS:
+            kind = typing.get_args(kind)[0]
+        elif isinstance(kind, dataclasses.InitVar):
+            kind = kind.type
+        elif hasattr(kind, "__supertype__"):  # NewType
+            kind = kind.__supertype__
+        else:
+            return types.NoneType if kind is None else kind
+
+
+def _bind(kind: Any, generic: Any) -> Any:
+    """A type with what type variables stand for in another: `list[T]` in `Page[int]`."""
+    if isinstance(kind, dataclasses.InitVar):
+        kind = kind.type
+    origin, given = typing.get_origin(generic), typing.get_args(generic)
+    names = getattr(origin, "__type_params__", ()) or getattr(origin, "__parameters__", ())
+    bound = dict(zip(names, given, strict=False))
+    if isinstance(kind, TypeVar):
+        return bound.get(kind, kind)
+    inner = () if isinstance(kind, type) else getattr(kind, "__parameters__", ())
+    return kind[tuple(bound.get(name, name) for name in inner)] if bound and inner else kind
+
+
+def _hints_of(schema: Any) -> dict[str, Any]:
+    """The types of the fields of `Page[int]`, those that it has from `Base[T]` included."""
+    origin = typing.get_origin(schema) or schema
+    found: dict[str, Any] = {}
+    for base in origin.__dict__.get("__orig_bases__", origin.__bases__):
+        if dataclasses.is_dataclass(typing.get_origin(base) or base):
+            found |= _hints_of(_bind(base, schema))
+    for name, kind in typing.get_type_hints(origin, include_extras=True).items():
+        if name in origin.__annotations__ or name not in found:
+            found[name] = _bind(kind, schema)
+    return found
+
+
+def _fields_of(schema: Any) -> list[tuple[str, Reader, bool]]:
+    """Name, reader and whether it must be there, for each field."""
+    origin = typing.get_origin(schema) or schema
     try:
-        hints = typing.get_type_hints(schema, include_extras=True)
+        hints = _hints_of(schema)
     except NameError as exc:
         raise StarioError(
-            f"the types of {schema.__name__} cannot be looked up ({exc}): define the schema and "
+            f"the types of {origin.__name__} cannot be looked up ({exc}): define the schema and "
             "what it names at the top of a module"
         ) from exc
-    if typing.is_typeddict(schema):
-        # With `from __future__ import annotations` it takes NotRequired keys for required ones.
-        optional = {n for n, kind in hints.items() if typing.get_origin(kind) is typing.NotRequired}
-        required = schema.__required_keys__ - optional
-        return [(name, kind, name in required) for name, kind in hints.items()]
     missing = dataclasses.MISSING
-    return [
-        (field.name, hints[field.name], field.default is field.default_factory is missing)
-        for field in dataclasses.fields(schema)
-        if field.init
-    ]
+    if typing.is_typeddict(origin):
+        needed = {name: _is_required(origin, name, kind) for name, kind in hints.items()}
+    else:
+        needed = {
+            field.name: field.default is field.default_factory is missing
+            for field in origin.__dataclass_fields__.values()  # (fields() leaves out InitVar)
+            if field.init and typing.get_origin(hints[field.name]) is not typing.ClassVar
+        }
+    return [(name, _reader(hints[name]), is_needed) for name, is_needed in needed.items()]
+
+
+def _is_required(schema: Any, name: str, kind: Any) -> bool:
+    """Whether a TypedDict needs a key, which it does not know where annotations are postponed."""
+    while (origin := typing.get_origin(kind)) in _QUALIFIERS:
+        if origin in (typing.Required, typing.NotRequired):
+            return origin is typing.Required
+        kind = typing.get_args(kind)[0]
+    return name in schema.__required_keys__
 
 
 def read_signals(schema: type[T], signals: object) -> T:
     """Check signals (a parsed JSON object) against a schema and make one.
 
     `schema` is a dataclass, a TypedDict, or a class with `model_validate` (pydantic's). Fields that
-    it does not know are ignored. Raises SignalsError with every field that does not fit.
+    it does not know are ignored. Raises SignalsError with the fields that do not fit.
     """
     reading = _Reading()
     try:
-        found = reading.read(schema, signals, "")
+        found = _kept_reader(schema)(signals, reading)
     except RecursionError:
-        reading.problems.append("the signals are nested too deeply")
-    if reading.problems:
-        raise SignalsError(reading.problems)
+        reading = _Reading()
+        reading.expected("", _NOTHING, "the signals are nested too deeply")
+    if reading.count:
+        problems = [_in_words(note) for note in reading.notes]
+        raise SignalsError(problems, more=reading.count - len(problems)) from reading.cause
     return cast(T, found)
 
 
