@@ -1403,7 +1403,7 @@ class _Reading:
         """Read a value, but keep its problems apart. Types that hold each other could be tried 2 to
         the power of their depth: so what came of it is remembered, within an attempt.
         """
-        key = (id(read), id(value)) if self.attempts and _is_deep(value) else None
+        key = (id(read), id(value)) if _is_deep(value) else None
         if key in self.tried:
             return self.tried[key]
         notes, self.notes, count, self.count = self.notes, [], self.count, 0
@@ -1413,12 +1413,10 @@ class _Reading:
         self.notes, self.count = notes, count
         if key is not None:
             self.tried[key] = attempt
-        elif self.tried and not self.attempts:
-            self.tried.clear()
         return attempt
 
 
-def _is_deep(value: object) -> bool:
+def _is_deep(value: Any) -> bool:
     """Whether a value holds lists or objects: what does not is quickly read again."""
     items = value.values() if isinstance(value, dict) else value
     return isinstance(value, (dict, list)) and any(type(item) in (dict, list) for item in items)
@@ -1657,6 +1655,8 @@ def _union_reader(options: tuple[Any, ...]) -> Reader:
             return None
         if len(readers) == 1 and value != "":
             return readers[0](value, reading)
+        if not reading.attempts:
+            reading.tried.clear()
         first, failures, here = _WRONG, [], reading.place
         for read in readers:
             found, notes, count = reading.attempt(read, value)
@@ -8127,6 +8127,7 @@ __all__ = [
     "Lifespan",
     "Limits",
     "Middleware",
+    "Problem",
     "QueryParams",
     "Relay",
     "Request",

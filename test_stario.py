@@ -14,6 +14,7 @@ import asyncio
 import base64
 import contextlib
 import contextvars
+import copy
 import dataclasses
 import enum
 import functools
@@ -47,13 +48,26 @@ import zlib
 from collections import ChainMap
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import InitVar, dataclass, field
 from datetime import date, datetime, timedelta, timezone
 from decimal import Decimal
 from html.parser import HTMLParser
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, NotRequired, TypedDict
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    ClassVar,
+    Generic,
+    Literal,
+    NamedTuple,
+    NewType,
+    NotRequired,
+    Required,
+    TypedDict,
+    TypeVar,
+)
 from unittest import mock
 from urllib.parse import parse_qs, quote, urlencode, urljoin
 
@@ -898,6 +912,10 @@ class TestJson(unittest.TestCase):
             )
 
 
+Kind = TypeVar("Kind")
+UserId = NewType("UserId", int)
+
+
 class Size(enum.Enum):
     SMALL = 1
     LARGE = "l"
@@ -922,6 +940,63 @@ class Everything:
     word: Literal["a", 2]
     maybe: int | None = None
     kind: ClassVar[int] = 3
+
+
+@dataclass
+class Shelf:
+    rows: list[Inner]
+
+
+@dataclass
+class Left:
+    name: str
+    right: int
+    next: Left | Right | None = None
+    also: list[Right | Left] = field(default_factory=list)
+
+
+@dataclass
+class Right:
+    name: str
+    left: int
+    next: Left | Right | None = None
+    also: list[Left | Right] = field(default_factory=list)
+
+
+@dataclass
+class Nest:
+    nest: Nest | None = None
+
+
+@dataclass
+class Box(Generic[Kind]):
+    item: Kind
+
+
+@dataclass
+class Crate(Box[int]):
+    label: str
+
+
+@dataclass
+class Waits:
+    seconds: int
+    minutes: InitVar[int]
+
+    def __post_init__(self, minutes: int) -> None:
+        self.seconds += 60 * minutes
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Waits) and self.seconds == other.seconds
+
+
+class Tagged(TypedDict, Generic[Kind]):
+    tags: list[Kind]
+
+
+class Search(TypedDict, total=False):
+    text: Required[str]
+    page: Annotated[NotRequired[int], "from 1"]
 
 
 class Typed(TypedDict):
@@ -992,6 +1067,182 @@ class TestSignals(unittest.TestCase):
         ]:  # fmt: skip
             with self.subTest(f"{kind} {value!r}"), self.assertRaises(SignalsError):
                 read_signals(kind, value)
+
+    def problems(self, schema: Any, signals: object) -> list[Any]:
+        with self.assertRaises(SignalsError) as caught:
+            read_signals(schema, signals)
+        return list(caught.exception.problems)
+
+    def test_a_problem_is_a_sentence_that_has_its_parts(self) -> None:
+        [first, second] = self.problems(Shelf, {"rows": [{"n": 1}, {"n": []}, {}]})
+        self.assertEqual(first, "rows[1].n: expected a whole number, got []")
+        self.assertEqual(
+            (first.field, first.expected, first.got), ("rows[1].n", "a whole number", "[]")
+        )
+        self.assertEqual((second, second.field), ("rows[2].n: is missing", "rows[2].n"))
+        self.assertEqual(copy.copy(first).field, "rows[1].n")
+        error = SignalsError(["taken"])
+        self.assertEqual((error.problems[0].field, error.detail), ("", "taken"))
+
+    def test_answers_to_bad_signals_are_short(self) -> None:
+        with self.assertRaises(SignalsError) as caught:
+            read_signals(dict[str, int], {f"{n}" + "k" * 1000: "v" * 1000 for n in range(500)})
+        error = caught.exception
+        self.assertEqual((len(error.problems), error.more), (20, 480))
+        self.assertTrue(error.detail.endswith("\nand 480 more"))
+        for problem in error.problems:
+            self.assertLessEqual(max(len(problem.field), len(problem.got)), 60)
+        self.assertLess(len(error.detail), 4000)
+        [odd] = self.problems(dict[str, int], {"a\nb: forged": {"x": ["y" * 99999]}})
+        self.assertEqual(odd.field, '["a\\nb: forged"]')
+        self.assertEqual(odd.count("\n"), 0)
+
+    def test_types_that_hold_each_other_cost_what_the_signals_are_long(self) -> None:
+        readings: list[object] = []
+
+        def counted(value: object, reading: object) -> object:
+            readings.append(value)
+            return value
+
+        with mock.patch.dict(stario._READERS, {str: counted}):
+            for depth in (50, 100):
+                signals: dict[str, Any] = {"name": "x", "wrong": 1}
+                for _ in range(depth):
+                    signals = {"name": "x", "next": signals, "also": [signals]}
+                readings.clear()
+                with self.assertRaises(SignalsError):
+                    read_signals(list[Left | Right], [signals])
+                self.assertLessEqual(len(readings), 8 * depth + 8)
+        stario._schema_reader.cache_clear()
+
+    def test_numbers_that_hash_alike_are_refused_where_hashes_count(self) -> None:
+        prime = 2**61 - 1
+        alike = [n * prime for n in range(1, 100)]
+        for schema, signals in [
+            (set[int], alike), (set[Any], alike), (frozenset[int | str], alike),
+            (dict[int, str], {str(n): "" for n in alike}),
+            (set[tuple[int, int]], [[n, 1] for n in alike]),
+            (set[uuid.UUID], [str(uuid.UUID(int=n)) for n in alike]),
+        ]:  # fmt: skip
+            with self.subTest(str(schema)):
+                self.problems(schema, signals)
+        self.assertEqual(read_signals(set[int], [-1, -2] * 100), {-1, -2})
+        self.assertEqual(len(read_signals(set[int], list(range(5000)))), 5000)
+        self.assertEqual(len(read_signals(set[str], [f"{n}" for n in alike])), 99)
+
+    def test_schemas_mean_what_python_means_by_them(self) -> None:
+        for schema, signals, expected in [
+            (Box[int], {"item": "1"}, Box(1)),
+            (Box[Box[bool]], {"item": {"item": "on"}}, Box(Box(True))),
+            (Crate, {"item": "2", "label": "x"}, Crate(2, "x")),
+            (Tagged[int], {"tags": ["1"]}, {"tags": [1]}),
+            (Search, {"text": "x", "page": "2"}, {"text": "x", "page": 2}),
+            (Search, {"text": "x"}, {"text": "x"}),
+            (Annotated[int, "?"], "3", 3),
+            (list[Annotated[UserId, "?"] | None], ["7", "", None], [7, None, None]),
+            (float | int, 3, 3), (int | bool, "1", 1), (bool | int, "1", True),
+            (int | Literal["1"], "1", "1"), (Literal[Size.LARGE, 3], "l", Size.LARGE),
+            (Word | None, "", None), (Literal[""] | None, "", ""), (bool | None, "", None),
+            (tuple[()], [], ()), (tuple, [1, "a"], (1, "a")), (None, None, None),
+            (Decimal, "-1.50", Decimal("-1.50")), (Decimal, 2.5, Decimal("2.5")),
+            (Waits, {"seconds": 1, "minutes": "2"}, Waits(1, 2)),
+        ]:  # fmt: skip
+            with self.subTest(f"{schema} {signals}"):
+                found = read_signals(schema, signals)
+                self.assertEqual((type(found), found), (type(expected), expected))
+        for schema, signals, expected in [
+            (Box[int], {"item": "x"}, 'item: expected a whole number, got "x"'),
+            (Box[str], {"item": 1}, "item: expected text, got 1"),
+            (Crate, {"item": "x", "label": ""}, 'item: expected a whole number, got "x"'),
+            (Search, {"page": 1}, "text: is missing"),
+            (Waits, {"seconds": 1}, "minutes: is missing"),
+            (Inner | list[int] | None, {"n": "x"}, 'n: expected a whole number, got "x"'),
+            (int | date, "x", 'the signals: expected int or date, got "x"'),
+        ]:
+            with self.subTest(f"{schema} {signals}"):
+                self.assertEqual(self.problems(schema, signals), [expected])
+
+    def test_decimals_and_whole_numbers_stay_printable(self) -> None:
+        for text in (
+            "nan",
+            "sNaN",
+            "1_0",
+            "1e401",
+            "1e-9999",
+            "0e999999",
+            "1e9999999999",
+            "٣",
+            "0x1",
+        ):
+            with self.subTest(text):
+                self.problems(Decimal, text)
+        for kind in (int, float, Decimal):
+            self.problems(kind, 10**4000)
+            self.problems(kind, "9" * 100_000)
+            self.problems(kind, "1" * 100_000 + "x")
+        self.problems(uuid.UUID, "{" + "1" * 32 + "}")
+        self.problems(date, "2" * 100_000)
+
+    def test_what_a_schema_rejects_by_chance_is_a_problem_without_pythons_words(self) -> None:
+        @dataclass
+        class Range:
+            start: int | None = None
+            stop: int | None = None
+            unit: str | None = None
+
+            def __post_init__(self) -> None:
+                if self.unit == "code":
+                    raise NotImplementedError
+                assert self.unit != "yard", "no yards"
+                if self.unit:
+                    {"m": 1}[self.unit] / (self.stop - self.start)  # type: ignore[operator]
+
+        for signals, sentence in (
+            ({"unit": "m"}, "the values do not fit together"),
+            ({"unit": "m", "start": 1, "stop": 1}, "the values do not fit together"),
+            ({"unit": "x"}, "the values do not fit together"),
+            ({"unit": "yard"}, "no yards"),
+        ):
+            self.assertEqual(self.problems(list[Range], [signals]), [f"[0]: {sentence}"])
+            self.assertEqual(self.problems(Range, signals), [sentence])
+        with self.assertRaises(SignalsError) as caught:
+            read_signals(Range, {"unit": "m"})
+        self.assertIsInstance(caught.exception.__cause__, TypeError)  # for the developer
+        with self.assertRaises(NotImplementedError):
+            read_signals(Range, {"unit": "code"})
+
+    def test_each_error_of_a_model_is_a_problem_where_it_is(self) -> None:
+        class Errors(ValueError):
+            def errors(self) -> list[dict[str, Any]]:
+                return [
+                    {"type": "missing", "loc": ("name",), "msg": "Field\nrequired", "input": {}},
+                    {"type": "x", "loc": ("pets", 0, "a b"), "msg": "No age", "input": "x" * 999},
+                ]
+
+        class Model:
+            @classmethod
+            def model_validate(cls, value: object) -> Model:
+                raise Errors("all of it")
+
+        first, second = self.problems(dict[str, Model], {"m": {}})
+        self.assertEqual(
+            (first, first.field, first.got), ("m.name: Field required", "m.name", "nothing")
+        )
+        self.assertEqual(second, 'm.pets[0]["a b"]: No age')
+        self.assertEqual(len(second.got), 60)
+
+    def test_deep_signals_are_refused_and_not_an_error_of_the_server(self) -> None:
+        signals: Any = []
+        for _ in range(5000):
+            signals = [signals]
+        self.assertEqual(
+            self.problems(Nest, {"nest": signals}),
+            ["nest: expected an object, got " + "[" * 57 + "..."],
+        )
+        signals = {}
+        for _ in range(5000):
+            signals = {"nest": signals}
+        self.assertEqual(self.problems(Nest, signals), ["the signals are nested too deeply"])
 
     def test_models_and_post_init_tell_their_own_problems(self) -> None:
         class Model:
