@@ -107,7 +107,15 @@ from typing import (
     Unpack,
     cast,
 )
-from urllib.parse import parse_qsl, quote, unquote, unquote_to_bytes, urlencode
+from urllib.parse import (
+    parse_qsl,
+    quote,
+    unquote,
+    unquote_to_bytes,
+    urlencode,
+    urljoin,
+    urlsplit,
+)
 from uuid import UUID
 
 if typing.TYPE_CHECKING:
@@ -5770,6 +5778,11 @@ _HINTS = {  # what Python says of an `await` too much or too little, and what to
 }
 
 
+# What handlers have raised, for the test client: it raises that in the test.
+_failures: contextvars.ContextVar[list[BaseException] | None]
+_failures = contextvars.ContextVar("stario_failures", default=None)
+
+
 class Stario(Router):
     """An app: routes, a tracer, and what holds for all requests.
 
@@ -5943,15 +5956,19 @@ class Stario(Router):
 
     def _report(self, c: Context, exc: BaseException) -> None:
         """Tell the developer: by the span, or, where nobody looks at spans, as asyncio does."""
+        in_test = _failures.get()
+        if in_test is not None:
+            in_test.append(exc)
         for sign, hint in _HINTS.items():
             if isinstance(exc, (TypeError, AttributeError)) and sign in str(exc):
                 exc.add_note(f"stario: {hint}")
-        if self._silent:  # (the path goes to a terminal: it must not start a line of its own there)
+        if not self._silent:
+            c.span.fail(exc)
+        elif in_test is None:
+            # (the path goes to a terminal: it must not start a line of its own there)
             message = f"unhandled exception in {c.req.method} {c.req.path!r}"
             report = {"message": message, "exception": exc}
             asyncio.get_running_loop().call_exception_handler(report)
-        else:
-            c.span.fail(exc)
 
     def _complete(self, c: Context, w: Writer) -> None:
         """The handler is through: end its stream, or say that there is nothing to say."""
@@ -6430,14 +6447,16 @@ class Server:
 
     async def stop(self) -> None:
         """Accept no more, end the streams, let requests finish within `graceful_timeout`."""
+        for worker in self._workers:
+            worker.stopping = True  # from now on every answer tells that its connection ends
+        self._stop_accepting()
         try:
-            for worker in self._workers:
-                worker.stopping = True  # from now on every answer tells that its connection ends
-            self._stop_accepting()
             await self._stop_workers()
-            await self._lived.__aexit__(None, None, None)
         finally:
-            _forget_signals(self)
+            try:
+                await self._lived.__aexit__(None, None, None)
+            finally:
+                _forget_signals(self)
 
     def _stop_accepting(self) -> None:
         """Close the listening sockets, when all that waits there has been accepted.
@@ -6587,94 +6606,109 @@ def _inherited_sockets() -> list[socket.socket]:
 # ==================================================================================================
 # 14. Trying it without a network: the test client
 #
-# A carrier that keeps what it is given. Requests go through the same `dispatch` as those from the
-# network, in the same loop as the test: no socket, no thread, nothing to wait for but the handler.
+# Each request gets a pair of connected sockets: at one end the server's own connection (12), with a
+# worker for itself (13), at the other this client. So an answer is what the server answers, byte by
+# byte. All of it runs in the loop of the test: no port, no thread.
 # ==================================================================================================
 
 
 class _Exchange:
-    """The Carrier of one request of a test."""
+    """One request to the app, and its answer."""
 
-    def __init__(self) -> None:
-        self.scopes: list[_Scope] = []
-        self.client = "testclient"
-        self.scheme = "http"
-        self.proxies: TrustedProxies | None = None
-        self.disconnected = False
-        self.shutting_down = False
-        self.status = 0
-        self.headers = Headers()
-        self.unread = bytearray()
-        self.finished = False
-        self.aborted = False
-        self._changed = asyncio.Event()
+    status = 0  # until the head of the answer has come
+    headers = Headers()
 
-    def answer(self, status: int, fields: bytes, body: bytes) -> None:
-        """See Carrier."""
-        self.begin(status, fields, False)
-        self.send(body)
-        self.finish()
+    def __init__(self, client: TestClient, name: str, timeout: float) -> None:
+        self.name = name  # of the request, for messages
+        self.timeout = timeout
+        self.failures: list[BaseException] = []  # of its handler
+        loop = asyncio.get_running_loop()
+        self.worker = Worker(client.app, loop, client.limits, max_connections=1)
+        if client.raise_errors:
+            self.worker.context.run(_failures.set, self.failures)
 
-    def begin(self, status: int, fields: bytes, unsized: bool) -> None:
-        """See Carrier."""
-        self.status = status
+    async def send(self, head: str, body: bytes) -> None:
+        """Connect, and send the request."""
+        ours, theirs = socket.socketpair()
+        theirs.setblocking(False)
+        self.worker.adopt(theirs, None)
+        self.reader, self.writer = await asyncio.open_connection(sock=ours, limit=_HIGH_WATER)
+        self.writer.write(head.encode("latin-1") + body)
+        no_body = head.startswith("HEAD ")
+        self.head = asyncio.get_running_loop().create_task(self._read_head(no_body))
+
+    async def _read_head(self, no_body: bool) -> None:
+        status = 100
+        while status < 200:  # before the answer may come "100 Continue"
+            block = await self.reader.readuntil(b"\r\n\r\n")
+            line, _, fields = block.partition(b"\r\n")
+            status = int(line.split()[1])
         self.headers = Headers(_split_fields(fields))
-        self._changed.set()
+        self.pieces = self._pieces(no_body or status in _BODILESS)
+        self.status = status
 
-    def send(self, data: bytes) -> None:
-        """See Carrier."""
-        if not self.disconnected:
-            self.unread += data
-            self._changed.set()
+    async def _pieces(self, no_body: bool) -> AsyncIterator[bytes]:
+        """The body as it comes, without its framing."""
+        length = self.headers.get("content-length")
+        if no_body:
+            return
+        if "transfer-encoding" in self.headers:
+            while size := int(await self.reader.readuntil(b"\r\n"), 16):
+                yield (await self.reader.readexactly(size + 2))[:-2]
+        elif length is not None:
+            yield await self.reader.readexactly(int(length))
+        else:  # HTTP/1.0, or what was refused
+            yield await self.reader.read(-1)
 
-    def finish(self) -> None:
-        """See Carrier."""
-        self.finished = True
-        self._changed.set()
+    @asynccontextmanager
+    async def awaiting(self, what: str) -> AsyncIterator[None]:
+        """Wait for this, within the time limit, and say what it was if it does not come."""
+        try:
+            async with asyncio.timeout(self.timeout):
+                yield
+        except TimeoutError:
+            message = f"{self.name}: {what} did not come within {self.timeout:g} s"
+            raise TimeoutError(message) from None
+        except (EOFError, ConnectionError):
+            self.raise_failure()
+            raise ClientDisconnected(f"{self.name}: the answer broke off") from None
 
-    def abort(self) -> None:
-        """See Carrier."""
-        self.aborted = True
-        self.finish()
+    async def settle(self) -> None:
+        """Let the handler come to its first bytes, or to where it waits."""
+        async with self.awaiting("the start of its handler"):
+            while not (self.worker.tasks or self.head.done()):
+                await asyncio.sleep(0)
+        for _ in range(20):
+            if not self.head.done():
+                await asyncio.sleep(0)
 
-    def has_room(self) -> bool:
-        """See Carrier."""
-        return len(self.unread) < _HIGH_WATER and not self.disconnected
+    async def shut_down(self) -> None:
+        """The server stops, and the handler ends."""
+        self.worker.stopping = True
+        for connection in self.worker.connections:
+            connection.shut_down()
+        await self.over()
+        await self.close()
 
-    async def drained(self) -> None:
-        """See Carrier."""
-        while not self.has_room():
-            if self.disconnected:
-                raise ClientDisconnected("the client has gone")
-            await self.change()
+    async def close(self) -> None:
+        """The client goes, and the handler ends."""
+        self.head.cancel()
+        self.writer.close()
+        try:
+            await self.over()
+        finally:
+            await self.worker.stop(0.0)
 
-    async def send_file(self, file: IO[bytes], offset: int, count: int) -> None:
-        """See Carrier."""
-        file.seek(offset)
-        self.send(file.read(count))
+    async def over(self) -> None:
+        """Wait until the handler has ended."""
+        async with self.awaiting("the end of its handler"):
+            while self.worker.tasks:
+                await asyncio.wait(self.worker.tasks)
 
-    def check_peer(self, seconds: float) -> None:
-        """There is no network that could lose the peer."""
-
-    async def change(self) -> None:
-        """Wait until something happens on the other side."""
-        self._changed.clear()
-        await self._changed.wait()
-
-    def take(self) -> bytes:
-        """What has been sent since the last call."""
-        data = bytes(self.unread)
-        self.unread.clear()
-        self._changed.set()
-        return data
-
-    def end_streams(self, *, disconnect: bool) -> None:
-        """Let the client go, or the server stop."""
-        self.disconnected = self.disconnected or disconnect
-        self.shutting_down = self.shutting_down or not disconnect
-        self._changed.set()
-        for scope in self.scopes:
-            scope.end()
+    def raise_failure(self) -> None:
+        """The test fails where its handler has failed."""
+        if self.failures:
+            raise self.failures[0]
 
 
 class TestResponse(NamedTuple):
@@ -6746,13 +6780,16 @@ def _parse_event(block: str) -> ServerEvent | None:
 class TestStream:
     """An answer under way: `status`, `headers`, and, with `async for`, its events."""
 
+    __test__ = False
+
     def __init__(self, exchange: _Exchange) -> None:
         self._exchange = exchange
-        self._text = ""
+        self._bytes = b""
+        self._last: ServerEvent | None = None
 
     @property
     def status(self) -> int:
-        """The status of the answer."""
+        """The status of the answer; 0 as long as it has not begun."""
         return self._exchange.status
 
     @property
@@ -6764,19 +6801,93 @@ class TestStream:
         return self
 
     async def __anext__(self) -> ServerEvent:
+        after = f" after {self._last}" if self._last else ""
+        async with self._exchange.awaiting(f"the next event{after}"):
+            event = await self._next()
+        if event is None:
+            self._exchange.raise_failure()
+            raise StopAsyncIteration
+        self._last = event
+        return event
+
+    async def _next(self) -> ServerEvent | None:
+        await asyncio.shield(self._exchange.head)
         while True:
-            block, found, rest = self._text.partition("\n\n")
-            if found:
-                self._text = rest
-                event = _parse_event(block)
-                if event is not None:
-                    return event
-            elif self._exchange.unread:
-                self._text += self._exchange.take().decode("utf-8")
-            elif self._exchange.finished:
-                raise StopAsyncIteration
+            block, found, rest = self._bytes.partition(b"\n\n")
+            if not found:
+                piece = await anext(self._exchange.pieces, None)
+                if piece is None:
+                    return None
+                self._bytes += piece
             else:
-                await self._exchange.change()
+                self._bytes = rest
+                if event := _parse_event(block.decode("utf-8")):
+                    return event
+
+
+class _Jar:
+    """When the client's cookies end, and which paths they are for (RFC 6265, section 5)."""
+
+    def __init__(self, cookies: dict[str, str]) -> None:
+        self._cookies = cookies
+        self._rules: dict[str, tuple[float, str]] = {}  # end and path, by name
+
+    def header(self, path: str) -> str:
+        """The Cookie field of a request."""
+        for name in [name for name, (end, _) in self._rules.items() if end <= time.time()]:
+            del self._rules[name]
+            self._cookies.pop(name, None)
+        path = path.partition("?")[0].rstrip("/") + "/"
+        sent = [
+            f"{name}={quote(value)}"
+            for name, value in self._cookies.items()
+            if path.startswith(self._rules.get(name, (0.0, "/"))[1].rstrip("/") + "/")
+        ]
+        return "; ".join(sent)
+
+    def take(self, headers: Headers) -> dict[str, str]:
+        """Keep what an answer sets; gives that."""
+        found: dict[str, str] = {}
+        for line in headers.getlist("set-cookie"):
+            pair, *rest = line.split(";")
+            name, _, value = pair.partition("=")
+            attributes = {key.strip().lower(): text for key, _, text in _partitions(rest)}
+            end = _NEVER
+            if "max-age" in attributes:
+                end = time.time() + int(attributes["max-age"])
+            elif "expires" in attributes:
+                end = _timestamp(attributes["expires"])
+            found[name] = self._cookies[name] = unquote(value)
+            self._rules[name] = end, attributes.get("path", "/")
+            if end <= time.time():
+                del self._cookies[name]
+        return found
+
+
+def _timestamp(http_date: str) -> float:
+    parsed = datetime.strptime(http_date, "%a, %d %b %Y %H:%M:%S GMT")
+    return parsed.replace(tzinfo=timezone.utc).timestamp()
+
+
+def _partitions(items: Iterable[str]) -> Iterator[tuple[str, str, str]]:
+    return (item.partition("=") for item in items)
+
+
+def _multipart(
+    form: Mapping[str, object], files: Mapping[str, tuple[str, bytes]]
+) -> tuple[bytes, str]:
+    """A form with files as a body, and its content type (RFC 7578)."""
+    boundary = os.urandom(16).hex()
+    parts = [(f'"{name}"', str(value).encode()) for name, value in form.items()]
+    parts += [(f'"{name}"; filename="{file[0]}"', file[1]) for name, file in files.items()]
+    lines = [
+        f"--{boundary}\r\ncontent-disposition: form-data; name={name}\r\n\r\n".encode()
+        + content
+        + b"\r\n"
+        for name, content in parts
+    ]
+    body = b"".join(lines) + f"--{boundary}--\r\n".encode()
+    return body, f"multipart/form-data; boundary={boundary}"
 
 
 class TestClient:
@@ -6784,28 +6895,45 @@ class TestClient:
 
     `cookies` is its jar: answers change it, requests send it. A request returns when its handler
     has ended, with all that it does after its answer; with `wait=False` when the answer is there.
-    An exception of a handler is what it is for a browser: an answer with status 500.
+    What a handler raises is raised in the test; with `raise_errors=False` it is what it is for a
+    browser, an answer with status 500. What takes longer than `timeout` seconds is a TimeoutError
+    that says what was awaited. Other options are those of `Limits`.
     """
 
     __test__ = False  # pytest: this is no test case
 
-    def __init__(self, app: Stario, *, host: str = "testserver") -> None:
+    def __init__(
+        self,
+        app: Stario,
+        *,
+        host: str = "testserver",
+        timeout: float = 10.0,
+        raise_errors: bool = True,
+        **limits: Any,
+    ) -> None:
         self.app = app
         self.host = host
+        self.timeout = timeout
+        self.raise_errors = raise_errors
+        self.limits = _limits(limits)
         self.cookies: dict[str, str] = {}
-        self._under_way: dict[asyncio.Task[None], _Exchange] = {}
+        self._jar = _Jar(self.cookies)
+        self._left: list[_Exchange] = []  # answered with wait=False
 
     async def __aenter__(self) -> TestClient:
         self._lived = self.app._life.lived()
         await self._lived.__aenter__()
         return self
 
-    async def __aexit__(self, *exc: object) -> None:
-        for exchange in self._under_way.values():
-            exchange.end_streams(disconnect=False)
-        if self._under_way:
-            await asyncio.wait(self._under_way)
-        await self._lived.__aexit__(None, None, None)
+    async def __aexit__(self, kind: type[BaseException] | None, *exc: object) -> None:
+        try:
+            for exchange in self._left:
+                await exchange.shut_down()
+        finally:
+            await self._lived.__aexit__(None, None, None)
+        for exchange in self._left:
+            if kind is None:
+                exchange.raise_failure()
 
     async def get(self, path: str, **options: Any) -> TestResponse:
         """GET a path. Options: see `request`."""
@@ -6828,22 +6956,54 @@ class TestClient:
         return await self.request("DELETE", path, **options)
 
     async def request(
-        self, method: str, path: str, *, wait: bool = True, **options: Any
+        self, method: str, path: str, *, wait: bool = True, follow: bool = False, **options: Any
     ) -> TestResponse:
         """Send a request and give its answer.
 
-        Options: `signals` (as Datastar sends them), `json`, `form` (a dict), `body` (bytes), and
-        `headers`. Raises ClientDisconnected if the answer breaks off.
+        Options: `signals` (as Datastar sends them; a dict, a dataclass, a model), `json`, `form` (a
+        dict), `files` (`{"field": ("name.txt", b"...")}`), `body` (bytes), `headers` and `timeout`;
+        `follow=True` goes where a redirect leads. Raises ClientDisconnected if the answer breaks
+        off.
         """
-        task, exchange = self._send(method, path, **options)
-        if wait:
-            await asyncio.wait([task])
-        while not exchange.finished:
-            await exchange.change()
-        if exchange.aborted:
-            raise ClientDisconnected("the answer broke off")
-        set_cookies = self._take_cookies(exchange.headers)
-        return TestResponse(exchange.status, exchange.headers, exchange.take(), set_cookies)
+        answer = await self._request(method, path, wait, options)
+        hops = 0
+        while (
+            follow and 300 <= answer.status < 400 and (location := answer.headers.get("location"))
+        ):
+            hops += 1
+            if hops > 20:
+                raise StarioError(f"{method} {path}: more than 20 redirects")
+            base = f"http://{self.host}"
+            target = urlsplit(urljoin(base + path, location))
+            if target.netloc != self.host:
+                break
+            path = (target.path or "/") + (f"?{target.query}" if target.query else "")
+            if answer.status == 303 or (answer.status in (301, 302) and method == "POST"):
+                method = "GET"
+                options = {
+                    name: options[name] for name in ("headers", "timeout") if name in options
+                }
+            answer = await self._request(method, path, wait, options)
+        return answer
+
+    async def _request(
+        self, method: str, path: str, wait: bool, options: dict[str, Any]
+    ) -> TestResponse:
+        exchange = await self._send(method, path, **options)
+        try:
+            async with exchange.awaiting("its answer"):
+                await exchange.head
+                body = b"".join([piece async for piece in exchange.pieces])
+            if wait:
+                await exchange.over()
+                exchange.raise_failure()
+        finally:
+            if wait:
+                await exchange.close()
+            else:
+                self._left.append(exchange)
+        set_cookies = self._jar.take(exchange.headers)
+        return TestResponse(exchange.status, exchange.headers, body, set_cookies)
 
     @asynccontextmanager
     async def stream(self, method: str, path: str, **options: Any) -> AsyncIterator[TestStream]:
@@ -6851,18 +7011,16 @@ class TestClient:
 
         Options: see `request`. The block is left when the handler has ended.
         """
-        task, exchange = self._send(method, path, **options)
+        exchange = await self._send(method, path, **options)
         try:
-            for _ in range(10):  # let the handler come to its first event, or to where it waits
-                if not exchange.status:
-                    await asyncio.sleep(0)
-            self._take_cookies(exchange.headers)
+            await exchange.settle()
+            self._jar.take(exchange.headers)
             yield TestStream(exchange)
         finally:
-            exchange.end_streams(disconnect=True)
-            await asyncio.wait([task])
+            await exchange.close()
+        exchange.raise_failure()
 
-    def _send(
+    async def _send(
         self,
         method: str,
         path: str,
@@ -6871,11 +7029,13 @@ class TestClient:
         signals: object = None,
         json: object = None,
         form: Mapping[str, object] | None = None,
+        files: Mapping[str, tuple[str, bytes]] | None = None,
         body: bytes = b"",
-    ) -> tuple[asyncio.Task[None], _Exchange]:
+        timeout: float | None = None,
+    ) -> _Exchange:
         fields = {"host": self.host}
-        if self.cookies:
-            fields["cookie"] = "; ".join(f"{k}={quote(v)}" for k, v in self.cookies.items())
+        if cookies := self._jar.header(path):
+            fields["cookie"] = cookies
         if signals is not None:
             fields["datastar-request"] = "true"
             if method in ("GET", "HEAD", "DELETE"):
@@ -6884,33 +7044,19 @@ class TestClient:
                 json = signals
         if json is not None:
             body, fields["content-type"] = _json(json).encode(), "application/json"
-        if form is not None:
+        elif files is not None:
+            body, fields["content-type"] = _multipart(form or {}, files)
+        elif form is not None:
             body = urlencode(form, doseq=True).encode()
             fields["content-type"] = "application/x-www-form-urlencoded"
         if body:
             fields["content-length"] = str(len(body))
         fields.update({name.lower(): value for name, value in (headers or {}).items()})
         target = quote(path, safe="/?&=%:@!$'()*+,;~[]-._{}|\\")
-        given = Headers({name: [value] for name, value in fields.items()})
-        exchange = _Exchange()
-        line = RequestLine(method, target)
-        request = Request(line, given, body, exchange)
-        task = _spawn(self.app.dispatch(request, exchange), asyncio.get_running_loop())
-        self._under_way[task] = exchange
-        task.add_done_callback(lambda done: self._under_way.pop(done, None))
-        return task, exchange
-
-    def _take_cookies(self, headers: Headers) -> dict[str, str]:
-        found: dict[str, str] = {}
-        for line in headers.getlist("set-cookie"):
-            pair, *attributes = line.split(";")
-            name, _, value = pair.partition("=")
-            found[name] = unquote(value)
-            if any(item.strip().lower() == "max-age=0" for item in attributes):
-                self.cookies.pop(name, None)
-            else:
-                self.cookies[name] = found[name]
-        return found
+        lines = [f"{method} {target} HTTP/1.1", *(f"{name}: {fields[name]}" for name in fields)]
+        exchange = _Exchange(self, f"{method} {path}", timeout or self.timeout)
+        await exchange.send("\r\n".join([*lines, "", ""]), body)
+        return exchange
 
 
 # ==================================================================================================
