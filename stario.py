@@ -6707,8 +6707,11 @@ class _Exchange:
 
     def raise_failure(self) -> None:
         """The test fails where its handler has failed."""
-        if self.failures:
-            raise self.failures[0]
+        failure = self.failures[0] if self.failures else None
+        if isinstance(failure, Exception):
+            raise failure
+        if failure is not None:  # it would end the test, or the test's task, and not fail it
+            raise RuntimeError(f"{self.name}: its handler raised {failure!r}") from failure
 
 
 class TestResponse(NamedTuple):

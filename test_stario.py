@@ -2453,7 +2453,7 @@ class TestExceptions(AsyncTest):
         app.get("/", fail)
         for kind in kinds:
             app.on_error(kind, page)
-        async with TestClient(app) as client:
+        async with TestClient(app, raise_errors=False) as client:
             answer = await client.get("/", headers=headers or {})
         return answer, seen, tracer.ended[-1]
 
@@ -2565,7 +2565,7 @@ class TestExceptions(AsyncTest):
         app.use(fielded)
         app.get("/{how}", fail)
         app.on_error(ZeroDivisionError, lambda c, w, exc: w.text("a page", 500))
-        async with TestClient(app) as client:
+        async with TestClient(app, raise_errors=False) as client:
             for how in ("http", "key", "zero"):
                 with self.subTest(how):
                     answer = await client.get(f"/{how}")
@@ -2591,7 +2591,7 @@ class TestExceptions(AsyncTest):
         app = Stario(tracer := Spans())
         app.get("/much", too_much)
         app.get("/little", too_little)
-        async with TestClient(app) as client:
+        async with TestClient(app, raise_errors=False) as client:
             await client.get("/much")
             await client.get("/little")
         told = [str(span.events[-1]) for span in tracer.ended]
