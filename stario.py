@@ -656,9 +656,25 @@ _encode_script = _JsonEncoder(default=_plain, allow_nan=False)
 
 def _json(value: object, encode: Callable[[object], str] = _encode_json) -> str:
     try:
-        return encode(value)
+        try:
+            return encode(value)
+        except TypeError:  # perhaps a date as a key, for which nobody asks `_plain`
+            return encode(_with_plain_keys(value))
     except (TypeError, ValueError, RecursionError) as exc:
         raise StarioError(f"this cannot be written as JSON: {exc}") from exc
+
+
+def _with_plain_keys(value: object) -> object:
+    if isinstance(value, Mapping):
+        names = [name if isinstance(name, _PLAIN) else _plain(name) for name in value]
+        items = map(_with_plain_keys, value.values())
+        return dict(zip(names, items, strict=True))
+    if isinstance(value, (list, tuple)):
+        return [_with_plain_keys(item) for item in value]
+    return value if isinstance(value, _PLAIN) else _with_plain_keys(_plain(value))
+
+
+_PLAIN = (str, int, float, types.NoneType)
 
 
 def _finite(text: str) -> float:

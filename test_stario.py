@@ -926,6 +926,25 @@ class TestJson(unittest.TestCase):
         inner.clear()
         self.assertEqual(data.signals(outer), {"data-signals": '{"a":[]}'})
 
+    def test_keys_are_written_like_values(self) -> None:
+        @dataclass
+        class Day:
+            rooms: dict[Any, Any]
+
+        day = date(2024, 5, 1)
+        for keys, expected in [
+            ({day: {uuid.UUID(int=1): [{Size.LARGE: 1}]}},
+             '{"2024-05-01":{"00000000-0000-0000-0000-000000000001":[{"l":1}]}}'),
+            ([Day({day: 1.5, None: True, 2: Size.SMALL})],
+             '[{"rooms":{"2024-05-01":1.5,"null":true,"2":1}}]'),
+        ]:  # fmt: skip
+            self.assertEqual(stario._json(keys), expected)
+        circle: dict[Any, Any] = {day: 1}
+        circle["self"] = circle
+        for wrong in ({(1, 2): 3}, {day: object()}, circle, {day: float("nan")}, {b"x": 1}):
+            with self.assertRaises(StarioError):
+                stario._json(wrong)
+
     def test_a_value_may_fail_to_be_written_while_another_is(self) -> None:
         class Model:
             def model_dump(self, mode: str) -> object:
@@ -1302,12 +1321,13 @@ class TestSignals(unittest.TestCase):
         async def show(c: Context, w: Writer) -> None:
             w.json(await c.signals())
 
+        app.query("/", show)
         for method in ("GET", "POST", "PUT", "PATCH", "DELETE"):
             app.handle(method, "/", show)
 
         async def check() -> None:
             async with TestClient(app) as client:
-                for method in ("GET", "POST", "PUT", "PATCH", "DELETE"):
+                for method in ("GET", "POST", "PUT", "PATCH", "DELETE", "QUERY"):
                     answer = await client.request(method, "/", signals={"a": "ü&"})
                     self.assertEqual(answer.json(), {"a": "ü&"})
                     self.assertEqual((await client.request(method, "/")).json(), {})
@@ -1316,6 +1336,10 @@ class TestSignals(unittest.TestCase):
                     (b"\xff", 400),
                     (b"[1]", 422),
                     (b"[" * 99999, 400),
+                    (b'{"a": [-Infinity]}', 400),
+                    (b' {"a": 2e308}', 400),
+                    (b'{"a": 1e308, "b": -0.0}', 200),
+                    (b"\xef\xbb\xbf{}", 200),
                 ):
                     answer = await client.post("/", body=body)
                     self.assertEqual(answer.status, status, answer.text)
@@ -7463,6 +7487,9 @@ SAME = """([expression, wanted]) => {
 }"""
 
 
+POLICY = "default-src 'self'; script-src 'nonce-{nonce}'{more}; object-src 'none'; base-uri 'none'"
+
+
 class ClientPromises(_Case):
     """Each test holds for both clients."""
 
@@ -7638,6 +7665,60 @@ class ClientPromises(_Case):
             wanted[:4] + wanted[5:],
         )
         self.see("byId('p5').textContent.startsWith('Hi <5>')", True)
+
+    # -- a strict Content-Security-Policy (README, Security)
+
+    def show_under(self, more: str, script_nonce: str | None = None) -> None:
+        """Opens a page with a policy; a click on #go brings a script."""
+        page = h.Html(
+            {"data-nonce": "r4nd0m"},
+            h.Head(datastar_script("/client.js", nonce="r4nd0m")),
+            h.Body(
+                data.signals({"n": 1}),
+                h.P({"id": "sum"}, data.text("$n + 1"), data.style({"color": "'red'"})),
+                h.Button({"id": "go"}, data.on("click", at.get("/go")), "go"),
+                h.Img({"src": "data:,", "onerror": "document.body.dataset.evil = 1"}),
+            ),
+        )
+        run = h.Script({"nonce": script_nonce or False}, "document.body.dataset.ran = 1")
+        event = stario._sse("datastar-patch-elements", stario._patch_lines(run, "append", "body"))
+        policy = {"content-security-policy": POLICY.format(nonce="r4nd0m", more=more)}
+        self.answers("/strict", Reply(page, "text/html; charset=utf-8", headers=policy))
+        self.answers("/go", event)
+        self.expected_problems = [
+            "Content Security Policy",
+            "Content-Security-Policy",
+            "unsafe-eval",
+            "favicon",
+        ]
+        self.watch(self.browser.new_page())
+        self.page.goto(self.server.url + "/strict")
+
+    def test_a_strict_policy_with_unsafe_eval_is_enough(self) -> None:
+        readme = Path(__file__).with_name("README.md").read_text("utf-8")
+        self.assertIn(
+            POLICY.format(nonce="{nonce}", more=" 'strict-dynamic' 'unsafe-eval'"), readme
+        )
+        for more, nonce in (
+            (" 'strict-dynamic' 'unsafe-eval'", None),
+            (" 'unsafe-eval'", "r4nd0m"),
+        ):
+            self.show_under(more, nonce)
+            self.page.locator("#sum", has_text="2").wait_for()
+            self.now("document.getElementById('sum').style.color", "red")
+            self.page.click("#go")
+            self.page.wait_for_selector("body[data-ran]")
+            self.now("document.body.dataset.evil ?? 'none'", "none")
+
+    def test_a_policy_forbids_scripts_without_the_nonce_and_eval(self) -> None:
+        self.show_under(" 'unsafe-eval'")
+        self.page.locator("#sum", has_text="2").wait_for()
+        with self.page.expect_console_message(lambda m: "Content Security Policy" in m.text):
+            self.page.click("#go")
+        self.now("document.body.dataset.ran ?? 'none'", "none")
+        self.show_under(" 'strict-dynamic'")
+        self.page.wait_for_load_state("networkidle")
+        self.now("document.getElementById('sum').textContent", "")
 
     def test_hostile_text_comes_back_unchanged(self) -> None:
         texts = [
