@@ -86,6 +86,7 @@ from contextlib import (
     AsyncExitStack,
     asynccontextmanager,
     contextmanager,
+    nullcontext,
     suppress,
 )
 from datetime import date, datetime, timezone
@@ -6937,10 +6938,13 @@ class TestClient:
         self.limits = _limits(limits)
         self.cookies: dict[str, str] = {}
         self._jar = _Jar(self.cookies)
+        self._lived: AbstractAsyncContextManager[None]
         self._left: list[_Exchange] = []  # answered with wait=False
 
     async def __aenter__(self) -> TestClient:
-        self._lived = self.app._life.lived()
+        # An app that is being served, too, is in its lifespans already.
+        life = self.app._life
+        self._lived = life.lived() if life.loop is None else nullcontext()
         await self._lived.__aenter__()
         return self
 

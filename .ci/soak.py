@@ -2,9 +2,10 @@
 
     python .ci/soak.py                     about two minutes
     python .ci/soak.py --quick             under a minute, smaller
-    python .ci/soak.py --seconds 3600      an hour of Tiles
+    python .ci/soak.py --hour              an hour of all that users do, and of restarts
+    python .ci/soak.py hour --seconds 60   the same, for a minute
     python .ci/soak.py --workers 4         the server with four event loops
-    python .ci/soak.py idle relay          only these stages: tiles attack idle relay restart
+    python .ci/soak.py idle relay          only these stages: tiles attack idle relay restart hour
 
 Each stage starts a server of its own as another process, on 127.0.0.1 at a free port. It prints
 what was seen, and the exit code is 1 if a target was missed.
@@ -27,7 +28,7 @@ import time
 import tracemalloc
 import weakref
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
-from contextlib import asynccontextmanager, suppress
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -131,6 +132,14 @@ async def page(c: Context, w: Writer) -> None:
     w.text("x" * 128 * 1024)
 
 
+async def upload(c: Context, w: Writer) -> None:
+    """Take a body piece by piece."""
+    size = 0
+    async for piece in c.req.stream():
+        size += len(piece)
+    w.text(str(size))
+
+
 async def stats(c: Context, w: Writer) -> None:
     """What there is in this process, after a tidying-up: what is free goes back to the system."""
     gc.collect()
@@ -145,6 +154,8 @@ def figures() -> dict[str, Any]:
         "traced": tracemalloc.get_traced_memory()[0],
         "objects": len(gc.get_objects()),
         "tasks": sum(len(worker.tasks) for worker in server._workers),
+        "all_tasks": len(asyncio.all_tasks()),
+        "descriptors": descriptors(),
         "connections": sum(len(worker.connections) for worker in server._workers),
         "subscriptions": len(relay.subscriptions),
         "patterns": len(relay._exact) + len(relay._prefix),
@@ -165,6 +176,13 @@ def rss() -> int:
     return 0
 
 
+def descriptors() -> int:
+    """Open descriptors of this process (0 where the system does not tell)."""
+    with suppress(OSError):
+        return len(os.listdir("/proc/self/fd"))
+    return 0
+
+
 def count_players() -> None:
     """Let Tiles use our relay, and tell us of each stream that joins and leaves."""
     join, leave = tiles_app.join, tiles_app.leave
@@ -180,8 +198,11 @@ def count_players() -> None:
     tiles_app.join, tiles_app.leave, tiles_app.relay = counted_join, counted_leave, relay
 
 
-async def serve(workers: int) -> None:
-    """The other process: say the port, serve until SIGTERM, say what is left."""
+async def serve(workers: int, port: int) -> None:
+    """The other process: say the port, serve until SIGTERM, say what is left.
+
+    With a port it shares that with its predecessor.
+    """
     global server
     count_players()
     app = Stario(tracer)
@@ -193,7 +214,10 @@ async def serve(workers: int) -> None:
     app.get("/flood", flood)
     app.get("/page", page)
     app.get("/stats", stats)
+    app.post("/upload", upload)
     async with app.running(
+        port=port,
+        reuse_port=bool(port),
         workers=workers,
         backlog=4096,
         max_connections=50_000,
@@ -241,11 +265,12 @@ class Target:
 
 
 @asynccontextmanager
-async def served(options: argparse.Namespace) -> AsyncIterator[Target]:
+async def served(options: argparse.Namespace, port: int = 0) -> AsyncIterator[Target]:
     """A server process for one stage."""
     tracing = ["-X", "tracemalloc"] if options.tracemalloc else []
     process = await asyncio.create_subprocess_exec(
         sys.executable, *tracing, __file__, "--serve", "--workers", str(options.workers),
+        "--port", str(port),
         stdout=asyncio.subprocess.PIPE, limit=2**20,
     )  # fmt: skip
     try:
@@ -304,14 +329,16 @@ def subscription(user_id: str) -> bytes:
 class Crowd:
     """Clients of Tiles, each of which lives many short lives."""
 
-    def __init__(self, port: int, seconds: float) -> None:
+    def __init__(self, port: int, seconds: float, uploading: bool = False) -> None:
         self.port = port
+        self.uploading = uploading
         self.until = time.monotonic() + seconds
         self.held = 0
         self.most_held = 0
         self.streams = 0
         self.events = 0
         self.clicks = 0
+        self.uploads = 0
         self.refused = 0
 
     async def run(self, size: int) -> None:
@@ -340,6 +367,8 @@ class Crowd:
             await self._read(reader, chance.random() * 2)
             if chance.random() < 0.7:
                 await self._paint(user_id, chance)
+                if self.uploading and chance.random() < 0.3:
+                    await self._upload(chance)
                 await self._read(reader, chance.random())
             await ending(reader, writer, chance)
         finally:
@@ -364,6 +393,29 @@ class Crowd:
         await asyncio.wait_for(reader.read(-1), 30)
         writer.close()
         self.clicks += 1
+
+    async def _upload(self, chance: random.Random) -> None:
+        """Send up to a megabyte; every fourth time, vanish in the middle."""
+        size, sent = chance.randrange(2**20), 0
+        reader, writer = await connect(self.port)
+        try:
+            head = f"POST /upload HTTP/1.1\r\nHost: soak\r\nContent-Length: {size}\r\n"
+            writer.write(head.encode() + b"Connection: close\r\n\r\n")
+            vanish = size // 2 if chance.random() < 0.25 else size + 1
+            while sent < size:
+                piece = b"x" * min(2**16, size - sent)
+                writer.write(piece)
+                sent += len(piece)
+                if sent > vanish:
+                    reset(writer)
+                    return
+                await asyncio.wait_for(writer.drain(), 30)
+            answer = await asyncio.wait_for(reader.read(-1), 30)
+            if not answer.endswith(b"\r\n\r\n%d" % size):
+                raise ConnectionError("the upload was not answered")
+            self.uploads += 1
+        finally:
+            writer.close()
 
     async def _close(self, reader: Any, writer: asyncio.StreamWriter, chance: Any) -> None:
         writer.close()
@@ -558,6 +610,88 @@ async def restart(report: Report, options: argparse.Namespace) -> None:
     report.check("it ends with code 0", target.process.returncode == 0)
 
 
+async def hour(report: Report, options: argparse.Namespace) -> None:
+    """All that users do, on a server that stays; beside it, servers that follow one another."""
+    async with served(options) as target:
+        warm_up = Crowd(target.port, min(120.0, options.seconds / 2), uploading=True)
+        await warm_up.run(options.clients)
+        before = await target.settled(is_quiet)
+        crowd = Crowd(target.port, options.seconds, uploading=True)
+        await asyncio.gather(
+            crowd.run(options.clients), successions(report, options, min(60.0, options.seconds / 4))
+        )
+        after = await target.settled(is_quiet)
+    report.say(
+        streams=crowd.streams,
+        clicks=crowd.clicks,
+        uploads=crowd.uploads,
+        events_delivered=crowd.events,
+        lives_cut_short=crowd.refused,
+        memory_growth=f"{after['rss'] / before['rss'] - 1:+.1%}",
+        descriptors=f"{before['descriptors']}, then {after['descriptors']}",
+        all_tasks=f"{before['all_tasks']}, then {after['all_tasks']}",
+    )
+    report.check("no stream is cut short by the server", crowd.refused == 0)
+    for what in ("descriptors", "all_tasks"):
+        report.check(f"as many {what} as at the start", after[what] <= before[what])
+    report.check("memory is within 5% of its start", after["rss"] <= before["rss"] * 1.05)
+    report.check_nothing_left(before, after)
+
+
+async def successions(report: Report, options: argparse.Namespace, every: float) -> None:
+    """Servers that take a port over, one after the other: the clients lose nothing."""
+    until = time.monotonic() + options.seconds
+    restarts = 0
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    counted = KeptClients(port)
+    async with AsyncExitStack() as stack:
+        current = await stack.enter_async_context(served(options, port))
+        clients = [asyncio.create_task(counted.run()) for _ in range(32)]
+        while time.monotonic() + every < until:
+            await asyncio.sleep(every)
+            following = await stack.enter_async_context(served(options, port))
+            await current.stop()
+            left = {what: current.last[what] for what in ("tasks", "connections", "spans")}
+            report.check(f"nothing is left at a stop: {left}", not any(left.values()))
+            current, restarts = following, restarts + 1
+        counted.over = True
+        await asyncio.gather(*clients)
+    report.say(restarts=restarts, requests_meanwhile=counted.answered, failed=counted.failed)
+    report.check("no request fails in a restart", counted.failed == 0)
+
+
+class KeptClients:
+    """Clients that keep their connection until an answer says that it ends."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self.over = False
+        self.answered = 0
+        self.failed = 0
+
+    async def run(self) -> None:
+        while not self.over:
+            reader, writer = await connect(self.port)
+            try:
+                await self._ask(reader, writer)
+            except (TimeoutError, ConnectionError, asyncio.IncompleteReadError):
+                self.failed += 1
+            writer.close()
+
+    async def _ask(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        while not self.over:
+            writer.write(request("/static/style.css"))
+            head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 30)
+            length = head.lower().partition(b"content-length: ")[2].partition(b"\r")[0]
+            await asyncio.wait_for(reader.readexactly(int(length)), 30)
+            self.answered += 1
+            if b"connection: close" in head:
+                return
+            await asyncio.sleep(0.05)
+
+
 async def publishing(report: Report, options: argparse.Namespace) -> None:
     """Publishers in threads, a hundred subscribers: nothing is lost but by the rule, in order."""
     total = options.publishes
@@ -600,6 +734,7 @@ async def read_in_order(subscription: Subscription[tuple[int, int]]) -> tuple[in
     return count, in_order
 
 
+# What runs when no stage is named; the hour only by its name.
 STAGES: dict[str, Callable[[Report, argparse.Namespace], Awaitable[None]]] = {
     "attack": attack,
     "idle": idle_streams,
@@ -607,6 +742,7 @@ STAGES: dict[str, Callable[[Report, argparse.Namespace], Awaitable[None]]] = {
     "restart": restart,
     "tiles": tiles,
 }
+HOUR = {"hour": hour}
 
 
 def raise_descriptor_limit() -> int:
@@ -633,14 +769,18 @@ def read_options() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=1, help="event loops of the server")
     parser.add_argument("--publishes", type=int, help="of the relay stage, to 100 subscribers")
     parser.add_argument("--quick", action="store_true", help="smaller, under a minute")
+    parser.add_argument("--hour", action="store_true", help="the hour stage, for an hour")
     parser.add_argument("--tracemalloc", action="store_true", help="count Python's memory, too")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--port", type=int, default=0, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.hour:
+        options.stages, options.seconds = ["hour"], options.seconds or 3600
     options.seconds = options.seconds or (15 if options.quick else 60)
     options.publishes = options.publishes or (20_000 if options.quick else 100_000)
-    unknown = set(options.stages) - set(STAGES)
+    unknown = set(options.stages) - set(STAGES | HOUR)
     if unknown:
-        parser.error(f"no stage {', '.join(unknown)}: {', '.join(STAGES)}")
+        parser.error(f"no stage {', '.join(unknown)}: {', '.join(STAGES | HOUR)}")
     return options
 
 
@@ -648,8 +788,9 @@ async def soak(options: argparse.Namespace) -> int:
     report = Report()
     for name in options.stages or STAGES:
         started = time.monotonic()
-        print(f"{name}: {STAGES[name].__doc__}", flush=True)
-        await STAGES[name](report, options)
+        stage = (STAGES | HOUR)[name]
+        print(f"{name}: {stage.__doc__}", flush=True)
+        await stage(report, options)
         report.say(seconds=f"{time.monotonic() - started:.1f}")
     print(f"{len(report.missed)} targets missed", *report.missed, sep="\n  ")
     return 1 if report.missed else 0
@@ -659,7 +800,7 @@ def main() -> int:
     options = read_options()
     raise_descriptor_limit()
     if options.serve:
-        asyncio.run(serve(options.workers))
+        asyncio.run(serve(options.workers, options.port))
         return 0
     return asyncio.run(soak(options))
 
