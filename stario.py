@@ -864,15 +864,14 @@ def _regex(pattern: str | re.Pattern[str]) -> str:
 
 _REGEX_FLAGS = {re.IGNORECASE: "i", re.MULTILINE: "m", re.DOTALL: "s"}
 # A pair with a backslash, `$` in front of what could be a name, and single characters.
-_REGEX_SPECIAL = re.compile(r"\\[\s\S]|\$(?=[\w-])|[/@;<>&\n\r\u2028\u2029]")
+_REGEX_SPECIAL = re.compile(r"\\[\s\S]?|\$(?=[\w-])|[/@;\n\r\u2028\u2029]")
 
 
 def _regex_escape(found: re.Match[str]) -> str:
     text = found[0]
-    if text == "/":
-        return "\\/"
-    letter = text[-1]
-    return f"\\u{ord(letter):04x}" if letter in "$@;<>&\n\r\u2028\u2029" else text
+    if text in ("/", "\\"):
+        return "\\" + text
+    return f"\\u{ord(text[-1]):04x}" if text[-1] in "$@;\n\r\u2028\u2029" else text
 
 
 def _filter(include: Pattern, exclude: Pattern) -> str | None:
@@ -1549,11 +1548,11 @@ _READERS: dict[Any, Reader] = {
 
 def _choice_reader(choices: Iterable[Any]) -> Reader:
     """`Literal` and enums: the value itself (1 is not True), or else the text that spells it."""
-    values = {item: item.value if isinstance(item, enum.Enum) else item for item in choices}
+    pairs = [(item.value if isinstance(item, enum.Enum) else item, item) for item in choices]
     plain = (str, int, float, bool, types.NoneType)
-    same = {(type(value), value): item for item, value in values.items() if type(value) in plain}
-    spelt = {str(value): item for item, value in values.items()}
-    words = _cut("one of " + ", ".join(map(_shown, values.values())), 200)
+    same = {(type(value), value): item for value, item in pairs if type(value) in plain}
+    spelt = {str(value): item for value, item in pairs}
+    words = _cut("one of " + ", ".join(_shown(value) for value, _ in pairs), 200)
 
     def _read(value: Any, reading: _Reading) -> Any:
         found = same.get((type(value), value), _WRONG) if type(value) in plain else _WRONG
@@ -1567,30 +1566,21 @@ def _choice_reader(choices: Iterable[Any]) -> Reader:
 # -- Values that hold others
 
 
-def _list_reader(make: Any, kind: Any = Any) -> Reader:
-    reader = _reader(kind)
+def _list_reader(make: Any, kinds: Sequence[Any], is_fixed: bool = False) -> Reader:
+    """A list of any length, or a tuple with a type for each item."""
+    readers = [_reader(kind) for kind in kinds]
 
     def _read(value: Any, reading: _Reading) -> Any:
-        if not isinstance(value, list):
-            return reading.expected("a list", value)
-        items = reading.read_each(zip(count(), value, repeat(reader)))
+        if not isinstance(value, list) or (is_fixed and len(value) != len(readers)):
+            many = f" of {len(readers)}" if is_fixed else ""
+            return reading.expected(f"a list{many}", value)
+        each = readers if is_fixed else repeat(readers[0])
+        items = reading.read_each(zip(count(), value, each))
         if items is _WRONG or make is list:
             return items
         if make is not tuple and not _is_hashable(items):
             return reading.expected("a list of plain values of many kinds", value)
         return make(items)
-
-    return _read
-
-
-def _tuple_reader(kinds: tuple[Any, ...]) -> Reader:
-    readers = [_reader(kind) for kind in kinds]
-
-    def _read(value: Any, reading: _Reading) -> Any:
-        if not isinstance(value, list) or len(value) != len(readers):
-            return reading.expected(f"a list of {len(readers)}", value)
-        items = reading.read_each(zip(count(), value, readers))
-        return items if items is _WRONG else tuple(items)
 
     return _read
 
@@ -1728,19 +1718,15 @@ def _reader(kind: Any) -> Reader:
         return _union_reader(arguments)
     if origin is typing.Literal:
         return _choice_reader(arguments)
-    if origin is tuple and arguments[-1:] != (Ellipsis,) and kind is not tuple:
-        return _tuple_reader(arguments)
     if origin in _SHAPES:
-        return _list_reader(_SHAPES[origin], *arguments[:1])
+        is_fixed = origin is tuple and kind is not tuple and arguments[-1:] != (Ellipsis,)
+        kinds = arguments if is_fixed else arguments[:1] or (Any,)
+        return _list_reader(_SHAPES[origin], kinds, is_fixed)
     if origin in (dict, Mapping):
         return _dict_reader(*arguments)
     if isinstance(kind, TypeVar):
         return _reader(kind.__bound__ or Any)
-    if (
-        hasattr(origin, "__value__")
-        or dataclasses.is_dataclass(origin)
-        or typing.is_typeddict(origin)
-    ):
+    if hasattr(origin, "__value__") or _is_record(origin):
         return _kept_reader(kind)
     if isinstance(origin, type):
         if issubclass(origin, enum.Enum):
@@ -1750,8 +1736,14 @@ def _reader(kind: Any) -> Reader:
     raise StarioError(f"signals cannot be read as {getattr(kind, '__name__', repr(kind))}")
 
 
+def _is_record(origin: Any) -> bool:
+    return dataclasses.is_dataclass(origin) or typing.is_typeddict(origin)
+
+
 def _kept_reader(kind: Any) -> Reader:
     """The reader of a type: always the same (and by its text, since `int | bool == bool | int`)."""
+    if dataclasses.is_dataclass(type(kind)):
+        raise StarioError(f"signals are read as a class: give {type(kind).__name__}, not one of it")
     return _schema_reader(kind, "" if isinstance(kind, type) else repr(kind))
 
 
@@ -1771,8 +1763,7 @@ def _new_reader(schema: Any) -> Reader:
     origin = typing.get_origin(schema) or schema
     if hasattr(origin, "__value__"):  # `type Name = …`
         return _reader(_bind(origin.__value__, schema))
-    is_record = dataclasses.is_dataclass(origin) or typing.is_typeddict(origin)
-    return _fields_reader(schema) if is_record else _reader(schema)
+    return _fields_reader(schema) if _is_record(origin) else _reader(schema)
 
 
 def _bare(kind: Any) -> Any:
@@ -1831,7 +1822,8 @@ def _fields_of(schema: Any) -> list[tuple[str, Reader, bool]]:
         needed = {
             field.name: field.default is field.default_factory is missing
             for field in origin.__dataclass_fields__.values()  # (fields() leaves out InitVar)
-            if field.init and typing.get_origin(hints[field.name]) is not typing.ClassVar
+            if field.init
+            and typing.ClassVar not in (hints[field.name], typing.get_origin(hints[field.name]))
         }
     return [(name, _reader(hints[name]), is_needed) for name, is_needed in needed.items()]
 

@@ -67,6 +67,7 @@ from typing import (
     Required,
     TypedDict,
     TypeVar,
+    cast,
 )
 from unittest import mock
 from urllib.parse import parse_qs, quote, urlencode, urljoin
@@ -795,6 +796,8 @@ class TestBuildersWriteWhatWasMeant(unittest.TestCase):
             ("a\nb", "/a\\u000ab/"),
             (r"\$user|x@y;", r"/\u0024user|x\u0040y\u003b/"),
             ("[$a]", r"/[\u0024a]/"),
+            ("(?<!a)b", "/(?<!a)b/"),
+            ("a\\", r"/a\\/"),
         ]:
             with self.subTest(str(pattern)):
                 self.assertEqual(stario._regex(pattern), expected)
@@ -1041,6 +1044,12 @@ class Waits:
         return isinstance(other, Waits) and self.seconds == other.seconds
 
 
+@dataclass
+class Counted:
+    n: int
+    limit: ClassVar = 3
+
+
 class Tagged(TypedDict, Generic[Kind]):
     tags: list[Kind]
 
@@ -1189,6 +1198,8 @@ class TestSignals(unittest.TestCase):
             (Tagged[int], {"tags": ["1"]}, {"tags": [1]}),
             (Search, {"text": "x", "page": "2"}, {"text": "x", "page": 2}),
             (Search, {"text": "x"}, {"text": "x"}),
+            (list[Literal[1, True]], [1, True, "True"], [1, True, True]),
+            (Counted, {"n": 2}, Counted(2)),
             (Annotated[int, "?"], "3", 3),
             (list[Annotated[UserId, "?"] | None], ["7", "", None], [7, None, None]),
             (float | int, 3, 3), (int | bool, "1", 1), (bool | int, "1", True),
@@ -1312,8 +1323,13 @@ class TestSignals(unittest.TestCase):
         for schema, text in ((Model, "not like that"), (Even, "n must be even")):
             with self.assertRaisesRegex(SignalsError, text):
                 read_signals(schema, {"n": "1"})
-        with self.assertRaisesRegex(StarioError, "complex"):
-            read_signals(complex, {})
+        for schema, word in (
+            (complex, "complex"),
+            (Inner(1), "class: give Inner"),
+            ("Inner", "Inner"),
+        ):
+            with self.assertRaisesRegex(StarioError, word):
+                read_signals(cast("Any", schema), {})
 
     def test_they_come_in_the_query_or_in_the_body_and_nothing_counts_as_empty(self) -> None:
         app = Stario()
