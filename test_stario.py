@@ -27,6 +27,7 @@ import inspect
 import io
 import json
 import logging
+import math
 import os
 import re
 import shutil
@@ -40,6 +41,8 @@ import sys
 import tempfile
 import textwrap
 import threading
+import time
+import traceback
 import types
 import unittest
 import unittest.mock
@@ -3526,6 +3529,128 @@ class TestAlive(StreamTest):
 
         self.assertEqual(await self.run_stream(handler, reset), ["cleanup"])
 
+    async def test_without_a_source_it_waits_where_its_body_does_nothing(self) -> None:
+        turns = 0
+
+        async def handler(c: Context, w: Writer) -> None:
+            nonlocal turns
+            self.start(w)
+            async for _ in w.alive():
+                turns += 1
+            self.log.append("cleanup")
+
+        async def linger_and_leave(peer: Peer) -> None:
+            for _ in range(100):
+                await asyncio.sleep(0)
+            peer.reset()
+
+        self.assertEqual(await self.run_stream(handler, linger_and_leave), ["cleanup"])
+        self.assertLessEqual(turns, 3)
+
+    async def test_ticks_come_at_once_and_leave_out_what_the_body_missed(self) -> None:
+        async def handler(c: Context, w: Writer) -> None:
+            ticks = 0
+            async for _ in w.alive(every=0.01):
+                ticks += 1
+                w.event("tick", str(ticks))
+                if ticks == 2:
+                    await asyncio.sleep(0.1)
+                if ticks == 4:
+                    break
+
+        before = time.monotonic()
+        async with TestClient(self.app(handler)) as client, client.stream("GET", "/") as events:
+            self.assertEqual([event.data async for event in events], ["1", "2", "3", "4"])
+        self.assertGreaterEqual(time.monotonic() - before, 0.12)
+        for wrong in ({"every": 0}, {"every": 1, "source": self.source()}):
+            with self.assertRaisesRegex(StarioError, "alive takes a source, or every="):
+                Writer(Kept(), a_request(), CompressionConfig()).alive(**wrong)
+
+    async def test_one_in_the_source_of_another_ends_first_and_both_clean_up(self) -> None:
+        async def messages(w: Writer) -> AsyncIterator[str]:
+            async for text in w.alive(self.source()):
+                yield text
+            await asyncio.sleep(0.001)  # cleanup may wait
+            self.log.append("inner")
+
+        async def louder(w: Writer) -> AsyncIterator[str]:
+            async for text in w.alive(messages(w)):
+                yield text.upper()
+            self.log.append("middle")
+
+        async def handler(c: Context, w: Writer) -> None:
+            self.start(w)
+            async for text in w.alive(louder(w)):
+                w.event("text", text)
+            self.log.append("outer")
+
+        for leave in LEAVING:
+            with self.subTest(leave.__name__):
+                self.setUp()
+                log = await self.run_stream(handler, leave)
+                self.assertEqual(log, ["source closed", "inner", "middle", "outer"])
+        self.setUp()
+        async with connected(self.app(handler)) as peer:
+            await peer.send(GET)
+            await within(self.ready.wait())
+        self.assertEqual(self.log, ["source closed", "inner", "middle", "outer"])
+
+    async def test_cleanup_in_a_source_that_never_ends_is_ended(self) -> None:
+        async def messages(w: Writer) -> AsyncIterator[str]:
+            async for text in w.alive(self.source()):
+                yield text
+            await asyncio.Event().wait()
+
+        async def handler(c: Context, w: Writer) -> None:
+            self.start(w)
+            async for _ in w.alive(messages(w)):
+                pass
+            self.log.append("outer")
+
+        with mock.patch.object(stario, "_CLEANUP", 0.01):
+            self.assertEqual(await self.run_stream(handler, reset), ["source closed", "outer"])
+
+    async def test_a_request_leaves_nothing_to_the_next_on_its_connection(self) -> None:
+        go_on = asyncio.Event()
+
+        async def early(c: Context, w: Writer) -> None:
+            async for _ in w.alive(every=0.001):
+                if not w.completed:
+                    w.text("early")
+            self.log.append("early ended")
+
+        async def late(c: Context, w: Writer) -> None:
+            async with w.alive():
+                w.event("late")
+                await go_on.wait()
+            self.log.append("late ended")
+            self.ended.set()
+
+        async def reader(c: Context, w: Writer) -> None:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(0.01):
+                    await c.req.body()
+            w.text("gave up")
+
+        app = Stario()
+        app.get("/early", early)
+        app.get("/late", late)
+        app.post("/reader", reader)
+        async with connected(app) as peer:
+            await peer.send("POST /reader HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\n")
+            self.assertEqual((await within(peer.answer())).text, "gave up")
+            await peer.send("abc")  # comes after all
+            for _ in range(3):
+                self.assertEqual((await within(peer.get("/early"))).text, "early")
+            await peer.send("GET /late HTTP/1.1\r\nHost: x\r\n\r\n")
+            await within(peer.head())
+            await within(peer.chunk())
+            self.assertEqual(self.log, [])
+            peer.reset()
+            await within(self.ended.wait())
+            await until(lambda: len(self.log) == 4)
+        self.assertEqual(sorted(self.log), ["early ended"] * 3 + ["late ended"])
+
     async def test_a_long_poll_answers_once_and_ends_if_nobody_waits(self) -> None:
         async def handler(c: Context, w: Writer) -> None:
             events = self.relay.subscribe("*")
@@ -4084,6 +4209,424 @@ class TestShutdown(StreamTest):
         self.assertEqual(self.log, ["cleanup"])
         self.assertEqual(worker.connections, set())
         await peer.close()
+
+
+class TestStopping(StreamTest):
+    """A stop loses nothing that a client has asked for, and takes a bounded time."""
+
+    async def hello(self, c: Context, w: Writer) -> None:
+        w.text("hello")
+
+    @asynccontextmanager
+    async def stopping(self, server: Server) -> AsyncIterator[None]:
+        """From the first moment of a stop to its end."""
+        task = asyncio.create_task(server.stop())
+        await until(lambda: not server._sockets)
+        yield
+        await within(task)
+
+    async def test_every_answer_from_then_on_says_that_its_connection_ends(self) -> None:
+        begun = asyncio.Event()
+        go_on = asyncio.Event()
+
+        async def two_parts(c: Context, w: Writer) -> None:
+            w.write(b"first")
+            begun.set()
+            await go_on.wait()
+            w.end(b"second")
+
+        async def late(c: Context, w: Writer) -> None:
+            await go_on.wait()
+            w.text("late")
+
+        app = self.app(self.hello)
+        app.get("/two", two_parts)
+        app.get("/late", late)
+        server = Server(app, port=0)
+        await server.start()
+        idle, fresh, two, waiting = [await Peer.connect(server.port) for _ in range(4)]
+        await idle.get()
+        await two.send("GET /two HTTP/1.1\r\nHost: x\r\n\r\n")
+        await waiting.send("GET /late HTTP/1.1\r\nHost: x\r\n\r\n")
+        await within(begun.wait())
+        async with self.stopping(server):
+            for peer in (idle, fresh):
+                answer = await within(peer.get())
+                self.assertEqual((answer.text, answer.headers["connection"]), ("hello", "close"))
+            go_on.set()
+            answer = await within(waiting.answer())
+            self.assertEqual((answer.text, answer.headers["connection"]), ("late", "close"))
+            # Its head was out before the stop: so the next request is still answered.
+            self.assertEqual((await within(two.answer())).text, "firstsecond")
+            self.assertEqual((await within(two.get())).headers["connection"], "close")
+            for peer in (idle, fresh, two, waiting):
+                self.assertEqual(await within(peer.rest()), b"")
+                await peer.close()
+
+    async def test_what_waits_to_be_accepted_is_answered(self) -> None:
+        for workers in (1, 2):
+            server = Server(self.app(self.hello), port=0, workers=workers)
+            await server.start()
+            waiting = []
+            for _ in range(20):  # without a moment for the event loop
+                client = socket.create_connection(("127.0.0.1", server.port))
+                client.sendall(GET.encode())
+                waiting.append(client)
+            await within(server.stop())
+            for client in waiting:
+                with client:
+                    client.settimeout(5)
+                    self.assertTrue(client.recv(1000).startswith(b"HTTP/1.1 200 "))
+
+    async def test_a_client_that_says_nothing_holds_nothing_up(self) -> None:
+        with mock.patch.object(stario, "_FAREWELL", 0.05):
+            server = Server(self.app(self.hello), port=0, graceful_timeout=600)
+            await server.start()
+            peer = await Peer.connect(server.port)
+            await until(lambda: server._workers[0].connections)
+            await within(server.stop())
+            self.assertEqual(await within(peer.rest()), b"")
+            await peer.close()
+
+    async def test_a_worker_that_is_blocked_is_left_behind(self) -> None:
+        release = threading.Event()
+
+        async def block(c: Context, w: Writer) -> None:
+            if threading.current_thread() is not threading.main_thread():
+                release.wait(30)
+            w.empty()
+
+        with mock.patch.object(stario, "_CLEANUP", 0.05):
+            server = Server(self.app(block), port=0, workers=2, graceful_timeout=0.1)
+            await server.start()
+            peers = [await Peer.connect(server.port) for _ in range(2)]
+            for peer in peers:
+                await peer.send(GET)
+            await within(server.stop())
+            release.set()
+            for peer in peers:
+                await peer.close()
+
+    async def test_a_worker_outlives_what_ends_its_loop(self) -> None:
+        async def stop_loop(c: Context, w: Writer) -> None:
+            if threading.current_thread() is not threading.main_thread():
+                loop = asyncio.get_running_loop()
+                loop.set_exception_handler(lambda loop, context: None)
+                loop.call_soon(sys.exit, 3)
+                loop.call_soon(loop.stop)
+            w.text(threading.current_thread().name)
+
+        async with self.app(stop_loop).running(workers=2) as server:
+            answered = []
+            for _ in range(6):
+                peer = await Peer.connect(server.port)
+                answered.append((await within(peer.get())).text)
+                await peer.close()
+        self.assertEqual(answered.count("stario-1"), 3)
+
+    async def test_threads_of_to_thread_do_not_hold_up_the_end(self) -> None:
+        script = """
+            import asyncio, time
+            from stario import Stario
+
+            async def blocked(c, w):
+                w.empty()
+                await asyncio.to_thread(time.sleep, 600)
+
+            async def main():
+                app = Stario()
+                app.get("/", blocked)
+                async with app.running(graceful_timeout=0.1) as server:
+                    print(server.port, flush=True)
+                    await server.wait_for_signal()
+
+            async def serve():
+                asyncio.get_running_loop().set_default_executor(__import__("stario")._Threads())
+                await main()
+
+            asyncio.run(serve())
+        """
+        process = await run_python(script)
+        assert process.stdout
+        peer = await Peer.connect(int(await within(process.stdout.readline())))
+        self.assertEqual((await within(peer.get())).status, 204)
+        process.terminate()
+        self.assertEqual(await within(process.wait()), 0)
+        await peer.close()
+
+    async def test_threads_of_our_own_do_what_threads_of_a_pool_do(self) -> None:
+        threads = stario._Threads()
+        asyncio.get_running_loop().set_default_executor(threads)
+        names = await asyncio.gather(*(asyncio.to_thread(str, number) for number in range(200)))
+        self.assertEqual(names, [str(number) for number in range(200)])
+        self.assertLessEqual(threads._started, threads._max_workers)
+        with self.assertRaises(ZeroDivisionError):
+            await asyncio.to_thread(lambda: 1 / 0)
+
+
+@unittest.skipIf(sys.platform == "win32", "Windows sends no signals")
+class TestSignalHandlers(StreamTest):
+    async def serving(self, *servers: Stario) -> list[asyncio.Task[None]]:
+        tasks = [asyncio.create_task(app.serve(port=0)) for app in servers]
+        await until(lambda: len(stario._waiting) == len(servers))
+        return tasks
+
+    async def test_a_signal_stops_all_servers_and_handlers_are_put_back(self) -> None:
+        mine: list[int] = []
+        for name in ("SIGTERM", "SIGINT", "SIGHUP"):
+            number = getattr(signal, name)
+            before = signal.signal(number, lambda number, _: mine.append(number))
+            try:
+                tasks = await self.serving(Stario(), Stario())
+                os.kill(os.getpid(), number)
+                await within(asyncio.gather(*tasks))
+                self.assertEqual(mine, [])
+                os.kill(os.getpid(), number)
+                self.assertEqual(mine, [number])
+            finally:
+                signal.signal(number, before)
+                mine.clear()
+
+    async def test_one_of_two_that_ends_leaves_the_signals_to_the_other(self) -> None:
+        first, second = await self.serving(Stario(), Stario())
+        first.cancel()
+        with suppress(asyncio.CancelledError):
+            await within(first)
+        os.kill(os.getpid(), signal.SIGTERM)
+        await within(second)
+        self.assertEqual(stario._before, {})
+
+    async def test_nohup_is_heeded(self) -> None:
+        before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        try:
+            (task,) = await self.serving(Stario())
+            self.assertEqual(signal.getsignal(signal.SIGHUP), signal.SIG_IGN)
+            os.kill(os.getpid(), signal.SIGTERM)
+            await within(task)
+        finally:
+            signal.signal(signal.SIGHUP, before)
+
+    async def test_a_second_signal_cancels_and_a_third_ends_the_process(self) -> None:
+        async def stubborn(c: Context, w: Writer) -> None:
+            self.ready.set()
+            await asyncio.Event().wait()
+
+        exits: list[int] = []
+        server = Server(self.app(stubborn), port=0, graceful_timeout=600)
+        await server.start()
+        peer = await Peer.connect(server.port)
+        await peer.send(GET)
+        await within(self.ready.wait())
+        with mock.patch.object(os, "_exit", exits.append):
+            server._signalled(15)
+            server._signalled(15)  # in the same moment: the same one
+            await within(server._stop.wait())
+            task = asyncio.create_task(server.stop())
+            await until(lambda: server._workers[0].deadline < math.inf)
+            self.assertFalse(task.done())
+            server._asked -= 1  # a second later
+            server._signalled(15)
+            await within(task)
+            self.assertEqual(exits, [])
+            server._asked -= 1
+            server._signalled(15)
+            self.assertEqual(exits, [143])
+        await peer.close()
+
+    async def test_a_second_signal_ends_what_is_too_busy_to_see_the_first(self) -> None:
+        exits: list[int] = []
+        server = Server(Stario(), port=0)
+        await server.start()
+        with mock.patch.object(os, "_exit", exits.append):
+            server._signalled(2)
+            server._asked -= 1
+            server._signalled(2)
+        self.assertEqual(exits, [130])
+        await server.stop()
+
+
+class TestRestarts(StreamTest):
+    """A second server takes the place of the first one, and no client loses a request."""
+
+    async def restarts(self, times: int, place: dict[str, Any], **options: Any) -> None:
+        names = [f"server {number}" for number in range(times + 1)]
+        seen: list[set[str]] = [set() for _ in range(8)]
+        over = asyncio.Event()
+
+        async def client(seen: set[str]) -> None:
+            while not over.is_set():
+                peer = await connect_to(place, options.get("ssl"))
+                ends = False
+                while not (ends or over.is_set()):
+                    answer = await within(peer.get())
+                    seen.add(answer.text)
+                    ends = answer.headers.get("connection") == "close"
+                    await asyncio.sleep(0.005)
+                await peer.close()
+
+        current = await self.begin(names[0], place, options)
+        clients = [asyncio.create_task(client(names)) for names in seen]
+        for number, name in enumerate(names):
+            await until(lambda name=name: all(name in names for names in seen))  # type: ignore[misc]
+            if number < times:
+                following = await self.begin(names[number + 1], place, options)
+                await within(current.stop())
+                current = following
+        over.set()
+        await asyncio.gather(*clients)  # one that lost a request has raised
+        await current.stop()
+
+    async def begin(self, name: str, place: dict[str, Any], options: dict[str, Any]) -> Server:
+        async def hello(c: Context, w: Writer) -> None:
+            w.text(name)
+
+        server = Server(self.app(hello), **place, **options, reuse_port=True)
+        await server.start()
+        if "port" in place:
+            place["port"] = server.port
+        return server
+
+    @unittest.skipUnless(hasattr(socket, "SO_REUSEPORT"), "needs SO_REUSEPORT")
+    async def test_on_a_port(self) -> None:
+        await self.restarts(3, {"port": 0})
+
+    @unittest.skipUnless(hasattr(socket, "SO_REUSEPORT"), "needs SO_REUSEPORT")
+    async def test_with_workers(self) -> None:
+        await self.restarts(2, {"port": 0}, workers=3)
+
+    @unittest.skipUnless(hasattr(socket, "AF_UNIX"), "needs Unix sockets")
+    async def test_on_a_unix_socket(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            await self.restarts(3, {"unix_socket": f"{folder}/app.sock"})
+            self.assertEqual(os.listdir(folder), [])
+
+    @unittest.skipUnless(hasattr(socket, "AF_UNIX"), "needs Unix sockets")
+    async def test_a_socket_file_of_another_stays(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            place = {"unix_socket": f"{folder}/app.sock"}
+            first = await self.begin("first", place, {})
+            os.unlink(place["unix_socket"])
+            second = await self.begin("second", place, {})
+            await first.stop()
+            peer = await connect_to(place)
+            self.assertEqual((await within(peer.get())).text, "second")
+            await peer.close()
+            await second.stop()
+
+    @unittest.skipIf(sys.platform == "win32", "systemd is for Linux")
+    async def test_a_socket_that_is_inherited_outlives_each_server(self) -> None:
+        script = """
+            import asyncio, os, sys
+            os.dup2(int(sys.argv[1]), 3)  # as systemd does it
+            os.environ.update(LISTEN_PID=str(os.getpid()), LISTEN_FDS="1")
+            from stario import Stario
+
+            async def who(c, w):
+                w.text(sys.argv[2] + str("LISTEN_FDS" in os.environ))
+
+            app = Stario()
+            app.get("/", who)
+            asyncio.run(app.serve(port=1))
+        """
+        path = str(Path(stario.__file__).parent)
+        with socket.create_server(("127.0.0.1", 0)) as listening:
+            port, number = listening.getsockname()[1], listening.fileno()
+            for name in ("first", "second"):
+                # It waits in the backlog while no server runs.
+                peer = await Peer.connect(port)
+                process = await asyncio.create_subprocess_exec(
+                    sys.executable, "-c", textwrap.dedent(script), str(number), name,
+                    env={**os.environ, "PYTHONPATH": path}, pass_fds=[number],
+                )  # fmt: skip
+                self.assertEqual((await within(peer.get())).text, name + "False")
+                process.terminate()
+                self.assertEqual(await within(process.wait()), 0)
+                await peer.close()
+
+    async def test_a_socket_can_be_given(self) -> None:
+        listening = socket.create_server(("127.0.0.1", 0))
+        async with self.app(self.hello).running(sock=listening) as server:
+            self.assertEqual(server.port, listening.getsockname()[1])
+            peer = await Peer.connect(server.port)
+            self.assertEqual((await within(peer.get())).text, "hello")
+            await peer.close()
+        datagrams = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        with self.assertRaisesRegex(StarioError, "no stream socket"):
+            async with Stario().running(sock=datagrams):
+                pass
+        with self.assertRaisesRegex(StarioError, "sock is 3: a socket.socket is needed"):
+            Server(Stario(), sock=3)  # type: ignore[arg-type]
+
+    async def hello(self, c: Context, w: Writer) -> None:
+        w.text("hello")
+
+    async def test_what_windows_lacks_is_not_needed(self) -> None:
+        """The functions that Python has on Unix only are taken away, and the loop's readers."""
+        script = """
+            import asyncio, functools, os, signal, socket, sys
+            socket.socketpair = functools.partial(socket.socketpair, socket.AF_UNIX)  # for asyncio
+            for module, names in (
+                (os, "sendfile fork forkpty geteuid getuid fchmod chown mkfifo openpty pread"),
+                (socket, "AF_UNIX SO_REUSEPORT TCP_KEEPIDLE TCP_KEEPINTVL TCP_KEEPCNT TCP_INFO"),
+                (socket, "TCP_NOTSENT_LOWAT TCP_USER_TIMEOUT SCM_RIGHTS"),
+                (signal, "SIGHUP SIGUSR1 SIGUSR2 SIGQUIT SIGCHLD SIGALRM"),
+            ):
+                for name in names.split():
+                    if hasattr(module, name):
+                        delattr(module, name)
+            from stario import Stario, StarioError, asset
+
+            class Loop(asyncio.SelectorEventLoop):
+                def add_reader(self, *args): raise NotImplementedError
+                add_writer = add_signal_handler = add_reader
+
+            async def ask(port, path):
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                writer.write(f"GET {path} HTTP/1.0\\r\\n\\r\\n".encode())
+                body = (await reader.read(-1)).partition(b"\\r\\n\\r\\n")[2]
+                writer.close()
+                return body
+
+            async def hello(c, w):
+                w.text("hello")
+
+            async def main():
+                app = Stario()
+                app.get("/", hello)
+                app.assets("/static", {"a.txt": "x" * 100_000})
+                for options in ({"unix_socket": "x"}, {"reuse_port": True}):
+                    try:
+                        await app.serve(port=0, **options)
+                    except SystemExit as exc:
+                        print(exc)
+                async with app.running(workers=3) as server:
+                    print({(await ask(server.port, "/")).decode() for _ in range(6)})
+                    print(len(await ask(server.port, "/static/" + asset("a.txt"))))
+                    waiting = asyncio.ensure_future(server.wait_for_signal())
+                    await asyncio.sleep(0)
+                    signal.raise_signal(signal.SIGINT)
+                    await waiting
+                print("stopped")
+
+            with asyncio.Runner(loop_factory=Loop) as runner:
+                runner.run(main())
+        """
+        process = await run_python(script)
+        assert process.stdout
+        said = (await within(process.stdout.read())).decode().splitlines()
+        await within(process.wait())
+        self.assertEqual(
+            said,
+            ["stario: this system's Python has no Unix sockets",
+             "stario: reuse_port is not supported on this system",
+             "{'hello'}", "100000", "stopped"],
+        )  # fmt: skip
+
+
+async def connect_to(place: dict[str, Any], tls: Any = None) -> Peer:
+    if "unix_socket" in place:
+        return Peer(*await asyncio.open_unix_connection(place["unix_socket"]))
+    return await Peer.connect(place["port"], ssl=tls and TestTls.client_side)
 
 
 class TestThreads(StreamTest):
@@ -6118,6 +6661,27 @@ class TestTls(HttpTest):
                 await peer.close()
                 await until(lambda: not connections_of(server))
 
+    async def test_a_restart_loses_no_request(self) -> None:
+        test = TestRestarts()
+        test.setUp()
+        await test.restarts(2, {"port": 0}, ssl=self.server_side)
+
+    async def test_clients_that_idle_hold_up_no_stop(self) -> None:
+        with (
+            mock.patch.object(stario, "_FAREWELL", 0.05),
+            mock.patch.object(stario, "_LINGER", 0.1),
+        ):
+            server = Server(echo_app(), port=0, ssl=self.server_side, graceful_timeout=600)
+            await server.start()
+            idle = await self.connect(server)
+            await within(idle.get("/"))
+            idle.writer.transport.pause_reading()  # type: ignore[attr-defined]
+            silent = socket.create_connection(("127.0.0.1", server.port))  # no greeting
+            await until(lambda: len(server._workers[0].arriving) == 1)
+            await within(server.stop())
+            silent.close()
+            idle.writer.transport.abort()
+
     async def test_a_client_that_speaks_no_tls_is_let_go(self) -> None:
         async with echo_app().running(ssl=self.server_side) as server:
             peer = await Peer.connect(server.port)
@@ -6898,6 +7462,202 @@ class TestOneAnswerOnly(AsyncTest):
             self.assertEqual((part.status, part.body), (206, b"xxxxx"))
             small = await client.get(url, headers={"accept-encoding": "gzip"})
             self.assertEqual(gzip.decompress(small.body), b"x" * 300_000)
+
+
+class TestTheTestClient(AsyncTest):
+    """It shows what the server does: the same code answers."""
+
+    async def test_what_it_shows_is_what_the_server_answers(self) -> None:
+        async def size(c: Context, w: Writer) -> None:
+            w.text(str(len(await c.req.body())))
+
+        app = Stario(max_body=100)
+        app.get("/", size)
+        app.post("/", size)
+        for method, target, fields, body, limits in (
+            ("GET", "/%zz", {}, b"", {}),
+            ("GET", "/?" + "x" * 200, {}, b"", {"max_target": 100}),
+            ("GET", "/", {f"x-{number}": "1" for number in range(12)}, b"", {"max_headers": 10}),
+            ("GET", "/", {"x": "y" * 500}, b"", {"max_header_bytes": 400}),
+            ("POST", "/", {}, b"x" * 101, {}),
+            ("POST", "/", {"expect": "100-continue"}, b"x" * 99, {}),
+            ("POST", "/", {"content-length": "x"}, b"", {}),
+            ("DELETE", "/", {}, b"", {}),
+            ("OPTIONS", "*", {}, b"", {}),
+            ("GET", "/", {"host": "a/b"}, b"", {}),
+        ):
+            with self.subTest(f"{method} {target[:9]} {list(fields)[:1]}"):
+                async with TestClient(app, **limits) as client:
+                    tried = await client.request(method, target, headers=fields, body=body)
+                lines = {"host": "x", "content-length": str(len(body)), **fields}
+                head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
+                async with connected(app, **limits) as peer:
+                    await peer.send(f"{method} {target} HTTP/1.1\r\n{head}\r\n", body)
+                    real = await within(peer.head())
+                    while real.status == 100:
+                        real = await within(peer.head())
+                self.assertEqual(tried.status, real.status)
+                self.assertEqual(tried.headers.get("connection"), real.headers.get("connection"))
+
+    async def test_bodies_of_any_size_pass_both_ways(self) -> None:
+        async def echo(c: Context, w: Writer) -> None:
+            w.write_headers(200)
+            async for piece in c.req.stream():
+                w.write(piece)
+                await w.drain()
+
+        app = Stario(max_body=2**24)
+        app.post("/", echo)
+        body = os.urandom(3_000_000)
+        async with TestClient(app) as client:
+            self.assertEqual((await within(client.post("/", body=body))).body, body)
+
+    async def test_what_a_handler_raises_is_raised_in_the_test(self) -> None:
+        async def fail(c: Context, w: Writer) -> None:
+            if c.req.path == "/late":
+                w.text("an answer")
+            elif c.req.path == "/stream":
+                w.event("first")
+            elif c.req.path == "/exit":
+                sys.exit(3)
+            raise LookupError(c.req.path)
+
+        app = Stario()
+        app.get("/*", fail)
+        async with TestClient(app) as client:
+            for path in ("/", "/late"):
+                try:
+                    await client.get(path)
+                except LookupError as exc:
+                    self.assertEqual(str(exc), path)
+                    frames = traceback.extract_tb(exc.__traceback__)
+                self.assertEqual(frames[-1].name, "fail")
+            with self.assertRaisesRegex(RuntimeError, r"GET /exit: its handler raised SystemExit"):
+                await client.get("/exit")
+            with self.assertRaisesRegex(LookupError, "/stream"):
+                async with client.stream("GET", "/stream") as events:
+                    async for _ in events:
+                        pass
+        with self.assertRaisesRegex(LookupError, "/late"):
+            async with TestClient(app) as client:
+                self.assertEqual((await client.get("/late", wait=False)).text, "an answer")
+
+    async def test_a_time_limit_says_what_was_awaited(self) -> None:
+        async def silent(c: Context, w: Writer) -> None:
+            if c.req.path == "/stream":
+                w.event("first", "1")
+            async with w.alive():
+                await asyncio.Event().wait()
+
+        app = Stario()
+        app.get("/*", silent)
+        async with TestClient(app, timeout=0.05) as client:
+            with self.assertRaisesRegex(
+                TimeoutError, "GET /x: its answer did not come within 0.05"
+            ):
+                await client.get("/x")
+            async with client.stream("GET", "/stream") as events:
+                self.assertEqual((await anext(events)).data, "1")
+                with self.assertRaisesRegex(
+                    TimeoutError, r"GET /stream: the next event after ServerEvent\(event='first'"
+                ):
+                    await anext(events)
+
+    async def test_cookies_are_kept_until_they_end_and_for_their_path(self) -> None:
+        async def sets(c: Context, w: Writer) -> None:
+            w.cookie("kept", "a b;ü")
+            w.cookie("gone", "1", max_age=0)
+            w.cookie("past", "1", expires=datetime(2001, 1, 1, tzinfo=timezone.utc))
+            w.cookie("soon", "1", max_age=100)
+            w.cookie("admin", "1", path="/admin")
+            w.empty()
+
+        async def shows(c: Context, w: Writer) -> None:
+            w.json(c.req.cookies)
+
+        app = Stario()
+        app.get("/set", sets)
+        app.get("/admin", shows)
+        app.get("/administrator", shows)
+        async with TestClient(app) as client:
+            self.assertEqual(len((await client.get("/set")).cookies), 5)
+            kept = {"kept": "a b;ü", "soon": "1"}
+            self.assertEqual((await client.get("/administrator?x=/admin")).json(), kept)
+            self.assertEqual((await client.get("/admin")).json(), {**kept, "admin": "1"})
+            later = time.time() + 101
+            with mock.patch.object(time, "time", lambda: later):
+                self.assertEqual((await client.get("/administrator")).json(), {"kept": "a b;ü"})
+            client.cookies["mine"] = "2"
+            self.assertIn("mine", (await client.get("/admin")).json())
+
+    async def test_redirects_are_followed_on_request(self) -> None:
+        async def show(c: Context, w: Writer) -> None:
+            body = (await c.req.body()).decode()
+            w.text(f"{c.req.method} {c.req.path} {c.req.query.get('q', '')} {body}".strip())
+
+        async def away(c: Context, w: Writer) -> None:
+            w.redirect(c.req.query.get("to", ""), int(c.req.query.get("status", "0")))
+
+        async def loop(c: Context, w: Writer) -> None:
+            w.redirect("/loop")
+
+        app = Stario()
+        app.get("/loop", loop)
+        for add in (app.get, app.post):
+            add("/show", show)
+            add("/away", away)
+        async with TestClient(app) as client:
+            for status, to, said in (
+                (303, "/show?q=1", "GET /show 1"),
+                (302, "show", "GET /show"),
+                (307, "//testserver/show", "POST /show  body"),
+                (308, "http://testserver/show", "POST /show  body"),
+            ):
+                path = f"/away?status={status}&to={quote(to)}"
+                answer = await client.post(path, body=b"body", follow=True)
+                self.assertEqual(answer.text, said)
+                self.assertEqual((await client.post(path)).status, status)
+            elsewhere = "/away?status=303&to=https%3A//example.com/"
+            self.assertEqual((await client.get(elsewhere, follow=True)).status, 303)
+            with self.assertRaisesRegex(StarioError, "GET /loop: more than 20 redirects"):
+                await client.get("/loop", follow=True)
+
+    async def test_files_and_signals_of_a_dataclass_are_sent(self) -> None:
+        async def upload(c: Context, w: Writer) -> None:
+            form = await c.req.form()
+            (file,) = form.files["photo"]
+            w.json([form.get("title"), file.filename, len(file.data)])
+
+        async def signals(c: Context, w: Writer) -> None:
+            w.json(await c.signals())
+
+        app = Stario()
+        app.post("/upload", upload)
+        app.post("/signals", signals)
+        app.get("/signals", signals)
+        photo = os.urandom(3000)
+        async with TestClient(app) as client:
+            answer = await client.post(
+                "/upload", form={"title": "A cat"}, files={"photo": ("cat.png", photo)}
+            )
+            self.assertEqual(answer.json(), ["A cat", "cat.png", 3000])
+            for ask in (client.get, client.post):
+                answer = await ask("/signals", signals=PageSignals(3))
+                self.assertEqual(answer.json(), {"page": 3})
+
+    async def test_an_app_that_is_being_served_can_be_tested_too(self) -> None:
+        async def hello(c: Context, w: Writer) -> None:
+            w.text("hello")
+
+        app = Stario()
+        app.get("/", hello)
+        async with app.running(), TestClient(app) as client:
+            self.assertEqual((await client.get("/")).text, "hello")
+
+
+@dataclass
+class PageSignals:
+    page: int
 
 
 class TestUvloop(unittest.TestCase):
