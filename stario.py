@@ -783,7 +783,7 @@ def _duration(name: str, value: Duration) -> str:
     # The client separates a modifier's tags by dots, so "1.5s" cannot be written: milliseconds.
     if isinstance(value, str) and re.fullmatch(r"\d{1,9}(ms|s)", value):
         return value
-    if isinstance(value, (str, bool)) or not 0 <= value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
         raise StarioError(f"{name}={value!r} is no duration: write seconds (0.5), or '500ms'")
     if value >= (1000 if name == "duration" else 100):
         raise StarioError(
