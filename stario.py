@@ -75,6 +75,7 @@ from collections.abc import (
     Awaitable,
     Callable,
     Coroutine,
+    Generator,
     Iterable,
     Iterator,
     Mapping,
@@ -3290,6 +3291,8 @@ class Writer:
     `completed` whether the answer is through.
     """
 
+    _rest: _Rest | None = None  # of a file
+
     def __init__(self, carrier: Carrier, request: Request, compression: CompressionConfig) -> None:
         self.status_code = 0
         self.started = False
@@ -3366,6 +3369,21 @@ class Writer:
     def empty(self, status: int = 204) -> None:
         """Answer without a body: "done", and nothing to show."""
         self._answer(status, (b"", False), b"")
+
+    def file(
+        self,
+        source: str | os.PathLike[str] | bytes,
+        *,
+        filename: str | None = None,
+        status: int = 200,
+    ) -> Awaitable[None]:
+        """Answer with a file, or with bytes as one: type, validators, parts (RFC 9110, section 14).
+
+        With `filename` the client saves it under that name; its ending tells the type. A path that
+        leads to no file is a 404. What is large is sent when the handler has ended, or by `await`.
+        """
+        self._rest = _answer_download(self, source, filename, status)  # see 11
+        return self._rest
 
     # -- Streams of events. The first one sends the headers.
 
@@ -4583,24 +4601,58 @@ def _session_json(session: dict[str, Any]) -> str:
 # Each file is known by a name with a fingerprint of its contents, `style.3f2a….css`. Such a name
 # can be cached forever, because other contents have another name; the plain name redirects to it.
 # Pages ask `asset("style.css")` for the name. Small files are kept in memory, compressed once for
-# each coding; large ones go out by `sendfile`. A file that changes on disk gets a new fingerprint
-# when it is next asked for. What is left out: listings of directories, and several ranges at once.
+# each coding; large ones are sent as they are.
+#
+# Files change while they are served. Two rules hold all the same. What comes under an address that
+# may be cached for ever has the contents of that address, whole, or it is cut off. And no answer
+# leaves the directory, or shows what is hidden in it, whatever a name or a link says. An address of
+# a version that is gone gets the present one, not to be cached; not a redirect, since a log that
+# grows between any two requests would make the client run after it.
+#
+# What is left out: listings of directories, and several ranges at once.
 # ==================================================================================================
 
 _IN_MEMORY = 256 * 1024  # files up to this size, in bytes, are kept in memory,
 _IN_MEMORY_TOTAL = 64 * 1024 * 1024  # and of each collection so much in all
+_COPIED = 16 * 1024 * 1024  # of a large file's end, so many bytes are not left to `sendfile`
+_TICK = 50_000_000  # nanoseconds that a file system's clock may need to tell two changes apart
+_AS_IT_IS = ""  # no content coding
 _HARDEST = CompressionConfig(zstd_level=12, brotli_level=9, gzip_level=9)
 _SIBLINGS = {"zstd": ".zst", "br": ".br", "gzip": ".gz"}
-_FINGERPRINT = re.compile(r"\.[0-9a-f]{16}(?=\.[^./]*$|$)")
-# The types that pages need, whatever the machine's own tables say (Windows keeps them in the
-# registry, where any program may have changed them).
-_TYPES = {
-    ".css": "text/css", ".js": "text/javascript", ".mjs": "text/javascript", ".html": "text/html",
-    ".svg": "image/svg+xml", ".json": "application/json", ".txt": "text/plain", ".png": "image/png",
-    ".jpg": "image/jpeg", ".webp": "image/webp", ".ico": "image/x-icon", ".woff2": "font/woff2",
-    ".wasm": "application/wasm", ".map": "application/json", ".md": "text/markdown",
-    ".webmanifest": "application/manifest+json", ".xml": "application/xml",
+_FINGERPRINT = re.compile(r"\.[0-9a-f]{16}(?=\.[^./]*\Z|\Z)")
+# Windows has other names for a file that has one already: `a.txt::$DATA`, `A~1.TXT`, `a.txt.`; and
+# names that are devices in each directory.
+_OTHER_NAME = re.compile(
+    r'[<>:"|?*]|[. ]\Z|~\d|\A(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[\d¹²³]) *(\.|\Z)', re.I
+)
+# What an operating system says where there is no such file, or none for us.
+_ABSENT = {
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP,
+    errno.ENAMETOOLONG, errno.EINVAL, errno.ENXIO,
 }  # fmt: skip
+# The types that pages need, whatever the machine's own tables say (Windows keeps them in the
+# registry, where any program may have changed them). A compressed file is a file of that kind: to
+# say what is in it is for Content-Encoding, and would have browsers unpack a download.
+_TYPES = {
+    f".{suffix}": kind
+    for line in """
+        text/css css | text/javascript js mjs cjs | text/html html htm | text/plain txt log
+        text/markdown md | text/csv csv | text/calendar ics | text/vtt vtt | application/xml xml
+        application/json json map | application/ld+json jsonld | application/geo+json geojson
+        application/manifest+json webmanifest | application/xhtml+xml xhtml
+        application/atom+xml atom | application/rss+xml rss | application/wasm wasm
+        application/pdf pdf | application/zip zip | application/gzip gz tgz | application/zstd zst
+        application/x-bzip2 bz2 tbz2 | application/x-xz xz txz | application/octet-stream br bin
+        application/x-compress z | image/svg+xml svg svgz | image/png png | image/apng apng
+        image/jpeg jpg jpeg | image/gif gif | image/webp webp | image/avif avif | image/bmp bmp
+        image/x-icon ico | image/jxl jxl | font/woff woff | font/woff2 woff2 | font/ttf ttf
+        font/otf otf | audio/mpeg mp3 | audio/mp4 m4a | audio/ogg ogg oga opus | audio/wav wav
+        audio/flac flac | audio/aac aac | audio/webm weba | video/mp4 mp4 m4v | video/webm webm
+        video/ogg ogv | video/quicktime mov | model/gltf-binary glb | model/gltf+json gltf
+        application/vnd.apple.mpegurl m3u8""".splitlines()
+    for kind, *suffixes in map(str.split, line.split("|") if line.strip() else ())
+    for suffix in suffixes
+}
 
 
 def _content_type(name: str) -> str:
@@ -4609,85 +4661,174 @@ def _content_type(name: str) -> str:
     if kind is None:
         import mimetypes
 
-        kind = mimetypes.guess_type(name)[0] or "application/octet-stream"
+        kind = mimetypes.guess_type("x" + suffix)[0] or "application/octet-stream"
     return kind + "; charset=utf-8" if kind.startswith("text/") else kind
 
 
+def _stamp(found: os.stat_result) -> tuple[int, ...]:
+    """What tells the versions of a file apart.
+
+    Builds that can be repeated give all files one time, and often one size; but a file that takes
+    another's place has an inode of its own, and one that is written to a new time of change.
+    """
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+class _Representation(NamedTuple):
+    """A file in one content coding (RFC 9110, section 3.2)."""
+
+    etag: str
+    fields: bytes  # the header fields that say what it is
+    body: bytes | None  # None: large, to be read when it is sent
+
+
 class _File:
-    """One file of a collection: its fingerprint, and its contents unless it is large."""
+    """One version of a file: its fingerprint, and its contents unless it is large."""
 
-    def __init__(self, name: str, path: str | None, data: bytes = b"") -> None:
-        self.path = path  # None: `data` was given
-        self.stamp = _stamp(path) if path else (len(data), 0)
-        self.size = self.stamp[0]
-        self.small = path is None or self.size <= _IN_MEMORY
-        if path and not self.small:
-            with open(path, "rb") as file:
-                digest = hashlib.file_digest(file, "sha256")
-        else:
-            data = _contents(path) if path else data
-            digest = hashlib.sha256(data)
-        self.data = data
-        self.digest = digest.hexdigest()[:16]
+    def __init__(self, name: str, digest: str, data: bytes | None, start: bytes) -> None:
         stem, suffix = os.path.splitext(name)
-        self.fingerprinted = f"{stem}.{self.digest}{suffix}"
+        self.name = name
+        self.digest = digest
+        self.data = data
+        self.size = len(data or b"")
+        self.stamp: tuple[int, ...] = ()
+        self.steady = True  # nothing was written while it was read
+        self.settled = True  # a later change would show in the stamp
+        self.fingerprinted = f"{stem}.{digest}{suffix}"
         self.content_type = _content_type(name)
-        self.compressible = _is_compressible(self.content_type)
-        self._encoded: dict[str, bytes] = {}
-        self._fields: dict[str | None, bytes] = {}
+        # A `.svgz` is the one compressed file that browsers want unpacked.
+        self.packed = suffix.lower() == ".svgz" and start == b"\x1f\x8b"
+        self.compressible = data is not None and _is_compressible(self.content_type)
+        self.compressible &= not self.packed
+        self.forms: dict[str, _Representation] = {}  # by coding
+        self.encode(_AS_IT_IS, data)
 
-    def fields(self, coding: str | None = None) -> bytes:
-        """The header fields of an answer with the contents in a coding (None: as they are)."""
-        if coding not in self._fields:
-            lines = [
-                f'etag: "{self.digest}-{coding}"' if coding else f'etag: "{self.digest}"',
-                "cache-control: public, max-age=31536000, immutable",
-                "x-content-type-options: nosniff",
-                "accept-ranges: bytes",
-                f"content-type: {self.content_type}",
-                f"content-encoding: {coding}" if coding else "",
-                "vary: accept-encoding" if self.compressible else "",
-            ]
-            text = "".join(f"{line}\r\n" for line in lines if line)
-            self._fields[coding] = text.encode("latin-1", "replace")
-        return self._fields[coding]
+    def encode(self, coding: str, body: bytes | None) -> _Representation:
+        """Keep the contents in a coding."""
+        etag = f'"{self.digest}-{coding}"' if coding else f'"{self.digest}"'
+        shown = "gzip" if self.packed else coding
+        lines = [
+            f"etag: {etag}",
+            "x-content-type-options: nosniff",
+            "accept-ranges: bytes",
+            f"content-type: {self.content_type}",
+            f"content-encoding: {shown}" if shown else "",
+            "vary: accept-encoding" if self.compressible else "",
+        ]
+        text = "".join(f"{line}\r\n" for line in lines if line)
+        form = _Representation(etag, text.encode("latin-1", "replace"), body)
+        self.forms[coding] = form
+        return form
 
-    def encoded(self, coding: str) -> bytes:
-        """The contents in a content coding: of a file beside it (`style.css.br`), or made once."""
-        if coding not in self._encoded:
-            sibling = f"{self.path}{_SIBLINGS[coding]}"
-            if self.path and os.path.isfile(sibling):
-                self._encoded[coding] = _contents(sibling)
-            else:
-                compress, finish = _compressor(coding, _HARDEST)
-                self._encoded[coding] = compress(self.data) + finish()
-        return self._encoded[coding]
-
-
-def _stamp(path: str) -> tuple[int, int]:
-    found = os.stat(path)
-    return found.st_size, found.st_mtime_ns
+    def check(self, opened: IO[bytes], *, may_grow: bool) -> None:
+        """Raise StarioError if an open file is not this version any more."""
+        now = os.fstat(opened.fileno())
+        if now.st_size < self.size:
+            raise StarioError(f"{self.name} has become shorter while it was sent")
+        grown = may_grow and now.st_size > self.size
+        if _stamp(now) != self.stamp and not grown:
+            raise StarioError(f"{self.name} has changed while it was sent")
 
 
-def _contents(path: str) -> bytes:
-    with open(path, "rb") as file:
-        return file.read()
+def _read_version(name: str, opened: IO[bytes], *, by_contents: bool = True) -> _File:
+    """The version that an open file holds. One that is small and being written is read again.
+
+    Without `by_contents` a large file is not read: the stamp has to tell its version.
+    """
+    for _ in range(3):
+        now, before = time.time_ns(), os.fstat(opened.fileno())
+        opened.seek(0)
+        if before.st_size <= _IN_MEMORY:
+            data = opened.read()
+            start, digest = data[:2], hashlib.sha256(data)
+        else:
+            data, start = None, opened.read(2)
+            opened.seek(0)
+            digest = hashlib.sha256(repr(_stamp(before)).encode())
+            if by_contents:
+                digest = hashlib.file_digest(opened, "sha256")  # type: ignore[arg-type]
+        after = _stamp(os.fstat(opened.fileno()))
+        if after == _stamp(before) or data is None:
+            break
+    found = _File(name, digest.hexdigest()[:16], data, start)
+    found.stamp, found.steady = after, after == _stamp(before)
+    found.size = before.st_size if data is None else len(data)
+    # Of two changes within one tick of the file system's clock the second does not show.
+    found.settled = now - max(before.st_mtime_ns, before.st_ctime_ns) > _TICK
+    return found
+
+
+def _open_regular(path: str) -> IO[bytes]:
+    """Open a file for reading; what is no regular file is not waited for, and not found."""
+
+    def opener(path: str, flags: int) -> int:
+        return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+    # Without a buffer: what is read is what is there now.
+    opened = open(path, "rb", buffering=0, opener=opener)  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
+        opened.close()
+        raise FileNotFoundError(errno.ENOENT, "no regular file", path)
+    return opened
+
+
+@contextmanager
+def _file_errors(w: Writer) -> Iterator[None]:
+    """Answer for a file that cannot be opened. An error of the disk stays what it is."""
+    try:
+        yield
+    except OSError as exc:
+        if exc.errno in _ABSENT and not w.started:
+            raise HttpException(404) from exc
+        if exc.errno in (errno.EMFILE, errno.ENFILE) and not w.started:
+            raise HttpException(503, "too many files are open") from exc
+        raise
+
+
+class _Once:
+    """Work for threads, of any loop's, done once for all who ask for it at the same time."""
+
+    def __init__(self) -> None:
+        self._under_way: dict[object, Future[Any]] = {}
+
+    async def __call__(self, key: object, work: Callable[[], T]) -> T:
+        mine: Future[T] = Future()
+        mine.set_running_or_notify_cancel()  # who leaves does not cancel it for the others
+        found = self._under_way.setdefault(key, mine)
+        if found is mine:
+            try:
+                asyncio.get_running_loop().run_in_executor(None, self._do, key, work, mine)
+            except RuntimeError:  # no thread can be had
+                self._do(key, work, mine)
+        return cast(T, await asyncio.wrap_future(found))
+
+    def _do(self, key: object, work: Callable[[], T], result: Future[T]) -> None:
+        try:
+            done = work()
+        except BaseException as exc:
+            self._under_way.pop(key, None)
+            result.set_exception(exc)
+        else:
+            self._under_way.pop(key, None)
+            result.set_result(done)
 
 
 _collections: dict[str, Assets] = {}
 
 
 def asset(name: str, collection: str = "static") -> str:
-    """The fingerprinted name of a file: `asset("style.css")` gives `style.<hash>.css`.
+    """The address of a file behind its prefix: `asset("style.css")` gives `style.<hash>.css`.
 
-    Raises StarioError for a file, or a collection, that `app.assets` has not been given.
+    What cannot stand in an address is escaped. The file is read when it is first asked for, and
+    again when it has changed. Raises StarioError for a file, or a collection, that `app.assets` has
+    not been given.
     """
     if collection not in _collections:
         raise StarioError(f"no collection {collection!r}: call app.assets(...) for it first")
     file = _collections[collection].file(name)
     if file is None:
         raise StarioError(f"{collection!r} has no file {name!r}")
-    return file.fingerprinted
+    return quote(file.fingerprinted)
 
 
 class Assets:
@@ -4697,112 +4838,343 @@ class Assets:
         self, source: str | os.PathLike[str] | Mapping[str, str | bytes], collection: str
     ) -> None:
         self._files: dict[str, _File] = {}
+        # Those whose contents are in memory, in the order they were read; changed under the lock.
+        self._small: OrderedDict[str, _File] = OrderedDict()
+        self._held = 0  # bytes of these
+        self._lock = threading.RLock()
+        self._once = _Once()
         self._root: str | None = None
         if isinstance(source, Mapping):
             for name, text in source.items():
-                contents = text.encode() if isinstance(text, str) else text
-                self._files[name] = _File(name, None, contents)
+                data = text.encode() if isinstance(text, str) else text
+                digest = hashlib.sha256(data).hexdigest()[:16]
+                self._files[name] = _File(name, digest, data, data[:2])
         else:
-            self._root = os.path.realpath(source)
+            self._root = os.path.abspath(source)
             if not os.path.isdir(self._root):
                 raise StarioError(f"assets: there is no directory {str(source)!r}")
         _collections[collection] = self
 
+    # -- Finding a file
+
     def file(self, name: str) -> _File | None:
         """The file of this plain name, as it is now; None if there is none to be served."""
-        known = self._files.get(name)
-        if self._root is None:
+        return self._known(name) or self._load(name)
+
+    async def _find(self, name: str) -> _File | None:
+        """As `file`, but what is large is read in a thread."""
+        known = self._known(name)
+        if known is not None or self._root is None:
             return known
-        try:
-            if known is not None and known.path and _stamp(known.path) == known.stamp:
+        with suppress(OSError, ValueError):  # `_load` looks closer
+            if os.stat(f"{self._root}/{name}").st_size > _IN_MEMORY:
+                return await self._once(name, lambda: self._load(name))
+        return self._load(name)
+
+    def _known(self, name: str) -> _File | None:
+        """The version in hand, if it is the one that this name leads to now."""
+        known = self._files.get(name)
+        if known is None or self._root is None:
+            return known
+        with suppress(OSError):
+            if known.settled and _stamp(os.stat(f"{self._root}/{name}")) == known.stamp:
                 return known
-            found = self._load(self._root, name)
-        except (OSError, ValueError):  # gone, unreadable, or a name that no file can have
-            found = None
-        if found is None:
-            self._files.pop(name, None)
-        else:
-            if sum(file.size for file in self._files.values() if file.small) > _IN_MEMORY_TOTAL:
-                self._files.clear()
-            self._files[name] = found
+        return None
+
+    def _load(self, name: str) -> _File | None:
+        try:
+            with self.open(name) as opened:
+                found = _read_version(name, opened)
+        except ValueError:  # a name that no file can have
+            return None
+        except OSError as exc:
+            if exc.errno not in _ABSENT:
+                raise
+            self._forget(name)
+            return None
+        if found.steady:
+            self._keep(found)
         return found
 
-    def _load(self, root: str, name: str) -> _File | None:
-        segments = name.split("/")
-        if any(not part or part.startswith(".") or "\\" in part for part in segments):
-            return None  # hidden, "..", or a way around these
-        path = os.path.realpath(os.path.join(root, name))
-        if os.path.commonpath((root, path)) != root or not os.path.isfile(path):
-            return None  # a link that leaves the directory, or no file
-        return _File(name, path)
+    def open(self, name: str) -> IO[bytes]:
+        """Open a file of the directory. FileNotFoundError for what is not to be served, too."""
+        for _ in range(3):
+            path = self._resolve(name)
+            opened = _open_regular(path)
+            # A link may have taken the place of the file, or of a folder on the way, meanwhile.
+            with suppress(OSError):
+                same = os.path.samestat(os.lstat(path), os.fstat(opened.fileno()))
+                if same and self._resolve(name) == path:
+                    return opened
+            opened.close()
+        raise FileNotFoundError(errno.ENOENT, "the file does not stay in its place", name)
+
+    def _resolve(self, name: str) -> str:
+        """The path, free of links, that a name leads to; it is in the directory, and not hidden."""
+        windows = os.name == "nt"
+        for part in name.split("/"):
+            odd = "\\" in part or (windows and _OTHER_NAME.search(part))
+            if not part or part[0] == "." or odd:
+                raise FileNotFoundError(errno.ENOENT, "hidden, or a way around that", name)
+        root = os.path.realpath(self._root or "")
+        path = os.path.realpath(os.path.join(root, name), strict=True)
+        if os.path.commonpath((root, path)) != root:
+            raise FileNotFoundError(errno.ENOENT, "a link that leaves the directory", name)
+        # Two dots begin the folders of a mounted ConfigMap, which its links lead to.
+        for part in os.path.relpath(path, root).split(os.sep):
+            if part[0] == "." and part[:2] != "..":
+                raise FileNotFoundError(errno.ENOENT, "a link to a hidden file", name)
+        return path
+
+    def _keep(self, found: _File) -> None:
+        with self._lock:
+            self._forget(found.name)
+            self._files[found.name] = found
+            if found.data is not None:
+                self._small[found.name] = found
+                self._held += found.size + 1024  # (what a _File costs)
+            while self._held > _IN_MEMORY_TOTAL and self._small:
+                self._forget(next(iter(self._small)))
+
+    def _forget(self, name: str) -> None:
+        with self._lock:
+            self._files.pop(name, None)
+            small = self._small.pop(name, None)
+            if small is not None:
+                self._held -= small.size + 1024
+
+    # -- Answering
 
     async def __call__(self, c: Context, w: Writer) -> None:
         """Serve the file that `c.req.tail` names."""
-        asked = c.req.tail
-        file = self.file(_FINGERPRINT.sub("", asked, count=1))
-        if file is not None and asked == file.fingerprinted:
-            await self._serve(file, c.req, w)
+        with _file_errors(w):
+            await self._answer(c.req.tail, w)
+
+    async def _answer(self, asked: str, w: Writer) -> None:
+        plain = _FINGERPRINT.sub("", asked, count=1)
+        file = await self._find(plain)
+        if file is not None and asked == file.fingerprinted and file.steady:
+            await self._serve(file, w, b"cache-control: public, max-age=31536000, immutable\r\n")
             return
-        # A plain name, or the fingerprint of an older version that a page still asks for; or a
-        # file whose plain name looks like one with a fingerprint.
-        file = file or self.file(asked)
+        # The plain name of a file, which may look like one with a fingerprint; or the fingerprint
+        # of an older version that a page still asks for.
+        literal = await self._find(asked) if asked != plain else file
+        if literal is not None and literal.steady:
+            w.headers.set("cache-control", "no-cache")
+            w._redirect("./" + quote(literal.fingerprinted.rpartition("/")[2]), 307)
+            return
+        file = literal or file
         if file is None:
             raise HttpException(404)
-        w.headers.set("cache-control", "no-cache")
-        w._redirect("./" + quote(file.fingerprinted.rpartition("/")[2]), 307)
+        await self._serve(file, w, b"cache-control: no-cache\r\n")
 
-    async def _serve(self, file: _File, req: Request, w: Writer) -> None:
-        known = req.headers.get("if-none-match") or ""
-        if file.digest in known or known == "*":
-            w._answer(304, (file.fields(), False), b"")
-            return
-        span = _range(req, file)
-        if span is None:
-            outside = b"content-range: bytes */%d\r\ncache-control: no-store\r\n" % file.size
-            w._answer(416, (outside, False), b"")
-            return
-        start, stop = span
-        whole = span == (0, file.size)
-        fields = file.fields()
-        if not whole:
-            fields += b"content-range: bytes %d-%d/%d\r\n" % (start, stop - 1, file.size)
-        if file.path and not file.small:
-            with open(file.path, "rb") as opened:
-                w._begin(200 if whole else 206, fields, stop - start)
-                await w.send_file(opened, start, stop - start)
-            w.end()
-        elif not whole:
-            w._answer(206, (fields, False), file.data[start:stop])
-        else:
-            coding = self._coding(file, req, w)
-            body = file.encoded(coding) if coding else file.data
-            w._answer(200, (file.fields(coding), False), body)
+    async def _serve(self, file: _File, w: Writer, caching: bytes) -> None:
+        coding = self._coding(file, w)
+        form = file.forms.get(coding)
+        if form is None:
+            key = (file.name, file.digest, coding)
+            form = await self._once(key, lambda: self._encode(file, coding))
+        opened = self.open(file.name) if form.body is None else None
+        await _answer_with(w, file, form, caching, opened)
 
     @staticmethod
-    def _coding(file: _File, req: Request, w: Writer) -> str | None:
-        accepted = req.headers.get("accept-encoding")
-        if accepted and file.compressible and file.size >= w._compression.min_size:
-            return _choose_coding(accepted, w._compression)
+    def _coding(file: _File, w: Writer) -> str:
+        headers = w._request.headers
+        accepted = headers.get("accept-encoding")
+        if not (accepted and file.compressible and file.size >= w._compression.min_size):
+            return _AS_IT_IS
+        # Who asks for a part means a part of the file as it is.
+        chosen = None if "range" in headers else _choose_coding(accepted, w._compression)
+        return chosen or _AS_IT_IS
+
+    def _encode(self, file: _File, coding: str) -> _Representation:
+        """Compress a file, or take the copy beside it (`style.css.br`) that has been compressed."""
+        body = self._sibling(file, coding)
+        if body is None:
+            compress, finish = _compressor(coding, _HARDEST)
+            body = compress(file.data or b"") + finish()
+        return file.encode(coding, body)
+
+    def _sibling(self, file: _File, coding: str) -> bytes | None:
+        """The copy beside a file, if it may be served and holds the same contents."""
+        with suppress(Exception):  # whatever is wrong with it: we can compress, too
+            with self.open(file.name + _SIBLINGS[coding]) as opened:
+                body = opened.read(2 * _IN_MEMORY)
+            if _decoded(coding, body, file.size + 1) == file.data:
+                return body
         return None
 
 
-def _range(req: Request, file: _File) -> tuple[int, int] | None:
+def _decoded(coding: str, body: bytes, most: int) -> bytes:
+    """What was compressed, if it is whole. Beyond `most` bytes nobody needs to see what comes."""
+    if coding == "br":
+        import brotli
+
+        brotli_decoder, found = brotli.Decompressor(), b""
+        for start in range(0, len(body), 256):
+            found += brotli_decoder.process(body[start : start + 256])
+            if len(found) > most:
+                break
+        return found if brotli_decoder.is_finished() else b""
+    if coding == "zstd" and _compressors()[coding] is _zstd_package:
+        import zstandard
+
+        if zstandard.frame_content_size(body) > most:
+            return b""
+        return bytes(zstandard.ZstdDecompressor().decompress(body, max_output_size=most))
+    decoder: Any = zlib.decompressobj(31)
+    if coding == "zstd":
+        from compression import zstd
+
+        decoder = zstd.ZstdDecompressor()
+    found = decoder.decompress(body, most)
+    return found if decoder.eof and not decoder.unused_data else b""
+
+
+class _Rest:
+    """The rest of an answer: sent where it is awaited, or else when the handler has ended."""
+
+    def __init__(self, work: Callable[[], Coroutine[Any, Any, None]] | None = None) -> None:
+        self._work = work
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        work, self._work = self._work, None
+        if work is not None:
+            yield from work().__await__()
+
+
+def _answer_with(
+    w: Writer,
+    file: _File,
+    form: _Representation,
+    fields: bytes,
+    opened: IO[bytes] | None = None,
+    *,
+    status: int = 200,
+    compress: bool = False,
+) -> _Rest:
+    """Answer with a file: all of it, a part, or only that the client has it. See also `_Rest`."""
+    request, immutable = w._request, b"immutable" in fields
+    fields = form.fields + fields
+    span: tuple[int, int] | None = (0, file.size)
+    if status == 200 and request.method in ("GET", "HEAD"):
+        if _is_known(request, form.etag):
+            w._answer(304, (fields, False), b"")
+            return _Rest()
+        span = _range(request, file.size, form.etag)
+    if span is None:
+        outside = b"content-range: bytes */%d\r\ncache-control: no-store\r\n" % file.size
+        w._answer(416, (outside, False), b"")
+        return _Rest()
+    start, stop = span
+    if span != (0, file.size):
+        status = 206
+        fields += b"content-range: bytes %d-%d/%d\r\n" % (start, stop - 1, file.size)
+    if opened is None:
+        body = form.body or b""
+        body = body[start:stop] if status == 206 else body
+        w._answer(status, (fields, compress and status != 206), body)
+        return _Rest()
+    try:
+        file.check(opened, may_grow=not immutable)
+    except StarioError as exc:
+        raise HttpException(503, str(exc)) from exc
+    w._begin(status, fields, stop - start)
+    return _Rest(lambda: _send_pieces(w, file, opened, start, stop, may_grow=not immutable))
+
+
+async def _send_pieces(
+    w: Writer, file: _File, opened: IO[bytes], start: int, stop: int, *, may_grow: bool
+) -> None:
+    """Send a part of a large file, and let the client see that it is cut off if it changes.
+
+    `sendfile` hands the kernel's own pages to the network, and these change with the file until the
+    client has them. So the last 16 MiB are copied: more than is ever on the way. Once the last byte
+    can be sent, the client has all that went by `sendfile`; and before that, we look.
+    """
+    with opened:
+        if w._request.method == "HEAD":
+            start = stop
+        by_system = stop - start - _COPIED
+        if by_system > 0:
+            await w.send_file(opened, start, by_system)
+            start += by_system
+        while start < stop:
+            await w.drain()
+            opened.seek(start)
+            piece = opened.read(min(stop - start, _IN_MEMORY))
+            file.check(opened, may_grow=may_grow)
+            w.write(piece)
+            start += len(piece)
+        w.end()
+
+
+def _answer_download(
+    w: Writer, source: str | os.PathLike[str] | bytes, filename: str | None, status: int
+) -> _Rest:
+    """See Writer.file."""
+    fields = b"cache-control: no-cache\r\n"
+    if filename is not None:
+        fields += _disposition(filename)
+    with _file_errors(w):
+        if isinstance(source, bytes):
+            digest = hashlib.sha256(source).hexdigest()[:16]
+            opened, file = None, _File(filename or "", digest, source, source[:2])
+        else:
+            opened = _open_regular(os.fspath(source))
+            name = filename or os.path.basename(opened.name)
+            file = _read_version(name, opened, by_contents=False)
+    form = file.forms[_AS_IT_IS]
+    if opened is not None and file.data is not None:
+        opened.close()
+        opened = None
+    return _answer_with(w, file, form, fields, opened, status=status, compress=file.compressible)
+
+
+def _disposition(filename: str) -> bytes:
+    """Tell the client to save what comes, under this name (RFC 6266 and 8187)."""
+    if _CONTROL.search(filename):
+        raise StarioError(f"{filename!r} cannot be a file's name: it holds control characters")
+    plain = re.sub(r'[^ -~]|["\\%/]', "_", filename)
+    line = f'content-disposition: attachment; filename="{plain}"'
+    if plain != filename:
+        line += "; filename*=UTF-8''" + quote(filename, safe="!#$&+^`|", errors="replace")
+    return line.encode("ascii") + b"\r\n"
+
+
+def _is_known(request: Request, etag: str) -> bool:
+    """Whether the client has this version already (RFC 9110, section 13.1.2).
+
+    If it wants to go on with another version only (13.1.1), that is a 412.
+    """
+    wanted, known = (
+        [tag.strip() for line in request.headers.getlist(name) for tag in line.split(",")]
+        for name in ("if-match", "if-none-match")
+    )
+    if wanted and etag not in wanted and "*" not in wanted:
+        raise HttpException(412)
+    return "*" in known or etag in [tag.removeprefix("W/") for tag in known]
+
+
+def _range(request: Request, size: int, etag: str) -> tuple[int, int] | None:
     """Start and stop of the bytes that are asked for (RFC 9110, section 14.2); None: outside.
 
     A range of another version, one of another form, or several at once: the whole file.
     """
-    whole = (0, file.size)
-    condition = req.headers.get("if-range")
-    asked = re.fullmatch(r"bytes=(\d{0,18})-(\d{0,18})", req.headers.get("range") or "")
-    if not asked or asked[0] == "bytes=-" or (condition and condition != f'"{file.digest}"'):
+    whole = (0, size)
+    condition = request.headers.get("if-range")
+    asked = re.fullmatch(r"bytes=([0-9]{0,18})-([0-9]{0,18})", request.headers.get("range") or "")
+    if not asked or request.method != "GET" or asked[0] == "bytes=-":
+        return whole
+    if condition and condition != etag:
         return whole
     first, last = asked[1], asked[2]
     if not first:  # the last so many bytes
-        return (max(0, file.size - int(last)), file.size) if int(last) and file.size else None
-    start, stop = int(first), min(int(last) + 1, file.size) if last else file.size
+        return (max(0, size - int(last)), size) if int(last) and size else None
+    start, stop = int(first), min(int(last) + 1, size) if last else size
     if last and int(last) < int(first):
         return whole  # not a range at all
-    return (start, stop) if start < file.size else None
+    return (start, stop) if start < size else None
 
 
 # ==================================================================================================
@@ -4864,6 +5236,9 @@ _KEPT_HEAD = 4096  # bytes of a header block that is worth keeping for the next 
 _FAREWELL = 0.5  # seconds in which an idle connection may still ask when the server stops
 _LINGER = 2.0  # seconds in which a client may read an answer that ended its connection
 _NEVER = float("inf")  # the deadline of who waits for nothing
+_NETWORK_GONE = {  # what a socket says, besides a ConnectionError, when nobody is there any more
+    errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN, errno.ENOTCONN
+}  # fmt: skip
 _FILE_PIECE = 1024 * 1024  # bytes of a file that are sent at a time
 _RESET = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)  # SO_LINGER: on, for no time
 
@@ -5554,13 +5929,13 @@ class Connection(asyncio.Protocol):
             # A descriptor of our own: the transport may close its one while we wait for it.
             descriptor = os.dup(connection.fileno())
             try:
-                await self._send_by_system(descriptor, file, offset, count)
+                sent = await self._send_by_system(descriptor, file, offset, count)
             finally:
                 os.close(descriptor)
                 if not self._is_lost():
                     transport.set_write_buffer_limits(_HIGH_WATER)
                     _set_unsent(connection, _HIGH_WATER)
-            return
+            offset, count = offset + sent, count - sent
         file.seek(offset)
         while count:
             await self.drained()
@@ -5572,12 +5947,14 @@ class Connection(asyncio.Protocol):
 
     async def _send_by_system(
         self, descriptor: int, file: IO[bytes], offset: int, count: int
-    ) -> None:
-        loop = self._worker.loop
-        while count:
+    ) -> int:
+        """Gives how many bytes were sent: not all if the file's system has no `sendfile`."""
+        loop, done = self._worker.loop, 0
+        while done < count:
             await self.drained()
+            most = min(count - done, _FILE_PIECE)
             try:
-                sent = os.sendfile(descriptor, file.fileno(), offset, min(count, _FILE_PIECE))
+                sent = os.sendfile(descriptor, file.fileno(), offset + done, most)
             except BlockingIOError:
                 self._paused_writing = True
                 loop.add_writer(descriptor, self.resume_writing)
@@ -5586,12 +5963,17 @@ class Connection(asyncio.Protocol):
                 finally:
                     loop.remove_writer(descriptor)
                 continue
-            except OSError:
-                raise ClientDisconnected("the client has gone") from None
+            except OSError as exc:
+                if exc.errno in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+                    break
+                if isinstance(exc, ConnectionError) or exc.errno in _NETWORK_GONE:
+                    raise ClientDisconnected("the client has gone") from None
+                raise  # an error of the disk
             if not sent:
                 raise StarioError(f"{file.name} has become shorter while it was sent")
             self._sent += sent  # the sweep sees by this that the client takes it
-            offset, count = offset + sent, count - sent
+            done += sent
+        return done
 
     def check_peer(self, seconds: float) -> None:
         """See Carrier. Linux tells by TCP_INFO.
@@ -5859,6 +6241,8 @@ class Stario(Router):
                     await (self._find(request) or self._fallback)(c, w)
                 else:
                     await self._find_by_host(request)(c, w)
+                if w._rest is not None:
+                    await w._rest
             except BaseException as exc:
                 if _is_stopped(carrier, exc):
                     raise

@@ -17,6 +17,7 @@ import contextvars
 import copy
 import dataclasses
 import enum
+import errno
 import functools
 import gc
 import gzip
@@ -50,7 +51,7 @@ import uuid
 import zlib
 from collections import ChainMap
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import InitVar, dataclass, field
 from datetime import date, datetime, timedelta, timezone
 from decimal import Decimal
@@ -6937,15 +6938,25 @@ class TestAssets(HttpTest):
 
     async def test_a_plain_name_leads_to_the_fingerprinted_one(self) -> None:
         async with connected(self.app) as peer:
-            for name in ("style.css", "sub/a.txt", "style.0123456789abcdef.css"):
+            for name in ("style.css", "sub/a.txt"):
                 answer = await within(peer.get(f"/static/{name}"))
-                plain = name.replace(".0123456789abcdef", "")
-                wanted = "./" + asset(plain).rpartition("/")[2]
+                wanted = "./" + asset(name).rpartition("/")[2]
                 self.assertEqual((answer.status, answer.headers["location"]), (307, wanted))
                 self.assertEqual(answer.headers["cache-control"], "no-cache")
 
+    async def test_the_address_of_an_older_version_gives_the_present_one(self) -> None:
+        """Not by a redirect: between two machines with different versions that has no end."""
+        async with connected(self.app) as peer:
+            for name in ("style.css", "large.bin"):
+                old = f"/static/{name.replace('.', '.0123456789abcdef.')}"
+                answer = await within(peer.get(old))
+                self.assertEqual(answer.status, 200)
+                self.assertEqual(answer.body, (self.root / name).read_bytes())
+                self.assertEqual(answer.headers["cache-control"], "no-cache")
+
     async def test_names_that_look_like_fingerprinted_ones_are_found(self) -> None:
-        names = ["x.0123456789abcdef.css", "x.0123456789abcdef", "plain", "ä b.txt"]
+        names = ["x.0123456789abcdef.css", "x.0123456789abcdef", "x", "x.css", "plain", "ä b.txt"]
+        names += ["a#b.js", "what?.txt", "%", "%2e.txt", "50%25.txt", "a+b;c=d&e.css", "a:b", "a."]
         for name in names:
             (self.root / name).write_text(name)
         async with connected(self.app) as peer:
@@ -6954,8 +6965,11 @@ class TestAssets(HttpTest):
                     path = f"/static/{quote(name)}"
                     answer = await within(peer.get(path))
                     self.assertEqual(answer.status, 307)
-                    answer = await within(peer.get(urljoin(path, answer.headers["location"])))
+                    path = urljoin(path, answer.headers["location"])
+                    self.assertEqual(path, f"/static/{asset(name)}")
+                    answer = await within(peer.get(path))
                     self.assertEqual((answer.status, answer.text), (200, name))
+                    self.assertIn("immutable", answer.headers["cache-control"])
 
     async def test_nothing_outside_and_nothing_hidden_is_served(self) -> None:
         """RFC 3986, section 5.2.4: escaped or not, `..` leaves nothing."""
@@ -7010,16 +7024,44 @@ class TestAssets(HttpTest):
         """RFC 9110, sections 13.1.2 and 15.4.5."""
         async with connected(self.app) as peer:
             for name in ("style.css", "large.bin"):
-                for coding in ("", "gzip"):
+                for coding in ("identity", "gzip"):
                     first = await self.get(peer, name, Accept_Encoding=coding)
                     tag = first.headers["etag"]
                     for known in (tag, f"W/{tag}", f'"x", {tag}', "*"):
                         with self.subTest(name, coding=coding, known=known):
-                            again = await self.get(peer, name, If_None_Match=known)
+                            again = await self.get(
+                                peer, name, Accept_Encoding=coding, If_None_Match=known
+                            )
                             self.assertEqual((again.status, again.body), (304, b""))
-                            self.assertIn("etag", again.headers)
-                    other = await self.get(peer, name, If_None_Match='"other"')
-                    self.assertEqual(other.status, 200)
+                            self.assertEqual(again.headers["etag"], tag)
+                    for other in ('"other"', tag.replace('"', ""), tag.replace('"', '"x', 1)):
+                        answer = await self.get(
+                            peer, name, Accept_Encoding=coding, If_None_Match=other
+                        )
+                        self.assertEqual(answer.status, 200)
+
+    async def test_who_goes_on_with_another_version_gets_412(self) -> None:
+        """RFC 9110, sections 13.1.1 and 13.2.2: by strong comparison, and before all else."""
+        async with connected(self.app) as peer:
+            tag = (await self.get(peer, "large.bin")).headers["etag"]
+            conditions = {tag: 206, f'"x", {tag}': 206, "*": 206, f"W/{tag}": 412, '"x"': 412}
+            for condition, status in conditions.items():
+                with self.subTest(condition):
+                    answer = await self.get(
+                        peer, "large.bin", If_Match=condition, Range="bytes=0-9"
+                    )
+                    self.assertEqual(answer.status, status)
+            answer = await self.get(peer, "large.bin", If_Match='"x"', If_None_Match=tag)
+            self.assertEqual((answer.status, "etag" in answer.headers), (412, False))
+
+    async def test_head_ignores_what_is_defined_for_get_only(self) -> None:
+        """RFC 9110, section 14.2."""
+        async with connected(self.app) as peer:
+            for name in ("style.css", "large.bin"):
+                for asked in ("bytes=1-2", "bytes=99999999-"):
+                    answer = await within(peer.get(f"/static/{asset(name)}", "HEAD", Range=asked))
+                    size = str((self.root / name).stat().st_size)
+                    self.assertEqual((answer.status, answer.headers["content-length"]), (200, size))
 
     async def test_a_part_can_be_asked_for(self) -> None:
         """RFC 9110, sections 14.2 and 15.3.7; what is not understood gives the whole file."""
@@ -7094,7 +7136,7 @@ class TestAssets(HttpTest):
             self.assertNotEqual(asset("style.css"), before)
             answer = await within(peer.get(f"/static/{before}"))
             self.assertEqual(
-                (answer.status, answer.headers["location"]), (307, f"./{asset('style.css')}")
+                (answer.text, answer.headers["cache-control"]), ("changed", "no-cache")
             )
             self.assertEqual((await self.get(peer, "style.css")).text, "changed")
             path = f"/static/{asset('style.css')}"
@@ -7184,6 +7226,322 @@ class TestAssets(HttpTest):
         (span,) = self.spans.named(f"GET {path}")
         self.assertIn("shorter", span.error or "")
 
+    @unittest.skipUnless(hasattr(os, "symlink"), "needs symbolic links")
+    async def test_every_way_to_change_a_file_is_noticed(self) -> None:
+        """Though its size and its time stay: a link set anew, a folder's, a write in place."""
+        file, (first, second) = self.root / "sub" / "a.txt", (self.root / "v1", self.root / "v2")
+        for folder, text in ((first, "one__"), (second, "two__")):
+            folder.mkdir()
+            (folder / "x.txt").write_text(text)
+            os.utime(folder / "x.txt", (10**9, 10**9))
+        os.symlink("v1", self.root / "now")
+        file.write_text("one__")
+        os.utime(file, (10**9, 10**9))
+
+        def swap_folder() -> None:
+            os.symlink("v2", self.root / "next")
+            os.replace(self.root / "next", self.root / "now")
+
+        def write_in_place() -> None:
+            with file.open("r+") as opened:
+                opened.write("two__")
+            os.utime(file, (10**9, 10**9))
+
+        async with connected(self.app) as peer:
+            for name, change in (("now/x.txt", swap_folder), ("sub/a.txt", write_in_place)):
+                with self.subTest(name):
+                    before = asset(name)
+                    self.assertEqual((await self.get(peer, name)).text, "one__")
+                    await asyncio.to_thread(change)
+                    self.assertNotEqual(asset(name), before)
+                    self.assertEqual((await self.get(peer, name)).text, "two__")
+
+    def test_two_changes_within_one_tick_of_the_clock_are_noticed(self) -> None:
+        """The second leaves the same stamp, so a version that is as young is looked at again."""
+        now = os.stat(self.root / "style.css")
+        with mock.patch.object(stario, "_stamp", lambda found: (now.st_ino,)):
+            before = asset("style.css")
+            (self.root / "style.css").write_text("changed")
+            self.assertNotEqual(asset("style.css"), before)
+
+    @unittest.skipUnless(hasattr(os, "symlink"), "needs symbolic links")
+    async def test_a_link_to_something_hidden_is_not_followed(self) -> None:
+        (self.root / ".git").mkdir()
+        (self.root / ".git" / "config").write_text("secret")
+        (self.root / "..data").mkdir()
+        (self.root / "..data" / ".env").write_text("secret")
+        for name, target in (
+            ("config", ".git/config"), ("git", ".git"), ("env", "..data/.env"), ("twice", "config"),
+        ):  # fmt: skip
+            os.symlink(target, self.root / name)
+        async with connected(self.app) as peer:
+            for name in ("config", "git/config", "env", "twice"):
+                with self.subTest(name):
+                    self.assertEqual((await within(peer.get(f"/static/{name}"))).status, 404)
+
+    @unittest.skipUnless(hasattr(os, "symlink"), "needs symbolic links")
+    def test_a_link_that_takes_the_place_of_a_file_meanwhile_is_not_followed(self) -> None:
+        """Between looking where a name leads and opening it: of the file, and of its folder."""
+        real_open, outside = stario._open_regular, self.outside / "elsewhere"
+        outside.mkdir()
+        (outside / "a.txt").write_text("secret")
+
+        def swapped(name: Path, target: Path) -> Any:
+            def open_swapped(path: str) -> Any:
+                if not name.is_symlink():
+                    name.rename(self.outside / "away")
+                    os.symlink(target, name)
+                return real_open(path)
+
+            return mock.patch.object(stario, "_open_regular", open_swapped)
+
+        for name, target in (
+            (self.root / "style.css", outside / "a.txt"), (self.root / "sub", outside),
+        ):  # fmt: skip
+            with self.subTest(name.name), swapped(name, target):
+                with self.assertRaisesRegex(StarioError, "no file"):
+                    asset("style.css" if name.name == "style.css" else "sub/a.txt")
+                shutil.rmtree(self.outside / "away", ignore_errors=True)
+
+    def test_the_other_names_that_windows_has_for_a_file_are_refused(self) -> None:
+        names = [
+            "a.txt::$DATA",
+            "a.txt.",
+            "a.txt ",
+            "A~1.TXT",
+            "con",
+            "Nul.txt",
+            "com1",
+            "sub/aux.c",
+        ]
+        for name in names:
+            (self.root / name).write_text("x")
+            self.assertTrue(asset(name))  # elsewhere these are names as others
+        files = stario._collections["static"]
+        with mock.patch.object(os, "name", "nt"):
+            for name in names:
+                with self.subTest(name), self.assertRaises(FileNotFoundError):
+                    files._resolve(name)
+            self.assertTrue(files._resolve("style.css"))
+
+    async def test_a_compressed_copy_counts_only_if_it_holds_the_same(self) -> None:
+        plain = (self.root / "style.css").read_bytes()
+        right = gzip.compress(plain, 1)
+        (self.outside / "right.gz").write_bytes(right)
+        copies: dict[str, bytes | Path] = {
+            "old": gzip.compress(b"old" + plain),
+            "shorter": gzip.compress(plain[:-1]),
+            "cut": right[:-4],
+            "more": right + b"x",
+            "none": b"no gzip",
+            "bomb": gzip.compress(bytes(10_000_000)),
+            "outside": self.outside / "right.gz",
+        }
+        async with connected(self.app) as peer:
+            for name, copy in copies.items():
+                with self.subTest(name):
+                    (self.root / f"{name}.css").write_bytes(plain)
+                    if isinstance(copy, bytes):
+                        (self.root / f"{name}.css.gz").write_bytes(copy)
+                    else:
+                        os.symlink(copy, self.root / f"{name}.css.gz")
+                    answer = await self.get(peer, f"{name}.css", Accept_Encoding="gzip")
+                    self.assertNotEqual(answer.body, right)
+                    self.assertEqual(gzip.decompress(answer.body), plain)
+
+    @needs("brotli", "zstandard")
+    def test_the_copies_of_other_codings_are_looked_at_too(self) -> None:
+        import brotli
+        import zstandard
+
+        plain = b"some text " * 100
+        makers: dict[str, Callable[[bytes], bytes]] = {
+            "br": brotli.compress, "zstd": zstandard.compress, "gzip": gzip.compress
+        }  # fmt: skip
+        for coding, make in makers.items():
+            with self.subTest(coding):
+                size = len(plain) + 1
+                self.assertEqual(stario._decoded(coding, make(plain), size), plain)
+                for wrong in (make(bytes(10**7)), make(plain)[:-1], b"", b"x" * 99):
+                    found: object = None
+                    with suppress(Exception):
+                        found = stario._decoded(coding, wrong, size)
+                    self.assertNotEqual(found, plain)
+
+    async def test_a_file_that_is_always_written_is_answered(self) -> None:
+        """A log: each look finds another version. No answer may be kept for ever, none is torn."""
+        for name, size in (("small.log", 10), ("large.log", 300_000)):
+            file = self.root / name
+            file.write_bytes(b"x" * size)
+            real = stario._read_version
+
+            def grow(*arguments: Any, file: Path = file, real: Any = real, **options: Any) -> Any:
+                with file.open("ab") as opened:
+                    opened.write(b"more")
+                return real(*arguments, **options)
+
+            async with connected(self.app) as peer:
+                path = f"/static/{name}"
+                with mock.patch.object(stario, "_read_version", grow):
+                    for _ in range(3):
+                        answer = await within(peer.get(path))
+                        if answer.status == 307:
+                            path = urljoin(path, answer.headers["location"])
+                self.assertEqual(answer.status, 200)
+                self.assertIn(answer.body, file.read_bytes())
+                self.assertEqual(answer.headers["cache-control"], "no-cache")
+
+    async def test_what_is_torn_while_it_is_read_is_not_kept_for_ever(self) -> None:
+        count = iter(range(10**6))
+        with mock.patch.object(stario, "_stamp", lambda found: (next(count),)):
+            async with connected(self.app) as peer:
+                for name in ("style.css", asset("style.css")):
+                    answer = await within(peer.get(f"/static/{name}"))
+                    self.assertEqual(answer.body, (self.root / "style.css").read_bytes())
+                    self.assertEqual(answer.headers["cache-control"], "no-cache")
+
+    async def test_a_file_of_any_size_that_is_overwritten_does_not_come_as_complete(self) -> None:
+        """The client reads only afterwards: what waits in the kernel must not change either."""
+        for size in (300_000, 3_000_000, 30_000_000):
+            with self.subTest(size):
+                file = self.root / f"{size}.bin"
+                file.write_bytes(b"a" * size)
+                async with self.app.running() as server:
+                    peer = await Peer.connect(server.port)
+                    stop_reading(peer)
+                    path = f"/static/{asset(file.name)}"
+                    await peer.send(f"GET {path} HTTP/1.1\r\n{HOST}Connection: close\r\n\r\n")
+                    await until(
+                        lambda server=server: (
+                            self.spans.ended
+                            or [c for c in connections_of(server) if c._paused_writing]
+                        )
+                    )
+                    with file.open("r+b") as opened:
+                        opened.write(b"b" * size)
+                    read_again(peer)
+                    await within(peer.head())
+                    body = await within(peer.rest())
+                    self.assertTrue(len(body) < size or body == b"a" * size)
+                    await peer.close()
+
+    async def test_the_disk_fails_and_not_the_client(self) -> None:
+        async with connected(self.app) as peer:
+            path = f"/static/{asset('large.bin')}"
+            with (
+                mock.patch.object(stario, "_COPIED", 0),
+                mock.patch.object(os, "sendfile", side_effect=OSError(errno.EIO, "the disk")),
+            ):
+                await peer.send(f"GET {path} HTTP/1.1\r\n{HOST}\r\n")
+                await within(peer.head())
+                self.assertLess(len(await within(peer.rest())), len(self.large))
+        (span,) = self.spans.named(f"GET {path}")
+        self.assertIn("the disk", span.error or "")
+
+    async def test_a_system_without_sendfile_for_this_file_copies_it(self) -> None:
+        with (
+            mock.patch.object(stario, "_COPIED", 0),
+            mock.patch.object(os, "sendfile", side_effect=OSError(errno.EINVAL, "not here")),
+        ):
+            async with connected(self.app) as peer:
+                self.assertEqual((await self.get(peer, "large.bin")).body, self.large)
+
+    async def test_without_descriptors_a_file_is_not_missing_but_late(self) -> None:
+        async with connected(self.app) as peer:
+            paths = {name: f"/static/{asset(name)}" for name in ("style.css", "large.bin")}
+            await asyncio.sleep(0.06)  # then what is on disk has settled
+            asset("style.css")
+            for number in (errno.EMFILE, errno.ENFILE):
+                with mock.patch.object(stario, "_open_regular", side_effect=OSError(number, "")):
+                    self.assertEqual((await within(peer.get("/static/sub/a.txt"))).status, 503)
+                    self.assertEqual((await within(peer.get(paths["large.bin"]))).status, 503)
+                    self.assertEqual((await within(peer.get(paths["style.css"]))).status, 200)
+            self.assertEqual((await self.get(peer, "sub/a.txt")).status, 200)
+
+    async def test_a_large_file_is_hashed_once(self) -> None:
+        """By however many it is asked for at first, and however many small ones come after."""
+        old = time.time() - 100
+        os.utime(self.root / "large.bin", (old, old))
+        await asyncio.sleep(0.06)
+        real, hashed = hashlib.file_digest, []
+
+        def noted(*arguments: Any) -> Any:
+            hashed.append(threading.current_thread())
+            return real(*arguments)
+
+        with (
+            mock.patch.object(hashlib, "file_digest", noted),
+            mock.patch.object(stario, "_IN_MEMORY_TOTAL", 50_000),
+        ):
+            async with self.app.running() as server:
+                peers = [await Peer.connect(server.port) for _ in range(10)]
+                await asyncio.gather(*(within(one.get("/static/large.bin")) for one in peers))
+                for number in range(100):
+                    (self.root / f"{number}.txt").write_bytes(b"x" * number * 10)
+                    asset(f"{number}.txt")
+                for one in peers:
+                    self.assertEqual((await within(self.get(one, "large.bin"))).status, 200)
+                    await one.close()
+            files = stario._collections["static"]
+            self.assertLessEqual(files._held, 50_000)
+            kept = sum(file.size + 1024 for file in files._small.values())
+            self.assertEqual(files._held, kept)
+        self.assertEqual(len(hashed), 1)
+        self.assertIsNot(hashed[0], threading.main_thread())
+
+    async def test_types_agree_with_what_is_sent(self) -> None:
+        """RFC 9110, section 8.3: the type is that of the bytes once their coding is undone."""
+        wanted = {
+            "a.tar.gz": ("application/gzip", None),
+            "A.TGZ": ("application/gzip", None),
+            "page.html.gz": ("application/gzip", None),
+            "a.css.br": ("application/octet-stream", None),
+            "a.js.zst": ("application/zstd", None),
+            "a.txt.bz2": ("application/x-bzip2", None),
+            "packed.svgz": ("image/svg+xml", "gzip"),
+            "plain.svgz": ("image/svg+xml", None),
+            "data:,x.html": ("text/html; charset=utf-8", None),
+            "a.unknown-kind": ("application/octet-stream", None),
+        }
+        async with connected(self.app) as peer:
+            for name, (kind, coding) in wanted.items():
+                with self.subTest(name):
+                    packed = name.startswith("packed")
+                    (self.root / name).write_bytes(
+                        gzip.compress(b"<svg/>") if packed else b"<svg/>"
+                    )
+                    answer = await self.get(peer, name)
+                    self.assertEqual(answer.headers["content-type"], kind)
+                    self.assertEqual(answer.headers.get("content-encoding"), coding)
+
+    def test_threads_may_ask_while_the_collector_asks_too(self) -> None:
+        """`asset` in a `__del__` may come between any two steps of another `asset`."""
+        for number in range(300):
+            (self.root / f"{number}.txt").write_text("x" * number)
+        failed: list[BaseException] = []
+
+        class Asks:
+            def __del__(self) -> None:
+                asset("7.txt")
+
+        def work(first: int) -> None:
+            try:
+                for step in range(300):
+                    knot = Asks()
+                    knot.me = knot  # type: ignore[attr-defined]
+                    del knot
+                    asset(f"{(first + step) % 300}.txt")
+            except BaseException as exc:
+                failed.append(exc)
+
+        with (
+            mock.patch.object(stario, "_IN_MEMORY_TOTAL", 20_000),
+            mock.patch.object(stario, "_TICK", -(10**18)),
+            restless(),
+        ):
+            in_threads(*(functools.partial(work, 50 * number) for number in range(4)))
+        self.assertEqual(failed, [])
+
     async def test_without_sendfile_it_works_as_well(self) -> None:
         with mock.patch.object(os, "sendfile", create=True):
             del os.sendfile
@@ -7191,6 +7549,146 @@ class TestAssets(HttpTest):
                 self.assertEqual((await self.get(peer, "large.bin")).body, self.large)
                 part = await self.get(peer, "large.bin", Range="bytes=5-900000")
                 self.assertEqual(part.body, self.large[5:900001])
+
+
+@contextmanager
+def restless() -> Iterator[None]:
+    """Threads change places after every few bytecodes, and the collector runs all the time."""
+    usual, interval = gc.get_threshold(), sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    gc.set_threshold(3)
+    try:
+        yield
+    finally:
+        gc.set_threshold(*usual)
+        sys.setswitchinterval(interval)
+        gc.collect()
+
+
+def in_threads(*work: Callable[[], object]) -> None:
+    """Call these at the same time; one that hangs is an error."""
+    threads = [threading.Thread(target=one, daemon=True) for one in work]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+        assert not thread.is_alive(), "a thread hangs"
+
+
+class TestDownloads(HttpTest):
+    """`w.file`."""
+
+    def setUp(self) -> None:
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.root = Path(folder.name)
+        self.large = os.urandom(1_000_000)
+        (self.root / "large.bin").write_bytes(self.large)
+        (self.root / "small.csv").write_text("a;b\n" * 100)
+        self.spans = Spans()
+        self.app = Stario(self.spans)
+        self.after: list[str] = []
+
+    def download(self, source: Any, *, wait: bool = False, **options: Any) -> None:
+        async def handler(c: Context, w: Writer) -> None:
+            sending = w.file(source, **options)
+            if wait:
+                await sending
+            self.after.append("goes on")
+
+        self.app.handle("GET", "/x", handler)
+        self.app.handle("POST", "/x", handler)
+
+    async def test_a_path_or_bytes_with_or_without_waiting(self) -> None:
+        cases = {
+            "small": (self.root / "small.csv", (self.root / "small.csv").read_bytes()),
+            "large": (str(self.root / "large.bin"), self.large),
+            "bytes": (b"12345", b"12345"),
+            "empty": (b"", b""),
+        }
+        for name, (source, wanted) in cases.items():
+            for wait in (False, True):
+                with self.subTest(name, wait=wait):
+                    self.fresh_app()
+                    self.download(source, wait=wait)
+                    async with connected(self.app) as peer:
+                        for method in ("GET", "POST", "GET"):
+                            answer = await within(peer.get("/x", method))
+                            self.assertEqual((answer.status, answer.body), (200, wanted))
+                        head = await within(peer.get("/x", "HEAD"))
+                        self.assertEqual(head.headers["content-length"], str(len(wanted)))
+                        self.assertEqual((await within(peer.get("/x"))).body, wanted)
+                    self.assertEqual(self.after, ["goes on"] * 5)
+
+    def fresh_app(self) -> None:
+        self.app, self.after = Stario(self.spans), []
+
+    async def test_parts_and_validators(self) -> None:
+        for source in (self.root / "large.bin", self.large):
+            self.fresh_app()
+            self.download(source)
+            async with connected(self.app) as peer:
+                tag = (await within(peer.get("/x"))).headers["etag"]
+                part = await within(peer.get("/x", Range="bytes=5-9", If_Range=tag))
+                self.assertEqual((part.status, part.body), (206, self.large[5:10]))
+                self.assertEqual((await within(peer.get("/x", If_None_Match=tag))).status, 304)
+                self.assertEqual((await within(peer.get("/x", If_Match='"y"'))).status, 412)
+                self.assertEqual((await within(peer.get("/x", Range="bytes=9999999-"))).status, 416)
+                posted = await within(peer.get("/x", "POST", Range="bytes=5-9", If_None_Match=tag))
+                self.assertEqual((posted.status, posted.body), (200, self.large))
+
+    async def test_it_is_saved_under_the_name_that_is_given(self) -> None:
+        """RFC 6266 and RFC 8187: in ASCII for all, in UTF-8 for those that know it."""
+        names = {
+            "a b.csv": 'attachment; filename="a b.csv"',
+            "Übersicht €.csv": 'attachment; filename="_bersicht _.csv"; '
+            "filename*=UTF-8''%C3%9Cbersicht%20%E2%82%AC.csv",
+            'a"; x="\\.csv': 'attachment; filename="a_; x=__.csv"; '
+            "filename*=UTF-8''a%22%3B%20x%3D%22%5C.csv",
+        }
+        for name, wanted in names.items():
+            with self.subTest(name):
+                self.fresh_app()
+                self.download(b"x", filename=name, status=201)
+                async with connected(self.app) as peer:
+                    answer = await within(peer.get("/x"))
+                    self.assertEqual(answer.headers["content-disposition"], wanted)
+                    self.assertEqual(answer.headers["content-type"], "text/csv; charset=utf-8")
+                    self.assertEqual(answer.status, 201)
+
+    async def test_what_cannot_be_sent(self) -> None:
+        for source, options, status in (
+            (self.root / "missing", {}, 404),
+            (self.root, {}, 404),
+            (b"x", {"filename": "a\r\nb"}, 500),
+        ):
+            with self.subTest(source):
+                self.fresh_app()
+                self.download(source, **options)
+                async with connected(self.app) as peer:
+                    self.assertEqual((await within(peer.get("/x"))).status, status)
+
+    async def test_it_is_one_answer_and_cut_off_if_the_handler_fails(self) -> None:
+        async def twice(c: Context, w: Writer) -> None:
+            w.file(self.root / "large.bin")
+            w.text("again")
+
+        self.app.get("/twice", twice)
+        async with connected(self.app) as peer:
+            await peer.send(f"GET /twice HTTP/1.1\r\n{HOST}\r\n")
+            await within(peer.head())
+            self.assertEqual(await within(peer.rest()), b"")
+        self.assertIn("answered already", self.spans.named("GET /twice")[0].error or "")
+
+    async def test_it_is_compressed_as_other_answers_are(self) -> None:
+        self.download(self.root / "small.csv")
+        async with connected(self.app) as peer:
+            answer = await within(peer.get("/x", Accept_Encoding="gzip"))
+            self.assertEqual(answer.headers["content-encoding"], "gzip")
+            self.assertEqual(gzip.decompress(answer.body), b"a;b\n" * 100)
+            tag = answer.headers["etag"]
+            again = await within(peer.get("/x", Accept_Encoding="gzip", If_None_Match=tag))
+            self.assertEqual(again.status, 304)
 
 
 def _open_files() -> int:
