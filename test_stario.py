@@ -7406,6 +7406,7 @@ class TestAssets(HttpTest):
             with self.subTest(size):
                 file = self.root / f"{size}.bin"
                 file.write_bytes(b"a" * size)
+                self.spans.ended.clear()
                 async with self.app.running() as server:
                     peer = await Peer.connect(server.port)
                     stop_reading(peer)
@@ -7420,7 +7421,7 @@ class TestAssets(HttpTest):
                     with file.open("r+b") as opened:
                         opened.write(b"b" * size)
                     read_again(peer)
-                    await within(peer.head())
+                    self.assertIn("immutable", (await within(peer.head())).headers["cache-control"])
                     body = await within(peer.rest())
                     self.assertTrue(len(body) < size or body == b"a" * size)
                     await peer.close()
