@@ -57,6 +57,7 @@ import os
 import queue
 import random
 import re
+import select
 import signal
 import socket
 import stat
@@ -2438,6 +2439,7 @@ def _resolve(waiters: list[asyncio.Future[None]]) -> None:
 
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, section 5.6.2
 _BAD_VALUE = re.compile(r"[^\t\x20-\x7e\x80-\xff]")  # section 5.5
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class _Missing(HttpException, KeyError):
@@ -2588,8 +2590,12 @@ def _text(value: str | bytes) -> str:
 
 def _field(name: str | bytes, value: str | bytes | int) -> tuple[str, str]:
     """Check a header field and bring it into the form in which it is kept."""
+    if not isinstance(value, (str, bytes, int)):
+        raise StarioError(f"the value of {name!r} is text, not {type(value).__name__}")
     key = _text(name).lower()
     text = str(value) if isinstance(value, int) else _text(value).strip(" \t")
+    if not text.isascii():  # half an emoji is replaced, as in all text
+        text = _SURROGATE.sub("?", text)
     if not _TOKEN.fullmatch(key):
         raise StarioError(f"{name!r} cannot be the name of a header field")
     if _BAD_VALUE.search(text):
@@ -2633,32 +2639,83 @@ def _parse_pairs(text: str) -> list[tuple[str, str]]:
         raise HttpException(400, f"more than {_MAX_FORM_FIELDS} parameters") from None
 
 
+_MAX_PART_HEAD, _MAX_PART_FIELDS = 8 * 1024, 20  # bytes and header fields of a part of a form
+_CHARSET = re.compile(  # those that browsers know (Encoding standard): other codecs are no charsets
+    r"utf-?8|us-ascii|iso-8859-\d+|windows-\d+|koi8-[ru]|macintosh|ibm866|big5|gbk|gb2312|gb18030"
+    r"|euc-(jp|kr)|shift_jis|iso-2022-jp|utf-16(le|be)?",
+    re.IGNORECASE,
+)
+
+
 def _parse_multipart(body: bytes, content_type: str) -> Form:
     """multipart/form-data (RFC 7578). The parts are in memory already: `max_body` bounds them."""
     boundary = _parameters(content_type).get("boundary", "")
     if not boundary or len(boundary) > 70:
         raise HttpException(400, "a multipart form needs a boundary of 1 to 70 characters")
+    form, texts = Form(), []
     delimiter = b"\r\n--" + boundary.encode("latin-1", "replace")
-    _, *parts = (b"\r\n" + body).split(delimiter)
-    if not parts or not parts[-1].startswith(b"--"):
-        raise HttpException(400, "the multipart form is cut off: its last boundary is missing")
-    if len(parts) > _MAX_FORM_FIELDS:
-        raise HttpException(400, f"more than {_MAX_FORM_FIELDS} parts")
-    form = Form()
-    for part in parts[:-1]:
-        head, found, content = part.lstrip(b" \t").partition(b"\r\n\r\n")
-        lines = (line.partition(":") for line in head.decode("utf-8", "replace").split("\r\n"))
-        fields = {name.strip().lower(): value.strip() for name, _, value in lines}
-        disposition = _parameters(fields.get("content-disposition", ""))
-        if not found or "name" not in disposition:
-            raise HttpException(400, "a part of the multipart form has no name")
-        name = disposition["name"]
-        if "filename" in disposition:
-            kind = fields.get("content-type", "application/octet-stream")
-            form.files.setdefault(name, []).append(FormFile(disposition["filename"], kind, content))
-        else:
-            form._fields.setdefault(name, []).append(content.decode("utf-8", "replace"))
+    for number, part in enumerate(_parts(b"\r\n" + body, delimiter), 1):
+        if number > _MAX_FORM_FIELDS:
+            raise HttpException(400, f"more than {_MAX_FORM_FIELDS} parts")
+        name, filename, kind, content = _read_part(part)
+        if filename is None:
+            texts.append((name, kind, content))
+        elif filename or content:  # a file field that was left empty has a part, too
+            form.files.setdefault(name, []).append(FormFile(filename, kind, content))
+    usual = next((text.decode("latin-1") for name, _, text in texts if name == "_charset_"), "")
+    for name, kind, content in texts:
+        text = _decode_text(content, _parameters(kind).get("charset") or usual or "utf-8")
+        form._fields.setdefault(name, []).append(text)
     return form
+
+
+def _parts(body: bytes, delimiter: bytes) -> Iterator[bytes]:
+    """The parts of a multipart body (RFC 2046, section 5.1.1), each from the CRLF before its head.
+
+    A delimiter is a line of its own. A line that only begins like one is content.
+    """
+    start, at = -1, 0
+    while (found := body.find(delimiter, at)) >= 0:
+        at = found + len(delimiter)
+        end = body.find(b"\r\n", at)
+        rest = body[at : end if end >= 0 else len(body)].rstrip(b" \t")
+        if rest in (b"", b"--"):
+            if start >= 0:
+                yield body[start:found]
+            if rest:
+                return
+            start = end
+        if end < 0:
+            break
+        at = end
+    raise HttpException(400, "the multipart form is cut off: its last boundary is missing")
+
+
+def _read_part(part: bytes) -> tuple[str, str | None, str, bytes]:
+    """Its name, file name, content type and content."""
+    end = part.find(b"\r\n\r\n", 0, _MAX_PART_HEAD)
+    if end < 0 or part.count(b"\r\n", 0, end) > _MAX_PART_FIELDS:
+        raise HttpException(400, "the head of a part of the form has no end, or too much in it")
+    lines = (line.partition(":") for line in part[:end].decode("utf-8", "replace").split("\r\n"))
+    fields = {name.strip(" \t").lower(): value.strip(" \t") for name, _, value in lines}
+    disposition = _parameters(fields.get("content-disposition", ""))
+    if "name" not in disposition:
+        raise HttpException(400, "a part of the multipart form has no name")
+    filename = disposition.get("filename")
+    if "filename*" in disposition:  # not allowed here (RFC 7578, section 4.2), but sent by some
+        charset, _, escaped = disposition["filename*"].partition("'")
+        filename = _decode_text(unquote_to_bytes(escaped.partition("'")[2]), charset or "utf-8")
+    kind = fields.get("content-type", "text/plain" if filename is None else "")
+    return disposition["name"], filename, kind or "application/octet-stream", part[end + 4 :]
+
+
+def _decode_text(content: bytes, charset: str) -> str:
+    try:
+        if _CHARSET.fullmatch(charset):
+            return content.decode(charset, "replace")
+    except LookupError:
+        pass
+    raise HttpException(400, f"the form has an unknown charset: {charset[:40]!r}")
 
 
 _PARAMETER = re.compile(r';\s*+([^\s=;"]++)\s*+=\s*+(?:"((?:[^"\\]++|\\.)*+)"|([^;]*+))')
@@ -2797,12 +2854,18 @@ class Request:
 
     @cached_property
     def cookies(self) -> dict[str, str]:
-        """The cookies by name (RFC 6265, section 4.2), percent-decoded; the first one counts."""
+        """The cookies by name (RFC 6265, section 4.2), percent-decoded; the first one counts.
+
+        Around a name nothing but blanks and tabs goes: any subdomain may set `\\xa0__Host-id`.
+        """
         cookies: dict[str, str] = {}
         for pair in ";".join(self.headers.getlist("cookie")).split(";"):
             name, equals, value = pair.partition("=")
             if equals:
-                cookies.setdefault(name.strip(), unquote(value.strip().strip('"')))
+                value = value.strip(" \t")
+                if len(value) > 1 and value[0] == value[-1] == '"':
+                    value = value[1:-1]
+                cookies.setdefault(name.strip(" \t"), unquote(value))
         return cookies
 
     @cached_property
@@ -3220,13 +3283,15 @@ def _weight(parameters: str) -> float:
 
 
 _COMPRESSIBLE = re.compile(
-    r"text/|application/(json|javascript|xml|wasm|manifest\+json|[\w.-]+\+(json|xml)\b)"
-    r"|image/svg\+xml|image/bmp|font/(ttf|otf)",
+    r"text/|application/(json|[\w.-]+\+(json|xml|yaml)\b|(x-)?(javascript|ndjson|yaml|toml|sh|tar)"
+    r"|json-seq|jsonl(ines)?|xml|xml-dtd|wasm|graphql|sql|rtf|postscript|x-www-form-urlencoded"
+    r"|vnd\.ms-fontobject|x-font-(ttf|otf)|geo\+json)"
+    r"|image/(svg\+xml|bmp|x-ms-bmp|vnd\.microsoft\.icon|x-icon)|font/(ttf|otf|collection|sfnt)"
+    r"|model/(gltf\+json|obj|stl)|message/|audio/(wav|x-wav|midi)",
     re.IGNORECASE,
 )
 
 
-@lru_cache(maxsize=512)
 def _is_compressible(content_type: str) -> bool:
     return _COMPRESSIBLE.match(content_type) is not None
 
@@ -3272,9 +3337,18 @@ _DESCRIPTIONS = (
     "accept-ranges", "age", "cache-control", "cdn-cache-control", "expires", "pragma", "location",
     "refresh", "link",
 )  # fmt: skip
+_KEPT_TEXT = 256  # characters of a client's text that are worth keeping beyond its request
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _REDIRECT_SAFE = "!#$%&'()*+,-./:;=?@[]_~"
 _COOKIE_SAFE = "!#$&'()*+-./:<=>?@[]^_`{|}~"  # RFC 6265, section 4.1.1, but for "%"
+
+
+def _bytes(data: bytes) -> bytes:
+    if type(data) is bytes:
+        return data
+    if not isinstance(data, (bytes, bytearray, memoryview)):
+        raise StarioError(f"bytes are needed, not {type(data).__name__}; w.text() answers text")
+    return bytes(data)  # what can still be changed is copied
 
 
 def _check_target(url: str, status: int) -> None:
@@ -3282,6 +3356,27 @@ def _check_target(url: str, status: int) -> None:
         raise StarioError(f"{status} is no redirect: 301, 302, 303, 307 or 308")
     if _CONTROL.search(url):
         raise StarioError(f"{url!r} cannot be a redirect's target: it holds control characters")
+
+
+class CookieOptions(TypedDict, total=False):
+    """What `w.cookie` takes beside name and value."""
+
+    max_age: int | None
+    expires: datetime | None
+    path: str
+    domain: str | None
+    secure: bool
+    httponly: bool
+    samesite: str | None
+    partitioned: bool
+
+
+def _ascii_domain(domain: str) -> str:
+    """As it stands in DNS (IDNA)."""
+    try:
+        return domain.removeprefix(".").encode("idna").decode("ascii")
+    except UnicodeError:
+        raise StarioError(f"{domain!r} cannot be the domain of a cookie") from None
 
 
 class Writer:
@@ -3331,15 +3426,20 @@ class Writer:
 
     def respond(self, body: bytes, content_type: str, status: int = 200) -> None:
         """Answer with these bytes. A second answer is a StarioError."""
-        self._answer(status, _content(content_type), body)
+        content = _content if len(content_type) <= _KEPT_TEXT else _content.__wrapped__
+        self._answer(status, content(content_type), _bytes(body))
 
     def html(self, node: object, status: int = 200) -> None:
         """Answer with a page: an element, or anything that can stand in one."""
+        if isinstance(node, Mapping):
+            raise StarioError("w.html takes elements, not a dict: w.json answers with one")
         text = node if type(node) is SafeString else render(node)
         self._answer(status, _HTML, text.encode("utf-8", "replace"))
 
     def text(self, text: str, status: int = 200) -> None:
         """Answer with plain text."""
+        if not isinstance(text, str):
+            raise StarioError(f"w.text takes a str, not {type(text).__name__}")
         self._answer(status, _TEXT, text.encode("utf-8", "replace"))
 
     def json(self, obj: object, status: int = 200) -> None:
@@ -3483,24 +3583,26 @@ class Writer:
 
     def write_headers(self, status: int) -> Writer:
         """Send the status and `headers`; the body follows by `write` and `end`."""
-        declared = self.headers.get("content-length")
-        if declared is not None and not re.fullmatch("[0-9]{1,18}", declared):
-            raise StarioError(f"{declared!r} cannot be a Content-Length")
+        lengths = self.headers.getlist("content-length")
+        if lengths and (len(lengths) > 1 or not re.fullmatch("[0-9]{1,18}", lengths[0])):
+            raise StarioError(f"{', '.join(lengths)!r} cannot be a Content-Length")
+        declared = lengths[0] if lengths else None
         self._start(status)
         # A 204 has no Content-Length (RFC 9110, section 8.6).
         fields = self._own_fields(b"", keep_length=status != 204)
         if declared is not None:
             self._remaining = int(declared)
-        elif _is_compressible(self.headers.get("content-type") or ""):
-            fields = self._compressed_stream(fields)
         bodiless = status in _BODILESS or self._request.method == "HEAD"
+        if declared is None and _is_compressible(self.headers.get("content-type") or ""):
+            fields = self._compressed_stream(fields)
         if bodiless:
-            self._remaining = None
+            self._remaining = self._compressor = None
         self._carrier.begin(status, fields, unsized=declared is None and not bodiless)
         return self
 
     def write(self, data: bytes) -> Writer:
         """Send some of the body. After a disconnect it is dropped without an error."""
+        data = _bytes(data)
         if not self.started:
             self.write_headers(200)
         if self.completed:
@@ -3513,6 +3615,7 @@ class Writer:
     def end(self, data: bytes | None = None) -> None:
         """Complete the answer, with some last bytes if you like. Once it is complete, nothing."""
         if data is not None:
+            data = _bytes(data)
             if not self.started and "content-length" not in self.headers:
                 self.headers.set("content-length", len(data))
             self.write(data)
@@ -3565,18 +3668,25 @@ class Writer:
         """
         if not _TOKEN.fullmatch(name):
             raise StarioError(f"{name!r} cannot be the name of a cookie")
-        if _CONTROL.search(value):
-            raise StarioError(f"the value of the cookie {name!r} holds control characters")
+        if not isinstance(value, str) or _CONTROL.search(value):
+            raise StarioError(f"the value of the cookie {name!r} is no text without controls")
         if samesite is not None and samesite.lower() not in ("lax", "strict", "none"):
             raise StarioError(f"samesite is lax, strict or none, not {samesite!r}")
         for given in (path, domain or ""):
             if _CONTROL.search(given) or ";" in given:
                 raise StarioError(f"{given!r} cannot be the path or domain of a cookie")
+        prefix = name.lower().partition("-")[0]
+        if prefix == "__host" and (path != "/" or domain):
+            raise StarioError(f"{name!r} says: this host and all of it. Leave path and domain out")
+        # Without it, browsers take none of these (RFC 6265bis, sections 4.1.3 and 5.6).
+        secure |= prefix in ("__host", "__secure") or partitioned
+        secure |= (samesite or "").lower() == "none"
+        path = quote(path, safe=_REDIRECT_SAFE + "%", errors="replace")
         pieces = [
-            f"{name}={quote(value, safe=_COOKIE_SAFE)}",
+            f"{name}={quote(value, safe=_COOKIE_SAFE, errors='replace')}",
             f"Max-Age={int(max_age)}" if max_age is not None else "",
             f"Expires={_http_date(expires.timestamp())}" if expires else "",
-            f"Domain={domain}" if domain else "",
+            f"Domain={_ascii_domain(domain)}" if domain else "",
             f"Path={path}" if path else "",
             "Secure" if secure else "",
             "HttpOnly" if httponly else "",
@@ -3585,9 +3695,10 @@ class Writer:
         ]
         self.headers.add("set-cookie", "; ".join(filter(None, pieces)))
 
-    def delete_cookie(self, name: str, *, path: str = "/", domain: str | None = None) -> None:
-        """Ask the client to forget a cookie; path and domain as it was set."""
-        self.cookie(name, "", max_age=0, path=path, domain=domain)
+    def delete_cookie(self, name: str, **options: Unpack[CookieOptions]) -> None:
+        """Ask the client to forget a cookie. Give what it was set with: only that one matches."""
+        options["max_age"], options["expires"] = 0, datetime.fromtimestamp(0, timezone.utc)
+        self.cookie(name, "", **options)
 
     @typing.overload
     def alive(
@@ -3687,8 +3798,11 @@ class Writer:
             return None
         if b"no-transform" in fields:
             return None
-        accepted = self._request.headers.get("accept-encoding")
-        return _choose_coding(accepted, self._compression, streaming) if accepted else None
+        accepted = ",".join(self._request.headers.getlist("accept-encoding"))
+        if not accepted:
+            return None
+        choose = _choose_coding if len(accepted) <= _KEPT_TEXT else _choose_coding.__wrapped__
+        return choose(accepted, self._compression, streaming)
 
     def _compressed(self, body: bytes, fields: bytes) -> tuple[bytes, bytes]:
         coding = self._coding_for(fields)
@@ -3773,7 +3887,8 @@ class Writer:
             self._timer = None
             return
         self._carrier.check_peer(seconds)
-        if not self.started and "text/event-stream" in (self._request.headers.get("accept") or ""):
+        accepted = ",".join(self._request.headers.getlist("accept"))
+        if not self.started and "text/event-stream" in accepted:
             self._begin_events()  # the client, and proxies on the way, wait for a sign of life
         if self._sse and self._writes == writes:
             self.write(b":\n\n")
@@ -5225,6 +5340,7 @@ class Limits:
     max_target: int = 32 * 1024  # its target (a GET has its signals there); beyond: 414
     max_buffer: int = 16 * 1024 * 1024  # of an answer that a client does not take; then cut off
     max_connections: int = 10_000  # at once; beyond: 503
+    max_handlers: int = 1000  # more than there are connections; then the next request waits
 
 
 _HIGH_WATER = 64 * 1024  # bytes kept of a body, or of later requests, before the client has to wait
@@ -5287,7 +5403,7 @@ def _parse_request_line(line: bytes) -> RequestLine:
     parsed = RequestLine(method.decode("ascii"), target.decode("ascii"), minor == b"0")
     if len(_request_lines) >= 256:
         _request_lines.clear()
-    if len(line) <= 1024:
+    if len(line) <= _KEPT_TEXT:
         _request_lines[line] = parsed
     return parsed
 
@@ -5345,12 +5461,20 @@ class _ReceivedHeaders(Headers):
         return _split_fields(self._block)
 
 
+# What browsers send in UTF-8, whatever is usual for fields (HTML standard, 9.2.4, and cookies that
+# a script has set).
+_UTF_8_FIELDS = {"cookie", "last-event-id"}
+
+
 def _split_fields(block: bytes) -> dict[str, list[str]]:
     """Well-formed field lines as a dict."""
     fields: dict[str, list[str]] = {}
     for line in filter(None, block.decode("latin-1").split("\r\n")):
         name, _, value = line.partition(":")
         fields.setdefault(name.lower(), []).append(value.strip(" \t"))
+    if not block.isascii():
+        for name in _UTF_8_FIELDS & fields.keys():
+            fields[name] = [v.encode("latin-1").decode("utf-8", "replace") for v in fields[name]]
     return fields
 
 
@@ -5510,11 +5634,12 @@ class Connection(asyncio.Protocol):
         connections.add(self)
         if self._worker.stopping:
             self._deadline = self._worker.idle_deadline
-        self._busy = len(connections) > self._worker.max_connections
+        self._busy = len(connections) > self._worker.limits.max_connections
 
     def connection_lost(self, exc: Exception | None) -> None:
         """It has gone, or we have closed: wake everybody who waits for it."""
         self._worker.connections.discard(self)
+        self._worker.waiting.discard(self)
         self._ended = self.disconnected = True
         self._end_scopes()
         self._resume_drains()
@@ -5581,7 +5706,13 @@ class Connection(asyncio.Protocol):
                         break
                     if not self._answering:
                         self._become_idle()
-                elif self._answering or self._paused_writing or not self._read_head():
+                elif self._answering or self._paused_writing:
+                    break
+                elif self._worker.crowded:
+                    self._deadline = _NEVER
+                    self._worker.waiting.add(self)
+                    break
+                elif not self._read_head():
                     break
                 if self._buffer and self._transport.is_closing():
                     break  # the client went while we answered: leave its other requests
@@ -5669,7 +5800,9 @@ class Connection(asyncio.Protocol):
         found = tuple(_FRAMING_FIELDS.findall(block))
         if len(block) > _KEPT_HEAD:
             return headers, _Framing(found)
-        self._block, self._headers, self._framing = block, headers, _framing(found)
+        self._block, self._headers = block, headers
+        keep = sum(len(value) for _, value in found) <= _KEPT_TEXT
+        self._framing = (_framing if keep else _Framing)(found)
         return headers, self._framing
 
     def _use(self, upto: int) -> None:
@@ -5720,7 +5853,7 @@ class Connection(asyncio.Protocol):
             handling = worker.app.dispatch(request, self)
             task = _spawn(handling, worker.loop, worker.context.copy())
             if not task.done():
-                _keep(task, worker.tasks)
+                worker.keep(task)
 
     def _normalise(
         self, line: RequestLine, headers: Headers, framing: _Framing
@@ -6022,7 +6155,8 @@ class Connection(asyncio.Protocol):
             self._transport.close()
             return
         if self._transport.can_write_eof():  # TLS cannot: there the client reads "close", and goes
-            self._transport.write_eof()
+            with suppress(OSError):  # it has gone already
+                self._transport.write_eof()
         if self._paused_reading:
             self._transport.resume_reading()
 
@@ -6033,6 +6167,8 @@ class Connection(asyncio.Protocol):
         if now >= self._deadline:
             self._deadline = _NEVER
             self._timed_out()
+        if self._paused_reading and not self._ended:
+            self._look_for_peer()
         unsent = self._transport.get_write_buffer_size()
         if unsent == 0 and not self._paused_writing:
             self._stalled_since = 0.0
@@ -6042,6 +6178,20 @@ class Connection(asyncio.Protocol):
         elif now - self._stalled_since >= self._limits.write_timeout:
             self._worker.note_refusal(self, HttpException(408, "the answer was not taken"))
             self._transport.abort()
+
+    def _look_for_peer(self) -> None:
+        """While nothing is read, a loop does not tell that the client has gone. The system does."""
+        connection = self._transport.get_extra_info("socket")
+        if connection is None or not hasattr(select, "poll"):  # Windows
+            return
+        poll, half = select.poll(), getattr(select, "POLLRDHUP", 0)  # (that one is Linux's)
+        poll.register(connection.fileno(), half)
+        found = poll.poll(0)
+        if found and found[0][1] & ~half:  # it has reset the connection
+            self._transport.abort()
+        elif found and not self.disconnected:  # behind what is unread it has closed its side
+            self.disconnected = True
+            self._end_scopes()
 
     def _timed_out(self) -> None:
         if self._ended:
@@ -6423,17 +6573,18 @@ class Worker:
         app: Stario,
         loop: asyncio.AbstractEventLoop,
         limits: Limits,
-        max_connections: int,
         proxies: TrustedProxies | None = None,
     ) -> None:
+        """With its share of the server's limits."""
         self.app = app
         self.proxies = proxies
         self.loop = loop
         self.limits = limits
-        self.max_connections = max_connections
         self.connections: set[Connection] = set()
         self.arriving: set[asyncio.Task[None]] = set()  # accepted; before a connection comes TLS
         self.tasks: set[asyncio.Task[None]] = set()  # handlers under way
+        self.crowded = False  # there are as many of them as may be
+        self.waiting: set[Connection] = set()  # for some of them to end
         self.stopping = False  # every answer says "connection: close", streams end
         self.deadline = _NEVER  # when stopping: the time at which all is cut off
         self.ended = False  # its loop is to end
@@ -6449,7 +6600,7 @@ class Worker:
 
     def adopt(self, accepted: socket.socket, tls: ssl_module.SSLContext | None) -> None:
         """Take over a connection that has been accepted, if there is any room for it."""
-        if len(self.connections) + len(self.arriving) >= self.max_connections + _TOLD_BUSY:
+        if len(self.connections) + len(self.arriving) >= self.limits.max_connections + _TOLD_BUSY:
             accepted.close()
             return
         _keep(self.loop.create_task(self._adopt(accepted, tls)), self.arriving)
@@ -6464,6 +6615,28 @@ class Worker:
             )
         except (OSError, asyncio.CancelledError):  # no TLS after all, or gone already
             accepted.close()
+
+    def keep(self, task: asyncio.Task[None]) -> None:
+        """Hold a handler that is under way.
+
+        Each connection has one that answers, and any number that go on after their answer: of
+        these there is a bound, `max_handlers`, for all together.
+        """
+        self.tasks.add(task)
+        task.add_done_callback(self._let_go)
+        self.crowded |= len(self.tasks) >= len(self.connections) + self.limits.max_handlers
+
+    def _let_go(self, task: asyncio.Task[None]) -> None:
+        self.tasks.discard(task)
+        # Not as soon as one has ended: all that wait are woken, and that should be worth it.
+        if (
+            self.crowded
+            and len(self.tasks) < len(self.connections) + 0.9 * self.limits.max_handlers
+        ):
+            self.crowded = False
+            waiting, self.waiting = self.waiting, set()
+            for connection in waiting:
+                self.loop.call_soon(connection._advance_later)
 
     def note_refusal(self, connection: Connection, exc: HttpException) -> None:
         """Put into the trace what no handler got to see."""
@@ -6573,6 +6746,9 @@ def _last_line(timestamp: float) -> bytes:
     return f"date: {_http_date(timestamp)}\r\n\r\n".encode("ascii")
 
 
+_LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+
+
 class Server:
     """A server for an app: `await start()`, `await stop()`; `url` and `port` say where it is.
 
@@ -6614,6 +6790,7 @@ class Server:
         self._unix_mode = unix_mode
         self._unix_file: os.stat_result | None = None  # the file that we have made there
         self._ssl = ssl
+        self._bound = ""  # the address of the last socket
         self._reuse_port = reuse_port
         self._backlog = backlog
         self._graceful_timeout = graceful_timeout
@@ -6627,6 +6804,10 @@ class Server:
                 raise StarioError(f"{name} is {value!r}: a whole number from {least} up is needed")
         if not isinstance(graceful_timeout, (int, float)) or not graceful_timeout >= 0:
             raise StarioError(f"graceful_timeout is {graceful_timeout!r}: seconds are needed")
+        if not isinstance(host, str):
+            raise StarioError(f'host is {host!r}: text is needed, "" for all addresses')
+        if ssl is not None and not hasattr(ssl, "wrap_bio"):
+            raise StarioError(f"ssl is {ssl!r}: an ssl.SSLContext is needed")
         if sock is not None and not isinstance(sock, socket.socket):
             raise StarioError(f"sock is {sock!r}: a socket.socket is needed")
         if self._unix_socket and not hasattr(socket, "AF_UNIX"):
@@ -6647,7 +6828,8 @@ class Server:
         """The address to open, without a slash at its end."""
         if self._unix_socket:
             return f"unix:{self._unix_socket}"
-        host = f"[{self.host}]" if ":" in self.host else self.host
+        host = _LOOPBACK.get(self._bound, self.host)  # "all addresses" is none to open
+        host = f"[{host}]" if ":" in host else host
         return f"{'https' if self._ssl else 'http'}://{host}:{self.port}"
 
     # -- Starting
@@ -6669,8 +6851,13 @@ class Server:
             self._watch(listening)
 
     def _worker_on(self, loop: asyncio.AbstractEventLoop) -> Worker:
-        share = -(-self._limits.max_connections // self._count)
-        return Worker(self.app, loop, self._limits, share, self._proxies)
+        limits, count = self._limits, self._count
+        share = dataclasses.replace(
+            limits,
+            max_connections=-(-limits.max_connections // count),
+            max_handlers=-(-limits.max_handlers // count),
+        )
+        return Worker(self.app, loop, share, self._proxies)
 
     async def _start_thread(self, name: str) -> Worker:
         """A worker with a thread, in which its loop is made: on Windows a loop of the main thread
@@ -6726,6 +6913,7 @@ class Server:
         address = self._sockets[0].getsockname()
         if isinstance(address, tuple):
             self.host, self.port = address[:2]
+            self._bound = self.host
         else:
             self._unix_socket = os.fsdecode(address)
 
@@ -6750,7 +6938,8 @@ class Server:
             if family == socket.AF_INET6:
                 listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             listening.bind((address[0], self.port, *address[2:]))
-            self.port = listening.getsockname()[1]  # port 0: the same one for all addresses
+            # Port 0: the same one for all addresses.
+            self._bound, self.port = listening.getsockname()[:2]
 
     def _bind_unix(self, path: str) -> None:
         """Listen under a name of our own, then give it the path: nobody finds it too early."""
@@ -7016,7 +7205,7 @@ class _Exchange:
         self.timeout = timeout
         self.failures: list[BaseException] = []  # of its handler
         loop = asyncio.get_running_loop()
-        self.worker = Worker(client.app, loop, client.limits, max_connections=1)
+        self.worker = Worker(client.app, loop, client.limits)
         if client.raise_errors:
             self.worker.context.run(_failures.set, self.failures)
 
@@ -7235,7 +7424,7 @@ class _Jar:
             self._cookies.pop(name, None)
         path = path.partition("?")[0].rstrip("/") + "/"
         sent = [
-            f"{name}={quote(value)}"
+            f"{name}={quote(value, errors='replace')}"
             for name, value in self._cookies.items()
             if path.startswith(self._rules.get(name, (0.0, "/"))[1].rstrip("/") + "/")
         ]
@@ -7274,10 +7463,12 @@ def _multipart(
 ) -> tuple[bytes, str]:
     """A form with files as a body, and its content type (RFC 7578)."""
     boundary = os.urandom(16).hex()
-    parts = [(f'"{name}"', str(value).encode()) for name, value in form.items()]
+    parts = [(f'"{name}"', str(value).encode("utf-8", "replace")) for name, value in form.items()]
     parts += [(f'"{name}"; filename="{file[0]}"', file[1]) for name, file in files.items()]
     lines = [
-        f"--{boundary}\r\ncontent-disposition: form-data; name={name}\r\n\r\n".encode()
+        f"--{boundary}\r\ncontent-disposition: form-data; name={name}\r\n\r\n".encode(
+            "utf-8", "replace"
+        )
         + content
         + b"\r\n"
         for name, content in parts
@@ -7438,21 +7629,29 @@ class TestClient:
         if signals is not None:
             fields["datastar-request"] = "true"
             if method in ("GET", "HEAD", "DELETE"):
-                path += ("&" if "?" in path else "?") + urlencode({"datastar": _json(signals)})
+                path += ("&" if "?" in path else "?") + urlencode(
+                    {"datastar": _json(signals)}, errors="replace"
+                )
             else:
                 json = signals
         if json is not None:
-            body, fields["content-type"] = _json(json).encode(), "application/json"
+            body, fields["content-type"] = (
+                _json(json).encode("utf-8", "replace"),
+                "application/json",
+            )
         elif files is not None:
             body, fields["content-type"] = _multipart(form or {}, files)
         elif form is not None:
-            body = urlencode(form, doseq=True).encode()
+            body = urlencode(form, doseq=True, errors="replace").encode()
             fields["content-type"] = "application/x-www-form-urlencoded"
         if body:
             fields["content-length"] = str(len(body))
         fields.update({name.lower(): value for name, value in (headers or {}).items()})
-        target = quote(path, safe="/?&=%:@!$'()*+,;~[]-._{}|\\")
-        lines = [f"{method} {target} HTTP/1.1", *(f"{name}: {fields[name]}" for name in fields)]
+        target = quote(path, safe="/?&=%:@!$'()*+,;~[]-._{}|\\", errors="replace")
+        lines = [f"{method} {target} HTTP/1.1"]
+        for name, value in fields.items():
+            sent = value.encode("utf-8" if name in _UTF_8_FIELDS else "latin-1", "replace")
+            lines.append(f"{name}: {sent.decode('latin-1')}")
         exchange = _Exchange(self, f"{method} {path}", timeout or self.timeout)
         await exchange.send("\r\n".join([*lines, "", ""]), body)
         return exchange
@@ -8663,6 +8862,7 @@ __all__ = [
     "ClientDisconnected",
     "CompressionConfig",
     "Context",
+    "CookieOptions",
     "Form",
     "FormFile",
     "Handler",

@@ -5965,13 +5965,32 @@ class TestAnswers(HttpTest):
                     answer = await within(peer.get(f"/{handler.__name__}"))
                     self.assertEqual((answer.status, answer.text), (500, "Internal Server Error"))
 
-    async def test_a_body_of_the_wrong_type_closes_the_connection(self) -> None:
-        async def not_bytes(c: Context, w: Writer) -> None:
-            w.respond("text", "text/plain")  # type: ignore[arg-type]
+    async def test_bytes_are_bytes(self) -> None:
+        """What is no bytes is refused before the answer begins, so that there can be another."""
+        wrong: list[Callable[[Any], Any]] = [
+            lambda w: w.respond("text", "text/plain"), lambda w: w.write("text"),
+            lambda w: w.end("text"), lambda w: w.text(b"bytes"), lambda w: w.html({"a": 1}),
+            lambda w: w.headers.add("content-length", 1).add("content-length", 1) and w.write(b"x"),
+            lambda w: w.headers.set("x", None), lambda w: w.text("x", "200"),
+        ]  # fmt: skip
+
+        async def handler(c: Context, w: Writer) -> None:
+            wrong[int(c.req.params["n"])](w)
+
+        async def changed(c: Context, w: Writer) -> None:
+            data = bytearray(b"abc")
+            w.respond(data, "text/plain")
+            data[:] = b"xyz"
 
         app = Stario(Spans())
-        app.get("/", not_bytes)
-        self.assertEqual(await ask(app, f"GET / HTTP/1.1\r\n{HOST}\r\n"), b"")
+        app.get("/changed", changed)
+        app.get("/{n:int}", handler)
+        async with connected(app) as peer:
+            for n in range(len(wrong)):
+                with self.subTest(n):
+                    answer = await within(peer.get(f"/{n}"))
+                    self.assertEqual((answer.status, answer.text), (500, "Internal Server Error"))
+            self.assertEqual((await within(peer.get("/changed"))).text, "abc")
 
     async def test_errors_tell_the_client_no_details(self) -> None:
         async def fail(c: Context, w: Writer) -> None:
