@@ -27,18 +27,20 @@ JavaScript library that patches the page in the browser.
     4  Datastar                     12  HTTP/1.1: bytes to requests and back
     5  Signals: JSON to dataclass   13  The app and its server
     6  Telemetry: spans, tracers    14  Trying it without a network: TestClient
-    7  Relay: publish, subscribe    15  The pocket client (JavaScript)
+    7  Relay: publish, subscribe   14b  ASGI: under another server
+   7b  RedisRelay: many processes   15  The pocket client (JavaScript)
     8  The request
 
 How to leave, or to change a part for something bigger: parts 3 to 7 stand on their own and can be
 used with any framework (only `datastar_script()` asks part 11 for a URL). Whatever carries requests
-reaches the rest through one narrow interface, `Carrier` (9): the HTTP/1.1 connection and the test
-client are two carriers, and a third one needs about a page.
+reaches the rest through one narrow interface, `Carrier` (9): the HTTP/1.1 connection and ASGI are
+two carriers, and a third one needs about a page.
 """
 
 from __future__ import annotations
 
 import asyncio
+import atexit
 import base64
 import contextvars
 import dataclasses
@@ -2200,9 +2202,12 @@ class _Mailbox:
     It does not refer to the Subscription: one that nobody holds any more is collected, and closes.
     """
 
-    __slots__ = ("closed", "dropped", "loop", "maxsize", "overflow", "patterns", "queue", "waiter")
+    __slots__ = (
+        "closed", "dropped", "gaps_before", "loop", "maxsize", "overflow", "patterns", "queue",
+        "waiter",
+    )  # fmt: skip
 
-    def __init__(self, patterns: tuple[str, ...], maxsize: int, overflow: str) -> None:
+    def __init__(self, patterns: tuple[str, ...], maxsize: int, overflow: str, gaps: int) -> None:
         self.patterns = patterns
         self.maxsize = maxsize
         self.overflow = overflow
@@ -2210,6 +2215,7 @@ class _Mailbox:
             OrderedDict() if overflow == "latest" else deque()
         )
         self.dropped = 0
+        self.gaps_before = gaps  # the relay's gaps when this was made
         self.closed = False
         self.waiter: asyncio.Future[None] | None = None  # the reader, if it is waiting
         self.loop: asyncio.AbstractEventLoop | None = None  # the reader's loop, while it waits
@@ -2263,6 +2269,11 @@ class Subscription(Generic[T]):
     def dropped(self) -> int:
         """How many messages the overflow rule has dropped."""
         return self._mailbox.dropped
+
+    @property
+    def gaps(self) -> int:
+        """How many times a `RedisRelay` was cut off meanwhile; an unknown number was missed."""
+        return self._relay._gaps - self._mailbox.gaps_before
 
     @property
     def closed(self) -> bool:
@@ -2332,6 +2343,8 @@ class Relay(Generic[T]):
     Publishing costs in proportion to who listens to the subject, not to who else is connected.
     """
 
+    _gaps = 0
+
     def __init__(self) -> None:
         self._lock = threading.RLock()
         # Mailboxes by pattern, each kind in a table of its own; a dict serves as an ordered set.
@@ -2354,14 +2367,18 @@ class Relay(Generic[T]):
         if maxsize < 1:
             raise StarioError("maxsize must be at least 1")
         places = [self._place(pattern) for pattern in patterns]
-        mailbox = _Mailbox(patterns, maxsize, overflow)
         with self._lock:
-            for table, key in places:
-                table.setdefault(key, {})[mailbox] = None
+            mailbox = _Mailbox(patterns, maxsize, overflow, self._gaps)
+            for pattern, (table, key) in zip(patterns, places, strict=True):
+                if key not in table:
+                    table[key] = {}
+                    self._listeners_changed(pattern)
+                table[key][mailbox] = None
         return Subscription(self, mailbox)
 
     def publish(self, subject: str, data: T = None) -> None:  # type: ignore[assignment]
         """Give a message to everyone who listens to its subject. From any thread; never waits."""
+        _check_subject(subject)
         to_wake: ToWake = {}
         with self._lock:
             for mailbox in self._listeners(subject):
@@ -2373,6 +2390,13 @@ class Relay(Generic[T]):
                 mailbox.call(to_wake)
         if to_wake:
             _wake(to_wake)
+
+    def _has_listeners(self, pattern: str) -> bool:
+        table, key = self._place(pattern)
+        return key in table
+
+    def _listeners_changed(self, pattern: str) -> None:
+        """This pattern has got its first listener, or lost its last. Called under the lock."""
 
     def _place(self, pattern: str) -> tuple[dict[str, dict[_Mailbox, None]], str]:
         """The table for a pattern, and its key there."""
@@ -2408,8 +2432,14 @@ class Relay(Generic[T]):
             table, key = self._place(pattern)
             listeners = table.get(key, {})
             listeners.pop(mailbox, None)
-            if not listeners:
-                table.pop(key, None)
+            if not listeners and table.pop(key, None) is not None:
+                self._listeners_changed(pattern)
+
+
+def _check_subject(subject: str) -> None:
+    """Text of a user's may be part of a subject; a `*` would make a pattern of it."""
+    if "*" in subject:
+        raise StarioError(f"{subject!r} cannot be published: only patterns have a '*'")
 
 
 def _wake(to_wake: ToWake) -> None:
@@ -2427,6 +2457,258 @@ def _resolve(waiters: list[asyncio.Future[None]]) -> None:
     for waiter in waiters:
         if not waiter.done():
             waiter.set_result(None)
+
+
+# ==================================================================================================
+# 7b. RedisRelay: the same between processes and machines
+#
+# A RedisRelay is a Relay whose messages take the way through Redis (or Valkey). `publish` hands
+# them to Redis; what comes back from there, from this process or another, is published to the
+# subscriptions here. A pattern that somebody here listens to is subscribed once at Redis.
+#
+#     publish("room.1", x)  ->  _outgoing  ->  PUBLISH stario:room.1 "x"  ->  Redis
+#     subscriptions  <-  Relay.publish  <-  one message for each process  <-  Redis
+#
+# A thread with an event loop of its own talks to Redis, over one connection, for all loops of the
+# process; so `publish` and `subscribe` work from any thread and never wait. Redis takes what comes
+# over a connection in its order: who subscribes and then publishes hears it.
+#
+# Redis keeps nothing for those who are away. When the connection breaks, what others publish until
+# it is back is missed: every subscription then counts a gap, and whoever shows state reads it anew.
+#
+# To leave it out, delete this part.
+# ==================================================================================================
+
+_UNSENT = 10_000  # messages that may wait for a Redis that is there
+_BATCH = 500  # messages that are sent at a time
+
+
+class RedisRelay(Relay[T]):
+    """A `Relay` for many processes and machines: `RedisRelay("redis://localhost")`.
+
+    It needs the package `redis`, and Redis 6 or newer. Data is what JSON can hold. At Redis,
+    subjects get `prefix` in front, so that several apps can share one.
+
+    While Redis cannot be reached `publish` raises StarioError, or, with `queue=1000`, so many
+    messages wait until it is back. A Redis that says nothing for `timeout` seconds counts as gone.
+    `tracer` hears of it: spans `relay.lost` and `relay.back`.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        queue: int = 0,
+        timeout: float = 5.0,
+        prefix: str = "stario:",
+        tracer: Tracer | None = None,
+    ) -> None:
+        super().__init__()
+        try:
+            from redis.asyncio import ConnectionPool
+        except ImportError:
+            raise StarioError("RedisRelay needs the package redis: pip install redis") from None
+        times: Any = {"socket_timeout": timeout, "socket_connect_timeout": timeout}
+        try:
+            pool: Any = ConnectionPool.from_url(url, protocol=3, **times)
+        except ValueError as exc:
+            raise StarioError(f"RedisRelay: {exc}") from None
+        self._connection = pool.make_connection
+        self._queue = queue
+        self._timeout = timeout
+        self._in_front = prefix
+        self._tracer = tracer or Tracer()
+        # Under the lock:
+        self._closed = False
+        self._down = False  # Redis could not be reached when we last tried
+        self._outgoing: deque[tuple[str | bytes, ...]] = deque()  # "PUBLISH", channel, payload
+        self._changed: set[str] = set()  # patterns that have got, or lost, listeners
+        self._loop: asyncio.AbstractEventLoop | None = None  # the thread's, once it is needed
+        self._thread: threading.Thread | None = None
+        # On the thread's loop:
+        self._work = asyncio.Event()  # there is something in `_outgoing` or `_changed`
+        self._answered = asyncio.Event()  # our PING was, and so all that we had sent before it
+        self._told: set[str] = set()  # patterns that we have subscribed to on this connection
+        self._confirmed: set[str] = set()  # those for which Redis has begun to send messages
+
+    # -- In any thread
+
+    def publish(self, subject: str, data: T = None) -> None:  # type: ignore[assignment]
+        """Hand a message to Redis, for everyone who listens to its subject. Never waits.
+
+        Raises StarioError for data that JSON cannot hold, and where Redis is down.
+        """
+        _check_subject(subject)
+        message = "PUBLISH", _redis_channel(self._in_front + subject), _relay_json(data)
+        with self._lock:
+            waiting = len(self._outgoing)
+            if self._closed or waiting >= (self._queue if self._down else _UNSENT):
+                why = "it is closed" if self._closed else "Redis cannot be reached"
+                raise StarioError(f"{subject!r} is not published: {why}, {waiting} messages wait")
+            self._outgoing.append(message)
+            self._nudge()
+
+    def close(self) -> None:
+        """Send what waits, for a second at most, end all subscriptions, and let go of Redis."""
+        atexit.unregister(self.close)
+        with self._lock:
+            self._closed = True
+            tables = [*self._exact.values(), *self._prefix.values()]
+            for mailbox in {mailbox for table in tables for mailbox in table}:
+                self._unsubscribe(mailbox)
+        if self._loop is not None and self._thread is not None:
+            with suppress(RuntimeError):  # it has ended already
+                self._loop.call_soon_threadsafe(self._work.set)
+            self._thread.join(1.0)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _listeners_changed(self, pattern: str) -> None:
+        self._changed.add(pattern)
+        self._nudge()
+
+    def _nudge(self) -> None:
+        """Let the thread know that there is something to do; the first time, start it."""
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+            self._thread = threading.Thread(target=self._run, name="stario-redis", daemon=True)
+            self._thread.start()
+            atexit.register(self.close)
+        elif len(self._outgoing) + len(self._changed) == 1 and not self._closed:
+            self._loop.call_soon_threadsafe(self._work.set)
+
+    # -- In the thread
+
+    def _run(self) -> None:
+        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:  # type: ignore[arg-type,return-value]
+            runner.run(self._stay_connected())
+
+    async def _stay_connected(self) -> None:
+        """Connect, again and again, with pauses that grow up to two seconds."""
+        pause = 0.05
+        while not self._closed or (self._outgoing and not self._down):
+            try:
+                await self._talk()
+            except Exception as exc:  # whatever it is: this thread must not end of it
+                reason = exc.exceptions[0] if isinstance(exc, ExceptionGroup) else exc
+                if not self._down:
+                    self._tracer("relay.lost", {"reason": f"{reason}"}).end()
+                    self._down, pause = True, 0.05
+                await asyncio.sleep(pause * random.uniform(0.5, 1))
+                pause = min(2.0, pause * 2)
+
+    async def _talk(self) -> None:
+        """One connection, from its beginning to its end."""
+        connection = self._connection()
+        try:
+            await connection.connect()
+            self._told.clear()
+            self._confirmed.clear()
+            self._answered.clear()
+            with self._lock:
+                self._changed.update(self._exact, (f"{start}*" for start in self._prefix))
+            async with asyncio.TaskGroup() as group:
+                hearing = group.create_task(self._hear(connection))
+                await self._send(connection, [*self._subscriptions(), ("PING",)])
+                await self._answered.wait()
+                if self._down:
+                    self._down = False
+                    self._gaps += 1
+                    self._tracer("relay.back").end()
+                while not self._closed or self._outgoing:
+                    await self._send(connection, [*self._subscriptions(), *self._next_batch()])
+                hearing.cancel()
+        finally:
+            await connection.disconnect(nowait=True)
+
+    async def _send(self, connection: Any, commands: list[tuple[str | bytes, ...]]) -> None:
+        """Send these, or wait until there is something to send."""
+        if commands:
+            await connection.send_packed_command(connection.pack_commands(commands))
+        else:
+            self._work.clear()
+            await self._work.wait()
+
+    def _subscriptions(self) -> Iterator[tuple[str | bytes, ...]]:
+        """The commands after which Redis sends what is listened to here, and nothing else."""
+        with self._lock:
+            changed, self._changed = self._changed, set()
+            wanted = {pattern for pattern in changed if self._has_listeners(pattern)}
+        for pattern in changed & (wanted ^ self._told):
+            command = "SUBSCRIBE" if pattern in wanted else "UNSUBSCRIBE"
+            yield f"{'P' * ('*' in pattern)}{command}", _redis_channel(self._in_front + pattern)
+        self._told = (self._told - changed) | wanted
+
+    def _next_batch(self) -> Iterator[tuple[str | bytes, ...]]:
+        with self._lock:
+            for _ in range(min(_BATCH, len(self._outgoing))):
+                yield self._outgoing.popleft()
+
+    async def _hear(self, connection: Any) -> None:
+        """Take what Redis sends. After half of the time-out without a word, ask for one."""
+        asked = False
+        while True:
+            message = await connection.read_response(timeout=self._timeout / 2, push_request=True)
+            if message is None and asked:
+                raise TimeoutError(f"no word from Redis for {self._timeout} seconds")
+            asked = message is None
+            if asked:
+                await connection.send_command("PING")
+            elif message == b"PONG":
+                self._answered.set()
+            elif isinstance(message, list):  # else it says how many heard what we have published
+                try:
+                    self._heard(*message)
+                except (ValueError, StarioError) as exc:  # none of us can have published it
+                    self._tracer("relay.unreadable", {"reason": f"{exc}"}).end()
+
+    def _heard(self, kind: bytes, channel: bytes, *rest: bytes) -> None:
+        """One message: a confirmation, or something that was published."""
+        is_pattern = kind in (b"pmessage", b"psubscribe", b"punsubscribe")
+        name = _redis_name(channel, is_pattern)[len(self._in_front) :]
+        if kind.endswith(b"unsubscribe"):
+            self._confirmed.discard(name)
+        elif kind.endswith(b"subscribe"):
+            self._confirmed.add(name)
+        elif kind.endswith(b"message"):
+            subject = _redis_name(rest[0], False)[len(self._in_front) :] if is_pattern else name
+            # Each of our subscriptions that fit brings a copy: the first of them counts.
+            if name == next(filter(self._confirmed.__contains__, _patterns_for(subject)), None):
+                super().publish(subject, json.loads(rest[-1]))
+
+
+def _relay_json(data: object) -> bytes:
+    """Data as JSON, if it comes back from there as it was."""
+    try:
+        text = json.dumps(data, allow_nan=False, separators=(",", ":"))
+        if json.loads(text) == data:
+            return text.encode("ascii")
+        reason = "it would come back changed (a tuple as a list, a key that is a number as text)"
+    except (TypeError, ValueError, RecursionError) as exc:
+        reason = str(exc)
+    raise StarioError(f"a RedisRelay carries what JSON can hold: {reason}")
+
+
+def _patterns_for(subject: str) -> list[str]:
+    """The patterns that a subject fits: `a.b.c`, `a.*`, `a.b.*`, `*`."""
+    dots = [at for at, character in enumerate(subject, 1) if character == "."]
+    return [subject, *(f"{subject[:dot]}*" for dot in dots), "*"]
+
+
+def _redis_channel(name: str) -> bytes:
+    """A name at Redis, whose patterns know more than a `*` at the end: the rest is escaped."""
+    channel = name.encode("utf-8", "surrogatepass")
+    return re.sub(rb"([\\*?\[\]^-])(?!\Z)", rb"\\\1", channel) if name.endswith("*") else channel
+
+
+def _redis_name(channel: bytes, is_pattern: bool) -> str:
+    """What `_redis_channel` was given."""
+    plain = re.sub(rb"(?s)\\(.)", rb"\1", channel) if is_pattern else channel
+    return plain.decode("utf-8", "surrogatepass")
 
 
 # ==================================================================================================
@@ -2820,7 +3102,10 @@ class Request:
 
     `params` are the path's parameters, `tail` is what a catch-all took, `subhost` what `*` took in
     a host pattern. `max_body` (bytes) can be raised for one request before its body is read.
+    `root_path` is where another app has mounted this one ("/live"), or nothing.
     """
+
+    root_path = ""
 
     def __init__(
         self, line: RequestLine, headers: Headers, body: Body | bytes, carrier: Carrier
@@ -2899,7 +3184,9 @@ class Request:
     @property
     def url(self) -> str:
         """The whole address that was asked for, as the client sees it."""
-        target = self.raw_path + ("?" + self.query_string if self.query_string else "")
+        target = (
+            self.root_path + self.raw_path + ("?" + self.query_string if self.query_string else "")
+        )
         return f"{self.scheme}://{self._asked.host}{target}"
 
     @property
@@ -3106,12 +3393,14 @@ def _parse_json(text: str | bytes) -> Any:
 # finds out when it comes back for the next item.
 # ==================================================================================================
 
+_FILE_PIECE = 1024 * 1024  # bytes of a file that are sent at a time
+
 
 class Carrier(Protocol):
     """What brings the bytes of one answer to its client. `fields` are lines, `name: value\\r\\n`.
 
-    Every method but `drained` returns at once; what cannot be sent yet is kept. Once the client has
-    gone, bytes are dropped without an error.
+    Every method but the two that are awaited returns at once; what cannot be sent yet is kept. Once
+    the client has gone, bytes are dropped without an error.
     """
 
     scopes: list[_Scope]  # to be ended when the client has gone, and when the server stops
@@ -3156,6 +3445,18 @@ class Carrier(Protocol):
 
     def check_peer(self, seconds: float) -> None:
         """Give the client up if it has acknowledged nothing for `seconds`, if that can be told."""
+
+
+async def _read_and_send(carrier: Carrier, file: IO[bytes], offset: int, count: int) -> None:
+    """`Carrier.send_file`, for those who know no better way."""
+    file.seek(offset)
+    while count:
+        await carrier.drained()
+        data = file.read(min(count, _FILE_PIECE))
+        if not data:
+            raise StarioError(f"{file.name} has become shorter while it was sent")
+        carrier.send(data)
+        count -= len(data)
 
 
 # -- Compression. A compressor is a pair of functions: one takes bytes and gives what can be sent
@@ -5355,7 +5656,6 @@ _NEVER = float("inf")  # the deadline of who waits for nothing
 _NETWORK_GONE = {  # what a socket says, besides a ConnectionError, when nobody is there any more
     errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN, errno.ENOTCONN
 }  # fmt: skip
-_FILE_PIECE = 1024 * 1024  # bytes of a file that are sent at a time
 _RESET = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)  # SO_LINGER: on, for no time
 
 _REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/([0-9])\.([0-9])")
@@ -6069,14 +6369,7 @@ class Connection(asyncio.Protocol):
                     transport.set_write_buffer_limits(_HIGH_WATER)
                     _set_unsent(connection, _HIGH_WATER)
             offset, count = offset + sent, count - sent
-        file.seek(offset)
-        while count:
-            await self.drained()
-            data = file.read(min(count, _FILE_PIECE))
-            if not data:
-                raise StarioError(f"{file.name} has become shorter while it was sent")
-            self._write(data)
-            count -= len(data)
+        await _read_and_send(self, file, offset, count)
 
     async def _send_by_system(
         self, descriptor: int, file: IO[bytes], offset: int, count: int
@@ -6444,7 +6737,7 @@ class Stario(Router):
         bare = "/" + request.raw_path.strip("/\\")
         if request.raw_path.endswith("/") and self._methods_for(request, bare):
             query = f"?{request.query_string}" if request.query_string else ""
-            w._redirect(bare + query, 308)
+            w._redirect(request.root_path + bare + query, 308)
             return
         raise HttpException(404)
 
@@ -6523,6 +6816,17 @@ class Stario(Router):
             w.end()
         except StarioError as exc:  # less than its Content-Length
             self._report(c, exc)
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Serve as an ASGI 3 application: `uvicorn myapp:app`. See part 14b."""
+        if scope["type"] == "http":
+            await _serve_asgi(self, scope, receive, send)
+        elif scope["type"] == "lifespan":
+            await _live_asgi(self, receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close"})
+        else:
+            raise StarioError(f"an app serves HTTP; ASGI's {scope['type']!r} is not supported")
 
     async def serve(
         self, host: str = "127.0.0.1", port: int = 8000, workers: int = 1, **options: Any
@@ -7655,6 +7959,242 @@ class TestClient:
         exchange = _Exchange(self, f"{method} {path}", timeout or self.timeout)
         await exchange.send("\r\n".join([*lines, "", ""]), body)
         return exchange
+
+
+# ==================================================================================================
+# 14b. ASGI: the same app under another server
+#
+# ASGI (https://asgi.readthedocs.io) is how Python's servers call an app: one `await app(scope,
+# receive, send)` for each request. `scope` is its head; each `await receive()` gives some of its
+# body, or says that the client has gone; each `await send(message)` takes some of the answer, and
+# lasts as long as the client needs to take it. So `uvicorn myapp:app` serves a Stario, and
+# `Mount("/live", app)` puts one into a Starlette or FastAPI app.
+#
+# Three tasks work on a request. One runs the handler, which writes without waiting. The server's
+# own task passes on what was written. The third receives. When the server cancels its task (that is
+# how it stops), the handler hears of it as of a disconnect, and gets `_ASGI_GRACE` seconds.
+#
+# To leave it out, delete this part and `Stario.__call__`.
+# ==================================================================================================
+
+_ASGI_GRACE = 5.0  # seconds for a handler whose server has stopped
+_ASGI_BUFFER = 16 * 1024 * 1024  # bytes written and not taken: then the client is cut off
+
+Message = dict[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+
+class _AsgiExchange:
+    """The Carrier of one request that comes by ASGI. It lives on one loop."""
+
+    def __init__(self, scope: Message, send: Send) -> None:
+        self.scopes: list[_Scope] = []
+        self.client = str((scope.get("client") or ("",))[0])
+        self.scheme = str(scope.get("scheme", "http"))
+        self.proxies: TrustedProxies | None = None  # whom to trust is told to the server
+        self.disconnected = False
+        self.shutting_down = False
+        self.wanted = asyncio.Event()  # there is room for more of the body
+        self.body = Body(self.wanted.set)
+        self._send = send
+        self._outgoing: deque[Message] = deque()
+        self._unsent = 0  # bytes of the body that the server has not taken
+        self._finished = False  # nothing more will be put into `_outgoing`
+        self._aborted = False
+        self._changed = asyncio.Event()  # there is something to send, or no need to wait for it
+        self._taken = asyncio.Event()  # the server has taken something, or will never
+
+    # -- The handler's side
+
+    def answer(self, status: int, fields: bytes, body: bytes) -> None:
+        """See Carrier."""
+        self.begin(status, fields, unsized=False)
+        self.send(body)
+        self.finish()
+
+    def begin(self, status: int, fields: bytes, unsized: bool) -> None:
+        """See Carrier. How the length is told is the server's to say."""
+        lines = [tuple(line.split(b": ", 1)) for line in fields.split(b"\r\n") if line]
+        self._put({"type": "http.response.start", "status": status, "headers": lines})
+
+    def send(self, data: bytes) -> None:
+        """See Carrier."""
+        self._put({"type": "http.response.body", "body": data, "more_body": True})
+        self._unsent += len(data)
+        if self._unsent > _ASGI_BUFFER:  # whoever writes does not wait for the client
+            self.abort()
+            self.leave()
+
+    def finish(self) -> None:
+        """See Carrier."""
+        if not (self._outgoing and "body" in self._outgoing[-1]):
+            self._put({"type": "http.response.body", "body": b""})
+        if self._outgoing:
+            self._outgoing[-1]["more_body"] = False
+        self._finished = True
+
+    def abort(self) -> None:
+        """See Carrier."""
+        self._finished = self._aborted = True
+
+    def has_room(self) -> bool:
+        """See Carrier."""
+        return self._unsent < _HIGH_WATER and not self.disconnected
+
+    async def drained(self) -> None:
+        """See Carrier."""
+        while not self.has_room():
+            if self.disconnected:
+                raise ClientDisconnected("the client has gone")
+            self._taken.clear()
+            await self._taken.wait()
+
+    async def send_file(self, file: IO[bytes], offset: int, count: int) -> None:
+        """See Carrier."""
+        await _read_and_send(self, file, offset, count)
+
+    def check_peer(self, seconds: float) -> None:
+        """See Carrier. Only the server sees the connection."""
+
+    def _put(self, message: Message) -> None:
+        if not self.disconnected:
+            self._outgoing.append(message)
+            self._changed.set()
+
+    # -- The server's side
+
+    async def pass_on(self, handling: asyncio.Task[None]) -> None:
+        """Send what the handler writes until it has ended and all is sent."""
+        handling.add_done_callback(lambda _: self._changed.set())
+        while self._outgoing or not handling.done():
+            if not self._outgoing:
+                self._changed.clear()
+                await self._changed.wait()
+                continue
+            message = self._outgoing.popleft()
+            try:
+                await self._send(message)
+            except OSError:  # what a server may raise when the client has gone
+                self.leave()
+            self._unsent -= len(message.get("body", b""))
+            self._taken.set()
+        if self._aborted and not self.disconnected:
+            raise ClientDisconnected("the answer was not completed, so the connection has to close")
+
+    async def listen(self, receive: Receive) -> None:
+        """Receive the body, never much more than is wanted, and then the client's going away."""
+        while True:
+            if self.body.buffered >= _HIGH_WATER:
+                self.wanted.clear()
+                await self.wanted.wait()
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                if not self._finished:  # else it tells no more than that the answer is through
+                    self.leave()
+                return
+            if chunk := message.get("body"):
+                self.body.feed(chunk)
+            if not message.get("more_body"):
+                self.body.end()
+
+    def leave(self) -> None:
+        """The client has gone: nothing more is taken, and no more of a body will come."""
+        self.disconnected = True
+        self._outgoing.clear()
+        if not self.body.ended:
+            self.body.fail(ClientDisconnected("the client left before its request was complete"))
+        self._changed.set()
+        self._taken.set()
+        self._end_scopes()
+
+    def shut_down(self) -> None:
+        """The server stops: streams end."""
+        self.shutting_down = True
+        self._end_scopes()
+
+    def _end_scopes(self) -> None:
+        for scope in self.scopes:
+            scope.end()
+
+
+_asgi_handlers: dict[asyncio.Task[None], tuple[Stario, _AsgiExchange]] = {}  # under way
+
+
+async def _serve_asgi(app: Stario, scope: Message, receive: Receive, send: Send) -> None:
+    """One request, from its scope to the end of its handler."""
+    loop, exchange = asyncio.get_running_loop(), _AsgiExchange(scope, send)
+    handling = _spawn(_handle_asgi(app, scope, exchange), loop)
+    if handling.done():
+        await exchange.pass_on(handling)
+        return
+    _asgi_handlers[handling] = app, exchange
+    handling.add_done_callback(_asgi_handlers.pop)
+    listening = loop.create_task(exchange.listen(receive))
+    try:
+        await exchange.pass_on(handling)
+    finally:
+        listening.cancel()
+        if not handling.done():  # the server has cancelled us
+            exchange.shut_down()
+            exchange.leave()
+            loop.call_later(_ASGI_GRACE, handling.cancel)
+
+
+async def _handle_asgi(app: Stario, scope: Message, exchange: _AsgiExchange) -> None:
+    try:
+        request = _asgi_request(scope, exchange)
+    except HttpException as exc:
+        text = exc.detail.encode()
+        exchange.answer(exc.status_code, _TEXT[0] + _length_line(len(text)), text)
+    else:
+        await app.dispatch(request, exchange)
+
+
+def _asgi_request(scope: Message, exchange: _AsgiExchange) -> Request:
+    """The request of a scope. Raises HttpException(400) for a path that cannot be decoded."""
+    raw, root = scope.get("raw_path"), scope.get("root_path", "").rstrip("/")
+    path = raw.decode("latin-1") if raw else quote(scope["path"])
+    if root and f"{scope['path']}/".startswith(f"{root}/"):  # where this app is mounted
+        path = "/" + "/".join(path.split("/")[root.count("/") + 1 :])
+    query = scope["query_string"].decode("latin-1")
+    fields: dict[str, list[str]] = {}
+    for name, value in scope["headers"]:
+        fields.setdefault(name.decode("latin-1").lower(), []).append(value.decode("latin-1"))
+    line = RequestLine(scope["method"], f"{path}?{query}" if query else path)
+    request = Request(line, Headers(fields), exchange.body, exchange)
+    request.root_path = root
+    return request
+
+
+async def _live_asgi(app: Stario, receive: Receive, send: Send) -> None:
+    """From the server's start to its end (ASGI's lifespan protocol)."""
+    await receive()
+    try:
+        async with app._life.lived():
+            await send({"type": "lifespan.startup.complete"})
+            await receive()
+            await _end_asgi_streams(app)
+    except Exception as exc:
+        reason = f"{type(exc).__name__}: {exc}"
+        started = app._life.loop is not None
+        kind = "shutdown" if started else "startup"
+        await send({"type": f"lifespan.{kind}.failed", "message": reason})
+        raise
+    await send({"type": "lifespan.shutdown.complete"})
+
+
+async def _end_asgi_streams(app: Stario) -> None:
+    loop = asyncio.get_running_loop()
+    own = {
+        task: exchange
+        for task, (its_app, exchange) in list(_asgi_handlers.items())
+        if its_app is app and task.get_loop() is loop
+    }
+    for exchange in own.values():
+        exchange.shut_down()
+    if own:
+        await asyncio.wait(own, timeout=_ASGI_GRACE)
 
 
 # ==================================================================================================
@@ -8874,6 +9414,7 @@ __all__ = [
     "Middleware",
     "Problem",
     "QueryParams",
+    "RedisRelay",
     "Relay",
     "Request",
     "RichTracer",

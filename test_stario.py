@@ -132,8 +132,10 @@ AsyncTest = unittest.IsolatedAsyncioTestCase
 
 
 PROGRAMS = (
+    "haproxy",
     "nginx",
     "openssl",
+    "redis-server",
     "unshare",
     "ip",
     os.environ.get("STARIO_CHROMIUM", "/usr/bin/chromium"),
@@ -2748,13 +2750,24 @@ async def received(subscription: Subscription[Any]) -> list[Any]:
     return [data async for _, data in subscription]
 
 
-class TestRelay(AsyncTest):
+class RelayPromises(AsyncTest):
+    """What holds for every relay, whatever way its messages take."""
+
+    each = 5000  # messages of each of several publishers
+
+    def relay(self) -> Relay[Any]:
+        raise AssertionError("each class below says this")
+
+    async def settle(self, relay: Relay[Any]) -> None:
+        """Wait until all that was published has come."""
+
     async def test_a_pattern_fits_a_subject_a_prefix_or_everything(self) -> None:
-        relay = Relay[str]()
+        relay = self.relay()
         patterns = ("room.1", "room.*", "room.1.*", "*", "lobby")
         subscriptions = {pattern: relay.subscribe(pattern) for pattern in patterns}
         for subject in ("room.1", "room.2", "room.1.door", "room", "roomy", "lobby"):
             relay.publish(subject, subject)
+        await self.settle(relay)
         got = {pattern: await received(one) for pattern, one in subscriptions.items()}
         self.assertEqual(got["room.1"], ["room.1"])
         self.assertEqual(got["room.*"], ["room.1", "room.2", "room.1.door"])
@@ -2763,14 +2776,15 @@ class TestRelay(AsyncTest):
         self.assertEqual(got["lobby"], ["lobby"])
 
     async def test_a_message_comes_once_however_many_patterns_fit(self) -> None:
-        relay = Relay[int]()
+        relay = self.relay()
         subscription = relay.subscribe("a.b", "a.*", "*", "a.b")
         relay.publish("a.b", 1)
+        await self.settle(relay)
         self.assertEqual(await received(subscription), [1])
         self.assertTrue(is_empty(relay))
 
     async def test_a_pattern_or_rule_that_cannot_be_is_refused(self) -> None:
-        relay = Relay[int]()
+        relay = self.relay()
         for wrong in ("*.a", "a*", "a.*.b", "**"):
             with self.subTest(wrong), self.assertRaises(StarioError):
                 relay.subscribe(wrong)
@@ -2783,58 +2797,132 @@ class TestRelay(AsyncTest):
         self.assertTrue(is_empty(relay))
 
     async def test_a_refused_pattern_leaves_nothing_behind(self) -> None:
-        relay = Relay[int]()
+        relay = self.relay()
         with self.assertRaises(StarioError):
             relay.subscribe("good", "b*d")
         self.assertTrue(is_empty(relay))
 
     async def test_nothing_is_missed_between_subscribing_and_reading(self) -> None:
-        relay = Relay[int]()
+        relay = self.relay()
         subscription = relay.subscribe("a")
         relay.publish("a", 1)
+        await self.settle(relay)
         self.assertEqual(await within(anext(subscription)), ("a", 1))
 
     async def test_oldest_drops_the_oldest_and_counts(self) -> None:
-        relay = Relay[int]()
+        relay = self.relay()
         subscription = relay.subscribe("a", maxsize=3)
         for number in range(10):
             relay.publish("a", number)
+        await self.settle(relay)
         self.assertEqual(subscription.dropped, 7)
         self.assertEqual(await received(subscription), [7, 8, 9])
 
     async def test_latest_keeps_the_last_of_each_subject(self) -> None:
-        relay = Relay[int]()
+        relay = self.relay()
         subscription = relay.subscribe("*", overflow="latest")
         for number, subject in enumerate("abacab"):
             relay.publish(subject, number)
+        await self.settle(relay)
         self.assertEqual(subscription.dropped, 3)
         self.assertEqual(await received(subscription), [3, 4, 5])
 
     async def test_latest_is_bounded_by_maxsize_too(self) -> None:
-        relay = Relay[int]()
+        relay = self.relay()
         subscription = relay.subscribe("*", overflow="latest", maxsize=2)
         for number, subject in enumerate("abcd"):
             relay.publish(subject, number)
+        await self.settle(relay)
         self.assertEqual(subscription.dropped, 2)
         self.assertEqual(await received(subscription), [2, 3])
 
     async def test_close_ends_after_what_is_queued(self) -> None:
-        relay = Relay[int]()
+        relay = self.relay()
         subscription = relay.subscribe("a", maxsize=2, overflow="close")
         for number in range(5):
             relay.publish("a", number)
+        await self.settle(relay)
         self.assertTrue(subscription.closed)
         self.assertTrue(is_empty(relay))
         self.assertEqual([data async for _, data in subscription], [0, 1])
 
     async def test_closing_wakes_the_reader(self) -> None:
-        relay = Relay[int]()
+        relay = self.relay()
         subscription = relay.subscribe("a")
         reader = asyncio.create_task(received_until_closed(subscription))
         await asyncio.sleep(0)
         relay.publish("a", 1)
+        await self.settle(relay)
         subscription.close()
         self.assertEqual(await within(reader), [1])
+
+    async def test_a_second_reader_at_the_same_time_is_an_error(self) -> None:
+        relay = self.relay()
+        subscription = relay.subscribe("a")
+        first = asyncio.ensure_future(anext(subscription))
+        await asyncio.sleep(0)
+        with self.assertRaisesRegex(StarioError, "one reader"):
+            await within(anext(subscription))
+        relay.publish("a", 1)
+        await self.settle(relay)
+        self.assertEqual(await within(first), ("a", 1))
+
+    async def test_leaving_its_loop_or_block_closes_a_subscription(self) -> None:
+        relay = self.relay()
+        with relay.subscribe("a") as subscription:
+            self.assertEqual(listeners(relay, "a"), 1)
+        self.assertEqual(listeners(relay, "a"), 0)
+        subscription = relay.subscribe("a")
+        relay.publish("a", 1)
+        await self.settle(relay)
+        async for _ in subscription:
+            break
+        self.assertTrue(subscription.closed)
+        self.assertTrue(is_empty(relay))
+
+    async def test_a_subscription_that_nobody_holds_is_gone(self) -> None:
+        relay = self.relay()
+        relay.subscribe("a")
+        gc.collect()
+        self.assertTrue(is_empty(relay))
+        cycle: list[Any] = [relay.subscribe("a")]
+        cycle.append(cycle)
+        del cycle
+        gc.collect()
+        self.assertTrue(is_empty(relay))
+
+    async def test_a_reader_hears_publishers_of_other_threads_in_their_order(self) -> None:
+        relay = self.relay()
+        subscription = relay.subscribe("*", maxsize=10**6)
+
+        def publish(publisher: int) -> None:
+            for number in range(self.each):
+                relay.publish(f"p.{publisher}", [publisher, number])
+
+        reader = asyncio.create_task(received_until_closed(subscription))
+        await asyncio.gather(*(asyncio.to_thread(publish, number) for number in range(4)))
+        await self.settle(relay)
+        subscription.close()
+        got = await within(reader)
+        for publisher in range(4):
+            own = [number for who, number in got if who == publisher]
+            self.assertEqual(own, list(range(self.each)))
+
+    async def test_a_subject_with_a_star_is_refused(self) -> None:
+        relay = self.relay()
+        subscription = relay.subscribe("room.*")
+        for name in ("*", "a*", "*.b"):  # a user's
+            with self.subTest(name), self.assertRaisesRegex(StarioError, "only patterns"):
+                relay.publish(f"room.{name}", 1)
+        await self.settle(relay)
+        self.assertEqual(await received(subscription), [])
+
+
+class TestRelay(RelayPromises):
+    """Within one process."""
+
+    def relay(self) -> Relay[Any]:
+        return Relay()
 
     async def test_a_cancelled_reader_loses_no_message(self) -> None:
         relay = Relay[int]()
@@ -2846,39 +2934,6 @@ class TestRelay(AsyncTest):
         with self.assertRaises(asyncio.CancelledError):
             await reader
         self.assertEqual(await within(anext(subscription)), ("a", 1))
-
-    async def test_a_second_reader_at_the_same_time_is_an_error(self) -> None:
-        relay = Relay[int]()
-        subscription = relay.subscribe("a")
-        first = asyncio.ensure_future(anext(subscription))
-        await asyncio.sleep(0)
-        with self.assertRaisesRegex(StarioError, "one reader"):
-            await within(anext(subscription))
-        relay.publish("a", 1)
-        self.assertEqual(await within(first), ("a", 1))
-
-    async def test_leaving_its_loop_or_block_closes_a_subscription(self) -> None:
-        relay = Relay[int]()
-        with relay.subscribe("a") as subscription:
-            self.assertEqual(listeners(relay, "a"), 1)
-        self.assertEqual(listeners(relay, "a"), 0)
-        subscription = relay.subscribe("a")
-        relay.publish("a", 1)
-        async for _ in subscription:
-            break
-        self.assertTrue(subscription.closed)
-        self.assertTrue(is_empty(relay))
-
-    async def test_a_subscription_that_nobody_holds_is_gone(self) -> None:
-        relay = Relay[int]()
-        relay.subscribe("a")
-        gc.collect()
-        self.assertTrue(is_empty(relay))
-        cycle: list[Any] = [relay.subscribe("a")]
-        cycle.append(cycle)
-        del cycle
-        gc.collect()
-        self.assertTrue(is_empty(relay))
 
     async def test_publishing_looks_at_those_who_listen_and_not_at_the_others(self) -> None:
         relay = Relay[int]()
@@ -2953,23 +3008,6 @@ class TestRelay(AsyncTest):
             await within(anext(subscription))
         self.assertEqual(held, [True, True])
 
-    async def test_a_reader_hears_publishers_of_other_threads_in_their_order(self) -> None:
-        relay = Relay[tuple[int, int]]()
-        subscription = relay.subscribe("*", maxsize=10**6)
-        each = 5000
-
-        def publish(publisher: int) -> None:
-            for number in range(each):
-                relay.publish(f"p.{publisher}", (publisher, number))
-
-        reader = asyncio.create_task(received_until_closed(subscription))
-        await asyncio.gather(*(asyncio.to_thread(publish, number) for number in range(4)))
-        subscription.close()
-        got = await within(reader)
-        for publisher in range(4):
-            own = [number for who, number in got if who == publisher]
-            self.assertEqual(own, list(range(each)))
-
     async def test_a_hundred_subscribers_lose_only_what_the_rule_says(self) -> None:
         relay = Relay[int]()
         total = 10_000  # a million are in .ci/soak.py
@@ -3006,6 +3044,315 @@ class TestRelay(AsyncTest):
 
 async def received_until_closed(subscription: Subscription[Any]) -> list[Any]:
     return [data async for _, data in subscription]
+
+
+def free_port() -> int:
+    """A port that nobody listens at."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
+class Redis:
+    """A redis-server of its own, without a file, to be killed, started again, and stopped."""
+
+    def __init__(self) -> None:
+        self.port = free_port()
+        self.url = f"redis://127.0.0.1:{self.port}"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self) -> None:
+        command = ["redis-server", "--port", str(self.port), "--bind", "127.0.0.1", "--save", ""]
+        self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+        while not self.is_there():
+            time.sleep(0.01)
+
+    def is_there(self) -> bool:
+        with suppress(OSError):
+            socket.create_connection(("127.0.0.1", self.port)).close()
+            return True
+        return False
+
+    def signal(self, number: int) -> None:
+        assert self.process
+        self.process.send_signal(number)
+
+    def kill(self) -> None:
+        if self.process:
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+
+    def tell(self, *command: str) -> str:
+        """Send a command on a connection of its own."""
+        with socket.create_connection(("127.0.0.1", self.port)) as connection:
+            connection.sendall(" ".join(command).encode() + b"\r\n")
+            return connection.recv(65536).decode()
+
+
+class NotedRelay(stario.RedisRelay[Any]):
+    """It says when all that was published has come back from Redis."""
+
+    def __init__(self, url: str, **options: Any) -> None:
+        self.marks = 0
+        super().__init__(url, **options)
+
+    def _heard(self, kind: bytes, channel: bytes, *rest: bytes) -> None:
+        published = kind.endswith(b"message")
+        if published and (channel, *rest)[-2].endswith(b"a mark of the test"):
+            self.marks += kind == b"message"
+        else:
+            super()._heard(kind, channel, *rest)
+
+    async def settle(self) -> None:
+        mark, before = self.subscribe("a mark of the test"), self.marks
+        self.publish("a mark of the test")
+        await until(lambda: self.marks > before)
+        mark.close()
+
+
+class RedisTest(AsyncTest):
+    """What the tests with Redis share: a server for each class, and relays that are closed."""
+
+    redis: ClassVar[Redis]
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.redis = Redis()
+        cls.redis.start()
+        cls.addClassCleanup(cls.redis.kill)
+
+    def relay(self, **options: Any) -> NotedRelay:
+        relay = NotedRelay(self.redis.url, prefix=f"{self.id()}:", **options)
+        self.addCleanup(relay.close)
+        return relay
+
+
+@needs("redis", "redis-server")
+class TestRedisRelayIsARelay(RedisTest, RelayPromises):
+    """What holds for a relay holds by way of Redis, too."""
+
+    each = 300
+
+    async def settle(self, relay: Relay[Any]) -> None:
+        assert isinstance(relay, NotedRelay)
+        await relay.settle()
+
+
+@needs("redis", "redis-server")
+class TestRedisRelay(RedisTest):
+    """Part 7b: between processes, and when Redis goes away."""
+
+    def setUp(self) -> None:
+        self.spans = Spans()
+        if not self.redis.process:
+            self.redis.start()
+
+    def heard(self, name: str) -> int:
+        return sum(span.name == name for span in self.spans.ended)
+
+    async def get(self, subscription: Subscription[Any]) -> Any:
+        return (await within(anext(subscription)))[1]
+
+    async def test_what_one_publishes_all_hear_once(self) -> None:
+        a, b = self.relay(), self.relay()
+        own, others = a.subscribe("room.1", "*"), b.subscribe("room.*", "room.1")
+        await b.settle()
+        for number in range(3):
+            a.publish("room.1", {"number": number})
+        for subscription in (own, others):
+            got = [await self.get(subscription) for _ in range(3)]
+            self.assertEqual(got, [{"number": 0}, {"number": 1}, {"number": 2}])
+        await a.settle()
+        await b.settle()
+        self.assertEqual((await received(own), await received(others)), ([], []))
+
+    async def test_a_pattern_is_subscribed_once_and_only_while_somebody_listens(self) -> None:
+        relay = self.relay()
+        many = [relay.subscribe("room.1", f"hall.{number % 2}.*") for number in range(100)]
+        await relay.settle()
+
+        def subscribed(kind: str, *arguments: str) -> str:
+            return self.redis.tell("PUBSUB", kind, *arguments)
+
+        self.assertTrue(subscribed("NUMPAT").startswith(":2"))
+        self.assertIn("room.1", subscribed("CHANNELS"))
+        for subscription in many:
+            subscription.close()
+        await relay.settle()
+        self.assertTrue(subscribed("NUMPAT").startswith(":0"))
+        self.assertNotIn("room.1", subscribed("CHANNELS"))
+
+    async def test_a_pattern_that_comes_and_goes_and_comes_again_is_heard(self) -> None:
+        relay = self.relay()
+        for number in range(30):
+            with relay.subscribe("a.*") as subscription:
+                if number % 3 == 0:
+                    await relay.settle()
+                relay.publish("a.b", number)
+                self.assertEqual(await self.get(subscription), number)
+
+    async def test_subjects_may_hold_what_is_a_pattern_at_redis(self) -> None:
+        relay = self.relay()
+        for odd in ("a[bc]", "a?", "a\\", "^-", "é\n", " ", ""):
+            with self.subTest(odd):
+                exact, prefix = relay.subscribe(odd), relay.subscribe(f"{odd}.*")
+                relay.publish("ab.x", "no")
+                relay.publish(odd, 1)
+                relay.publish(f"{odd}.x", 2)
+                await relay.settle()
+                self.assertEqual((await received(exact), await received(prefix)), ([1], [2]))
+
+    async def test_data_that_json_cannot_hold_is_refused(self) -> None:
+        relay = self.relay()
+        loop: list[Any] = []
+        loop.append(loop)
+        for wrong in ((1,), [{"a": (1,)}], {1: 2}, float("nan"), {1}, b"x", object(), loop):
+            with self.assertRaisesRegex(StarioError, "what JSON can hold"):
+                relay.publish("a", wrong)
+        subscription = relay.subscribe("a")
+        for right in (None, True, -1, 1.5, "é\ud800", [1, {"a": None}]):
+            relay.publish("a", right)
+            self.assertEqual(await self.get(subscription), right)
+
+    async def test_what_others_put_into_our_channels_does_no_harm(self) -> None:
+        relay = self.relay(tracer=self.spans)
+        subscription = relay.subscribe("*")
+        await relay.settle()
+        for text in ("{", "no"):
+            self.redis.tell("PUBLISH", f"{self.id()}:a", f'"{text}"')
+        self.redis.tell("PUBLISH", f"{self.id()}:a.*", "1")
+        relay.publish("a", "fine")
+        self.assertEqual(await self.get(subscription), "fine")
+        self.assertEqual(self.heard("relay.unreadable"), 3)
+        self.assertEqual(subscription.gaps, 0)
+
+    async def test_it_comes_back_after_redis_was_killed_and_counts_the_gap(self) -> None:
+        relay = self.relay(tracer=self.spans)
+        early, unused = relay.subscribe("a"), Relay[int]().subscribe("a")
+        await relay.settle()
+        for gaps in (1, 2):
+            self.redis.kill()
+            await until(lambda: relay._down)
+            late = relay.subscribe("b")
+            with self.assertRaisesRegex(StarioError, "'a' is not published: Redis cannot be"):
+                relay.publish("a", "nobody hears this")
+            self.redis.start()
+            await until(lambda gaps=gaps: early.gaps == gaps)
+            self.assertEqual(late.gaps, 1)  # of the outage in which it was made
+            relay.publish("a", gaps)
+            relay.publish("b", gaps)
+            self.assertEqual((await self.get(early), await self.get(late)), (gaps, gaps))
+            self.assertEqual(self.heard("relay.lost"), gaps)
+            self.assertEqual(self.heard("relay.back"), gaps)
+        self.assertEqual(unused.gaps, 0)
+
+    async def test_messages_wait_for_redis_up_to_a_bound_and_in_order(self) -> None:
+        self.redis.kill()
+        relay = self.relay(queue=3, tracer=self.spans)
+        subscription = relay.subscribe("a")
+        await until(lambda: relay._down)
+        for number in range(3):
+            relay.publish("a", number)
+        with self.assertRaisesRegex(StarioError, "3 messages wait"):
+            relay.publish("a", 3)
+        self.redis.start()
+        self.assertEqual([await self.get(subscription) for _ in range(3)], [0, 1, 2])
+        relay.publish("a", 4)
+        self.assertEqual(await self.get(subscription), 4)
+
+    async def test_a_connection_that_is_cut_is_made_again(self) -> None:
+        relay = self.relay()
+        subscription = relay.subscribe("a.*")
+        await relay.settle()
+        for gaps in (1, 2):
+            self.redis.tell("CLIENT", "KILL", "TYPE", "pubsub")
+            await until(lambda gaps=gaps: subscription.gaps == gaps)
+            relay.publish("a.b", gaps)
+            self.assertEqual(await self.get(subscription), gaps)
+
+    async def test_a_redis_that_hangs_counts_as_gone_and_a_short_pause_loses_nothing(self) -> None:
+        relay, patient = self.relay(timeout=0.2), self.relay()
+        subscription, other = relay.subscribe("a"), patient.subscribe("a")
+        await relay.settle()
+        await patient.settle()
+        self.redis.signal(signal.SIGSTOP)
+        patient.publish("a", 1)
+        await until(lambda: relay._down)
+        with self.assertRaises(StarioError):
+            relay.publish("a", 2)
+        self.redis.signal(signal.SIGCONT)
+        self.assertEqual(await self.get(other), 1)
+        await until(lambda: subscription.gaps == 1)
+        relay.publish("a", 3)
+        self.assertEqual((await self.get(subscription), await self.get(other)), (3, 3))
+        self.assertEqual(other.gaps, 0)
+
+    async def test_a_silent_redis_that_answers_is_not_given_up(self) -> None:
+        relay = self.relay(timeout=0.05)
+        subscription = relay.subscribe("a")
+        await relay.settle()
+        asked = self.redis.tell("INFO", "commandstats").count("cmdstat_ping:calls")
+        await asyncio.sleep(0.2)
+        self.assertIn("cmdstat_ping:calls", self.redis.tell("INFO", "commandstats"), asked)
+        self.assertEqual(subscription.gaps, 0)
+
+    async def test_several_loops_share_it(self) -> None:
+        relay = self.relay()
+        ready = threading.Barrier(3)
+
+        async def listen() -> Any:
+            subscription = relay.subscribe("a")
+            ready.wait()
+            return await self.get(subscription)
+
+        threads = [asyncio.to_thread(asyncio.run, listen()) for _ in range(2)]
+        heard = asyncio.gather(*threads)
+        await asyncio.to_thread(ready.wait)
+        relay.publish("a", 7)
+        self.assertEqual(await within(heard), [7, 7])
+
+    async def test_closing_sends_what_waits_and_ends_its_subscriptions(self) -> None:
+        relay, other = self.relay(), self.relay()
+        there, here = other.subscribe("a"), relay.subscribe("b")
+        await other.settle()
+        reader = asyncio.create_task(received_until_closed(here))
+        await relay.settle()
+        for number in range(100):
+            relay.publish("a", number)
+        relay.close()
+        self.assertEqual([await self.get(there) for _ in range(100)], list(range(100)))
+        self.assertEqual(await within(reader), [])
+        with self.assertRaisesRegex(StarioError, "closed"):
+            relay.publish("a", 1)
+
+    async def test_a_program_ends_at_once_whether_redis_is_there_or_not(self) -> None:
+        code = f"""
+            from stario import RedisRelay
+            relay = RedisRelay("{self.redis.url}", prefix="{self.id()}:")
+            kept = relay.subscribe("a")
+            relay.publish("last words", 1)
+        """
+        listener = self.relay()
+        subscription = listener.subscribe("last words")
+        await listener.settle()
+        process = await run_python(code)
+        self.assertEqual(await within(process.wait()), 0)
+        self.assertEqual(await self.get(subscription), 1)
+        self.redis.kill()
+        process = await run_python(code)
+        self.assertEqual(await within(process.wait()), 0)
+
+    def test_a_url_that_is_none_is_one_sentence(self) -> None:
+        with self.assertRaisesRegex(StarioError, "RedisRelay: Redis URL must specify"):
+            stario.RedisRelay("localhost:6379")
+
+
+class TestWithoutRedis(unittest.TestCase):
+    def test_it_says_what_to_install(self) -> None:
+        missing = mock.patch.dict(sys.modules, {"redis": None, "redis.asyncio": None})
+        with missing, self.assertRaisesRegex(StarioError, "pip install redis$"):
+            stario.RedisRelay("redis://localhost")
 
 
 # -- 9. `alive`
@@ -4695,9 +5042,7 @@ class TestThreads(StreamTest):
 @asynccontextmanager
 async def nginx(upstream: int) -> AsyncIterator[int]:
     """nginx with its default settings in front of a server: its port."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     with tempfile.TemporaryDirectory() as folder:
         config = Path(folder, "nginx.conf")
         config.write_text(
