@@ -64,6 +64,7 @@ import signal
 import socket
 import stat
 import struct
+import subprocess
 import sys
 import threading
 import time
@@ -6641,6 +6642,8 @@ class Stario(Router):
         self._fallback: Handler = self._no_route
         self._add("GET", "/_stario/*", _collections["_stario"])  # the pocket client, see part 15
 
+    _writer = Writer  # or what development puts in its place
+
     def use(self, *middleware: Middleware) -> None:
         """Wrap every route that follows, and the answers where there is no route."""
         super().use(*middleware)
@@ -6675,7 +6678,7 @@ class Stario(Router):
         """Take one request from its carrier to its handler, and its answer back. Raises nothing."""
         request.max_body = self.max_body
         c = Context(self, request)
-        w = Writer(carrier, request, self.compression)
+        w = self._writer(carrier, request, self.compression)
         try:
             try:
                 if not self._silent:
@@ -6829,9 +6832,17 @@ class Stario(Router):
             raise StarioError(f"an app serves HTTP; ASGI's {scope['type']!r} is not supported")
 
     async def serve(
-        self, host: str = "127.0.0.1", port: int = 8000, workers: int = 1, **options: Any
+        self,
+        host: str = "127.0.0.1",
+        port: int = 8000,
+        workers: int = 1,
+        *,
+        reload: bool = False,
+        **options: Any,
     ) -> None:
         """Serve until a signal says stop. The options are those of `Server`, and the `Limits`.
+
+        With `reload` a saved file restarts the program (part 13b).
 
         What keeps it from starting (a port that is taken, an option that does not exist) ends the
         program with one sentence: SystemExit. What handlers start with `asyncio.to_thread` runs in
@@ -6839,6 +6850,11 @@ class Stario(Router):
         """
         try:
             server = Server(self, host, port, workers, **options)
+            if reload and _RELOADED in os.environ:
+                _join_reloading(self, server)
+            elif reload:
+                server._listen()
+                raise SystemExit(_Reloader(server).run())
             asyncio.get_running_loop().set_default_executor(_Threads())
             await server.start()
         except StarioError as exc:
@@ -7487,6 +7503,148 @@ def _inherited_sockets() -> list[socket.socket]:
     for inherited in sockets:
         inherited.set_inheritable(False)
     return sockets
+
+
+# ==================================================================================================
+# 13b. Reload: a saved file restarts the app
+#
+# `serve(reload=True)` starts the program a second time, as a child, and watches the files. The
+# parent opens the sockets and keeps them, so that a browser waits and is never refused while one
+# child goes and the next one comes. A page asks its child by an event stream of its own which
+# version it is, and loads itself anew when another child answers. Windows cannot hand sockets
+# over: there each child opens its own.
+# ==================================================================================================
+
+_RELOADED = "STARIO_RELOADED"  # in a child's environment: the descriptors of the sockets
+_LOOK_EVERY = 0.2  # seconds
+
+
+def _watched_folders() -> set[str]:
+    """Where the program's own modules lie, and its assets."""
+    own = set()
+    for module in list(sys.modules.values()):
+        path = os.path.abspath(getattr(module, "__file__", None) or os.__file__)
+        if not path.startswith(os.path.dirname(os.__file__)) and "site-packages" not in path:
+            own.add(os.path.dirname(path))
+    for assets in _collections.values():
+        own |= {folder for folder, _, _ in os.walk(assets._root or "")}
+    return own
+
+
+def _times(folders: set[str]) -> dict[str, int]:
+    """When each file was changed."""
+    times = {}
+    for folder in folders:
+        with suppress(OSError), os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.endswith((".py", ".html", ".css", ".js", ".svg", ".json")):
+                    with suppress(OSError):
+                        times[entry.path] = entry.stat().st_mtime_ns
+    return times
+
+
+def _compiles(paths: Iterable[str]) -> bool:
+    """Whether these files can be Python; says why if not."""
+    for path in paths:
+        try:
+            if path.endswith(".py"):
+                with open(path, "rb") as file:
+                    compile(file.read(), path, "exec")
+        except (SyntaxError, ValueError) as exc:
+            print(*traceback.format_exception_only(exc), "waiting for a change", file=sys.stderr)
+            return False
+        except OSError:  # it was removed
+            pass
+    return True
+
+
+class _Reloader:
+    """The parent: keeps the sockets, and one child that is alive."""
+
+    def __init__(self, server: Server) -> None:
+        self._sockets = server._sockets
+        self._children: list[subprocess.Popen[bytes]] = []
+        self._ended_by = 0
+
+    def run(self) -> int:
+        """Run until a signal comes, or the program ends by itself; gives its exit status."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._end)
+        folders = _watched_folders()
+        before = _times(folders)
+        self._start()
+        while not self._ended_by and self._children[-1].poll() != 0:
+            time.sleep(_LOOK_EVERY)
+            now = _times(folders)
+            changed = {path for path, _ in now.items() ^ before.items()}
+            before = now
+            if changed and _compiles(changed):
+                print("reloading:", *map(os.path.basename, sorted(changed)), file=sys.stderr)
+                self._stop()
+                self._start()
+                folders = _watched_folders()
+        self._stop()
+        return max(child.wait() for child in self._children)
+
+    def _start(self) -> None:
+        descriptors = [] if os.name == "nt" else [opened.fileno() for opened in self._sockets]
+        if os.name == "nt":
+            for opened in self._sockets:
+                opened.close()
+        names = {**os.environ, _RELOADED: ",".join(map(str, descriptors))}
+        command = [sys.executable, *sys.orig_argv[1:]]
+        self._children = [child for child in self._children if child.poll() is None]
+        self._children.append(subprocess.Popen(command, env=names, pass_fds=descriptors))
+
+    def _stop(self) -> None:
+        for child in self._children:
+            child.terminate()
+
+    def _end(self, number: int, frame: object) -> None:
+        self._ended_by = number
+
+
+class _ReloadingWriter(Writer):
+    """Adds to each page the script that loads it anew."""
+
+    def html(self, node: object, status: int = 200) -> None:
+        """Answer with a page."""
+        text = render(node)
+        if text.startswith("<!doctype html>"):
+            script = h.Script({"type": "module", "src": f"/_stario/reload.js?{os.getpid()}"})
+            text = SafeString(text + script)
+        super().html(text, status)
+
+
+_RELOAD_SCRIPT = """
+let version = new URL(import.meta.url).search.slice(1), source;
+const listen = () => {
+  source?.close();
+  if (document.hidden) return;  // a browser has six connections for one host
+  source = new EventSource("/_stario/reload");
+  source.onmessage = (event) => event.data == version || location.reload();
+};
+document.addEventListener("visibilitychange", listen);
+listen();
+"""
+
+
+def _join_reloading(app: Stario, server: Server) -> None:
+    """In a child: use the parent's sockets, and tell the pages which version this is."""
+    descriptors = os.environ[_RELOADED].split(",")
+    server._sockets = [socket.socket(fileno=int(number)) for number in descriptors if number]
+
+    async def script(c: Context, w: Writer) -> None:
+        w.respond(_RELOAD_SCRIPT.encode(), "text/javascript")
+
+    async def version(c: Context, w: Writer) -> None:
+        w.event("message", str(os.getpid()), retry=200)
+        async for _ in w.alive():
+            pass
+
+    app._add("GET", "/_stario/reload.js", script)
+    app._add("GET", "/_stario/reload", version)
+    app._writer = _ReloadingWriter
 
 
 # ==================================================================================================

@@ -8084,6 +8084,140 @@ stario.Stario.serve = once
 """
 
 
+class TestReload(AsyncTest):
+    """Part 13b: a saved file restarts the app."""
+
+    PROGRAM = """
+        import asyncio
+        from stario import Stario, h
+        import words
+
+        async def home(c, w):
+            w.html(h.Html(h.Body(words.WORD)))
+
+        async def main():
+            app = Stario()
+            app.get("/", home)
+            await app.serve(port=PORT, reload=True)
+
+        asyncio.run(main())
+    """
+
+    async def asyncSetUp(self) -> None:
+        folder = tempfile.TemporaryDirectory()
+        self.addCleanup(folder.cleanup)
+        self.folder = Path(folder.name)
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+        program = textwrap.dedent(self.PROGRAM).replace("PORT", str(self.port))
+        (self.folder / "program.py").write_text(program)
+        self.save("one")
+        self.process = await asyncio.create_subprocess_exec(
+            sys.executable, "program.py", cwd=self.folder,
+            env={**os.environ, "PYTHONPATH": os.path.dirname(stario.__file__)},
+            stderr=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        self.addAsyncCleanup(self.end)
+
+    async def end(self) -> None:
+        if self.process.returncode is None:
+            self.process.terminate()
+        await within(self.process.communicate())
+
+    def save(self, word: str, code: str = "") -> None:
+        (self.folder / "words.py").write_text(f"WORD = {word!r}\n{code}")
+
+    async def page(self) -> str:
+        """The page; a connection is never refused once the program listens."""
+        peer = await Peer.connect(self.port)
+        try:
+            return (await within(peer.get("/"), 20)).text
+        finally:
+            await peer.close()
+
+    async def listening(self) -> None:
+        await until_listening(self.port)
+
+    async def shows(self, word: str) -> None:
+        async def ask() -> None:
+            while f"<body>{word}</body>" not in await self.page():
+                await asyncio.sleep(0.02)
+
+        await within(ask(), 20)
+
+    async def stderr(self, part: str) -> None:
+        async def read() -> None:
+            assert self.process.stderr
+            while part not in (await self.process.stderr.readline()).decode():
+                pass
+
+        await within(read(), 20)
+
+    async def test_a_saved_file_restarts_the_app_and_no_connection_is_refused(self) -> None:
+        await self.listening()
+        await self.shows("one")
+        for word in ("two", "three"):
+            self.save(word)
+            await self.shows(word)
+
+    async def test_a_syntax_error_is_shown_and_waited_out_by_the_version_before(self) -> None:
+        await self.listening()
+        await self.shows("one")
+        self.save("two", "def broken(:")
+        await self.stderr("SyntaxError")
+        self.assertIn("one", await self.page())
+        self.save("three")
+        await self.shows("three")
+
+    async def test_a_version_that_fails_to_start_is_waited_out_and_nobody_is_refused(self) -> None:
+        await self.listening()
+        await self.shows("one")
+        self.save("two", "1 / 0")
+        await self.stderr("ZeroDivisionError")
+        waiting = asyncio.create_task(self.page())
+        self.save("three")
+        self.assertIn("three", await within(waiting, 20))
+
+    async def test_a_page_hears_of_the_next_version(self) -> None:
+        await self.listening()
+        page = await self.page()
+        script = re.search(r'<script type="module" src="(/_stario/reload.js\?(\d+))">', page)
+        assert script
+        peer = await Peer.connect(self.port)
+        self.assertIn("EventSource", (await within(peer.get(script[1]))).text)
+
+        async def version() -> str:
+            stream = await Peer.connect(self.port)
+            await stream.send("GET /_stario/reload HTTP/1.1\r\nHost: test\r\n\r\n")
+            await within(stream.head(), 20)
+            event = (await within(stream.chunk(), 20)).decode()
+            self.assertIn("retry: 200\n", event)
+            await stream.close()
+            return event.partition("data: ")[2].strip()
+
+        self.assertEqual(await version(), script[2])
+        self.save("two")
+        await self.shows("two")
+        self.assertNotEqual(await version(), script[2])
+        await peer.close()
+
+    async def test_a_signal_ends_parent_and_child_and_a_taken_port_is_one_sentence(self) -> None:
+        await self.listening()
+        await self.shows("one")
+        second = await asyncio.create_subprocess_exec(
+            sys.executable, "program.py", cwd=self.folder,
+            env={**os.environ, "PYTHONPATH": os.path.dirname(stario.__file__)},
+            stderr=asyncio.subprocess.PIPE,
+        )  # fmt: skip
+        _, said = await within(second.communicate())
+        self.assertRegex(said.decode(), r"^stario: cannot listen on .*the port is taken")
+        self.process.send_signal(signal.SIGINT)
+        await within(self.process.wait())
+        with self.assertRaises(ConnectionRefusedError):
+            await Peer.connect(self.port)
+
+
 class TestReadingPage(AsyncTest):
     """Part 16: what `python stario.py` runs."""
 
