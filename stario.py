@@ -7631,6 +7631,8 @@ listen();
 
 def _join_reloading(app: Stario, server: Server) -> None:
     """In a child: use the parent's sockets, and tell the pages which version this is."""
+    global _FAREWELL
+    _FAREWELL = 0.0  # who asks on an old connection shall not get an old page
     descriptors = os.environ[_RELOADED].split(",")
     server._sockets = [socket.socket(fileno=int(number)) for number in descriptors if number]
 

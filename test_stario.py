@@ -8161,25 +8161,21 @@ class TestReload(AsyncTest):
             self.save(word)
             await self.shows(word)
 
-    async def test_a_syntax_error_is_shown_and_waited_out_by_the_version_before(self) -> None:
+    async def test_what_cannot_start_is_shown_and_waited_out_and_nobody_is_refused(self) -> None:
         await self.listening()
         await self.shows("one")
         self.save("two", "def broken(:")
         await self.stderr("SyntaxError")
         self.assertIn("one", await self.page())
-        self.save("three")
-        await self.shows("three")
-
-    async def test_a_version_that_fails_to_start_is_waited_out_and_nobody_is_refused(self) -> None:
-        await self.listening()
-        await self.shows("one")
         self.save("two", "1 / 0")
         await self.stderr("ZeroDivisionError")
         waiting = asyncio.create_task(self.page())
         self.save("three")
         self.assertIn("three", await within(waiting, 20))
 
-    async def test_a_page_hears_of_the_next_version(self) -> None:
+    async def test_a_page_hears_of_the_next_version_and_a_signal_ends_parent_and_child(
+        self,
+    ) -> None:
         await self.listening()
         page = await self.page()
         script = re.search(r'<script type="module" src="(/_stario/reload.js\?(\d+))">', page)
@@ -8201,10 +8197,9 @@ class TestReload(AsyncTest):
         await self.shows("two")
         self.assertNotEqual(await version(), script[2])
         await peer.close()
+        await self.check_that_a_second_one_is_refused_and_a_signal_ends_the_first()
 
-    async def test_a_signal_ends_parent_and_child_and_a_taken_port_is_one_sentence(self) -> None:
-        await self.listening()
-        await self.shows("one")
+    async def check_that_a_second_one_is_refused_and_a_signal_ends_the_first(self) -> None:
         second = await asyncio.create_subprocess_exec(
             sys.executable, "program.py", cwd=self.folder,
             env={**os.environ, "PYTHONPATH": os.path.dirname(stario.__file__)},
