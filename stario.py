@@ -1343,8 +1343,8 @@ _REJECTIONS = (ValueError, TypeError, ArithmeticError, LookupError, AttributeErr
 
 # Where a value is: its place, and where that is in turn; None for the signals as a whole.
 _Path = tuple[Any, str | int] | None
-# A problem, not yet in words: a union forgets most, while it tries one type after another. Where it
-# is, what was expected, what came, and a sentence in place of "expected …, got …".
+# A problem, not yet in words: where it is, what was expected, what came, and a sentence in place of
+# "expected …, got …".
 _Note = tuple[_Path, str, object, str]
 
 
@@ -1385,6 +1385,10 @@ def _cut(text: str, length: int = _SHOWN) -> str:
     return text if len(text) <= length else text[: length - 3] + "..."
 
 
+class _Misfit(Exception):
+    """Ends a union's attempt at a type: it asks no more than whether a value fits."""
+
+
 class _Reading:
     """One reading of one set of signals."""
 
@@ -1393,11 +1397,14 @@ class _Reading:
         self.notes: list[_Note] = []  # of the first problems
         self.count = 0  # of all problems
         self.cause: Exception | None = None
-        self.attempts = 0  # of unions, around the value that is being read
-        self.tried: dict[object, _Attempt] = {}  # by reader and value
+        self.unions = 0  # around the value that is being read,
+        self.attempts = 0  # and their attempts
+        self.tried: dict[object, tuple[Any, bool]] = {}  # what came of them, by reader and value
 
     def expected(self, what: str, value: object, said: str = "") -> Any:
         """Note that the value here is not what was expected."""
+        if self.attempts:
+            raise _Misfit(said)
         self.count += 1
         if len(self.notes) < _MOST_PROBLEMS:
             self.notes.append((self.place, what, value, said))
@@ -1405,7 +1412,7 @@ class _Reading:
 
     def rejected(self, exc: Exception) -> Any:
         """Note what a dataclass or a model has against its values."""
-        self.cause = exc
+        self.cause = None if self.attempts else exc
         if not callable(errors := getattr(exc, "errors", None)):
             said = str(exc) if isinstance(exc, (ValueError, AssertionError)) else ""
             return self.expected("", _NOTHING, said or "the values do not fit together")
@@ -1428,21 +1435,26 @@ class _Reading:
         self.place = here
         return found if self.count == before else _WRONG
 
-    def attempt(self, read: Reader, value: object) -> _Attempt:
-        """Read a value, but keep its problems apart. Types that hold each other could be tried 2 to
-        the power of their depth: so what came of it is remembered, within an attempt.
+    def attempt(self, read: Reader, value: object) -> tuple[Any, bool]:
+        """A value as read, or `_WRONG` and whether what is wrong is in it, or of it.
+
+        Types that hold each other could be tried 2 to the power of their depth: so what came of it
+        is remembered, until the outermost union has decided.
         """
         key = (id(read), id(value)) if _is_deep(value) else None
         if key in self.tried:
             return self.tried[key]
-        notes, self.notes, count, self.count = self.notes, [], self.count, 0
+        here, unions = self.place, self.unions
         self.attempts += 1
-        attempt = read(value, self), self.notes, self.count
+        try:
+            result = read(value, self), False
+        except _Misfit as misfit:
+            result = _WRONG, self.place is not here or str(misfit) != ""
         self.attempts -= 1
-        self.notes, self.count = notes, count
+        self.place, self.unions = here, unions
         if key is not None:
-            self.tried[key] = attempt
-        return attempt
+            self.tried[key] = result
+        return result
 
 
 def _is_deep(value: Any) -> bool:
@@ -1452,7 +1464,6 @@ def _is_deep(value: Any) -> bool:
 
 
 Reader = Callable[[Any, _Reading], Any]
-_Attempt = tuple[Any, list[_Note], int]  # what was read, or _WRONG and the problems
 
 
 # -- Plain values
@@ -1675,13 +1686,19 @@ def _union_reader(options: tuple[Any, ...]) -> Reader:
             return None
         if len(readers) == 1 and value != "":
             return readers[0](value, reading)
-        if not reading.attempts:
+        reading.unions += 1
+        found = _choose(value, reading)
+        reading.unions -= 1
+        if not reading.unions:
             reading.tried.clear()
-        first, failures, here = _WRONG, [], reading.place
+        return found
+
+    def _choose(value: Any, reading: _Reading) -> Any:
+        first, inner = _WRONG, []
         for read in readers:
-            found, notes, count = reading.attempt(read, value)
+            found, is_inside = reading.attempt(read, value)
             if found is _WRONG:
-                failures.append((notes, count))
+                inner += [read] if is_inside else []
             elif found is value or type(value) in (dict, list):
                 return found
             elif first is _WRONG:
@@ -1691,13 +1708,9 @@ def _union_reader(options: tuple[Any, ...]) -> Reader:
         if first is not _WRONG:
             return first
         # What fits but for something in it says more than what does not fit at all.
-        inner = [f for f in failures if f[0][0][0] is not here or f[0][0][3]]
-        if len(inner) != 1:
-            return reading.expected(words, value)
-        [(notes, count)] = inner
-        reading.notes += notes[: _MOST_PROBLEMS - len(reading.notes)]
-        reading.count += count
-        return _WRONG
+        if len(inner) == 1 and not reading.attempts:
+            return inner[0](value, reading)
+        return reading.expected(words, value)
 
     return _read
 
