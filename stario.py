@@ -8378,94 +8378,116 @@ POCKET_CLIENT = r"""
 // The pocket client: Datastar's protocol for the everyday part, in one small module.
 //
 // A page says what it shows and does in data-* attributes. Their values are JavaScript in which
-// $name is a signal (a value that is watched) and @name() an action (mostly a request). The server
-// answers with events that patch elements or signals. This file reads in that order: cells,
-// signals, expressions, attributes, requests, elements. One rule holds everywhere: what fails is
-// reported in the console under its attribute's name, and everything else goes on.
+// $name is a signal and @name() an action (mostly a request). The server answers with events that
+// patch elements or signals. Three ideas carry all of it:
+//
+//   Signals are plain data behind proxies. Who reads a key is noted beside it.
+//   Effects are functions that run again when what they read has changed, in the page's order.
+//   A morph turns old elements into new ones in place, so that focus and typed text stay.
+//
+// This file reads in that order: signals, expressions, attributes, requests, elements. One rule
+// holds everywhere: what fails is told in the console under its attribute's name, once, and
+// everything else goes on. It needs the right to compile expressions (CSP: 'unsafe-eval').
 
 const report = (what, error, el = '') => console.error(`pocket client: ${what}: ${error}`, el);
 const unknown = (what, el) => console.warn(`pocket client: ${what} is not known here`, el);
 const tell = (name, detail) => document.dispatchEvent(new CustomEvent(name, { detail }));
-const guarded = (what, el, job) => (...args) => {
-  try {
-    return job(...args);
-  } catch (error) {
-    report(what, error, el);
-  }
-};
 
-// ---- Cells, and those who watch them ----
-// A cell holds a value and counts its changes. An effect (it has `run`) or a computed cell (it
-// has `compute`) notes which cells it read, and their counts; so it can tell whether anything
-// that it used has really changed. Writing only marks. Effects run when the outermost batch ends.
-
-let watcher = null;        // the effect or computed cell that is reading now
-let depth = 0;             // how many batches are open
-const due = new Set();     // effects to look at when the last of them ends
-
-const cell = (value, compute) =>
-  ({ value, compute, stale: Boolean(compute), count: 0, watchers: new Set(), seen: new Map() });
-
-function read(source) {
-  refresh(source);
-  watcher?.seen.set(source, source.count);
-  if (watcher) source.watchers.add(watcher);
-  return source.value;
-}
-
-function write(target, value) {
-  target.value = value;
-  target.count++;
-  batch(() => mark(target));
-}
-
-function mark(source) {
-  for (const reader of source.watchers) {
-    if (reader === watcher || reader.stale) continue;      // an effect does not wake itself
-    if (reader.run) due.add(reader);
-    else {
-      reader.stale = true;
-      mark(reader);
-    }
-  }
-}
-
-// A computed cell is worked out when somebody asks, so it is never behind.
-function refresh(source) {
-  if (!source.stale) return;
-  source.stale = false;
-  if (source.seen.size && !outdated(source)) return;
-  const value = observe(source, source.compute);
-  if (!Object.is(value, source.value)) Object.assign(source, { value, count: source.count + 1 });
-}
-
-const outdated = (reader) => [...reader.seen].some(([source, count]) => {
-  refresh(source);
-  return source.count !== count;
+// A form's fields, and a page's images, hide properties of the same name: with a field that is
+// called "id", `form.id` is that field (HTML standard, 4.10.3). So nodes are asked through the
+// prototypes: `parentOf(node)` is node.parentNode, whatever the page is made of.
+const through = (kind, names) => names.split(' ').map((name) => {
+  const { get, value } = Object.getOwnPropertyDescriptor(kind.prototype, name) ?? {};
+  return get || value ? Function.prototype.call.bind(get ?? value) : undefined;
 });
+const [getAttr, setAttr, hasAttr, dropAttr, attrNames, attrNode, setAttrNode, closest, within,
+  localName, classesOf, moveBefore, firstWithin] = through(Element, 'getAttribute setAttribute '
+  + 'hasAttribute removeAttribute getAttributeNames getAttributeNode setAttributeNode closest '
+  + 'querySelectorAll localName classList moveBefore querySelector');
+const [nodeType, nodeName, namespaceAt, parentOf, childrenOf, firstOf, nextOf, isInPage, insert,
+  takeOut, contains, isEqual, compare, textOf, copyOf] = through(Node, 'nodeType nodeName '
+  + 'lookupNamespaceURI parentNode childNodes firstChild nextSibling isConnected insertBefore '
+  + 'removeChild contains isEqualNode compareDocumentPosition textContent cloneNode');
+const [hear, unhear, send] = through(EventTarget, 'addEventListener removeEventListener '
+  + 'dispatchEvent');
+const [byId, query, queryAll, activeOf, bodyOf, headOf] = through(Document, 'getElementById '
+  + 'querySelector querySelectorAll activeElement body head');
+const [styleOfHtml] = through(HTMLElement, 'style');
+const styleOf = (el) => el instanceof HTMLElement ? styleOfHtml(el) : el.style;
+const setText = Function.prototype.call.bind(
+  Object.getOwnPropertyDescriptor(Node.prototype, 'textContent').set);
+const page = document.documentElement;
+const family = (node) => nodeType(node) === 1 ? [node, ...within(node, '*')] : [];
 
-function observe(reader, job) {
-  for (const source of reader?.seen.keys() ?? []) source.watchers.delete(reader);
-  reader?.seen.clear();
-  const outer = watcher;
-  watcher = reader;
+// ---- Effects: functions that run again when what they read has changed ----
+// Whoever reads (a reader: an effect, or a computed signal) and whatever is read (a Set of its
+// readers) know each other. A write marks: an effect is `due`, and `sure` if a signal that it read
+// has changed. If only a computed signal has become stale, that is worked out first, and the
+// effect runs if its value differs. Due effects run when the outermost batch ends, in the order
+// of their elements and attributes in the page, whichever signal was written first.
+
+let active = null;         // the reader that is running
+let depth = 0;             // how many batches are open
+let due = new Set();       // effects to look at when the last of them ends
+
+const reader = (job, by) => ({ job, by, sources: new Set(), sure: true });
+
+function observe(self) {
+  const [outer, before] = [active, self.sources];
+  active = self;
+  self.sources = new Set();
+  self.sure = false;
   try {
-    return job();
+    return self.job();
   } finally {
-    watcher = outer;
+    active = outer;
+    for (const source of before) if (!self.sources.has(source)) forget(self, source);
   }
 }
 
-// An effect runs now, and again when what it read has changed. The answer ends it.
-function watch(run) {
-  const self = { run, seen: new Map() };
-  const again = () => batch(() => observe(self, run));
-  const end = () => {
-    due.delete(self);
-    observe(self, () => {});                     // forget every cell, be forgotten by each
-  };
-  again();
-  return Object.assign(end, { again });
+function forget(self, source) {
+  source.delete(self);
+  if (!source.size) source.home?.delete(source.key);       // nobody reads that key any more
+}
+
+function wake(readers) {
+  for (const self of readers ?? []) {
+    if (self === active) continue;                         // an effect does not wake itself
+    self.sure = true;
+    mark(self);
+  }
+}
+
+function mark(self) {
+  if (!self.readers) due.add(self);
+  else if (!self.stale) {
+    self.stale = true;
+    for (const each of self.readers) if (each !== active) mark(each);
+  }
+}
+
+// Has anything that it read really changed? Computed signals tell when they are asked.
+function outdated(self) {
+  for (const { computed } of self.sources) if (!self.sure && computed) refresh(computed);
+  return self.sure;
+}
+
+// A computed signal is worked out when somebody asks, so it is never behind.
+function refresh(self) {
+  if (!self.stale) return;
+  self.stale = false;
+  if (!outdated(self)) return;
+  const value = observe(self);
+  if (Object.is(value, self.value)) return;
+  self.value = value;
+  for (const each of self.readers) each.sure = true;
+}
+
+class Computed {
+  constructor(job) {
+    Object.assign(this, reader(job), { stale: true, readers: new Set() });
+    this.readers.computed = this;
+  }
 }
 
 function batch(job) {
@@ -8473,155 +8495,235 @@ function batch(job) {
   try {
     return job();
   } finally {
-    let turns = 0;
-    for (const next of depth === 1 ? due : []) {           // a set may grow while it is walked
-      due.delete(next);
-      if (++turns < 10000) outdated(next) && observe(next, next.run);
-      else if (turns === 10000) report('effects', 'they wake each other without end: stopped');
-    }
+    if (depth === 1) runDue();
     if (--depth === 0) announce();
   }
 }
 
-const aside = (job) => batch(() => observe(null, job));    // what it reads is not noted
+function runDue() {
+  for (let round = 1; due.size; round++) {
+    const now = [...due].sort((a, b) => a.by.order - b.by.order);
+    if (round > 100) {
+      due = new Set();
+      report('effects', 'they wake each other without end: stopped', now[0].by.el);
+    }
+    for (const self of now) if (due.delete(self) && outdated(self)) observe(self);
+  }
+}
 
-// ---- Signals: a cell for each path ----
-// {user: {name: 'Ann'}} is one cell, under the path "user.name". Objects are only the branches
-// between such leaves, and exist as long as there is a leaf below them. Everything else is a
-// leaf: texts, numbers, elements, and lists, which change as a whole.
+// What a job reads here is not noted.
+function apart(job) {
+  const outer = active;
+  active = null;
+  try {
+    return job();
+  } finally {
+    active = outer;
+  }
+}
+const aside = (job) => apart(() => batch(job));
 
-const cells = new Map();   // path -> cell
-const names = cell(0);     // changes when a path comes or goes
-let changes = [];          // [path, value] of this batch, for the event datastar-signal-patch
+// ---- Signals: plain data, and a proxy for each object and list in it ----
+// The data belongs to the client: what comes is copied. Objects have no prototype, so that a
+// signal called "constructor" is a signal like any other. A list changes as a whole for whoever
+// hears of changes (`list` is the nearest one), and its own entries may be null; elsewhere null
+// means that the signal is gone (JSON Merge Patch, RFC 7386).
 
+const nodes = new WeakMap();     // object or list -> { keys, list, readers, proxy }
+const targets = new WeakMap();   // proxy -> object or list
+const EACH = Symbol('which keys there are');
+const ALL = new Set();           // readers of everything, as data-json-signals is
+let changes = [];                // [keys, value] of this batch, for datastar-signal-patch
+
+const has = Object.hasOwn;
+const bare = () => Object.create(null);
+const raw = (value) => targets.get(value) ?? value;
 const isPlain = (value) => Object(value) === value
   && [Object.prototype, null].includes(Object.getPrototypeOf(value));
-const refused = (path) => path.split('.').includes('__proto__');     // it would change all objects
-const below = (path) => [...cells.keys()].filter((each) => each.startsWith(path + '.'));
-const known = (path) => cells.has(path) || below(path).length > 0 || Boolean(listAbove(path));
+const isBranch = (value) => nodes.has(value) && !Array.isArray(value);
+const refused = (key) => key === '__proto__';    // JSON.stringify and {...} would misread it
 
-// A path may lead into a list, as in "items.0". Gives the list and the keys inside it.
-function listAbove(path) {
-  const keys = path.split('.');
-  for (let n = 1; n < keys.length; n++) {
-    const above = cells.get(keys.slice(0, n).join('.'));
-    if (Array.isArray(above?.value)) return [read(above), keys.slice(n)];
+function adopt(value, keys, list) {
+  const isList = Array.isArray(value);
+  if (!isList && !isPlain(value)) return value;
+  const own = isList ? [] : bare();
+  const node = { keys, list: list ?? (isList ? { keys, own } : null), readers: new Map() };
+  node.proxy = new Proxy(own, handler);
+  nodes.set(own, node);
+  targets.set(node.proxy, own);
+  for (const key of Object.keys(value)) {
+    const inner = raw(value[key]);
+    if (refused(key) || (!node.list && (inner ?? null) === null)) continue;
+    own[key] = adopt(inner, [...keys, key], node.list);
   }
+  return own;
 }
 
-function look(path) {
-  if (cells.has(path)) return read(cells.get(path));
-  if (below(path).length) return branch(path + '.');
-  const [list, keys] = listAbove(path) ?? [];
-  if (list) return keys.reduce((at, key) => at?.[key], list);
-  set(path, '');                                 // a signal that nobody declared is empty text
-  return read(cells.get(path));
+function track(target, key) {
+  if (!active) return;
+  const home = nodes.get(target).readers;
+  let readers = home.get(key);
+  if (!readers) home.set(key, readers = Object.assign(new Set(), { home, key }));
+  readers.add(active);
+  active.sources.add(readers);
 }
 
-const set = (path, value) => refused(path) || batch(() => {
-  const old = cells.get(path);
-  const [list, keys] = listAbove(path) ?? [];
-  if (list) keys.slice(0, -1).reduce((at, key) => at[key] ??= {}, list)[keys.at(-1)] = value;
-  else if (value === null) remove(path);
-  else if (isPlain(value)) {
-    const leaves = flat(value, path + '.');      // read before anything is removed
-    below(path).filter((each) => !leaves.has(each)).forEach(remove);
-    for (const [each, leaf] of leaves) set(each, leaf);
-  } else if (!old?.compute && !(old && Object.is(old.value, value))) {
-    const change = () => {
-      write(cells.get(path), value);
-      changes.push([path, value]);
-    };
-    if (Array.isArray(value)) value = watched(copy(value), change);
-    if (!old) place(path, cell());
-    change();
-  }
-});
+// `then`, `toJSON` and the like are asked for by JavaScript itself.
+const BY_LANGUAGE = /^(?:then|toJSON|toString|valueOf)$/;
 
-function place(path, leaf) {
-  // A path is either a leaf or a branch.
-  const above = path.split('.').map((_, n, steps) => steps.slice(0, n + 1).join('.'));
-  [...below(path), ...above].filter((each) => cells.has(each)).forEach(remove);
-  cells.set(path, leaf);
-  write(names, names.value + 1);
+const handler = {
+  get(target, key) {
+    if (typeof key === 'symbol') return target[key];
+    if (!has(target, key)) {
+      if (BY_LANGUAGE.test(key) && !Array.isArray(target)) return Object.prototype[key];
+      // A signal that nobody declared is empty text.
+      if (!nodes.get(target).list && !refused(key)) batch(() => write(target, key, ''));
+    }
+    track(target, key);
+    const value = target[key];
+    if (!(value instanceof Computed)) return nodes.get(value)?.proxy ?? value;
+    refresh(value);
+    if (active) active.sources.add(value.readers.add(active));
+    return value.value;
+  },
+  set: (target, key, value) => (batch(() => write(target, key, value)), true),
+  deleteProperty: (target, key) => (batch(() => erase(target, key)), true),
+  has: (target, key) => (track(target, key), Array.isArray(target) ? key in target
+    : has(target, key)),
+  ownKeys: (target) => (track(target, EACH), Reflect.ownKeys(target)),
+};
+const data = adopt({}, [], null);
+const root = nodes.get(data).proxy;
+
+// A key has another value, or (`which`) has come or gone.
+function changed({ readers, keys, list }, key, value, which) {
+  if (list) changes.push([list.keys, list.own]);
+  else if (isBranch(value)) changes.push(...leaves(value, [...keys, key]));
+  else changes.push([[...keys, key], value]);
+  wake(readers.get(key));
+  if (which) wake(readers.get(EACH));
+  if (list && which) wake(readers.get('length'));
+  wake(ALL);
 }
 
-const remove = (path) => batch(() => {
-  for (const gone of [path, ...below(path)].filter((each) => cells.has(each))) {
-    const leaf = cells.get(gone);
-    cells.delete(gone);
-    changes.push([gone, null]);
-    write(leaf, undefined);
-    write(names, names.value + 1);
-  }
-});
-
-// $ is the branch above all. Reading and writing its keys reads and writes cells.
-const branch = (prefix) => new Proxy({}, {
-  get: (target, key) => typeof key === 'symbol' || key === 'toJSON'
-    || (key in target && !known(prefix + key)) ? target[key] : look(prefix + key),
-  set: (_, key, value) => (set(prefix + key, value), true),
-  deleteProperty: (_, key) => (remove(prefix + key), true),
-  has: (_, key) => (read(names), known(prefix + String(key))),
-  ownKeys: () => (read(names), [...new Set([...cells.keys()].filter((path) =>
-    path.startsWith(prefix)).map((path) => path.slice(prefix.length).split('.')[0]))]),
-  getOwnPropertyDescriptor: (_, key) => known(prefix + String(key)) ? {
-    configurable: true, enumerable: true, writable: true, value: look(prefix + key) } : undefined,
-});
-const root = branch('');
-
-const watched = (items, touch) => !Array.isArray(items) && !isPlain(items) ? items
-  : new Proxy(items, {
-    get: (target, key) => watched(target[key], touch),
-    set: (target, key, value) => batch(() => {
-      if (!(key in target) || !Object.is(target[key], value)) touch(target[key] = value);
-      return true;
-    }),
-  });
-
-const copy = (value) => Array.isArray(value) ? [...value].map(copy) : !isPlain(value) ? value
-  : Object.fromEntries(Object.entries(value).map(([key, inner]) => [key, copy(inner)]));
-
-const flat = (object, prefix = '') => new Map(Object.entries(object).flatMap(([key, value]) =>
-  isPlain(value) ? [...flat(value, `${prefix}${key}.`)] : [[prefix + key, value]]));
-
-function nested(leaves) {
-  const found = {};
-  for (const [path, value] of leaves) {
-    if (refused(path)) continue;
-    const keys = path.split('.');
-    const last = keys.pop();
-    keys.reduce((at, key) => at[key] = Object(at[key]), found)[last] = value;
+// [keys, value] of each signal in an object.
+function leaves(object, keys = [], found = []) {
+  for (const key of Object.keys(object)) {
+    const value = object[key];
+    const path = [...keys, key];
+    if (value instanceof Computed) found.push((refresh(value), [path, value.value]));
+    else if (isPlain(value)) leaves(value, path, found);
+    else found.push([path, value]);
   }
   return found;
 }
 
-// JSON Merge Patch (RFC 7386): null removes, objects merge, everything else replaces.
-const merge = (patch, onlyIfMissing) => aside(() => {
-  for (const [path, value] of flat(patch)) {
-    if (onlyIfMissing && known(path)) continue;
-    if (value === null || value === undefined) remove(path);
-    else set(path, value);
+// Writes a key. Objects merge into what is there, so that only what differs wakes its readers.
+function write(target, key, value) {
+  value = raw(value);
+  const node = nodes.get(target);
+  const there = has(target, key);
+  const old = target[key];
+  if (refused(key) || (there && Object.is(old, value))) return;
+  if (old instanceof Computed) return;                     // it has no other value
+  if (!node.list && (value ?? null) === null) erase(target, key);
+  else if (there && !node.list && isBranch(old) && isPlain(value)) {
+    for (const gone of Object.keys(old)) if (!has(value, gone)) erase(old, gone);
+    for (const each of Object.keys(value)) write(old, each, value[each]);
+  } else if (Array.isArray(target) && key === 'length') {
+    target.length = value;
+    for (const each of node.readers.values()) wake(each);  // any entry may have gone
+    changed(node, key);
+  } else {
+    target[key] = Object(value) === value ? adopt(value, [...node.keys, key], node.list) : value;
+    changed(node, key, target[key], !there);
   }
-});
-
-function announce() {
-  const patch = nested(changes);
-  const some = changes.length;
-  changes = [];
-  if (some) tell('datastar-signal-patch', patch);
 }
 
+function erase(target, key) {
+  if (!has(target, key)) return;
+  const node = nodes.get(target);
+  const gone = isBranch(target[key]) ? leaves(target[key], [...node.keys, key]) : [];
+  delete target[key];
+  changed(node, key, null, true);
+  for (const [path] of gone) changes.push([path, null]);
+}
+
+// A path is what names a signal outside of expressions: "user.name", "items.0".
+function find(path) {
+  let at = root;
+  for (const key of path.split('.')) {
+    if (!targets.has(at) || !(key in at)) return undefined;
+    at = at[key];
+  }
+  return at;
+}
+
+const put = (path, value) => batch(() => {
+  const keys = path.split('.');
+  if (keys.some(refused)) return;
+  const last = keys.pop();
+  let at = data;
+  for (const key of keys) {
+    if (!has(at, key) || !nodes.has(at[key])) write(at, key, {});
+    at = at[key];
+    if (!nodes.has(at)) return;
+  }
+  if (!(value instanceof Computed)) write(at, last, value);
+  else changed(nodes.get(Object.assign(at, { [last]: value })), last, '', true);
+});
+
+function merge(patch, onlyIfMissing, at = data) {
+  for (const key of Object.keys(patch)) {
+    const value = patch[key];
+    const old = has(at, key) ? at[key] : undefined;
+    if (refused(key) || old instanceof Computed) continue;
+    if (isPlain(value) && (old === undefined || !onlyIfMissing || nodes.has(old))) {
+      if (!nodes.has(old)) write(at, key, {});
+      merge(value, onlyIfMissing, at[key]);
+    } else if (onlyIfMissing && old !== undefined) continue;
+    else if ((value ?? null) === null) erase(at, key);
+    else write(at, key, value);
+  }
+}
+
+function nested(found) {
+  const whole = bare();
+  for (const [keys, value] of found) {
+    let at = whole;
+    for (let n = 0; n < keys.length - 1; n++) {
+      if (!isPlain(at[keys[n]])) at[keys[n]] = bare();
+      at = at[keys[n]];
+    }
+    at[keys.at(-1)] = plain(value);
+  }
+  return whole;
+}
+
+// What leaves the client: a copy without proxies. An element is {}, as with the official client.
+const plain = (value) => Object(value) !== value ? value : Array.isArray(value) ? value.map((each) => plain(raw(each)))
+  : isPlain(value) ? Object.fromEntries(Object.entries(value).map(([k, v]) => [k, plain(raw(v))]))
+  : value;
+
 // Filters choose by path: {include, exclude}, regular expressions or their text.
-function chosen(paths, { include = '', exclude = '(?!)' } = {}) {
-  const [yes, no] = [include, exclude].map((rule) =>
-    new RegExp(rule.source ?? rule, rule.flags?.replace(/[gy]/g, '')));
-  return [...paths].filter((path) => yes.test(path) && !no.test(path));
+function chooser({ include = '', exclude = '(?!)' } = {}) {
+  const [yes, no] = [include, exclude].map((rule) => new RegExp(
+    rule.source ?? rule.replace(/^\/|\/$/g, ''), rule.flags?.replace(/[gy]/g, '')));
+  return ([keys]) => {
+    const path = keys.length > 1 ? keys.join('.') : keys[0];
+    return yes.test(path) && !no.test(path);
+  };
 }
 
 function pick(filter) {
-  read(names);
-  return nested(chosen(cells.keys(), filter).map((path) => [path, look(path)]));
+  if (active) active.sources.add(ALL.add(active));
+  return nested([...apart(() => leaves(data))].filter(chooser(filter)));
+}
+
+function announce() {
+  const some = changes;
+  changes = [];
+  if (some.length) tell('datastar-signal-patch', nested(some));
 }
 
 // ---- Expressions: from an attribute's text to a function ----
@@ -8666,107 +8768,231 @@ function translate(text) {
   return [statements.filter((each) => !/^[\s;]*$/.test(each)), used];
 }
 
-const compiled = new Map();          // text -> function: a table's cells have theirs in common
+// A table's cells have their expressions in common, so functions are kept: texts of up to 2,000
+// characters, 500,000 in all. What is longer is mostly data, and comes once.
+const compiled = new Map();          // text -> [function, names of actions]
+let charactersKept = 0;
 
 function compile(text) {
-  if (!compiled.has(text)) {
-    const [statements, used] = translate(text);
-    const build = (...body) => new Function('$', '__act', 'el', 'evt', 'patch', body.join('\n'));
-    const last = (statements.at(-1) ?? '').replace(/;\s*$/, '');
-    try {
-      compiled.set(text, [build(...statements.slice(0, -1), `return (${last}\n)`), used]);
-    } catch {                                    // it ends in `if`, or has its own `return`
-      compiled.set(text, [build(...statements), used]);
+  if (compiled.has(text)) return compiled.get(text);
+  const [statements, used] = translate(text);
+  const build = (...body) => new Function('$', '__act', 'el', 'evt', 'patch', body.join('\n'));
+  const last = (statements.at(-1) ?? '').replace(/;\s*$/, '');
+  let job;
+  try {
+    job = build(...statements.slice(0, -1), `return (${last}\n)`);
+  } catch {                                      // it ends in `if`, or has its own `return`
+    job = build(...statements);
+  }
+  if (text.length <= 2000) {
+    charactersKept += text.length;
+    compiled.set(text, [job, used]);
+    for (const oldest of compiled.keys()) {
+      if (charactersKept <= 500000) break;
+      charactersKept -= oldest.length;
+      compiled.delete(oldest);
     }
   }
-  return compiled.get(text);
-}
-
-// The function that runs an attribute's expression. It reports what fails, and never throws.
-function runner({ el, name, value }) {
-  const says = `${name}="${value}"`;
-  const [job, used] = guarded(says, el, compile)(value) ?? [() => undefined, []];
-  for (const action of used) if (!(action in actions)) unknown(`${name}: @${action}`, el);
-  return guarded(says, el, (evt, patch) => {
-    const act = (action, ...args) => actions[action]({ el, evt, name }, ...args);
-    return batch(() => job(root, act, el, evt, patch));
-  });
+  return [job, used];
 }
 
 // ---- Attributes: data-<plugin>:<key>__<modifier>.<tag>.<tag>="<expression>" ----
-// A plugin gets one object that tells all of that. What it gives back undoes it.
+// Each element that has some is an owner; each attribute knows what it started (effects,
+// listeners, timers, observers, requests), and `end` ends all of it.
 
-// Key by key or all at once: data-class:done="$x" and data-class="{done: $x}".
-const eachKey = ({ el, key, run, effect }, apply) => effect(() => {
-  const values = key ? { [key]: run() } : run() ?? {};
-  for (const [name, value] of Object.entries(values)) apply(el, name, value);
-});
+const owners = new WeakMap();        // element -> { el, order, attributes, wrote, requests }
+let ownersSoFar = 0;
+
+class Attribute {
+  constructor(owner, name, value) {
+    const [head, ...rest] = name.slice(5).split('__');
+    const [plugin, ...keys] = head.split(':');
+    this.mods = new Map(rest.map((each) => each.split('.')).map(([mod, ...tags]) => [mod, tags]));
+    Object.assign(this, { owner, el: owner.el, name, value, plugin, order: owner.order });
+    this.ends = new Set();           // jobs that undo what it started
+    this.ended = false;
+    const style = this.mods.get('case')?.[0] ?? (SIGNAL_KEYS.test(plugin) ? 'camel' : 'kebab');
+    this.key = CASES[style]?.(keys.join(':'));
+    this.path = this.key || value.trim();
+  }
+
+  // Runs the expression. What fails is told once, and never thrown.
+  run(evt, patch) {
+    return this.guard(() => {
+      if (this.ended) return undefined;
+      this.compiled ??= this.compile();
+      const act = (action, ...args) => actions[action](this, evt, ...args);
+      return batch(() => this.compiled(root, act, this.el, evt, patch));
+    });
+  }
+
+  compile() {
+    try {
+      const [job, used] = compile(this.value);
+      for (const name of used) if (!(name in actions)) unknown(`${this.name}: @${name}`, this.el);
+      return job;
+    } catch (error) {
+      this.tell(error);
+      return () => undefined;
+    }
+  }
+
+  guard(job) {
+    try {
+      return job();
+    } catch (error) {
+      return this.tell(error);
+    }
+  }
+
+  tell(error) {
+    if (this.told !== String(error)) report(`${this.name}="${this.value}"`, error, this.el);
+    this.told = String(error);
+  }
+
+  effect(job) {
+    const self = reader(() => this.guard(job), this);
+    this.ends.add(() => {
+      due.delete(self);
+      for (const source of self.sources) forget(self, source);
+    });
+    batch(() => observe(self));
+    return self;
+  }
+
+  // An effect that writes into its element (`job` gives the names of attributes, or #text). It
+  // has the last word: when a script or a morph writes there, it writes again.
+  keep(job) {
+    this.keeper = this.effect(() => {
+      for (const name of job()) this.owner.wrote.set(name, present(this.el, name));
+    });
+  }
+
+  // What an event's handlers read is not the business of the effect that caused the event.
+  listen(target, name, handler, options) {
+    const heard = (evt) => apart(() => handler(evt));
+    hear(target, name, heard, options);
+    this.ends.add(() => unhear(target, name, heard, options));
+  }
+
+  end() {
+    this.ended = true;
+    for (const job of this.ends) this.guard(job);
+    this.ends.clear();
+  }
+}
+
+const present = (el, name) => name === '#text' ? textOf(el) : getAttr(el, name);
 const absent = (value) => value === false || value === null || value === undefined;
 
+function showText(el, text) {
+  const only = firstOf(el);
+  if (only && nodeType(only) === 3 && !nextOf(only)) {
+    if (only.data !== text) only.data = text;
+  } else setText(el, text);
+  return ['#text'];
+}
+
+// Key by key or all at once: data-class:done="$x" and data-class="{done: $x}". `apply` gives the
+// name of the attribute that it wrote. What is no longer named is taken back.
+function keepEach(about, apply) {
+  const before = new Map();          // what was there without us
+  let last = {};
+  about.keep(() => {
+    const values = about.key ? { [about.key]: about.run() } : about.run() ?? {};
+    const all = { ...Object.fromEntries(Object.keys(last).map((name) => [name, null])), ...values };
+    last = values;
+    return Object.entries(all).map(([name, value]) => apply(name, value, before));
+  });
+  about.ends.add(() => isInPage(about.el)
+    && Object.keys(last).forEach((name) => apply(name, null, before)));
+}
+
 const plugins = {
-  signals({ key, value, mods, run }) {
-    merge(key ? nested([[key, value ? run() : '']]) : run() ?? {}, mods.has('ifmissing'));
+  __proto__: null,
+  signals(about) {
+    const { key, value, mods } = about;
+    const given = value ? about.run() : '';
+    batch(() => merge(key ? nested([[key.split('.'), given]]) : given || {}, mods.has('ifmissing')));
   },
-  computed({ key, run, el, name }) {
-    for (const [path, compute] of Object.entries(key ? { [key]: run } : run() ?? {})) {
-      if (!refused(path)) batch(() => place(path, cell(undefined, guarded(name, el, compute))));
-    }
+  computed(about) {
+    const jobs = about.key ? { [about.key]: () => about.run() } : about.run() ?? {};
+    for (const [path, job] of Object.entries(jobs)) put(path, new Computed(() => about.guard(job)));
   },
-  effect: ({ run, effect }) => effect(run),
-  init({ mods, run }) {
-    timed(mods, run)();
+  effect: (about) => { about.effect(() => about.run()); },
+  init: (about) => { timed(about)(); },
+  text: (about) => about.keep(() => showText(about.el, String(about.run() ?? ''))),
+  show(about) {
+    const style = styleOf(about.el);
+    about.keep(() => {
+      const shown = about.run();
+      if (!shown && style.display !== 'none') style.display = 'none';
+      if (shown && style.display === 'none') style.removeProperty('display');
+      return ['style'];
+    });
   },
-  text: ({ el, run, effect }) => effect(() => { el.textContent = run(); }),
-  show: ({ el, run, effect }) => effect(() => {
-    if (!run()) el.style.display = 'none';
-    else if (el.style.display === 'none') el.style.removeProperty('display');
-  }),
-  class: (about) => eachKey(about, (el, classes, on) => {
-    for (const each of classes.split(/\s+/).filter(Boolean)) el.classList.toggle(each, Boolean(on));
-  }),
-  attr: (about) => eachKey(about, (el, name, value) => {
-    if (absent(value)) el.removeAttribute(name);
-    else if (value === true) el.setAttribute(name, '');
-    else el.setAttribute(name, Object(value) === value ? JSON.stringify(value) : value);
+  class(about) {
+    const classes = classesOf(about.el);
+    keepEach(about, (names, on) => {
+      for (const each of names.split(/\s+/).filter(Boolean)) {
+        if (classes.contains(each) !== Boolean(on)) classes.toggle(each);
+      }
+      return 'class';
+    });
+  },
+  attr: (about) => keepEach(about, (name, value) => {
+    const text = value === true ? '' : Object(value) === value ? JSON.stringify(value) : `${value}`;
+    if (absent(value)) dropAttr(about.el, name);
+    else if (getAttr(about.el, name) !== text) setAttr(about.el, name, text);
+    return name;
   }),
   style(about) {
-    const before = {};               // what the style attribute said by itself
-    return eachKey(about, (el, name, value) => {
+    const style = styleOf(about.el);
+    const wrote = {};
+    keepEach(about, (name, value, before) => {
       if (!name.startsWith('--')) name = name.replace(/[A-Z]/g, '-$&').toLowerCase();
-      before[name] ??= el.style.getPropertyValue(name);
-      el.style.setProperty(name, absent(value) || value === '' ? before[name] : value);
+      const now = style.getPropertyValue(name);
+      if (now !== wrote[name]) before.set(name, now);
+      style.setProperty(name, absent(value) || value === '' ? before.get(name) : value);
+      wrote[name] = style.getPropertyValue(name);
+      return 'style';
     });
   },
-  ref: ({ el, path }) => set(path, el),
-  indicator({ el, path }) {
-    let running = 0;
-    set(path, false);
-    return listen(document, 'datastar-fetch', ({ detail }) => {
-      if (detail.el === el) running += { started: 1, finished: -1 }[detail.type] ?? 0;
-      set(path, running > 0);
-    });
+  ref({ el, path, ends }) {
+    put(path, el);
+    ends.add(() => find(path) === el && put(path, null));
   },
-  'json-signals': ({ el, value, mods, run, effect }) => effect(() => {
-    const found = pick(value ? run() : {});
-    el.textContent = JSON.stringify(found, null, mods.has('terse') ? 0 : 2);
-  }),
+  indicator({ owner, path, ends }) {
+    const show = () => put(path, owner.requests > 0);
+    owner.indicators.add(show);
+    ends.add(() => owner.indicators.delete(show));
+    ends.add(() => isInPage(owner.el) || put(path, false));
+    show();
+  },
+  'json-signals'(about) {
+    const { el, value, mods } = about;
+    about.keep(() => showText(el, toJson(pick(value ? about.run() : {}), mods.has('terse') ? 0 : 2)));
+  },
   bind,
-  on({ el, key, mods, run }) {
-    const has = (mod) => mods.has(mod);
-    const later = timed(mods, run);
+  on(about) {
+    const { el, key, mods } = about;
+    const later = timed(about);
     const ofDocument = /^datastar-(?:fetch|signal-patch|ready)$/.test(key);
-    const target = has('window') ? window
-      : has('document') || has('outside') || ofDocument ? document : el;
-    return listen(target, key, (evt) => {
-      if (has('outside') && el.contains(evt.target)) return;
+    const target = mods.has('window') ? window
+      : mods.has('document') || mods.has('outside') || ofDocument ? document : el;
+    about.listen(target, key, (evt) => {
+      if (mods.has('outside') && evt.target instanceof Node && contains(el, evt.target)) return;
       // A form that is handled here must not load a page as well.
-      if (has('prevent') || (key === 'submit' && el.localName === 'form')) evt.preventDefault();
-      if (has('stop')) evt.stopPropagation();
+      if (mods.has('prevent') || (key === 'submit' && el instanceof HTMLFormElement)) {
+        evt.preventDefault();
+      }
+      if (mods.has('stop')) evt.stopPropagation();
       later(evt);
-    }, { once: has('once'), passive: has('passive'), capture: has('capture') });
+    }, { once: mods.has('once'), passive: mods.has('passive'), capture: mods.has('capture') });
   },
-  'on-intersect'({ el, mods, run }) {
-    const later = timed(mods, run);
+  'on-intersect'(about) {
+    const { el, mods } = about;
+    const later = timed(about);
     const percent = mods.get('threshold')?.[0]
       ?? (mods.has('full') ? 100 : mods.has('half') ? 50 : 0);
     const observer = new IntersectionObserver((entries) => {
@@ -8776,34 +9002,42 @@ const plugins = {
       if (mods.has('once')) observer.disconnect();
     }, { threshold: percent / 100 });
     observer.observe(el);
-    return () => observer.disconnect();
+    about.ends.add(() => observer.disconnect());
   },
-  'on-interval'({ mods, run }) {
-    const tags = mods.get('duration') ?? [];
-    const job = timed(mods, run);
+  'on-interval'(about) {
+    const tags = about.mods.get('duration') ?? [];
+    const job = timed(about);
     if (tags.includes('leading')) job();
     const timer = setInterval(job, milliseconds(tags, 1000));
-    return () => clearInterval(timer);
+    about.ends.add(() => clearInterval(timer));
   },
-  'on-signal-patch'({ el, mods, run }) {
-    const later = timed(mods, run);
+  // The page's first signals are no change, nor is what its own expression writes.
+  'on-signal-patch'(about) {
     const name = 'data-on-signal-patch-filter';
-    const value = el.getAttribute(name);
-    const filter = value ? runner({ el, name, value })() : {};
-    return listen(document, 'datastar-signal-patch', (evt) => {
-      if (chosen(flat(evt.detail).keys(), filter).length) later(evt, evt.detail);
+    const value = getAttr(about.el, name);
+    const chosen = chooser(value ? new Attribute(about.owner, name, value).run() : {});
+    let busy = false;
+    const later = timed(about, (patch) => {
+      busy = true;
+      try {
+        about.run(patch.evt, patch.some);
+      } finally {
+        busy = false;
+      }
+    });
+    announce();
+    about.listen(document, 'datastar-signal-patch', (evt) => {
+      const some = busy || starting ? [] : leaves(evt.detail).filter(chosen);
+      if (some.length) later({ evt, some: nested(some) });
     });
   },
 };
 
-// An effect may be the cause of an event. What the event's handlers read is not its business.
-function listen(target, name, handler, options) {
-  const apart = (evt) => observe(null, () => handler(evt));
-  target.addEventListener(name, apart, options);
-  return () => target.removeEventListener(name, apart, options);
-}
+const toJson = (value, indent) =>
+  JSON.stringify(value, (_, each) => each instanceof Node ? {} : each, indent);
 
-// When a job runs: in a view transition, after a delay, when it is quiet, at a steady pace.
+// When a job runs: in a view transition, after a delay, when it is quiet, at a steady pace. Once
+// its attribute has ended, `run` does nothing more.
 const TIMING = {
   viewtransition: (job) => (...args) => transition(() => job(...args)),
   delay: (job, tags) => (...args) => { setTimeout(job, milliseconds(tags), ...args); },
@@ -8812,8 +9046,9 @@ const TIMING = {
   throttle: (job, tags) =>
     paced(job, tags, !tags.includes('noleading'), tags.includes('trailing'), false),
 };
-const timed = (mods, job) => Object.keys(TIMING).filter((mod) => mods.has(mod))
-  .reduce((inner, mod) => TIMING[mod](inner, mods.get(mod)), job);
+const timed = (about, job = (evt) => about.run(evt)) => Object.keys(TIMING)
+  .filter((mod) => about.mods.has(mod))
+  .reduce((inner, mod) => TIMING[mod](inner, about.mods.get(mod)), job);
 
 // "500ms" and "500" are milliseconds, "2s" is seconds.
 function milliseconds(tags, otherwise = 0) {
@@ -8842,78 +9077,172 @@ function paced(job, tags, leading, trailing, anew) {
   };
 }
 
-function transition(job) {
-  if (!document.startViewTransition) return job();
-  document.startViewTransition(job).ready.catch(() => {});     // another one took its place
-}
+// ---- data-bind: a field and a signal follow each other ----
+// A signal that exists wins over what the field says at first, and keeps its type: what is typed
+// for a number's sake is a number. The field that somebody is editing is theirs: what came from
+// it is never written back (an emptied number field stays empty, "1." stays "1.").
 
-// data-bind: a control and a signal follow each other. A signal that exists wins over what the
-// control says at first, and keeps its type: what is typed for a number's sake is a number.
-const TAKE = {
-  checkbox: (el, old) => typeof old === 'boolean' || !el.hasAttribute('value') ? el.checked
-    : el.checked ? el.value : '',
-  'select-multiple': (el, old) => Array.from(el.selectedOptions, ({ value }) =>
-    Array.from(old ?? []).find((each) => String(each) === value) ?? value),
-  other: (el, old) => typeof old === 'number' ? Number(el.value)
+const CHECK = {
+  events: ['input', 'change'],
+  take: (el, old) => typeof old === 'boolean' || (typeof old !== 'string' && !hasAttr(el, 'value'))
+    ? el.checked : el.checked ? el.value : '',
+  give(el, value) {
+    el.checked = typeof value === 'string' || (hasAttr(el, 'value') && typeof value !== 'boolean')
+      ? el.value === String(value ?? '') : Boolean(value);
+  },
+};
+const TEXT = {
+  events: ['input', 'change'],
+  take: (el, old) => typeof old === 'number' ? Number(el.value)
     : typeof old === 'boolean' ? el.value === 'true' : el.value,
+  give: (el, value) => { if (el.value !== String(value ?? '')) el.value = value ?? ''; },
 };
-const GIVE = {
-  checkbox: (el, value) => el.checked = typeof value === 'boolean' || !el.hasAttribute('value')
-    ? Boolean(value) : el.value === String(value),
-  radio: (el, value) => el.checked = el.value === String(value),
-  'select-multiple': (el, value) => Array.from(el.options).forEach((option) =>
-    option.selected = [value].flat().map(String).includes(option.value)),
-  file: () => {},
-  other: (el, value) => el.value === String(value ?? '') || (el.value = value ?? ''),
+const NUMBER = { ...TEXT, take: (el, old) => typeof old === 'string' ? el.value : Number(el.value) };
+const CONTROLS = {
+  checkbox: CHECK,
+  radio: { ...TEXT, give: (el, value) => { el.checked = el.value === String(value); } },
+  number: NUMBER,
+  range: NUMBER,
+  'select-multiple': {
+    events: ['input', 'change'],
+    take: (el, old) => Array.from(el.selectedOptions, ({ value }) =>
+      [old ?? []].flat().find((each) => String(each) === value) ?? value),
+    give(el, value) {
+      const chosen = new Set([value ?? []].flat().map(String));
+      for (const option of el.options) option.selected = chosen.has(option.value);
+    },
+  },
 };
-const peers = new Map();             // path -> the controls bound to it
 
-function bind({ el, path, effect }) {
-  const [take, give] = [TAKE, GIVE].map((table) => table[el.type] ?? table.other);
-  const group = peers.get(path) ?? new Set();
-  peers.set(path, group.add(el));
-  // Several controls may share one list. The place in the page is the place in the list.
-  const shared = (value) => Array.isArray(value) && el.type !== 'select-multiple';
-  const order = (a, b) => a.compareDocumentPosition(b) & Node.DOCUMENT_POSITION_FOLLOWING ? -1 : 1;
-  const index = () => [...group].sort(order).indexOf(el);
-  const unchosen = () => el.type === 'radio' && !el.checked;
-  const save = () => aside(() => {
-    const old = look(path);
-    if (unchosen()) return;
-    if (shared(old)) old[index()] = take(el, old[index()]);
-    else set(path, take(el, old));
-  });
-  aside(() => {
-    if (el.type === 'radio' && !el.name) el.name = path;
-    const first = /^(?:number|range)$/.test(el.type) ? 0 : '';
-    const value = known(path) ? look(path) : undefined;
-    if (value === undefined) set(path, unchosen() ? undefined : take(el, first));
-    else if (shared(value) && value[index()] === undefined) save();
-  });
-  const undo = [listen(el, 'input', save), listen(el, 'change', save), effect(() => {
-    const value = look(path);
-    give(el, shared(value) ? value[index()] : value);
-  }), () => group.delete(el)];
-  return () => undo.forEach((job) => job());
+// The control of an element, with data-bind__prop and __event. What is no field of HTML's own has
+// its value in the property `value`, or else in the attribute.
+function controlOf(el, mods) {
+  const ofHtml = /^(?:input|select|textarea)$/.test(localName(el));
+  const prop = mods.has('prop') ? CASES.camel(mods.get('prop')[0] ?? 'value')
+    : !ofHtml && 'value' in el ? 'value' : null;
+  const own = ofHtml ? CONTROLS[el.type] ?? TEXT : { events: ['input', 'change'] };
+  const asProperty = { take: () => el[prop], give: (_, value) => { el[prop] = value; } };
+  const asAttribute = {
+    take: () => getAttr(el, 'value'),
+    give: (_, value) => setAttr(el, 'value', value ?? ''),
+  };
+  return {
+    ...own, ...prop ? asProperty : ofHtml ? {} : asAttribute,
+    events: mods.get('event') ?? own.events,
+  };
 }
+
+const ANNOUNCED = 'datastar-prop-change';        // a morph has changed what a field says
+const groups = new Map();                        // path -> { binds, layout }
+let layout = 0;                                  // counts what may have changed their order
+let composing = null;                            // the field with an input method (IME) at work
+hear(document, 'compositionstart', (evt) => { composing = evt.target; }, true);
+hear(document, 'compositionend', () => { composing = null; }, true);
+
+// Half a number, half a date, half a word: that is no value to take, nor a moment to write one.
+const isHalf = (el) => composing === el || Boolean(el.validity?.badInput);
+
+function bind(about) {
+  const { el, path, mods, owner } = about;
+  if (el.type === 'file' && localName(el) === 'input') return bindFiles(about);
+  const { take, give, events } = controlOf(el, mods);
+  const group = groups.get(path) ?? { binds: new Set() };
+  const self = { el, save, show, check };
+  groups.set(path, group);
+  group.binds.add(self);
+  layout++;
+  let taken = {};                    // what the signal got from here last
+  let seen = null;                   // what the field said then
+  let waiting = false;               // something was not written because the field was half-way
+  // Several controls may share one list. The place in the page is the place in the list.
+  const place = () => Array.isArray(find(path)) && el.type !== 'select-multiple'
+    ? `${path}.${indexIn(group, self)}` : path;
+  const unchosen = () => el.type === 'radio' && !el.checked;
+  function save() {
+    if (unchosen() || el.validity?.badInput) return;
+    const where = place();
+    taken = take(el, raw(find(where)));
+    waiting = false;
+    seen = state();
+    put(where, taken);
+  }
+  function show(force) {
+    const value = find(place());
+    if (!force && Object.is(raw(value), taken)) return;
+    waiting = activeOf(document) === el && isHalf(el);
+    if (waiting) return;
+    taken = {};
+    give(el, value);
+    seen = state();
+  }
+  const state = () => String(take(el, ''));
+  // The browser may have filled in the field since, without an event.
+  function check() {
+    if (state() !== seen) save();
+  }
+  aside(() => {
+    if (el.type === 'radio' && !el.name) setAttr(el, 'name', path);
+    if (find(place()) === undefined && !unchosen()) save();
+  });
+  for (const name of [...events, ANNOUNCED]) about.listen(el, name, save);
+  about.listen(el, 'blur', () => waiting && show(true));
+  about.effect(() => show());
+  owner.bind = self;
+  about.ends.add(() => {
+    if (owner.bind === self) owner.bind = null;
+    group.binds.delete(self);
+    layout++;
+    if (!group.binds.size) groups.delete(path);
+  });
+}
+
+function indexIn(group, self) {
+  if (group.layout !== layout) {
+    const sorted = [...group.binds].sort((a, b) =>
+      compare(a.el, b.el) & Node.DOCUMENT_POSITION_FOLLOWING ? -1 : 1);
+    sorted.forEach((each, n) => { each.index = n; });
+    group.layout = layout;
+  }
+  return self.index;
+}
+
+// A file field's signal is a list of { name, contents in base64, mime }.
+function bindFiles(about) {
+  let latest = 0;
+  about.listen(about.el, 'change', async () => {
+    const mine = ++latest;
+    const files = await Promise.all(Array.from(about.el.files, readFile));
+    if (mine === latest && !about.ended) put(about.path, files);
+  });
+}
+
+const readFile = (file) => new Promise((done, failed) => {
+  const reading = new FileReader();
+  reading.onerror = () => failed(reading.error);
+  reading.onload = () => done({
+    name: file.name,
+    contents: reading.result.split(',')[1] ?? '',          // data:text/plain;base64,SGVsbG8=
+    mime: file.type || 'application/octet-stream',
+  });
+  reading.readAsDataURL(file);
+});
 
 // ---- Which attributes are alive ----
 // A MutationObserver tells of every element and attribute that comes or goes, whoever did it. An
-// element that only moved is in the page again by then: it is neither undone nor begun anew.
-
-const living = new Map();            // element -> Map(attribute's name -> { value, undo })
-const family = (node) => node.nodeType === 1 ? [node, ...node.querySelectorAll('*')] : [];
+// element that only moved is in the page again by then: it is neither ended nor begun anew.
 
 const MODIFIERS = {
   signals: 'ifmissing', init: Object.keys(TIMING).join(), 'json-signals': 'terse',
+  bind: 'prop,event',
   on: `once,passive,capture,window,document,outside,prevent,stop,${Object.keys(TIMING)}`,
   'on-intersect': `once,exit,half,full,threshold,${Object.keys(TIMING)}`,
   'on-interval': 'duration,viewtransition', 'on-signal-patch': Object.keys(TIMING).join(),
 };
-const READ_ELSEWHERE = /^(?:ignore|ignore-morph|preserve-attr|on-signal-patch-filter)$/;
+const READ_ELSEWHERE = /^(?:ignore|ignore-morph|preserve-attr|on-signal-patch-filter|nonce)$/;
 const MISSING = new RegExp('^(?:on-.*|animate|custom-validity|match-media|persist|query-string|'
   + 'replace-url|rocket|scroll-into-view|view-transition)$');
 const NAMES = /^(?:bind|ref|indicator)$/;        // their value is a name, not an expression
+const SIGNAL_KEYS = /^(?:signals|computed|bind|ref|indicator)$/;
 
 // HTML lower-cases names. A signal's becomes camelCase again, all others stay kebab-case.
 const CASES = {
@@ -8923,134 +9252,189 @@ const CASES = {
   kebab: (key) => key,
 };
 
-function start(el, name, value) {
-  const [head, ...rest] = name.slice(5).split('__');
-  const [plugin, ...keys] = head.split(':');
-  const mods = new Map(rest.map((each) => each.split('.')).map(([mod, ...tags]) => [mod, tags]));
-  if (!Object.hasOwn(plugins, plugin)) {
-    if (!READ_ELSEWHERE.test(plugin) && (keys.length || MISSING.test(plugin))) unknown(name, el);
-    return undefined;
+function start(owner, name, value) {
+  const about = new Attribute(owner, name, value);
+  const { plugin, mods, el } = about;
+  owner.attributes.set(name, about);
+  if (!(plugin in plugins)) {
+    const isMine = READ_ELSEWHERE.test(plugin);
+    if (!isMine && (name.includes(':') || MISSING.test(plugin))) unknown(name, el);
+    return;
   }
   const possible = `case,${MODIFIERS[plugin]}`.split(',');
   for (const mod of mods.keys()) if (!possible.includes(mod)) unknown(`${name}: __${mod}`, el);
-  const ofSignals = NAMES.test(plugin) || plugin === 'signals' || plugin === 'computed';
-  const style = mods.get('case')?.[0] ?? (ofSignals ? 'camel' : 'kebab');
-  const key = CASES[style]?.(keys.join(':'));
-  const guard = (job) => guarded(`${name}="${value}"`, el, job);
-  const effect = (job) => watch(guard(job));
-  const about = { el, name, value, key, mods, path: key || value.trim(), effect };
-  return guard(plugins[plugin])({ ...about, run: NAMES.test(plugin) ? null : runner(about) });
+  if (!NAMES.test(plugin)) about.compiled = about.compile();
+  about.guard(() => aside(() => plugins[plugin](about)));
 }
 
 function follow(el) {
-  const begun = living.get(el) ?? new Map();
-  const ignored = el.closest('[data-ignore]') || el.hasAttribute('data-ignore__self');
-  for (const [name, { value, undo }] of begun) {
-    if (!ignored && el.getAttribute(name) === value) continue;
-    begun.delete(name);
-    undo?.();
+  const owner = owners.get(el);
+  const names = attrNames(el).filter((name) => name.startsWith('data-'));
+  if (!owner && !names.length) return;
+  const ignored = closest(el, '[data-ignore]') || hasAttr(el, 'data-ignore__self');
+  const { attributes } = owner ?? {};
+  for (const [name, about] of attributes ?? []) {
+    if (!ignored && getAttr(el, name) === about.value) continue;
+    attributes.delete(name);
+    about.end();
   }
-  for (const { name, value } of ignored ? [] : [...el.attributes]) {
-    if (!name.startsWith('data-') || begun.has(name)) continue;
-    living.set(el, begun);
-    begun.set(name, { value, undo: start(el, name, value) });
-  }
+  if (!ignored) begin(owner ?? newOwner(el), names);
+}
+
+function newOwner(el) {
+  const owner = { el, order: ++ownersSoFar, attributes: new Map(), wrote: new Map(), requests: 0,
+    indicators: new Set() };
+  owners.set(el, owner);
+  return owner;
+}
+
+function begin(owner, names) {
+  names.forEach((name, n) => {
+    if (!owner.attributes.has(name)) start(owner, name, getAttr(owner.el, name));
+    owner.attributes.get(name).order = owner.order + n / 1000;
+  });
 }
 
 function leave(el) {
-  for (const { undo } of living.get(el)?.values() ?? []) undo?.();
-  living.delete(el);
+  const owner = owners.get(el);
+  owners.delete(el);
+  for (const about of owner?.attributes.values() ?? []) about.end();
 }
 
 function update(records) {
-  for (const { attributeName, target, removedNodes, addedNodes } of records) {
-    if (attributeName === 'data-ignore') family(target).forEach(follow);
-    else if (attributeName && target.isConnected) follow(target);
-    for (const node of removedNodes) if (!node.isConnected) family(node).forEach(leave);
-    for (const node of addedNodes) if (node.isConnected) family(node).forEach(follow);
+  const again = new Set();           // owners that have to write again
+  const selects = new Set();         // their options came or went
+  for (const { removedNodes } of records) {
+    for (const node of removedNodes) if (!isInPage(node)) family(node).forEach(leave);
+  }
+  for (const { type, attributeName: name, target, addedNodes } of records) {
+    const el = type === 'characterData' ? parentOf(target) : target;
+    if (!el || !isInPage(el)) continue;
+    if (name === 'data-ignore') family(el).forEach(follow);
+    else if (name?.startsWith('data-')) follow(el);
+    for (const node of addedNodes) if (isInPage(node)) family(node).forEach(follow);
+    if (addedNodes.length) layout++;
+    const owner = owners.get(el);
+    const part = name ?? '#text';
+    if (owner?.wrote.has(part) && owner.wrote.get(part) !== present(el, part)) again.add(owner);
+    if (el instanceof HTMLSelectElement || el instanceof HTMLOptionElement) selects.add(el);
+  }
+  for (const { attributes } of again) {
+    for (const { keeper } of attributes.values()) if (keeper) wake([keeper]);
+  }
+  for (const el of selects) {
+    const select = closest(el, 'select');
+    if (!told.has(select)) owners.get(select)?.bind?.show(true);
   }
 }
 
-// New HTML may have overwritten what data-text, -class and the like had set. They set it again.
-function setAgain(el) {
-  for (const [name, { value, undo }] of living.get(el) ?? []) {
-    if (el.getAttribute(name) === value && !/^data-effect\b/.test(name)) undo?.again?.();
-  }
-}
+const observer = new MutationObserver((records) => aside(() => update(records)));
+const settle = () => aside(() => update(observer.takeRecords()));
 
 // ---- Actions, and requests above all ----
 
-const setEach = (filter, change) => aside(() =>
-  chosen(cells.keys(), filter).forEach((path) => set(path, change(look(path)))));
+const setEach = (filter, change) => aside(() => {
+  for (const [keys, value] of leaves(data).filter(chooser(filter))) {
+    put(keys.join('.'), change(value));
+  }
+});
 const actions = {
-  peek: (_, job) => aside(job),
-  setAll: (_, value, filter) => setEach(filter, () => value),
-  toggleAll: (_, filter) => setEach(filter, (old) => !old),
+  __proto__: null,
+  peek: (_, evt, job) => aside(job),
+  setAll: (_, evt, value, filter) => setEach(filter, () => value),
+  toggleAll: (_, evt, filter) => setEach(filter, (old) => !old),
 };
-for (const method of ['get', 'post', 'put', 'patch', 'delete']) {
-  actions[method] = (about, url, options) => send(method.toUpperCase(), about, url, options);
+for (const method of ['get', 'post', 'put', 'patch', 'delete', 'query']) {
+  actions[method] = (about, evt, url, options) =>
+    request(method.toUpperCase(), about, evt, url, options);
 }
 
 const underWay = new Map();          // "GET /url" -> the AbortController of the request
 
-async function send(method, { el, evt, name }, url, options = {}) {
+function countRequests(owner, by) {
+  owner.requests += by;
+  for (const show of owner.indicators) show();
+}
+
+// The same request again cancels the one under way. "cleanup" ends it with its element, too.
+async function request(method, about, evt, url, options = {}) {
+  const { el, owner } = about;
   const { requestCancellation: cancel = 'auto' } = options;
   const own = cancel instanceof AbortController ? cancel : new AbortController();
   const slot = `${method} ${url}`;
   const emit = (type, argsRaw = {}) => tell('datastar-fetch', { type, el, argsRaw });
-  if (cancel === 'auto') {
+  const ends = () => own.abort();
+  if (cancel === 'auto' || cancel === 'cleanup') {
     underWay.get(slot)?.abort();
     underWay.set(slot, own);
   }
+  if (cancel === 'cleanup') about.ends.add(ends);
+  countRequests(owner, 1);
   emit('started');
+  const receiver = (type, args) => inTurn(args, () => {
+    if (cancel === 'cleanup' && own.signal.aborted) return;
+    if (!args.script) emit(type, args);
+    receive(type, args);
+  });
   try {
-    const request = aside(() => prepare(method, el, evt, url, options));
-    if (request) await attempts(request, options, own.signal, emit);
+    const build = prepare(method, el, evt, url, options);
+    if (build) await attempts(build, method, options, own.signal, emit, receiver);
   } catch (error) {
-    if (!own.signal.aborted) report(`${name}: ${slot}`, error, el);
+    if (!own.signal.aborted) report(`${about.name}: ${slot}`, error, el);
   }
+  about.ends.delete(ends);
   if (underWay.get(slot) === own) underWay.delete(slot);
-  emit('finished');
+  inTurn({}, () => {                 // after the patches that it brought
+    countRequests(owner, -1);
+    emit('finished');
+  });
 }
 
-// Asks until there is an answer. Each answer with status 200 grants new tries. A hidden tab gives
-// up its @get streams, and asks again when it is shown.
-async function attempts(request, {
-  openWhenHidden = request.method !== 'GET', retry = 'auto', retryInterval = 1000, retryScaler = 2,
-  retryMaxWait = 30000, retryMaxCount = 10,
-}, cancelled, emit) {
-  const until = (begin) => new Promise((done) => {
-    cancelled.addEventListener('abort', done, { once: true });
-    begin(done);
+// Asks until there is an answer. Each attempt is built anew, so it sends today's signals. Each
+// answer with status 200 grants new tries. A hidden tab gives up its @get streams, and asks again
+// when it is shown.
+async function attempts(build, method, {
+  openWhenHidden = method !== 'GET', retry = 'auto', retryInterval = 1000, retryScaler = 2,
+  retryMaxWait = 30000, retryMaxCount = 10, responseOverrides,
+}, cancelled, emit, receiver) {
+  const until = (begins) => new Promise((done) => {
+    hear(cancelled, 'abort', done, { once: true });
+    begins(() => done(unhear(cancelled, 'abort', done)));
   });
-  const turn = (done) => document.addEventListener('visibilitychange', done, { once: true });
+  const shown = (done) => hear(document, 'visibilitychange', done, { once: true });
   let interval = retryInterval;
-  let first = true;
-  for (let tries = 0; !cancelled.aborted;) {
-    while (!first && !openWhenHidden && document.hidden && !cancelled.aborted) await until(turn);
-    first = false;
+  let lastId = '';
+  for (let tries = 0, first = true; !cancelled.aborted; first = false) {
+    while (!first && !openWhenHidden && document.hidden && !cancelled.aborted) await until(shown);
+    if (cancelled.aborted) return;
     const hidden = new AbortController();
-    const unwatch = listen(document, 'visibilitychange', () => openWhenHidden || hidden.abort());
-    let again = retry === 'error' || retry === 'always';
+    const hide = () => openWhenHidden || hidden.abort();
+    hear(document, 'visibilitychange', hide);
+    let again = false;
     try {
-      const answer = await fetch(request.url, {
-        ...request, signal: AbortSignal.any([cancelled, hidden.signal]) });
-      if (answer.status >= 400) emit('error', { status: String(answer.status) });
-      else again = retry === 'always' && answer.status === 200;
-      if (answer.status === 200) {
+      const { url, ...rest } = aside(() => build(lastId));
+      const answer = await fetch(url, {
+        ...rest, method, signal: AbortSignal.any([cancelled, hidden.signal]) });
+      const { status } = answer;
+      if (status >= 400) emit('error', { status: String(status) });
+      if (status === 200) {
         [tries, interval] = [0, retryInterval];
-        await take(answer, {
-          id: (id) => { request.headers.set('last-event-id', id); },
+        const isStream = await take(answer, receiver, responseOverrides, {
+          id: (id) => { lastId = id; },
           retry: (ms) => { interval = ms; },
-          event: (type, args) => { emit(type, args); receive(type, args); },
         });
+        again = isStream && retry === 'always';
+      } else {                       // its body is not read; 204 and 3xx are final
+        answer.body?.cancel();
+        again = (retry === 'always' && status !== 204 && (status < 300 || status >= 400))
+          || (retry === 'error' && status >= 400);
       }
     } catch (error) {
-      if (hidden.signal.aborted) continue;
+      if (hidden.signal.aborted && !cancelled.aborted) continue;
       if (retry === 'never' || cancelled.aborted) throw error;
       again = true;
     } finally {
-      unwatch();
+      unhear(document, 'visibilitychange', hide);
     }
     if (!again) return;
     if (++tries > retryMaxCount) {
@@ -9065,82 +9449,144 @@ async function attempts(request, {
   }
 }
 
-// What is sent is fixed here, once: a retry repeats the first URL with its first signals.
-function prepare(method, el, evt, url, { contentType, filterSignals, selector, headers, payload }) {
-  const target = new URL(url, document.baseURI);
+// Gives the function that makes what is sent from the signals and fields of the moment.
+function prepare(method, el, evt, url, options) {
   const inUrl = method === 'GET' || method === 'DELETE';
-  const fields = {
-    Accept: 'text/event-stream, text/html, application/json', 'Datastar-Request': 'true',
+  const withForm = options.contentType === 'form';
+  const sent = withForm ? formOf(el, evt, options.selector) : null;
+  if (withForm && !sent) return null;
+  return (lastId) => {
+    const target = new URL(url, document.baseURI);
+    const headers = new Headers({
+      Accept: 'text/event-stream, text/html, application/json', 'Datastar-Request': 'true',
+      ...inUrl || sent ? {} : { 'Content-Type': 'application/json' }, ...options.headers,
+    });
+    // A header holds bytes. Ids are sent as UTF-8, one character for each byte.
+    if (lastId) headers.set('Last-Event-ID',
+      String.fromCharCode(...new TextEncoder().encode(lastId)));
+    const { payload, filterSignals } = options;
+    const body = sent?.() ?? toJson(payload === undefined
+      ? pick({ exclude: /(^|\.)_/, ...filterSignals }) : plain(raw(payload)));
+    if (!inUrl) return { url: target, headers, body };
+    if (sent) for (const [key, value] of body) target.searchParams.append(key, value);
+    else target.searchParams.set('datastar', body);
+    return { url: target, headers };
   };
-  let body;
-  if (contentType === 'form') {
-    const form = selector ? document.querySelector(selector) : el.closest('form');
-    if (!form) throw new Error('there is no form to send');
-    if (!form.noValidate && !form.reportValidity()) return null;
-    const button = evt?.submitter ?? (el.form === form && el.type === 'submit' ? el : null);
-    if (button) evt.preventDefault();            // or the browser sends the form as well
-    const data = new FormData(form, button);
-    if (inUrl) for (const [key, value] of data) target.searchParams.append(key, value);
-    else body = form.enctype === 'multipart/form-data' ? data : new URLSearchParams(data);
-  } else {
-    body = JSON.stringify(payload ?? pick({ exclude: /(^|\.)_/, ...filterSignals }));
-    if (inUrl) target.searchParams.set('datastar', body);
-    else fields['Content-Type'] = 'application/json';
-  }
-  if (inUrl) body = undefined;
-  return { method, url: target, headers: new Headers({ ...fields, ...headers }), body };
 }
 
-async function take(answer, stream) {
+// The form that is to be sent, as a browser sends it: with the button, if it is one of the form's.
+function formOf(el, evt, selector) {
+  const form = selector ? query(document, selector) : closest(el, 'form');
+  if (!(form instanceof HTMLFormElement)) throw new Error('there is no form to send');
+  const isButton = /^(?:button|input)$/.test(localName(el)) && /^(?:submit|image)$/.test(el.type);
+  const button = [evt?.submitter, isButton ? el : null].find((each) => each?.form === form) ?? null;
+  if (isButton || evt?.type === 'submit') evt?.preventDefault();   // or a page is loaded as well
+  const [reportValidity, noValidate, enctype] = through(HTMLFormElement,
+    'reportValidity noValidate enctype');
+  if (!noValidate(form) && !button?.formNoValidate && !reportValidity(form)) return null;
+  return () => {
+    const fields = new FormData(form, button?.form === form ? button : null);
+    return enctype(form) === 'multipart/form-data' ? fields : new URLSearchParams(fields);
+  };
+}
+
+// Reads an answer, by its type. True if it was a stream of events.
+async function take(answer, receiver, overrides, stream) {
   const kind = answer.headers.get('content-type') ?? '';
-  if (kind.includes('text/event-stream')) return readEvents(answer.body, stream);
-  const text = await answer.text();
-  const given = (...options) => Object.fromEntries(options.map((name) =>
-    [CASES.camel(name), answer.headers.get('datastar-' + name)]).filter(([, value]) => value));
-  if (kind.includes('text/html')) {
-    const options = given('selector', 'mode', 'namespace', 'use-view-transition');
-    stream.event('datastar-patch-elements', { elements: text, ...options });
-  } else if (kind.includes('application/json')) {
-    stream.event('datastar-patch-signals', { signals: text, ...given('only-if-missing') });
-  } else if (kind.includes('text/javascript')) {
-    const script = document.createElement('script');
-    script.textContent = text;
-    document.head.append(script);
-    script.remove();
+  if (kind.includes('text/event-stream')) {
+    await readEvents(answer.body, receiver, stream);
+    return true;
   }
+  const text = await answer.text();
+  const given = (...names) => Object.fromEntries(names.map((name) => [CASES.camel(name),
+    String(overrides?.[CASES.camel(name)] ?? answer.headers.get('datastar-' + name) ?? ''),
+  ]).filter(([, value]) => value));
+  if (kind.includes('text/html')) {
+    const options = given('selector', 'mode', 'namespace', 'use-view-transition',
+      'view-transition-selector');
+    receiver('datastar-patch-elements', { elements: text, ...options });
+  } else if (kind.includes('application/json')) {
+    receiver('datastar-patch-signals', { signals: text, ...given('only-if-missing') });
+  } else if (kind.includes('text/javascript')) {
+    const attributes = JSON.parse(answer.headers.get('datastar-script-attributes') ?? '{}');
+    receiver('text/javascript', { script: text, attributes });
+  }
+  return false;
 }
 
 // Server-Sent Events, by the HTML standard. Datastar's data lines are "key value"; lines with the
 // same key belong together.
-async function readEvents(body, stream) {
-  const reader = body.pipeThrough(new TextDecoderStream()).getReader();
-  let [rest, type, data] = ['', '', {}];
+async function readEvents(body, receiver, stream) {
+  const reading = body.pipeThrough(new TextDecoderStream()).getReader();
+  let [rest, type, data, id] = ['', '', bare(), null];
   for (;;) {
-    const { done, value } = await reader.read();
+    const { done, value } = await reading.read();
     if (done) return;                            // an event without its blank line is dropped
-    const lines = (rest + value).split(/\r\n|\n|\r(?!$)/);
+    const part = rest + value;
+    const lines = /[\r\n]/.test(value) || rest.endsWith('\r') ? part.split(/\r\n|\n|\r(?!$)/) : [part];
     rest = lines.pop();                          // perhaps only the first half of a line
     for (const line of lines) {
       const [, field, content] = line.match(/^([^:]*):? ?(.*)$/s);
       const [, key, text] = content.match(/^(\S*) ?(.*)$/s);
       if (line === '') {
-        if (type.startsWith('datastar-')) stream.event(type, data);
-        [type, data] = ['', {}];
+        if (id !== null) stream.id(id);
+        if (type.startsWith('datastar-')) receiver(type, { ...data });
+        [type, data, id] = ['', bare(), null];
       } else if (field === 'event') type = content;
-      else if (field === 'id') stream.id(content);
+      else if (field === 'id' && !content.includes('\0')) id = content;
       else if (field === 'retry' && /^\d+$/.test(content)) stream.retry(Number(content));
       else if (field === 'data') data[key] = key in data ? `${data[key]}\n${text}` : text;
     }
   }
 }
 
+// ---- What answers bring, one after the other ----
+// A view transition applies its patch a frame later. All that comes meanwhile waits its turn.
+
+const queue = [];
+let inTransition = false;
+
+function inTurn(args, job) {
+  queue.push([args, () => {
+    try {
+      aside(job);
+    } catch (error) {
+      report('an answer', error);
+    }
+  }]);
+  if (!inTransition) nextTurn();
+}
+
+function nextTurn() {
+  while (queue.length) {
+    const [{ useViewTransition, viewTransitionSelector: selector }, job] = queue.shift();
+    if (useViewTransition !== 'true' || !document.startViewTransition) job();
+    else {
+      inTransition = true;
+      return transition(() => {
+        job();
+        inTransition = false;
+        nextTurn();
+      }, selector && query(document, selector));
+    }
+  }
+}
+
+// In the whole page, or in a part of it where the browser knows how to.
+function transition(job, part) {
+  const scope = part?.startViewTransition ? part : document;
+  if (!scope.startViewTransition) return job();
+  scope.startViewTransition(job).ready.catch(() => {});    // another one took its place
+}
+
 function receive(type, args) {
-  const patch = {
-    'datastar-patch-signals': () => merge(object(args.signals), args.onlyIfMissing === 'true'),
-    'datastar-patch-elements': () => patchElements(args),
-  }[type] ?? (() => {});
-  if (args.useViewTransition === 'true') transition(guarded(type, '', patch));
-  else guarded(type, '', patch)();
+  try {
+    if (type === 'datastar-patch-signals') merge(object(args.signals), args.onlyIfMissing === 'true');
+    else if (type === 'datastar-patch-elements') patchElements(args);
+    else if (args.script) runScript(args.script, args.attributes);
+  } catch (error) {
+    report(type, error);
+  }
 }
 
 // JSON, or JavaScript's way to write an object, as in {name: 'Ann'}.
@@ -9152,23 +9598,41 @@ function object(text) {
   }
 }
 
+const nonce = getAttr(page, 'data-nonce') ?? query(document, 'script[nonce]')?.nonce;
+
+function runScript(text, attributes) {
+  const script = document.createElement('script');
+  if (nonce) script.nonce = nonce;
+  for (const [name, value] of Object.entries(attributes)) setAttr(script, name, value);
+  setText(script, text);
+  insert(headOf(document), script, null);
+  takeOut(headOf(document), script);
+}
+
 // ---- Elements: patches, and the morph ----
 
 function patchElements({ elements = '', selector, mode = 'outer', namespace }) {
   const fresh = parse(elements, namespace);
-  const whole = { html: document.documentElement, head: document.head, body: document.body };
+  const whole = { html: page, head: headOf(document), body: bodyOf(document) };
+  if (!MODES.test(mode)) throw new Error(`there is no mode ${mode}`);
   if (selector) {
-    const targets = document.querySelectorAll(selector);
+    const targets = [...queryAll(document, selector)];
     if (!targets.length) throw new Error(`no element matches ${selector}`);
-    for (const target of targets) patchOne(mode, target, fresh.map(enliven));
+    const last = targets.at(-1);
+    for (const target of targets) {
+      patchOne(mode, target, target === last ? fresh : fresh.map((node) => copyOf(node, true)));
+    }
   } else if (mode === 'outer' || mode === 'replace') {
-    for (const node of fresh.filter(({ nodeType }) => nodeType === 1)) {
-      const target = whole[node.localName] ?? document.getElementById(node.id);
-      if (target) patchOne(mode, target, [enliven(node)]);
-      else report('datastar-patch-elements', `no element has the id "${node.id}"`);
+    for (const node of fresh.filter((each) => nodeType(each) === 1)) {
+      const id = getAttr(node, 'id');
+      const target = whole[localName(node)] ?? (id && byId(document, id));
+      if (target) patchOne(mode, target, [node]);
+      else report('datastar-patch-elements', `no element has the id "${id ?? ''}"`);
     }
   } else throw new Error(`the mode ${mode} needs a selector`);
 }
+
+const MODES = /^(?:outer|inner|replace|prepend|append|before|after|remove)$/;
 
 function parse(html, namespace) {
   const opening = /^(?:\s|<!--[^]*?-->|<!doctype[^>]*>)*<(html|head|body)[\s>]/i;
@@ -9181,147 +9645,278 @@ function parse(html, namespace) {
   const wrapper = { svg: 'svg', mathml: 'math' }[namespace];
   const template = document.createElement('template');
   template.innerHTML = wrapper ? `<${wrapper}>${html}</${wrapper}>` : html;
-  return [...(wrapper ? template.content.firstChild : template.content).childNodes];
+  return [...childrenOf(wrapper ? template.content.firstChild : template.content)];
+}
+
+const told = new Set();              // fields whose content the morph has changed
+
+function patchOne(mode, target, nodes) {
+  const parent = parentOf(target);
+  const scripts = nodes.flatMap(family).filter((el) => /^script$/i.test(nodeName(el)));
+  const add = (where, before) => nodes.forEach((node) => insert(where, node, before));
+  if (mode === 'outer') morph(parent, [target], nodes);
+  else if (mode === 'inner') morph(target, [...childrenOf(target)], nodes);
+  else if (mode === 'append') add(target, null);
+  else if (mode === 'prepend') add(target, firstOf(target));
+  else if (mode === 'after') add(parent, nextOf(target));
+  else if (mode !== 'remove') add(parent, target);
+  if (mode === 'replace' || mode === 'remove') takeOut(parent, target);
+  for (const script of scripts) if (isInPage(script)) enliven(script);
+  announceFields();
 }
 
 // A script that was parsed never runs; one that is made by hand does, when it enters the page.
-function enliven(node) {
-  const holder = document.createDocumentFragment();
-  holder.append(document.importNode(node, true));
-  for (const dead of holder.querySelectorAll('script')) {
-    const script = document.createElement('script');
-    for (const { name, value } of dead.attributes) script.setAttribute(name, value);
-    script.textContent = dead.textContent;
-    dead.replaceWith(script);
+function enliven(dead) {
+  const script = document.createElementNS(dead.namespaceURI, 'script');
+  for (const name of attrNames(dead)) setAttrNode(script, copyOf(attrNode(dead, name)));
+  if (dead.nonce) script.nonce = dead.nonce;
+  if ('async' in script) script.async = hasAttr(dead, 'async');
+  setText(script, textOf(dead));
+  insert(parentOf(dead), script, dead);
+  takeOut(parentOf(dead), dead);
+}
+
+// Bindings hear of what changed by an event of our own: `input` and `change` are a person's. A
+// binding that the same patch brought has looked at its field by then.
+function announceFields() {
+  const before = new Map([...told].map((el) => [el, owners.get(el)?.bind]));
+  settle();
+  told.clear();
+  for (const [el, bind] of before) {
+    if (owners.get(el)?.bind === bind) send(el, new Event(ANNOUNCED, { bubbles: true }));
   }
-  return holder.firstChild;
 }
 
-function patchOne(mode, target, nodes) {
-  if (mode === 'outer') morph(target.parentNode, [target], nodes);
-  else if (mode === 'inner') morph(target, [...target.childNodes], nodes);
-  else if (mode === 'replace') target.replaceWith(...nodes);
-  else if (/^(?:prepend|append|before|after|remove)$/.test(mode)) target[mode](...nodes);
-  else throw new Error(`there is no mode ${mode}`);
-}
-
-// The morph turns old nodes into new ones and keeps what is the same: first by id and tag, wherever
-// that is, then by kind, in order. What is kept keeps its focus, its selection, its typed text.
+// The morph turns old nodes into new ones and keeps what is the same. Elements whose id is on both
+// sides (once, with the same tag) are the same, wherever they are. Others are matched among the
+// children of one parent: by the ids inside them, and then by kind, in order. Of the children that
+// stay, the longest run that is in order stays in place; the others move around it. What found no
+// use goes at the very end: until then, something in it may still be wanted elsewhere.
 function morph(parent, old, nodes) {
-  const focused = document.activeElement;
+  if (parent !== document && closest(parent, '[data-ignore-morph]')) return;
+  const focused = activeOf(document);
   const { selectionStart, selectionEnd, selectionDirection } = focused ?? {};
-  const fresh = new Map(nodes.flatMap(family).map((el) => [el.id, el.localName]));
-  const kept = new Map();            // id -> the old element that will be used under it again
-  for (const el of old.flatMap(family).reverse()) {
-    if (el.id && fresh.get(el.id) === el.localName) kept.set(el.id, el);
-  }
-  const shelf = document.createElement('div');   // where they wait when their old place is gone
-  shelf.hidden = true;
-  document.documentElement.append(shelf);
-  const touched = [];
-  morphNodes(parent, old, nodes, { kept, shelf, touched });
-  shelf.remove();
-  batch(() => touched.forEach(setAgain));
+  const plan = planOf(old, nodes);
+  morphNodes(parent, old, nodes, plan);
+  for (const node of plan.doomed) if (!plan.taken.has(node)) takeOut(parentOf(node), node);
   // Without moveBefore, an element that moves loses the focus.
-  if (focused?.isConnected && document.activeElement !== focused && focused !== document.body) {
-    focused.focus({ preventScroll: true });
-    if (typeof selectionStart === 'number') {    // not every field has a selection
-      focused.setSelectionRange(selectionStart, selectionEnd, selectionDirection);
-    }
+  if (!focused || !isInPage(focused) || focused === bodyOf(document)) return;
+  if (activeOf(document) === focused) return;
+  focused.focus({ preventScroll: true });
+  if (typeof selectionStart === 'number') {      // not every field has a selection
+    focused.setSelectionRange(selectionStart, selectionEnd, selectionDirection);
   }
 }
 
-const keptIn = (node, kept) =>
-  kept.size ? family(node).map(({ id }) => id).filter((id) => kept.has(id)) : [];
-const sameKind = (a, b) => a.nodeName === b.nodeName && a.namespaceURI === b.namespaceURI
-  && (!a.id || a.id === b.id) && (a.localName !== 'input' || a.type === b.type)
-  && (a.localName !== 'script' || a.isEqualNode(b));
+// kept: id -> the old element that is used again. inside: new element -> such ids below it.
+// around: the old elements that have some below them.
+function planOf(old, nodes) {
+  const [before, after] = [old, nodes].map(elementsById);
+  const plan = { kept: new Map(), inside: new Map(), around: new Set(), taken: new Set(), doomed: [] };
+  for (const [id, el] of before) {
+    const fresh = after.get(id);
+    if (!el || !fresh || nodeName(el) !== nodeName(fresh)) continue;
+    plan.kept.set(id, el);
+    for (let at = parentOf(fresh); at && nodeType(at) === 1; at = parentOf(at)) {
+      const ids = plan.inside.get(at);
+      if (ids) ids.push(id);
+      else plan.inside.set(at, [id]);
+    }
+    for (let at = parentOf(el); at && !plan.around.has(at); at = parentOf(at)) plan.around.add(at);
+  }
+  return plan;
+}
 
+// Ids that are there once, outside of what is not to be morphed.
+function elementsById(roots) {
+  const found = new Map();
+  for (const rootNode of roots) {
+    if (nodeType(rootNode) !== 1) continue;
+    const apart = hasAttr(rootNode, 'data-ignore-morph') || firstWithin(rootNode, '[data-ignore-morph]');
+    for (const el of [rootNode, ...within(rootNode, '[id]')]) {
+      const id = getAttr(el, 'id');
+      const left = !id || (apart && el !== rootNode && closest(parentOf(el), '[data-ignore-morph]'));
+      if (!left) found.set(id, found.has(id) ? null : el);
+    }
+  }
+  return found;
+}
+
+// Scripts are the same only if they are equal: those that are there do not run again.
+const kindOf = (node) => `${nodeName(node)} ${nodeType(node) !== 1 ? ''
+  : localName(node) === 'input' ? node.type : localName(node) === 'script' ? node.outerHTML : ''}`;
+
+function morphNodes(parent, old, nodes, plan) {
+  if (!nodes.length) return void plan.doomed.push(...old);
+  const end = old.length ? nextOf(old.at(-1)) : null;
+  const places = new Map(old.map((node, n) => [node, n]));
+  const matches = matchAll(parent, old, nodes, places, plan);
+  const stays = longestRun(matches.map((match) => places.get(match)));
+  for (const node of old) if (!plan.taken.has(node)) plan.doomed.push(node);
+  let anchor = 0;                                // the next match that stays, or the end
+  nodes.forEach((node, n) => {
+    for (; anchor < nodes.length && (anchor < n || !stays.has(anchor)); anchor++);
+    if (stays.has(n)) return morphNode(matches[n], node, plan);
+    const before = anchor < nodes.length ? matches[anchor] : end;
+    if (matches[n]) {
+      move(parent, matches[n], before);
+      morphNode(matches[n], node, plan);
+    } else if (plan.inside.has(node)) {          // new itself, but around old elements
+      const inner = [...childrenOf(node)];
+      for (const child of inner) takeOut(node, child);
+      insert(parent, node, before);
+      morphNodes(node, [], inner, plan);
+    } else insert(parent, node, before);
+  });
+}
+
+// For each new node the old one that it takes the place of, if any.
+function matchAll(parent, old, nodes, places, { kept, inside, around, taken }) {
+  const left = new Map();                        // kind -> old nodes, in order
+  for (const node of old) {
+    const id = nodeType(node) === 1 ? getAttr(node, 'id') : null;
+    if (around.has(node) || (id && kept.get(id) === node)) continue;
+    const kind = kindOf(node) + (id ? ` #${id}` : '');
+    if (left.has(kind)) left.get(kind).push(node);
+    else left.set(kind, [node]);
+  }
+  for (const queued of left.values()) queued.reverse();
+  const child = (el) => {                        // the child of `parent` in which an element is
+    while (el && parentOf(el) !== parent) el = parentOf(el);
+    return el;
+  };
+  const fits = (node, kind) => node && places.has(node) && !taken.has(node)
+    && kindOf(node) === kind && !kept.has(getAttr(node, 'id'));
+  const match = (node) => {
+    const isElement = nodeType(node) === 1;
+    const id = isElement ? getAttr(node, 'id') : null;
+    if (id && kept.has(id)) return kept.get(id);
+    const kind = kindOf(node);
+    for (const each of inside.get(node) ?? []) {
+      const around = child(kept.get(each));
+      if (fits(around, kind)) return around;
+    }
+    if (inside.has(node)) return undefined;
+    return (id && left.get(`${kind} #${id}`)?.pop()) || left.get(kind)?.pop();
+  };
+  return nodes.map((node) => {
+    const found = match(node);
+    taken.add(found);
+    return found;
+  });
+}
+
+// Which of these numbers (undefined is none) make the longest run that goes up? Gives positions.
+function longestRun(numbers) {
+  const tails = [];                              // tails[n]: where the best run of n + 1 ends
+  const before = [];
+  numbers.forEach((number, at) => {
+    if (number === undefined) return;
+    let [low, high] = [0, tails.length];
+    while (low < high) {
+      const middle = (low + high) >> 1;
+      if (numbers[tails[middle]] < number) low = middle + 1;
+      else high = middle;
+    }
+    before[at] = tails[low - 1];
+    tails[low] = at;
+  });
+  const run = new Set();
+  for (let at = tails.at(-1); at !== undefined; at = before[at]) run.add(at);
+  return run;
+}
+
+// moveBefore keeps focus, frames and animations. It wants both ends in the page.
 function move(parent, node, before) {
-  if (parent.moveBefore && node.isConnected && parent.isConnected) parent.moveBefore(node, before);
-  else parent.insertBefore(node, before);
+  if (moveBefore && isInPage(node) && isInPage(parent)) moveBefore(parent, node, before);
+  else insert(parent, node, before);
 }
 
-function morphNodes(parent, old, nodes, state) {
-  const { kept, shelf } = state;
-  const end = old.at(-1)?.nextSibling ?? null;
-  const left = new Set(old.filter((node) => node !== shelf));  // those that found no use so far
-  const cursor = () => {                         // the first of them that is still in its place
-    for (const node of left) {
-      if (node.parentNode === parent) return node;
-      left.delete(node);
-    }
-    return end;
-  };
-  const find = (node, ids) => {
-    if (ids.includes(node.id)) return kept.get(node.id);
-    for (const each of left) {
-      const inside = each.parentNode === parent && sameKind(each, node) && keptIn(each, kept);
-      if (!inside) continue;
-      if (ids.length ? inside.some((id) => ids.includes(id)) : !inside.length) return each;
-    }
-  };
-  for (const node of nodes) {
-    const ids = keptIn(node, kept);
-    const match = find(node, ids);
-    if (match) {
-      if (match !== cursor()) move(parent, match, cursor());
-      left.delete(match);
-      kept.delete(node.id);
-      morphNode(match, node, state);
-    } else if (ids.length) {
-      // New itself, but around old elements: an empty copy, into which they can move.
-      const copy = parent.insertBefore(node.cloneNode(false), cursor());
-      morphNodes(copy, [], [...node.childNodes], state);
-    } else parent.insertBefore(node, cursor());
-  }
-  for (const gone of left) {
-    for (const id of keptIn(gone, kept)) move(shelf, kept.get(id), null);
-    if (gone.parentNode === parent) gone.remove();
-  }
-}
-
-function morphNode(old, fresh, state) {
-  if (old.nodeType !== 1) {
+function morphNode(old, fresh, plan) {
+  if (nodeType(old) !== 1) {
     if (old.nodeValue !== fresh.nodeValue) old.nodeValue = fresh.nodeValue;
     return;
   }
-  if (old.hasAttribute('data-ignore-morph') && fresh.hasAttribute('data-ignore-morph')) return;
-  const preserved = (fresh.getAttribute('data-preserve-attr') ?? '').split(/\s+/);
-  const text = old.defaultValue;                 // a textarea's is the text inside it
-  let announce = false;
-  for (const name of new Set([...fresh.getAttributeNames(), ...old.getAttributeNames()])) {
-    const value = fresh.getAttribute(name);
-    if (old.getAttribute(name) === value || preserved.includes(name)) continue;
-    if (value === null) old.removeAttribute(name);
-    else old.setAttribute(name, value);
-    // Attributes say what a control starts with. What it has now is in its properties.
-    const live = { value: old.localName === 'input', checked: true, selected: true }[name];
-    if (live) old[name] = name === 'value' ? value ?? '' : value !== null;
-    announce ||= live;
-  }
-  if (old.localName === 'template') old.innerHTML = fresh.innerHTML;
-  else morphNodes(old, [...old.childNodes], [...fresh.childNodes], state);
-  if (old.localName === 'textarea' && old.defaultValue !== text) {
-    old.value = old.defaultValue;
-    announce = true;
-  }
-  const control = old.closest('select') ?? old;
-  if (announce) control.dispatchEvent(new Event('change', { bubbles: true }));
-  state.touched.push(old);
+  if (hasAttr(old, 'data-ignore-morph') || hasAttr(fresh, 'data-ignore-morph')) return;
+  if (isEqual(old, fresh)) return;
+  const name = localName(old);
+  const text = name === 'textarea' ? old.defaultValue : '';
+  morphAttributes(old, fresh);
+  if (name === 'template') old.innerHTML = fresh.innerHTML;
+  else morphNodes(old, [...childrenOf(old)], [...childrenOf(fresh)], plan);
+  if (name === 'textarea' && old.defaultValue !== text) writeField(old, 'value', old.defaultValue);
 }
 
-// ---- Start ----
+function morphAttributes(old, fresh) {
+  const preserved = (getAttr(fresh, 'data-preserve-attr') ?? '').split(/\s+/);
+  const names = attrNames(fresh);
+  let added = false;
+  const changed = [];
+  for (const name of attrNames(old)) {
+    if (hasAttr(fresh, name) || preserved.includes(name)) continue;
+    dropAttr(old, name);
+    changed.push(name);
+  }
+  for (const name of names) {
+    const value = getAttr(old, name);
+    if (value === getAttr(fresh, name) || preserved.includes(name)) continue;
+    added ||= value === null && name.startsWith('data-');
+    setAttrNode(old, copyOf(attrNode(fresh, name)));
+    changed.push(name);
+  }
+  // Attributes say what a field starts with. What it has now is in its properties.
+  for (const name of changed) {
+    const value = getAttr(fresh, name);
+    const kind = localName(old);
+    if (name === 'value' && kind === 'input' && old.type !== 'file') {
+      writeField(old, name, value ?? '');
+    } else if ({ checked: 'input', selected: 'option' }[name] === kind) {
+      writeField(old, name, value !== null);
+    }
+  }
+  if (added) reorder(old, names);
+}
 
-function begin() {
-  batch(() => family(document.documentElement).forEach(follow));
-  new MutationObserver((records) => batch(() => update(records)))
-    .observe(document, { subtree: true, childList: true, attributes: true });
+// Attributes are handled in their order, so new ones among them come where the server wrote them.
+function reorder(old, names) {
+  for (const name of names) {
+    const attribute = name.startsWith('data-') && attrNode(old, name);
+    if (!attribute) continue;
+    dropAttr(old, name);
+    setAttrNode(old, attribute);
+  }
+}
+
+function writeField(el, name, value) {
+  const field = name === 'selected' ? closest(el, 'select') ?? el : el;
+  if (name === 'value' && activeOf(document) === el && (isHalf(el) || isSame(el, value))) return;
+  el[name] = value;
+  told.add(field);
+}
+
+// What somebody is typing may say the same already: "1." is 1, and so may be an empty field 0.
+const isSame = (el, value) => el.value === value
+  || (/^(?:number|range)$/.test(el.type) && Number(el.value) === Number(value));
+
+// ---- Start ----
+// After the browser has filled in the fields of a page that somebody comes back to: it does so
+// when the document is ready, and tells nobody. What comes later (from its cache) is looked at.
+
+let starting = true;
+
+function startPage() {
+  aside(() => family(page).forEach(follow));
+  starting = false;
+  observer.observe(document, { subtree: true, childList: true, attributes: true,
+    characterData: true });
+  hear(window, 'pageshow', () => setTimeout(() => aside(() => {
+    for (const { binds } of groups.values()) for (const each of binds) each.check();
+  })));
   tell('datastar-ready');
 }
 
-if (document.readyState === 'loading') document.addEventListener('DOMContentLoaded', begin);
-else begin();
+if (document.readyState !== 'loading') setTimeout(startPage);
+else hear(document, 'DOMContentLoaded', () => setTimeout(startPage), { once: true });
 """
 
 Assets({"pocket.js": POCKET_CLIENT}, "_stario")  # for the route that each app has
