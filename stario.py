@@ -8701,7 +8701,8 @@ function nested(found) {
 }
 
 // What leaves the client: a copy without proxies. An element is {}, as with the official client.
-const plain = (value) => Object(value) !== value ? value : Array.isArray(value) ? value.map((each) => plain(raw(each)))
+const plain = (value) => Object(value) !== value ? value
+  : Array.isArray(value) ? value.map((each) => plain(raw(each)))
   : isPlain(value) ? Object.fromEntries(Object.entries(value).map(([k, v]) => [k, plain(raw(v))]))
   : value;
 
@@ -8913,7 +8914,7 @@ const plugins = {
   signals(about) {
     const { key, value, mods } = about;
     const given = value ? about.run() : '';
-    batch(() => merge(key ? nested([[key.split('.'), given]]) : given || {}, mods.has('ifmissing')));
+    merge(key ? nested([[key.split('.'), given]]) : given || {}, mods.has('ifmissing'));
   },
   computed(about) {
     const jobs = about.key ? { [about.key]: () => about.run() } : about.run() ?? {};
@@ -8970,8 +8971,8 @@ const plugins = {
     show();
   },
   'json-signals'(about) {
-    const { el, value, mods } = about;
-    about.keep(() => showText(el, toJson(pick(value ? about.run() : {}), mods.has('terse') ? 0 : 2)));
+    const indent = about.mods.has('terse') ? 0 : 2;
+    about.keep(() => showText(about.el, toJson(pick(about.value ? about.run() : {}), indent)));
   },
   bind,
   on(about) {
@@ -9097,7 +9098,8 @@ const TEXT = {
     : typeof old === 'boolean' ? el.value === 'true' : el.value,
   give: (el, value) => { if (el.value !== String(value ?? '')) el.value = value ?? ''; },
 };
-const NUMBER = { ...TEXT, take: (el, old) => typeof old === 'string' ? el.value : Number(el.value) };
+const NUMBER = { ...TEXT,
+  take: (el, old) => typeof old === 'string' ? el.value : Number(el.value) };
 const CONTROLS = {
   checkbox: CHECK,
   radio: { ...TEXT, give: (el, value) => { el.checked = el.value === String(value); } },
@@ -9522,8 +9524,8 @@ async function readEvents(body, receiver, stream) {
   for (;;) {
     const { done, value } = await reading.read();
     if (done) return;                            // an event without its blank line is dropped
-    const part = rest + value;
-    const lines = /[\r\n]/.test(value) || rest.endsWith('\r') ? part.split(/\r\n|\n|\r(?!$)/) : [part];
+    const whole = /[\r\n]/.test(value) || rest.endsWith('\r');      // or else it only grows
+    const lines = whole ? (rest + value).split(/\r\n|\n|\r(?!$)/) : [rest + value];
     rest = lines.pop();                          // perhaps only the first half of a line
     for (const line of lines) {
       const [, field, content] = line.match(/^([^:]*):? ?(.*)$/s);
@@ -9581,7 +9583,8 @@ function transition(job, part) {
 
 function receive(type, args) {
   try {
-    if (type === 'datastar-patch-signals') merge(object(args.signals), args.onlyIfMissing === 'true');
+    const { signals, onlyIfMissing } = args;
+    if (type === 'datastar-patch-signals') merge(object(signals), onlyIfMissing === 'true');
     else if (type === 'datastar-patch-elements') patchElements(args);
     else if (args.script) runScript(args.script, args.attributes);
   } catch (error) {
@@ -9712,31 +9715,31 @@ function morph(parent, old, nodes) {
 // around: the old elements that have some below them.
 function planOf(old, nodes) {
   const [before, after] = [old, nodes].map(elementsById);
-  const plan = { kept: new Map(), inside: new Map(), around: new Set(), taken: new Set(), doomed: [] };
+  const [kept, inside, around] = [new Map(), new Map(), new Set()];
   for (const [id, el] of before) {
     const fresh = after.get(id);
     if (!el || !fresh || nodeName(el) !== nodeName(fresh)) continue;
-    plan.kept.set(id, el);
+    kept.set(id, el);
     for (let at = parentOf(fresh); at && nodeType(at) === 1; at = parentOf(at)) {
-      const ids = plan.inside.get(at);
+      const ids = inside.get(at);
       if (ids) ids.push(id);
-      else plan.inside.set(at, [id]);
+      else inside.set(at, [id]);
     }
-    for (let at = parentOf(el); at && !plan.around.has(at); at = parentOf(at)) plan.around.add(at);
+    for (let at = parentOf(el); at && !around.has(at); at = parentOf(at)) around.add(at);
   }
-  return plan;
+  return { kept, inside, around, taken: new Set(), doomed: [] };
 }
 
 // Ids that are there once, outside of what is not to be morphed.
 function elementsById(roots) {
   const found = new Map();
-  for (const rootNode of roots) {
-    if (nodeType(rootNode) !== 1) continue;
-    const apart = hasAttr(rootNode, 'data-ignore-morph') || firstWithin(rootNode, '[data-ignore-morph]');
-    for (const el of [rootNode, ...within(rootNode, '[id]')]) {
+  const apart = '[data-ignore-morph]';
+  for (const top of roots.filter((node) => nodeType(node) === 1)) {
+    const some = hasAttr(top, 'data-ignore-morph') || firstWithin(top, apart);
+    for (const el of [top, ...within(top, '[id]')]) {
       const id = getAttr(el, 'id');
-      const left = !id || (apart && el !== rootNode && closest(parentOf(el), '[data-ignore-morph]'));
-      if (!left) found.set(id, found.has(id) ? null : el);
+      const ignored = some && el !== top && closest(parentOf(el), apart);
+      if (id && !ignored) found.set(id, found.has(id) ? null : el);
     }
   }
   return found;
