@@ -31,6 +31,7 @@ import logging
 import math
 import os
 import re
+import select
 import shutil
 import signal
 import socket
@@ -1635,6 +1636,54 @@ class TestRequest(AsyncTest):
             self.assertEqual((await client.post("/", body=b"x" * 1001)).status, 413)
             self.assertEqual((await client.post("/", body=b"x" * 1000)).status, 200)
 
+    def test_look_ups_have_keys_types_and_defaults(self) -> None:
+        query = stario.QueryParams([("n", "7"), ("n", "8"), ("x", "y"), ("f", "nan"), ("b", "On")])
+        self.assertEqual((query["n"], query.keys(), list(query)), ("7", [*"nxfb"], [*"nxfb"]))
+        self.assertEqual(query.get("n", 0, type=int), 7)
+        self.assertEqual(query.get("x", 0, type=int), 0)
+        self.assertEqual(query.get("none", 0, type=int), 0)
+        self.assertIsNone(query.get("f", type=float))
+        self.assertIsNone(query.get("x", type=Decimal))
+        self.assertIsNone(query.get("x", type=uuid.UUID))
+        self.assertIs(query.get("b", False, type=bool), True)
+        self.assertIs(query.get("n", False, type=bool), False)
+        headers = stario.Headers({"x-a": ["1", "2"]})
+        self.assertEqual((headers["X-A"], headers.keys()), ("1", ["x-a"]))
+        for missing in (query, headers):
+            with self.assertRaises(KeyError):
+                missing["none"]  # type: ignore[index]
+            with self.assertRaises(HttpException) as caught:
+                missing["none"]  # type: ignore[index]
+            self.assertEqual(caught.exception.status_code, 400)
+
+    async def test_cookies_and_ids_come_as_browsers_send_them(self) -> None:
+        async def show(c: Context, w: Writer) -> None:
+            w.json([c.req.cookies, c.req.headers.get("last-event-id"), c.req.headers.get("x")])
+
+        app = Stario()
+        app.get("/", show)
+        table: list[tuple[bytes, dict[str, str]]] = [
+            (b'a="x"; b="; c="y; d=z"; e=""', {"a": "x", "b": '"', "c": '"y', "d": 'z"', "e": ""}),
+            ("n=żółw; n=2".encode(), {"n": "żółw"}),
+            (b" \t a\t=\t1\t; \xc2\xa0b=2", {"a": "1", "\xa0b": "2"}),
+            (b"a=\xff%C3%A9", {"a": "\ufffdé"}),
+            (b"a", {}),
+        ]  # fmt: skip
+        async with connected(app) as peer:
+            for line, cookies in table:
+                with self.subTest(line):
+                    await peer.send(
+                        b"GET / HTTP/1.1\r\nHost: x\r\nLast-Event-ID: \xe2\x82\xac1\r\nX: \xe9\r\n"
+                        b"Cookie: " + line + b"\r\n\r\n"
+                    )
+                    answer = json.loads((await within(peer.answer())).body)
+                    self.assertEqual(answer, [cookies, "€1", "é"])
+        async with TestClient(app) as client:
+            client.cookies["half"] = "a\ud83d"
+            answer = await client.get("/", headers={"last-event-id": "€", "x": "\ud83d"})
+            self.assertEqual(answer.json(), [{"half": "a?"}, "€", "?"])
+            self.assertEqual((await client.get("/?q=\udc00", signals={"a": "\ud83d"})).status, 200)
+
     async def test_a_request_can_raise_its_own_limit(self) -> None:
         app = Stario(max_body=10)
 
@@ -1721,6 +1770,77 @@ class TestWriter(AsyncTest):
 
         self.assertEqual((await self.answer(handler)).status, 204)
         self.assertEqual(seen, ["after", "refused", "refused", "refused"])
+
+    async def test_cookies_that_browsers_guard_are_set_as_they_ask(self) -> None:
+        """RFC 6265bis, sections 4.1.3 and 5.6: otherwise they would be ignored, without a word."""
+
+        async def handler(c: Context, w: Writer) -> None:
+            w.cookie("__Host-a", "\ud83d")
+            w.cookie("__SECURE-b", "1", path="/x")
+            w.cookie("c", "1", samesite="None", path="/żó%20", domain=".bücher.example")
+            w.delete_cookie("d", partitioned=True, samesite=None, path="/x", httponly=True)
+            wrong: list[tuple[str, Any, dict[str, Any]]] = [
+                ("__Host-a", "1", {"path": "/x"}), ("__host-a", "1", {"domain": "a.example"}),
+                ("a", None, {}), ("a", "1", {"domain": "a..example"}), ("a", "1", {"path": "/;"}),
+            ]  # fmt: skip
+            for name, value, options in wrong:
+                with self.subTest(name, **options), self.assertRaises(StarioError):
+                    w.cookie(name, value, **options)
+            w.empty()
+
+        answer = await self.answer(handler)
+        self.assertEqual(answer.headers.getlist("set-cookie"), [
+            "__Host-a=?; Path=/; Secure; SameSite=Lax",
+            "__SECURE-b=1; Path=/x; Secure; SameSite=Lax",
+            "c=1; Domain=xn--bcher-kva.example; Path=/%C5%BC%C3%B3%20; Secure; SameSite=None",
+            "d=; Max-Age=0; Expires=Thu, 01 Jan 1970 00:00:00 GMT; Path=/x; Secure; HttpOnly; "
+            "Partitioned",
+        ])  # fmt: skip
+
+    async def test_what_has_no_body_gets_none_whatever_would_be_in_it(self) -> None:
+        async def handler(c: Context, w: Writer) -> None:
+            status = int(c.req.headers["x-status"])
+            if c.req.headers["x-how"] == "raw":
+                w.headers.set("content-type", "text/plain")
+                w.write_headers(status).end()
+            else:
+                w.text("x" * 1000, status)
+
+        for status, how in ((204, "raw"), (304, "raw"), (204, "text"), (304, "text")):
+            with self.subTest(status, how=how):
+                sent = {"accept-encoding": "gzip", "x-how": how, "x-status": str(status)}
+                answer = await self.answer(handler, headers=sent)
+                self.assertEqual((answer.status, answer.body), (status, b""))
+        sent = {"accept-encoding": "gzip", "x-how": "raw", "x-status": "200"}
+        answer = await self.answer(handler, "HEAD", headers=sent)
+        self.assertEqual((answer.headers.get("content-encoding"), answer.body), ("gzip", b""))
+
+    async def test_caches_keep_nothing_that_is_long(self) -> None:
+        async def handler(c: Context, w: Writer) -> None:
+            w.respond(b"x" * 1000, c.req.headers["x-type"])
+
+        caches = [stario._choose_coding, stario._content, stario._framing]
+        for long in (False, True):
+            sizes = [cache.cache_info().currsize for cache in caches]
+            more = f"{uuid.uuid4()}" + "x" * 1000 * long
+            fields = {"accept-encoding": f"gzip, {more}", "x-type": f"text/{more}", "host": more}
+            await self.answer(handler, headers=fields)
+            for cache, size in zip(caches, sizes, strict=True):
+                found = cache.cache_info()
+                if size < (found.maxsize or 0):
+                    self.assertEqual(found.currsize - size, not long, cache)
+
+    async def test_lists_may_come_in_several_lines(self) -> None:
+        async def handler(c: Context, w: Writer) -> None:
+            w.respond(b"word " * 1000, "application/x-ndjson")
+
+        app = Stario()
+        app.get("/", handler)
+        lines = "Accept-Encoding: br;q=0, zstd;q=0\r\nAccept-Encoding: gzip;q=0.5\r\n"
+        async with connected(app) as peer:
+            await peer.send(f"GET / HTTP/1.1\r\nHost: x\r\n{lines}\r\n")
+            answer = await within(peer.answer())
+        self.assertEqual(gzip.decompress(answer.body), b"word " * 1000)
 
     async def test_raw_answers_chain(self) -> None:
         async def handler(c: Context, w: Writer) -> None:
@@ -2480,6 +2600,77 @@ class TestLife(AsyncTest):
                     pass
         async with app.running():  # one after the other is fine
             pass
+
+
+class TestForms(unittest.TestCase):
+    """Forms as browsers send them (RFC 7578), whatever is in them."""
+
+    def form(self, *parts: tuple[str, bytes], boundary: str = "Xy") -> stario.Form:
+        body = b"".join(
+            f"--{boundary}\r\n{head}\r\n\r\n".encode() + content + b"\r\n"
+            for head, content in parts
+        )
+        body += f"--{boundary}--\r\n".encode()
+        return stario._parse_multipart(body, f"multipart/form-data; boundary={boundary}")
+
+    def named(self, name: str, more: str = "") -> str:
+        return f'Content-Disposition: form-data; name="{name}"{more}'
+
+    def test_charsets_are_those_that_browsers_know(self) -> None:
+        text = "text/plain; charset="
+        for charset in ("iso-8859-1", "WINDOWS-1252", '"utf-8"', "utf-16le", "gb18030"):
+            head = self.named("a", f"\r\nContent-Type: {text}{charset}")
+            encoded = "é€" if "8859" not in charset else "é"
+            form = self.form((head, encoded.encode(charset.strip('"'))))
+            self.assertEqual(form["a"], encoded)
+        usual = self.form(
+            (self.named("a"), "ж".encode("koi8-r")), (self.named("_charset_"), b"koi8-r"),
+            (self.named("b", "\r\nContent-Type: text/plain;charset=utf-8"), "ж".encode()),
+        )  # fmt: skip
+        self.assertEqual((usual["a"], usual["b"]), ("ж", "ж"))
+        for codec in ("zip", "rot13", "punycode", "idna", "unicode_escape", "utf-7", "x" * 5000):
+            with self.subTest(codec[:9]), self.assertRaises(HttpException) as caught:
+                self.form((self.named("a", f"\r\nContent-Type: {text}{codec}"), b"+AGE-"))
+            self.assertEqual(caught.exception.status_code, 400)
+            self.assertLess(len(caught.exception.detail), 120)
+
+    def test_files_are_what_has_a_name_or_bytes(self) -> None:
+        form = self.form(
+            (self.named("none", '; filename=""'), b""),
+            (self.named("some", '; filename=""'), b"x"),
+            (self.named("empty", '; filename="e.txt"'), b""),
+            (self.named("star", "; filename*=utf-8'en'%e2%82%ac%20rates"), b"\xff"),
+        )
+        self.assertIsNone(form.file("none"))
+        names = [file.filename for files in form.files.values() for file in files]
+        self.assertEqual(names, ["", "e.txt", "€ rates"])
+        self.assertEqual(form.items(), [])
+
+    def test_only_a_line_of_its_own_is_a_delimiter(self) -> None:
+        text = b"\r\n--Xyz\r\n--Xy-\r\n --Xy\r\n--Xy x\r\n--X\r\n--Xy--x\r\n"
+        form = self.form((self.named("a"), text), (self.named("b"), b"\n--Xy\n"))
+        self.assertEqual(form.items(), [("a", text.decode()), ("b", "\n--Xy\n")])
+        body = (
+            b"before\r\n--Xy \t\r\n" + self.named("a").encode() + b"\r\n\r\n1\r\n--Xy-- \r\nafter"
+        )
+        found = stario._parse_multipart(body, "multipart/form-data; boundary=Xy")
+        self.assertEqual(found.items(), [("a", "1")])
+
+    def test_what_a_part_may_cost(self) -> None:
+        heads = [
+            self.named("a" * 9000), self.named("a", ";x=1" * 3000),
+            self.named("a") + "\r\nX: y" * 30,
+            self.named("a", '; filename="' + '\\"' * 5000), "X: y", "",
+        ]  # fmt: skip
+        for head in heads:
+            with self.subTest(head[:70]), self.assertRaises(HttpException) as caught:
+                self.form((head, b"x"))
+            self.assertEqual(caught.exception.status_code, 400)
+        with self.assertRaises(HttpException):
+            self.form(*[(self.named("a"), b"x")] * 1001)
+        for body in (b"", b"--Xy", b"--Xy\r\n", b"--Xy\r\n--Xy\r\n--Xy--"):
+            with self.subTest(body), self.assertRaises(HttpException):
+                stario._parse_multipart(body, "multipart/form-data; boundary=Xy")
 
 
 class TestExceptions(AsyncTest):
@@ -6868,6 +7059,95 @@ def patched(thing: Any, name: str, value: Any) -> Any:
         yield
     finally:
         setattr(thing, name, before)
+
+
+class TestUnreadBytes(HttpTest):
+    """A client that goes is noticed, also behind bytes that nobody reads."""
+
+    async def waiting(self, leave: Callable[[Peer], None], **options: Any) -> None:
+        ended = asyncio.Event()
+
+        async def wait(c: Context, w: Writer) -> None:
+            async with w.alive(**options):
+                await asyncio.sleep(3600)
+            ended.set()
+            w.text("for nobody")
+
+        app = Stario()
+        app.get("/", wait)
+        async with app.running(header_timeout=0.2) as server:
+            peer = await Peer.connect(server.port)
+            await peer.send(f"GET / HTTP/1.1\r\n{HOST}\r\n")
+            await until(lambda: connections_of(server))
+            peer.writer.write(b"x" * 150_000)
+            [connection] = connections_of(server)
+            await until(lambda: connection._paused_reading)
+            leave(peer)
+            await within(ended.wait())
+            await until(lambda: not connections_of(server))
+
+    @unittest.skipUnless(hasattr(select, "poll"), "needs poll()")
+    async def test_a_reset(self) -> None:
+        for options in ({}, {"heartbeat": None}, {"heartbeat": 0.05}):
+            with self.subTest(options):
+                await self.waiting(Peer.reset, **options)
+
+    @unittest.skipUnless(hasattr(select, "POLLRDHUP"), "needs POLLRDHUP")
+    async def test_a_side_that_is_closed(self) -> None:
+        def close(peer: Peer) -> None:
+            peer.writer.get_extra_info("socket").shutdown(socket.SHUT_WR)
+
+        await self.waiting(close)
+
+    async def test_an_answer_to_a_client_that_has_gone_is_no_error(self) -> None:
+        reached = []
+
+        async def answer(c: Context, w: Writer) -> None:
+            w.text("x" * int(c.req.query["size"]))
+            reached.append(await c.req.body() if c.req.query.get("read") else b"")
+
+        app = Stario(tracer := Spans())
+        app.post("/", answer)
+        async with app.running() as server:
+            for size in (1, 1_000_000):
+                peer = await Peer.connect(server.port)
+                head = f"POST /?size={size} HTTP/1.1\r\n{HOST}Content-Length: 900000\r\n\r\n"
+                peer.writer.write(head.encode() + b"x" * 1000)
+                peer.reset()
+            await until(lambda: len(reached) == 2 or not connections_of(server))
+        self.assertEqual(
+            [span.error for span in tracer.ended if span.name == "POST /"], [None] * len(reached)
+        )
+
+    async def test_handlers_that_go_on_have_a_bound(self) -> None:
+        """Early answers let a connection go on: without a bound, so would all its handlers."""
+        go, running, most = asyncio.Event(), 0, 0
+
+        async def early(c: Context, w: Writer) -> None:
+            nonlocal running, most
+            w.empty()
+            running += 1
+            most = max(most, running)
+            await go.wait()
+            running -= 1
+
+        app = Stario()
+        app.get("/", early)
+        async with app.running(max_handlers=10) as server:
+            peer = await Peer.connect(server.port)
+            await peer.send(f"GET / HTTP/1.1\r\n{HOST}\r\n" * 100)
+            for _ in range(11):
+                self.assertEqual((await within(peer.answer())).status, 204)
+            other = await Peer.connect(server.port)
+            await other.send(f"GET / HTTP/1.1\r\n{HOST}\r\n")
+            await asyncio.sleep(0.05)
+            self.assertLessEqual(most, 12)
+            go.set()
+            for _ in range(89):
+                self.assertEqual((await within(peer.answer())).status, 204)
+            self.assertEqual((await within(other.answer())).status, 204)
+            await peer.close()
+            await other.close()
 
 
 class TestListening(HttpTest):
