@@ -348,7 +348,8 @@ def _hint(value: object) -> str:
 # -- Attributes
 
 _DATASTAR_NAME = re.compile(
-    "data-(attr|bind|class|computed|effect|indicator|init|on|ref|show|signals|style|text)(?![a-z])"
+    "data-((attr|bind|class|computed|effect|indicator|init|on|ref|show|signals|style|text)(:|__|$)"
+    "|on-(intersect|interval|signal-patch))"
 )
 
 
@@ -672,15 +673,15 @@ def _json(value: object, encode: Callable[[object], str] = _encode_json) -> str:
 
 def _with_plain_keys(value: object) -> object:
     if isinstance(value, Mapping):
-        names = [name if isinstance(name, _PLAIN) else _plain(name) for name in value]
+        names = [name if isinstance(name, _JSON_TYPES) else _plain(name) for name in value]
         items = map(_with_plain_keys, value.values())
         return dict(zip(names, items, strict=True))
     if isinstance(value, (list, tuple)):
         return [_with_plain_keys(item) for item in value]
-    return value if isinstance(value, _PLAIN) else _with_plain_keys(_plain(value))
+    return value if isinstance(value, _JSON_TYPES) else _with_plain_keys(_plain(value))
 
 
-_PLAIN = (str, int, float, types.NoneType)
+_JSON_TYPES = (str, int, float, types.NoneType)
 
 
 def _finite(text: str) -> float:

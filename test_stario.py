@@ -787,6 +787,7 @@ class TestBuildersWriteWhatWasMeant(unittest.TestCase):
             (data.class_({"a": "$a"}), data.class_({"b": "$b"})),
             (data.effect("a()"), data.effect("b()")),
             (data.init("a()"), [data.init("b()")]),
+            (data.on_interval("a()"), data.on_interval("b()")),
             (MappingProxyType(data.computed({"a": "1"})), data.computed({"b": "2"})),
         ):
             for element in (h.Div, h.Input, h.Textarea):
@@ -794,6 +795,7 @@ class TestBuildersWriteWhatWasMeant(unittest.TestCase):
                     element(first, second)
         self.assertIn('"a()"', h.Div(data.on("click", "a()"), data.on("click", "a()")))
         self.assertIn('"2"', h.Div({"data-id": "1", "id": "a"}, {"data-id": "2", "id": "b"}))
+        self.assertIn('"2"', h.Div({"data-on-sale": "1"}, {"data-on-sale": "2"}))
         both = h.Div(data.on("click", "a()"), data.on("click", "b()", once=True))
         self.assertTrue("a()" in both and "b()" in both)
 

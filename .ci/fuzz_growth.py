@@ -148,7 +148,7 @@ def try_input(seed: int, index: int) -> str | None:
     wrong = []
     if after > 0.02 and after / length > 3 * before / short:
         wrong.append(f"{before * 1e3:.1f} ms for {short}, {after * 1e3:.1f} ms for {length} bytes")
-    if peak > 60 * length + 100_000:
+    if peak > 60 * length + 1_000_000:  # (a deep stack is a megabyte)
         wrong.append(f"{peak / 1e6:.1f} MB for {length} bytes")
     if said > 10_000:
         wrong.append(f"an answer of {said} bytes")
