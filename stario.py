@@ -6610,6 +6610,11 @@ class _Life:
 # The server accepts connections on the caller's event loop and deals them out, in turn, to its
 # workers: one on that same loop, and `workers - 1` in threads with a loop of their own. They share
 # memory, so what handlers keep in variables is there for all of them.
+#
+# A server that stops must not lose a request. From then on each answer says that its connection
+# ends; what waits in the listening sockets' queues is accepted before they close; a connection
+# without a request has half a second in which one is still answered; streams are told to end. All
+# of it is bounded by `graceful_timeout`, whatever a client, a thread or a worker does.
 # ==================================================================================================
 
 
@@ -7083,6 +7088,120 @@ def _last_line(timestamp: float) -> bytes:
 _LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
+class _Listener:
+    """The sockets that a server listens with: made, given, or inherited."""
+
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        unix_socket: str | None,
+        unix_mode: int,
+        sock: socket.socket | None,
+        reuse_port: bool,
+        backlog: int,
+    ) -> None:
+        self.host = host
+        self.port = port
+        self.unix_socket = unix_socket
+        self._unix_mode = unix_mode
+        self._unix_file: os.stat_result | None = None  # the file that we have made there
+        self._reuse_port = reuse_port
+        self.backlog = backlog
+        self.bound = ""  # the address of the last socket
+        self.sockets = [sock] if sock is not None else []
+        if not isinstance(host, str):
+            raise StarioError(f'host is {host!r}: text is needed, "" for all addresses')
+        if sock is not None and not isinstance(sock, socket.socket):
+            raise StarioError(f"sock is {sock!r}: a socket.socket is needed")
+        if unix_socket and not hasattr(socket, "AF_UNIX"):
+            raise StarioError("this system's Python has no Unix sockets")
+        if reuse_port and not (unix_socket or hasattr(socket, "SO_REUSEPORT")):
+            raise StarioError("reuse_port is not supported on this system")
+
+    def open(self) -> None:
+        """Listen. Raises StarioError where that cannot be."""
+        try:
+            self.sockets += [] if self.sockets else _inherited_sockets()
+            if self.sockets:
+                self._take_address()
+            elif self.unix_socket:
+                self._bind_unix(self.unix_socket)
+            else:
+                self._bind_tcp()
+            for listening in self.sockets:
+                listening.listen(self.backlog)
+                listening.setblocking(False)
+        except (OSError, OverflowError, ValueError, StarioError) as exc:
+            self.close()
+            reason: object = exc
+            if isinstance(exc, OSError):
+                reason = exc.strerror or exc
+                if exc.errno == errno.EADDRINUSE:
+                    reason = "the port is taken. Stop what runs there, or set port="
+            place = self.unix_socket or f"{self.host}:{self.port}"
+            raise StarioError(f"cannot listen on {place}: {reason}") from None
+
+    def close(self) -> None:
+        """Close the sockets."""
+        for opened in self.sockets:
+            opened.close()
+        self.sockets.clear()
+
+    def unlink(self) -> None:
+        """Remove the file of a Unix socket, unless it is a successor's by now."""
+        if self._unix_file and self.unix_socket:
+            with suppress(OSError):
+                if os.path.samestat(self._unix_file, os.stat(self.unix_socket)):
+                    os.unlink(self.unix_socket)
+
+    def _take_address(self) -> None:
+        """Say where the sockets are that we were given."""
+        for given in self.sockets:
+            if given.type != socket.SOCK_STREAM:
+                raise StarioError(f"{given!r} is no stream socket")
+            _set_inherited(given)
+        address = self.sockets[0].getsockname()
+        if isinstance(address, tuple):
+            self.host, self.port = address[:2]
+            self.bound = self.host
+        else:
+            self.unix_socket = os.fsdecode(address)
+
+    def _bind_tcp(self) -> None:
+        found = socket.getaddrinfo(
+            self.host or None, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )
+        found = [entry for entry in found if _is_here(entry[0], entry[4])] or found
+        for family, kind, protocol, _, address in dict.fromkeys(found):
+            listening = socket.socket(family, kind, protocol)
+            self.sockets.append(listening)
+            if os.name == "posix":
+                listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if self._reuse_port:
+                listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
+            _set_inherited(listening)
+            if family == socket.AF_INET6:
+                listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
+            listening.bind((address[0], self.port, *address[2:]))
+            # Port 0: the same one for all addresses.
+            self.bound, self.port = listening.getsockname()[:2]
+
+    def _bind_unix(self, path: str) -> None:
+        """Listen under a name of our own, then give it the path: nobody finds it too early."""
+        _refuse_taken(path, self._reuse_port)
+        listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        self.sockets.append(listening)
+        own = os.path.join(os.path.dirname(path), f".{os.getpid()}")  # short: paths are limited
+        with suppress(FileNotFoundError):
+            os.unlink(own)
+        listening.bind(own)
+        os.chmod(own, self._unix_mode)
+        listening.listen(self.backlog)
+        self._unix_file = os.stat(own)
+        os.replace(own, path)
+
+
 class Server:
     """A server for an app: `await start()`, `await stop()`; `url` and `port` say where it is.
 
@@ -7117,16 +7236,8 @@ class Server:
         **limits: Any,
     ) -> None:
         self.app = app
-        self.host = host
-        self.port = port
         self._count = workers
-        self._unix_socket = str(unix_socket) if unix_socket is not None else None
-        self._unix_mode = unix_mode
-        self._unix_file: os.stat_result | None = None  # the file that we have made there
         self._ssl = ssl
-        self._bound = ""  # the address of the last socket
-        self._reuse_port = reuse_port
-        self._backlog = backlog
         self._graceful_timeout = graceful_timeout
         self._proxies = TrustedProxies(trusted_proxies) if trusted_proxies else None
         for name, value, least in (
@@ -7138,18 +7249,11 @@ class Server:
                 raise StarioError(f"{name} is {value!r}: a whole number from {least} up is needed")
         if not isinstance(graceful_timeout, (int, float)) or not graceful_timeout >= 0:
             raise StarioError(f"graceful_timeout is {graceful_timeout!r}: seconds are needed")
-        if not isinstance(host, str):
-            raise StarioError(f'host is {host!r}: text is needed, "" for all addresses')
         if ssl is not None and not hasattr(ssl, "wrap_bio"):
             raise StarioError(f"ssl is {ssl!r}: an ssl.SSLContext is needed")
-        if sock is not None and not isinstance(sock, socket.socket):
-            raise StarioError(f"sock is {sock!r}: a socket.socket is needed")
-        if self._unix_socket and not hasattr(socket, "AF_UNIX"):
-            raise StarioError("this system's Python has no Unix sockets")
-        if reuse_port and not (self._unix_socket or hasattr(socket, "SO_REUSEPORT")):
-            raise StarioError("reuse_port is not supported on this system")
+        path = str(unix_socket) if unix_socket is not None else None
+        self._listener = _Listener(host, port, path, unix_mode, sock, reuse_port, backlog)
         self._limits = _limits(limits)
-        self._sockets = [sock] if sock is not None else []
         self._workers: list[Worker] = []
         self._threads: list[threading.Thread] = []
         self._accepting: list[asyncio.Task[None]] = []  # where the loop has no readers
@@ -7158,11 +7262,22 @@ class Server:
         self._asked = 0.0  # when a signal first asked to stop
 
     @property
+    def host(self) -> str:
+        """Where it listens: a name, or an address."""
+        return self._listener.host
+
+    @property
+    def port(self) -> int:
+        """Where it listens."""
+        return self._listener.port
+
+    @property
     def url(self) -> str:
         """The address to open, without a slash at its end."""
-        if self._unix_socket:
-            return f"unix:{self._unix_socket}"
-        host = _LOOPBACK.get(self._bound, self.host)  # "all addresses" is none to open
+        if self._listener.unix_socket:
+            return f"unix:{self._listener.unix_socket}"
+        # "All addresses" is none to open.
+        host = _LOOPBACK.get(self._listener.bound, self.host)
         host = f"[{host}]" if ":" in host else host
         return f"{'https' if self._ssl else 'http'}://{host}:{self.port}"
 
@@ -7170,18 +7285,19 @@ class Server:
 
     async def start(self) -> None:
         """Listen, and start the workers. Raises StarioError where that cannot be."""
-        self._listen()
+        self._listener.open()
         self._lived = self.app._life.lived()
         try:
             await self._lived.__aenter__()
         except BaseException:
-            self._close_listening()
+            self._listener.unlink()
+            self._listener.close()
             raise
         self._loop = asyncio.get_running_loop()
         self._workers = [self._worker_on(self._loop)]
         for number in range(1, self._count):
             self._workers.append(await self._start_thread(f"stario-{number}"))
-        for listening in self._sockets:
+        for listening in self._listener.sockets:
             self._watch(listening)
 
     def _worker_on(self, loop: asyncio.AbstractEventLoop) -> Worker:
@@ -7216,79 +7332,6 @@ class Server:
         self._threads.append(thread)
         return await asyncio.wrap_future(started)
 
-    def _listen(self) -> None:
-        try:
-            self._sockets = self._sockets or _inherited_sockets()
-            if self._sockets:
-                self._take_address()
-            elif self._unix_socket:
-                self._bind_unix(self._unix_socket)
-            else:
-                self._bind_tcp()
-            for listening in self._sockets:
-                listening.listen(self._backlog)
-                listening.setblocking(False)
-        except (OSError, OverflowError, ValueError, StarioError) as exc:
-            self._close_listening()
-            reason: object = exc
-            if isinstance(exc, OSError):
-                reason = exc.strerror or exc
-                if exc.errno == errno.EADDRINUSE:
-                    reason = "the port is taken. Stop what runs there, or set port="
-            place = self._unix_socket or f"{self.host}:{self.port}"
-            raise StarioError(f"cannot listen on {place}: {reason}") from None
-
-    def _take_address(self) -> None:
-        """Say where the sockets are that we were given."""
-        for given in self._sockets:
-            if given.type != socket.SOCK_STREAM:
-                raise StarioError(f"{given!r} is no stream socket")
-            _set_inherited(given)
-        address = self._sockets[0].getsockname()
-        if isinstance(address, tuple):
-            self.host, self.port = address[:2]
-            self._bound = self.host
-        else:
-            self._unix_socket = os.fsdecode(address)
-
-    def _close_listening(self) -> None:
-        for opened in self._sockets:
-            opened.close()
-        self._sockets = []
-
-    def _bind_tcp(self) -> None:
-        found = socket.getaddrinfo(
-            self.host or None, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )
-        found = [entry for entry in found if _is_here(entry[0], entry[4])] or found
-        for family, kind, protocol, _, address in dict.fromkeys(found):
-            listening = socket.socket(family, kind, protocol)
-            self._sockets.append(listening)
-            if os.name == "posix":
-                listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if self._reuse_port:
-                listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            _set_inherited(listening)
-            if family == socket.AF_INET6:
-                listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
-            listening.bind((address[0], self.port, *address[2:]))
-            # Port 0: the same one for all addresses.
-            self._bound, self.port = listening.getsockname()[:2]
-
-    def _bind_unix(self, path: str) -> None:
-        """Listen under a name of our own, then give it the path: nobody finds it too early."""
-        _refuse_taken(path, self._reuse_port)
-        listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        self._sockets.append(listening)
-        own = f"{path}.{os.getpid()}"
-        with suppress(FileNotFoundError):
-            os.unlink(own)
-        listening.bind(own)
-        os.chmod(own, self._unix_mode)
-        listening.listen(self._backlog)
-        self._unix_file = os.stat(own)
-        os.replace(own, path)
-
     # -- Running
 
     def _watch(self, listening: socket.socket) -> None:
@@ -7315,7 +7358,7 @@ class Server:
             self._deal(accepted)
 
     def _watch_again(self, listening: socket.socket) -> None:
-        if listening in self._sockets:
+        if listening in self._listener.sockets:
             self._watch(listening)
 
     async def _accept_singly(self, listening: socket.socket) -> None:
@@ -7354,7 +7397,7 @@ class Server:
         if not self._asked:
             self._asked = now
             self._loop.call_soon_threadsafe(self._stop.set)
-        elif now - self._asked > 0.2:
+        elif now - self._asked > 0.1:
             if not self._stop.is_set() or not self._graceful_timeout:
                 os._exit(128 + number)  # (process 1 of a container ends by no signal of its own)
             self._asked, self._graceful_timeout = now, 0.0
@@ -7381,24 +7424,21 @@ class Server:
         them. A handshake that is under way in this moment is lost on Linux, unless
         net.ipv4.tcp_migrate_req is set, or somebody else holds the same socket (LISTEN_FDS).
         """
-        if self._unix_file and self._unix_socket:  # first, so that nobody comes after the last one
-            with suppress(OSError):
-                if os.path.samestat(self._unix_file, os.stat(self._unix_socket)):
-                    os.unlink(self._unix_socket)  # (it may be a successor's)
+        self._listener.unlink()  # first, so that nobody comes after the last one
         for task in self._accepting:
             task.cancel()
-        for listening in self._sockets:
+        for listening in self._listener.sockets:
             with suppress(NotImplementedError):
                 self._loop.remove_reader(listening)
-            for _ in range(self._backlog + 1):
+            for _ in range(self._listener.backlog + 1):
                 try:
                     self._deal(listening.accept()[0])
                 except ConnectionAbortedError:
                     continue
                 except OSError:
                     break
-            listening.close()
-        self._sockets, self._accepting = [], []
+        self._listener.close()
+        self._accepting = []
 
     async def _stop_workers(self) -> None:
         patience = self._graceful_timeout

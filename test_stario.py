@@ -2506,7 +2506,7 @@ class TestLife(AsyncTest):
             server = Server(app, port=0)
             with self.assertRaisesRegex(ValueError, "no database"):
                 await server.start()
-            self.assertEqual(server._sockets, [])
+            self.assertEqual(server._listener.sockets, [])
         self.assertEqual(closed, ["good"] * 2)
 
     async def test_background_work_waits_for_the_server_and_ends_with_it(self) -> None:
@@ -4766,7 +4766,7 @@ class TestStopping(StreamTest):
     async def stopping(self, server: Server) -> AsyncIterator[None]:
         """From the first moment of a stop to its end."""
         task = asyncio.create_task(server.stop())
-        await until(lambda: not server._sockets)
+        await until(lambda: not server._listener.sockets)
         yield
         await within(task)
 
@@ -7043,7 +7043,7 @@ class TestFaults(HttpTest):
                 for descriptor in (*held, source):
                     os.close(descriptor)
                 resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-            server._watch_again(*server._sockets)
+            server._watch_again(*server._listener.sockets)
             peer = Peer(*await asyncio.open_connection(sock=waiting))
             self.assertEqual((await within(peer.get("/"))).status, 200)
             await peer.close()
