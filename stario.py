@@ -7192,7 +7192,9 @@ class _Listener:
         _refuse_taken(path, self._reuse_port)
         listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.sockets.append(listening)
-        own = os.path.join(os.path.dirname(path), f".{os.getpid()}")  # short: paths are limited
+        folder, name = os.path.split(path)
+        # As long as the path, of which systems take about a hundred bytes.
+        own = os.path.join(folder, f".{os.getpid()}".ljust(len(os.fsencode(name)), "_"))
         with suppress(FileNotFoundError):
             os.unlink(own)
         listening.bind(own)
