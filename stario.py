@@ -6872,7 +6872,7 @@ class Stario(Router):
             if reload and _RELOADED in os.environ:
                 _join_reloading(self, server)
             elif reload:
-                server._listen()
+                server._listener.open()
                 raise SystemExit(_Reloader(server).run())
             asyncio.get_running_loop().set_default_executor(_Threads())
             await server.start()
@@ -7618,7 +7618,7 @@ class _Reloader:
     """The parent: keeps the sockets, and one child that is alive."""
 
     def __init__(self, server: Server) -> None:
-        self._sockets = server._sockets
+        self._sockets = server._listener.sockets
         self._children: list[subprocess.Popen[bytes]] = []
         self._ended_by = 0
 
@@ -7690,7 +7690,8 @@ def _join_reloading(app: Stario, server: Server) -> None:
     global _FAREWELL
     _FAREWELL = 0.0  # who asks on an old connection shall not get an old page
     descriptors = os.environ[_RELOADED].split(",")
-    server._sockets = [socket.socket(fileno=int(number)) for number in descriptors if number]
+    inherited = [socket.socket(fileno=int(number)) for number in descriptors if number]
+    server._listener.sockets += inherited
 
     async def script(c: Context, w: Writer) -> None:
         w.respond(_RELOAD_SCRIPT.encode(), "text/javascript")
