@@ -39,6 +39,11 @@ two carriers, and a third one needs about a page.
 
 from __future__ import annotations
 
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036 - whoever tries an older one reads it here
+    raise ImportError(f"stario needs Python 3.11 or newer, and this is {sys.version.split()[0]}")
+
 import asyncio
 import atexit
 import base64
@@ -65,7 +70,6 @@ import socket
 import stat
 import struct
 import subprocess
-import sys
 import threading
 import time
 import traceback
@@ -4864,7 +4868,7 @@ async def _handle_error(
     for kind in type(exc).__mro__:
         if kind in handlers and not (foreseen and kind is Exception):
             if kind is Exception or not c.app._silent:  # (its own page: no need to log it)
-                c.app._note(c, exc)
+                c.app._note(c, exc, has_page=True)
             w._forget_answer()
             answer = handlers[kind](c, w, exc)
             if answer is not None:
@@ -6803,19 +6807,22 @@ class Stario(Router):
             self._report(c, wrong)
             w.text(_phrase(500), 500)
 
-    def _note(self, c: Context, exc: BaseException) -> None:
+    def _note(self, c: Context, exc: BaseException, has_page: bool = False) -> None:
         """Tell the developer of an exception: as an error, unless it is an answer or a farewell."""
         if isinstance(exc, ClientDisconnected):
             c("client.disconnected")
         elif isinstance(exc, HttpException):
             c("http.exception", {"status": exc.status_code, "detail": exc.detail})
         else:
-            self._report(c, exc)
+            self._report(c, exc, has_page)
 
-    def _report(self, c: Context, exc: BaseException) -> None:
-        """Tell the developer: by the span, or, where nobody looks at spans, as asyncio does."""
+    def _report(self, c: Context, exc: BaseException, has_page: bool = False) -> None:
+        """Tell the developer: by the span, or, where nobody looks at spans, as asyncio does.
+
+        And by a test that it happens in, unless the app has a page for it: that is an answer.
+        """
         in_test = _failures.get()
-        if in_test is not None:
+        if in_test is not None and not has_page:
             in_test.append(exc)
         for sign, hint in _HINTS.items():
             if isinstance(exc, (TypeError, AttributeError)) and sign in str(exc):

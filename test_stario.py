@@ -75,7 +75,7 @@ from typing import (
     cast,
 )
 from unittest import mock
-from urllib.parse import parse_qs, quote, urlencode, urljoin
+from urllib.parse import parse_qs, quote, urlencode, urljoin, urlsplit
 
 import stario
 from stario import (
@@ -2772,6 +2772,16 @@ class TestExceptions(AsyncTest):
                 self.assertEqual((found, answer.status), (seen, status))
                 self.assertEqual(span.error is not None, not isinstance(exc, HttpException))
                 self.assertTrue(span.events)
+
+    async def test_a_page_for_an_exception_is_an_answer_in_a_test_too(self) -> None:
+        async def fail(c: Context, w: Writer) -> None:
+            raise KeyError("x")
+
+        app = Stario(Tracer())
+        app.get("/", fail)
+        app.on_error(KeyError, lambda c, w, exc: w.text("a page", 500))
+        async with TestClient(app) as client:
+            self.assertEqual((await client.get("/")).text, "a page")
 
     async def test_an_http_exception_that_cannot_answer_is_refused_where_it_is_made(self) -> None:
         wrong: list[tuple[Any, ...]] = [
@@ -7153,6 +7163,29 @@ class TestUnreadBytes(HttpTest):
 
 
 class TestListening(HttpTest):
+    async def test_options_that_cannot_work_are_one_sentence(self) -> None:
+        options: list[dict[str, Any]] = [
+            {"port": "8000"}, {"port": 8000.0}, {"host": None}, {"host": 8000}, {"ssl": "cert.pem"},
+            {"graceful_timeout": None}, {"graceful_timeout": "5"}, {"max_handlers": 0},
+            {"backlog": None}, {"workers": 0},
+        ]  # fmt: skip
+        for given in options:
+            with self.subTest(given), self.assertRaisesRegex(StarioError, f"^{next(iter(given))} "):
+                Server(Stario(), **given)
+        tracers: list[Any] = [JsonTracer, "json", print]
+        for tracer in tracers:
+            with self.subTest(tracer), self.assertRaisesRegex(StarioError, "a tracer is needed"):
+                Stario(tracer)
+
+    async def test_the_url_can_be_opened_whatever_the_host_was(self) -> None:
+        for host in ("", "0.0.0.0", "0", "localhost", "127.0.0.1"):
+            async with echo_app().running(host=host) as server:
+                where = urlsplit(server.url)
+                self.assertNotIn(where.hostname, (None, "", "0", "0.0.0.0", "::"))
+                peer = await Peer.connect(where.port or 0, str(where.hostname))
+                self.assertEqual((await within(peer.get("/x"))).status, 200)
+                await peer.close()
+
     async def test_port_0_is_a_free_port_and_servers_do_not_disturb_each_other(self) -> None:
         async with echo_app().running() as one, echo_app().running(port=0) as two:
             self.assertNotEqual(one.port, two.port)

@@ -238,7 +238,7 @@ class Reader:
     def __init__(self) -> None:
         self.app = Stario()
         self.app._fallback = self._handler
-        self.worker = Worker(self.app, asyncio.get_running_loop(), Limits(), 10_000)
+        self.worker = Worker(self.app, asyncio.get_running_loop(), Limits())
         self.worker.note_refusal = self._note_refusal  # type: ignore[method-assign]
         self.now = Ours()
         asyncio.get_running_loop().set_exception_handler(self._unhandled)

@@ -1,4 +1,4 @@
-"""Grow signals and forms, and see that what they cost grows no faster than they do.
+"""Grow signals, forms and header fields, and see that what they cost grows no faster than they do.
 
     python .ci/fuzz_growth.py                one minute
     python .ci/fuzz_growth.py --seconds 600
@@ -14,6 +14,7 @@ findings.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import enum
 import json
 import random
@@ -112,10 +113,48 @@ def read_form(body: bytes) -> None:
     stario._parse_pairs(body.decode("latin-1"))
 
 
+def make_field(r: random.Random, times: int) -> str:
+    pieces = [
+        ";", ",", "=", '"', "\\", " ", "a=b; ", "gzip;q=0.1, ", "for=10.0.0.1, ", '="', "%41", "[",
+        "::1", "q=", ".", "10.0.0.1,", "x" * 40, "/", "é", "%",
+    ]  # fmt: skip
+    chosen = [r.choice(pieces) for _ in range(r.randrange(1, 5))]
+    return r.choice(pieces) + "".join(chosen) * times + r.choice(pieces)
+
+
+FIELDS = ["cookie", "accept-encoding", "forwarded", "x-forwarded-for", "x-forwarded-host", "host"]
+
+
+def read_field(text: str) -> None:
+    """All that is ever made of a header field's value, as each of those that are taken apart."""
+    headers = stario.Headers({name: [text] for name in FIELDS})
+    carrier: Any = Proxied()
+    _ = stario.Request(stario.RequestLine("GET", "/"), headers, b"", carrier).cookies
+    stario._choose_coding.__wrapped__(text, stario.CompressionConfig())
+    stario._parameters(text)
+    for read in (lambda: stario._decode_path(text), lambda: proxied(headers, carrier)):
+        with contextlib.suppress(HttpException):
+            read()
+
+
+class Proxied:
+    """As much of one as those who read header fields look at."""
+
+    client, scheme = "10.0.0.1", "http"
+    proxies = stario.TrustedProxies(["10.0.0.0/8"])
+
+
+def proxied(headers: stario.Headers, carrier: Any) -> str:
+    return stario.Request(stario.RequestLine("GET", "/"), headers, b"", carrier).url
+
+
 def make_job(seed: int, index: int, times: int) -> tuple[int, str, Callable[[], object]]:
     """The length of an input, what it is, and what reads it."""
     r = random.Random(f"{seed}/{index}")
     if r.randrange(4) == 0:
+        text = make_field(r, times)
+        return len(text), f"field {text[:60]!r}", lambda: read_field(text)
+    if r.randrange(3) == 0:
         form = make_form(r, times)
         return len(form), f"form {form[:60]!r}", lambda: read_form(form)
     schema, value = r.choice(SCHEMAS), make_value(r, times)
