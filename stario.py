@@ -59,6 +59,7 @@ import inspect
 import ipaddress
 import json
 import keyword
+import linecache
 import math
 import os
 import queue
@@ -6665,6 +6666,7 @@ class Stario(Router):
         self._fallback: Handler = self._no_route
         self._add("GET", "/_stario/*", _collections["_stario"])  # the pocket client, see part 15
 
+    debug = False  # for development: show what goes wrong (part 13c)
     _writer = Writer  # or what development puts in its place
 
     def use(self, *middleware: Middleware) -> None:
@@ -6707,9 +6709,11 @@ class Stario(Router):
                 if not self._silent:
                     c.span.attributes["client"] = request.client
                 if not self._hosts:
-                    await (self._find(request) or self._fallback)(c, w)
+                    got = await (self._find(request) or self._fallback)(c, w)  # type: ignore[func-returns-value]
                 else:
-                    await self._find_by_host(request)(c, w)
+                    got = await self._find_by_host(request)(c, w)  # type: ignore[func-returns-value]
+                if got is not None:
+                    c("ignored", {"returned": got, "hint": "a handler answers by w, not by return"})
                 if w._rest is not None:
                     await w._rest
             except BaseException as exc:
@@ -6788,6 +6792,9 @@ class Stario(Router):
                 raise
             exc = another
             self._note(c, exc)
+        is_answer = isinstance(exc, (HttpException, ClientDisconnected))
+        if self.debug and not (is_answer or w.completed):
+            _show_error(c, w, exc)
         if not (w.started or isinstance(exc, ClientDisconnected)):
             self._answer_error(c, w, exc)
         if not w.completed:
@@ -6864,11 +6871,13 @@ class Stario(Router):
         workers: int = 1,
         *,
         reload: bool = False,
+        debug: bool | None = None,
         **options: Any,
     ) -> None:
         """Serve until a signal says stop. The options are those of `Server`, and the `Limits`.
 
-        With `reload` a saved file restarts the program (part 13b).
+        With `reload` a saved file restarts the program (part 13b). With `debug`, which without a
+        word is on at a terminal and off elsewhere, errors are shown in the browser (part 13c).
 
         What keeps it from starting (a port that is taken, an option that does not exist) ends the
         program with one sentence: SystemExit. What handlers start with `asyncio.to_thread` runs in
@@ -6882,7 +6891,10 @@ class Stario(Router):
                 server._listener.open()
                 raise SystemExit(_Reloader(server).run())
             asyncio.get_running_loop().set_default_executor(_Threads())
+            self.debug = sys.stdout is not None and sys.stdout.isatty() if debug is None else debug
             await server.start()
+            if self.debug:
+                _Watchdog()
         except StarioError as exc:
             raise SystemExit(f"stario: {exc}") from None
         self.tracer("listening", {"url": server.url}).end()
@@ -7711,6 +7723,121 @@ def _join_reloading(app: Stario, server: Server) -> None:
     app._add("GET", "/_stario/reload.js", script)
     app._add("GET", "/_stario/reload", version)
     app._writer = _ReloadingWriter
+
+
+# ==================================================================================================
+# 13c. Development: what went wrong, shown where one looks
+#
+# With `serve(debug=True)`, which is the default at a terminal, an exception's answer is a page that
+# shows it: the program's own frames first, with their lines and values, then the request. To a
+# request of Datastar's it comes as a patch over the open page. And a handler that keeps an event
+# loop from its other work for more than 100 ms is named, with the line where it was. The rule that
+# must hold: without `debug` nothing of this leaves the server.
+# ==================================================================================================
+
+_SECRET = re.compile(r"(?i)pass|secret|token|key|cookie|auth|session")
+_DEBUG_STYLE = (
+    "position:fixed;inset:0;z-index:9999;overflow:auto;margin:0;padding:1.5rem;white-space:pre-wrap;"
+    "font:14px/1.5 ui-monospace,monospace;color:#eee;background:#1c1417;border:0;text-align:left"
+)
+
+
+def _value_line(name: object, value: object) -> str:
+    """A value in a line: short, and hidden if its name sounds like a secret."""
+    if _SECRET.search(str(name)):
+        return "(hidden)"
+    try:
+        text = repr(value)
+    except Exception as exc:
+        text = f"(its repr raises {type(exc).__name__})"
+    return text if len(text) <= 120 else text[:119] + "…"
+
+
+def _is_own(filename: str) -> bool:
+    """Whether a file is the program's own: not this one, Python's, or an installed package's."""
+    library = os.path.dirname(os.__file__)
+    return filename != __file__ and not filename.startswith((library, "<frozen"))
+
+
+def _frame_view(frame: traceback.FrameSummary, values: Mapping[str, object]) -> SafeString:
+    """A frame: the line with those around it, and the local values."""
+    first = max(1, (frame.lineno or 1) - 3)
+    lines = [
+        f"{'→' if number == frame.lineno else ' '} {number:4} {line.rstrip()}"
+        for number in range(first, (frame.lineno or 1) + 3)
+        if (line := linecache.getline(frame.filename, number))
+    ]
+    shown = [f"  {name} = {_value_line(name, value)}" for name, value in values.items()]
+    head = f"{frame.filename}, line {frame.lineno}, in {frame.name}"
+    return h.Details(
+        {"open": _is_own(frame.filename)}, h.Summary(head), "\n".join([*lines, "", *shown, ""])
+    )
+
+
+def _error_view(c: Context, exc: BaseException) -> SafeString:
+    """An exception, as an element that covers the page."""
+    walked = list(traceback.walk_tb(exc.__traceback__))
+    summary = traceback.StackSummary.extract(iter(walked))
+    frames = [
+        _frame_view(shown, frame.f_locals)
+        for shown, (frame, _) in zip(summary, walked, strict=True)
+    ]
+    own = [i for i, shown in enumerate(summary) if _is_own(shown.filename)]
+    order = [*reversed(own), *(i for i in range(len(frames)) if i not in own)]
+    request = [f"{c.req.method} {c.req.url}"]
+    request += [f"{name}: {_value_line(name, value)}" for name, value in c.req.headers.items()]
+    events = [f"{event.name} {_value_line('', event.attributes)}" for event in c.span.events]
+    close = {"onclick": "this.parentNode.remove()", "style": "float:right"}
+    return h.Div(
+        {"id": "stario-error", "style": _DEBUG_STYLE},
+        h.Button({"type": "button", **close}, "×"),
+        h.H1("".join(traceback.format_exception_only(exc)).strip()),
+        [frames[i] for i in order],
+        h.Details(h.Summary("Request"), "\n".join(request)),
+        h.Details(h.Summary("Trace"), "\n".join(events)),
+    )
+
+
+def _show_error(c: Context, w: Writer, exc: BaseException) -> None:
+    """Answer with the exception, or patch it over the page, if either can be."""
+    if w._sse or (c.req.is_datastar and not w.started):
+        w._forget_answer()
+        w.patch(_error_view(c, exc), selector="body", mode="append")
+        w.end()
+    elif not w.started:
+        w._forget_answer()
+        w.html(h.Html(h.Body(_error_view(c, exc))), 500)
+
+
+class _Watchdog:
+    """Names what keeps an event loop busy. The loop notes the time; a thread looks at the note."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.get_ident()
+        self._seen = time.monotonic()
+        self._note()
+        threading.Thread(target=self._look, name="stario-watchdog", daemon=True).start()
+
+    def _note(self) -> None:
+        self._seen = time.monotonic()
+        self._loop.call_later(0.02, self._note)
+
+    def _look(self) -> None:
+        told = 0.0
+        while not self._loop.is_closed():
+            time.sleep(0.02)
+            seen = self._seen
+            if time.monotonic() - seen > 0.1 and seen != told:
+                told = seen
+                self._tell(sys._current_frames().get(self._thread))
+
+    def _tell(self, frame: types.FrameType | None) -> None:
+        while frame is not None and not _is_own(frame.f_code.co_filename):
+            frame = frame.f_back
+        if frame is not None:
+            where = f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
+            print(f"stario: the event loop is blocked for over 100 ms at {where}", file=sys.stderr)
 
 
 # ==================================================================================================

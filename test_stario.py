@@ -8399,6 +8399,109 @@ stario.Stario.serve = once
 """
 
 
+class TestDevelopment(AsyncTest):
+    """Part 13c: what went wrong, shown where one looks; and nowhere else."""
+
+    def app(self, *, debug: bool) -> Stario:
+        async def broken(c: Context, w: Writer) -> None:
+            rows, password = ["<b>one</b>"], "".join(["ge", "heim"])
+            c("looked up", {"rows": len(rows)})
+            w.text(rows[len(password)])
+
+        async def stream(c: Context, w: Writer) -> None:
+            w.patch(h.P({"id": "p"}))
+            raise ValueError("in the middle")
+
+        async def gone(c: Context, w: Writer) -> None:
+            raise HttpException(404, "no such room")
+
+        app = Stario(Spans())
+        app.debug = debug
+        app.get("/", broken)
+        app.get("/stream", stream)
+        app.get("/gone", gone)
+        return app
+
+    async def test_an_error_is_a_page_with_the_own_frames_first_and_their_values(self) -> None:
+        async with connected(self.app(debug=True)) as peer:
+            answer = await peer.get("/?a=1", Authorization="Basic Zm9v")
+        self.assertEqual(answer.status, 500)
+        text = html.unescape(answer.text)
+        self.assertIn("IndexError: list index out of range", text)
+        self.assertIn("w.text(rows[len(password)])", text)
+        self.assertIn("rows = ['<b>one</b>']", text)
+        self.assertNotIn("<b>one</b>", answer.text)  # values are text
+        self.assertLess(text.index("in broken"), text.index("/stario.py, line"))
+        self.assertIn("GET http://test/?a=1", text)
+        self.assertIn("looked up {'rows': 1}", text)
+        self.assertNotIn("geheim", text)
+        self.assertNotIn("Zm9v", text)
+
+    async def test_to_datastar_it_is_a_patch_over_the_page_in_a_stream_too(self) -> None:
+        async with connected(self.app(debug=True)) as peer:
+            for path in ("/", "/stream"):
+                answer = await peer.get(path, Datastar_Request="true")
+                with self.subTest(path):
+                    self.assertEqual(answer.status, 200)
+                    self.assertIn("data: selector body\ndata: mode append\n", answer.text)
+                    self.assertIn('id="stario-error"', answer.text)
+
+    async def test_an_answer_that_is_raised_is_no_error(self) -> None:
+        async with connected(self.app(debug=True)) as peer:
+            self.assertEqual((await peer.get("/gone")).text, "no such room")
+
+    async def test_without_debug_nothing_of_it_leaves_the_server(self) -> None:
+        async with connected(self.app(debug=False)) as peer:
+            answer = await peer.get("/")
+            self.assertEqual((answer.status, answer.text), (500, "Internal Server Error"))
+
+    async def test_a_handler_that_blocks_the_loop_is_named_with_its_line(self) -> None:
+        program = """if True:
+            import asyncio, os, sys, time
+            from stario import Stario
+            sys.stderr = sys.stdout
+            async def slow(c, w):
+                time.sleep(0.4)  # line 6
+                w.text("done")
+
+            async def main():
+                app = Stario()
+                app.get("/", slow)
+                app.lifespan(client)
+                await app.serve(port=0, sock=listening, debug=True)
+
+            import socket, contextlib
+            listening = socket.create_server(("127.0.0.1", 0))
+
+            @contextlib.asynccontextmanager
+            async def client(app):
+                async def ask():
+                    reader, writer = await asyncio.open_connection(*listening.getsockname())
+                    writer.write(b"GET / HTTP/1.1\\r\\nHost: a\\r\\nConnection: close\\r\\n\\r\\n")
+                    await reader.read()
+                    os.kill(os.getpid(), 15)
+                app.background(ask())
+                yield
+
+            asyncio.run(main())
+        """
+        process = await run_python(program)
+        stdout, _ = await within(process.communicate(), 20)
+        self.assertRegex(stdout.decode(), r"blocked for over 100 ms at <string>:6 in slow")
+
+    async def test_what_a_handler_returns_is_noted(self) -> None:
+        async def returns(c: Context, w: Writer) -> Any:
+            w.empty()
+            return {"like": "FastAPI"}
+
+        spans = Spans()
+        app = Stario(spans)
+        app.get("/", returns)
+        async with connected(app) as peer:
+            await peer.get("/")
+        self.assertIn("ignored", [event.name for span in spans.ended for event in span.events])
+
+
 class TestReload(AsyncTest):
     """Part 13b: a saved file restarts the app."""
 
