@@ -8894,9 +8894,9 @@ const [getAttr, setAttr, hasAttr, dropAttr, attrNames, attrNode, setAttrNode, cl
   localName, classesOf, moveBefore, firstWithin] = through(Element, 'getAttribute setAttribute '
   + 'hasAttribute removeAttribute getAttributeNames getAttributeNode setAttributeNode closest '
   + 'querySelectorAll localName classList moveBefore querySelector');
-const [nodeType, nodeName, namespaceAt, parentOf, childrenOf, firstOf, nextOf, isInPage, insert,
+const [nodeType, nodeName, parentOf, childrenOf, firstOf, nextOf, isInPage, insert,
   takeOut, contains, isEqual, compare, textOf, copyOf] = through(Node, 'nodeType nodeName '
-  + 'lookupNamespaceURI parentNode childNodes firstChild nextSibling isConnected insertBefore '
+  + 'parentNode childNodes firstChild nextSibling isConnected insertBefore '
   + 'removeChild contains isEqualNode compareDocumentPosition textContent cloneNode');
 const [hear, unhear, send] = through(EventTarget, 'addEventListener removeEventListener '
   + 'dispatchEvent');
@@ -9902,7 +9902,7 @@ async function attempts(build, method, {
     const hidden = new AbortController();
     const hide = () => openWhenHidden || hidden.abort();
     hear(document, 'visibilitychange', hide);
-    let again = false;
+    let again;
     try {
       const { url, ...rest } = aside(() => build(lastId));
       const answer = await fetch(url, {

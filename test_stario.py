@@ -9799,7 +9799,7 @@ class StageServer:
         self._loop = asyncio.get_running_loop()
         self._end = asyncio.Event()
         app = Stario()
-        for method in ("GET", "POST", "PUT", "PATCH", "DELETE"):
+        for method in ("GET", "POST", "PUT", "PATCH", "DELETE", "QUERY"):
             app.handle(method, "/*", self._answer)
         async with app.running(port=0, graceful_timeout=0.5) as server:
             self.url = server.url
@@ -11390,12 +11390,189 @@ class TestPocketClient(ClientPromises, unittest.TestCase):
         self.assertEqual(self.stage.gone, ["/a"])
         self.see("own().busy", True)
 
+    def test_what_a_patch_does_is_no_click(self) -> None:
+        form = "<form id='f' data-on:change=\"note('heard')\" data-on:input=\"note('heard')\">"
+        form += "<select id='s' data-bind='s'><option {0}>a<option {1}>b</select>"
+        form += (
+            "<textarea id='t' data-bind='t'>{2}</textarea><input type='radio' {1} id='r'></form>"
+        )
+        self.answers("/s", patch_elements(form.format("", "checked selected", "new")))
+        self.show(
+            form.format("selected", "", "old") + "<b id='b' data-on:click=\"@get('/s')\"></b>"
+        )
+        self.do("byId('b').click()")
+        self.see("own()", {"s": "b", "t": "new"})
+        self.see("fetches.at(-1)", "finished")
+        self.now("[count.heard ?? 0, byId('r').checked]", [0, True])
+
+    def test_a_forms_fields_hide_nothing(self) -> None:
+        names = "id attributes closest getAttribute children childNodes parentNode nodeType remove"
+        names += " hasAttribute querySelectorAll isConnected localName style append contains"
+        names += " classList firstChild nextSibling insertBefore textContent type addEventListener"
+        fields = "".join(f"<input name='{name}'>" for name in names.split())
+        form = "<form id='f' class='{0}' data-show='$on' data-class:big='$on' "
+        form += f"data-on:ping__outside=\"note('ping')\">{fields}<i>{{0}}</i></form>"
+        self.answers(
+            "/s",
+            patch_elements(f"<div id='d'>{form.format('new')}</div>")
+            + patch_elements("<u id='u'></u>", "selector #f", "mode before")
+            + patch_elements("<u></u>", "selector #f", "mode append")
+            + patch_elements(form.format("last"))
+            + patch_elements("", "selector #f", "mode remove"),
+        )
+        self.show(
+            f"""<i data-signals="{{on: true}}"></i><div id="d">{form.format("old")}</div>
+            <b id="b" data-on:click="@get('/s')"></b>"""
+        )
+        self.do("window.f0 = byId('f'), null")
+        self.do("document.body.dispatchEvent(new Event('ping', { bubbles: true }))")
+        self.see("count.ping", 1)
+        self.do("byId('b').click()")
+        self.see("byId('d').innerHTML", '<u id="u"></u>')
+        self.do("document.body.dispatchEvent(new Event('ping', { bubbles: true }))")
+        self.now(
+            "[count.ping, HTMLElement.prototype.getAttribute.call(f0, 'class')]", [1, "last big"]
+        )
+
+    def test_what_is_half_typed_stays(self) -> None:
+        field = "<input id='n' type='number' value='{0}' data-bind='n' title='{1}'>"
+        word = "<input id='w' data-bind='w' value='{0}'>"
+        self.answers(
+            "/s",
+            patch_elements(field.format("0", "new"))
+            + patch_elements(word.format("theirs"))
+            + patch_signals({"w": "ours", "n": 9}),
+        )
+        self.show(
+            f"""{field.format("7", "old")}{word.format("w")}
+            <b id="b" data-on:click="@get('/s')"></b>"""
+        )
+        for keys, wanted in {"-": "", "": "9"}.items():
+            self.page.focus("#n")
+            self.page.keyboard.press("Control+A")
+            self.page.keyboard.press("Backspace")
+            self.page.keyboard.type(keys)
+            self.do("byId('n').title = 'old', fetches.length = 0, byId('b').click()")
+            self.see("fetches.at(-1)", "finished")
+            self.now("[byId('n').value, byId('n').validity.badInput]", [wanted, bool(keys)])
+        self.do("byId('n').value = ''")
+        self.page.focus("#w")
+        self.do(
+            "byId('w').dispatchEvent(new CompositionEvent('compositionstart', {bubbles: true}))"
+        )
+        self.do("type('w', 'nih'), fetches.length = 0, byId('b').click()")
+        self.see("fetches.at(-1)", "finished")
+        self.now("byId('w').value", "nih")
+        self.do("byId('w').dispatchEvent(new CompositionEvent('compositionend', {bubbles: true}))")
+        self.do("byId('w').blur()")
+        self.see("byId('w').value", "ours")
+
+    def test_signals_named_like_what_objects_inherit(self) -> None:
+        names = {"constructor": 1, "toString": 2, "hasOwnProperty": 3, "a.b": 4}
+        self.answers("/s", patch_signals({"votes": names, "constructor": {"prototype": 5}}))
+        self.show(
+            """<p id="p" data-text="$votes.constructor + $votes.toString"></p>
+            <input data-bind="constructor.name" value="x"><i data-signals="{votes: {}}"></i>
+            <b id="b" data-on:click="@get('/s')"></b>"""
+        )
+        self.do("byId('b').click()")
+        self.see("own().votes", names)
+        self.see("byId('p').textContent", "3")
+        self.now("own().constructor", {"name": "x", "prototype": 5})
+        self.now("[typeof {}.constructor, Object.name, {}.prototype]", ["function", "Object", None])
+
+    def test_lists_cut_short_and_keys_deleted_react(self) -> None:
+        self.show(
+            """<i data-signals="{list: [1, 2, 3], map: {a: 1, b: 2}}"></i>
+            <p id="p" data-text="$list.join() + Object.keys($map).join('')"></p>
+            <b id="b" data-on:click="$list.length = 1"></b>
+            <b id="c" data-on:click="delete $map.a"></b>
+            <b id="d" data-on:click="$list.pop()"></b>"""
+        )
+        for button, wanted in {"b": "1ab", "c": "1b", "d": "b"}.items():
+            self.do(f"byId('{button}').click()")
+            self.see("byId('p').textContent", wanted)
+
+    def test_keepers_have_the_last_word(self) -> None:
+        self.show(
+            """<i data-signals="{on: true}"></i><p id="p" data-text="'mine'" data-class:c="$on"
+              data-attr:title="'mine'" data-style:color="'#ff0000'" data-show="!$on"></p>"""
+        )
+        now = "[byId('p').textContent, byId('p').className, byId('p').title, "
+        now += "byId('p').style.color, byId('p').style.display]"
+        self.see(now, ["mine", "c", "mine", "rgb(255, 0, 0)", "none"])
+        self.do("byId('p').innerHTML = '<b>x</b>', byId('p').className = 'other'")
+        self.do("byId('p').title = 'other', byId('p').setAttribute('style', 'margin: 0px')")
+        self.see(now, ["mine", "other c", "mine", "rgb(255, 0, 0)", "none"])
+        self.now("byId('p').style.margin", "0px")
+
+    def test_overrides_and_query(self) -> None:
+        self.answers("/q", Reply("<li>1</li>", "text/html", headers={"datastar-mode": "inner"}))
+        self.show(
+            """<ul id="u" data-signals="{a: 1}"><li>0</li></ul><b id="b" data-on:click="@query('/q',
+              {responseOverrides: {selector: '#u', mode: 'append'}})"></b>"""
+        )
+        self.do("byId('b').click()")
+        self.see("byId('u').textContent", "01")
+        asked = self.stage.requests("/q")[0]
+        self.assertEqual((asked.method, asked.signals), ("QUERY", {"a": 1}))
+
+    def test_bind_to_a_property_and_by_an_event(self) -> None:
+        self.show(
+            """<i data-signals="{open: true, t: 'a'}"></i>
+            <details id="d" data-bind="open__" data-bind:open__prop.open__event.toggle></details>
+            <x-field id="x" data-bind="t"></x-field>""".replace('data-bind="open__" ', "")
+        )
+        self.see("byId('d').open", True)
+        self.do("byId('d').open = false")
+        self.see("own().open", False)
+        self.now("byId('x').getAttribute('value')", "a")
+        self.do("byId('x').setAttribute('value', 'b')")
+        self.do("byId('x').dispatchEvent(new Event('change'))")
+        self.see("own().t", "b")
+
+    def test_after_an_hour_of_patches_there_is_as_much_as_before(self) -> None:
+        row = "<li id='r{0}' data-class:on='$n > {0}' data-on:click__window=\"$x = {0}\""
+        row += " data-ref='e{0}'>"
+        row += "<input data-bind='rows.f{0}'><b data-text='$n + {0}'></b>"
+        row += "<i data-on-interval__duration.9s='$n' data-indicator='busy{0}'></i></li>"
+        stream = "".join(
+            patch_elements(f"<ul id='u'>{''.join(row.format(n + turn) for n in range(5))}</ul>")
+            + patch_signals({"n": turn, "rows": {f"f{turn - 1}": None}, f"busy{turn - 1}": None})
+            for turn in range(1, 200)
+        )
+        self.answers("/s", stream)
+        self.watch(self.browser.new_page())
+        self.show(
+            """<i data-signals="{n: 0, x: 0}"></i><ul id="u"></ul>
+            <b id="b" data-on:click="@get('/s')"></b>"""
+        )
+        session = self.page.context.new_cdp_session(self.page)
+        session.send("Performance.enable")
+
+        def counted() -> dict[str, float]:
+            self.do("fetches.length = patches.length = 0, byId('b').click()")
+            self.see("fetches.at(-1)", "finished")
+            self.do("fetches.length = patches.length = 0")
+            for _ in range(3):
+                session.send("HeapProfiler.collectGarbage")
+            metrics = session.send("Performance.getMetrics")["metrics"]
+            return {each["name"]: each["value"] for each in metrics}
+
+        counted()
+        before = counted()
+        for _ in range(4):
+            after = counted()
+        self.assertEqual(after["JSEventListeners"], before["JSEventListeners"])
+        self.assertLess(after["Nodes"], before["Nodes"] + 100)
+        self.assertLess(after["JSHeapUsedSize"], before["JSHeapUsedSize"] * 1.15)
+
 
 OFFICIAL_HASH = "sha384-SnyFlWTdFL3c8+9/1WsPuMFBq6AQOGC1LmS9upY4YkM3En3wZr5q2UvydHaMgOVG"
 
 
-class TilesInABrowser(unittest.TestCase):
-    """Tiles, and browsers to open it in; the classes below differ in what the CDN does."""
+class InABrowser(_Case):
+    """One browser for the tests of a class."""
 
     playwright: ClassVar[Any]
     browser: ClassVar[Any]
@@ -11412,6 +11589,10 @@ class TilesInABrowser(unittest.TestCase):
     def tearDownClass(cls) -> None:
         cls.browser.close()
         cls.playwright.stop()
+
+
+class TilesInABrowser(InABrowser, unittest.TestCase):
+    """Tiles, and browsers to open it in; the classes below differ in what the CDN does."""
 
     def setUp(self) -> None:
         self.tiles = Tiles("--local")
@@ -11598,6 +11779,267 @@ class TestTilesWhereTheCdnGivesSomethingElse(TilesInABrowser):
 
 
 # -- The runner
+
+
+class AppServer(StageServer):
+    """Serves an app of its own instead, beside the client that is to be tried."""
+
+    def __init__(self, app: Stario, client: bytes) -> None:
+        self.app = app
+        app.get("/client.js", self._client)
+        super().__init__(Stage(client))
+
+    async def _client(self, c: Context, w: Writer) -> None:
+        w.respond(self.stage.client, "text/javascript")
+
+    async def _serve(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._end = asyncio.Event()
+        async with self.app.running(port=0, graceful_timeout=0.5) as server:
+            self.url = server.url
+            self._is_up.set()
+            await self._end.wait()
+
+
+def app_page(*body: Any) -> Any:
+    return h.Html(h.Head(h.Title("app"), datastar_script("/client.js")), h.Body(*body))
+
+
+def todo_app() -> Stario:
+    """A todo list that several people edit. Each change sends the whole list to everybody."""
+    todos = {1: ["milk", False], 2: ["bread", False], 3: ["tea", False]}
+    relay: Relay[None] = Relay()
+    asked: list[str] = []
+
+    def row(n: int, title: str, done: bool) -> Any:
+        return h.Li(
+            {"id": f"todo-{n}"},
+            h.Input(
+                {"type": "checkbox", "class": "done", "checked": done},
+                data.on("change", at.post(f"/toggle/{n}")),
+            ),
+            h.Form(
+                data.on("submit", at.post("/rename", content_type="form")),
+                h.Input({"type": "hidden", "name": "id", "value": n}),
+                h.Input({"class": "title", "name": "title", "value": title}),
+            ),
+        )
+
+    def view() -> Any:
+        rows = [row(n, str(title), bool(done)) for n, (title, done) in todos.items()]
+        return h.Main(
+            {"id": "view"},
+            h.Ul(rows),
+            h.P({"id": "open"}, sum(not done for _, done in todos.values())),
+            h.P({"id": "asked"}, len(asked)),
+        )
+
+    async def home(c: Context, w: Writer) -> None:
+        w.html(app_page(h.Div(data.init(at.get("/live"))), view()))
+
+    async def live(c: Context, w: Writer) -> None:
+        w.patch(view())
+        async for _ in w.alive(relay.subscribe("todos")):
+            w.patch(view())
+
+    async def toggle(c: Context, w: Writer) -> None:
+        asked.append(c.req.path)
+        todo = todos[int(c.req.params["n"])]
+        todo[1] = not todo[1]
+        w.empty()
+        relay.publish("todos", None)
+
+    async def rename(c: Context, w: Writer) -> None:
+        form = await c.req.form()
+        todos[int(str(form["id"]))][0] = str(form["title"])
+        todos[max(todos) + 1] = ["new", False]
+        w.empty()
+        relay.publish("todos", None)
+
+    app = Stario()
+    app.get("/", home)
+    app.get("/live", live)
+    app.post("/toggle/{n}", toggle)
+    app.post("/rename", rename)
+    return app
+
+
+def form_app() -> Stario:
+    """A form with its errors beside the fields, and an upload."""
+
+    def view(errors: dict[str, str], saved: str = "") -> Any:
+        def field(name: str, kind: str = "text") -> Any:
+            return h.P(
+                h.Input({"id": name, "name": name, "type": kind}),
+                h.Em({"id": f"{name}-error"}, errors.get(name, "")),
+            )
+
+        return h.Form(
+            {"id": "form", "enctype": "multipart/form-data", "novalidate": True},
+            data.on("submit", at.post("/save", content_type="form")),
+            data.indicator("saving"),
+            field("name"),
+            field("age", "number"),
+            field("photo", "file"),
+            h.Button({"id": "save"}, data.attr({"disabled": "$saving"}), "Save"),
+            h.Output({"id": "saved"}, saved),
+        )
+
+    async def home(c: Context, w: Writer) -> None:
+        w.html(app_page(view({})))
+
+    async def save(c: Context, w: Writer) -> None:
+        form = await c.req.form()
+        errors = {}
+        if not str(form.get("name", "")):
+            errors["name"] = "say your name"
+        if not str(form.get("age", "")).isdigit():
+            errors["age"] = "a whole number"
+        photo = form.file("photo")
+        size = len(photo.data) if photo else 0
+        w.patch(view(errors, "" if errors else f"{form['name']}, {form['age']}, {size} bytes"))
+
+    app = Stario()
+    app.get("/", home)
+    app.post("/save", save)
+    return app
+
+
+def table_app() -> Stario:
+    """A live table: its order and its numbers change all the time; rows are chosen, and sorted."""
+
+    def view(turn: int) -> Any:
+        rows = [
+            h.Tr(
+                {"id": f"row-{n}"},
+                data.class_({"chosen": f"$chosen == {n}"}),
+                h.Td(n),
+                h.Td({"class": "value"}, n * turn % 17),
+                h.Td(h.Input({"class": "note"})),
+                h.Td(h.Button({"class": "choose"}, data.on("click", f"$chosen = {n}"), "choose")),
+            )
+            for n in sorted(range(20), key=lambda n: n * turn % 17)
+        ]
+        return h.Table({"id": "table", "data-turn": turn}, h.Tbody(rows))
+
+    async def home(c: Context, w: Writer) -> None:
+        start = h.Div(data.signals({"chosen": -1, "ticks": 0}), data.init(at.get("/live")))
+        w.html(app_page(start, view(1), h.Output({"id": "ticks"}, data.text("$ticks"))))
+
+    async def live(c: Context, w: Writer) -> None:
+        for turn in range(2, 40):
+            w.patch(view(turn))
+            w.sync({"ticks": turn})
+            await asyncio.sleep(0.01)
+        async for _ in w.alive():
+            pass
+
+    app = Stario()
+    app.get("/", home)
+    app.get("/live", live)
+    return app
+
+
+class EverydayApps(InABrowser):
+    """Three apps as people write them, with either client."""
+
+    def source(self) -> bytes:
+        raise AssertionError("each class below says this")
+
+    def open(self, app: Stario, tabs: int = 1) -> list[Any]:
+        server = AppServer(app, self.source())
+        self.addCleanup(server.stop)
+        self.errors: list[str] = []
+        pages = []
+        for _ in range(tabs):
+            page = self.browser.new_page()
+            self.addCleanup(page.close)
+            page.set_default_timeout(5_000)
+            page.on("pageerror", lambda error: self.errors.append(str(error)))
+            page.goto(server.url)
+            pages.append(page)
+        return pages
+
+    def text(self, page: Any, selector: str, wanted: str) -> None:
+        page.wait_for_function(
+            "([where, text]) => document.querySelector(where)?.textContent === text",
+            arg=[selector, wanted],
+        )
+
+    def test_a_todo_list_that_several_people_edit(self) -> None:
+        a, b = self.open(todo_app(), 2)
+        a.click("#todo-2 .title")
+        a.keyboard.press("Home")
+        a.keyboard.type("good ")
+        b.click("#todo-1 .done")
+        for page in (a, b):
+            self.text(page, "#open", "2")
+            self.assertTrue(page.is_checked("#todo-1 .done"))
+        # One click was one request: what the patch ticked in the other tab was nobody's click.
+        self.text(b, "#asked", "1")
+        self.assertEqual(a.evaluate("document.activeElement.value"), "good bread")
+        a.keyboard.type("white ")
+        a.keyboard.press("Enter")
+        for page in (a, b):
+            page.wait_for_selector("#todo-4")
+            self.assertEqual(page.input_value("#todo-2 .title"), "good white bread")
+        self.text(a, "#asked", "1")
+        self.assertEqual(self.errors, [])
+
+    def test_a_form_with_errors_beside_its_fields_and_an_upload(self) -> None:
+        (page,) = self.open(form_app())
+        page.fill("#name", "")
+        page.fill("#age", "7.5")
+        page.set_input_files(
+            "#photo", {"name": "a.bin", "mimeType": "image/png", "buffer": bytes(70_000)}
+        )
+        page.click("#save")
+        self.text(page, "#name-error", "say your name")
+        self.text(page, "#age-error", "a whole number")
+        self.assertEqual(page.input_value("#age"), "7.5")
+        page.fill("#name", "Ann")
+        page.fill("#age", "7")
+        page.press("#age", "Enter")
+        self.text(page, "#saved", "Ann, 7, 70000 bytes")
+        self.text(page, "#name-error", "")
+        self.assertFalse(page.is_disabled("#save"))
+        self.assertEqual(self.errors, [])
+
+    def test_a_live_table(self) -> None:
+        (page,) = self.open(table_app())
+        page.wait_for_selector("#row-3 .note")
+        page.evaluate("window.row = document.getElementById('row-3')")
+        page.focus("#row-3 .note")
+        page.keyboard.type("mine")
+        page.evaluate("document.querySelector('#row-5 .choose').click()")
+        self.text(page, "#ticks", "39")
+        self.assertEqual(page.evaluate("document.activeElement.value"), "mine")
+        self.assertTrue(page.evaluate("row === document.getElementById('row-3')"))
+        self.assertEqual(page.locator(".chosen").get_attribute("id"), "row-5")
+        order = page.evaluate("[...document.querySelectorAll('.value')].map((el) => el.innerText)")
+        self.assertEqual(order, [str(n) for n in sorted(n * 39 % 17 for n in range(20))])
+        self.assertEqual(self.errors, [])
+
+
+@needs("playwright", CHROMIUM)
+class TestEverydayAppsWithThePocketClient(EverydayApps, unittest.TestCase):
+    """The pocket client."""
+
+    def source(self) -> bytes:
+        return TestPocketClient.client_source()
+
+
+@needs("playwright", CHROMIUM)
+class TestEverydayAppsWithTheOfficialClient(EverydayApps, unittest.TestCase):
+    """Datastar's own bundle."""
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        TestOfficialClient.client_source()  # skips where there is none
+        super().setUpClass()
+
+    def source(self) -> bytes:
+        return TestOfficialClient.client_source()
 
 
 class _Result(unittest.TextTestResult):
