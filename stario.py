@@ -2520,8 +2520,10 @@ def _printable(text: str) -> str:
 #
 # Publishers and subscribers may be in different threads, with different event loops. One lock for
 # the whole relay guards every table and queue below; it is held for a few dict and deque
-# operations, and never while a loop is woken. It is reentrant, since a subscription that is
-# garbage collected closes itself, and that can happen while this very thread holds the lock.
+# operations, and never while a loop is woken. It keeps other threads out, but not this one: the
+# garbage collector and signal handlers run code between any two bytecodes, and a subscription that
+# is collected closes itself. So a change that comes in the middle of another one is put off until
+# that one is done (`Relay._alone`).
 # ==================================================================================================
 
 
@@ -2615,20 +2617,24 @@ class Subscription(Generic[T]):
     def close(self) -> None:
         """Take no more messages, from any thread. A waiting reader gets the queued ones first."""
         if self._mailbox.patterns:
-            self._relay._unsubscribe(self._mailbox)
+            self._relay._alone(self._relay._remove, self._mailbox)
 
     async def __anext__(self) -> tuple[str, T]:
         mailbox, lock = self._mailbox, self._relay._lock
         while True:
             with lock:
+                closed = mailbox.closed  # before the queue: what came before the end is read
                 if mailbox.queue:
                     return cast("tuple[str, T]", mailbox.take())
-                if mailbox.closed:
+                if closed:
                     raise StopAsyncIteration
                 if mailbox.waiter is not None:
                     raise StarioError("a subscription has one reader; subscribe once for each")
                 mailbox.loop = asyncio.get_running_loop()
                 waiter = mailbox.waiter = mailbox.loop.create_future()
+                if mailbox.queue or mailbox.closed:  # since we looked, and nobody was to be woken
+                    mailbox.waiter = None
+                    continue
             try:
                 await waiter
             finally:
@@ -2682,6 +2688,9 @@ class Relay(Generic[T]):
         # Mailboxes by pattern, each kind in a table of its own; a dict serves as an ordered set.
         self._exact: dict[str, dict[_Mailbox, None]] = {}
         self._prefix: dict[str, dict[_Mailbox, None]] = {}  # "room." for the pattern "room.*"
+        self._lengths: dict[int, int] = {}  # how many keys of that table have this length
+        self._busy = False  # a change is under way
+        self._later: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()  # changes to do
 
     def subscribe(
         self, *patterns: str, maxsize: int = 1000, overflow: str = "oldest"
@@ -2698,28 +2707,35 @@ class Relay(Generic[T]):
             raise StarioError(f"no overflow rule {overflow!r}: oldest, latest or close")
         if maxsize < 1:
             raise StarioError("maxsize must be at least 1")
-        places = [self._place(pattern) for pattern in patterns]
-        with self._lock:
-            mailbox = _Mailbox(patterns, maxsize, overflow, self._gaps)
-            for pattern, (table, key) in zip(patterns, places, strict=True):
-                if key not in table:
-                    table[key] = {}
-                    self._listeners_changed(pattern)
-                table[key][mailbox] = None
-        return Subscription(self, mailbox)
+        for pattern in patterns:
+            self._place(pattern)
+        mailbox = _Mailbox(patterns, maxsize, overflow, self._gaps)
+        subscription = Subscription(self, mailbox)
+        self._alone(self._add, mailbox)
+        return subscription
 
     def publish(self, subject: str, data: T = None) -> None:  # type: ignore[assignment]
         """Give a message to everyone who listens to its subject. From any thread; never waits."""
         _check_subject(subject)
+        self._alone(self._deliver, subject, data)
+
+    def _alone(self, step: Callable[..., None], *arguments: Any) -> None:
+        """Make a change, `step(to_wake, *arguments)`, with nobody else at the tables and queues.
+
+        In the middle of another change of this thread it is left to that one. (So nothing comes
+        between the two lines of a step, and none has to be written as if something could.)
+        """
         to_wake: ToWake = {}
         with self._lock:
-            for mailbox in self._listeners(subject):
-                if mailbox.closed:
-                    continue
-                mailbox.put(subject, data)
-                if mailbox.closed:  # the rule was "close"
-                    self._remove(mailbox)
-                mailbox.call(to_wake)
+            self._later.append((step, arguments))
+            while self._later and not self._busy:
+                self._busy = True
+                try:
+                    while self._later:
+                        step, arguments = self._later.popleft()
+                        step(to_wake, *arguments)
+                finally:
+                    self._busy = False  # what comes now does its own change, or is seen above
         if to_wake:
             _wake(to_wake)
 
@@ -2729,6 +2745,15 @@ class Relay(Generic[T]):
 
     def _listeners_changed(self, pattern: str) -> None:
         """This pattern has got its first listener, or lost its last. Called under the lock."""
+
+    def _deliver(self, to_wake: ToWake, subject: str, data: T) -> None:
+        for mailbox in self._listeners(subject):
+            if mailbox.closed:
+                continue
+            mailbox.put(subject, data)
+            if mailbox.closed:  # the rule was "close"
+                self._remove(to_wake, mailbox)
+            mailbox.call(to_wake)
 
     def _place(self, pattern: str) -> tuple[dict[str, dict[_Mailbox, None]], str]:
         """The table for a pattern, and its key there."""
@@ -2740,31 +2765,41 @@ class Relay(Generic[T]):
 
     def _listeners(self, subject: str) -> list[_Mailbox]:
         """The mailboxes a subject goes to, each once, in a list that is safe from changes."""
-        found = [self._exact.get(subject), self._prefix.get("")]
-        dot = subject.find(".") + 1
-        while dot:
-            found.append(self._prefix.get(subject[:dot]))
-            dot = subject.find(".", dot) + 1
+        found = [self._exact.get(subject)]
+        # By the lengths that there are, not by the dots of a subject: it may have any number.
+        found += [self._prefix.get(subject[:length]) for length in self._lengths]
         tables = [table for table in found if table]
         if len(tables) < 2:
             return list(tables[0]) if tables else []
-        return list(dict.fromkeys(mailbox for table in tables for mailbox in list(table)))
+        return list(dict.fromkeys(mailbox for table in tables for mailbox in table))
 
-    def _unsubscribe(self, mailbox: _Mailbox) -> None:
-        to_wake: ToWake = {}
-        with self._lock:
-            mailbox.closed = True
-            self._remove(mailbox)
-            mailbox.call(to_wake)
-        _wake(to_wake)
+    def _add(self, to_wake: ToWake, mailbox: _Mailbox) -> None:
+        for pattern in mailbox.patterns:
+            table, key = self._place(pattern)
+            if key not in table:
+                table[key] = {}
+                if table is self._prefix:
+                    self._count(key, 1)
+                self._listeners_changed(pattern)
+            table[key][mailbox] = None
 
-    def _remove(self, mailbox: _Mailbox) -> None:
+    def _count(self, key: str, change: int) -> None:
+        """Note that one more, or one less, key of `_prefix` has this length."""
+        count = self._lengths.pop(len(key), 0) + change
+        if count:
+            self._lengths[len(key)] = count
+
+    def _remove(self, to_wake: ToWake, mailbox: _Mailbox) -> None:
+        mailbox.closed = True
+        mailbox.call(to_wake)
         patterns, mailbox.patterns = mailbox.patterns, ()
         for pattern in patterns:
             table, key = self._place(pattern)
             listeners = table.get(key, {})
             listeners.pop(mailbox, None)
             if not listeners and table.pop(key, None) is not None:
+                if table is self._prefix:
+                    self._count(key, -1)
                 self._listeners_changed(pattern)
 
 
@@ -2883,11 +2918,7 @@ class RedisRelay(Relay[T]):
     def close(self) -> None:
         """Send what waits, for a second at most, end all subscriptions, and let go of Redis."""
         atexit.unregister(self.close)
-        with self._lock:
-            self._closed = True
-            tables = [*self._exact.values(), *self._prefix.values()]
-            for mailbox in {mailbox for table in tables for mailbox in table}:
-                self._unsubscribe(mailbox)
+        self._alone(self._end)
         if self._loop is not None and self._thread is not None:
             with suppress(RuntimeError):  # it has ended already
                 self._loop.call_soon_threadsafe(self._work.set)
@@ -2898,6 +2929,12 @@ class RedisRelay(Relay[T]):
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+    def _end(self, to_wake: ToWake) -> None:
+        self._closed = True
+        tables = [*self._exact.values(), *self._prefix.values()]
+        for mailbox in {mailbox for table in tables for mailbox in table}:
+            self._remove(to_wake, mailbox)
 
     def _listeners_changed(self, pattern: str) -> None:
         self._changed.add(pattern)
@@ -2942,7 +2979,7 @@ class RedisRelay(Relay[T]):
             self._confirmed.clear()
             self._answered.clear()
             with self._lock:
-                self._changed.update(self._exact, (f"{start}*" for start in self._prefix))
+                self._changed.update(self._exact, [f"{start}*" for start in list(self._prefix)])
             async with asyncio.TaskGroup() as group:
                 hearing = group.create_task(self._hear(connection))
                 await self._send(connection, [*self._subscriptions(), ("PING",)])
@@ -4616,6 +4653,9 @@ async def _returns(writer: Writer) -> AsyncIterator[None]:
         await asyncio.sleep(0 if busy else 0.25)
 
 
+_TURN = 0.005  # seconds after which a loop over a source that always has something lets others in
+
+
 class Alive(Generic[T]):
     """What `w.alive()` gives: to loop over with `async for`, or to enter with `async with`."""
 
@@ -4632,6 +4672,7 @@ class Alive(Generic[T]):
             cast(AsyncIterable[T], _returns(writer)) if source is None else source
         )
         self._open = True
+        self._turn = time.monotonic()  # when others were last let in
         writer._start_heartbeat(heartbeat)
 
     def __aiter__(self) -> Alive[T]:
@@ -4654,6 +4695,9 @@ class Alive(Generic[T]):
         carrier = self._writer._carrier
         if not carrier.has_room():
             await carrier.drained()
+        if time.monotonic() - self._turn > _TURN:
+            await asyncio.sleep(0)
+            self._turn = time.monotonic()
         return await anext(self._iterator)
 
     async def __aenter__(self) -> Alive[T]:

@@ -3451,6 +3451,140 @@ class TestRelay(RelayPromises):
         relay.publish("a", 1)
         self.assertEqual(await received(subscription), [1])
 
+    def test_nothing_that_comes_between_two_bytecodes_is_lost(self) -> None:
+        """The collector and signal handlers run code there: at each place in turn, it does this."""
+        for pattern in ("room.1", "room.*", "*"):
+            for place in range(1, 10**6):
+                relay = Relay[int]()
+                old = relay.subscribe(pattern, "room.*")
+                other = relay.subscribe("room.1", maxsize=1)
+                extra: list[Subscription[int]] = []
+
+                def between(relay: Any = relay, old: Any = old, extra: Any = extra) -> None:
+                    extra.append(relay.subscribe("room.*"))
+                    relay.publish("room.1", 1)
+                    old.close()
+
+                reached = interrupted(place, between, lambda r=relay, p=pattern: r.subscribe(p))
+                if reached is None:
+                    break
+                relay.publish("room.1", 2)
+                for one in (reached, *extra):
+                    self.assertEqual([*one._mailbox.queue][-1], ("room.1", 2), (pattern, place))
+                    one.close()
+                self.assertEqual(other.dropped, 1)
+                other.close()
+                self.assertTrue(is_empty(relay), (pattern, place))
+                self.assertEqual(relay._lengths, {})
+            self.assertGreater(place, 50)
+
+    async def test_no_wake_up_is_lost_between_two_bytecodes(self) -> None:
+        """Neither of a reader that begins to wait, nor of one whose message is being published."""
+        for place in range(1, 10**6):
+            relay = Relay[int]()
+            subscription = relay.subscribe("room.1")
+            reading = subscription.__anext__()
+            step = functools.partial(reading.send, None)  # type: ignore[attr-defined]
+            with suppress(StopIteration):
+                waiting = interrupted(place, lambda r=relay: r.publish("room.1", 1), step)  # type: ignore[misc]
+                if waiting is None:
+                    break
+                self.assertTrue(waiting.done(), place)
+                with self.assertRaises(StopIteration):
+                    step()
+            reading.close()  # type: ignore[attr-defined]
+        self.assertGreater(place, 20)
+        reading.close()  # type: ignore[attr-defined]
+        for place in range(1, 10**6):
+            relay = Relay[int]()
+            readers = [asyncio.ensure_future(anext(relay.subscribe("a", "*"))) for _ in range(2)]
+            await asyncio.sleep(0)
+            inner = functools.partial(relay.publish, "b", 2)
+            done = interrupted(place, inner, lambda r=relay: r.publish("a", 1) or True)  # type: ignore[misc]
+            if done is None:
+                break
+            got = await within(asyncio.gather(*readers))
+            self.assertIn(got[0], [("a", 1), ("b", 2)])
+        self.assertGreater(place, 20)
+        for reader in readers:
+            reader.cancel()
+
+    def test_threads_and_the_collector_lose_nothing(self) -> None:
+        relay = Relay[int]()
+        each, counted = 200, relay.subscribe("*", maxsize=10**6)
+
+        class Leaves:
+            def __init__(self) -> None:
+                self.me, self.subscription = self, relay.subscribe("room.1", "room.*")
+
+            def __del__(self) -> None:
+                relay.publish("left", 1)
+
+        def come_and_go() -> None:
+            for number in range(each):
+                Leaves()
+                with relay.subscribe("room.1") as mine:
+                    relay.publish("room.1", number)
+                    assert mine._mailbox.queue, "a new subscription is deaf"
+
+        with restless():
+            in_threads(*[come_and_go] * 4)
+        got = [subject for subject, _ in counted._mailbox.queue]
+        self.assertEqual((got.count("left"), got.count("room.1")), (4 * each, 4 * each))
+        counted.close()
+        self.assertTrue(is_empty(relay))
+
+    def test_a_subject_costs_what_it_is_long_and_not_its_dots(self) -> None:
+        relay = Relay[int]()
+        patterns = ["*", "a.*", "a.a.*", "b.*"]
+        kept = [relay.subscribe(pattern) for pattern in patterns]
+        looked: list[int] = []
+
+        class Counted(dict[str, Any]):
+            def get(self, key: str, default: Any = None) -> Any:
+                looked.append(len(key))
+                return super().get(key, default)
+
+        relay._prefix = Counted(relay._prefix)
+        relay.publish("a." * 100_000, 1)
+        self.assertLessEqual(sum(looked), 4 * len(patterns))
+        heard = [len(one._mailbox.queue) for one in kept]
+        self.assertEqual(heard, [1, 1, 1, 0])
+
+    def test_a_pattern_is_no_subject(self) -> None:
+        for wrong in ("*", "room.*", "a*b"):
+            with self.assertRaisesRegex(StarioError, "only patterns have"):
+                Relay[int]().publish(wrong, 1)
+
+
+def interrupted(place: int, between: Callable[[], object], work: Callable[[], Any]) -> Any:
+    """What `work` gives; before the so many-th bytecode of the relay in it, `between` is called.
+
+    None if it has fewer.
+    """
+    count = 0
+
+    def trace(frame: Any, event: str, _: object) -> Any:
+        nonlocal count
+        if frame.f_code.co_filename != stario.__file__:
+            return None
+        frame.f_trace_opcodes = True
+        if event == "opcode":
+            count += 1
+            if count == place:
+                sys.settrace(None)
+                between()
+                sys.settrace(trace)
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        found = work()
+    finally:
+        sys.settrace(before)
+    return found if count >= place else None
+
 
 async def received_until_closed(subscription: Subscription[Any]) -> list[Any]:
     return [data async for _, data in subscription]
@@ -4553,6 +4687,27 @@ class TestAlive(StreamTest):
         first, second, last = compress(noise), compress(noise), finish()
         self.assertLess(len(second), len(first) // 20)
         self.assertEqual(zlib.decompress(first + second + last, wbits=31), noise * 2)
+
+    async def test_a_source_that_always_has_something_lets_others_in(self) -> None:
+        relay = Relay[int]()
+        turns: list[int] = []
+
+        async def stream(c: Context, w: Writer) -> None:
+            endless = relay.subscribe("a")
+            relay.publish("a", 0)
+            async for _, number in w.alive(endless):
+                relay.publish("a", number + 1)  # there is always another one
+                turns.append(number)
+                if number == 0:
+                    asyncio.get_running_loop().call_soon(endless.close)
+                if number == 10**6:
+                    break
+
+        app = Stario()
+        app.get("/", stream)
+        async with connected(app) as peer:
+            self.assertEqual((await within(peer.get("/"))).status, 204)
+        self.assertLess(len(turns), 10**6)
 
 
 class TestBeginnings(StreamTest):
