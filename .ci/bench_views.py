@@ -120,6 +120,71 @@ def ours() -> Views:
     return Views(page, board, table, str)
 
 
+def ours_baked() -> Views:
+    plain = ours()
+    from stario import SafeString, at, baked, data, h
+
+    @baked
+    def tile(cell: int, cls: str, color: str, click: str) -> SafeString:
+        attributes = {"id": f"tile-{cell}", "class": cls, "style": {"background-color": color}}
+        return h.Div(attributes, data.on("click", click))
+
+    @baked
+    def home(user: str, stamp: str, online: int, tiles: list[SafeString]) -> SafeString:
+        return h.Div(
+            {"id": "home", "data-stamp": stamp},
+            h.H1("Tiles"),
+            h.P(online, " online, you are ", h.B(user)),
+            h.Div({"class": "board"}, tiles),
+        )
+
+    @baked
+    def document(body: SafeString) -> SafeString:
+        head = h.Head(
+            h.Meta({"charset": "utf-8"}),
+            h.Title("Tiles"),
+            h.Link({"rel": "stylesheet", "href": "/static/style.css"}),
+            h.Script({"type": "module", "src": DATASTAR}),
+        )
+        return h.Html({"lang": "en"}, head, body)
+
+    @baked
+    def line(id: int, cls: str, name: str, email: str, amount: float) -> SafeString:
+        return h.Tr(
+            {"id": f"row-{id}", "class": cls},
+            h.Td(id),
+            h.Td(name),
+            h.Td(h.A({"href": f"mailto:{email}"}, email)),
+            h.Td({"class": "amount"}, f"{amount:.2f}"),
+        )
+
+    @baked
+    def rows_table(lines: list[SafeString]) -> SafeString:
+        return h.Table({"class": "rows"}, h.Tbody(lines))
+
+    clicks = [at.post("/click", {"cellId": cell}) for cell in range(25)]
+    subscribe = data.init(at.get("/subscribe"))
+
+    def board(user: str, stamp: str) -> Node:
+        colors = [BOARD.get(cell, "white") for cell in range(25)]
+        tiles = [
+            tile(cell, tile_class(user, color), color, clicks[cell])
+            for cell, color in enumerate(colors)
+        ]
+        return home(user, stamp, len(USERS), tiles)
+
+    def page(user: str) -> Node:
+        signals = data.signals({"user_id": user}, ifmissing=True)
+        return document(h.Body(signals, subscribe, board(user, "0")))
+
+    def table(rows: list[Row]) -> Node:
+        return rows_table(
+            [line(r.id, "odd" if r.id % 2 else "even", r.name, r.email, r.amount) for r in rows]
+        )
+
+    return Views(page, board, table, plain.text)
+
+
 def stario5() -> Views:
     from stario.datastar import at, data
     from stario.markup import SafeString, render, styles
@@ -442,6 +507,7 @@ def fstring() -> Views:
 
 LIBRARIES: dict[str, Callable[[], Views]] = {
     "ours": ours,
+    "ours-baked": ours_baked,
     "stario5": stario5,
     "stario5-baked": stario5_baked,
     "jinja2": jinja2,
