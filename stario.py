@@ -4101,7 +4101,7 @@ class Writer:
 
     def html(self, node: object, status: int = 200) -> None:
         """Answer with a page: an element, or anything that can stand in one."""
-        if isinstance(node, Mapping):
+        if isinstance(node, dict):
             raise StarioError("w.html takes elements, not a dict: w.json answers with one")
         text = node if type(node) is SafeString else render(node)
         self._answer(status, _HTML, text.encode("utf-8", "replace"))
@@ -4413,7 +4413,8 @@ class Writer:
     def _start(self, status: int) -> None:
         if self.started:
             raise StarioError("this request has been answered already: a Writer answers once")
-        _check_status(status)
+        if type(status) is not int or not 200 <= status <= 999:
+            _check_status(status)
         if self._headers is not None and (last_chance := self._headers.before_sending):
             self._headers.before_sending = None  # if it fails, the error's answer goes without it
             last_chance()
@@ -4468,9 +4469,10 @@ class Writer:
             return None
         if b"no-transform" in fields:
             return None
-        accepted = ",".join(self._request.headers.getlist("accept-encoding"))
-        if not accepted:
+        lines = self._request.headers._fields.get("accept-encoding")
+        if lines is None:
             return None
+        accepted = lines[0] if len(lines) == 1 else ",".join(lines)
         choose = _choose_coding if len(accepted) <= _KEPT_TEXT else _choose_coding.__wrapped__
         return choose(accepted, self._compression, streaming)
 
@@ -5135,7 +5137,7 @@ class Router:
                 node.catch_all = node = node.catch_all or _Node()
             elif named and (kind := named[2] or _ANY) in (*_PATH_TYPES, _ANY):
                 names.append(named[1])
-                node = node.parameter(kind)
+                node = node.parameter(_ANY if kind == _ANY else kind)
             elif _NO_SEGMENT.search(segment):
                 raise StarioError(
                     f"{path!r}: a parameter is a whole segment, '{{name}}' or '{{id:int}}' (or "
@@ -5209,7 +5211,8 @@ def _walk(node: _Node, segments: list[str], at_segment: int, values: list[Any]) 
         if child is not None:
             yield from _walk(child, segments, at_segment + 1, values)
         for kind, behind in node.parameters.items():
-            if (value := _converted(kind, segment)) is not None:
+            value = (segment or None) if kind is _ANY else _converted(kind, segment)
+            if value is not None:
                 yield from _walk(behind, segments, at_segment + 1, [*values, value])
     if node.catch_all is not None:
         yield node.catch_all, values, "/".join(segments[at_segment:])
