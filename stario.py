@@ -848,10 +848,10 @@ class _Blank:
 
     def __format__(self, spec: str) -> str:
         bake = self._bake
-        if spec or "'" in self._code:
-            code = f"{bake.code(format)}({self._code}, {bake.code(spec)})"
+        if "'" not in self._code and re.fullmatch(r"[\w.]*", spec, re.ASCII):
+            code = f"f'{{{self._code}:{spec}}}'"
         else:
-            code = f"f'{{{self._code}}}'"
+            code = f"{bake.code(format)}({self._code}, {bake.code(spec)})"
         return bake.mark(self, code, is_html=False)
 
     def __str__(self) -> str:
@@ -881,7 +881,7 @@ def _carried(function: Callable[..., object], *values: object) -> _Blank | None:
     """A blank for what this function will give, if there are blanks among its arguments."""
     for bake in reversed(_bakes):
         if name := bake.blank_in(values):
-            return bake.blank(name, f"{bake.code(function)}(*{bake.code(values)})")
+            return bake.blank(name, f"{bake.code(function)}({', '.join(map(bake.code, values))})")
     return None
 
 
@@ -896,6 +896,8 @@ def _html_part(value: object) -> str:
     kind = type(value)
     if kind is str:
         return _escape(cast(str, value))
+    if kind is int:
+        return f"{value}"
     return cast(str, value) if kind is SafeString else render(value)
 
 
