@@ -60,6 +60,7 @@ import ipaddress
 import json
 import keyword
 import linecache
+import logging
 import math
 import os
 import queue
@@ -2201,11 +2202,61 @@ def read_signals(schema: type[T], signals: object) -> T:
 # piece of work share a trace id. A *tracer* is told of three moments, and shows them as it likes:
 # a span starts, an event happens in it, it ends. Override these three and it is your own.
 #
-# The rule that must hold: a tracer hears of every event at once, and a span keeps only the newest
-# hundred. So a stream that is open for a week loses nothing and costs no memory.
+# Three rules hold. A tracer hears of every event at once, and a span keeps only the newest hundred:
+# a stream that is open for a week loses nothing and costs no memory. What is noted becomes plain
+# data there and then (`_noted`), so that no tracer meets an object that changes or fails later. And
+# the two tracers below only put what they hear into a queue: one thread takes it out, keeps all
+# their state to itself, and writes. No request waits for a stream, and no lock is needed.
 # ==================================================================================================
 
 _EVENTS_KEPT = 100
+_LONGEST_TEXT = 16_000  # characters of one value, or of one traceback
+_NO_NUMBERS = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}  # JSON has none of these
+
+
+def _noted(attributes: Mapping[Any, Any] | None) -> dict[str, Any]:
+    """Attributes as they are now: text, numbers, True, False, None, and lists and dicts of them."""
+    if not attributes:
+        return {}
+    return {
+        key if type(key) is str else _safe_text(key): _plain_data(value)
+        for key, value in attributes.items()
+    }
+
+
+def _plain_data(value: Any) -> Any:
+    kind = type(value)
+    if kind is bool or value is None or (kind is str and len(value) <= _LONGEST_TEXT):
+        return value
+    if kind is int:  # OpenTelemetry's have 64 bits; Python does not even print very long ones
+        return value if -(2**63) <= value < 2**63 else _safe_text(hex(value))
+    if kind is float:
+        return value if math.isfinite(value) else _NO_NUMBERS[str(value)]
+    if kind in (dict, list, tuple):
+        try:
+            text = json.dumps(value, default=_safe_text, allow_nan=False)
+            return json.loads(text) if len(text) <= _LONGEST_TEXT else _safe_text(text)
+        except Exception:  # it holds itself, NaN, or keys that JSON does not have
+            return _safe_text(value)
+    return _safe_text(value)
+
+
+def _safe_text(value: object) -> str:
+    """A value's text, whatever its `__str__` does, and not too much of it."""
+    try:
+        text = str(value)
+    except Exception as exc:
+        return f"<{type(value).__name__}: its text raises {type(exc).__name__}>"
+    return text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]}... ({len(text)})"
+
+
+def _stack_of(exc: BaseException) -> str:
+    """The traceback. Of a very long one the end: that is where it happened."""
+    try:
+        text = "".join(traceback.format_exception(exc, limit=-_EVENTS_KEPT))
+    except Exception:  # its own methods fail
+        text = "".join(traceback.format_tb(exc.__traceback__, -_EVENTS_KEPT)) + type(exc).__name__
+    return text[-_LONGEST_TEXT:]
 
 
 class SpanEvent(NamedTuple):
@@ -2216,21 +2267,44 @@ class SpanEvent(NamedTuple):
     time_ns: int
 
 
+class _Caller(NamedTuple):
+    """The span of another program that a request came from."""
+
+    trace_id: str
+    id: str
+    sampled: bool
+
+
+_TRACEPARENT = re.compile(
+    r"(?!ff)([0-9a-f]{2})-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})(-.*)?"
+)
+
+
+def _caller_of(fields: Sequence[str]) -> _Caller | None:
+    """Whom `traceparent` names; None if it is missing, there twice, or not well-formed."""
+    found = _TRACEPARENT.fullmatch(fields[0]) if len(fields) == 1 else None
+    if found is None or (found[1] == "00" and found[5]):  # only later versions may say more
+        return None
+    return _Caller(found[2], found[3], bool(int(found[4], 16) & 1))
+
+
 class Span:
     """A piece of work, from `start_ns` to `end_ns` (nanoseconds since 1970; 0 while it runs).
 
     Call it to note an event, index it to set an attribute, use it in `with` to end it. Ids are hex,
-    in the lengths of W3C Trace Context: 16 digits for a span, 32 for a trace.
+    in the lengths of W3C Trace Context: 16 digits for a span, 32 for a trace. Where `sampled` is
+    False (the caller's wish), tracers do not hear of it, unless it fails.
     """
 
     __slots__ = (
-        "attributes", "end_ns", "error", "events", "id", "links", "name", "parent_id", "start_ns",
-        "trace_id", "tracer",
+        "attributes", "end_ns", "error", "events", "id", "links", "name", "parent_id", "sampled",
+        "start_ns", "trace_id", "tracer",
     )  # fmt: skip
 
     def __init__(
-        self, tracer: Tracer, name: str, attributes: Mapping[str, Any] | None, parent: Span | None
+        self, tracer: Tracer, name: str, attributes: dict[str, Any], parent: Span | _Caller | None
     ) -> None:
+        """Started by `tracer(name)`, `span.step(name)` or `span.root(name)`."""
         self.tracer = tracer
         self.name = name
         size = 8 if parent else 24  # bytes of one id, or of both
@@ -2238,60 +2312,83 @@ class Span:
         self.id = ids[:16]
         self.parent_id = parent.id if parent else None
         self.trace_id: str = parent.trace_id if parent else ids[16:]
-        self.attributes: dict[str, Any] = dict(attributes) if attributes else {}
+        self.sampled: bool = parent.sampled if parent else True
+        self.attributes = attributes
         self.events: list[SpanEvent] = []
         self.links: list[Span] = []
         self.error: str | None = None
-        self.start_ns = time.time_ns()
         self.end_ns = 0
-        tracer.on_start(self)
+        self.start_ns = time.time_ns()
+        if self.sampled:
+            self._tell(tracer.on_start)
 
     def __call__(
         self, event: str | BaseException, attributes: Mapping[str, Any] | None = None
     ) -> None:
         """Note an event by its name, or an exception. Neither makes the span an error."""
         if isinstance(event, BaseException):  # by OpenTelemetry's names
+            event.__dict__["_traced_in"] = self.trace_id
             attributes = {
                 "exception.type": type(event).__name__,
-                "exception.message": str(event),
-                "exception.stacktrace": "".join(traceback.format_exception(event)),
+                "exception.message": _safe_text(event),
+                "exception.stacktrace": _stack_of(event),
                 **(attributes or {}),
             }
             event = "exception"
-        noted = SpanEvent(event, attributes or {}, time.time_ns())
+        noted = SpanEvent(_safe_text(event), _noted(attributes), time.time_ns())
         self.events.append(noted)
         if len(self.events) > _EVENTS_KEPT:
-            del self.events[0]
-        self.tracer.on_event(self, noted)
+            del self.events[:-_EVENTS_KEPT]  # one step, so that threads may do it at once
+        if self.sampled:
+            self._tell(self.tracer.on_event, noted)
 
     def __setitem__(self, key: str, value: Any) -> None:
-        self.attributes[key] = value
+        self.attributes[key] = _plain_data(value)
 
     def __getitem__(self, key: str) -> Any:
         return self.attributes[key]
 
+    @property
+    def traceparent(self) -> str:
+        """This span as the parent of another program's: a header field of the request to it.
+
+        https://www.w3.org/TR/trace-context/#traceparent-header
+        """
+        return f"00-{self.trace_id}-{self.id}-{'01' if self.sampled else '00'}"
+
     def step(self, name: str, attributes: Mapping[str, Any] | None = None) -> Span:
         """A child: work that is part of this. `with span.step("query"): ...`"""
-        return Span(self.tracer, name, attributes, self)
+        return Span(self.tracer, name, _noted(attributes), self)
 
     def root(self, name: str, attributes: Mapping[str, Any] | None = None) -> Span:
         """A new trace: work that this started, but that stands on its own. Link it if you like."""
-        return Span(self.tracer, name, attributes, None)
+        return Span(self.tracer, name, _noted(attributes), None)
 
     def link(self, other: Span) -> None:
         """Note that this work has to do with another span's."""
         self.links.append(other)
 
     def fail(self, exc: BaseException) -> None:
-        """Note an exception and mark the span as failed by it."""
-        self(exc)
-        self.error = f"{type(exc).__name__}: {exc}"
+        """Mark the span as failed by an exception; the trace shows where that came from, once."""
+        if not self.sampled:  # what went wrong is told, whoever asked
+            self.sampled = True
+            self._tell(self.tracer.on_start)
+        if exc.__dict__.get("_traced_in") != self.trace_id:
+            self(exc)
+        self.error = f"{type(exc).__name__}: {_safe_text(exc)}"
 
     def end(self) -> None:
         """The work is done. A second call does nothing."""
         if not self.end_ns:
             self.end_ns = max(time.time_ns(), self.start_ns)
-            self.tracer.on_end(self)
+            if self.sampled:
+                self._tell(self.tracer.on_end)
+
+    def _tell(self, moment: Callable[..., object], *more: SpanEvent) -> None:
+        try:
+            moment(self, *more)
+        except Exception:  # a tracer's mistake is shown, and costs no request
+            sys.excepthook(*sys.exc_info())
 
     def __enter__(self) -> Span:
         return self
@@ -2310,7 +2407,7 @@ class Tracer:
 
     def __call__(self, name: str, attributes: Mapping[str, Any] | None = None) -> Span:
         """Start a span that no request stands behind: `with tracer("job") as span:`"""
-        return Span(self, name, attributes, None)
+        return Span(self, name, _noted(attributes), None)
 
     def __enter__(self) -> Self:
         return self
@@ -2322,195 +2419,755 @@ class Tracer:
         """A span has begun."""
 
     def on_event(self, span: Span, event: SpanEvent) -> None:
-        """Something happened in a span."""
+        """Something happened in a span, or, where `span.end_ns` is not 0, after its end."""
 
     def on_end(self, span: Span) -> None:
         """A span has ended: its attributes, error and end time stand now."""
 
 
+class _UnseenSpan(Span):
+    """What `c.step` gives in an app without a tracer: one for all, that keeps nothing."""
+
+    __slots__ = ()
+
+    def _ignore(self, *what: object) -> None:
+        return None
+
+    def step(self, *what: object) -> Span:
+        """Itself."""
+        return self
+
+    __call__ = __setitem__ = link = fail = end = _ignore  # type: ignore[assignment]
+    root = step  # type: ignore[assignment]
+
+
+_unseen = _UnseenSpan(Tracer(), "unseen", {}, _Caller("f" * 32, "f" * 16, False))
+
+# Whose step the task works in (a Context), and its span. Tasks inherit it, and so do the threads of
+# `asyncio.to_thread`.
+_current_step: contextvars.ContextVar[tuple[object, Span | None]] = contextvars.ContextVar(
+    "stario_step", default=(None, None)
+)
+
+
+class _LogToSpan(logging.Handler):
+    """Stands in for the handlers of the root logger, and makes events of what is logged in a span.
+    They get the rest: nothing is printed twice.
+    """
+
+    def __init__(self, level: int) -> None:
+        super().__init__()
+        root = logging.getLogger()
+        self._from, self._root_level, self._others = level, root.level, root.handlers[:]
+        root.handlers[:] = [self]
+        root.setLevel(min(level, root.level))
+
+    def remove(self) -> None:
+        """Put everything back, unless somebody has changed it meanwhile."""
+        root = logging.getLogger()
+        if self in root.handlers:
+            root.handlers[:] = [*self._others, *(h for h in root.handlers if h is not self)]
+            root.setLevel(self._root_level)
+
+    def createLock(self) -> None:
+        """None: nothing is kept here, and the same thread may come again in the middle."""
+        self.lock = None
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Note it in the span, or pass it on."""
+        span = _current_step.get()[1]
+        if span and span.sampled and record.levelno >= self._from:
+            said = {"severity_text": record.levelname, "logger.name": record.name}
+            exc = record.exc_info and record.exc_info[1]
+            try:
+                text = record.getMessage()
+            except Exception:  # its arguments do not fit its text
+                text = record.msg
+            span(exc or "log", {**said, "body": text})
+        elif record.levelno >= (logging.getLogger(record.name).level or self._root_level):
+            for handler in self._others or [cast(logging.Handler, logging.lastResort)]:
+                if record.levelno >= handler.level:
+                    handler.handle(record)
+
+
+# -- Tracers that write to a stream. `_StreamTracer` has the queue and the thread. What becomes of
+# what is in the queue is the business of the two after it: `_take` hears of each thing in turn, and
+# `_frame` gives the text for what came together. Only the thread calls these two.
+
+_LONGEST_QUEUE = 10_000  # while the stream takes nothing
+_BUSY = 400  # so many wait while it does
+_START, _EVENT, _END, _PRINTED = range(4)  # what is put into the queue
+
+
 class _StreamTracer(Tracer):
-    """What the two tracers below share: whole lines to a stream, one thread at a time."""
+    """What the two tracers below share.
 
-    def __init__(self, stream: IO[str] | None = None) -> None:
-        self._stream = stream or sys.stdout
-        self._lock = threading.Lock()
+    A stream that stalls, is full or closed costs spans and events. They are counted, and their
+    number is told when something can be written again, or else at the end, on standard error.
+    """
 
-    def _write(self, *lines: str) -> None:
-        # Flushed each time: it may be the last time. A log that can't be written (a closed pipe, a
-        # full disk) must not take the requests down with it.
-        with self._lock, suppress(OSError, ValueError):
-            self._stream.write("\n".join((*lines, "")))
-            self._stream.flush()
+    _pause = 0.1  # seconds in which more may come: SIGKILL takes no more than that along
+
+    def __init__(self, stream: IO[str] | None = None, *, logging_level: int | None = None) -> None:
+        """`stream` is standard output by default. With a `logging_level`, what the program logs
+        during a request, from that level on, becomes an event of it while the tracer's `with` runs.
+        """
+        self._stream = sys.stdout if stream is None else stream
+        self._logging_level = logging_level
+        self._logging: _LogToSpan | None = None
+        self._renew()
+
+    def _renew(self) -> None:
+        self._queue: queue.SimpleQueue[tuple[int, Any, Any] | None] = queue.SimpleQueue()
+        self._writer: threading.Thread | None = None
+        self._starting, self._writing = threading.Lock(), threading.Lock()
+        self._closing = threading.Event()
+        self._drops = count()  # a drop is one step of it: that needs no lock
+        self._full = self._in_write = False
+        self._seen = self._lost = 0
+        self._process = os.getpid()
+
+    def __enter__(self) -> Self:
+        if self._logging_level is not None and self._logging is None:
+            self._logging = _LogToSpan(self._logging_level)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._logging is not None:
+            self._logging.remove()
+            self._logging = None
+        self._close()
+
+    def _put(self, moment: int, what: Any, more: Any = None) -> None:
+        if self._stream is None:
+            return
+        if self._process != os.getpid():
+            self._renew()  # this is a fork, without the threads of its parent
+        if self._queue.qsize() >= _BUSY:
+            self._wait_for_thread()
+        if self._queue.qsize() < _LONGEST_QUEUE:
+            self._queue.put((moment, what, more))
+        else:
+            next(self._drops)
+            self._full = True
+        if self._writer is None and self._starting.acquire(blocking=False):
+            try:
+                self._begin()
+            finally:
+                self._starting.release()
+
+    def _wait_for_thread(self) -> None:
+        """Let it work off what came faster than it can. But nobody waits for the stream."""
+        for _ in range(50):
+            if self._in_write or self._queue.qsize() < _BUSY:
+                return
+            time.sleep(0.001)
+
+    def _begin(self) -> None:
+        self._closing.clear()
+        self._writer = threading.Thread(target=self._run, name="stario tracer", daemon=True)
+        try:
+            self._writer.start()
+            atexit.register(self._close)
+        except RuntimeError:  # the program is at its end, and starts no thread any more
+            self._writer = None
+            self._queue.put(None)
+            self._run()
+
+    def _close(self) -> None:
+        """Write what is left, in a second at most. What comes later begins anew."""
+        writer, self._writer = self._writer, None
+        if writer is None or self._process != os.getpid():
+            return
+        atexit.unregister(self._close)
+        self._closing.set()
+        self._queue.put(None)
+        writer.join(1)
+        if writer.is_alive():  # the stream stalls; Python would wait for it, too, when it ends
+            sys.stdout = None if sys.stdout is self._stream else sys.stdout
+            self._complain(self._queue.qsize())
+
+    def _complain(self, lost: int) -> None:
+        """On standard error, whose locks others may hold, and without waiting for that, either."""
+        text = f"stario: {lost} spans and events could not be written\n".encode()
+        thread = threading.Thread(target=os.write, args=(2, text), daemon=True)
+        thread.start()
+        thread.join(0.2)
+
+    def _run(self) -> None:
+        with self._writing:  # one thread after the other
+            while self._turn():
+                pass
+
+    def _turn(self) -> bool:
+        """Take what has come, and write it at once. False: that was the end."""
+        ending, taken, missing = False, 0, self._missing()
+        if missing:
+            lost = Span(Tracer(), "telemetry.lost", {"count": missing}, None)
+            lost.end()
+            self._take(_END, lost, None)
+        with suppress(queue.Empty):
+            thing = self._queue.get(timeout=1 if self._lost else self._patience())
+            self._gather()
+            for left in range(self._queue.qsize(), -1, -1):
+                if thing is None:
+                    ending = True
+                else:
+                    taken += 1
+                    self._take_any(*thing)
+                if left:
+                    thing = self._queue.get_nowait()
+        if not self._write(self._frame(ending)):
+            self._lost += missing + taken
+        if ending and self._lost:
+            self._complain(self._lost)
+        return not ending
+
+    def _gather(self) -> None:
+        """Wait a little: what comes together is written at once."""
+        until = time.monotonic() + self._pause
+        while self._queue.qsize() < _BUSY // 2 and time.monotonic() < until:
+            if self._closing.wait(0.01):
+                return
+
+    def _take_any(self, moment: int, what: Any, more: Any) -> None:
+        try:
+            self._take(moment, what, more)
+        except Exception:  # one thing that cannot be shown costs no other
+            self._lost += 1
+
+    def _missing(self) -> int:
+        """How many spans and events have been lost since this was last asked."""
+        missing, self._lost = self._lost, 0
+        if self._full:
+            self._full = False
+            steps = next(self._drops)  # this look is one, too
+            missing, self._seen = missing + steps - self._seen, steps + 1
+        return missing
+
+    def _write(self, text: str) -> bool:
+        try:
+            if text and self._stream is not None:
+                _write_any(self._stream, text)
+                self._stream.flush()
+        except (
+            Exception
+        ):  # OSError, ValueError (it is closed), or what somebody's own stream raises
+            return False
+        return True
+
+    def _patience(self) -> float | None:
+        """Seconds after which there is something to write, even if nothing comes."""
+        return None
+
+    def _take(self, moment: int, what: Any, more: Any) -> None:
+        """One thing from the queue."""
+        raise NotImplementedError
+
+    def _frame(self, ending: bool) -> str:
+        """What is to be written, now that all that had come has been taken."""
+        raise NotImplementedError
+
+
+def _write_any(stream: IO[str], text: str) -> None:
+    write = type(stream).write  # its own: RichTracer puts another in its place, see there
+    try:
+        write(stream, text)
+    except UnicodeEncodeError:
+        encoding = getattr(stream, "encoding", None) or "ascii"
+        write(
+            stream,
+            text.translate(_ASCII_MARKS).encode(encoding, "backslashreplace").decode(encoding),
+        )
 
 
 class JsonTracer(_StreamTracer):
-    """One JSON object a line, for log collectors: to standard output, or to `stream`.
+    """One JSON object a line, for log collectors; the names are OpenTelemetry's.
 
-    A span is one line, written when it ends. One that has many events, or is open for long, writes
-    them in lines of their own before ("partial": true), with the same ids. Lines of one turn of an
-    event loop are written together, at its end or at the first error: a write to the system costs
-    as much as a request. Use it in a `with`, which writes what a loop has left.
+    A span is one line, written within a tenth of a second after its end. Events of one that is open
+    for longer are written before that, and those that come later, after it, in lines of their own
+    with the same ids and `"partial": true`. So each event is written once, and nothing is kept.
     """
 
-    def __init__(self, stream: IO[str] | None = None) -> None:
-        super().__init__(stream)
-        # Lines to be written, by event loop. A list is touched by the thread that runs its loop.
-        self._gathered: dict[asyncio.AbstractEventLoop, list[str]] = {}
-
-    def __exit__(self, *exc: object) -> None:
-        for loop in list(self._gathered):  # this one, and those that ended in the middle of a turn
-            if loop is asyncio._get_running_loop() or not loop.is_running():
-                self._write_gathered(loop)
-
-    def _gather(self, line: str) -> None:
-        loop = asyncio._get_running_loop()
-        if loop is None:
-            self._write(line)
-        elif loop in self._gathered:
-            self._gathered[loop].append(line)
-        else:
-            loop.call_soon(self._write_gathered, loop)
-            self._gathered[loop] = [line]
-
-    def _write_gathered(self, loop: asyncio.AbstractEventLoop) -> None:
-        if lines := self._gathered.pop(loop, None):
-            self._write(*lines)
+    def __init__(self, stream: IO[str] | None = None, *, logging_level: int | None = None) -> None:
+        super().__init__(stream, logging_level=logging_level)
+        self._lines: list[str] = []
+        self._events: dict[Span, list[SpanEvent]] = {}  # that have not been written
 
     def on_event(self, span: Span, event: SpanEvent) -> None:
-        """Write what has gathered, if that is much or the first of it is ten seconds old."""
-        waited = event.time_ns - span.events[0].time_ns
-        if len(span.events) >= _EVENTS_KEPT or waited > 10 * 10**9:
-            self._write_span(span, {"partial": True})
+        """Into the queue."""
+        self._put(_EVENT, span, event)
 
     def on_end(self, span: Span) -> None:
-        """Write the span, with those of its events that have not been written yet."""
-        self._write_span(span, {"duration_ms": (span.end_ns - span.start_ns) / 1e6})
-        if span.error and (loop := asyncio._get_running_loop()):
-            self._write_gathered(loop)  # at once: what went wrong may end the process
+        """Into the queue."""
+        self._put(_END, span)
 
-    def _write_span(self, span: Span, more: dict[str, Any]) -> None:
-        record: dict[str, Any] = {
-            "time": _iso_time(span.start_ns),
+    def _take(self, moment: int, what: Any, more: Any) -> None:
+        if moment == _END:
+            self._add_line(what, {"end_time_unix_nano": what.end_ns})
+        else:
+            events = self._events.setdefault(what, [])
+            events.append(more)
+            if len(events) == _EVENTS_KEPT:
+                self._add_line(what, {"partial": True})
+
+    def _frame(self, ending: bool) -> str:
+        for span in list(self._events):
+            self._add_line(span, {"partial": True})
+        lines, self._lines = self._lines, []
+        return "".join(lines)
+
+    def _add_line(self, span: Span, more: dict[str, Any]) -> None:
+        record = {
             "name": span.name,
-            "span_id": span.id,
             "trace_id": span.trace_id,
+            "span_id": span.id,
+            "start_time_unix_nano": span.start_ns,
             **more,
+            "attributes": span.attributes,
         }
         if span.parent_id:
-            record["parent_id"] = span.parent_id
-        if span.attributes:
-            record["attributes"] = span.attributes
-        if span.events:
-            record["events"] = [_event_record(event) for event in span.events]
-            span.events.clear()  # they are written, and not needed again
+            record["parent_span_id"] = span.parent_id
+        if span in self._events:
+            record["events"] = [
+                {
+                    "name": event.name,
+                    "time_unix_nano": event.time_ns,
+                    "attributes": event.attributes,
+                }
+                for event in self._events.pop(span)
+            ]
         if span.links:
-            record["links"] = [{"span_id": o.id, "trace_id": o.trace_id} for o in span.links]
+            record["links"] = [{"trace_id": o.trace_id, "span_id": o.id} for o in span.links[:]]
         if span.error:
-            record["error"] = span.error
+            record["status"] = {"code": "ERROR", "message": span.error}
         try:
             line = _log_json(record)
-        except (TypeError, ValueError, RecursionError):  # a key that is a tuple, a list in itself
-            line = _log_json({**record, "attributes": repr(span.attributes), "events": []})
-        self._gather(line)
+        except Exception:  # something was put into `span.attributes` directly
+            line = _log_json({**record, "attributes": _noted(span.attributes)})
+        self._lines.append(line + "\n")
 
 
-_log_json = _JsonEncoder(default=str)
+_log_json = _JsonEncoder(default=_safe_text, allow_nan=False)
 
 
-def _event_record(event: SpanEvent) -> dict[str, Any]:
-    record: dict[str, Any] = {"time": _iso_time(event.time_ns), "name": event.name}
-    if event.attributes:
-        record["attributes"] = event.attributes
-    return record
+# -- For people. A *line* is a list of pieces, each a text and its style. Only when it is written
+# does it become one string, cut to the width of the terminal.
+
+_Line = list[tuple[str, str]]
+_STYLES = {"bold": 1, "dim": 2, "red": 31, "green": 32, "yellow": 33, "cyan": 36}
+_STATUS_STYLES = {"2": "green", "3": "cyan", "4": "yellow", "5": "red"}
+_ASCII_MARKS = str.maketrans("│─━✗…×", "|-=x.x")
+_LONG = 10**9  # nanoseconds after which an open span is shown in the footer
+_MOST_SHOWN = 20  # trees in a second: the others are summed up
+_MOST_ROWS = 40  # of a tree
+_BAR = 12  # columns
 
 
-def _iso_time(time_ns: int) -> str:
-    digits = str(time_ns).zfill(10)
-    return f"{_iso_second(digits[:-9])}.{digits[-9:-3]}Z"
+class _Branch:
+    """A span that is open, and what happened in it, in order: the first of it."""
 
+    def __init__(self, span: Span, parent: _Branch | None) -> None:
+        self.span = span
+        self.root: _Branch = parent.root if parent else self
+        self.rows: list[SpanEvent | _Branch] = []
+        self.left_out = 0
+        # Of a root, for the whole tree:
+        self.events = self.steps = 0
+        self.last: SpanEvent | None = None
 
-@lru_cache(maxsize=8)
-def _iso_second(seconds: str) -> str:
-    return datetime.fromtimestamp(int(seconds), timezone.utc).strftime("%Y-%m-%dT%H:%M:%S")
+    def add(self, row: SpanEvent | _Branch) -> None:
+        if len(self.rows) < _MOST_ROWS:
+            self.rows.append(row)
+        else:
+            self.left_out += 1
+
+    def tree(self) -> list[tuple[int, SpanEvent | _Branch]]:
+        """All below it, with the depth of each. No recursion: steps nest as deep as they like."""
+        found: list[tuple[int, SpanEvent | _Branch]] = []
+        waiting: list[tuple[int, SpanEvent | _Branch]] = [(-1, self)]
+        while waiting:
+            depth, row = waiting.pop()
+            found.append((depth, row))
+            if isinstance(row, _Branch):
+                if row.left_out:
+                    waiting.append((depth + 1, SpanEvent(f"and {row.left_out} more", {}, 0)))
+                waiting += [(depth + 1, below) for below in reversed(row.rows)]
+        return found[1:]
 
 
 class RichTracer(_StreamTracer):
-    """For a person at a terminal: each thing on a line of its own, as it happens.
+    """For a person at a terminal: each request is a small tree, shown when it has ended.
 
-    A request without events is one line, at its end. One with events begins with a line of its own;
-    what belongs together has the same four digits in front. Colours only on a terminal.
+    What is open for longer than a second, above all streams, has a line in a footer, which stays
+    below all else; what the program prints goes above it. When more than twenty requests end in a
+    second, the others are summed up. Where there is no terminal (a pipe, TERM=dumb), each span is
+    one line of plain text. NO_COLOR and FORCE_COLOR are heeded.
     """
 
-    def __init__(self, stream: IO[str] | None = None) -> None:
-        super().__init__(stream)
-        self._colours = self._stream.isatty() and "NO_COLOR" not in os.environ
-        self._under_way: dict[str, Span] = {}
-        self._opened: set[str] = set()  # ids of those whose first line has been written
+    _pause = 0.05
+
+    def __init__(self, stream: IO[str] | None = None, *, logging_level: int | None = None) -> None:
+        super().__init__(stream, logging_level=logging_level)
+        size = _size_of(self._stream)
+        self._live = size is not None and os.environ.get("TERM") != "dumb"
+        wanted = bool(os.environ.get("FORCE_COLOR")) or self._live
+        self._colours = wanted and not os.environ.get("NO_COLOR")
+        self._width = size[0] if size and self._live else 1_000_000
+        self._watched: list[Any] = []  # streams of the program
+        self._open: dict[str, _Branch] = {}  # by the span's id
+        self._above: list[_Line | str] = []  # lines, and what was printed, to go above
+        self._footer: list[_Line] = []  # as it is on the screen
+        self._in_line = False  # what was printed last has no line feed yet
+        self._shown, self._second = 0, 0.0  # how many trees, in the second that began then
+        # What was not shown: by its name and outcome, the nanoseconds that it took.
+        self._summed: dict[tuple[str, tuple[str, str]], list[int]] = {}
 
     def on_start(self, span: Span) -> None:
-        """Nothing is shown yet: many spans turn out to be a single line."""
-        self._under_way[span.id] = span
-        parent = self._under_way.get(span.parent_id or "")
-        if parent:
-            self._open(parent)
+        """Into the queue."""
+        if self._live:
+            self._put(_START, span)
 
     def on_event(self, span: Span, event: SpanEvent) -> None:
-        """Show the event, and before the first one what it is an event of."""
-        self._open(span)
-        stack = event.attributes.get("exception.stacktrace")
-        name = event.name if stack is None else str(event.attributes["exception.type"])
-        shown = {k: v for k, v in event.attributes.items() if not k.startswith("exception.")}
-        if stack is not None:
-            shown["message"] = event.attributes["exception.message"]
-        self._line(span, "│", name + _pairs(shown), event.time_ns, "yellow" if stack else "cyan")
-        for line in str(stack or "").splitlines():
-            self._line(span, "│", "  " + line, event.time_ns, "dim")
+        """Into the queue."""
+        if self._live or span.end_ns:
+            self._put(_EVENT, span, event)
 
     def on_end(self, span: Span) -> None:
-        """Show what came of it, and how long it took."""
-        milliseconds = (span.end_ns - span.start_ns) / 1e6
-        took = f"{milliseconds:.1f} ms" if milliseconds < 1000 else f"{milliseconds / 1000:.2f} s"
-        mark = "└" if span.id in self._opened else "─"
-        failure = f"  {span.error}" if span.error else ""
-        text = f"{span.name}  {took}{_pairs(span.attributes)}{failure}"
-        self._line(span, mark, text, span.end_ns, "red" if span.error else "green")
-        self._opened.discard(span.id)
-        self._under_way.pop(span.id, None)
+        """Into the queue."""
+        self._put(_END, span)
 
-    def _open(self, span: Span) -> None:
-        if span.id not in self._opened:
-            self._opened.add(span.id)
-            self._line(span, "┌", span.name, span.start_ns, "bold")
+    # -- What the program prints must not meet the footer. So it takes the same way: each of its
+    # streams has another `write` for as long as the tracer's thread runs.
 
-    def _depth(self, span: Span) -> int:
-        parent = self._under_way.get(span.parent_id or "")
-        return 1 + self._depth(parent) if parent else 0
+    def _begin(self) -> None:
+        for stream in (sys.stdout, sys.stderr) if self._live else ():
+            if _size_of(stream) and "write" not in vars(stream):
+                stream.write = self._print  # type: ignore[method-assign]
+                self._watched.append(stream)
+        super()._begin()
 
-    def _line(self, span: Span, mark: str, text: str, time_ns: int, colour: str) -> None:
-        clock = datetime.fromtimestamp(time_ns / 1e9).strftime("%H:%M:%S.%f")[:-3]
-        start = self._paint(f"{clock} {span.trace_id[:4]}", "dim")
-        indent = "  " * self._depth(span)
-        self._write(f"{start} {indent}{self._paint(f'{mark} {_printable(text)}', colour)}")
+    def _close(self) -> None:
+        while self._watched:
+            del self._watched.pop().write
+        super()._close()
 
-    def _paint(self, text: str, colour: str) -> str:
-        return f"\x1b[{_COLOURS[colour]}m{text}\x1b[0m" if self._colours else text
+    def _print(self, text: str) -> int:
+        self._put(_PRINTED, text)
+        return len(text)
+
+    # -- What happens
+
+    def _patience(self) -> float | None:
+        return 0.25 if self._open or self._summed else None
+
+    def _take(self, moment: int, what: Any, more: Any) -> None:
+        if moment == _PRINTED:
+            self._above.append(what)
+        elif moment == _START:
+            self._start(what)
+        elif moment == _EVENT:
+            self._note(what, more)
+        elif self._live:
+            self._end(self._open.pop(what.id) if what.id in self._open else _Branch(what, None))
+        else:
+            self._above.append(self._one_line(what))
+
+    def _start(self, span: Span) -> None:
+        parent = self._open.get(span.parent_id or "")
+        branch = self._open[span.id] = _Branch(span, parent)
+        if parent:
+            parent.add(branch)
+            parent.root.steps += 1
+
+    def _note(self, span: Span, event: SpanEvent) -> None:
+        branch = self._open.get(span.id)
+        if branch is None:  # it is over, and nothing is kept of it
+            title = f"{_clock(event.time_ns)} {_title(span)}, after its end:"
+            self._above += [[(title, "dim")], *self._row(span, 0, event)]
+            return
+        branch.add(event)
+        root = branch.root
+        root.events, root.last = root.events + 1, event
+        if event.name == "exception" and event.time_ns - root.span.start_ns > _LONG:
+            self._above += [self._heading(root.span), *self._row(root.span, 0, event)]
+
+    def _end(self, branch: _Branch) -> None:
+        """Show what has ended, with its root, unless that is over, or there is too much of it."""
+        span = branch.span
+        if branch.root is not branch and branch.root.span.id in self._open:
+            return
+        durations = self._summed.get(key := (span.name, _outcome(span)))
+        if self._shown < _MOST_SHOWN or (span.error and durations is None):
+            self._shown += 1
+            self._above += self._tree(branch)
+            if span.error:
+                self._summed[key] = durations or []  # others of its kind are counted only
+        else:
+            self._summed.setdefault(key, []).append(span.end_ns - span.start_ns)
+
+    def _sum_up(self) -> None:
+        """Tell of what was not shown: how many of each kind, and how long they took."""
+        summed, self._summed, self._shown = self._summed, {}, 0
+        for (name, outcome), took in sorted(summed.items(), key=lambda entry: -len(entry[1])):
+            if took:
+                took.sort()
+                times = f"  p50 {_took(took[len(took) // 2])}  max {_took(took[-1])}"
+                line = self._columns(time.time_ns(), name, outcome, f"{len(took):,} x")
+                self._above.append([*line, (times, "dim")])
+
+    # -- How it looks
+
+    def _frame(self, ending: bool) -> str:
+        now = time.monotonic()
+        if now - self._second >= 1 or ending:
+            self._sum_up()
+            self._second = now
+        roots = [branch for branch in self._open.values() if branch.root is branch]
+        if ending:
+            self._above += [self._heading(root.span) for root in roots]
+            self._open.clear()
+        columns, height = (self._live and _size_of(self._stream)) or (1_000_000, 0)
+        # Rows of the old footer: a terminal that has become narrower breaks its lines anew.
+        rows = sum(1 + (min(self._width, _cells(line)) - 1) // columns for line in self._footer)
+        self._width = columns
+        text, self._above = "".join(map(self._written, self._above)), []
+        old = self._footer
+        self._footer = [] if ending or self._in_line else self._streams(roots, height // 3)
+        if not text and self._footer == old:
+            return ""
+        up = f"\r\x1b[{rows}A\x1b[J" if rows else ""
+        return up + text + "".join(map(self._written, self._footer))
+
+    def _written(self, line: _Line | str) -> str:
+        """A line of ours on a line of its own; what was printed just as it is."""
+        start, self._in_line = "\n" * self._in_line, False
+        if isinstance(line, str):
+            self._in_line = not line.endswith("\n")
+            return line
+        room, painted = self._width - 1, start
+        for piece, style in line:
+            text = _fit(piece, room)
+            room -= _cells([(text, "")])
+            painted += f"\x1b[{_STYLES[style]}m{text}\x1b[0m" if style and self._colours else text
+        return painted + "\n"
+
+    def _streams(self, roots: list[_Branch], most: int) -> list[_Line]:
+        """The footer: a line for each root that is open for long, the oldest first."""
+        now = time.time_ns()
+        long = [root for root in roots if now - root.span.start_ns >= _LONG]
+        if not long:
+            return []
+        shown = long if len(long) < most else long[: max(0, most - 2)]
+        lines: list[_Line] = [[(f"── {len(long)} open ".ljust(self._width - 1, "─"), "dim")]]
+        for root in shown:
+            count = f"{root.events:,} event{'s' * (root.events != 1)}"
+            last = _event_text(root.last) if root.last else ""
+            lines.append([*self._heading(root.span), (f"{count:>14}  ", "dim"), (last, "cyan")])
+        if len(shown) < len(long):
+            lines.append([(f"         and {len(long) - len(shown)} more", "dim")])
+        return lines
+
+    def _columns(self, time_ns: int, title: str, outcome: tuple[str, str], took: str) -> _Line:
+        """What the lines of requests have in common, one under the other."""
+        name = (_padded(title, self._title_width()), "bold")
+        text, style = outcome
+        return [(f"{_clock(time_ns)} ", "dim"), name, (f"{text:>7}", style), (f"{took:>10}", "")]
+
+    def _title_width(self) -> int:
+        return max(20, min(48, self._width - 54))
+
+    def _heading(self, span: Span) -> _Line:
+        took = _took((span.end_ns or time.time_ns()) - span.start_ns)
+        return self._columns(span.start_ns, _title(span), _outcome(span), took)
+
+    def _tree(self, branch: _Branch) -> list[_Line]:
+        """A line for a root, then one for each event and step. A stream is one line."""
+        span, heading, rows = branch.span, self._heading(branch.span), branch.tree()
+        if span.end_ns - span.start_ns >= _LONG and not branch.steps and not span.error:
+            heading, rows = [*heading, (f"  {branch.events:,} events", "dim")], []
+        if len(rows) > _MOST_ROWS:
+            left_out = SpanEvent(f"... {len(rows) - _MOST_ROWS} more ...", {}, 0)
+            half = _MOST_ROWS // 2
+            rows = [*rows[:half], (0, left_out), *rows[-half:]]
+        lines = self._with_pairs(heading, 11, span.attributes)
+        for depth, row in rows:
+            lines += self._row(span, depth, row)
+        return lines
+
+    def _row(self, root: Span, depth: int, row: SpanEvent | _Branch) -> list[_Line]:
+        """One thing in a tree: how long after the root's start it came, and what it is."""
+        guides = "│ " * min(depth, 15)
+        indent, room = 20 + len(guides), max(8, self._title_width() - 11 - len(guides))
+        if isinstance(row, _Branch):
+            span = row.span
+            took = _took(span.end_ns - span.start_ns) if span.end_ns else "open"
+            line = [*_offset(root, span.start_ns), (guides, "dim"), (_padded(span.name, room), "")]
+            line += [(f"{took:>17}  ", ""), *_bar(root, span)]
+            return self._with_pairs(line, indent, span.attributes)
+        line = [*_offset(root, row.time_ns), (guides, "dim")]
+        if row.name != "exception":
+            line.append((_padded(row.name, room), "cyan"))
+            return self._with_pairs(line, indent, row.attributes)
+        width = max(20, self._width - indent - 3)
+        said = [
+            part[at : at + width]
+            for part in _failure(row).split("\n")
+            for at in range(0, len(part), width)
+        ]
+        lines = [
+            [*line, (said[0], "red")],
+            *([(f"{'':{indent + 2}}{part}", "red")] for part in said[1:12]),
+        ]
+        lines += _pairs_below(indent, _pairs(row.attributes))
+        return [*lines, *([(f"{'':20}{guides}  ", "dim"), (frame, "")] for frame in _frames(row))]
+
+    def _with_pairs(self, line: _Line, indent: int, attributes: Mapping[str, Any]) -> list[_Line]:
+        """A line with the attributes behind it, or, where there is no room for them, below."""
+        pairs = _pairs(attributes)
+        behind = [piece for key, value in pairs for piece in ((f"  {key}=", "dim"), (value, ""))]
+        if not pairs or _cells([*line, *behind]) < self._width:
+            return [[*line, *behind]]
+        return [line, *_pairs_below(indent, pairs)]
+
+    def _one_line(self, span: Span) -> _Line:
+        """A span where there is no terminal, with its newest events."""
+        outcome, style = _outcome(span)
+        line = [(f"{_clock(span.start_ns)} {span.trace_id[:4]} ", "dim"), (_title(span), "bold")]
+        line += [(f" {outcome}".rstrip(), style), (f" {_took(span.end_ns - span.start_ns)}", "")]
+        line += [(f" {key}={value}", "") for key, value in _pairs(span.attributes)]
+        for event in span.events[-_MOST_SHOWN:]:
+            line.append((f" | {_took(event.time_ns - span.start_ns)} {_event_text(event)}", ""))
+        return line
 
 
-_COLOURS = {"bold": 1, "dim": 2, "red": 31, "green": 32, "yellow": 33, "cyan": 36}
-
-
-def _pairs(attributes: Mapping[str, Any]) -> str:
-    """`  key=value key=value`, each value cut to what is still readable in a line."""
-    words = []
-    for key, value in attributes.items():
-        text = value if isinstance(value, str) else repr(value)
-        words.append(f"{key}={text if len(text) <= 200 else text[:197] + '...'}")
-    return "  " + " ".join(words) if words else ""
+def _size_of(stream: IO[str] | None) -> tuple[int, int] | None:
+    """Columns and lines of a terminal; None where there is none."""
+    try:
+        if stream is not None and stream.isatty():
+            size = os.get_terminal_size(stream.fileno())
+            return size.columns or 80, size.lines or 24
+    except (OSError, ValueError):  # it is closed, or only looks like one
+        pass
+    return None
 
 
 def _printable(text: str) -> str:
     # A client chooses paths and signals: what it sends must not move the cursor of a terminal.
+    if text.isprintable():
+        return text
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def _cells(line: _Line) -> int:
+    """How many columns of a terminal a line takes."""
+    text = _printable("".join(piece for piece, _ in line))
+    return len(text) if text.isascii() else sum(map(_char_cells, text))
+
+
+def _char_cells(char: str) -> int:
+    if char < "\u0300" or "\u2010" <= char < "\u2600":
+        return 1
+    import unicodedata  # few programs get here
+
+    return 0 if unicodedata.combining(char) else 1 + (unicodedata.east_asian_width(char) in "WF")
+
+
+def _fit(text: str, width: int) -> str:
+    """A text without control characters, cut to a width in columns."""
+    text = _printable(text)
+    if _cells([(text, "")]) <= width:
+        return text
+    kept, room = "", width - 1
+    for char in text[: max(0, width)]:
+        room -= _char_cells(char)
+        kept += char if room >= 0 else ""
+    return kept + "…" * (width > 0)
+
+
+def _padded(text: str, width: int) -> str:
+    text = _fit(text, width)
+    return text + " " * (width - _cells([(text, "")]))
+
+
+def _clock(time_ns: int) -> str:
+    return datetime.fromtimestamp(time_ns / 1e9).strftime("%H:%M:%S")
+
+
+def _took(nanoseconds: int) -> str:
+    seconds = nanoseconds / 1e9
+    if seconds < 60:
+        return f"{seconds * 1000:.1f} ms" if seconds < 1 else f"{seconds:.1f} s"
+    minutes, hours = int(seconds) // 60, int(seconds) // 3600
+    return f"{hours}h {minutes % 60:02}m" if hours else f"{minutes}m {int(seconds) % 60:02}s"
+
+
+def _offset(root: Span, time_ns: int) -> _Line:
+    return [(f"{_took(time_ns - root.start_ns) if time_ns else '':>18}  ", "dim")]
+
+
+def _bar(root: Span, step: Span) -> _Line:
+    """When in the root's time the step had its own."""
+    start, end = root.start_ns, root.end_ns or time.time_ns()
+    times = step.start_ns, step.end_ns or end
+    a, b = (max(0, min(_BAR - 1, (at - start) * _BAR // max(1, end - start))) for at in times)
+    return [("─" * a, "dim"), ("━" * (b - a + 1), "cyan"), ("─" * (_BAR - 1 - b), "dim")]
+
+
+def _title(span: Span) -> str:
+    """The method and path of a request, the name of any other span."""
+    method = span.attributes.get("http.request.method")
+    return f"{method} {span.attributes.get('url.path')}" if method else span.name
+
+
+def _outcome(span: Span) -> tuple[str, str]:
+    """What became of it, and the style of that."""
+    status = str(span.attributes.get("http.response.status_code") or "")
+    style = "red" if span.error else _STATUS_STYLES.get(status[:1], "")
+    return status or "failed" * bool(span.error), style
+
+
+def _pairs(attributes: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Attributes as text, without those that the line of a request says anyway."""
+    return [
+        (key, value if type(value) is str else json.dumps(value, default=_safe_text))
+        for key, value in list(attributes.items())
+        if not key.startswith(("http.", "url.", "client.", "exception."))
+    ]
+
+
+def _pairs_below(indent: int, pairs: list[tuple[str, str]]) -> list[_Line]:
+    widest = min(24, max((len(key) for key, _ in pairs), default=0))
+    return [[(f"{'':{indent}}  {key:<{widest}}  ", "dim"), (value, "")] for key, value in pairs]
+
+
+def _event_text(event: SpanEvent) -> str:
+    """An event in the middle of a line; an exception with the place where it came from."""
+    if event.name == "exception":
+        return " < ".join([_failure(event), *_frames(event)])
+    return " ".join([event.name, *(f"{key}={value}" for key, value in _pairs(event.attributes))])
+
+
+def _failure(event: SpanEvent) -> str:
+    found = event.attributes.get
+    return f"✗ {found('exception.type')}: {found('exception.message')}"
+
+
+def _frames(event: SpanEvent) -> list[str]:
+    """The frames of an exception in the user's own code: first where it happened."""
+    found = _FRAME.findall(str(event.attributes.get("exception.stacktrace", "")))
+    own = [f for f in found if not f[0].startswith(_OTHER_CODE) and "-packages" not in f[0]]
+    shown = [
+        f"{os.path.basename(path)}:{line}  {function}  {code}".rstrip()
+        for path, line, function, code in reversed((own or found)[-_MOST_FRAMES:])
+    ]
+    more = len(found) - len(shown)
+    return [*shown, f"and {more} frames of other code"] if more else shown
+
+
+_FRAME = re.compile(r'File "([^"\n]+)", line (\d+)(?:, in ([^\n]+))?(?:\n[ |]*(?!File ")([^\n]+))?')
+_OTHER_CODE = (os.path.dirname(os.__file__), __file__, "<frozen")
+_MOST_FRAMES = 8
 
 
 # ==================================================================================================
@@ -3471,9 +4128,10 @@ class RequestLine:
 class Request:
     """What a client asks for: `c.req`.
 
-    `params` are the path's parameters, `tail` is what a catch-all took, `subhost` what `*` took in
-    a host pattern. `max_body` (bytes) can be raised for one request before its body is read.
-    `root_path` is where another app has mounted this one ("/live"), or nothing.
+    `route` is the route as it was written, `params` are the path's parameters, `tail` is what a
+    catch-all took, `subhost` what `*` took in a host pattern. `max_body` (bytes) can be raised for
+    one request before its body is read. `root_path` is where another app has mounted this one
+    ("/live"), or nothing.
     """
 
     root_path = ""
@@ -3487,6 +4145,7 @@ class Request:
         self.path = line.path
         self.query_string = line.query_string
         self.headers = headers
+        self.route = ""
         self.tail = ""
         self.subhost = ""
         self.max_body = 0
@@ -4784,7 +5443,7 @@ class Context:
     def __init__(self, app: Stario, req: Request) -> None:
         self.app = app
         self.req = req
-        self._span: Span | None = None  # made when it is needed: a silent app needs few of them
+        self._span: Span | None = None
 
     @cached_property
     def state(self) -> dict[str, Any]:
@@ -4801,8 +5460,16 @@ class Context:
     @property
     def span(self) -> Span:
         """The request's span."""
-        if self._span is None:
-            self._span = self.app.tracer(f"{self.req.method} {self.req.path}")
+        if self._span is None:  # a silent app hardly ever comes here
+            req = self.req
+            attributes = {"http.request.method": req.method, "url.path": req.path}
+            if req.client:
+                attributes["client.address"] = req.client
+            if req.route:
+                attributes["http.route"] = req.route
+            name = f"{req.method} {req.route}".rstrip()
+            caller = _caller_of(req.headers.getlist("traceparent"))
+            self._span = Span(self.app.tracer, name, attributes, caller)
         return self._span
 
     def __call__(
@@ -4813,14 +5480,24 @@ class Context:
             self._current()(event, attributes)
 
     def __setitem__(self, key: str, value: Any) -> None:
-        self._current().attributes[key] = value
+        if self.app._silent:
+            self._unseen[key] = value
+        else:
+            self._current()[key] = value
 
     def __getitem__(self, key: str) -> Any:
-        return self._current().attributes[key]
+        return self._unseen[key] if self.app._silent else self._current()[key]
+
+    @cached_property
+    def _unseen(self) -> dict[str, Any]:
+        return {}
 
     @contextmanager
     def step(self, name: str, attributes: Mapping[str, Any] | None = None) -> Iterator[Span]:
         """Trace a part of the work in a child span. Tasks that are started inside belong to it."""
+        if self.app._silent:
+            yield _unseen
+            return
         outer = self._current()
         with outer.step(name, attributes) as span:
             _current_step.set((self, span))
@@ -4859,10 +5536,6 @@ class Context:
             raise SignalsError([f"the signals: expected an object, got {type(found).__name__}"])
         return found if schema is None else read_signals(schema, found)
 
-
-_current_step: contextvars.ContextVar[tuple[Context | None, Span | None]] = contextvars.ContextVar(
-    "stario_step", default=(None, None)
-)
 
 Handler = Callable[[Context, Writer], Awaitable[None]]
 Middleware = Callable[[Handler], Handler]
@@ -5177,6 +5850,7 @@ class Router:
         # Most requests are for a path without parameters, and spelt as the route is.
         routes = self._exact.get(request.raw_path)
         if routes is not None and request.method in routes:
+            request.route = request.raw_path
             return routes[request.method]
         for node, values, tail in self._matches(request.raw_path):
             handler = node.routes.get(request.method)
@@ -5185,6 +5859,7 @@ class Router:
             if handler is not None:
                 request.params = dict(zip(node.names, values, strict=True))
                 request.tail = tail
+                request.route = node.shape
                 return handler
         return None
 
@@ -7067,12 +7742,13 @@ class Stario(Router):
         w = self._writer(carrier, request, self.compression)
         try:
             try:
-                if not self._silent:
-                    c.span.attributes["client"] = request.client
                 if not self._hosts:
-                    got = await (self._find(request) or self._fallback)(c, w)  # type: ignore[func-returns-value]
+                    handler = self._find(request) or self._fallback
                 else:
-                    got = await self._find_by_host(request)(c, w)  # type: ignore[func-returns-value]
+                    handler = self._find_by_host(request)
+                if not self._silent:
+                    _current_step.set((c, c.span))
+                got = await handler(c, w)  # type: ignore[func-returns-value]
                 if got is not None:
                     c("ignored", {"returned": got, "hint": "a handler answers by w, not by return"})
                 if w._rest is not None:
@@ -7091,7 +7767,7 @@ class Stario(Router):
             if type(request._body) is Body:
                 request._body.discard()
             if c._span is not None:
-                c._span.attributes["status"] = w.status_code
+                c._span.attributes["http.response.status_code"] = w.status_code
                 c._span.end()
 
     def _find_by_host(self, request: Request) -> Handler:
@@ -7180,7 +7856,8 @@ class Stario(Router):
         if isinstance(exc, ClientDisconnected):
             c("client.disconnected")
         elif isinstance(exc, HttpException):
-            c("http.exception", {"status": exc.status_code, "detail": exc.detail})
+            attributes = {"http.response.status_code": exc.status_code, "detail": exc.detail}
+            c("http.exception", attributes)
         else:
             self._report(c, exc, has_page)
 
@@ -7193,15 +7870,18 @@ class Stario(Router):
         if in_test is not None and not has_page:
             in_test.append(exc)
         for sign, hint in _HINTS.items():
-            if isinstance(exc, (TypeError, AttributeError)) and sign in str(exc):
+            if isinstance(exc, (TypeError, AttributeError)) and sign in _safe_text(exc):
                 exc.add_note(f"stario: {hint}")
         if not self._silent:
             c.span.fail(exc)
         elif in_test is None:
-            # (the path goes to a terminal: it must not start a line of its own there)
-            message = f"unhandled exception in {c.req.method} {c.req.path!r}"
-            report = {"message": message, "exception": exc}
-            asyncio.get_running_loop().call_exception_handler(report)
+            logger = logging.getLogger("asyncio")
+            text = _printable(f"unhandled exception in {c.req.method} {c.req.path}")
+            info = (type(exc), exc, exc.__traceback__)
+            record = logger.makeRecord(logger.name, logging.ERROR, "", 0, text, (), info)
+            # As logging would write it, except that no line begins with a client's text.
+            record.exc_text = "\n    ".join(map(_printable, _stack_of(exc).split("\n")))
+            logger.handle(record)
 
     def _complete(self, c: Context, w: Writer) -> None:
         """The handler is through: end its stream, or say that there is nothing to say."""
@@ -7360,8 +8040,12 @@ class Worker:
     def note_refusal(self, connection: Connection, exc: HttpException) -> None:
         """Put into the trace what no handler got to see."""
         if not self.app._silent:
-            attributes = {"status": exc.status_code, "detail": exc.detail}
-            self.app.tracer("http.refused", {"client": connection.client, **attributes}).end()
+            attributes = {
+                "http.response.status_code": exc.status_code,
+                "client.address": connection.client,
+                "detail": exc.detail,
+            }
+            self.app.tracer("http.refused", attributes).end()
 
     def _sweep(self) -> None:
         self._timer = self.loop.call_later(self._interval, self._sweep)
