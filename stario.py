@@ -2908,7 +2908,9 @@ class RichTracer(_StreamTracer):
 
     def _sum_up(self) -> None:
         """Tell of what was not shown: how many of each kind, and how long they took."""
-        summed, self._summed, self._shown = self._summed, {}, 0
+        summed, self._summed = self._summed, {}
+        burst = sum(map(len, summed.values())) > _MOST_SHOWN  # then none is shown until it is over
+        self._shown = _MOST_SHOWN if burst else 0
         for (name, outcome), took in sorted(summed.items(), key=lambda entry: -len(entry[1])):
             if took:
                 took.sort()
@@ -2963,19 +2965,21 @@ class RichTracer(_StreamTracer):
         for root in shown:
             count = f"{root.events:,} event{'s' * (root.events != 1)}"
             last = _event_text(root.last) if root.last else ""
-            lines.append([*self._heading(root.span), (f"{count:>14}  ", "dim"), (last, "cyan")])
+            title = (_padded(_title(root.span), self._title_width(), self._width // 2), "bold")
+            open_for = (f"{_took(now - root.span.start_ns):>8}  ", "green")
+            lines.append([open_for, title, (f"{count:>13}  ", "dim"), (last, "cyan")])
         if len(shown) < len(long):
-            lines.append([(f"         and {len(long) - len(shown)} more", "dim")])
+            lines.append([(f"{'':10}and {len(long) - len(shown)} more", "dim")])
         return lines
 
     def _columns(self, time_ns: int, title: str, outcome: tuple[str, str], took: str) -> _Line:
         """What the lines of requests have in common, one under the other."""
-        name = (_padded(title, self._title_width()), "bold")
+        name = (_padded(title, self._title_width(), max(20, self._width - 30)), "bold")
         text, style = outcome
-        return [(f"{_clock(time_ns)} ", "dim"), name, (f"{text:>7}", style), (f"{took:>10}", "")]
+        return [(f"{_clock(time_ns)}  ", "dim"), name, (f"{text:>7}", style), (f"{took:>9}", "")]
 
     def _title_width(self) -> int:
-        return max(20, min(48, self._width - 54))
+        return max(20, min(44, self._width - 60))
 
     def _heading(self, span: Span) -> _Line:
         took = _took((span.end_ns or time.time_ns()) - span.start_ns)
@@ -2990,7 +2994,7 @@ class RichTracer(_StreamTracer):
             left_out = SpanEvent(f"... {len(rows) - _MOST_ROWS} more ...", {}, 0)
             half = _MOST_ROWS // 2
             rows = [*rows[:half], (0, left_out), *rows[-half:]]
-        lines = self._with_pairs(heading, 11, span.attributes)
+        lines = self._with_pairs(heading, 8, span.attributes)
         for depth, row in rows:
             lines += self._row(span, depth, row)
         return lines
@@ -2998,12 +3002,12 @@ class RichTracer(_StreamTracer):
     def _row(self, root: Span, depth: int, row: SpanEvent | _Branch) -> list[_Line]:
         """One thing in a tree: how long after the root's start it came, and what it is."""
         guides = "│ " * min(depth, 15)
-        indent, room = 20 + len(guides), max(8, self._title_width() - 11 - len(guides))
+        indent, room = 20 + len(guides), max(8, self._title_width() - 10 - len(guides))
         if isinstance(row, _Branch):
             span = row.span
             took = _took(span.end_ns - span.start_ns) if span.end_ns else "open"
             line = [*_offset(root, span.start_ns), (guides, "dim"), (_padded(span.name, room), "")]
-            line += [(f"{took:>17}  ", ""), *_bar(root, span)]
+            line += [(f"{took:>16}  ", ""), *_bar(root, span)]
             return self._with_pairs(line, indent, span.attributes)
         line = [*_offset(root, row.time_ns), (guides, "dim")]
         if row.name != "exception":
@@ -3085,8 +3089,8 @@ def _fit(text: str, width: int) -> str:
     return kept + "…" * (width > 0)
 
 
-def _padded(text: str, width: int) -> str:
-    text = _fit(text, width)
+def _padded(text: str, width: int, most: int = 0) -> str:
+    text = _fit(text, max(width, most))
     return text + " " * (width - _cells([(text, "")]))
 
 
@@ -3097,7 +3101,8 @@ def _clock(time_ns: int) -> str:
 def _took(nanoseconds: int) -> str:
     seconds = nanoseconds / 1e9
     if seconds < 60:
-        return f"{seconds * 1000:.1f} ms" if seconds < 1 else f"{seconds:.1f} s"
+        digits = 2 if seconds < 0.001 else 1
+        return f"{seconds * 1000:.{digits}f} ms" if seconds < 1 else f"{seconds:.1f} s"
     minutes, hours = int(seconds) // 60, int(seconds) // 3600
     return f"{hours}h {minutes % 60:02}m" if hours else f"{minutes}m {int(seconds) % 60:02}s"
 
