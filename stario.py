@@ -2565,7 +2565,7 @@ class _StreamTracer(Tracer):
 
     def _begin(self) -> None:
         self._closing.clear()
-        self._writer = threading.Thread(target=self._run, name="stario tracer", daemon=True)
+        self._writer = threading.Thread(target=self._run, name="tracer", daemon=True)
         try:
             self._writer.start()
             atexit.register(self._close)
@@ -2646,14 +2646,15 @@ class _StreamTracer(Tracer):
         return missing
 
     def _write(self, text: str) -> bool:
+        self._in_write = True
         try:
             if text and self._stream is not None:
                 _write_any(self._stream, text)
                 self._stream.flush()
-        except (
-            Exception
-        ):  # OSError, ValueError (it is closed), or what somebody's own stream raises
+        except Exception:  # it is full, closed, or a stream of somebody's own that fails
             return False
+        finally:
+            self._in_write = False
         return True
 
     def _patience(self) -> float | None:
@@ -7880,8 +7881,12 @@ class Stario(Router):
         if not self._silent:
             c.span.fail(exc)
         elif in_test is None:
-            logger = logging.getLogger("asyncio")
             text = _printable(f"unhandled exception in {c.req.method} {c.req.path}")
+            loop = asyncio.get_running_loop()
+            if loop.get_exception_handler():
+                loop.call_exception_handler({"message": text, "exception": exc})
+                return
+            logger = logging.getLogger("asyncio")
             info = (type(exc), exc, exc.__traceback__)
             record = logger.makeRecord(logger.name, logging.ERROR, "", 0, text, (), info)
             # As logging would write it, except that no line begins with a client's text.
