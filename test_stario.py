@@ -1865,6 +1865,122 @@ class TestTelemetry(unittest.TestCase):
              "a.inner": "a", "b.inner": "b"},
         )  # fmt: skip
 
+    @needs("pyte")
+    def test_at_a_terminal_streams_stay_at_the_foot_and_prints_go_above_unbroken(self) -> None:
+        import fcntl
+        import select
+        import termios
+
+        import pyte
+
+        program = (
+            "import sys, time, stario\n"
+            "with stario.RichTracer() as tracer:\n"
+            "    streams = [tracer(f'stream {n}') for n in range(9)]\n"
+            "    with tracer('job', {'user': 'ada'}) as span:\n"
+            "        with span.step('query'): span('hit\\x1b[2J')\n"
+            "    time.sleep(1.2)\n"
+            "    print('printed', 1); print('to stderr', file=sys.stderr)\n"
+            "    for _ in range(500): tracer('burst').end()\n"
+            "    time.sleep(0.3)\n"
+            "    sys.stdin.readline()\n"
+            "    raise SystemExit\n"
+        )
+        master, slave = os.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
+        child = subprocess.Popen(
+            [sys.executable, "-c", program], cwd=HERE, stdin=slave, stdout=slave, stderr=slave,
+            env={**os.environ, "TERM": "xterm", "NO_COLOR": "", "FORCE_COLOR": ""},
+        )  # fmt: skip
+        os.close(slave)
+        screen = pyte.HistoryScreen(80, 24, history=10_000)
+        feed = pyte.ByteStream(screen).feed
+
+        def read_until(found: Callable[[], object]) -> None:
+            while not found():
+                self.assertTrue(select.select([master], [], [], 20)[0], "\n".join(screen.display))
+                feed(os.read(master, 65536))
+
+        def lines() -> list[str]:
+            rows = [*screen.history.top, *(screen.buffer[y] for y in range(24))]
+            return ["".join(row[x].data for x in range(80)).rstrip() for row in rows]
+
+        read_until(lambda: any("burst" in line and " x " in line for line in lines()))
+        shown = [line for line in lines() if line]
+        rule = next(i for i, line in enumerate(shown) if line.startswith("── 9 open ───"))
+        self.assertEqual(len(shown) - rule, 8)  # a third of the screen
+        self.assertRegex(shown[rule + 1], r"^ +[\d.]+ s  stream 0 +0 events$")
+        self.assertRegex(shown[-1], "and 3 more$")
+        above = shown[:rule]
+        self.assertIn("printed 1", above)
+        self.assertIn("to stderr", above)
+        self.assertRegex("\n".join(above), r"\d  job +[\d.]+ ms  user=ada\n +[\d.]+ ms  query +.*━")
+        self.assertLessEqual(sum("burst" in line for line in above), 22)
+        os.write(master, b"\n")
+        with suppress(OSError):  # the terminal's other end is closed
+            read_until(lambda: False)
+        self.assertEqual(child.wait(20), 0)
+        os.close(master)
+        self.assertFalse([line for line in lines() if "open ───" in line])
+        self.assertEqual((screen.cursor.x, screen.cursor.attrs.fg), (0, "default"))
+
+    @needs("opentelemetry.sdk")
+    def test_the_recipe_for_otlp_sends_spans_to_a_collector_that_refuses_at_first(self) -> None:
+        from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+        from opentelemetry.proto.collector.trace.v1 import trace_service_pb2
+
+        asked: list[Any] = []
+
+        class Collector(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["content-length"]))
+                asked.append(trace_service_pb2.ExportTraceServiceRequest.FromString(body))
+                self.send_response(503 if len(asked) < 2 else 200)
+                self.end_headers()
+
+            def log_message(self, *words: object) -> None:
+                pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Collector)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        self.addCleanup(server.server_close)
+        self.addCleanup(server.shutdown)
+        logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)
+        (recipe,) = [code for _, code in blocks("py") if "OtlpTracer" in code]
+        url = f"http://127.0.0.1:{server.server_port}"
+        names: dict[str, Any] = {}
+        with mock.patch.dict(os.environ, OTEL_EXPORTER_OTLP_ENDPOINT=url, OTEL_SERVICE_NAME="shop"):
+            exec(recipe, names)  # as a reader would run it
+            with names["OtlpTracer"]() as tracer, tracer("job", {"n": 1}) as span:
+                span("half", {"deep": {"a": None}})
+                with suppress(KeyError), span.step("part") as part:
+                    part.link(span)
+                    raise KeyError("x")
+        sent = asked[-1].resource_spans[0]
+        self.assertIn("shop", [a.value.string_value for a in sent.resource.attributes])
+        child, parent = sent.scope_spans[0].spans
+        self.assertEqual(child.parent_span_id.hex(), parent.span_id.hex())
+        self.assertEqual((parent.span_id.hex(), parent.trace_id.hex()), (span.id, span.trace_id))
+        self.assertEqual((child.status.code, child.events[0].name), (2, "exception"))
+        self.assertEqual(child.links[0].span_id.hex(), span.id)
+        self.assertEqual(
+            (parent.start_time_unix_nano, parent.attributes[0].value.int_value), (span.start_ns, 1)
+        )
+
+    def test_the_recipe_for_prometheus_counts_by_route(self) -> None:
+        (recipe,) = [code for _, code in blocks("python") if "class Metrics" in code]
+        names: dict[str, Any] = {}
+        exec(recipe, names)
+
+        async def run() -> str:
+            async with TestClient(names["app"]) as client:
+                await client.get("/metrics")
+                await client.get("/metrics")
+                return (await client.get("/metrics")).text
+
+        self.assertIn('requests_total{route="/metrics",status="200"} 2\n', asyncio.run(run()))
+
     def test_a_handlers_context_writes_to_the_span_of_its_step(self) -> None:
         out = io.StringIO()
         tracer = JsonTracer(out)
