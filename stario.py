@@ -6354,10 +6354,11 @@ class Assets:
         known = self._files.get(name)
         if known is None or self._root is None:
             return known
-        with suppress(OSError):
-            if known.settled and _stamp(os.stat(f"{self._root}/{name}")) == known.stamp:
-                return known
-        return None
+        try:
+            same = known.settled and _stamp(os.stat(f"{self._root}/{name}")) == known.stamp
+        except OSError:
+            return None
+        return known if same else None
 
     def _load(self, name: str) -> _File | None:
         try:
@@ -6425,8 +6426,11 @@ class Assets:
 
     async def __call__(self, c: Context, w: Writer) -> None:
         """Serve the file that `c.req.tail` names."""
-        with _file_errors(w):
+        try:
             await self._answer(c.req.tail, w)
+        except OSError as exc:
+            with _file_errors(w):
+                raise exc
 
     async def _answer(self, asked: str, w: Writer) -> None:
         plain = _FINGERPRINT.sub("", asked, count=1)
@@ -6625,6 +6629,8 @@ def _is_known(request: Request, etag: str) -> bool:
 
     If it wants to go on with another version only (13.1.1), that is a 412.
     """
+    if "if-none-match" not in request.headers and "if-match" not in request.headers:
+        return False
     wanted, known = (
         [tag.strip() for line in request.headers.getlist(name) for tag in line.split(",")]
         for name in ("if-match", "if-none-match")
@@ -6640,6 +6646,8 @@ def _range(request: Request, size: int, etag: str) -> tuple[int, int] | None:
     A range of another version, one of another form, or several at once: the whole file.
     """
     whole = (0, size)
+    if "range" not in request.headers:
+        return whole
     condition = request.headers.get("if-range")
     asked = re.fullmatch(r"bytes=([0-9]{0,18})-([0-9]{0,18})", request.headers.get("range") or "")
     if not asked or request.method != "GET" or asked[0] == "bytes=-":
