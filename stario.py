@@ -10547,16 +10547,21 @@ function leave(el) {
 function update(records) {
   const again = new Set();           // owners that have to write again
   const selects = new Set();         // their options came or went
-  for (const { removedNodes } of records) {
+  const ofChildren = records.filter(({ type }) => type === 'childList');
+  for (const { removedNodes } of ofChildren) {
     for (const node of removedNodes) if (!isInPage(node)) family(node).forEach(leave);
   }
-  for (const { type, attributeName: name, target, addedNodes } of records) {
+  if (ofChildren.length) layout++;
+  for (const record of records) {
+    const { type, target } = record;
+    const name = type === 'attributes' ? record.attributeName : null;
     const el = type === 'characterData' ? parentOf(target) : target;
     if (!el || !isInPage(el)) continue;
     if (name === 'data-ignore') family(el).forEach(follow);
     else if (name?.startsWith('data-')) follow(el);
-    for (const node of addedNodes) if (isInPage(node)) family(node).forEach(follow);
-    if (addedNodes.length) layout++;
+    else if (type === 'childList') {
+      for (const node of record.addedNodes) if (isInPage(node)) family(node).forEach(follow);
+    }
     const owner = owners.get(el);
     const part = name ?? '#text';
     if (owner?.wrote.has(part) && owner.wrote.get(part) !== present(el, part)) again.add(owner);

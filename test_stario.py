@@ -10403,9 +10403,10 @@ class ClientPromises(_Case):
         if clock:
             self.watch(self.browser.new_page())
             self.page.clock.install(time=0)
+            self.page.clock.pause_at(1)  # in seconds
         self.page.goto(self.server.url + path)
         if clock:
-            self.page.clock.pause_at(1)  # in seconds
+            self.page.clock.run_for(1)  # the client starts with a timer
         self.see("window.isReady", True)
 
     def do(self, script: str) -> Any:
