@@ -9954,19 +9954,26 @@ class TestWalkthrough(AsyncTest):
             self.assertEqual((await peer.get(f"/static/{name}")).text, "body{}")
 
 
-class Tiles:
-    """A `python tiles_app.py` of its own."""
+TILES = ("tiles_app.py", "--host", "127.0.0.1", "--port", "{port}")
+UVICORN = ("-m", "uvicorn", "tiles_app:app", "--port", "{port}", "--timeout-graceful-shutdown", "1")
+HYPERCORN = ("-m", "hypercorn", "tiles_app:app", "--bind", "127.0.0.1:{port}")
+GRANIAN = ("-m", "granian", "--interface", "asgi", "--port", "{port}", "tiles_app:app")
 
-    def __init__(self, *options: str, port: int = 0) -> None:
-        path = str(Path(__file__).parent / "tiles_app.py")
+
+class Tiles:
+    """Tiles as a process of its own: as a program, or under another server."""
+
+    def __init__(self, *options: str, port: int = 0, command: tuple[str, ...] = TILES) -> None:
+        port = port or (0 if command is TILES else free_port())
         self.process = subprocess.Popen(
-            [sys.executable, "-u", path, "--host", "127.0.0.1", "--port", str(port), *options],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            [sys.executable, "-u", *(word.format(port=port) for word in command), *options],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=HERE,
+            start_new_session=True,
         )  # fmt: skip
         assert self.process.stdout is not None
         self.first_line = self.process.stdout.readline()
         found = re.search(r"http://127\.0\.0\.1:(\d+)", self.first_line)
-        self.port = int(found[1]) if found else 0
+        self.port = port or (int(found[1]) if found else 0)
         # Its log is read on, or the pipe would fill up and stop it.
         self.lines: list[str] = []
         self._reader = threading.Thread(target=self.lines.extend, args=(self.process.stdout,))
@@ -9977,15 +9984,20 @@ class Tiles:
         try:
             return self.process.wait(15)
         finally:
-            self.process.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)  # some servers have children
+            self.process.wait()
             self._reader.join()
 
 
-class TestTiles(AsyncTest):
-    """The app, from outside, as a program."""
+class TilesClient(AsyncTest):
+    """Who talks to Tiles from outside."""
+
+    command = TILES
 
     def start(self, *options: str, port: int = 0) -> Tiles:
-        tiles = Tiles(*options, port=port)
+        own = options if self.command is TILES else ()
+        tiles = Tiles(*own, port=port, command=self.command)
         self.addCleanup(tiles.stop, signal.SIGKILL)
         return tiles
 
@@ -9997,12 +10009,16 @@ class TestTiles(AsyncTest):
         self.assertEqual((await peer.head()).status, 200)
         return peer
 
-    async def view(self, peer: Peer, wanted: str) -> str:
-        """Read on until a view has this in it."""
+    async def look(self, peer: Peer, wanted: Callable[[str], object]) -> str:
+        """Read on until a view is as wanted."""
         text = ""
-        while wanted not in text:
+        while not text or not wanted(text):
             text = (await within(peer.chunk())).decode()
         return text
+
+    async def view(self, peer: Peer, wanted: str) -> str:
+        """Read on until a view has this in it."""
+        return await self.look(peer, lambda text: wanted in text)
 
     async def click(self, tiles: Tiles, user: str, cell: object) -> Answer:
         peer = await Peer.connect(tiles.port)
@@ -10015,18 +10031,28 @@ class TestTiles(AsyncTest):
         await peer.close()
         return answer
 
-    async def test_colours_are_the_same_in_every_process(self) -> None:
-        colours = set()
-        for _ in range(2):
-            tiles = self.start("--local")
-            text = await self.view(await self.join(tiles, "ada"), "player-ada")
-            found = re.search(r'player-ada"><span [^>]*background-color:([^;]+)', text)
-            assert found
-            colours.add(found[1])
-        self.assertEqual(len(colours), 1)
+
+class TilesTest(TilesClient):
+    """The app, whatever serves it."""
+
+    async def test_a_click_shows_in_all_tabs(self) -> None:
+        tiles = self.start("--local")
+        await until_listening(tiles.port)
+        a, b = await self.join(tiles, "ada"), await self.join(tiles, "bob")
+        await self.view(a, "player-bob")
+        before = await self.view(b, "player-ada")
+        self.assertEqual((await self.click(tiles, "ada", 7)).status, 204)
+        painted = re.search(r'id="cell-7"[^>]*', before)
+        for tab in (a, b):
+            text = before
+            while (
+                (now := re.search(r'id="cell-7"[^>]*', text)) and painted and now[0] == painted[0]
+            ):
+                text = (await within(tab.chunk())).decode()
 
     async def test_a_player_is_there_until_the_last_stream_ends(self) -> None:
         tiles = self.start("--local")
+        await until_listening(tiles.port)
         watcher = await self.join(tiles, "watcher")
         first = await self.join(tiles, "ada")
         second = await self.join(tiles, "ada")
@@ -10042,6 +10068,7 @@ class TestTiles(AsyncTest):
 
     async def test_a_cell_that_is_none_is_a_400_and_changes_nothing(self) -> None:
         tiles = self.start("--local")
+        await until_listening(tiles.port)
         peer = await self.join(tiles, "ada")
         before = await self.view(peer, "player-ada")
         for cell in ("x", "-1", "25", "1e1", "", "٣", "9" * 5000, "0x1", "1.0"):
@@ -10056,7 +10083,29 @@ class TestTiles(AsyncTest):
 
     async def test_who_is_not_connected_cannot_paint(self) -> None:
         tiles = self.start("--local")
+        await until_listening(tiles.port)
         self.assertEqual((await self.click(tiles, "nobody", 3)).status, 303)
+
+    async def test_other_sites_cannot_click(self) -> None:
+        tiles = self.start("--local")
+        await until_listening(tiles.port)
+        peer = await Peer.connect(tiles.port)
+        answer = await peer.get("/click?cellId=1", "POST", Sec_Fetch_Site="cross-site")
+        self.assertEqual(answer.status, 403)
+
+
+class TestTiles(TilesTest):
+    """As a program."""
+
+    async def test_colours_are_the_same_in_every_process(self) -> None:
+        colours = set()
+        for _ in range(2):
+            tiles = self.start("--local")
+            text = await self.view(await self.join(tiles, "ada"), "player-ada")
+            found = re.search(r'player-ada"><span [^>]*background-color:([^;]+)', text)
+            assert found
+            colours.add(found[1])
+        self.assertEqual(len(colours), 1)
 
     async def test_four_workers_share_one_board_and_never_lose_a_click(self) -> None:
         tiles = self.start("--workers", "4", "--local")
@@ -10099,12 +10148,6 @@ class TestTiles(AsyncTest):
         names = [json.loads(line)["name"] for line in [tiles.first_line, *tiles.lines]]
         self.assertEqual(names, ["listening", "GET /"])
 
-    async def test_other_sites_cannot_click(self) -> None:
-        tiles = self.start("--local")
-        peer = await Peer.connect(tiles.port)
-        answer = await peer.get("/click?cellId=1", "POST", Sec_Fetch_Site="cross-site")
-        self.assertEqual(answer.status, 403)
-
     def test_two_files_in_an_empty_folder_are_enough(self) -> None:
         here = Path(__file__).parent
         with tempfile.TemporaryDirectory() as folder:
@@ -10117,6 +10160,72 @@ class TestTiles(AsyncTest):
                 cwd=folder, capture_output=True, text=True, check=True,
             )  # fmt: skip
             self.assertIn('<main id="home"', done.stdout)
+
+
+@needs("uvicorn")
+class TestTilesUnderUvicorn(TilesTest):
+    command = UVICORN
+
+    async def test_when_it_stops_the_streams_clean_up(self) -> None:
+        tiles = self.start()
+        await until_listening(tiles.port)
+        await self.view(await self.join(tiles, "ada"), "player-ada")
+        await asyncio.to_thread(tiles.stop)
+        self.assertIn("on_leave", "".join(tiles.lines))
+
+
+@needs("hypercorn")
+class TestTilesUnderHypercorn(TilesTest):
+    command = HYPERCORN
+
+
+@needs("granian")
+class TestTilesUnderGranian(TilesTest):
+    command = GRANIAN
+
+
+@needs("redis", "redis-server")
+class TestTilesInManyProcesses(TilesClient):
+    """One board in Redis, and a process for each tab."""
+
+    def setUp(self) -> None:
+        self.redis = Redis()
+        self.redis.start()
+        self.addCleanup(self.redis.kill)
+        options = ("--local", "--redis", self.redis.url, "--expiry", "1")
+        self.processes = [self.start(*options) for _ in range(3)]
+
+    async def test_no_answered_click_is_lost_and_the_players_of_the_dead_go(self) -> None:
+        names = ["ada", "bob", "eve"]
+        tabs = [
+            await self.join(tiles, name) for tiles, name in zip(self.processes, names, strict=True)
+        ]
+        for tab in tabs:
+            await self.look(tab, lambda text: all(f"player-{name}" in text for name in names))
+        for cell, tiles in enumerate(self.processes):
+            self.assertEqual((await self.click(tiles, names[cell], cell)).status, 204)
+        self.processes[2].stop(signal.SIGKILL)
+        text = await self.look(
+            tabs[0], lambda text: "player-eve" not in text and text.count(": painted") == 3
+        )
+        self.assertIn("player-bob", text)
+
+    async def test_the_board_catches_up_after_redis_has_been_restarted(self) -> None:
+        tiles = self.processes[0]
+        tab, other = await self.join(tiles, "ada"), await self.join(self.processes[1], "bob")
+        await self.view(tab, "player-bob")
+        self.assertEqual((await self.click(tiles, "ada", 3)).status, 204)
+        await self.view(other, ": painted")
+        self.redis.kill()
+        self.assertEqual((await self.click(tiles, "ada", 4)).status, 500)
+        self.redis.start()  # it has kept nothing
+        for stream in (tab, other):
+            await self.look(
+                stream,
+                lambda text: ": painted" not in text and "-ada" in text and "player-bob" in text,
+            )
+        self.assertEqual((await self.click(tiles, "ada", 5)).status, 204)
+        await self.view(other, ": painted")
 
 
 # -- In a browser

@@ -11,11 +11,14 @@ again. The browser changes only what differs.
 
 import argparse
 import asyncio
+import os
 import random
 import sys
 import threading
+import time
 import uuid
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
 from zlib import crc32
 
@@ -23,10 +26,12 @@ from stario import (
     Context,
     HttpException,
     JsonTracer,
+    RedisRelay,
     Relay,
     RichTracer,
     SafeString,
     Stario,
+    Tracer,
     Writer,
     asset,
     at,
@@ -36,17 +41,9 @@ from stario import (
     same_origin,
 )
 
-# -- State. It lives in variables: all workers are threads of one process, so they share it. Each
-# change is made under the lock, since a read and a write that depends on it are two steps.
-
 SIZE = 5
 CELLS = range(SIZE * SIZE)
 CELL_IDS = {str(cell): cell for cell in CELLS}  # what a request may say
-
-board: dict[int, str] = {}  # cell -> colour
-players: Counter[str] = Counter()  # user id -> open streams: a reconnect may overlap the old one
-lock = threading.Lock()
-relay: Relay[str] = Relay()
 
 
 def color_for_user(user_id: str) -> str:
@@ -54,24 +51,119 @@ def color_for_user(user_id: str) -> str:
     return f"hsl({crc32(user_id.encode()) % 360} 70% 52%)"
 
 
-def paint_at_random() -> None:
-    """Begin with a few cells, so that the board does not look broken."""
-    for cell in random.sample(CELLS, 4):
-        board[cell] = color_for_user(str(random.random()))
+# -- State. One object holds it, and its relay tells that it has changed. All workers are threads
+# of one process, so they share it. Each change is made under the lock, since a read and a write
+# that depends on it are two steps.
 
 
-def join(user_id: str) -> None:
-    """One more stream of this player is open."""
-    with lock:
-        players[user_id] += 1
+class State:
+    """Board and players, in this process."""
+
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        self.relay: Relay[str] = Relay()
+        self.players: Counter[str] = Counter()  # user id -> open streams: they may overlap
+        # Begin with a few cells, so that the board does not look broken.
+        colors = (color_for_user(str(random.random())) for _ in CELLS)
+        self.board = dict(zip(random.sample(CELLS, 4), colors, strict=False))  # cell -> colour
+
+    async def join(self, user_id: str) -> None:
+        """One more stream of this player is open."""
+        with self.lock:
+            self.players[user_id] += 1
+
+    async def leave(self, user_id: str) -> None:
+        """One fewer. A player is there until the last one ends."""
+        with self.lock:
+            self.players[user_id] -= 1
+            if not self.players[user_id]:
+                del self.players[user_id]
+
+    async def paint(self, cell: int, user_id: str) -> None:
+        """Paint a cell, or clear it if it has this player's colour."""
+        color = color_for_user(user_id)
+        with self.lock:
+            if self.board.get(cell) == color:
+                self.board.pop(cell)
+            else:
+                self.board[cell] = color
+
+    def tell(self, event: str, user_id: str) -> None:
+        """Let everyone see what has changed."""
+        self.relay.publish(event, user_id)
 
 
-def leave(user_id: str) -> None:
-    """One fewer. A player is there until the last one ends."""
-    with lock:
-        players[user_id] -= 1
-        if not players[user_id]:
-            del players[user_id]
+class SharedState(State):
+    """The same for many processes: it is kept in Redis, and here is a copy to show.
+
+    A player is a member of a sorted set whose score is the time until which it counts. Each process
+    puts that off for its own players; those of a process that has died run out.
+    """
+
+    PAINT = """
+        if redis.call('hget', KEYS[1], ARGV[1]) == ARGV[2] then
+            return redis.call('hdel', KEYS[1], ARGV[1])
+        end
+        return redis.call('hset', KEYS[1], ARGV[1], ARGV[2])
+    """  # Redis runs it as one step
+
+    def __init__(self, url: str, tracer: Tracer, expiry: float) -> None:
+        super().__init__()
+        self.others = RedisRelay[str](url, queue=1000, tracer=tracer)
+        from redis import RedisError, asyncio
+
+        self.redis = asyncio.Redis.from_url(url, decode_responses=True, socket_timeout=5)
+        self.away = (RedisError, OSError)  # what it raises while Redis cannot be reached
+        self.expiry = expiry
+        self.process = uuid.uuid4().hex
+        self.own: Counter[str] = Counter()  # the players whose streams are open here
+
+    async def join(self, user_id: str) -> None:
+        self.own[user_id] += 1
+        await self.refresh()
+
+    async def leave(self, user_id: str) -> None:
+        self.own[user_id] -= 1
+        if not self.own[user_id]:
+            del self.own[user_id]
+            with suppress(*self.away):
+                await self.redis.zrem("tiles:players", f"{self.process} {user_id}")
+        await self.refresh()
+
+    async def paint(self, cell: int, user_id: str) -> None:
+        await self.redis.eval(self.PAINT, 1, "tiles:board", cell, color_for_user(user_id))
+
+    def tell(self, event: str, user_id: str) -> None:
+        self.others.publish(event, user_id)
+
+    async def follow(self) -> None:
+        """Keep the copy like what Redis has: at every word of the others, and now and then."""
+        events = self.others.subscribe("*", overflow="latest")
+        while True:
+            await self.refresh()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(anext(events), self.expiry / 4)
+
+    async def refresh(self) -> None:
+        """Put off our players' end, read everything, and tell our tabs if something has changed."""
+        now = time.time()
+        own = {f"{self.process} {user_id}": now + self.expiry for user_id in self.own}
+        with suppress(*self.away):  # the copy stays as it is; the next time may go better
+            async with self.redis.pipeline() as all_at_once:
+                if own:
+                    all_at_once.zadd("tiles:players", own)
+                all_at_once.zremrangebyscore("tiles:players", 0, now)
+                all_at_once.zrange("tiles:players", 0, -1)
+                all_at_once.hgetall("tiles:board")
+                *_, members, cells = await all_at_once.execute()
+            players = Counter(member.partition(" ")[2] for member in members)
+            board = {int(cell): color for cell, color in cells.items()}
+            if (board, players) != (self.board, self.players):
+                self.board, self.players = board, players
+                self.relay.publish("change", "")
+
+
+state = State()  # `make_app` may put a SharedState in its place
 
 
 # -- Views. An element is a string, so what never changes is built once, here.
@@ -100,8 +192,8 @@ def page(*content: SafeString) -> SafeString:
 
 def home_view(user_id: str) -> SafeString:
     """All that changes, as one user sees it. `id` tells the browser which element to patch."""
-    with lock:
-        cells, present = dict(board), sorted(players)
+    with state.lock:
+        cells, present = dict(state.board), sorted(state.players)
     # The order of attributes matters: the stream's request sends the signals, so they come first.
     return h.Main(
         {"id": "home"},
@@ -167,9 +259,9 @@ async def subscribe(c: Context, w: Writer) -> None:
 
     # Subscribe first, and nothing is missed between the view and the first turn of the loop. Who
     # falls behind needs only the last event of each kind: the view is always whole.
-    events = relay.subscribe("*", overflow="latest")
-    join(signals.user_id)
-    relay.publish("join", signals.user_id)
+    events = state.relay.subscribe("*", overflow="latest")
+    await state.join(signals.user_id)
+    state.tell("join", signals.user_id)
     c("on_join", {"user_id": signals.user_id})
     c["user_id"] = signals.user_id
 
@@ -181,15 +273,15 @@ async def subscribe(c: Context, w: Writer) -> None:
         w.patch(home_view(signals.user_id))
 
     # Cleanup: runs after the disconnect
-    leave(signals.user_id)
-    relay.publish("leave", signals.user_id)
+    await state.leave(signals.user_id)
+    state.tell("leave", signals.user_id)
     c("on_leave", {"user_id": signals.user_id})
 
 
 async def click(c: Context, w: Writer) -> None:
-    """Answer at once, then paint the cell and tell everyone."""
+    """Paint a cell, answer, and then tell everyone."""
     signals = await c.signals(HomeSignals)
-    if signals.user_id not in players:
+    if signals.user_id not in state.players:
         c("No user id or user not connected", {"user_id": signals.user_id})
         w.redirect("/", status=303)
         return
@@ -199,17 +291,14 @@ async def click(c: Context, w: Writer) -> None:
     c["user_id"] = signals.user_id
     c["cell_id"] = cell
 
+    # What the answer promises is done before it
+    await state.paint(cell, signals.user_id)
+
     # Respond immediately: the client gets its 204 No Content now
     w.empty(204)
 
     # Everything below still runs after the response is sent
-    color = color_for_user(signals.user_id)
-    with lock:
-        if board.get(cell) == color:
-            board.pop(cell)
-        else:
-            board[cell] = color
-    relay.publish("click", signals.user_id)
+    state.tell("click", signals.user_id)
 
 
 # -- Looks. The files of `app.assets` can stand in the code, too: one file is the whole app.
@@ -255,14 +344,18 @@ a.8.8 0 0 1-.8-.8z" fill="#ffc914"/></svg>"""
 # -- The app
 
 
-def make_app(tracer: RichTracer | JsonTracer) -> Stario:
+def make_app(tracer: Tracer, redis: str = "", expiry: float = 20.0) -> Stario:
     """Routes, in one place, to be read top to bottom."""
+    global state
     app = Stario(tracer)
     app.use(same_origin)  # no other site can click for our users
     app.assets("/static", {"style.css": STYLE, "icon.svg": ICON})
     app.get("/", home)
     app.get("/subscribe", subscribe)
     app.post("/click", click)
+    if redis:
+        state = shared = SharedState(redis, tracer, expiry)
+        app.background(shared.follow())
     return app
 
 
@@ -273,14 +366,19 @@ async def main() -> None:
     options.add_argument("--local", action="store_true", help="as at a terminal")
     options.add_argument("--host", default="127.0.0.1" if local else "0.0.0.0")
     options.add_argument("--port", type=int, default=8000)
-    options.add_argument("--workers", type=int, default=1 if local else 4)
+    options.add_argument("--workers", type=int, default=1)
+    options.add_argument("--redis", default="", help="share the board with other processes")
+    options.add_argument("--expiry", type=float, default=20.0, help="seconds a dead process lasts")
     chosen = options.parse_args()
+    if chosen.redis and chosen.workers > 1:
+        options.error("with --redis, start more processes instead of workers")
 
-    paint_at_random()
     with RichTracer() if local else JsonTracer() as tracer:
-        app = make_app(tracer)
+        app = make_app(tracer, chosen.redis, chosen.expiry)
         await app.serve(host=chosen.host, port=chosen.port, workers=chosen.workers)
 
 
 if __name__ == "__main__":
     asyncio.run(main())
+else:  # `uvicorn tiles_app:app`, or another ASGI server
+    app = make_app(JsonTracer(), os.environ.get("REDIS_URL", ""))

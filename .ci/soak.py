@@ -159,7 +159,7 @@ def figures() -> dict[str, Any]:
         "connections": sum(len(worker.connections) for worker in server._workers),
         "subscriptions": len(relay.subscriptions),
         "patterns": len(relay._exact) + len(relay._prefix),
-        "players": len(tiles_app.players),
+        "players": len(tiles_app.state.players),
         "spans": len(tracer.open),
         "failed": tracer.failed,
         "opened": counts.opened,
@@ -185,17 +185,18 @@ def descriptors() -> int:
 
 def count_players() -> None:
     """Let Tiles use our relay, and tell us of each stream that joins and leaves."""
-    join, leave = tiles_app.join, tiles_app.leave
+    state = tiles_app.state
+    join, leave = state.join, state.leave
 
-    def counted_join(user_id: str) -> None:
+    async def counted_join(user_id: str) -> None:
         counts.note_opened()
-        join(user_id)
+        await join(user_id)
 
-    def counted_leave(user_id: str) -> None:
-        leave(user_id)
+    async def counted_leave(user_id: str) -> None:
+        await leave(user_id)
         counts.note_cleaned()
 
-    tiles_app.join, tiles_app.leave, tiles_app.relay = counted_join, counted_leave, relay
+    state.join, state.leave, state.relay = counted_join, counted_leave, relay
 
 
 async def serve(workers: int, port: int) -> None:
