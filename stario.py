@@ -10418,7 +10418,7 @@ function bind(about) {
     give(el, value);
     seen = state();
   }
-  const state = () => String(take(el, ''));
+  const state = () => String([take(el, ''), el.checked]);
   // The browser may have filled in the field since, without an event.
   function check() {
     if (state() !== seen) save();
