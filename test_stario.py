@@ -10162,6 +10162,224 @@ class TestTiles(TilesTest):
             self.assertIn('<main id="home"', done.stdout)
 
 
+class AsgiServer:
+    """What an ASGI server does for one request: it gives pieces of a body, and takes an answer."""
+
+    def __init__(self, app: Any, path: str = "/", *pieces: bytes, **scope: Any) -> None:
+        self.scope = {
+            "type": "http", "method": "GET", "path": path, "query_string": b"", "headers": [],
+            "client": ("10.0.0.9", 1), "scheme": "https", **scope,
+        }  # fmt: skip
+        self.pieces = list(pieces)
+        self.received = 0
+        self.sent: list[dict[str, Any]] = []
+        self.room = asyncio.Event()  # the client takes what is sent
+        self.room.set()
+        self.gone = asyncio.Event()
+        self.task = asyncio.create_task(app(self.scope, self.receive, self.send))
+
+    async def receive(self) -> dict[str, Any]:
+        if self.received < max(1, len(self.pieces)):
+            self.received += 1
+            body = self.pieces[self.received - 1] if self.pieces else b""
+            return {
+                "type": "http.request",
+                "body": body,
+                "more_body": self.received < len(self.pieces),
+            }
+        await self.gone.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(self, message: dict[str, Any]) -> None:
+        await self.room.wait()
+        self.sent.append(message)
+
+    @property
+    def body(self) -> bytes:
+        return b"".join(message.get("body", b"") for message in self.sent)
+
+
+class TestAsgi(StreamTest):
+    """Part 14b: what a server does, and what it sees of the app."""
+
+    async def asked(self, app: Stario, path: str = "/", *pieces: bytes, **scope: Any) -> AsgiServer:
+        server = AsgiServer(app, path, *pieces, **scope)
+        await within(server.task)
+        return server
+
+    async def test_a_request_comes_as_it_was_sent(self) -> None:
+        async def show(c: Context, w: Writer) -> None:
+            req = c.req
+            w.json([req.path, req.raw_path, req.query.get("q"), req.client, req.url, req.cookies])
+
+        app = Stario()
+        app.get("/*", show)
+        fields = [(b"host", b"h"), (b"cookie", b"a=1"), (b"cookie", b"b=2")]  # as HTTP/2 splits it
+        server = await self.asked(
+            app, "/é/x/y", raw_path=b"/%C3%A9/x%2Fy", query_string=b"q=%20", headers=fields
+        )
+        url = "https://h/%C3%A9/x%2Fy?q=%20"
+        wanted = ["/é/x/y", "/%C3%A9/x%2Fy", " ", "10.0.0.9", url, {"a": "1", "b": "2"}]
+        self.assertEqual(json.loads(server.body), wanted)
+        self.assertEqual([m.get("more_body") for m in server.sent], [None, False])
+        refused = await self.asked(app, "/%zz", raw_path=b"/%zz")
+        self.assertEqual(refused.sent[0]["status"], 400)
+
+    async def test_a_mounted_app_begins_at_its_root(self) -> None:
+        async def show(c: Context, w: Writer) -> None:
+            w.text(f"{c.req.path} at {c.req.root_path}")
+
+        app = Stario()
+        app.get("/*", show)
+        for path, raw, text in (
+            ("/live/x", b"/live/x", "/x at /live"),
+            ("/live", b"/live", "/ at /live"),
+            ("/live/é", b"/%6cive/%C3%A9", "/é at /live"),
+            ("/livery", b"/livery", "/livery at /live"),
+        ):
+            server = await self.asked(app, path, raw_path=raw, root_path="/live")
+            self.assertEqual(server.body.decode(), text)
+
+    async def test_a_body_is_received_as_it_is_wanted_and_never_beyond_its_limit(self) -> None:
+        async def slow(c: Context, w: Writer) -> None:
+            self.ready.set()
+            await self.ended_waiting.wait()
+            w.text(str(len(await c.req.body())))
+
+        self.ended_waiting = asyncio.Event()
+        app = Stario(max_body=10_000_000)
+        app.post("/", slow)
+        pieces = [bytes(50_000)] * 100
+        server = AsgiServer(app, "/", *pieces, method="POST")
+        await within(self.ready.wait())
+        for _ in range(20):
+            await asyncio.sleep(0)
+        self.assertLess(server.received, 5)
+        self.ended_waiting.set()
+        await within(server.task)
+        self.assertEqual(server.body, b"5000000")
+        app.max_body = 60_000
+        self.assertEqual(
+            (await self.asked(app, "/", *pieces, method="POST")).sent[0]["status"], 413
+        )
+
+    async def test_a_client_that_does_not_take_holds_the_stream_up(self) -> None:
+        written: list[int] = []
+
+        async def flood(c: Context, w: Writer) -> None:
+            async for _ in w.alive():
+                w.event("x", "y" * 10_000)
+                written.append(1)
+
+        server = AsgiServer(self.app(flood))
+        await until(lambda: len(written) > 20)
+        server.room.clear()
+        for _ in range(100):
+            await asyncio.sleep(0)
+        before = len(written)
+        for _ in range(100):
+            await asyncio.sleep(0)
+        self.assertEqual(len(written), before)
+        server.gone.set()
+        server.room.set()
+        await within(server.task)
+
+    async def test_a_disconnect_or_a_server_that_stops_ends_the_stream_and_its_cleanup_runs(
+        self,
+    ) -> None:
+        async def stream(c: Context, w: Writer) -> None:
+            self.start(w)
+            async for _ in w.alive(self.relay.subscribe("*")):
+                pass
+            await asyncio.sleep(0)
+            self.log.append(f"{w.disconnected} {w.shutting_down}")
+
+        server = AsgiServer(self.app(stream))
+        await within(self.ready.wait())
+        server.gone.set()
+        await within(self.ended.wait())
+        await within(server.task)
+        self.setUp_again()
+        server = AsgiServer(self.app(stream))
+        await within(self.ready.wait())
+        server.task.cancel()
+        await within(self.ended.wait())
+        self.assertEqual(self.log, ["True False", "True True"])
+        self.assertTrue(is_empty(self.relay))
+
+    def setUp_again(self) -> None:
+        self.ready, self.ended = asyncio.Event(), asyncio.Event()
+
+    async def test_work_after_an_early_answer_is_done(self) -> None:
+        async def early(c: Context, w: Writer) -> None:
+            w.empty()
+            await asyncio.sleep(0.01)
+            self.log.append(f"worked {w.disconnected}")
+
+        server = AsgiServer(self.app(early))
+        await until(lambda: len(server.sent) == 2)
+        self.assertEqual(self.log, [])
+        server.gone.set()  # servers say so once the answer is through
+        await within(server.task)
+        self.assertEqual(self.log, ["worked False"])
+
+    async def test_an_answer_that_breaks_off_is_seen(self) -> None:
+        async def broken(c: Context, w: Writer) -> None:
+            w.write(b"some")
+            await asyncio.sleep(0)
+            raise HttpException(400)
+
+        server = AsgiServer(self.app(broken))
+        with self.assertRaises(ClientDisconnected):
+            await within(server.task)
+        self.assertTrue(all(message.get("more_body", True) for message in server.sent))
+
+    async def test_its_life_is_that_of_the_server(self) -> None:
+        @asynccontextmanager
+        async def life(app: Stario) -> AsyncIterator[None]:
+            self.log.append("opened")
+            yield
+            self.log.append("closed")
+
+        app = Stario()
+        app.lifespan(life)
+        told: asyncio.Queue[dict[str, str]] = asyncio.Queue()
+        said: list[str] = []
+
+        async def send(message: dict[str, str]) -> None:
+            said.append(message["type"])
+
+        living = asyncio.create_task(app({"type": "lifespan"}, told.get, send))
+        told.put_nowait({"type": "lifespan.startup"})
+        await until(lambda: said)
+        self.assertEqual((said, self.log), (["lifespan.startup.complete"], ["opened"]))
+        told.put_nowait({"type": "lifespan.shutdown"})
+        await within(living)
+        self.assertEqual((said[1:], self.log[1:]), (["lifespan.shutdown.complete"], ["closed"]))
+
+
+@needs("starlette")
+class TestUnderStarlette(AsyncTest):
+    async def test_it_can_be_mounted(self) -> None:
+        from starlette.applications import Starlette
+        from starlette.routing import Mount
+
+        async def here(c: Context, w: Writer) -> None:
+            w.text(f"{c.req.path} at {c.req.root_path}")
+
+        app = Stario()
+        app.get("/x", here)
+        outer = Starlette(routes=[Mount("/live", app)])
+        for path, status in (("/live/x", 200), ("/live/x/", 308), ("/live/none", 404), ("/x", 404)):
+            server = AsgiServer(outer, path, raw_path=path.encode(), root_path="")
+            await within(server.task)
+            self.assertEqual(server.sent[0]["status"], status, path)
+            if status == 200:
+                self.assertEqual(server.body, b"/x at /live")
+            if status == 308:
+                self.assertIn((b"location", b"/live/x"), server.sent[0]["headers"])
+
+
 @needs("uvicorn")
 class TestTilesUnderUvicorn(TilesTest):
     command = UVICORN
