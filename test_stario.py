@@ -241,6 +241,7 @@ class Peer:
         headers: dict[str, str] = {}
         for line in lines:
             name, _, value = line.partition(": ")
+            name = name.lower()  # proxies write it with capitals
             headers[name] = f"{headers[name]}, {value}" if name in headers else value
         return Answer(int(first.split()[1]), headers, b"")
 
@@ -5897,6 +5898,124 @@ async def nginx(upstream: int) -> AsyncIterator[int]:
         finally:
             process.terminate()
             await process.wait()
+
+
+@asynccontextmanager
+async def proxy(name: str, upstream: int) -> AsyncIterator[int]:
+    """nginx or HAProxy, with the lines that the README has for them: its port."""
+    port = free_port()
+    configs = {
+        "nginx": f"""
+            events {{}}
+            http {{ access_log off; server {{ listen 127.0.0.1:{port}; location / {{
+                proxy_pass http://127.0.0.1:{upstream};
+                proxy_http_version 1.1;
+                proxy_set_header Connection "";
+                proxy_set_header Host $http_host;
+                proxy_set_header X-Forwarded-For $proxy_add_x_forwarded_for;
+                proxy_set_header X-Forwarded-Proto https;
+            }} }} }}
+        """,
+        "haproxy": f"""
+            defaults
+                mode http
+                timeout connect 5s
+                timeout client 60s
+                timeout server 60s
+                option forwardfor
+            listen web
+                bind 127.0.0.1:{port}
+                http-request set-header X-Forwarded-Proto https
+                server app 127.0.0.1:{upstream}
+        """,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        config = Path(folder, "config")
+        own = f"pid {folder}/pid; error_log {folder}/log;\n" if name == "nginx" else ""
+        config.write_text(own + textwrap.dedent(configs[name]))
+        options = ["-p", folder, "-c", str(config), "-g", "daemon off;"]
+        process = await asyncio.create_subprocess_exec(
+            name, *(options if name == "nginx" else ["-db", "-f", str(config)]),
+            stderr=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.DEVNULL,
+        )  # fmt: skip
+        try:
+            await within(until_listening(port))
+            yield port
+        finally:
+            process.terminate()
+            await process.wait()
+
+
+class BehindAProxy(StreamTest):
+    """What holds behind every proxy that is set up as the README says."""
+
+    proxy = ""
+
+    def proxied(self) -> Stario:
+        async def stream(c: Context, w: Writer) -> None:
+            w.event("who", f"{c.req.client} {c.req.scheme}")
+            async for _, data in w.alive(self.relay.subscribe("*")):
+                w.event("news", data)
+
+        app = self.app(stream)
+
+        async def plain(c: Context, w: Writer) -> None:
+            w.text("ok")
+
+        app.get("/plain", plain)
+        return app
+
+    async def test_a_stream_comes_at_once_with_the_address_and_a_disconnect_is_noticed(
+        self,
+    ) -> None:
+        options: dict[str, Any] = {"trusted_proxies": ["127.0.0.1"]}
+        async with (
+            self.proxied().running(**options) as server,
+            proxy(self.proxy, server.port) as port,
+        ):
+            peer = await Peer.connect(port)
+            await peer.send("GET / HTTP/1.1\r\nHost: t\r\nX-Forwarded-For: 203.0.113.5\r\n\r\n")
+            await within(peer.reader.readuntil(b"data: 203.0.113.5 https\n\n"))
+            for text in ("one", "two"):
+                self.relay.publish("a", text)
+                await within(peer.reader.readuntil(f"data: {text}\n\n".encode()))
+            await peer.close()
+            await within(self.ended.wait())
+
+    async def test_a_rolling_restart_loses_no_request(self) -> None:
+        if not hasattr(socket, "SO_REUSEPORT"):
+            self.skipTest("needs SO_REUSEPORT")
+        statuses: list[int] = []
+
+        async def ask_on(port: int) -> None:
+            peer = await Peer.connect(port)
+            while True:
+                statuses.append((await within(peer.get("/plain"))).status)
+
+        async with contextlib.AsyncExitStack() as new:
+            async with self.proxied().running(reuse_port=True) as old:
+                way = proxy(self.proxy, old.port)
+                port = await new.enter_async_context(way)
+                asking = [asyncio.create_task(ask_on(port)) for _ in range(4)]
+                await until(lambda: len(statuses) > 50)
+                running = self.proxied().running(port=old.port, reuse_port=True)
+                await new.enter_async_context(running)
+            before = len(statuses)
+            await until(lambda: len(statuses) > before + 50)
+            for task in asking:
+                task.cancel()
+            await asyncio.gather(*asking, return_exceptions=True)
+        self.assertEqual(set(statuses), {200})
+
+
+@needs("nginx")
+class TestBehindNginx(BehindAProxy):
+    proxy = "nginx"
+
+
+@needs("haproxy")
+class TestBehindHaproxy(BehindAProxy):
+    proxy = "haproxy"
 
 
 async def until_listening(port: int) -> None:
