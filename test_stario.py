@@ -5954,7 +5954,7 @@ class BehindAProxy(StreamTest):
     def proxied(self) -> Stario:
         async def stream(c: Context, w: Writer) -> None:
             w.event("who", f"{c.req.client} {c.req.scheme}")
-            async for _, data in w.alive(self.relay.subscribe("*")):
+            async for _, data in w.alive(self.relay.subscribe("*"), heartbeat=0.2):
                 w.event("news", data)
 
         app = self.app(stream)
