@@ -409,8 +409,8 @@ def _attributes(attributes: Mapping[str, object]) -> str:
 
 
 def _other_attribute(name: str, value: object) -> str:
-    is_baking = _bakes and not isinstance(value, str)
-    if is_baking and (mark := _carried_mark(_attribute, name, value)):
+    is_baking = _baking.get() and not isinstance(value, str)
+    if is_baking and (mark := _carried(_attribute, name, value, is_html=True)):
         return mark
     if type(value) is dict or isinstance(value, Mapping):
         if name == "style":
@@ -528,8 +528,6 @@ def _trust(part: object) -> object:
 
 
 def _check_raw(name: str, content: str) -> None:
-    if any(bake.token in content for bake in _bakes):
-        raise StarioError(f"the text of a <{name}> can hold no argument ({content})")
     if "<!--" in content or f"</{name}" in content.lower():
         raise StarioError(
             f"text in <{name}> cannot hold '</{name}' or '<!--', which would end it: "
@@ -539,7 +537,7 @@ def _check_raw(name: str, content: str) -> None:
 
 def _keep_line_feed(content: str) -> str:
     """Browsers drop a line feed that comes first in <pre> and <textarea>: put one more there."""
-    if _bakes and (mark := _carried_mark(_keep_line_feed, content)):
+    if _baking.get() and (mark := _carried(_keep_line_feed, content, is_html=True)):
         return mark
     return "\n" + content if content.startswith("\n") else content
 
@@ -605,33 +603,34 @@ class Tags:
 
 h = Tags()
 
-# -- @baked: a view is called once, with blanks for its arguments. Its text is cut where the blanks
-# have come to stand, and each later call fills the holes in. Of
+# -- @baked: a view is called with blanks for its arguments. Where they have come to stand its text
+# has holes, and each call fills them. Of
 #
 #     @baked
 #     def line(name: str, number: int) -> SafeString:
 #         return h.Li({"id": f"line-{number}"}, name)
 #
-# remains this function, in which `_quote` and `_html` stand for the rules of their place:
+# remains this function, in which `_quote` and `_filling` write by the rules of their place:
 #
 #     def line(name, number):
-#         return SafeString('<li id="line-' f"{_quote(f'{number}')}" '">' f"{_html(name)}" '</li>')
+#         first = _quote(f"{number}")
+#         second = _filling(name)
+#         return SafeString(f'<li id="line-{first}">{second}</li>')
 #
-# The rule that must hold: it gives what the view itself gives, to the byte, or there is a
-# StarioError before it gives anything. So a blank bears nothing but to be put somewhere, a mark
-# that comes out changed is found, and the first call tries both functions with values of all kinds.
+# The rule that must hold: it gives what the view gives, to the byte, or there is a StarioError
+# before it gives anything. So a blank bears nothing but to be put somewhere, and the first call
+# compares both functions for values of all kinds.
 
 Parameters = ParamSpec("Parameters")
-_PROBES = (None, True, False, 7, "", ' aA <Be> & "c"\r\n', (), SafeString("<i>"))
-# By what became of the brackets of a mark: what follows it, and how its place escapes.
-_PLACES = {'"<': ('>"', None), '"&lt;': ('&gt;"', _escape), "&quot;&lt;": ("&gt;&quot;", _quote)}
-_join = "".join
-_bakes: list[_Bake] = []  # under way, the innermost last; changed under the lock only
-_baking = threading.RLock()
+_PROBES = (None, True, False, 7, 0.5, "", ' aA <Be> & "c"\r\n', (), SafeString("<i>"))
+# What has become of the `"<` of a mark tells how its place escapes.
+_PLACES = {'"<': None, '"&lt;': _escape, "&quot;&lt;": _quote}
+# The views that are being called with blanks here, the innermost first.
+_baking: contextvars.ContextVar[tuple[_Bake, ...]] = contextvars.ContextVar("baking", default=())
 
 
 def baked(view: Callable[Parameters, SafeString]) -> Callable[Parameters, SafeString]:
-    """Call this view only once, and fill its arguments into the text from then on: much faster.
+    """Call this view only at first, and fill its arguments into its text from then on: much faster.
 
         @baked
         def row(name: str, price: float) -> SafeString:
@@ -642,257 +641,202 @@ def baked(view: Callable[Parameters, SafeString]) -> Callable[Parameters, SafeSt
     is done with it (deciding by it!) is a StarioError at the first call, which names the argument.
     What is no argument stays as it is at the first call.
     """
-    filled: Callable[Parameters, SafeString] | None = None
 
-    @wraps(view)
-    def call(*args: Parameters.args, **kwargs: Parameters.kwargs) -> SafeString:
-        nonlocal filled
-        if filled is None:
-            with _baking:
-                filled = filled or _Bake(view).baked()
-        return filled(*args, **kwargs)
+    def first(*args: object, **kwargs: object) -> object:
+        if call.__code__ is stub:  # else another thread was faster
+            code = _Bake(view, names).code_of_view(args, kwargs)
+            call.__defaults__, call.__kwdefaults__ = view.__defaults__, view.__kwdefaults__
+            call.__code__ = code  # now nothing is between the view and its caller
+        return call(*args, **kwargs)
 
-    return call
+    names = {"first": first}
+    exec("def call(*args, **kwargs): return first(*args, **kwargs)", names)
+    call: Any = names["call"]
+    stub = call.__code__
+    return cast("Callable[Parameters, SafeString]", wraps(view)(call))
 
 
 class _Bake:
     """A view that is being called with blanks.
 
-    A hole in its text is known by a mark, such as `"<b41f9….0>"`, that nobody can guess. `holes`
-    has, by number, the Python code that fills each, and whether it gives HTML or text. Objects
-    that the code needs have names in `names`.
+    A hole in its text is known by a mark, such as `"<b41f9….0>"`, that nobody can guess.
     """
 
-    def __init__(self, view: Callable[..., object]) -> None:
+    def __init__(self, view: Any, names: dict[str, Any]) -> None:
         self.view = view
-        self.title = getattr(view, "__qualname__", repr(view))
+        self.names = names  # of the objects that the code needs: its globals
         self.token = "b" + os.urandom(12).hex()
-        self.holes: dict[tuple[str, bool], int] = {}
-        self.names: dict[str, object] = {}
-        self.known: dict[object, str] = {}  # the names again, by object
-        self.labels: dict[int, str] = {}  # by number, the argument
-        self.marked: Counter[int] = Counter()  # how often each text was made, and how often it was
-        self.found: Counter[int] = Counter()  # found in the page
-        self.refusal: StarioError | None = None
-        self.parameters = inspect.signature(view).parameters
-        self.blanks = {name: self.blank(name, name) for name in self.parameters}
+        # By the number in its mark: the argument, code for what is filled in, whether this is HTML.
+        self.holes: list[tuple[str, str, bool]] = []
+        self.found: set[int] = set()  # the holes that have come into the page
+        self.lines: list[str] = []  # of the code
+        self.refusal: StarioError | None = None  # kept, should the view catch it
 
-    def baked(self) -> Callable[..., SafeString]:
-        """The function that fills the holes, once it was found to do what the view does."""
-        if any(bake.view is self.view for bake in _bakes):
-            raise StarioError(f"{self.title} is baked and calls itself: that would never end")
-        for name, parameter in self.parameters.items():
-            if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
-                raise StarioError(
-                    f"{self.title} cannot be baked with {parameter}: take a list as {name!r}"
-                )
-        _bakes.append(self)
-        try:
-            filled = self.compile(self.template())
-            for name, parameter in self.parameters.items():
-                for value in (*_PROBES, parameter.default):
-                    self.probe(filled, name, value)
-        finally:
-            _bakes.pop()
-        return filled
+    def code_of_view(self, args: Iterable[object], kwargs: dict[str, object]) -> types.CodeType:
+        """Code that fills the holes, found to do what the view does."""
+        signature = inspect.signature(self.view, follow_wrapped=False)
+        given = signature.bind(*args, **kwargs)
+        given.apply_defaults()
+        values = given.arguments.copy()
+        given.arguments.update({name: _Blank.of(self, name, name) for name in values})
+        filled = self.compiled(self.page(given), signature)
+        for name, value in values.items():
+            is_text = isinstance(value, str) or not isinstance(value, (_Blank, Iterable))
+            values[name] = value if is_text else ""  # (an iterator can be read only once)
+        for name, usual in values.items():
+            for value in (usual, *_PROBES):
+                given.arguments.update(values, **{name: value})
+                if _outcome_of(self.view, given) != _outcome_of(filled, given):
+                    raise self.error(
+                        f"with {name}={value!r} it gives another page than with a blank for "
+                        f"{name!r}, so it decides by it, or changes it, or differs each time"
+                    )
+        return filled.__code__
 
-    def call(self, function: Callable[..., object], values: Mapping[str, object]) -> object:
-        """Call the view, or what it was baked to, with an argument for each parameter."""
-        keywords = {k: v for k, v in values.items() if self.parameters[k].kind.value == 3}
-        return function(*(v for k, v in values.items() if k not in keywords), **keywords)
-
-    def template(self) -> str:
+    def page(self, blanks: inspect.BoundArguments) -> str:
         """The view's text, with marks where the blanks are."""
+        if any(bake.view is self.view for bake in _baking.get()):
+            raise self.error("it calls itself, which would never end")
+        outer = _baking.set((self, *_baking.get()))
         try:
-            text = self.call(self.view, self.blanks)
+            page = self.view(*blanks.args, **blanks.kwargs)
         except Exception as exc:
-            if self.refusal is not None:
-                raise self.refusal from None
-            said = str(exc) if isinstance(exc, StarioError) else f"{type(exc).__name__}: {exc}"
-            raise self.error(self.readable(said)) from exc
-        if self.refusal is not None:
-            raise self.refusal
-        if not isinstance(text, SafeString):
-            raise self.error(f"it gives no element, but a {type(text).__name__}")
-        return text
+            mark = rf'(["<]|&quot;|&lt;)*{self.token}\.(\d+)([">]|&quot;|&gt;)*'
+            said = re.sub(mark, lambda mark: self.holes[int(mark[2])][0], f"{exc}")
+            raise self.refusal or self.error(f"{type(exc).__name__}: {said}") from exc
+        finally:
+            _baking.reset(outer)
+        if self.refusal or not isinstance(page, SafeString):
+            raise self.refusal or self.error(f"it gives no element, but a {type(page).__name__}")
+        return page
 
     def error(self, reason: str) -> StarioError:
         return StarioError(
-            f"{self.title} cannot be baked: {reason}. It is called once with blanks, which can be "
-            "content, or an attribute's value or a part of it, also in an f-string: do the rest "
-            "outside, and pass in what comes of it"
+            f"{self.view.__qualname__} cannot be baked: {reason}. It is called with blanks, which "
+            "can be content, or an attribute's value or a part of it, also in an f-string: do the "
+            "rest outside, and pass in what comes of it"
         )
 
-    def probe(self, filled: Callable[..., object], name: str, value: object) -> None:
-        """Compare both functions, with a value for one argument and blanks for the others."""
-        results = []
-        for function in (self.view, filled):
-            try:
-                results.append(self.call(function, {**self.blanks, name: value}))
-            except Exception:
-                results.append(None)
-        if results[0] != results[1]:
-            raise self.error(
-                f"with {name}={value!r} it gives another page than with a blank for {name!r}, so "
-                "it decides by it, or changes it, or gives another page each time"
-            )
-
-    def compile(self, text: str) -> Callable[..., SafeString]:
-        """A function with the view's parameters that gives this text, with the holes filled."""
-        pieces = [
-            f'f"{{{piece}}}"' if is_code else repr(piece) for is_code, piece in self.cut(text)
-        ]
-        for number, times in self.marked.items():
-            if self.found[number] < times:
+    def compiled(self, page: str, signature: inspect.Signature) -> types.FunctionType:
+        """A function that gives this page, with its holes filled."""
+        self.lines.append(f"return {self.name(SafeString)}({self.text(page, [], is_page=True)})")
+        for number, (argument, *_) in enumerate(self.holes):
+            if number not in self.found:
                 raise self.error(
-                    f"a text made from {self.labels[number]!r} has not come into the page, so "
-                    "something is decided by it"
+                    f"what was made of {argument!r} has not come into the page as it was: it is "
+                    "changed, or something is decided by it, or nothing escapes it there"
                 )
-        given = self.parameters.values()
+        given = signature.parameters.values()
         plain = [p.replace(default=p.empty, annotation=p.empty) for p in given]
-        source = f"def filled{inspect.Signature(plain)}: return {self.code(SafeString)}"
-        exec(f"{source}({' '.join(pieces)})", self.names)  # names and literals, no text as it came
-        filled = cast(types.FunctionType, self.names["filled"])
-        defaults = {p.name: p.default for p in given if p.default is not p.empty}
-        only = {p.name for p in given if p.kind is p.KEYWORD_ONLY}
-        filled.__defaults__ = tuple(v for name, v in defaults.items() if name not in only)
-        filled.__kwdefaults__ = {name: v for name, v in defaults.items() if name in only}
-        filled.__name__ = filled.__qualname__ = self.title
-        return filled
+        head, body = f"def filled{inspect.Signature(plain)}:", "\n    ".join(self.lines)
+        exec(f"{head}\n    {body}", self.names)  # text is in it only as literals
+        return cast(types.FunctionType, self.names.pop("filled"))
 
-    # -- Blanks, and the code that they stand for
-
-    def blank(self, name: str, code: str) -> _Blank:
-        """A blank for what this code will give. Python's own errors name it by its type."""
-        kind = type(f"argument {name}", (_Blank,), {"__slots__": ()})
-        return cast(_Blank, kind(self, name, code))
-
-    def mark(self, blank: _Blank, code: str, is_html: bool) -> str:
+    def mark(self, argument: str, code: str, is_html: bool) -> str:
         """The text that stands for what this code will give."""
-        number = self.holes.setdefault((code, is_html), len(self.holes))
-        self.labels[number] = blank._name
-        self.marked[number] += not is_html
-        return f'"<{self.token}.{number}>"'
+        self.holes.append((argument, code, is_html))
+        return f'"<{self.token}.{len(self.holes) - 1}>"'
 
-    def cut(self, text: str, is_page: bool = True) -> Iterator[tuple[bool, str]]:
-        """A text in pieces: `(False, "<p>")` is text, `(True, "_escape(name)")` code."""
-        holes, end = list(self.holes), 0
-        for mark in re.finditer(rf'("<|"&lt;|&quot;&lt;){self.token}\.(\d+)', text):
-            number, (close, escape) = int(mark[2]), _PLACES[mark[1]]
-            code, is_html = holes[number]
-            if not text.startswith(close, mark.end()):
-                continue
-            if is_page and not is_html and escape is None:
-                raise self.error(f"{self.labels[number]!r} stands where nothing is escaped")
-            yield False, self.unmarked(text[end : mark.start()])
-            yield True, f"{self.code(escape)}({code})" if escape else code
-            self.found[number] += 1
-            end = mark.end() + len(close)
-        yield False, self.unmarked(text[end:])
-
-    def unmarked(self, text: str) -> str:
-        """The same text, in which no part of a mark is left."""
-        if self.token in text.lower():
-            raise self.error(
-                "an argument was changed on its way into the page (JSON? a method of its text?), "
-                f"here: {self.readable(text)[-120:]!r}"
-            )
-        return text
-
-    def readable(self, text: str) -> str:
-        """A text with the names of arguments in place of their marks."""
-        pattern = rf'(?i)(["\\<]|&quot;|&lt;)*{self.token}\.(\d+)(["\\>]|&quot;|&gt;)*'
-        return re.sub(pattern, lambda mark: f"{{{self.labels.get(int(mark[2]), '?')}}}", text)
-
-    def code(self, value: object) -> str:
-        """Python code for a value in which blanks may be."""
-        if isinstance(value, _Blank) and value._bake is self:
-            return value._code
-        if isinstance(value, str) and self.token in value:
-            pieces = self.cut(str.__str__(value), is_page=False)
-            codes = [piece if is_code else self.code(piece) for is_code, piece in pieces]
-            return f"{self.code(_join)}(({', '.join(codes)},))"
-        if isinstance(value, Mapping):
-            items = [f"{self.code(name)}: {self.code(item)}" for name, item in value.items()]
-            return "{" + ", ".join(items) + "}"
-        if isinstance(value, (list, tuple)):
-            return "[" + ", ".join(map(self.code, value)) + "]"
-        key = (type(value), value) if isinstance(value, (str, int, float, Decimal)) else id(value)
-        name = self.known.setdefault(key, f"{self.token}_{len(self.known)}")
+    def name(self, value: object) -> str:
+        name = f"{self.token}_{id(value)}"
         self.names[name] = value
         return name
 
-    def blank_in(self, value: object) -> str | None:
-        """The name of an argument whose blank is in the value, if there is one."""
+    def code(self, value: object, met: list[str]) -> str:
+        """Code for a value; `met` takes the names of arguments whose blanks are in it."""
         if isinstance(value, _Blank):
-            return value._name if value._bake is self else None
-        if isinstance(value, str):
-            found = re.search(rf"{self.token}\.(\d+)", value)
-            return self.labels[int(found[1])] if found else None
+            met.append(value._argument)
+            return value._code
+        if isinstance(value, str) and self.token in value:
+            return self.text(value, met)
         if isinstance(value, Mapping):
-            value = list(value.values())
-        inside = map(self.blank_in, value) if isinstance(value, (list, tuple)) else ()
-        return next(filter(None, inside), None)
+            items = [f"{self.code(name, met)}: {self.code(value[name], met)}" for name in value]
+            return "{" + ", ".join(items) + "}"
+        if isinstance(value, (list, tuple)):
+            return "[" + ", ".join([self.code(item, met) for item in value]) + "]"
+        return self.name(value)
+
+    def text(self, text: str, met: list[str], is_page: bool = False) -> str:
+        """An f-string for a text in which marks may be. Variables have what fills them."""
+
+        def fill(mark: re.Match[str]) -> str:
+            number, escape = int(mark[2]), _PLACES[mark[1]]
+            argument, code, is_html = self.holes[number]
+            if is_page and not is_html and escape is None:
+                return mark[0]  # HTML that the view made by hand, which nothing escapes
+            self.found.add(number)
+            met.append(argument)
+            variable = f"{self.token}{len(self.lines)}"
+            value = f"{self.name(escape)}({code})" if escape else code
+            self.lines.append(f"{variable} = {value}")
+            return "{" + variable + "}"
+
+        mark = rf'("<|"&lt;|&quot;&lt;){self.token}\.(\d+)(?:>"|&gt;"|&gt;&quot;)'
+        return "f" + repr(re.sub(mark, fill, text.replace("{", "{{").replace("}", "}}")))
 
 
 class _Blank:
     """What a view gets in place of an argument: it can be put somewhere, and nothing else."""
 
-    __slots__ = ("_bake", "_code", "_name")
+    __slots__ = ("_argument", "_bake", "_code")
 
-    def __init__(self, bake: _Bake, name: str, code: str) -> None:
-        self._bake, self._name, self._code = bake, name, code
+    def __init__(self, bake: _Bake, argument: str, code: str) -> None:
+        self._bake, self._argument, self._code = bake, argument, code
+
+    @staticmethod
+    def of(bake: _Bake, argument: str, code: str) -> _Blank:
+        """A blank for what this code will give. Python's own errors name it by its type."""
+        kind = type(f"argument {argument}", (_Blank,), {"__slots__": ()})
+        return cast(_Blank, kind(bake, argument, code))
 
     def __html__(self) -> str:
-        bake = self._bake
-        return bake.mark(self, f"{bake.code(_html_part)}({self._code})", is_html=True)
-
-    def __format__(self, spec: str) -> str:
-        bake = self._bake
-        if "'" not in self._code and re.fullmatch(r"[\w.]*", spec, re.ASCII):
-            code = f"f'{{{self._code}:{spec}}}'"
-        else:
-            code = f"{bake.code(format)}({self._code}, {bake.code(spec)})"
-        return bake.mark(self, code, is_html=False)
+        return _carried(_filling, self, is_html=True) or ""
 
     def __str__(self) -> str:
-        return self._bake.mark(self, f"{self._bake.code(str)}({self._code})", is_html=False)
+        return _carried(str, self) or ""
+
+    def __format__(self, spec: str) -> str:
+        if self._code.isidentifier() and re.fullmatch(r"[\w.]*", spec, re.ASCII):
+            return self._bake.mark(self._argument, f"f'{{{self._code}:{spec}}}'", is_html=False)
+        return _carried(format, self, spec) or ""
 
     def __add__(self, other: object) -> _Blank:
-        return self._sum(other, f"{self._code} + {self._bake.code(other)}")
+        return self._sum(other, "({0} + {1})")
 
     def __radd__(self, other: object) -> _Blank:
-        return self._sum(other, f"{self._bake.code(other)} + {self._code}")
+        return self._sum(other, "({1} + {0})")
 
     def _sum(self, other: object, code: str) -> _Blank:
         if isinstance(other, SafeString) or not isinstance(other, (str, _Blank)):
             return cast(_Blank, NotImplemented)
-        return self._bake.blank(self._name, f"({code})")
+        code = code.format(self._code, self._bake.code(other, []))
+        return _Blank.of(self._bake, self._argument, code)
 
     def _refuse(self, *args: object) -> typing.NoReturn:
-        bake = self._bake
-        error = bake.error(f"it decides by {self._name!r}, or looks into it")
-        bake.refusal = bake.refusal or error
+        error = self._bake.error(f"it decides by {self._argument!r}, or looks into it")
+        self._bake.refusal = error
         raise error
 
     __bool__ = __eq__ = __hash__ = __repr__ = __getattr__ = _refuse
 
 
-def _carried(function: Callable[..., object], *values: object) -> _Blank | None:
-    """A blank for what this function will give, if there are blanks among its arguments."""
-    for bake in reversed(_bakes):
-        if name := bake.blank_in(values):
-            return bake.blank(name, f"{bake.code(function)}({', '.join(map(bake.code, values))})")
-    return None
+def _outcome_of(view: Callable[..., object], given: inspect.BoundArguments) -> object:
+    try:
+        return view(*given.args, **given.kwargs)
+    except Exception:
+        return None
 
 
-def _carried_mark(function: Callable[..., str], *values: object) -> str | None:
-    """The same as text, where the function gives HTML."""
-    blank = _carried(function, *values)
-    return None if blank is None else blank._bake.mark(blank, blank._code, is_html=True)
+def _carried(function: Callable[..., str], *values: object, is_html: bool = False) -> str | None:
+    """A mark for what this function will give, if there are blanks among its arguments."""
+    if not (bakes := _baking.get()):
+        return None
+    bake, met = bakes[0], list[str]()
+    code = f"{bake.name(function)}({', '.join([bake.code(value, met) for value in values])})"
+    return bake.mark(met[0], code, is_html) if met else None
 
 
-def _html_part(value: object) -> str:
+def _filling(value: object) -> str:
     """What a blank that is content is filled with."""
     kind = type(value)
     if kind is str:
@@ -1056,8 +1000,8 @@ def _code(value: object) -> str:
     """A value where an expression is meant: a str is one, and True is `true`."""
     if type(value) is str:
         return value
-    if _bakes and (blank := _carried(_code, value)) is not None:
-        return cast(str, blank)
+    if _baking.get() and (mark := _carried(_code, value)):
+        return mark
     return str.__str__(value) if isinstance(value, str) else _script_json(value)
 
 
@@ -1420,8 +1364,8 @@ at = Actions()
 
 
 def _request(method: str, url: str, queries: Queries, options: RequestOptions) -> str:
-    if _bakes and (blank := _carried(_request, method, url, queries, options)) is not None:
-        return cast(str, blank)
+    if _baking.get() and (mark := _carried(_request, method, url, queries, options)):
+        return mark
     written = _request_options(method, options) if options else ""
     size = len(url) + len(written)
     if not queries:
