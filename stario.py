@@ -105,7 +105,7 @@ from datetime import time as time_of_day
 from decimal import Decimal
 from functools import cached_property, lru_cache, wraps
 from http import HTTPStatus
-from itertools import count, repeat
+from itertools import count, islice, repeat
 from typing import (
     IO,
     Any,
@@ -888,37 +888,22 @@ def _plain(value: object) -> object:
     raise TypeError(f"{type(value).__name__} cannot be written as JSON")
 
 
-class _JsonEncoder(threading.local):
-    """`json.dumps` with fixed options. To make its encoder, for each call, is most of its cost:
-    this keeps one for each thread, made as json.JSONEncoder does it.
+def _json_writer(default: Callable[[Any], object], ascii_only: bool = True) -> Callable[[Any], str]:
+    """`json.dumps` with these options, without blanks, NaN and Infinity.
+
+    To make its encoder is most of the cost of a small value, so here it is made once. It does not
+    look for values that hold themselves (they end in a RecursionError), and so has no state.
     """
-
-    def __init__(self, **options: Any) -> None:
-        self._encoder = json.JSONEncoder(**options, separators=(",", ":"))
-        self._renew()
-
-    def _renew(self) -> None:
-        encoder = self._encoder
-        escape = "encode_basestring_ascii" if encoder.ensure_ascii else "encode_basestring"
-        self._encode: Callable[[object, int], Iterable[str]]
-        try:
-            self._encode = json.encoder.c_make_encoder(  # type: ignore[attr-defined]
-                {}, encoder.default, getattr(json.encoder, escape), None, ":", ",",
-                False, False, encoder.allow_nan,
-            )  # fmt: skip
-        except (AttributeError, TypeError):  # no such encoder here, or one of another form
-            self._encode = lambda value, _: [encoder.encode(value)]
-
-    def __call__(self, value: object) -> str:
-        try:
-            return "".join(self._encode(value, 0))
-        except BaseException:
-            self._renew()  # its dict, by which it finds circles, still says where it was
-            raise
+    encoder = json.encoder
+    escape = encoder.encode_basestring_ascii if ascii_only else encoder.encode_basestring
+    encode = encoder.c_make_encoder(  # type: ignore[attr-defined]
+        None, default, escape, None, ":", ",", False, False, False
+    )
+    return lambda value: "".join(encode(value, 0))
 
 
-_encode_json = _JsonEncoder(default=_plain, ensure_ascii=False, allow_nan=False)
-_encode_script = _JsonEncoder(default=_plain, allow_nan=False)
+_encode_json = _json_writer(_plain, ascii_only=False)
+_encode_script = _json_writer(_plain)
 
 
 def _json(value: object, encode: Callable[[object], str] = _encode_json) -> str:
@@ -927,7 +912,9 @@ def _json(value: object, encode: Callable[[object], str] = _encode_json) -> str:
             return encode(value)
         except TypeError:  # perhaps a date as a key, for which nobody asks `_plain`
             return encode(_with_plain_keys(value))
-    except (TypeError, ValueError, RecursionError) as exc:
+    except RecursionError as exc:
+        raise StarioError("JSON cannot hold what holds itself, or is nested so deeply") from exc
+    except (TypeError, ValueError) as exc:
         raise StarioError(f"this cannot be written as JSON: {exc}") from exc
 
 
@@ -969,8 +956,8 @@ def _script_json(value: object) -> str:
 _ESCAPES = [(letter, f"\\u{ord(letter):04x}") for letter in "@$;<>&"]
 
 
-def _signals_json(signals: object, encode: Callable[[object], str]) -> str:
-    text = _json(signals, encode) if encode is _encode_json else _script_json(signals)
+def _signals_json(signals: object, write: Callable[[object], str]) -> str:
+    text = write(signals)
     if not text.startswith("{"):
         raise StarioError(
             f"{type(signals).__name__} is no set of signals: give a dict from names to values, a "
@@ -1162,7 +1149,7 @@ class DataAttributes:
         With `ifmissing` only those that the page does not have yet.
         """
         name = "data-signals__ifmissing" if ifmissing else "data-signals"
-        return {name: _signals_json(signals, _encode_script)}
+        return {name: _signals_json(signals, _script_json)}
 
     def bind(
         self, signal: str, *, prop: str | None = None, event: str | Sequence[str] | None = None
@@ -1368,20 +1355,13 @@ def _request(method: str, url: str, queries: Queries, options: RequestOptions) -
         return mark
     written = _request_options(method, options) if options else ""
     size = len(url) + len(written)
-    if not queries:
-        return (_known_action if size < 256 else _action)(method, url, written)
-    pairs: list[str | int] = []  # names and values in turn
-    for name, value in queries.items():
-        if type(value) is str:
-            pairs += (name, value)
-            size += len(value)
-        elif type(value) is int:
-            pairs += (name, value)  # (an int and no bool: to a cache, True is 1)
-            size += value.bit_length()
-        elif value is not None:
-            texts = _texts(name, value)
-            pairs += [part for text in texts for part in (name, text)]
-            size += sum(map(len, texts))
+    pairs: list[str] = []  # names and values in turn
+    for name, value in queries.items() if queries else ():
+        kind = type(value)
+        for text in (str(value),) if kind is str or kind is int else _texts(name, value):
+            pairs += (name, text)
+            size += len(text)
+    # Views are rendered often: the short ones are kept. A long text of a user's hardly comes twice.
     return (_known_action if size < 256 else _action)(method, url, written, *pairs)
 
 
@@ -1394,8 +1374,7 @@ def _texts(name: str, value: object) -> list[str]:
     return [] if value is None else [_as_text(value)]
 
 
-def _action(method: str, url: str, options: str, *pairs: Any) -> str:
-    """An action as text; `pairs` are names and values in turn."""
+def _action(method: str, url: str, options: str, *pairs: str) -> str:
     if pairs:
         queries = zip(pairs[::2], pairs[1::2], strict=True)
         url, mark, fragment = url.partition("#")
@@ -1405,7 +1384,6 @@ def _action(method: str, url: str, options: str, *pairs: Any) -> str:
     return f"@{method}({address}{options})"
 
 
-# Views are rendered often: the short ones are kept. A long text of a user's hardly comes twice.
 _known_action = lru_cache(maxsize=2048)(_action)
 
 
@@ -1578,7 +1556,7 @@ def _signal_lines(signals: object, only_if_missing: bool = False) -> list[str]:
         if not is_object:
             raise StarioError(f"no JSON object: {text[:60]!r}; give a dict from names to values")
     else:
-        text = _signals_json(signals, _encode_json)
+        text = _signals_json(signals, _json)
     lines = ["onlyIfMissing true"] if only_if_missing else []
     return lines + ["signals " + line for line in _split_lines(text)]
 
@@ -1586,31 +1564,31 @@ def _signal_lines(signals: object, only_if_missing: bool = False) -> list[str]:
 # ==================================================================================================
 # 5. Signals: from JSON to your dataclass
 #
-# The browser sends all its signals with every request. `read_signals(schema, signals)` takes the
-# ones that the schema names and checks each against its type. The rule that must hold: a handler
-# gets values of the types it asked for, or the client gets one list of what is wrong. And a second
-# one: reading costs what the signals are long, whatever the schema, and whoever has written them.
+# The browser sends all its signals with every request. `read_signals(schema, signals)` takes those
+# that the schema names and checks each against its type. Two rules must hold: a handler gets values
+# of the types that it asked for, or the client gets one list of what is wrong; and reading costs
+# what the signals are long, whatever the schema.
 #
-# So a schema is compiled, once: its *reader* is a function from a value to that value as the type
-# says. Where it is in the signals (the path) is put into words only if something is wrong there.
+# A schema is compiled once into *readers*, one for each type in it. A reader is a function from a
+# value to that value as its type says. What does not fit it notes in the `_Reading`, and gives
+# `_WRONG`; the notes are put into words at the end.
 #
 # HTML inputs know only text, so text that spells a number or a truth value is taken for one where
 # the schema wants one. Nothing is converted the other way round: a number never becomes text.
 # ==================================================================================================
 
-_MOST_PROBLEMS, _SHOWN = 20, 60  # so many are told, with so many characters of path and value
-_WRONG: Any = object()  # stands for a value whose problem has been noted
-_NOTHING = object()  # stands for the value of a field that is missing
+_MOST_PROBLEMS = 20  # told in one answer
+_SHOWN = 60  # characters of a path or a value in it
+_WRONG: Any = object()  # what a reader gives for a value that does not fit
+_MISSING = object()  # what came for a field that did not come
 # What a dataclass or a model raises over values that it does not like: a ValueError on purpose,
 # the others by chance (`self.stop < self.start` where one of them is None).
 _REJECTIONS = (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, AssertionError)
 
-
-# Where a value is: its place, and where that is in turn; None for the signals as a whole.
-_Path = tuple[Any, str | int] | None
-# A problem, not yet in words: where it is, what was expected, what came, and a sentence in place of
-# "expected …, got …".
-_Note = tuple[_Path, str, object, str]
+# Where a value is: the place that holds it, and its name there; None for the signals as a whole.
+_Place = tuple[Any, str | int] | None
+# A problem: its place, what was expected, what came, and what to say in place of these two.
+_Note = tuple[_Place, str, object, str]
 
 
 def _in_words(note: _Note) -> Problem:
@@ -1621,7 +1599,7 @@ def _in_words(note: _Note) -> Problem:
     return Problem(f"{where}: {sentence}" if where else sentence, path, expected, got)
 
 
-def _path_text(place: _Path) -> str:
+def _path_text(place: _Place) -> str:
     """`pets[0].age`; a key that is no plain word is shown as JSON."""
     parts: list[str] = []
     while place is not None:
@@ -1632,15 +1610,10 @@ def _path_text(place: _Path) -> str:
 
 
 def _shown(value: object) -> str:
-    """The beginning of a value as JSON, however long it is."""
-    if value is _NOTHING:
+    """The beginning of a value as JSON, of which so many pieces are more than is shown."""
+    if value is _MISSING:
         return "nothing"
-    text = ""
-    for piece in _SHOWING.iterencode(value[:_SHOWN] if isinstance(value, str) else value):
-        text += piece[: _SHOWN + 1]
-        if len(text) > _SHOWN:
-            break
-    return _cut(text)
+    return _cut("".join(islice(_SHOWING.iterencode(value), _SHOWN + 1)))
 
 
 _SHOWING = json.JSONEncoder(default=str, skipkeys=True)
@@ -1650,26 +1623,19 @@ def _cut(text: str, length: int = _SHOWN) -> str:
     return text if len(text) <= length else text[: length - 3] + "..."
 
 
-class _Misfit(Exception):
-    """Ends a union's attempt at a type: it asks no more than whether a value fits."""
-
-
 class _Reading:
-    """One reading of one set of signals."""
+    """One reading of one set of signals: where it is, and what was wrong so far."""
 
     def __init__(self) -> None:
-        self.place: _Path = None  # of the value that is being read
-        self.notes: list[_Note] = []  # of the first problems
+        self.place: _Place = None  # of the value that is being read
+        self.notes: list[_Note] = []  # the first problems
         self.count = 0  # of all problems
         self.cause: Exception | None = None
-        self.unions = 0  # around the value that is being read,
-        self.attempts = 0  # and their attempts
-        self.tried: dict[object, tuple[Any, bool]] = {}  # what came of them, by reader and value
+        self.unions = 0  # around the value that is being read
+        self.tried: dict[tuple[int, int], _Outcome] = {}  # by union and value: see _union_reader
 
     def expected(self, what: str, value: object, said: str = "") -> Any:
         """Note that the value here is not what was expected."""
-        if self.attempts:
-            raise _Misfit(said)
         self.count += 1
         if len(self.notes) < _MOST_PROBLEMS:
             self.notes.append((self.place, what, value, said))
@@ -1677,17 +1643,17 @@ class _Reading:
 
     def rejected(self, exc: Exception) -> Any:
         """Note what a dataclass or a model has against its values."""
-        self.cause = None if self.attempts else exc
+        self.cause = exc
         if not callable(errors := getattr(exc, "errors", None)):
             said = str(exc) if isinstance(exc, (ValueError, AssertionError)) else ""
-            return self.expected("", _NOTHING, said or "the values do not fit together")
+            return self.expected("", _MISSING, said or "the values do not fit together")
         here = self.place
         for error in errors():  # pydantic's list, one for each field
             for name in error.get("loc", ()):
                 self.place = self.place, name
-            is_missing = error.get("type") == "missing"
+            value = _MISSING if error.get("type") == "missing" else error.get("input", _MISSING)
             said = error.get("msg") or str(exc)
-            self.expected(said, _NOTHING if is_missing else error.get("input", _NOTHING), said)
+            self.expected(said, value, said)
             self.place = here
         return _WRONG
 
@@ -1700,46 +1666,35 @@ class _Reading:
         self.place = here
         return found if self.count == before else _WRONG
 
-    def attempt(self, read: Reader, value: object) -> tuple[Any, bool]:
-        """A value as read, or `_WRONG` and whether what is wrong is in it, or of it.
+    def attempt(self, read: Reader, value: object) -> _Outcome:
+        """Read a value, and keep what is wrong with it apart."""
+        before = self.notes, self.count
+        self.notes, self.count = [], 0
+        outcome = read(value, self), self.notes, self.count
+        self.notes, self.count = before
+        return outcome
 
-        Types that hold each other could be tried 2 to the power of their depth: so what came of it
-        is remembered, until the outermost union has decided.
-        """
-        key = (id(read), id(value)) if _is_deep(value) else None
-        if key in self.tried:
-            return self.tried[key]
-        here, unions = self.place, self.unions
-        self.attempts += 1
-        try:
-            result = read(value, self), False
-        except _Misfit as misfit:
-            result = _WRONG, self.place is not here or str(misfit) != ""
-        self.attempts -= 1
-        self.place, self.unions = here, unions
-        if key is not None:
-            self.tried[key] = result
-        return result
-
-
-def _is_deep(value: Any) -> bool:
-    """Whether a value holds lists or objects: what does not is quickly read again."""
-    items = value.values() if isinstance(value, dict) else value
-    return isinstance(value, (dict, list)) and any(type(item) in (dict, list) for item in items)
+    def accept(self, outcome: _Outcome) -> Any:
+        """Go on with what came of an attempt."""
+        found, notes, count = outcome
+        if count:
+            self.notes = (self.notes + notes)[:_MOST_PROBLEMS]
+            self.count += count
+        return found
 
 
 Reader = Callable[[Any, _Reading], Any]
+_Outcome = tuple[Any, list[_Note], int]  # a value or `_WRONG`, the first problems, their number
 
 
 # -- Plain values
 
 _TRUE = frozenset(("true", "on", "yes", "1"))
 _FALSE = frozenset(("false", "off", "no", "0", ""))
-_HUGE = 10**400  # a whole number has at most so many digits: printing them costs their square
+_HUGE = 10**400  # to print a whole number costs the square of its digits
 # int() and float() would take "1_000", "nan" and Arabic digits as well.
 _WHOLE = re.compile(r"[+-]?\d{1,400}", re.ASCII)
 _NUMBER = re.compile(r"[+-]?(\d{1,400}(\.\d{0,400})?|\.\d{1,400})([eE][+-]?\d{1,5})?", re.ASCII)
-_UUID = re.compile(r"[0-9a-f]{8}-?([0-9a-f]{4}-?){3}[0-9a-f]{12}", re.ASCII | re.IGNORECASE)
 
 
 def _read_any(value: Any, reading: _Reading) -> Any:
@@ -1806,9 +1761,10 @@ def _text_reader(name: str, make: Callable[[str], Any]) -> Reader:
 
 
 def _make_uuid(text: str) -> UUID:
-    if not _UUID.fullmatch(text):
+    found = UUID(text)
+    if found.hex != text.replace("-", "").lower():  # it takes braces, and "0x1", as well
         raise ValueError
-    return UUID(text)
+    return found
 
 
 _READERS: dict[Any, Reader] = {
@@ -1915,7 +1871,7 @@ def _fields_reader(schema: Any) -> Reader:
             if name in value:
                 found[name] = read(value[name], reading)
             elif is_required:
-                reading.expected("a value", _NOTHING, "is missing")
+                reading.expected("a value", _MISSING, "is missing")
         reading.place = here
         if reading.count > before:
             return _WRONG
@@ -1940,6 +1896,9 @@ def _model_reader(model: Any) -> Reader:
 def _union_reader(options: tuple[Any, ...]) -> Reader:
     """The first type that fits. A value that is of one of them already stays as it is: "1" is text
     for `int | str`.
+
+    Types that hold each other could be tried 2 to the power of their depth. So inside of a union
+    the outcome for a value that holds others is remembered, until the outermost one has decided.
     """
     kinds = [kind for kind in map(_bare, options) if kind is not types.NoneType]
     readers = [_reader(kind) for kind in kinds]
@@ -1951,33 +1910,43 @@ def _union_reader(options: tuple[Any, ...]) -> Reader:
             return None
         if len(readers) == 1 and value != "":
             return readers[0](value, reading)
+        key = id(_read), id(value)
+        if key in reading.tried:
+            return reading.accept(reading.tried[key])
         reading.unions += 1
-        found = _choose(value, reading)
+        outcome = _choose(value, reading)
         reading.unions -= 1
         if not reading.unions:
             reading.tried.clear()
-        return found
+        elif _is_deep(value):
+            reading.tried[key] = outcome
+        return reading.accept(outcome)
 
-    def _choose(value: Any, reading: _Reading) -> Any:
-        first, inner = _WRONG, []
+    def _choose(value: Any, reading: _Reading) -> _Outcome:
+        first: _Outcome | None = None
+        nearly = []  # fit, but for something in them: that says more than what does not fit at all
         for read in readers:
-            found, is_inside = reading.attempt(read, value)
+            outcome = found, notes, _ = reading.attempt(read, value)
             if found is _WRONG:
-                inner += [read] if is_inside else []
+                place, _, _, said = notes[0]
+                nearly += [outcome] if said or place is not reading.place else []
             elif found is value or type(value) in (dict, list):
-                return found
-            elif first is _WRONG:
-                first = found
-        if value == "" and is_optional and (first is _WRONG or first is False):
-            return None  # an input that was left empty
-        if first is not _WRONG:
-            return first
-        # What fits but for something in it says more than what does not fit at all.
-        if len(inner) == 1 and not reading.attempts:
-            return inner[0](value, reading)
-        return reading.expected(words, value)
+                return outcome
+            else:
+                first = first or outcome
+        if value == "" and is_optional and (first is None or first[0] is False):
+            return None, [], 0  # an input that was left empty
+        if first is None and len(nearly) != 1:
+            return _WRONG, [(reading.place, words, value, "")], 1
+        return first or nearly[0]
 
     return _read
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether a value holds lists or objects: what does not is quickly read again."""
+    items = value.values() if isinstance(value, dict) else value
+    return isinstance(value, (dict, list)) and any(type(item) in (dict, list) for item in items)
 
 
 # -- From types to readers
@@ -2032,21 +2001,19 @@ def _kept_reader(kind: Any) -> Reader:
 
 @lru_cache(maxsize=1024)
 def _schema_reader(schema: Any, text: str) -> Reader:
-    made: list[Reader] = []  # when it is first needed: a schema may hold itself
+    origin = typing.get_origin(schema) or schema
+    made: Reader | None = None  # when it is first needed: a schema may hold itself
 
     def _read(value: Any, reading: _Reading) -> Any:
-        if not made:
-            made.append(_new_reader(schema))
-        return made[0](value, reading)
+        nonlocal made
+        if made is None:
+            if hasattr(origin, "__value__"):  # `type Name = …`
+                made = _reader(_bind(origin.__value__, schema))
+            else:
+                made = _fields_reader(schema) if _is_record(origin) else _reader(schema)
+        return made(value, reading)
 
     return _read
-
-
-def _new_reader(schema: Any) -> Reader:
-    origin = typing.get_origin(schema) or schema
-    if hasattr(origin, "__value__"):  # `type Name = …`
-        return _reader(_bind(origin.__value__, schema))
-    return _fields_reader(schema) if _is_record(origin) else _reader(schema)
 
 
 def _bare(kind: Any) -> Any:
@@ -2131,7 +2098,7 @@ def read_signals(schema: type[T], signals: object) -> T:
         found = _kept_reader(schema)(signals, reading)
     except RecursionError:
         reading = _Reading()
-        reading.expected("", _NOTHING, "the signals are nested too deeply")
+        reading.expected("", _MISSING, "the signals are nested too deeply")
     if reading.count:
         problems = [_in_words(note) for note in reading.notes]
         raise SignalsError(problems, more=reading.count - len(problems)) from reading.cause
@@ -2693,7 +2660,7 @@ class JsonTracer(_StreamTracer):
         self._lines.append(line + "\n")
 
 
-_log_json = _JsonEncoder(default=_safe_text, allow_nan=False)
+_log_json = _json_writer(_safe_text)
 
 
 # -- For people. A *line* is a list of pieces, each a text and its style. Only when it is written
@@ -4344,17 +4311,20 @@ def _decode_path(raw: str) -> str:
 
 
 def _parse_json(text: str | bytes) -> Any:
-    try:  # what browsers send is UTF-8 without blanks around it, for which `loads` does too much
-        plain = text if isinstance(text, str) else text.decode()
-        value, end = _json_decoder.raw_decode(plain)
-        if end == len(plain):
-            return value
-    except (ValueError, RecursionError):
-        pass  # `loads` knows more forms, and says what is wrong
+    """JSON in UTF-8 (RFC 8259). Half a surrogate pair, which is no text, becomes `?`."""
     try:
-        return json.loads(text, parse_float=_finite, parse_constant=_finite)
+        plain = (text if isinstance(text, str) else text.decode()).strip("\ufeff \t\r\n")
+        value, end = _json_decoder.raw_decode(plain)  # `decode` takes twice as long
+        if end < len(plain):
+            raise ValueError(f"{plain[end:][:20]!r} follows its end")
+        if "\\u" in plain and _SURROGATE.search(plain):
+            value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
+        return value
     except (ValueError, RecursionError) as exc:  # UnicodeDecodeError is a ValueError
         raise HttpException(400, f"this is not JSON: {exc}") from None
+
+
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 # ==================================================================================================
