@@ -4409,7 +4409,8 @@ async def _read_and_send(carrier: Carrier, file: IO[bytes], offset: int, count: 
         count -= len(data)
 
 
-# -- Compression. A compressor is a pair of functions: one takes bytes and gives what can be sent
+# -- Compression. The door is `_compress` for a whole answer and `_compress_stream` for one that
+# comes in pieces. A compressor is a pair of functions: one takes bytes and gives what can be sent
 # now (everything: a stream is flushed at each event), one gives the end of the stream. Streams get
 # small windows, since each open stream keeps its compressor's memory.
 
@@ -4428,6 +4429,60 @@ class CompressionConfig:
     zstd_level: int = 3
     brotli_level: int = 4
     gzip_level: int = 6
+
+
+def _compress(
+    config: CompressionConfig, headers: Headers, fields: bytes, body: bytes
+) -> tuple[bytes, bytes]:
+    """The header fields and the body of an answer, compressed if the client takes that."""
+    coding = _coding_for(config, headers, fields)
+    if coding is not None:
+        compress, finish = _compressor(coding, config)
+        smaller = compress(body) + finish()
+        if len(smaller) < len(body):
+            return _encoded(fields, coding), smaller
+    return _varied(fields), body
+
+
+def _compress_stream(
+    config: CompressionConfig, headers: Headers, fields: bytes
+) -> tuple[bytes, Compressor | None]:
+    """The same for an answer whose body is to come: its fields, and what compresses it."""
+    kind = _CONTENT_TYPE.search(fields)
+    if kind is None or not _is_compressible(kind[1].decode("latin-1")):
+        return fields, None
+    coding = _coding_for(config, headers, fields, streaming=True)
+    if coding is None:
+        return _varied(fields), None
+    return _encoded(fields, coding), _compressor(coding, config, streaming=True)
+
+
+_CONTENT_TYPE = re.compile(rb"^content-type: ([^\r]*)", re.MULTILINE)
+# With any of these in its fields an answer goes out as it is.
+_AS_THEY_ARE = (b"content-encoding: ", b"content-range: ", b"no-transform")
+
+
+def _coding_for(
+    config: CompressionConfig, headers: Headers, fields: bytes, streaming: bool = False
+) -> str | None:
+    """The coding for an answer with these fields, or None."""
+    lines = headers._fields.get("accept-encoding")
+    if lines is None or any(mark in fields for mark in _AS_THEY_ARE):
+        return None
+    accepted = ",".join(lines)
+    choose = _choose_coding if len(accepted) <= _KEPT_TEXT else _choose_coding.__wrapped__
+    return choose(accepted, config, streaming)
+
+
+def _encoded(fields: bytes, coding: str) -> bytes:
+    # A strong ETag promises the same bytes (RFC 9110, section 8.8.1), which these are not.
+    fields = re.sub(rb'(?m)^etag: "', b'etag: W/"', fields)
+    return _varied(fields + b"content-encoding: %b\r\n" % coding.encode())
+
+
+def _varied(fields: bytes) -> bytes:
+    line = b"vary: accept-encoding\r\n"
+    return fields if line in fields else fields + line
 
 
 def _gzip(level: int, streaming: bool) -> Compressor:
@@ -4576,8 +4631,10 @@ _JSON = _content("application/json")
 _SSE_FIELDS = (  # proxies must neither keep a stream nor wait for its end: nginx reads the last one
     b"content-type: text/event-stream\r\ncache-control: no-cache\r\nx-accel-buffering: no\r\n"
 )
-# What HTTP calls hop by hop: the carrier alone can say these rightly.
-_CARRIER_FIELDS = ("transfer-encoding", "connection", "keep-alive", "upgrade", "trailer", "date")
+# Fields that tell how the answer travels: the Writer and its carrier alone can say these rightly.
+_CARRIER_FIELDS = (
+    "content-length", "transfer-encoding", "connection", "keep-alive", "upgrade", "trailer", "date",
+)  # fmt: skip
 _BODILESS = frozenset((204, 304))
 _DAYS = ["Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun"]
 _MONTHS = ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"]
@@ -4609,6 +4666,20 @@ def _check_target(url: str, status: int) -> None:
         raise StarioError(f"{url!r} cannot be a redirect's target: it holds control characters")
 
 
+def _check_cookie(name: str, value: object, path: str, domain: str, samesite: str) -> None:
+    if not _TOKEN.fullmatch(name):
+        raise StarioError(f"{name!r} cannot be the name of a cookie")
+    if not isinstance(value, str) or _CONTROL.search(value):
+        raise StarioError(f"the value of the cookie {name!r} is no text without controls")
+    if samesite.lower() not in ("lax", "strict", "none"):
+        raise StarioError(f"samesite is lax, strict or none, not {samesite!r}")
+    for given in (path, domain):
+        if _CONTROL.search(given) or ";" in given:
+            raise StarioError(f"{given!r} cannot be the path or domain of a cookie")
+    if name.lower().startswith("__host-") and (path != "/" or domain):
+        raise StarioError(f"{name!r} says: this host and all of it. Leave path and domain out")
+
+
 class CookieOptions(TypedDict, total=False):
     """What `w.cookie` takes beside name and value."""
 
@@ -4630,14 +4701,11 @@ def _ascii_domain(domain: str) -> str:
         raise StarioError(f"{domain!r} cannot be the domain of a cookie") from None
 
 
-class Writer:
-    """The answer to one request: `w`. Each handler gets one, and answers through it.
+class _RawWriter:
+    """An answer as HTTP has it: a status, header fields, and a body in pieces.
 
-    `status_code` is 0 until something is sent; `started` says whether the headers have gone out,
-    `completed` whether the answer is through.
+    Writer is told in four steps: this, answers in one shot, streams of events, and `alive`.
     """
-
-    _rest: _Rest | None = None  # of a file
 
     def __init__(self, carrier: Carrier, request: Request, compression: CompressionConfig) -> None:
         self.status_code = 0
@@ -4651,9 +4719,6 @@ class Writer:
         self._remaining: int | None = None  # bytes still due of a declared Content-Length
         self._sse = False  # this is a stream of events
         self._writes = 0  # pieces of the body so far
-        self._timer: asyncio.TimerHandle | None = None  # the next heartbeat
-
-    # -- State
 
     @property
     def headers(self) -> ResponseHeaders:
@@ -4673,185 +4738,15 @@ class Writer:
         """Whether the server is stopping and wants streams to end."""
         return self._carrier.shutting_down
 
-    # -- Answers in one shot
-
-    def respond(self, body: bytes, content_type: str, status: int = 200) -> None:
-        """Answer with these bytes. A second answer is a StarioError."""
-        content = _content if len(content_type) <= _KEPT_TEXT else _content.__wrapped__
-        self._answer(status, content(content_type), _bytes(body))
-
-    def html(self, node: object, status: int = 200) -> None:
-        """Answer with a page: an element, or anything that can stand in one."""
-        if isinstance(node, dict):
-            raise StarioError("w.html takes elements, not a dict: w.json answers with one")
-        text = node if type(node) is SafeString else render(node)
-        self._answer(status, _HTML, text.encode("utf-8", "replace"))
-
-    def text(self, text: str, status: int = 200) -> None:
-        """Answer with plain text."""
-        if not isinstance(text, str):
-            raise StarioError(f"w.text takes a str, not {type(text).__name__}")
-        self._answer(status, _TEXT, text.encode("utf-8", "replace"))
-
-    def json(self, obj: object, status: int = 200) -> None:
-        """Answer with JSON. Dataclasses, dates, enums, UUIDs and models are written, too."""
-        self._answer(status, _JSON, _json(obj).encode("utf-8", "replace"))
-
-    def redirect(self, url: str, status: int = 307) -> None:
-        """Send the client to another address (303 if it should GET that after a POST).
-
-        A request of Datastar's comes from inside a page: it is answered by `navigate`, since a
-        redirect would be followed there, and the other page patched into the open one.
-        """
-        if self._request.is_datastar and not self.started:
-            _check_target(url, status)
-            self.navigate(url)
-            self.end()
-        else:
-            self._redirect(url, status)
-
-    def _redirect(self, url: str, status: int) -> None:
-        """A redirect of HTTP's own, for Datastar, too: what was asked for is found elsewhere."""
-        _check_target(url, status)
-        # A backslash is a slash to browsers: "/\evil.com" would leave the site.
-        location = quote(url.replace("\\", "%5C"), safe=_REDIRECT_SAFE, errors="replace")
-        self._answer(status, (f"location: {location}\r\n".encode("ascii"), False), b"")
-
-    def empty(self, status: int = 204) -> None:
-        """Answer without a body: "done", and nothing to show."""
-        self._answer(status, (b"", False), b"")
-
-    def file(
-        self,
-        source: str | os.PathLike[str] | bytes,
-        *,
-        filename: str | None = None,
-        status: int = 200,
-    ) -> Awaitable[None]:
-        """Answer with a file, or with bytes as one: type, validators, parts (RFC 9110, section 14).
-
-        With `filename` the client saves it under that name; its ending tells the type. A path that
-        leads to no file is a 404. What is large is sent when the handler has ended, or by `await`.
-        """
-        self._rest = _answer_download(self, source, filename, status)  # see 11
-        return self._rest
-
-    # -- Streams of events. The first one sends the headers.
-
-    def patch(
-        self,
-        node: object,
-        *,
-        mode: str = "outer",
-        selector: str | None = None,
-        namespace: str | None = None,
-        use_view_transition: bool = False,
-        view_transition_selector: str | None = None,
-        id: str | None = None,
-        retry: int | None = None,
-    ) -> None:
-        """Patch elements into the page: by their ids, or into what `selector` finds.
-
-        Modes: outer, inner, replace, prepend, append, before, after, remove; without a selector
-        only outer and replace. `view_transition_selector` is where a view transition takes place
-        (client 1.0.3 and later). https://data-star.dev/reference/sse_events
-        """
-        html = node if type(node) is SafeString else render(node)
-        lines = _patch_lines(
-            html, mode, selector, namespace, use_view_transition, view_transition_selector
-        )
-        self._send_event("datastar-patch-elements", lines, id, retry)
-
-    def remove(
-        self,
-        selector: str,
-        *,
-        use_view_transition: bool = False,
-        id: str | None = None,
-        retry: int | None = None,
-    ) -> None:
-        """Remove the elements that `selector` finds."""
-        lines = _patch_lines("", "remove", selector, None, use_view_transition)
-        self._send_event("datastar-patch-elements", lines, id, retry)
-
-    def sync(
-        self,
-        signals: object,
-        *,
-        only_if_missing: bool = False,
-        id: str | None = None,
-        retry: int | None = None,
-    ) -> None:
-        """Merge signals into the page's: a dict, a dataclass, a model, or JSON. None removes."""
-        lines = _signal_lines(signals, only_if_missing)
-        self._send_event("datastar-patch-signals", lines, id, retry)
-
-    def execute(
-        self,
-        js: str,
-        *,
-        auto_remove: bool = True,
-        attributes: Mapping[str, object] | None = None,
-        nonce: str | None = None,
-        id: str | None = None,
-        retry: int | None = None,
-    ) -> None:
-        """Run JavaScript in the page, in a `<script>` that is removed when it has run.
-
-        `nonce` is the one of the page's Content-Security-Policy.
-        """
-        own = {"data-effect": "el.remove()"} if auto_remove else {}
-        own |= {"nonce": nonce} if nonce else {}
-        lines = _patch_lines(h.Script({**own, **(attributes or {})}, js), "append", "body")
-        self._send_event("datastar-patch-elements", lines, id, retry)
-
-    def navigate(
-        self,
-        url: str,
-        *,
-        nonce: str | None = None,
-        id: str | None = None,
-        retry: int | None = None,
-    ) -> None:
-        """Send the browser to another page. (`nonce` as in `execute`.)"""
-        # A browser skips control characters and blanks before and in a scheme (URL standard, 4.4).
-        scheme = re.sub(r"[\x00-\x20]", "", url).partition(":")[0].lower()
-        if scheme in ("javascript", "data", "vbscript"):
-            raise StarioError(f"{url[:60]!r} is a program, no page: navigate goes to pages only")
-        # After a turn of the browser's loop, so that the rest of this event's work is done.
-        script = f"setTimeout(() => {{ window.location = {_script_json(url)} }})"
-        self.execute(script, nonce=nonce, id=id, retry=retry)
-
-    def event(
-        self, name: str, data: str = "", *, id: str | None = None, retry: int | None = None
-    ) -> None:
-        """Send a plain server-sent event (HTML standard, 9.2), for a client other than Datastar."""
-        if not isinstance(data, str):
-            raise StarioError(f"an event's data is text, not {type(data).__name__}: json.dumps it")
-        self._send_event(name, _split_lines(data), id, retry)
-
-    # -- Raw
-
-    def write_headers(self, status: int) -> Writer:
+    def write_headers(self, status: int) -> Self:
         """Send the status and `headers`; the body follows by `write` and `end`."""
         lengths = self.headers.getlist("content-length")
         if lengths and (len(lengths) > 1 or not re.fullmatch("[0-9]{1,18}", lengths[0])):
             raise StarioError(f"{', '.join(lengths)!r} cannot be a Content-Length")
-        declared = lengths[0] if lengths else None
-        self._start(status)
-        # A 204 has no Content-Length (RFC 9110, section 8.6).
-        fields = self._own_fields(b"", keep_length=status != 204)
-        if declared is not None:
-            self._remaining = int(declared)
-        bodiless = status in _BODILESS or self._request.method == "HEAD"
-        if declared is None and _is_compressible(self.headers.get("content-type") or ""):
-            fields = self._compressed_stream(fields)
-        if bodiless:
-            self._remaining = self._compressor = None
-        self._carrier.begin(status, fields, unsized=declared is None and not bodiless)
+        self._begin(status, b"", int(lengths[0]) if lengths else None)
         return self
 
-    def write(self, data: bytes) -> Writer:
+    def write(self, data: bytes) -> Self:
         """Send some of the body. After a disconnect it is dropped without an error."""
         data = _bytes(data)
         if not self.started:
@@ -4899,6 +4794,139 @@ class Writer:
         """Wait until the client has taken what was sent. Raises ClientDisconnected if it goes."""
         await self._carrier.drained()
 
+    # -- Inside. Every answer starts here, and either goes out whole or begins.
+
+    def _start(self, status: int) -> None:
+        if self.started:
+            raise StarioError("this request has been answered already: a Writer answers once")
+        _check_status(status)
+        if self._headers is not None and (last_chance := self._headers.before_sending):
+            self._headers.before_sending = None  # if it fails, the error's answer goes without it
+            last_chance()
+        self.started = True
+        self.status_code = status
+
+    def _answer(self, status: int, content: Content, body: bytes) -> None:
+        """Answer at once. What the handler has set itself goes before these fields."""
+        self._start(status)
+        fields, compressible = content
+        if self._headers is not None:
+            fields = self._own_fields(fields)
+        if compressible and len(body) >= self._compression.min_size:
+            fields, body = _compress(self._compression, self._request.headers, fields, body)
+        if status in _BODILESS:
+            body = b""
+        else:
+            fields += _length_line(len(body))
+            if self._request.method == "HEAD":
+                body = b""
+        self._carrier.answer(status, fields, body)
+        self.completed = True
+
+    def _begin(self, status: int, fields: bytes, length: int | None) -> None:
+        """Send the head. A body of `length` bytes follows, or (None) of a length not known yet."""
+        self._start(status)
+        fields = self._own_fields(fields)
+        has_body = status not in _BODILESS and self._request.method != "HEAD"
+        compressor = None
+        if length is None:
+            headers = self._request.headers
+            fields, compressor = _compress_stream(self._compression, headers, fields)
+        elif status != 204:  # which has no Content-Length (RFC 9110, section 8.6)
+            fields += _length_line(length)
+        if has_body:
+            self._remaining, self._compressor = length, compressor
+        self._carrier.begin(status, fields, unsized=length is None and has_body)
+
+    def _own_fields(self, fields: bytes) -> bytes:
+        """The handler's own header fields, and those of `fields` that it has not set itself."""
+        headers = self._headers
+        if headers is None:
+            return fields
+        headers.sent = True
+        own = [f"{name}: {v}" for name, v in headers.items() if name not in _CARRIER_FIELDS]
+        defaults = [
+            line
+            for line in fields.decode("latin-1").split("\r\n")
+            if line and line.partition(":")[0] not in headers
+        ]
+        return "\r\n".join([*defaults, *own, ""]).encode("latin-1")
+
+    def _send(self, data: bytes) -> None:
+        self._writes += 1
+        if self._request.method == "HEAD" or not data:
+            return
+        if self._remaining is not None:
+            if len(data) > self._remaining:
+                excess = len(data) - self._remaining
+                self._remaining, self.completed = None, True
+                self._carrier.abort()
+                raise StarioError(f"the answer is {excess} bytes longer than its Content-Length")
+            self._remaining -= len(data)
+        if self.status_code in _BODILESS:
+            raise StarioError(f"an answer with status {self.status_code} has no body")
+        self._carrier.send(data)
+
+    def _forget_answer(self) -> None:
+        """The answer has failed before it began: what described it goes, what all have stays."""
+        if self._headers is not None and not self.started:
+            for name in _DESCRIPTIONS:
+                self._headers.remove(name)
+
+
+class _OneShotWriter(_RawWriter):
+    """Answers in one shot, and the cookies that go with any answer."""
+
+    _rest: _Rest | None = None  # of a file
+
+    def respond(self, body: bytes, content_type: str, status: int = 200) -> None:
+        """Answer with these bytes. A second answer is a StarioError."""
+        content = _content if len(content_type) <= _KEPT_TEXT else _content.__wrapped__
+        self._answer(status, content(content_type), _bytes(body))
+
+    def html(self, node: object, status: int = 200) -> None:
+        """Answer with a page: an element, or anything that can stand in one."""
+        if isinstance(node, dict):
+            raise StarioError("w.html takes elements, not a dict: w.json answers with one")
+        text = node if type(node) is SafeString else render(node)
+        self._answer(status, _HTML, text.encode("utf-8", "replace"))
+
+    def text(self, text: str, status: int = 200) -> None:
+        """Answer with plain text."""
+        if not isinstance(text, str):
+            raise StarioError(f"w.text takes a str, not {type(text).__name__}")
+        self._answer(status, _TEXT, text.encode("utf-8", "replace"))
+
+    def json(self, obj: object, status: int = 200) -> None:
+        """Answer with JSON. Dataclasses, dates, enums, UUIDs and models are written, too."""
+        self._answer(status, _JSON, _json(obj).encode("utf-8", "replace"))
+
+    def empty(self, status: int = 204) -> None:
+        """Answer without a body: "done", and nothing to show."""
+        self._answer(status, (b"", False), b"")
+
+    def file(
+        self,
+        source: str | os.PathLike[str] | bytes,
+        *,
+        filename: str | None = None,
+        status: int = 200,
+    ) -> Awaitable[None]:
+        """Answer with a file, or with bytes as one: type, validators, parts (RFC 9110, section 14).
+
+        With `filename` the client saves it under that name; its ending tells the type. A path that
+        leads to no file is a 404. What is large is sent when the handler has ended, or by `await`.
+        """
+        self._rest = _answer_download(self, source, filename, status)  # see 11
+        return self._rest
+
+    def _redirect(self, url: str, status: int) -> None:
+        """A redirect of HTTP's own, for Datastar, too: what was asked for is found elsewhere."""
+        _check_target(url, status)
+        # A backslash is a slash to browsers: "/\evil.com" would leave the site.
+        location = quote(url.replace("\\", "%5C"), safe=_REDIRECT_SAFE, errors="replace")
+        self._answer(status, (f"location: {location}\r\n".encode("ascii"), False), b"")
+
     def cookie(
         self,
         name: str,
@@ -4917,28 +4945,16 @@ class Writer:
 
         What cannot stand in a value is percent-encoded; `c.req.cookies` decodes it again.
         """
-        if not _TOKEN.fullmatch(name):
-            raise StarioError(f"{name!r} cannot be the name of a cookie")
-        if not isinstance(value, str) or _CONTROL.search(value):
-            raise StarioError(f"the value of the cookie {name!r} is no text without controls")
-        if samesite is not None and samesite.lower() not in ("lax", "strict", "none"):
-            raise StarioError(f"samesite is lax, strict or none, not {samesite!r}")
-        for given in (path, domain or ""):
-            if _CONTROL.search(given) or ";" in given:
-                raise StarioError(f"{given!r} cannot be the path or domain of a cookie")
-        prefix = name.lower().partition("-")[0]
-        if prefix == "__host" and (path != "/" or domain):
-            raise StarioError(f"{name!r} says: this host and all of it. Leave path and domain out")
-        # Without it, browsers take none of these (RFC 6265bis, sections 4.1.3 and 5.6).
-        secure |= prefix in ("__host", "__secure") or partitioned
+        _check_cookie(name, value, path, domain or "", samesite or "lax")
+        # Without Secure, browsers take none of these (RFC 6265bis, sections 4.1.3 and 5.6).
+        secure |= name.lower().startswith(("__host-", "__secure-")) or partitioned
         secure |= (samesite or "").lower() == "none"
-        path = quote(path, safe=_REDIRECT_SAFE + "%", errors="replace")
         pieces = [
             f"{name}={quote(value, safe=_COOKIE_SAFE, errors='replace')}",
             f"Max-Age={int(max_age)}" if max_age is not None else "",
             f"Expires={_http_date(expires.timestamp())}" if expires else "",
             f"Domain={_ascii_domain(domain)}" if domain else "",
-            f"Path={path}" if path else "",
+            f"Path={quote(path, safe=_REDIRECT_SAFE, errors='replace')}" if path else "",
             "Secure" if secure else "",
             "HttpOnly" if httponly else "",
             f"SameSite={samesite.capitalize()}" if samesite else "",
@@ -4950,6 +4966,131 @@ class Writer:
         """Ask the client to forget a cookie. Give what it was set with: only that one matches."""
         options["max_age"], options["expires"] = 0, datetime.fromtimestamp(0, timezone.utc)
         self.cookie(name, "", **options)
+
+
+class EventOptions(TypedDict, total=False):
+    """What every event takes: `id` comes back as `last-event-id`, `retry` is in milliseconds."""
+
+    id: str | None
+    retry: int | None
+
+
+class _EventWriter(_OneShotWriter):
+    """Streams of events. The first one sends the headers."""
+
+    def patch(
+        self,
+        node: object,
+        *,
+        mode: str = "outer",
+        selector: str | None = None,
+        namespace: str | None = None,
+        use_view_transition: bool = False,
+        view_transition_selector: str | None = None,
+        **options: Unpack[EventOptions],
+    ) -> None:
+        """Patch elements into the page: by their ids, or into what `selector` finds.
+
+        Modes: outer, inner, replace, prepend, append, before, after, remove; without a selector
+        only outer and replace. `view_transition_selector` is where a view transition takes place
+        (client 1.0.3 and later). https://data-star.dev/reference/sse_events
+        """
+        html = node if type(node) is SafeString else render(node)
+        lines = _patch_lines(
+            html, mode, selector, namespace, use_view_transition, view_transition_selector
+        )
+        self._send_event("datastar-patch-elements", lines, **options)
+
+    def remove(
+        self,
+        selector: str,
+        *,
+        use_view_transition: bool = False,
+        **options: Unpack[EventOptions],
+    ) -> None:
+        """Remove the elements that `selector` finds."""
+        lines = _patch_lines("", "remove", selector, None, use_view_transition)
+        self._send_event("datastar-patch-elements", lines, **options)
+
+    def sync(
+        self, signals: object, *, only_if_missing: bool = False, **options: Unpack[EventOptions]
+    ) -> None:
+        """Merge signals into the page's: a dict, a dataclass, a model, or JSON. None removes."""
+        lines = _signal_lines(signals, only_if_missing)
+        self._send_event("datastar-patch-signals", lines, **options)
+
+    def execute(
+        self,
+        js: str,
+        *,
+        auto_remove: bool = True,
+        attributes: Mapping[str, object] | None = None,
+        nonce: str | None = None,
+        **options: Unpack[EventOptions],
+    ) -> None:
+        """Run JavaScript in the page, in a `<script>` that is removed when it has run.
+
+        `nonce` is the one of the page's Content-Security-Policy.
+        """
+        own = {"data-effect": "el.remove()"} if auto_remove else {}
+        own |= {"nonce": nonce} if nonce else {}
+        lines = _patch_lines(h.Script({**own, **(attributes or {})}, js), "append", "body")
+        self._send_event("datastar-patch-elements", lines, **options)
+
+    def navigate(
+        self, url: str, *, nonce: str | None = None, **options: Unpack[EventOptions]
+    ) -> None:
+        """Send the browser to another page. (`nonce` as in `execute`.)"""
+        # A browser skips control characters and blanks before and in a scheme (URL standard, 4.4).
+        scheme = re.sub(r"[\x00-\x20]", "", url).partition(":")[0].lower()
+        if scheme in ("javascript", "data", "vbscript"):
+            raise StarioError(f"{url[:60]!r} is a program, no page: navigate goes to pages only")
+        # By a timer, so that the rest of this event's work is done before the page goes.
+        script = f"setTimeout(() => {{ window.location = {_script_json(url)} }})"
+        self.execute(script, nonce=nonce, **options)
+
+    def redirect(self, url: str, status: int = 307) -> None:
+        """Send the client to another address (303 if it should GET that after a POST).
+
+        A request of Datastar's comes from inside a page: it is answered by `navigate`, since a
+        redirect would be followed there, and the other page patched into the open one.
+        """
+        if self._request.is_datastar and not self.started:
+            _check_target(url, status)
+            self.navigate(url)
+            self.end()
+        else:
+            self._redirect(url, status)
+
+    def event(self, name: str, data: str = "", **options: Unpack[EventOptions]) -> None:
+        """Send a plain server-sent event (HTML standard, 9.2), for a client other than Datastar."""
+        if not isinstance(data, str):
+            raise StarioError(f"an event's data is text, not {type(data).__name__}: json.dumps it")
+        self._send_event(name, _split_lines(data), **options)
+
+    def _send_event(
+        self, name: str, lines: Iterable[str], id: str | None = None, retry: int | None = None
+    ) -> None:
+        event = _sse(name, lines, id, retry)
+        if not self.started:
+            self._begin_events()
+        elif not self._sse:
+            raise StarioError("this answer was started as something else than a stream of events")
+        self.write(event.encode("utf-8", "replace"))
+
+    def _begin_events(self) -> None:
+        self._begin(200, _SSE_FIELDS, None)
+        self._sse = True
+
+
+class Writer(_EventWriter):
+    """The answer to one request: `w`. Each handler gets one, and answers through it.
+
+    `status_code` is 0 until something is sent; `started` says whether the headers have gone out,
+    `completed` whether the answer is through.
+    """
+
+    _timer: asyncio.TimerHandle | None = None  # the next heartbeat
 
     @typing.overload
     def alive(
@@ -4982,140 +5123,6 @@ class Writer:
                 raise StarioError("alive takes a source, or every= with a number above 0")
             source = _ticks(every)
         return Alive(self, source, heartbeat)
-
-    # -- Inside
-
-    def _forget_answer(self) -> None:
-        """The answer has failed before it began: what described it goes, what all have stays."""
-        if self._headers is not None and not self.started:
-            for name in _DESCRIPTIONS:
-                self._headers.remove(name)
-
-    def _start(self, status: int) -> None:
-        if self.started:
-            raise StarioError("this request has been answered already: a Writer answers once")
-        if type(status) is not int or not 200 <= status <= 999:
-            _check_status(status)
-        if self._headers is not None and (last_chance := self._headers.before_sending):
-            self._headers.before_sending = None  # if it fails, the error's answer goes without it
-            last_chance()
-        self.started = True
-        self.status_code = status
-
-    def _answer(self, status: int, content: Content, body: bytes) -> None:
-        """Answer at once. What the handler has set itself goes before these fields."""
-        self._start(status)
-        fields, compressible = content
-        if self._headers is not None:
-            fields = self._own_fields(fields)
-        if compressible and len(body) >= self._compression.min_size:
-            body, fields = self._compressed(body, fields)
-        if status in _BODILESS:
-            body = b""
-        else:
-            fields += _length_line(len(body))
-            if self._request.method == "HEAD":
-                body = b""
-        self._carrier.answer(status, fields, body)
-        self.completed = True
-
-    def _begin(self, status: int, fields: bytes, length: int) -> None:
-        """Begin an answer of so many bytes."""
-        self._start(status)
-        self._remaining = None if self._request.method == "HEAD" else length
-        fields = self._own_fields(fields) + _length_line(length)
-        self._carrier.begin(status, fields, unsized=False)
-
-    def _own_fields(self, fields: bytes, keep_length: bool = False) -> bytes:
-        """The handler's own header fields, and those of `fields` that it has not set itself."""
-        headers = self._headers
-        if headers is None:
-            return fields
-        headers.sent = True
-        own = [
-            f"{name}: {value}"
-            for name, value in headers.items()
-            if name not in _CARRIER_FIELDS and (keep_length or name != "content-length")
-        ]
-        defaults = [
-            line
-            for line in fields.decode("latin-1").split("\r\n")
-            if line and line.partition(":")[0] not in headers
-        ]
-        return "\r\n".join([*defaults, *own, ""]).encode("latin-1")
-
-    def _coding_for(self, fields: bytes, streaming: bool = False) -> str | None:
-        """The coding to compress with, unless the fields say that this must not be."""
-        if b"content-encoding: " in fields or b"content-range: " in fields:
-            return None
-        if b"no-transform" in fields:
-            return None
-        lines = self._request.headers._fields.get("accept-encoding")
-        if lines is None:
-            return None
-        accepted = lines[0] if len(lines) == 1 else ",".join(lines)
-        choose = _choose_coding if len(accepted) <= _KEPT_TEXT else _choose_coding.__wrapped__
-        return choose(accepted, self._compression, streaming)
-
-    def _compressed(self, body: bytes, fields: bytes) -> tuple[bytes, bytes]:
-        coding = self._coding_for(fields)
-        if coding is not None:
-            compress, finish = _compressor(coding, self._compression)
-            smaller = compress(body) + finish()
-            if len(smaller) < len(body):
-                body, fields = smaller, self._encoded(fields, coding)
-        return body, self._varied(fields)
-
-    def _compressed_stream(self, fields: bytes) -> bytes:
-        coding = self._coding_for(fields, streaming=True)
-        if coding is not None:
-            self._compressor = _compressor(coding, self._compression, streaming=True)
-            fields = self._encoded(fields, coding)
-        return self._varied(fields)
-
-    def _encoded(self, fields: bytes, coding: str) -> bytes:
-        # A strong ETag promises the same bytes (RFC 9110, section 8.8.1), which these are not.
-        fields = re.sub(rb'(?m)^etag: "', b'etag: W/"', fields)
-        return fields + b"content-encoding: %b\r\n" % coding.encode()
-
-    def _varied(self, fields: bytes) -> bytes:
-        line = b"vary: accept-encoding\r\n"
-        return fields if line in fields else fields + line
-
-    def _send_event(
-        self, name: str, lines: Iterable[str], id: str | None, retry: int | None
-    ) -> None:
-        event = _sse(name, lines, id, retry)
-        if not self.started:
-            self._begin_events()
-        elif not self._sse:
-            raise StarioError(
-                "this answer is no stream of events: it was started as something else"
-            )
-        self.write(event.encode("utf-8", "replace"))
-
-    def _begin_events(self) -> None:
-        self._start(200)
-        self._sse = True
-        fields = self._compressed_stream(self._own_fields(_SSE_FIELDS))
-        self._carrier.begin(200, fields, unsized=self._request.method != "HEAD")
-
-    def _send(self, data: bytes) -> None:
-        self._writes += 1
-        if self._request.method == "HEAD" or not data:
-            return
-        if self._remaining is not None:
-            if len(data) > self._remaining:
-                excess = len(data) - self._remaining
-                self._remaining, self.completed = None, True
-                self._carrier.abort()
-                raise StarioError(f"the answer is {excess} bytes longer than its Content-Length")
-            self._remaining -= len(data)
-        if self.status_code in _BODILESS:
-            raise StarioError(f"an answer with status {self.status_code} has no body")
-        self._carrier.send(data)
-
-    # -- For alive
 
     def _is_over(self) -> bool:
         """Whether a stream has nobody to go on for: HEAD asked only for its head."""
@@ -6165,7 +6172,7 @@ def _open_regular(path: str) -> IO[bytes]:
 
 
 @contextmanager
-def _file_errors(w: Writer) -> Iterator[None]:
+def _file_errors(w: _RawWriter) -> Iterator[None]:
     """Answer for a file that cannot be opened. An error of the disk stays what it is."""
     try:
         yield
@@ -6440,7 +6447,7 @@ class _Rest:
 
 
 def _answer_with(
-    w: Writer,
+    w: _RawWriter,
     file: _File,
     form: _Representation,
     fields: bytes,
@@ -6480,7 +6487,7 @@ def _answer_with(
 
 
 async def _send_pieces(
-    w: Writer, file: _File, opened: IO[bytes], start: int, stop: int, *, may_grow: bool
+    w: _RawWriter, file: _File, opened: IO[bytes], start: int, stop: int, *, may_grow: bool
 ) -> None:
     """Send a part of a large file, and let the client see that it is cut off if it changes.
 
@@ -6506,7 +6513,7 @@ async def _send_pieces(
 
 
 def _answer_download(
-    w: Writer, source: str | os.PathLike[str] | bytes, filename: str | None, status: int
+    w: _RawWriter, source: str | os.PathLike[str] | bytes, filename: str | None, status: int
 ) -> _Rest:
     """See Writer.file."""
     fields = b"cache-control: no-cache\r\n"
