@@ -146,7 +146,18 @@ T = TypeVar("T")
 
 
 class StarioError(Exception):
-    """The framework was used in a way that cannot work; the message says what to do instead."""
+    """The framework was used in a way that cannot work; the message says what to do instead.
+
+    A traceback ends with the line of the program that did it: most of its frames are of this file.
+    """
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*arguments)
+        frame = inspect.currentframe()
+        while frame is not None and not _is_own(frame.f_code.co_filename):
+            frame = frame.f_back
+        if frame is not None:
+            self.add_note(f"at {frame.f_code.co_filename}:{frame.f_lineno}")
 
 
 class ClientDisconnected(Exception):
@@ -349,7 +360,9 @@ def _plain_text(value: str | float | Decimal) -> str:
 
 def _hint(value: object) -> str:
     """What else to say of a value that cannot be written."""
-    return " (await it first)" if isinstance(value, Awaitable) else ""
+    if isinstance(value, Awaitable):
+        return " (await it first)"
+    return " (call it)" if inspect.isfunction(value) or inspect.ismethod(value) else ""
 
 
 # -- Attributes
@@ -1491,12 +1504,13 @@ def _one_line(value: object) -> str:
     return text
 
 
-_PATCH_MODES = ("outer", "inner", "replace", "prepend", "append", "before", "after", "remove")
+PatchMode = Literal["outer", "inner", "replace", "prepend", "append", "before", "after", "remove"]
+_PATCH_MODES = typing.get_args(PatchMode)
 
 
 def _patch_lines(
     html: str,
-    mode: str = "outer",
+    mode: PatchMode = "outer",
     selector: str | None = None,
     namespace: str | None = None,
     use_view_transition: bool = False,
@@ -1702,6 +1716,8 @@ def _read_any(value: Any, reading: _Reading) -> Any:
 
 
 def _read_str(value: Any, reading: _Reading) -> Any:
+    if type(value) is _Field:
+        return value.values[0]
     return value if isinstance(value, str) else reading.expected("text", value)
 
 
@@ -1760,6 +1776,14 @@ def _text_reader(name: str, make: Callable[[str], Any]) -> Reader:
     return _read
 
 
+def _read_bytes(value: Any, reading: _Reading) -> Any:
+    """A file that a field is bound to: the client sends its contents in base64."""
+    if isinstance(value, str):
+        with suppress(ValueError):
+            return base64.b64decode(value, validate=True)
+    return reading.expected("base64", value)
+
+
 def _make_uuid(text: str) -> UUID:
     found = UUID(text)
     if found.hex != text.replace("-", "").lower():  # it takes braces, and "0x1", as well
@@ -1780,6 +1804,7 @@ _READERS: dict[Any, Reader] = {
     date: _text_reader("date", date.fromisoformat),
     time_of_day: _text_reader("time", time_of_day.fromisoformat),
     UUID: _text_reader("UUID", _make_uuid),
+    bytes: _read_bytes,
 }
 
 
@@ -1803,11 +1828,25 @@ def _choice_reader(choices: Iterable[Any]) -> Reader:
 # -- Values that hold others
 
 
+class _Field(str):
+    """What a form or a query has under one name: its first value, or, for a list, all of them."""
+
+    def __new__(cls, values: list[str]) -> _Field:
+        """One that knows all of them."""
+        field = super().__new__(cls, values[0])
+        field.values = values
+        return field
+
+    values: list[str]
+
+
 def _list_reader(make: Any, kinds: Sequence[Any], is_fixed: bool = False) -> Reader:
     """A list of any length, or a tuple with a type for each item."""
     readers = [_reader(kind) for kind in kinds]
 
     def _read(value: Any, reading: _Reading) -> Any:
+        if isinstance(value, _Field):
+            value = value.values
         if not isinstance(value, list) or (is_fixed and len(value) != len(readers)):
             many = f" of {len(readers)}" if is_fixed else ""
             return reading.expected(f"a list{many}", value)
@@ -1985,7 +2024,10 @@ def _reader(kind: Any) -> Reader:
             return _choice_reader(origin)
         if hasattr(origin, "model_validate"):
             return _model_reader(kind)
-    raise StarioError(f"signals cannot be read as {getattr(kind, '__name__', repr(kind))}")
+    raise StarioError(
+        f"signals cannot be read as {getattr(kind, '__name__', repr(kind))}: a schema is a "
+        "dataclass, a TypedDict or a class with model_validate"
+    )
 
 
 def _is_record(origin: Any) -> bool:
@@ -2088,12 +2130,15 @@ def _is_required(schema: Any, name: str, kind: Any) -> bool:
 
 
 def read_signals(schema: type[T], signals: object) -> T:
-    """Check signals (a parsed JSON object) against a schema and make one.
+    """Check signals (a parsed JSON object), a form or a query against a schema and make one.
 
     `schema` is a dataclass, a TypedDict, or a class with `model_validate` (pydantic's). Fields that
     it does not know are ignored. Raises SignalsError with the fields that do not fit.
     """
     reading = _Reading()
+    find_all = getattr(signals, "getlist", None)
+    if find_all:  # a Form or QueryParams: a name may come several times
+        signals = {name: _Field(find_all(name)) for name in cast("Iterable[str]", signals)}
     try:
         found = _kept_reader(schema)(signals, reading)
     except RecursionError:
@@ -3104,6 +3149,7 @@ _MOST_FRAMES = 8
 
 
 ToWake = dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]]  # readers, by their loops
+Overflow = Literal["oldest", "latest", "close"]  # what gives way when too many messages wait
 
 
 class _Mailbox:
@@ -3117,7 +3163,9 @@ class _Mailbox:
         "waiter",
     )  # fmt: skip
 
-    def __init__(self, patterns: tuple[str, ...], maxsize: int, overflow: str, gaps: int) -> None:
+    def __init__(
+        self, patterns: tuple[str, ...], maxsize: int, overflow: Overflow, gaps: int
+    ) -> None:
         self.patterns = patterns
         self.maxsize = maxsize
         self.overflow = overflow
@@ -3269,7 +3317,7 @@ class Relay(Generic[T]):
         self._later: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()  # changes to do
 
     def subscribe(
-        self, *patterns: str, maxsize: int = 1000, overflow: str = "oldest"
+        self, *patterns: str, maxsize: int = 1000, overflow: Overflow = "oldest"
     ) -> Subscription[T]:
         """Listen to the subjects that fit one of the patterns, from now on.
 
@@ -3720,6 +3768,18 @@ class QueryParams(_Fields):
             fields.setdefault(key, []).append(value)
         super().__init__(fields)
 
+    @typing.overload
+    def get(self, key: str) -> str | None: ...
+
+    @typing.overload
+    def get(self, key: str, default: T) -> str | T: ...
+
+    @typing.overload
+    def get(self, key: str, default: T, type: Callable[[str], T]) -> T: ...
+
+    @typing.overload
+    def get(self, key: str, *, type: Callable[[str], T]) -> T | None: ...
+
     def get(self, key: str, default: Any = None, type: Callable[[str], Any] | None = None) -> Any:
         """The first value of a key, or `default`: also where `type` does not take the value.
 
@@ -3775,6 +3835,10 @@ class ResponseHeaders(Headers):
         key, text = _field(name, value)
         self._unsent[key] = [text]
         return self
+
+    def __setitem__(self, name: str | bytes, value: str | bytes | int) -> None:
+        """The same: `w.headers["cache-control"] = "no-store"`."""
+        self.set(name, value)
 
     def add(self, name: str | bytes, value: str | bytes | int) -> ResponseHeaders:
         """Add one more field of this name."""
@@ -4689,7 +4753,7 @@ class CookieOptions(TypedDict, total=False):
     domain: str | None
     secure: bool
     httponly: bool
-    samesite: str | None
+    samesite: Literal["lax", "strict", "none"] | None
     partitioned: bool
 
 
@@ -4708,7 +4772,7 @@ class _RawWriter:
     """
 
     def __init__(self, carrier: Carrier, request: Request, compression: CompressionConfig) -> None:
-        self.status_code = 0
+        self._status = 0
         self.started = False
         self.completed = False
         self._carrier = carrier
@@ -4727,6 +4791,15 @@ class _RawWriter:
             self._headers = ResponseHeaders()
             self._headers.sent = self.started
         return self._headers
+
+    @property
+    def status_code(self) -> int:
+        """The status that was sent; 0 before."""
+        return self._status
+
+    @status_code.setter
+    def status_code(self, status: int) -> None:
+        raise StarioError(f"the status is given with the answer: w.html(page, status={status})")
 
     @property
     def disconnected(self) -> bool:
@@ -4783,7 +4856,7 @@ class _RawWriter:
 
         `content-length` must have been declared. Raises ClientDisconnected if the client goes.
         """
-        if self._request.method == "HEAD" or self.status_code in _BODILESS:
+        if self._request.method == "HEAD" or self._status in _BODILESS:
             return
         if count > (self._remaining or 0):
             raise StarioError(f"{count} bytes do not fit into a Content-Length: declare it first")
@@ -4804,7 +4877,7 @@ class _RawWriter:
             self._headers.before_sending = None  # if it fails, the error's answer goes without it
             last_chance()
         self.started = True
-        self.status_code = status
+        self._status = status
 
     def _answer(self, status: int, content: Content, body: bytes) -> None:
         """Answer at once. What the handler has set itself goes before these fields."""
@@ -4863,8 +4936,8 @@ class _RawWriter:
                 self._carrier.abort()
                 raise StarioError(f"the answer is {excess} bytes longer than its Content-Length")
             self._remaining -= len(data)
-        if self.status_code in _BODILESS:
-            raise StarioError(f"an answer with status {self.status_code} has no body")
+        if self._status in _BODILESS:
+            raise StarioError(f"an answer with status {self._status} has no body")
         self._carrier.send(data)
 
     def _forget_answer(self) -> None:
@@ -4938,7 +5011,7 @@ class _OneShotWriter(_RawWriter):
         domain: str | None = None,
         secure: bool = False,
         httponly: bool = False,
-        samesite: str | None = "lax",
+        samesite: Literal["lax", "strict", "none"] | None = "lax",
         partitioned: bool = False,
     ) -> None:
         """Set a cookie (RFC 6265, section 4.1). `max_age` is in seconds.
@@ -4982,7 +5055,7 @@ class _EventWriter(_OneShotWriter):
         self,
         node: object,
         *,
-        mode: str = "outer",
+        mode: PatchMode = "outer",
         selector: str | None = None,
         namespace: str | None = None,
         use_view_transition: bool = False,
@@ -5122,6 +5195,11 @@ class Writer(_EventWriter):
             if source is not None or every <= 0:
                 raise StarioError("alive takes a source, or every= with a number above 0")
             source = _ticks(every)
+        elif source is not None and not hasattr(source, "__aiter__"):
+            raise StarioError(
+                "alive takes what `async for` can loop over, as relay.subscribe(...) gives it, not "
+                f"{type(source).__name__}; for ticks write w.alive(every=0.5)"
+            )
         return Alive(self, source, heartbeat)
 
     def _is_over(self) -> bool:
@@ -5465,6 +5543,7 @@ class Context:
 
 
 Handler = Callable[[Context, Writer], Awaitable[None]]
+_NO_HANDLER: Any = None  # so that `@app.get("/")` can be told what to write instead
 Middleware = Callable[[Handler], Handler]
 ErrorHandler = Callable[[Context, Writer, Any], Awaitable[None] | None]
 
@@ -5477,6 +5556,10 @@ def _check_handler(route: str, handler: object) -> None:
     if inspect.iscoroutine(handler):
         handler.close()
         raise StarioError(f"{route}: this handler was called: give it without its parentheses")
+    if handler is None:
+        raise StarioError(
+            f"{route}: the handler is missing. Not a decorator: app.get('/', handler)"
+        )
     if isinstance(handler, type) or not callable(handler):
         wanted = "the handler is an `async def handler(c, w)`"
         raise StarioError(f"{route}: {wanted}, not {handler!r}")
@@ -5504,9 +5587,12 @@ def _check_arguments(function: Any, wanted: str) -> None:
 
 
 def _wrapped(middleware: Middleware, handler: Handler) -> Handler:
+    name = getattr(middleware, "__name__", repr(middleware))
+    _check_arguments(middleware, "handler")
+    if inspect.iscoroutinefunction(middleware):
+        raise StarioError(f"the middleware {name} is a plain function: `def`, without async")
     wrapped = middleware(handler)
     if not callable(wrapped):
-        name = getattr(middleware, "__name__", repr(middleware))
         raise StarioError(f"the middleware {name} gives {wrapped!r}: it has to return a handler")
     return wrapped
 
@@ -5584,35 +5670,35 @@ class Router:
         self._hosts: list[tuple[str, Router]] = []
         self._mounted = False
 
-    def get(self, path: str, handler: Handler, *middleware: Middleware) -> None:
+    def get(self, path: str, handler: Handler = _NO_HANDLER, *middleware: Middleware) -> None:
         """Answer GET (and HEAD) at a path: `/users`, `/users/{id}` or `/files/*`."""
         self.handle("GET", path, handler, *middleware)
 
-    def post(self, path: str, handler: Handler, *middleware: Middleware) -> None:
+    def post(self, path: str, handler: Handler = _NO_HANDLER, *middleware: Middleware) -> None:
         """Answer POST at a path."""
         self.handle("POST", path, handler, *middleware)
 
-    def put(self, path: str, handler: Handler, *middleware: Middleware) -> None:
+    def put(self, path: str, handler: Handler = _NO_HANDLER, *middleware: Middleware) -> None:
         """Answer PUT at a path."""
         self.handle("PUT", path, handler, *middleware)
 
-    def patch(self, path: str, handler: Handler, *middleware: Middleware) -> None:
+    def patch(self, path: str, handler: Handler = _NO_HANDLER, *middleware: Middleware) -> None:
         """Answer PATCH at a path."""
         self.handle("PATCH", path, handler, *middleware)
 
-    def delete(self, path: str, handler: Handler, *middleware: Middleware) -> None:
+    def delete(self, path: str, handler: Handler = _NO_HANDLER, *middleware: Middleware) -> None:
         """Answer DELETE at a path."""
         self.handle("DELETE", path, handler, *middleware)
 
-    def query(self, path: str, handler: Handler, *middleware: Middleware) -> None:
+    def query(self, path: str, handler: Handler = _NO_HANDLER, *middleware: Middleware) -> None:
         """Answer QUERY at a path: a GET with a body (draft-ietf-httpbis-safe-method-w-body)."""
         self.handle("QUERY", path, handler, *middleware)
 
-    def head(self, path: str, handler: Handler, *middleware: Middleware) -> None:
+    def head(self, path: str, handler: Handler = _NO_HANDLER, *middleware: Middleware) -> None:
         """Answer HEAD at a path, where the GET handler should not."""
         self.handle("HEAD", path, handler, *middleware)
 
-    def options(self, path: str, handler: Handler, *middleware: Middleware) -> None:
+    def options(self, path: str, handler: Handler = _NO_HANDLER, *middleware: Middleware) -> None:
         """Answer OPTIONS at a path, where a list of its methods is not enough."""
         self.handle("OPTIONS", path, handler, *middleware)
 
@@ -5633,7 +5719,8 @@ class Router:
         """
         paths = self._paths.get(name, set())
         if len(paths) != 1:
-            raise StarioError(f"{name!r} is the handler of {len(paths)} paths: {sorted(paths)}")
+            found = ", ".join(sorted(paths)) or "none"
+            raise StarioError(f"one route needs a handler named {name!r}; found: {found}")
         [path] = paths
         filled = "/".join(_filled(segment, params) for segment in path.split("/"))
         if params:
@@ -5912,7 +5999,7 @@ class Session:
         *older_keys: str | bytes,
         name: str = "session",
         max_age: int = 14 * 24 * 3600,
-        samesite: str = "lax",
+        samesite: Literal["lax", "strict", "none"] = "lax",
     ) -> None:
         self._keys = [k.encode() if isinstance(k, str) else k for k in (key, *older_keys)]
         if min(map(len, self._keys)) < 16:
@@ -7631,6 +7718,8 @@ class Stario(Router):
             raise StarioError(f"a tracer is needed, not {tracer!r}: `with RichTracer() as tracer:`")
         self.tracer = tracer or Tracer()
         self.compression = compression or CompressionConfig()
+        if not isinstance(self.compression, CompressionConfig):
+            raise StarioError(f"compression is a CompressionConfig(...), not {compression!r}")
         self.max_body = max_body
         self._silent = type(self.tracer) is Tracer  # nobody looks at the spans: make none
         self._life = _Life(self)
@@ -7852,7 +7941,7 @@ class Stario(Router):
         *,
         reload: bool = False,
         debug: bool | None = None,
-        **options: Any,
+        **options: Unpack[ServerOptions],
     ) -> None:
         """Serve until a signal says stop. The options are those of `Server`, and the `Limits`.
 
@@ -7885,7 +7974,11 @@ class Stario(Router):
 
     @asynccontextmanager
     async def running(
-        self, host: str = "127.0.0.1", port: int = 0, workers: int = 1, **options: Any
+        self,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        workers: int = 1,
+        **options: Unpack[ServerOptions],
     ) -> AsyncIterator[Server]:
         """Serve inside a program of your own: `async with app.running(port=0) as server:`
 
@@ -8205,6 +8298,29 @@ class _Listener:
         listening.listen(self.backlog)
         self._unix_file = os.stat(own)
         os.replace(own, path)
+
+
+class ServerOptions(TypedDict, total=False):
+    """The options of `serve` and `running`; see Server and Limits."""
+
+    unix_socket: str | os.PathLike[str] | None
+    unix_mode: int
+    sock: socket.socket | None
+    ssl: ssl_module.SSLContext | None
+    reuse_port: bool
+    backlog: int
+    graceful_timeout: float
+    trusted_proxies: Sequence[str]
+    header_timeout: float
+    body_timeout: float
+    keep_alive_timeout: float
+    write_timeout: float
+    max_header_bytes: int
+    max_headers: int
+    max_target: int
+    max_buffer: int
+    max_connections: int
+    max_handlers: int
 
 
 class Server:
@@ -11360,6 +11476,7 @@ __all__ = [
     "SafeString",
     "Server",
     "ServerEvent",
+    "ServerOptions",
     "Session",
     "SignalsError",
     "Span",

@@ -3090,6 +3090,18 @@ class TestLife(AsyncTest):
             pass
 
 
+@dataclass
+class Upload:
+    """What a page sends whose file field is bound to the signal `photo`."""
+
+    @dataclass
+    class File:
+        name: str
+        contents: bytes
+
+    photo: list[Upload.File]
+
+
 class TestForms(unittest.TestCase):
     """Forms as browsers send them (RFC 7578), whatever is in them."""
 
@@ -3103,6 +3115,34 @@ class TestForms(unittest.TestCase):
 
     def named(self, name: str, more: str = "") -> str:
         return f'Content-Disposition: form-data; name="{name}"{more}'
+
+    def test_a_form_and_a_query_are_read_by_a_schema_as_signals_are(self) -> None:
+        @dataclass
+        class Order:
+            item: str
+            count: int
+            extras: list[str] = field(default_factory=list)
+            gift: bool = False
+            note: str | None = None
+
+        globals()["Order"] = Order
+        self.addCleanup(globals().pop, "Order")
+        form = stario.Form([("item", "tea"), ("count", "2"), ("extras", "a"), ("gift", "on")])
+        self.assertEqual(read_signals(Order, form), Order("tea", 2, ["a"], True))
+        form = stario.QueryParams([("item", "x"), ("count", "1"), ("extras", "a"), ("extras", "b")])
+        self.assertEqual(read_signals(Order, form).extras, ["a", "b"])
+        self.assertIs(type(read_signals(Order, form).item), str)
+        with self.assertRaises(SignalsError) as caught:
+            read_signals(Order, stario.Form([("count", "two"), ("item", "")]))
+        self.assertEqual(caught.exception.problems, ['count: expected a whole number, got "two"'])
+
+    def test_a_file_that_comes_as_a_signal_is_bytes(self) -> None:
+        sent = [{"name": "a.txt", "contents": "aGVsbG8=", "mime": "text/plain"}]
+        found = read_signals(Upload, {"photo": sent})
+        self.assertEqual(found, Upload([Upload.File("a.txt", b"hello")]))
+        sent[0]["contents"] = "aGVsbG8"
+        with self.assertRaisesRegex(SignalsError, r"photo\[0\]\.contents: expected base64"):
+            read_signals(Upload, {"photo": sent})
 
     def test_charsets_are_those_that_browsers_know(self) -> None:
         text = "text/plain; charset="
@@ -3379,6 +3419,198 @@ class CountingTracer(Tracer):
 
     def on_end(self, span: Span) -> None:
         self.ended += 1
+
+
+async def _fine(c: Context, w: Writer) -> None:
+    w.empty()
+
+
+class TestMistakes(unittest.TestCase):
+    """A mistake is answered where it is made: what was given, what to write, in which line."""
+
+    @staticmethod
+    def _app(*routes: str) -> Stario:
+        app = Stario()
+        for path in routes:
+            app.get(path, _fine)
+        return app
+
+    def _at_once(self) -> dict[str, Callable[[], Any]]:
+        """What a program does wrong before anybody asks, by a part of the sentence for it."""
+        h, data, at, app = stario.h, stario.data, stario.at, Stario
+
+        def sync(c: Any, w: Any) -> None: ...
+        async def short(c: Any) -> None: ...
+        async def slow(handler: Any) -> Any: ...
+
+        def mount_twice() -> None:
+            router, parent = stario.Router(), app()
+            router.get("/", _fine)
+            parent.mount("/x", router)
+            parent.mount("/x", router)
+
+        any_: Any = object()
+        wrong: Any = _fine
+        return {
+            "write `async def sync(c, w)`": lambda: app().get("/", sync),  # type: ignore[arg-type]
+            "short is called as short(c, w)": lambda: app().get("/", short),  # type: ignore[arg-type]
+            "was called: give it without its parentheses": lambda: app().get("/", wrong(1, any_)),
+            "it has to return a handler": lambda: app().get("/", _fine, lambda handler: any_),
+            "_guarded(handler): missing": lambda: app().get("/", _fine, stario.same_origin(wrong)),  # type: ignore[arg-type]
+            "slow is a plain function: `def`": lambda: app().get("/", _fine, slow),  # type: ignore[arg-type]
+            "'/<id>': a parameter is a whole": lambda: self._app("/<id>"),
+            "'/:id': a parameter is a whole": lambda: self._app("/:id"),
+            "'/{id': a parameter is a whole": lambda: self._app("/{id"),
+            "/a/{y} cannot be told apart from GET /a/{x}": lambda: self._app("/a/{x}", "/a/{y}"),
+            "GET /x cannot be told apart from GET /x": mount_twice,
+            "Not a decorator: app.get('/', handler)": lambda: app().get("/x"),
+            "needs a handler named 'nope'; found: none": lambda: app().url("nope"),
+            "compression is a CompressionConfig(...), not": lambda: app(compression=any_),
+            "a schema is a dataclass, a TypedDict": lambda: read_signals(Stario, {}),
+            "begin with a capital: h.Div": lambda: h.div("x"),
+            'attributes are a dict, h.Div({"id": "x"})': lambda: h.Div(id="x"),  # type: ignore[call-arg]
+            "here is none to bear them": lambda: stario.render({"id": "x"}),
+            "function cannot stand in HTML: give text": lambda: h.P(sync),
+            "Write 0.5, or '500s'": lambda: data.on("input", "$x", debounce=500),
+            "give a dict from names to expressions": lambda: data.class_(any_),
+            "without $: not '$x'": lambda: data.bind("$x"),
+            "one of auto, error, always, never ('never'?)": lambda: at.get("/", retry="neverr"),  # type: ignore[arg-type]
+            "one of json, form": lambda: at.get("/", content_type="text"),  # type: ignore[arg-type]
+            "cleanup, disabled ('disabled'?)": lambda: at.get("/", request_cancellation="disable"),
+            "no overflow rule 'newest'": lambda: Relay[str]().subscribe("a", overflow="newest"),  # type: ignore[arg-type]
+        }  # fmt: skip
+
+    def _in_a_handler(self) -> dict[str, Callable[[Context, Writer], Any]]:
+        """The same of what goes wrong in a request."""
+        any_: Any = object()
+        p = stario.h.P("x")
+
+        async def unawaited(c: Any, w: Any) -> None:
+            signals = c.signals(Right)
+            try:
+                signals.name  # noqa: B018
+            finally:
+                signals.close()
+
+        async def awaited(c: Any, w: Any) -> None:
+            await w.html(p)
+
+        return {
+            "the methods of a Writer are not awaited": awaited,
+            "`await` is missing: await c.signals()": unawaited,
+            "one of outer, inner, replace": lambda c, w: w.patch(p, mode="iner", selector="#x"),  # type: ignore[arg-type]
+            "give the element an id that the page has": lambda c, w: w.patch(p),
+            "give a dict from names to values, a dataclass": lambda c, w: w.sync(3),
+            "set them before the first write": lambda c, w: [w.empty(), w.headers.set("a", "b")],
+            "the status is given with the answer": lambda c, w: setattr(w, "status_code", 404),
+            "samesite is lax, strict or none": lambda c, w: w.cookie("a", "b", samesite="no"),  # type: ignore[arg-type]
+            "for ticks write w.alive(every=0.5)": lambda c, w: w.alive(any_),
+            "add app.use(Session(key))": lambda c, w: c.session,
+        }
+
+    def _check_sentence(self, told: str, exc: BaseException) -> None:
+        notes = getattr(exc, "__notes__", [])
+        text = "\n".join([str(exc), *notes])
+        self.assertIn(told, text)
+        self.assertLess(len(text), 400)
+        if isinstance(exc, StarioError):
+            self.assertRegex(notes[0], rf"^at {re.escape(__file__)}:\d+$")
+
+    def test_at_registration_and_in_views(self) -> None:
+        for told, make in self._at_once().items():
+            with (
+                self.subTest(told),
+                self.assertRaises((StarioError, TypeError, AttributeError)) as e,
+            ):
+                make()
+            with self.subTest(told):
+                self._check_sentence(told, e.exception)
+
+    def test_in_a_handler(self) -> None:
+        async def ask(make: Callable[[Context, Writer], Any]) -> None:
+            async def handler(c: Context, w: Writer) -> None:
+                found = make(c, w)
+                if inspect.isawaitable(found):
+                    await found
+
+            app = Stario()
+            app.get("/", handler)
+            async with TestClient(app) as client:
+                await client.get("/")
+
+        for told, make in self._in_a_handler().items():
+            with (
+                self.subTest(told),
+                self.assertRaises((StarioError, TypeError, AttributeError)) as e,
+            ):
+                asyncio.run(ask(make))
+            with self.subTest(told):
+                self._check_sentence(told, e.exception)
+
+
+# What type checkers accept, and what they must not: each line with `# wrong` is to be refused.
+TYPED = """
+import dataclasses
+from typing import assert_type
+from stario import Context, Relay, Stario, Writer, at, data
+
+@dataclasses.dataclass
+class Form:
+    name: str
+
+async def handler(c: Context, w: Writer) -> None:
+    assert_type(await c.signals(Form), Form)
+    (await c.signals(Form)).nmae  # wrong
+    w.patch("x", mode="inner", selector="#x")
+    w.patch("x", mode="innner", selector="#x")  # wrong
+    w.cookie("a", "b", samesite="strict")
+    w.cookie("a", "b", samesite="strikt")  # wrong
+    async for tick in w.alive(every=0.5):
+        tick.anything  # wrong
+    relay: Relay[str] = Relay()
+    async for subject, text in w.alive(relay.subscribe("x", overflow="latest")):
+        text.upper()
+    relay.subscribe("x", overflow="newest")  # wrong
+    at.post("/x", retry="never")
+    at.post("/x", retry="neverr")  # wrong
+    at.post("/x", retries=3)  # wrong
+    data.on("click", "$x", once=True, debounce=0.5)
+    data.on("click", "$x", debuonce=0.5)  # wrong
+    assert_type(c.req.query.get("n", 0, type=int), int)
+
+async def main(app: Stario) -> None:
+    app.get("/", handler)
+    app.get("/", main)  # wrong
+    await app.serve(port=80, keep_alive_timeout=5, reload=True)
+    await app.serve(prot=80)  # wrong
+    async with app.running(max_buffer="1") as server:  # wrong
+        server.url.upper()
+"""
+
+
+class TestTypes(unittest.TestCase):
+    """Editors and type checkers say it first."""
+
+    def _check(self, *command: str) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "typed.py")
+            path.write_text(TYPED, encoding="utf-8")
+            shutil.copy(stario.__file__, Path(folder, "stario.py"))
+            done = subprocess.run(
+                [sys.executable, "-m", *command, str(path)],
+                capture_output=True, text=True, cwd=folder, timeout=110, check=False,
+            )  # fmt: skip
+        found = {int(n) for n in re.findall(r"typed\.py:(\d+):(?:\d+ -)? error", done.stdout)}
+        wrong = {n for n, line in enumerate(TYPED.splitlines(), 1) if line.endswith("# wrong")}
+        self.assertEqual(found, wrong, done.stdout + done.stderr)
+
+    @needs("mypy")
+    def test_mypy(self) -> None:
+        self._check("mypy", "--strict", "--cache-dir=.cache")
+
+    @needs("pyright")
+    def test_pyright(self) -> None:
+        self._check("pyright")
 
 
 class TestLongLife(AsyncTest):

@@ -285,7 +285,7 @@ async def click(c: Context, w: Writer) -> None:
         c("No user id or user not connected", {"user_id": signals.user_id})
         w.redirect("/", status=303)
         return
-    cell = CELL_IDS.get(c.req.query.get("cellId"))
+    cell = CELL_IDS.get(c.req.query.get("cellId", ""))
     if cell is None:
         raise HttpException(400, f"cellId must be a number from 0 to {CELLS[-1]}")
     c["user_id"] = signals.user_id
@@ -366,6 +366,7 @@ async def main() -> None:
     options.add_argument("--local", action="store_true", help="as at a terminal")
     options.add_argument("--host", default="127.0.0.1" if local else "0.0.0.0")
     options.add_argument("--port", type=int, default=8000)
+    options.add_argument("--reload", action="store_true", help="restart when a file is saved")
     options.add_argument("--workers", type=int, default=1)
     options.add_argument("--redis", default="", help="share the board with other processes")
     options.add_argument("--expiry", type=float, default=20.0, help="seconds a dead process lasts")
@@ -375,7 +376,7 @@ async def main() -> None:
 
     with RichTracer() if local else JsonTracer() as tracer:
         app = make_app(tracer, chosen.redis, chosen.expiry)
-        await app.serve(host=chosen.host, port=chosen.port, workers=chosen.workers)
+        await app.serve(chosen.host, chosen.port, chosen.workers, reload=chosen.reload)
 
 
 if __name__ == "__main__":
