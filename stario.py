@@ -2425,9 +2425,10 @@ class _LogToSpan(logging.Handler):
             root.handlers[:] = [*self._others, *(h for h in root.handlers if h is not self)]
             root.setLevel(self._root_level)
 
-    def createLock(self) -> None:
-        """None: nothing is kept here, and the same thread may come again in the middle."""
-        self.lock = None
+    def handle(self, record: logging.LogRecord) -> bool:
+        """Take a record without the lock that `logging` would hold meanwhile."""
+        self.emit(record)
+        return True
 
     def emit(self, record: logging.LogRecord) -> None:
         """Note it in the span, or pass it on."""
