@@ -325,7 +325,10 @@ def read_by_h11(data: bytes) -> tuple[list[Read], str]:
             fields: dict[str, list[str]] = {}
             # (h11 writes "chunked" in lower case.)
             for name, value in event.headers:
-                fields.setdefault(name.decode("latin-1"), []).append(value.decode("latin-1"))
+                # Cookies and Last-Event-ID are UTF-8, as browsers send them; the rest is Latin-1.
+                is_utf8 = name in (b"cookie", b"last-event-id")
+                text = value.decode("utf-8", "replace") if is_utf8 else value.decode("latin-1")
+                fields.setdefault(name.decode("latin-1"), []).append(text)
             target, fields = _origin_form(event.target.decode("latin-1"), fields)
             if target.find("?") == len(target) - 1:
                 target = target[:-1]  # an empty query and none are one to our Request
