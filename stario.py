@@ -6355,7 +6355,7 @@ class Assets:
             return known
         with suppress(OSError, ValueError):  # `_load` looks closer
             if os.stat(f"{self._root}/{name}").st_size > _IN_MEMORY:
-                return await self._once(name, lambda: self._load(name))
+                return await self._once(name, lambda: self.file(name))
         return self._load(name)
 
     def _known(self, name: str) -> _File | None:
