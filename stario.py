@@ -3140,12 +3140,12 @@ _MOST_FRAMES = 8
 # exists from the moment `subscribe()` returns, and has a bounded queue of its own: a reader that
 # falls behind loses messages by a rule that it chose, and never costs more than its queue.
 #
-# Publishers and subscribers may be in different threads, with different event loops. One lock for
-# the whole relay guards every table and queue below; it is held for a few dict and deque
-# operations, and never while a loop is woken. It keeps other threads out, but not this one: the
-# garbage collector and signal handlers run code between any two bytecodes, and a subscription that
-# is collected closes itself. So a change that comes in the middle of another one is put off until
-# that one is done (`Relay._alone`).
+# Publishers and subscribers may be in different threads, with different event loops. One lock
+# guards every table and queue of a relay; it is held for a few dict operations, and never while a
+# loop is woken. It keeps out other threads, but not this one: the garbage collector and signal
+# handlers may run code of ours between any two bytecodes, and a subscription that is collected
+# closes itself. So a change that comes in the middle of another one waits until that one is done
+# (`Relay._alone`).
 # ==================================================================================================
 
 
@@ -3154,14 +3154,14 @@ Overflow = Literal["oldest", "latest", "close"]  # what gives way when too many 
 
 
 class _Mailbox:
-    """What the relay knows of a subscription. Everything is touched only under the relay's lock.
+    """The relay's side of a subscription. Everything is touched only under the relay's lock.
 
     It does not refer to the Subscription: one that nobody holds any more is collected, and closes.
     """
 
     __slots__ = (
-        "closed", "dropped", "gaps_before", "loop", "maxsize", "overflow", "patterns", "queue",
-        "waiter",
+        "closed", "dropped", "gaps_before", "loop", "maxsize", "number", "overflow", "patterns",
+        "queue", "waiter",
     )  # fmt: skip
 
     def __init__(
@@ -3170,9 +3170,8 @@ class _Mailbox:
         self.patterns = patterns
         self.maxsize = maxsize
         self.overflow = overflow
-        self.queue: deque[Any] | OrderedDict[str, Any] = (
-            OrderedDict() if overflow == "latest" else deque()
-        )
+        self.queue: OrderedDict[int | str, Any] = OrderedDict()  # by number; "latest": by subject
+        self.number = 0  # of the last message
         self.dropped = 0
         self.gaps_before = gaps  # the relay's gaps when this was made
         self.closed = False
@@ -3182,27 +3181,20 @@ class _Mailbox:
     def put(self, subject: str, data: Any) -> None:
         """Queue a message, by the overflow rule."""
         queue = self.queue
-        if isinstance(queue, OrderedDict):
-            if queue.pop(subject, self) is not self:
-                self.dropped += 1
-            queue[subject] = (subject, data)
-        else:
-            queue.append((subject, data))
-        if len(queue) <= self.maxsize:
-            return
-        self.dropped += 1
-        if isinstance(queue, OrderedDict):
-            queue.popitem(last=False)
-        elif self.overflow == "oldest":
-            queue.popleft()
-        else:
-            queue.pop()
-            self.closed = True
+        self.number += 1
+        key: int | str = self.number
+        if self.overflow == "latest":
+            key = subject
+            self.dropped += queue.pop(subject, None) is not None
+        queue[key] = (subject, data)
+        if len(queue) > self.maxsize:
+            self.dropped += 1
+            self.closed = self.overflow == "close"
+            queue.popitem(last=self.closed)
 
     def take(self) -> Any:
         """The oldest message. The queue must not be empty."""
-        queue = self.queue
-        return queue.popitem(last=False)[1] if isinstance(queue, OrderedDict) else queue.popleft()
+        return self.queue.popitem(last=False)[1]
 
     def call(self, to_wake: ToWake) -> None:
         """Put the reader, if one waits, among those who are to be woken."""
@@ -3310,10 +3302,9 @@ class Relay(Generic[T]):
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        # Mailboxes by pattern, each kind in a table of its own; a dict serves as an ordered set.
-        self._exact: dict[str, dict[_Mailbox, None]] = {}
-        self._prefix: dict[str, dict[_Mailbox, None]] = {}  # "room." for the pattern "room.*"
-        self._lengths: dict[int, int] = {}  # how many keys of that table have this length
+        # "room.*" stands in table 5 as "room.", "*" in table 0 as "", "room.1" in table None, which
+        # is for whole subjects. So the length of a subject costs nothing, nor do its dots.
+        self._tables: dict[int | None, dict[str, dict[_Mailbox, None]]] = {}
         self._busy = False  # a change is under way
         self._later: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()  # changes to do
 
@@ -3333,7 +3324,7 @@ class Relay(Generic[T]):
         if maxsize < 1:
             raise StarioError("maxsize must be at least 1")
         for pattern in patterns:
-            self._place(pattern)
+            _place(pattern)
         mailbox = _Mailbox(patterns, maxsize, overflow, self._gaps)
         subscription = Subscription(self, mailbox)
         self._alone(self._add, mailbox)
@@ -3342,7 +3333,7 @@ class Relay(Generic[T]):
     def publish(self, subject: str, data: T = None) -> None:  # type: ignore[assignment]
         """Give a message to everyone who listens to its subject. From any thread; never waits."""
         _check_subject(subject)
-        self._alone(self._deliver, subject, data)
+        self._alone(self._deliver, self._listeners, subject, data)
 
     def _alone(self, step: Callable[..., None], *arguments: Any) -> None:
         """Make a change, `step(to_wake, *arguments)`, with nobody else at the tables and queues.
@@ -3364,15 +3355,10 @@ class Relay(Generic[T]):
         if to_wake:
             _wake(to_wake)
 
-    def _has_listeners(self, pattern: str) -> bool:
-        table, key = self._place(pattern)
-        return key in table
-
-    def _listeners_changed(self, pattern: str) -> None:
-        """This pattern has got its first listener, or lost its last. Called under the lock."""
-
-    def _deliver(self, to_wake: ToWake, subject: str, data: T) -> None:
-        for mailbox in self._listeners(subject):
+    def _deliver(
+        self, to_wake: ToWake, find: Callable[[str], list[_Mailbox]], subject: str, data: T
+    ) -> None:
+        for mailbox in find(subject):
             if mailbox.closed:
                 continue
             mailbox.put(subject, data)
@@ -3380,52 +3366,45 @@ class Relay(Generic[T]):
                 self._remove(to_wake, mailbox)
             mailbox.call(to_wake)
 
-    def _place(self, pattern: str) -> tuple[dict[str, dict[_Mailbox, None]], str]:
-        """The table for a pattern, and its key there."""
-        if "*" not in pattern:
-            return self._exact, pattern
-        if not (pattern == "*" or pattern.endswith(".*")) or "*" in pattern[:-1]:
-            raise StarioError(f"no pattern {pattern!r}: write 'name', 'name.*' or '*'")
-        return self._prefix, pattern[:-1]
-
     def _listeners(self, subject: str) -> list[_Mailbox]:
         """The mailboxes a subject goes to, each once, in a list that is safe from changes."""
-        found = [self._exact.get(subject)]
-        # By the lengths that there are, not by the dots of a subject: it may have any number.
-        found += [self._prefix.get(subject[:length]) for length in self._lengths]
-        tables = [table for table in found if table]
-        if len(tables) < 2:
-            return list(tables[0]) if tables else []
-        return list(dict.fromkeys(mailbox for table in tables for mailbox in table))
+        found = [table.get(subject[:length]) for length, table in self._tables.items()]
+        listeners = [mailboxes for mailboxes in found if mailboxes]
+        if len(listeners) < 2:
+            return list(listeners[0]) if listeners else []
+        return list(dict.fromkeys(mailbox for mailboxes in listeners for mailbox in mailboxes))
+
+    def _listeners_at(self, pattern: str) -> dict[_Mailbox, None]:
+        """Who listens by this pattern. (A dict serves as an ordered set.)"""
+        length, key = _place(pattern)
+        return self._tables.get(length, {}).get(key, {})
 
     def _add(self, to_wake: ToWake, mailbox: _Mailbox) -> None:
         for pattern in mailbox.patterns:
-            table, key = self._place(pattern)
-            if key not in table:
-                table[key] = {}
-                if table is self._prefix:
-                    self._count(key, 1)
-                self._listeners_changed(pattern)
-            table[key][mailbox] = None
-
-    def _count(self, key: str, change: int) -> None:
-        """Note that one more, or one less, key of `_prefix` has this length."""
-        count = self._lengths.pop(len(key), 0) + change
-        if count:
-            self._lengths[len(key)] = count
+            length, key = _place(pattern)
+            self._tables.setdefault(length, {}).setdefault(key, {})[mailbox] = None
 
     def _remove(self, to_wake: ToWake, mailbox: _Mailbox) -> None:
         mailbox.closed = True
         mailbox.call(to_wake)
         patterns, mailbox.patterns = mailbox.patterns, ()
         for pattern in patterns:
-            table, key = self._place(pattern)
-            listeners = table.get(key, {})
-            listeners.pop(mailbox, None)
-            if not listeners and table.pop(key, None) is not None:
-                if table is self._prefix:
-                    self._count(key, -1)
-                self._listeners_changed(pattern)
+            length, key = _place(pattern)
+            table = self._tables.get(length, {})
+            table.get(key, {}).pop(mailbox, None)
+            if not table.get(key):
+                table.pop(key, None)
+            if not table:
+                self._tables.pop(length, None)
+
+
+def _place(pattern: str) -> tuple[int | None, str]:
+    """How much of a subject a pattern looks at (None: all of it), and what that has to be."""
+    if "*" not in pattern:
+        return None, pattern
+    if not (pattern == "*" or pattern.endswith(".*")) or "*" in pattern[:-1]:
+        raise StarioError(f"no pattern {pattern!r}: write 'name', 'name.*' or '*'")
+    return len(pattern) - 1, pattern[:-1]
 
 
 def _check_subject(subject: str) -> None:
@@ -3454,25 +3433,25 @@ def _resolve(waiters: list[asyncio.Future[None]]) -> None:
 # ==================================================================================================
 # 7b. RedisRelay: the same between processes and machines
 #
-# A RedisRelay is a Relay whose messages take the way through Redis (or Valkey). `publish` hands
-# them to Redis; what comes back from there, from this process or another, is published to the
-# subscriptions here. A pattern that somebody here listens to is subscribed once at Redis.
+# A RedisRelay is a Relay whose messages take the way through Redis (or Valkey). A pattern that
+# somebody here listens to is subscribed once at Redis.
 #
 #     publish("room.1", x)  ->  _outgoing  ->  PUBLISH stario:room.1 "x"  ->  Redis
-#     subscriptions  <-  Relay.publish  <-  one message for each process  <-  Redis
+#     subscriptions  <-  Relay._deliver  <-  one message for each pattern that fits  <-  Redis
 #
 # A thread with an event loop of its own talks to Redis, over one connection, for all loops of the
 # process; so `publish` and `subscribe` work from any thread and never wait. Redis takes what comes
 # over a connection in its order: who subscribes and then publishes hears it.
 #
-# Redis keeps nothing for those who are away. When the connection breaks, what others publish until
-# it is back is missed: every subscription then counts a gap, and whoever shows state reads it anew.
+# Redis keeps nothing for those who are away. What is published while the connection is broken is
+# missed: every subscription then counts a gap, and whoever shows state reads it anew.
 #
 # To leave it out, delete this part.
 # ==================================================================================================
 
 _UNSENT = 10_000  # messages that may wait for a Redis that is there
 _BATCH = 500  # messages that are sent at a time
+_RedisCommand = tuple[str | bytes, ...]
 
 
 class RedisRelay(Relay[T]):
@@ -3513,15 +3492,13 @@ class RedisRelay(Relay[T]):
         # Under the lock:
         self._closed = False
         self._down = False  # Redis could not be reached when we last tried
-        self._outgoing: deque[tuple[str | bytes, ...]] = deque()  # "PUBLISH", channel, payload
+        self._outgoing: deque[_RedisCommand] = deque()  # "PUBLISH", channel, payload
         self._changed: set[str] = set()  # patterns that have got, or lost, listeners
         self._loop: asyncio.AbstractEventLoop | None = None  # the thread's, once it is needed
         self._thread: threading.Thread | None = None
         # On the thread's loop:
         self._work = asyncio.Event()  # there is something in `_outgoing` or `_changed`
-        self._answered = asyncio.Event()  # our PING was, and so all that we had sent before it
-        self._told: set[str] = set()  # patterns that we have subscribed to on this connection
-        self._confirmed: set[str] = set()  # those for which Redis has begun to send messages
+        self._subscribed: dict[bytes, str] = {}  # patterns, by their names at Redis
 
     # -- In any thread
 
@@ -3544,25 +3521,24 @@ class RedisRelay(Relay[T]):
         """Send what waits, for a second at most, end all subscriptions, and let go of Redis."""
         atexit.unregister(self.close)
         self._alone(self._end)
-        if self._loop is not None and self._thread is not None:
-            with suppress(RuntimeError):  # it has ended already
-                self._loop.call_soon_threadsafe(self._work.set)
+        if self._thread is not None:
+            self._nudge()
             self._thread.join(1.0)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
     def _end(self, to_wake: ToWake) -> None:
         self._closed = True
-        tables = [*self._exact.values(), *self._prefix.values()]
-        for mailbox in {mailbox for table in tables for mailbox in table}:
-            self._remove(to_wake, mailbox)
+        for table in list(self._tables.values()):
+            for mailbox in [mailbox for listeners in table.values() for mailbox in listeners]:
+                self._remove(to_wake, mailbox)
 
-    def _listeners_changed(self, pattern: str) -> None:
-        self._changed.add(pattern)
+    def _add(self, to_wake: ToWake, mailbox: _Mailbox) -> None:
+        super()._add(to_wake, mailbox)
+        self._changed.update(mailbox.patterns)
+        self._nudge()
+
+    def _remove(self, to_wake: ToWake, mailbox: _Mailbox) -> None:
+        self._changed.update(mailbox.patterns)
+        super()._remove(to_wake, mailbox)
         self._nudge()
 
     def _nudge(self) -> None:
@@ -3572,8 +3548,9 @@ class RedisRelay(Relay[T]):
             self._thread = threading.Thread(target=self._run, name="stario-redis", daemon=True)
             self._thread.start()
             atexit.register(self.close)
-        elif len(self._outgoing) + len(self._changed) == 1 and not self._closed:
-            self._loop.call_soon_threadsafe(self._work.set)
+        elif not self._work.is_set():
+            with suppress(RuntimeError):  # closed: the thread has ended
+                self._loop.call_soon_threadsafe(self._work.set)
 
     # -- In the thread
 
@@ -3588,8 +3565,8 @@ class RedisRelay(Relay[T]):
             try:
                 await self._talk()
             except Exception as exc:  # whatever it is: this thread must not end of it
-                reason = exc.exceptions[0] if isinstance(exc, ExceptionGroup) else exc
                 if not self._down:
+                    reason = exc.exceptions[0] if isinstance(exc, ExceptionGroup) else exc
                     self._tracer("relay.lost", {"reason": f"{reason}"}).end()
                     self._down, pause = True, 0.05
                 await asyncio.sleep(pause * random.uniform(0.5, 1))
@@ -3600,109 +3577,106 @@ class RedisRelay(Relay[T]):
         connection = self._connection()
         try:
             await connection.connect()
-            self._told.clear()
-            self._confirmed.clear()
-            self._answered.clear()
+            self._subscribed.clear()
             with self._lock:
-                self._changed.update(self._exact, [f"{start}*" for start in list(self._prefix)])
+                for length, table in self._tables.items():
+                    self._changed.update(key if length is None else f"{key}*" for key in table)
             async with asyncio.TaskGroup() as group:
                 hearing = group.create_task(self._hear(connection))
+                # Its answer means that all before it has been done: then we are back.
                 await self._send(connection, [*self._subscriptions(), ("PING",)])
-                await self._answered.wait()
-                if self._down:
-                    self._down = False
-                    self._gaps += 1
-                    self._tracer("relay.back").end()
                 while not self._closed or self._outgoing:
                     await self._send(connection, [*self._subscriptions(), *self._next_batch()])
                 hearing.cancel()
         finally:
             await connection.disconnect(nowait=True)
 
-    async def _send(self, connection: Any, commands: list[tuple[str | bytes, ...]]) -> None:
-        """Send these, or wait until there is something to send."""
-        if commands:
-            await connection.send_packed_command(connection.pack_commands(commands))
-        else:
-            self._work.clear()
-            await self._work.wait()
+    async def _send(self, connection: Any, commands: list[_RedisCommand]) -> None:
+        """Send these, or wait until there are some. After half of the time-out, ask for a word."""
+        if not commands:
+            try:
+                await asyncio.wait_for(self._work.wait(), self._timeout / 2)
+                self._work.clear()  # and then look what there is
+                return
+            except TimeoutError:
+                commands = [("PING",)]
+        await connection.send_packed_command(connection.pack_commands(commands))
 
-    def _subscriptions(self) -> Iterator[tuple[str | bytes, ...]]:
+    def _subscriptions(self) -> Iterator[_RedisCommand]:
         """The commands after which Redis sends what is listened to here, and nothing else."""
         with self._lock:
             changed, self._changed = self._changed, set()
-            wanted = {pattern for pattern in changed if self._has_listeners(pattern)}
-        for pattern in changed & (wanted ^ self._told):
-            command = "SUBSCRIBE" if pattern in wanted else "UNSUBSCRIBE"
-            yield f"{'P' * ('*' in pattern)}{command}", _redis_channel(self._in_front + pattern)
-        self._told = (self._told - changed) | wanted
+            wanted = {pattern for pattern in changed if self._listeners_at(pattern)}
+        for pattern in changed:
+            channel = _redis_channel(self._in_front + pattern)
+            kind = "PSUBSCRIBE" if "*" in pattern else "SUBSCRIBE"
+            if pattern not in wanted and self._subscribed.pop(channel, None) is not None:
+                yield kind.replace("SUB", "UNSUB"), channel
+            elif pattern in wanted and channel not in self._subscribed:
+                self._subscribed[channel] = pattern
+                yield kind, channel
 
-    def _next_batch(self) -> Iterator[tuple[str | bytes, ...]]:
+    def _next_batch(self) -> Iterator[_RedisCommand]:
         with self._lock:
             for _ in range(min(_BATCH, len(self._outgoing))):
                 yield self._outgoing.popleft()
 
     async def _hear(self, connection: Any) -> None:
-        """Take what Redis sends. After half of the time-out without a word, ask for one."""
-        asked = False
+        """Take what Redis sends: messages, how many heard ours, answers to PING."""
         while True:
-            message = await connection.read_response(timeout=self._timeout / 2, push_request=True)
-            if message is None and asked:
+            message = await connection.read_response(timeout=self._timeout, push_request=True)
+            if message is None:
                 raise TimeoutError(f"no word from Redis for {self._timeout} seconds")
-            asked = message is None
-            if asked:
-                await connection.send_command("PING")
-            elif message == b"PONG":
-                self._answered.set()
-            elif isinstance(message, list):  # else it says how many heard what we have published
+            if message == b"PONG" and self._down:
+                self._down = False
+                self._gaps += 1
+                self._tracer("relay.back").end()
+            elif isinstance(message, list) and message[0] in (b"message", b"pmessage"):
                 try:
-                    self._heard(*message)
-                except (ValueError, StarioError) as exc:  # none of us can have published it
+                    self._heard(message[1], message[-2], message[-1])
+                except ValueError as exc:  # none of us can have published it
                     self._tracer("relay.unreadable", {"reason": f"{exc}"}).end()
 
-    def _heard(self, kind: bytes, channel: bytes, *rest: bytes) -> None:
-        """One message: a confirmation, or something that was published."""
-        is_pattern = kind in (b"pmessage", b"psubscribe", b"punsubscribe")
-        name = _redis_name(channel, is_pattern)[len(self._in_front) :]
-        if kind.endswith(b"unsubscribe"):
-            self._confirmed.discard(name)
-        elif kind.endswith(b"subscribe"):
-            self._confirmed.add(name)
-        elif kind.endswith(b"message"):
-            subject = _redis_name(rest[0], False)[len(self._in_front) :] if is_pattern else name
-            # Each of our subscriptions that fit brings a copy: the first of them counts.
-            if name == next(filter(self._confirmed.__contains__, _patterns_for(subject)), None):
-                super().publish(subject, json.loads(rest[-1]))
+    def _heard(self, via: bytes, channel: bytes, payload: bytes) -> None:
+        """Deliver a message that one of our subscriptions at Redis, `via`, has brought."""
+        subject = channel.decode("utf-8", "surrogatepass")[len(self._in_front) :]
+        find = functools.partial(self._listeners_via, self._subscribed.get(via, ""))
+        self._alone(self._deliver, find, subject, json.loads(payload))
+
+    def _listeners_via(self, pattern: str, subject: str) -> list[_Mailbox]:
+        """Who hears a message that comes by this pattern.
+
+        Other patterns of a mailbox may bring it, too: the first of them that fits counts.
+        """
+        return [
+            mailbox
+            for mailbox in self._listeners_at(pattern)
+            if len(mailbox.patterns) == 1
+            or pattern == next((one for one in mailbox.patterns if _fits(one, subject)), None)
+        ]
+
+
+def _fits(pattern: str, subject: str) -> bool:
+    length, key = _place(pattern)
+    return subject[:length] == key
 
 
 def _relay_json(data: object) -> bytes:
     """Data as JSON, if it comes back from there as it was."""
-    try:
+    with suppress(TypeError, ValueError, RecursionError):
         text = json.dumps(data, allow_nan=False, separators=(",", ":"))
         if json.loads(text) == data:
             return text.encode("ascii")
-        reason = "it would come back changed (a tuple as a list, a key that is a number as text)"
-    except (TypeError, ValueError, RecursionError) as exc:
-        reason = str(exc)
-    raise StarioError(f"a RedisRelay carries what JSON can hold: {reason}")
-
-
-def _patterns_for(subject: str) -> list[str]:
-    """The patterns that a subject fits: `a.b.c`, `a.*`, `a.b.*`, `*`."""
-    dots = [at for at, character in enumerate(subject, 1) if character == "."]
-    return [subject, *(f"{subject[:dot]}*" for dot in dots), "*"]
+    raise StarioError(
+        "a RedisRelay carries what JSON can hold and gives back unchanged: no tuples, no keys but"
+        f" text, no NaN, no objects. Here it is a {type(data).__name__}"
+    )
 
 
 def _redis_channel(name: str) -> bytes:
     """A name at Redis, whose patterns know more than a `*` at the end: the rest is escaped."""
     channel = name.encode("utf-8", "surrogatepass")
     return re.sub(rb"([\\*?\[\]^-])(?!\Z)", rb"\\\1", channel) if name.endswith("*") else channel
-
-
-def _redis_name(channel: bytes, is_pattern: bool) -> str:
-    """What `_redis_channel` was given."""
-    plain = re.sub(rb"(?s)\\(.)", rb"\1", channel) if is_pattern else channel
-    return plain.decode("utf-8", "surrogatepass")
 
 
 # ==================================================================================================

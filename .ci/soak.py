@@ -158,7 +158,7 @@ def figures() -> dict[str, Any]:
         "descriptors": descriptors(),
         "connections": sum(len(worker.connections) for worker in server._workers),
         "subscriptions": len(relay.subscriptions),
-        "patterns": len(relay._exact) + len(relay._prefix),
+        "patterns": sum(map(len, relay._tables.values())),
         "players": len(tiles_app.state.players),
         "spans": len(tracer.open),
         "failed": tracer.failed,
