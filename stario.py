@@ -3160,8 +3160,8 @@ class _Mailbox:
     """
 
     __slots__ = (
-        "closed", "dropped", "gaps_before", "loop", "maxsize", "number", "overflow", "patterns",
-        "queue", "waiter",
+        "closed", "dropped", "gaps_before", "loop", "maxsize", "overflow", "patterns", "queue",
+        "waiter",
     )  # fmt: skip
 
     def __init__(
@@ -3170,8 +3170,9 @@ class _Mailbox:
         self.patterns = patterns
         self.maxsize = maxsize
         self.overflow = overflow
-        self.queue: OrderedDict[int | str, Any] = OrderedDict()  # by number; "latest": by subject
-        self.number = 0  # of the last message
+        self.queue: deque[Any] | OrderedDict[str, Any] = (
+            OrderedDict() if overflow == "latest" else deque()
+        )
         self.dropped = 0
         self.gaps_before = gaps  # the relay's gaps when this was made
         self.closed = False
@@ -3181,20 +3182,27 @@ class _Mailbox:
     def put(self, subject: str, data: Any) -> None:
         """Queue a message, by the overflow rule."""
         queue = self.queue
-        self.number += 1
-        key: int | str = self.number
-        if self.overflow == "latest":
-            key = subject
-            self.dropped += queue.pop(subject, None) is not None
-        queue[key] = (subject, data)
-        if len(queue) > self.maxsize:
-            self.dropped += 1
-            self.closed = self.overflow == "close"
-            queue.popitem(last=self.closed)
+        if isinstance(queue, OrderedDict):
+            if queue.pop(subject, self) is not self:
+                self.dropped += 1
+            queue[subject] = (subject, data)
+        else:
+            queue.append((subject, data))
+        if len(queue) <= self.maxsize:
+            return
+        self.dropped += 1
+        if isinstance(queue, OrderedDict):
+            queue.popitem(last=False)
+        elif self.overflow == "oldest":
+            queue.popleft()
+        else:
+            queue.pop()
+            self.closed = True
 
     def take(self) -> Any:
         """The oldest message. The queue must not be empty."""
-        return self.queue.popitem(last=False)[1]
+        queue = self.queue
+        return queue.popitem(last=False)[1] if isinstance(queue, OrderedDict) else queue.popleft()
 
     def call(self, to_wake: ToWake) -> None:
         """Put the reader, if one waits, among those who are to be woken."""

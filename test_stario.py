@@ -3986,9 +3986,7 @@ class TestRelay(RelayPromises):
                     break
                 relay.publish("room.1", 2)
                 for one in (reached, *extra):
-                    self.assertEqual(
-                        [*one._mailbox.queue.values()][-1], ("room.1", 2), (pattern, place)
-                    )
+                    self.assertEqual([*one._mailbox.queue][-1], ("room.1", 2), (pattern, place))
                     one.close()
                 self.assertEqual(other.dropped, 1)
                 other.close()
@@ -4046,7 +4044,7 @@ class TestRelay(RelayPromises):
 
         with restless():
             in_threads(*[come_and_go] * 4)
-        got = [subject for subject, _ in counted._mailbox.queue.values()]
+        got = [subject for subject, _ in counted._mailbox.queue]
         self.assertEqual((got.count("left"), got.count("room.1")), (4 * each, 4 * each))
         counted.close()
         self.assertTrue(is_empty(relay))
@@ -4348,11 +4346,11 @@ class TestRedisRelay(RedisTest):
         self.assertEqual(other.gaps, 0)
 
     async def test_a_silent_redis_that_answers_is_not_given_up(self) -> None:
-        relay = self.relay(timeout=0.05)
+        relay = self.relay(timeout=0.4)
         subscription = relay.subscribe("a")
         await relay.settle()
         asked = self.redis.tell("INFO", "commandstats").count("cmdstat_ping:calls")
-        await asyncio.sleep(0.2)
+        await asyncio.sleep(1)
         self.assertIn("cmdstat_ping:calls", self.redis.tell("INFO", "commandstats"), asked)
         self.assertEqual(subscription.gaps, 0)
 
