@@ -480,7 +480,8 @@ class Report:
             most = before[what] * (1 + GROWTH_TARGET) + slack
             self.check(f"memory ({what}) is within 5%", after[what] <= most)
         grown = after["objects"] - before["objects"]
-        self.check(f"objects are within 1%: {grown} more", grown < before["objects"] * 0.01)
+        # Bounded caches still fill: a run of an hour has added 557, one of half a minute 293.
+        self.check(f"objects are within 3%: {grown} more", grown < before["objects"] * 0.03)
 
 
 def megabytes(size: float) -> str:
