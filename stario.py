@@ -77,6 +77,7 @@ import time
 import traceback
 import types
 import typing
+import weakref
 import zlib
 from collections import Counter, OrderedDict, deque
 from collections.abc import (
@@ -2447,13 +2448,15 @@ class _LogToSpan(logging.Handler):
                     handler.handle(record)
 
 
-# -- Tracers that write to a stream. `_StreamTracer` has the queue and the thread. What becomes of
-# what is in the queue is the business of the two after it: `_take` hears of each thing in turn, and
-# `_frame` gives the text for what came together. Only the thread calls these two.
+# -- Tracers that write to a stream. Whatever thread a span ends on appends what is to be written to
+# one list: that is a single step, and needs no lock. One thread empties the list ten times a second
+# and writes all of it at once, so that a request neither waits for the stream nor hands the
+# interpreter over to another thread. Subclasses say what is put into the list (`_ended`), what
+# becomes of it in the thread (`_take`), and what that comes to as text (`_frame`).
 
-_LONGEST_QUEUE = 10_000  # while the stream takes nothing
-_BUSY = 400  # so many wait while it does
-_START, _EVENT, _END, _PRINTED = range(4)  # what is put into the queue
+_LONGEST_QUEUE = 20_000  # while the stream takes nothing
+_MANY = 250  # in the queue: these are written without a pause
+_NOT_NOW = _LONGEST_QUEUE + 1  # a length that it never has
 
 
 class _StreamTracer(Tracer):
@@ -2473,16 +2476,16 @@ class _StreamTracer(Tracer):
         self._logging_level = logging_level
         self._logging: _LogToSpan | None = None
         self._renew()
+        _stream_tracers.add(self)
 
     def _renew(self) -> None:
-        self._queue: queue.SimpleQueue[tuple[int, Any, Any] | None] = queue.SimpleQueue()
+        self._queue: list[tuple[Any, ...]] = []
+        self._wakes_at = 1  # the length of the queue that the thread wants to be woken at
+        self._wake: queue.SimpleQueue[bool] = queue.SimpleQueue()  # True: write what is left, end
         self._writer: threading.Thread | None = None
         self._starting, self._writing = threading.Lock(), threading.Lock()
-        self._closing = threading.Event()
-        self._drops = count()  # a drop is one step of it: that needs no lock
-        self._full = self._in_write = False
-        self._seen = self._lost = 0
-        self._process = os.getpid()
+        self._drops, self._seen = count(), 0  # a drop is one step of `count`, so is each look
+        self._lost = 0
 
     def __enter__(self) -> Self:
         if self._logging_level is not None and self._logging is None:
@@ -2495,54 +2498,47 @@ class _StreamTracer(Tracer):
             self._logging = None
         self._close()
 
-    def _put(self, moment: int, what: Any, more: Any = None) -> None:
-        if self._stream is None:
-            return
-        if self._process != os.getpid():
-            self._renew()  # this is a fork, without the threads of its parent
-        if self._queue.qsize() >= _BUSY:
-            self._wait_for_thread()
-        if self._queue.qsize() < _LONGEST_QUEUE:
-            self._queue.put((moment, what, more))
-        else:
-            next(self._drops)
-            self._full = True
-        if self._writer is None and self._starting.acquire(blocking=False):
-            try:
-                self._begin()
-            finally:
-                self._starting.release()
+    def on_end(self, span: Span) -> None:
+        """Into the queue."""
+        self._put(*self._ended(span))
 
-    def _wait_for_thread(self) -> None:
-        """Let it work off what came faster than it can. But nobody waits for the stream."""
-        for _ in range(50):
-            if self._in_write or self._queue.qsize() < _BUSY:
-                return
-            time.sleep(0.001)
+    def _put(self, *what: Any) -> None:
+        waiting = self._queue
+        if self._stream is None or len(waiting) >= _LONGEST_QUEUE:
+            next(self._drops)
+            return
+        waiting.append(what)
+        if len(waiting) >= self._wakes_at:
+            self._wakes_at = _NOT_NOW
+            if self._writer is not None:
+                self._wake.put(False)
+            elif self._starting.acquire(blocking=False):
+                try:
+                    self._begin()
+                finally:
+                    self._starting.release()
 
     def _begin(self) -> None:
-        self._closing.clear()
         self._writer = threading.Thread(target=self._run, name="tracer", daemon=True)
         try:
             self._writer.start()
             atexit.register(self._close)
         except RuntimeError:  # the program is at its end, and starts no thread any more
             self._writer = None
-            self._queue.put(None)
+            self._wake.put(True)
             self._run()
 
     def _close(self) -> None:
         """Write what is left, in a second at most. What comes later begins anew."""
         writer, self._writer = self._writer, None
-        if writer is None or self._process != os.getpid():
+        if writer is None:
             return
         atexit.unregister(self._close)
-        self._closing.set()
-        self._queue.put(None)
+        self._wake.put(True)
         writer.join(1)
         if writer.is_alive():  # the stream stalls; Python would wait for it, too, when it ends
             sys.stdout = None if sys.stdout is self._stream else sys.stdout
-            self._complain(self._queue.qsize())
+            self._complain(len(self._queue))
 
     def _complain(self, lost: int) -> None:
         """On standard error, whose locks others may hold, and without waiting for that, either."""
@@ -2553,78 +2549,80 @@ class _StreamTracer(Tracer):
 
     def _run(self) -> None:
         with self._writing:  # one thread after the other
-            while self._turn():
-                pass
+            ending = False
+            while not ending:
+                ending = self._wait()
+                self._write_all(ending)
+            self._wakes_at = 1
 
-    def _turn(self) -> bool:
-        """Take what has come, and write it at once. False: that was the end."""
-        ending, taken, missing = False, 0, self._missing()
+    def _wait(self) -> bool:
+        """Until something has come, and a little longer. True: that was the end."""
+        ending = False
+        with suppress(queue.Empty):
+            self._wakes_at = 1  # before the look at the queue: what comes after it wakes
+            if not self._queue:
+                ending = self._wake.get(timeout=1 if self._lost else self._patience())
+            self._wakes_at = _MANY
+            ending = ending or self._wake.get(timeout=self._pause)
+        self._wakes_at = _NOT_NOW
+        return ending
+
+    def _write_all(self, ending: bool) -> None:
+        taken = self._queue[:]
+        del self._queue[: len(taken)]
+        steps = next(self._drops)
+        missing, self._lost, self._seen = self._lost + steps - self._seen, 0, steps + 1
         if missing:
             lost = Span(Tracer(), "telemetry.lost", {"count": missing}, None)
             lost.end()
-            self._take(_END, lost, None)
-        with suppress(queue.Empty):
-            thing = self._queue.get(timeout=1 if self._lost else self._patience())
-            self._gather()
-            for left in range(self._queue.qsize(), -1, -1):
-                if thing is None:
-                    ending = True
-                else:
-                    taken += 1
-                    self._take_any(*thing)
-                if left:
-                    thing = self._queue.get_nowait()
+            self._take(*self._ended(lost))
+        for what in taken:
+            try:
+                self._take(*what)
+            except Exception:  # one thing that cannot be shown costs no other
+                self._lost += 1
         if not self._write(self._frame(ending)):
-            self._lost += missing + taken
+            self._lost += missing + len(taken)
         if ending and self._lost:
             self._complain(self._lost)
-        return not ending
-
-    def _gather(self) -> None:
-        """Wait a little: what comes together is written at once."""
-        until = time.monotonic() + self._pause
-        while self._queue.qsize() < _BUSY // 2 and time.monotonic() < until:
-            if self._closing.wait(0.01):
-                return
-
-    def _take_any(self, moment: int, what: Any, more: Any) -> None:
-        try:
-            self._take(moment, what, more)
-        except Exception:  # one thing that cannot be shown costs no other
-            self._lost += 1
-
-    def _missing(self) -> int:
-        """How many spans and events have been lost since this was last asked."""
-        missing, self._lost = self._lost, 0
-        if self._full:
-            self._full = False
-            steps = next(self._drops)  # this look is one, too
-            missing, self._seen = missing + steps - self._seen, steps + 1
-        return missing
 
     def _write(self, text: str) -> bool:
-        self._in_write = True
         try:
             if text and self._stream is not None:
                 _write_any(self._stream, text)
                 self._stream.flush()
         except Exception:  # it is full, closed, or a stream of somebody's own that fails
             return False
-        finally:
-            self._in_write = False
         return True
 
     def _patience(self) -> float | None:
         """Seconds after which there is something to write, even if nothing comes."""
         return None
 
-    def _take(self, moment: int, what: Any, more: Any) -> None:
+    def _ended(self, span: Span) -> tuple[Any, ...]:
+        """What is put into the queue for a span that has ended."""
+        raise NotImplementedError
+
+    def _take(self, *what: Any) -> None:
         """One thing from the queue."""
         raise NotImplementedError
 
     def _frame(self, ending: bool) -> str:
         """What is to be written, now that all that had come has been taken."""
         raise NotImplementedError
+
+
+_stream_tracers: weakref.WeakSet[_StreamTracer] = weakref.WeakSet()
+
+
+def _begin_anew() -> None:
+    """In a fork: it has neither its parent's thread, nor its parent's lines to write."""
+    for tracer in _stream_tracers:
+        tracer._renew()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_anew)
 
 
 def _write_any(stream: IO[str], text: str) -> None:
@@ -2650,60 +2648,55 @@ class JsonTracer(_StreamTracer):
     def __init__(self, stream: IO[str] | None = None, *, logging_level: int | None = None) -> None:
         super().__init__(stream, logging_level=logging_level)
         self._lines: list[str] = []
-        self._events: dict[Span, list[SpanEvent]] = {}  # that have not been written
+        self._events: dict[Span, list[str]] = {}  # that have not been written
 
     def on_event(self, span: Span, event: SpanEvent) -> None:
         """Into the queue."""
-        self._put(_EVENT, span, event)
+        noted = {"name": event.name, "time_unix_nano": event.time_ns}
+        self._put(span, _log_json({**noted, "attributes": event.attributes}), False)
 
-    def on_end(self, span: Span) -> None:
-        """Into the queue."""
-        self._put(_END, span)
+    def _ended(self, span: Span) -> tuple[Any, ...]:
+        return span, self._fields(span, f'"end_time_unix_nano":{span.end_ns}'), True
 
-    def _take(self, moment: int, what: Any, more: Any) -> None:
-        if moment == _END:
-            self._add_line(what, {"end_time_unix_nano": what.end_ns})
-        else:
-            events = self._events.setdefault(what, [])
-            events.append(more)
-            if len(events) == _EVENTS_KEPT:
-                self._add_line(what, {"partial": True})
+    def _take(self, span: Span, text: str, ended: bool) -> None:
+        if ended:
+            self._add_line(span, text)
+            return
+        events = self._events.setdefault(span, [])
+        events.append(text)
+        if len(events) == _EVENTS_KEPT:
+            self._add_line(span, self._fields(span, '"partial":true'))
 
     def _frame(self, ending: bool) -> str:
         for span in list(self._events):
-            self._add_line(span, {"partial": True})
-        lines, self._lines = self._lines, []
-        return "".join(lines)
+            self._add_line(span, self._fields(span, '"partial":true'))
+        text = "".join(self._lines)
+        self._lines.clear()
+        return text
 
-    def _add_line(self, span: Span, more: dict[str, Any]) -> None:
-        record = {
-            "name": span.name,
-            "trace_id": span.trace_id,
-            "span_id": span.id,
-            "start_time_unix_nano": span.start_ns,
-            **more,
-            "attributes": span.attributes,
-        }
-        if span.parent_id:
-            record["parent_span_id"] = span.parent_id
+    def _add_line(self, span: Span, fields: str) -> None:
         if span in self._events:
-            record["events"] = [
-                {
-                    "name": event.name,
-                    "time_unix_nano": event.time_ns,
-                    "attributes": event.attributes,
-                }
-                for event in self._events.pop(span)
-            ]
-        if span.links:
-            record["links"] = [{"trace_id": o.trace_id, "span_id": o.id} for o in span.links[:]]
-        if span.error:
-            record["status"] = {"code": "ERROR", "message": span.error}
+            fields += f',"events":[{",".join(self._events.pop(span))}]'
+        self._lines.append(f"{{{fields}}}\n")
+
+    def _fields(self, span: Span, more: str) -> str:
+        """Of the line of a span all but its events: the greater part needs no encoder."""
         try:
-            line = _log_json(record)
+            attributes = _log_json(span.attributes)
         except Exception:  # something was put into `span.attributes` directly
-            line = _log_json({**record, "attributes": _noted(span.attributes)})
-        self._lines.append(line + "\n")
+            attributes = _log_json(_noted(span.attributes))
+        text = (
+            f'"name":{_log_json(span.name)},"trace_id":"{span.trace_id}","span_id":"{span.id}",'
+            f'"start_time_unix_nano":{span.start_ns},{more},"attributes":{attributes}'
+        )
+        if span.parent_id:
+            text += f',"parent_span_id":"{span.parent_id}"'
+        if span.links:
+            links = [{"trace_id": other.trace_id, "span_id": other.id} for other in span.links[:]]
+            text += f',"links":{_log_json(links)}'
+        if span.error:
+            text += f',"status":{{"code":"ERROR","message":{_log_json(span.error)}}}'
+        return text
 
 
 _log_json = _json_writer(_safe_text)
@@ -2716,6 +2709,7 @@ _Line = list[tuple[str, str]]
 _STYLES = {"bold": 1, "dim": 2, "red": 31, "green": 32, "yellow": 33, "cyan": 36}
 _STATUS_STYLES = {"2": "green", "3": "cyan", "4": "yellow", "5": "red"}
 _ASCII_MARKS = str.maketrans("│─━✗…×", "|-=x.x")
+_ABOVE, _START, _EVENT, _END = range(4)  # what is put into the queue: text that is done, a span
 _LONG = 10**9  # nanoseconds after which an open span is shown in the footer
 _MOST_SHOWN = 20  # trees in a second: the others are summed up
 _MOST_ROWS = 40  # of a tree
@@ -2788,12 +2782,15 @@ class RichTracer(_StreamTracer):
 
     def on_event(self, span: Span, event: SpanEvent) -> None:
         """Into the queue."""
-        if self._live or span.end_ns:
+        if self._live:
             self._put(_EVENT, span, event)
+        elif span.end_ns:
+            self._put(_ABOVE, self._painted(self._late(span, event)))
 
-    def on_end(self, span: Span) -> None:
-        """Into the queue."""
-        self._put(_END, span)
+    def _ended(self, span: Span) -> tuple[Any, ...]:
+        if self._live:
+            return _END, span
+        return _ABOVE, self._painted(self._one_line(span))  # that needs no other span
 
     # -- What the program prints must not meet the footer. So it takes the same way: each of its
     # streams has another `write` for as long as the tracer's thread runs.
@@ -2811,7 +2808,7 @@ class RichTracer(_StreamTracer):
         super()._close()
 
     def _print(self, text: str) -> int:
-        self._put(_PRINTED, text)
+        self._put(_ABOVE, text)
         return len(text)
 
     # -- What happens
@@ -2819,17 +2816,15 @@ class RichTracer(_StreamTracer):
     def _patience(self) -> float | None:
         return 0.25 if self._open or self._summed else None
 
-    def _take(self, moment: int, what: Any, more: Any) -> None:
-        if moment == _PRINTED:
+    def _take(self, moment: int, what: Any, event: SpanEvent | None = None) -> None:
+        if moment == _ABOVE:
             self._above.append(what)
         elif moment == _START:
             self._start(what)
-        elif moment == _EVENT:
-            self._note(what, more)
-        elif self._live:
-            self._end(self._open.pop(what.id) if what.id in self._open else _Branch(what, None))
+        elif event:
+            self._note(what, event)
         else:
-            self._above.append(self._one_line(what))
+            self._end(self._open.pop(what.id) if what.id in self._open else _Branch(what, None))
 
     def _start(self, span: Span) -> None:
         parent = self._open.get(span.parent_id or "")
@@ -2841,8 +2836,7 @@ class RichTracer(_StreamTracer):
     def _note(self, span: Span, event: SpanEvent) -> None:
         branch = self._open.get(span.id)
         if branch is None:  # it is over, and nothing is kept of it
-            title = f"{_clock(event.time_ns)} {_title(span)}, after its end:"
-            self._above += [[(title, "dim")], *self._row(span, 0, event)]
+            self._above.append(self._late(span, event))
             return
         branch.add(event)
         root = branch.root
@@ -2901,11 +2895,14 @@ class RichTracer(_StreamTracer):
 
     def _written(self, line: _Line | str) -> str:
         """A line of ours on a line of its own; what was printed just as it is."""
-        start, self._in_line = "\n" * self._in_line, False
         if isinstance(line, str):
             self._in_line = not line.endswith("\n")
             return line
-        room, painted = self._width - 1, start
+        start, self._in_line = "\n" * self._in_line, False
+        return start + self._painted(line)
+
+    def _painted(self, line: _Line) -> str:
+        room, painted = self._width - 1, ""
         for piece, style in line:
             text = _fit(piece, room)
             room -= _cells([(text, "")])
@@ -2991,6 +2988,10 @@ class RichTracer(_StreamTracer):
         if not pairs or _cells([*line, *behind]) < self._width:
             return [[*line, *behind]]
         return [line, *_pairs_below(indent, pairs)]
+
+    def _late(self, span: Span, event: SpanEvent) -> _Line:
+        title = f"{_clock(event.time_ns)} {_title(span)}, after its end: "
+        return [(title, "dim"), (_event_text(event), "")]
 
     def _one_line(self, span: Span) -> _Line:
         """A span where there is no terminal, with its newest events."""

@@ -1897,9 +1897,9 @@ class TestTelemetry(unittest.TestCase):
         )
         master, slave = os.openpty()
         fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-        quiet = termios.tcgetattr(slave)
-        quiet[3] &= ~termios.ECHO  # the newline sent below is for the program alone
-        termios.tcsetattr(slave, termios.TCSANOW, quiet)
+        modes = termios.tcgetattr(slave)
+        modes[3] &= ~termios.ECHO  # what is typed would move the cursor
+        termios.tcsetattr(slave, termios.TCSANOW, modes)
         child = subprocess.Popen(
             [sys.executable, "-c", program], cwd=HERE, stdin=slave, stdout=slave, stderr=slave,
             env={**os.environ, "TERM": "xterm", "NO_COLOR": "", "FORCE_COLOR": ""},
