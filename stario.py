@@ -2264,12 +2264,14 @@ class Span:
         """Started by `tracer(name)`, `span.step(name)` or `span.root(name)`."""
         self.tracer = tracer
         self.name = name
-        size = 8 if parent else 24  # bytes of one id, or of both
-        ids = random.getrandbits(8 * size).to_bytes(size).hex()
+        ids = f"{random.getrandbits(192):048x}"
         self.id = ids[:16]
-        self.parent_id = parent.id if parent else None
-        self.trace_id: str = parent.trace_id if parent else ids[16:]
-        self.sampled: bool = parent.sampled if parent else True
+        self.parent_id: str | None = None
+        self.trace_id = ids[16:]
+        self.sampled = True
+        if parent:
+            self.parent_id, self.trace_id = parent.id, parent.trace_id
+            self.sampled = parent.sampled
         self.attributes = attributes
         self.events: list[SpanEvent] = []
         self.links: list[Span] = []
@@ -2479,7 +2481,8 @@ class _StreamTracer(Tracer):
         _stream_tracers.add(self)
 
     def _renew(self) -> None:
-        self._queue: list[tuple[Any, ...]] = []
+        self._queue: list[str | tuple[Any, ...]] = []
+        self._lines: list[Any] = []  # to be written next
         self._wakes_at = 1  # the length of the queue that the thread wants to be woken at
         self._wake: queue.SimpleQueue[bool] = queue.SimpleQueue()  # True: write what is left, end
         self._writer: threading.Thread | None = None
@@ -2500,9 +2503,9 @@ class _StreamTracer(Tracer):
 
     def on_end(self, span: Span) -> None:
         """Into the queue."""
-        self._put(*self._ended(span))
+        self._put(self._ended(span))
 
-    def _put(self, *what: Any) -> None:
+    def _put(self, what: str | tuple[Any, ...]) -> None:
         waiting = self._queue
         if self._stream is None or len(waiting) >= _LONGEST_QUEUE:
             next(self._drops)
@@ -2575,14 +2578,17 @@ class _StreamTracer(Tracer):
         if missing:
             lost = Span(Tracer(), "telemetry.lost", {"count": missing}, None)
             lost.end()
-            self._take(*self._ended(lost))
+            taken.append(self._ended(lost))
         for what in taken:
             try:
-                self._take(*what)
+                if type(what) is str:
+                    self._lines.append(what)
+                else:
+                    self._take(*what)
             except Exception:  # one thing that cannot be shown costs no other
                 self._lost += 1
         if not self._write(self._frame(ending)):
-            self._lost += missing + len(taken)
+            self._lost += missing + len(taken) - bool(missing)
         if ending and self._lost:
             self._complain(self._lost)
 
@@ -2599,12 +2605,12 @@ class _StreamTracer(Tracer):
         """Seconds after which there is something to write, even if nothing comes."""
         return None
 
-    def _ended(self, span: Span) -> tuple[Any, ...]:
-        """What is put into the queue for a span that has ended."""
+    def _ended(self, span: Span) -> str | tuple[Any, ...]:
+        """What is put into the queue for a span that has ended: text, or what `_take` takes."""
         raise NotImplementedError
 
     def _take(self, *what: Any) -> None:
-        """One thing from the queue."""
+        """One thing from the queue that is no text."""
         raise NotImplementedError
 
     def _frame(self, ending: bool) -> str:
@@ -2647,16 +2653,16 @@ class JsonTracer(_StreamTracer):
 
     def __init__(self, stream: IO[str] | None = None, *, logging_level: int | None = None) -> None:
         super().__init__(stream, logging_level=logging_level)
-        self._lines: list[str] = []
         self._events: dict[Span, list[str]] = {}  # that have not been written
 
     def on_event(self, span: Span, event: SpanEvent) -> None:
         """Into the queue."""
         noted = {"name": event.name, "time_unix_nano": event.time_ns}
-        self._put(span, _log_json({**noted, "attributes": event.attributes}), False)
+        self._put((span, _log_json({**noted, "attributes": event.attributes}), False))
 
-    def _ended(self, span: Span) -> tuple[Any, ...]:
-        return span, self._fields(span, f'"end_time_unix_nano":{span.end_ns}'), True
+    def _ended(self, span: Span) -> str | tuple[Any, ...]:
+        fields = self._fields(span, f'"end_time_unix_nano":{span.end_ns}')
+        return (span, fields, True) if span.events else f"{{{fields}}}\n"
 
     def _take(self, span: Span, text: str, ended: bool) -> None:
         if ended:
@@ -2682,11 +2688,12 @@ class JsonTracer(_StreamTracer):
     def _fields(self, span: Span, more: str) -> str:
         """Of the line of a span all but its events: the greater part needs no encoder."""
         try:
-            attributes = _log_json(span.attributes)
+            pairs = [f"{_quoted(key)}:{_log_value(v)}" for key, v in span.attributes.items()]
+            attributes = f"{{{','.join(pairs)}}}"
         except Exception:  # something was put into `span.attributes` directly
             attributes = _log_json(_noted(span.attributes))
         text = (
-            f'"name":{_log_json(span.name)},"trace_id":"{span.trace_id}","span_id":"{span.id}",'
+            f'"name":{_log_value(span.name)},"trace_id":"{span.trace_id}","span_id":"{span.id}",'
             f'"start_time_unix_nano":{span.start_ns},{more},"attributes":{attributes}'
         )
         if span.parent_id:
@@ -2700,6 +2707,14 @@ class JsonTracer(_StreamTracer):
 
 
 _log_json = _json_writer(_safe_text)
+_quoted = json.encoder.encode_basestring_ascii
+
+
+def _log_value(value: Any) -> str:
+    """As `_log_json`, but texts and whole numbers take a quarter of the time without an encoder."""
+    if type(value) is str:
+        return _quoted(value)
+    return str(value) if type(value) is int else _log_json(value)
 
 
 # -- For people. A *line* is a list of pieces, each a text and its style. Only when it is written
@@ -2709,7 +2724,7 @@ _Line = list[tuple[str, str]]
 _STYLES = {"bold": 1, "dim": 2, "red": 31, "green": 32, "yellow": 33, "cyan": 36}
 _STATUS_STYLES = {"2": "green", "3": "cyan", "4": "yellow", "5": "red"}
 _ASCII_MARKS = str.maketrans("│─━✗…×", "|-=x.x")
-_ABOVE, _START, _EVENT, _END = range(4)  # what is put into the queue: text that is done, a span
+_START, _EVENT, _END = range(3)
 _LONG = 10**9  # nanoseconds after which an open span is shown in the footer
 _MOST_SHOWN = 20  # trees in a second: the others are summed up
 _MOST_ROWS = 40  # of a tree
@@ -2768,7 +2783,6 @@ class RichTracer(_StreamTracer):
         self._width = size[0] if size and self._live else 1_000_000
         self._watched: list[Any] = []  # streams of the program
         self._open: dict[str, _Branch] = {}  # by the span's id
-        self._above: list[_Line | str] = []  # lines, and what was printed, to go above
         self._footer: list[_Line] = []  # as it is on the screen
         self._in_line = False  # what was printed last has no line feed yet
         self._shown, self._second = 0, 0.0  # how many trees, in the second that began then
@@ -2778,19 +2792,17 @@ class RichTracer(_StreamTracer):
     def on_start(self, span: Span) -> None:
         """Into the queue."""
         if self._live:
-            self._put(_START, span)
+            self._put((_START, span))
 
     def on_event(self, span: Span, event: SpanEvent) -> None:
         """Into the queue."""
         if self._live:
-            self._put(_EVENT, span, event)
+            self._put((_EVENT, span, event))
         elif span.end_ns:
-            self._put(_ABOVE, self._painted(self._late(span, event)))
+            self._put(self._painted(self._late(span, event)))
 
-    def _ended(self, span: Span) -> tuple[Any, ...]:
-        if self._live:
-            return _END, span
-        return _ABOVE, self._painted(self._one_line(span))  # that needs no other span
+    def _ended(self, span: Span) -> str | tuple[Any, ...]:
+        return (_END, span) if self._live else self._painted(self._one_line(span))
 
     # -- What the program prints must not meet the footer. So it takes the same way: each of its
     # streams has another `write` for as long as the tracer's thread runs.
@@ -2808,7 +2820,7 @@ class RichTracer(_StreamTracer):
         super()._close()
 
     def _print(self, text: str) -> int:
-        self._put(_ABOVE, text)
+        self._put(text)
         return len(text)
 
     # -- What happens
@@ -2817,9 +2829,7 @@ class RichTracer(_StreamTracer):
         return 0.25 if self._open or self._summed else None
 
     def _take(self, moment: int, what: Any, event: SpanEvent | None = None) -> None:
-        if moment == _ABOVE:
-            self._above.append(what)
-        elif moment == _START:
+        if moment == _START:
             self._start(what)
         elif event:
             self._note(what, event)
@@ -2836,13 +2846,13 @@ class RichTracer(_StreamTracer):
     def _note(self, span: Span, event: SpanEvent) -> None:
         branch = self._open.get(span.id)
         if branch is None:  # it is over, and nothing is kept of it
-            self._above.append(self._late(span, event))
+            self._lines.append(self._late(span, event))
             return
         branch.add(event)
         root = branch.root
         root.events, root.last = root.events + 1, event
         if event.name == "exception" and event.time_ns - root.span.start_ns > _LONG:
-            self._above += [self._heading(root.span), *self._row(root.span, 0, event)]
+            self._lines += [self._heading(root.span), *self._row(root.span, 0, event)]
 
     def _end(self, branch: _Branch) -> None:
         """Show what has ended, with its root, unless that is over, or there is too much of it."""
@@ -2852,7 +2862,7 @@ class RichTracer(_StreamTracer):
         durations = self._summed.get(key := (span.name, _outcome(span)))
         if self._shown < _MOST_SHOWN or (span.error and durations is None):
             self._shown += 1
-            self._above += self._tree(branch)
+            self._lines += self._tree(branch)
             if span.error:
                 self._summed[key] = durations or []  # others of its kind are counted only
         else:
@@ -2868,7 +2878,7 @@ class RichTracer(_StreamTracer):
                 took.sort()
                 times = f"  p50 {_took(took[len(took) // 2])}  max {_took(took[-1])}"
                 line = self._columns(time.time_ns(), name, outcome, f"{len(took):,} x")
-                self._above.append([*line, (times, "dim")])
+                self._lines.append([*line, (times, "dim")])
 
     # -- How it looks
 
@@ -2879,13 +2889,14 @@ class RichTracer(_StreamTracer):
             self._second = now
         roots = [branch for branch in self._open.values() if branch.root is branch]
         if ending:
-            self._above += [self._heading(root.span) for root in roots]
+            self._lines += [self._heading(root.span) for root in roots]
             self._open.clear()
         columns, height = (self._live and _size_of(self._stream)) or (1_000_000, 0)
         # Rows of the old footer: a terminal that has become narrower breaks its lines anew.
         rows = sum(1 + (min(self._width, _cells(line)) - 1) // columns for line in self._footer)
         self._width = columns
-        text, self._above = "".join(map(self._written, self._above)), []
+        text = "".join(map(self._written, self._lines))
+        self._lines.clear()
         old = self._footer
         self._footer = [] if ending or self._in_line else self._streams(roots, height // 3)
         if not text and self._footer == old:
@@ -4162,7 +4173,8 @@ class Request:
         This, `scheme`, `host` and `url` are what a proxy says of its client, if it is one of
         `serve(trusted_proxies=…)`. HttpException(400) where what it says can be read in two ways.
         """
-        return self._asked.client
+        carrier = self._carrier
+        return carrier.client if carrier.proxies is None else self._asked.client
 
     @property
     def scheme(self) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import ast
 import asyncio
 import base64
+import codecs
 import concurrent.futures
 import contextlib
 import contextvars
@@ -51,7 +52,7 @@ import unittest
 import unittest.mock
 import uuid
 import zlib
-from collections import ChainMap
+from collections import ChainMap, Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import InitVar, dataclass, field
@@ -1592,6 +1593,68 @@ class TestSignals(unittest.TestCase):
         asyncio.run(check())
 
 
+with suppress(ImportError):  # Windows has neither
+    import fcntl
+    import termios
+
+
+class Terminal:
+    """A program with a RichTracer in a pseudo-terminal, and the screen that it makes."""
+
+    def __init__(self, test: unittest.TestCase, work: str, **environment: str) -> None:
+        import pyte
+
+        program = "import sys, time, stario\nwith stario.RichTracer() as tracer:\n" + work
+        usual = {"TERM": "xterm", "NO_COLOR": "", "FORCE_COLOR": ""}
+        self.test, self.raw = test, ""
+        self.screen = pyte.HistoryScreen(80, 24, history=10_000)
+        self._stream = pyte.Stream(self.screen)
+        self._decode = codecs.getincrementaldecoder("utf-8")().decode
+        self._master, slave = os.openpty()
+        test.addCleanup(os.close, self._master)
+        self.resize(80)
+        modes = termios.tcgetattr(slave)
+        modes[3] &= ~termios.ECHO  # what is typed would move the cursor
+        termios.tcsetattr(slave, termios.TCSANOW, modes)
+        self._child = subprocess.Popen(
+            [sys.executable, "-c", program], cwd=HERE, stdin=slave, stdout=slave, stderr=slave,
+            env={**os.environ, **usual, **environment}, preexec_fn=self._take_terminal,
+        )  # fmt: skip
+        os.close(slave)
+
+    def _take_terminal(self) -> None:
+        os.setsid()
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that Ctrl-C comes as a signal
+
+    def resize(self, columns: int) -> None:
+        fcntl.ioctl(self._master, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        self.screen.resize(24, columns)
+
+    def type(self, text: str) -> None:
+        os.write(self._master, text.encode())
+
+    def lines(self) -> list[str]:
+        rows = [*self.screen.history.top, *(self.screen.buffer[y] for y in range(24))]
+        found = ("".join(row[x].data for x in range(self.screen.columns)).rstrip() for row in rows)
+        return [line for line in found if line]
+
+    def text(self) -> str:
+        return "\n".join(self.lines()) + "\n"
+
+    def read_until(self, found: Callable[[], object]) -> None:
+        while not found():
+            self.test.assertTrue(select.select([self._master], [], [], 20)[0], self.text())
+            got = self._decode(os.read(self._master, 65536))
+            self.raw += got
+            self._stream.feed(got)
+
+    def wait(self) -> int:
+        """Read all that the program still writes; its exit status."""
+        with suppress(OSError):  # Linux says so where the other end is closed
+            self.read_until(lambda: False)
+        return self._child.wait(20)
+
+
 class TestTelemetry(unittest.TestCase):
     """Part 6: spans, and the tracers that show them."""
 
@@ -1876,49 +1939,18 @@ class TestTelemetry(unittest.TestCase):
 
     @needs("pyte")
     def test_at_a_terminal_streams_stay_at_the_foot_and_prints_go_above_unbroken(self) -> None:
-        import fcntl
-        import select
-        import termios
-
-        import pyte
-
-        program = (
-            "import sys, time, stario\n"
-            "with stario.RichTracer() as tracer:\n"
+        terminal = Terminal(
+            self,
             "    streams = [tracer(f'stream {n}') for n in range(9)]\n"
             "    with tracer('job', {'user': 'ada'}) as span:\n"
             "        with span.step('query'): span('hit\\x1b[2J')\n"
             "    time.sleep(1.2)\n"
             "    print('printed', 1); print('to stderr', file=sys.stderr)\n"
             "    for _ in range(500): tracer('burst').end()\n"
-            "    time.sleep(0.3)\n"
-            "    sys.stdin.readline()\n"
-            "    raise SystemExit\n"
+            "    sys.stdin.readline()\n",
         )
-        master, slave = os.openpty()
-        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 80, 0, 0))
-        modes = termios.tcgetattr(slave)
-        modes[3] &= ~termios.ECHO  # what is typed would move the cursor
-        termios.tcsetattr(slave, termios.TCSANOW, modes)
-        child = subprocess.Popen(
-            [sys.executable, "-c", program], cwd=HERE, stdin=slave, stdout=slave, stderr=slave,
-            env={**os.environ, "TERM": "xterm", "NO_COLOR": "", "FORCE_COLOR": ""},
-        )  # fmt: skip
-        os.close(slave)
-        screen = pyte.HistoryScreen(80, 24, history=10_000)
-        feed = pyte.ByteStream(screen).feed
-
-        def read_until(found: Callable[[], object]) -> None:
-            while not found():
-                self.assertTrue(select.select([master], [], [], 20)[0], "\n".join(screen.display))
-                feed(os.read(master, 65536))
-
-        def lines() -> list[str]:
-            rows = [*screen.history.top, *(screen.buffer[y] for y in range(24))]
-            return ["".join(row[x].data for x in range(80)).rstrip() for row in rows]
-
-        read_until(lambda: any("burst" in line and " x " in line for line in lines()))
-        shown = [line for line in lines() if line]
+        terminal.read_until(lambda: re.search("burst .* x ", terminal.text()))
+        shown = terminal.lines()
         rule = next(i for i, line in enumerate(shown) if line.startswith("── 9 open ───"))
         self.assertEqual(len(shown) - rule, 8)  # a third of the screen
         self.assertRegex(shown[rule + 1], r"^ +[\d.]+ s  stream 0 +0 events$")
@@ -1928,13 +1960,90 @@ class TestTelemetry(unittest.TestCase):
         self.assertIn("to stderr", above)
         self.assertRegex("\n".join(above), r"\d  job +[\d.]+ ms  user=ada\n +[\d.]+ ms  query +.*━")
         self.assertLessEqual(sum("burst" in line for line in above), 22)
-        os.write(master, b"\n")
-        with suppress(OSError):  # the terminal's other end is closed
-            read_until(lambda: False)
-        self.assertEqual(child.wait(20), 0)
-        os.close(master)
-        self.assertFalse([line for line in lines() if "open ───" in line])
-        self.assertEqual((screen.cursor.x, screen.cursor.attrs.fg), (0, "default"))
+        terminal.resize(60)
+        terminal.read_until(
+            lambda: "── 9 open" + "─" * 49 in terminal.text().replace("open ", "open")
+        )
+        terminal.type("\n")
+        self.assertEqual(terminal.wait(), 0)
+        self.assertNotIn("── 9 open", terminal.text())
+        cursor = terminal.screen.cursor
+        self.assertEqual((cursor.x, cursor.attrs.fg), (0, "default"))
+
+    @needs("pyte")
+    def test_ctrl_c_and_a_crash_leave_a_clean_prompt_and_the_traceback_last(self) -> None:
+        begin = "    stream = tracer('stream')\n    time.sleep(1.1)\n    print('ready')\n"
+        for last, typed, reason in (
+            ("    sys.stdin.readline()\n", "\x03", "KeyboardInterrupt"),
+            ("    sys.stdin.readline()\n    1 / 0\n", "\n", "ZeroDivisionError: "),
+        ):
+            with self.subTest(reason):
+                terminal = Terminal(self, begin + last)
+                terminal.read_until(lambda t=terminal: "── 1 open" in t.text())
+                terminal.type(typed)
+                self.assertNotEqual(terminal.wait(), 0)
+                shown = terminal.lines()
+                self.assertTrue(shown[-1].startswith(reason), shown)
+                self.assertNotIn("── 1 open", terminal.text())
+                self.assertRegex(terminal.text(), r"\d  stream +[\d.]+ s\n")  # it was not lost
+                self.assertEqual(terminal.screen.cursor.x, 0)
+
+    @needs("pyte")
+    def test_colours_and_the_footer_depend_on_the_environment(self) -> None:
+        work = "    stream = tracer('stream')\n    tracer('job').end()\n    time.sleep(1.2)\n"
+        for environment, coloured, moves in (
+            ({}, True, True),
+            ({"NO_COLOR": "1"}, False, True),
+            ({"NO_COLOR": "1", "FORCE_COLOR": "1"}, False, True),
+            ({"TERM": "dumb"}, False, False),
+            ({"TERM": "dumb", "FORCE_COLOR": "1"}, True, False),
+        ):
+            with self.subTest(environment):
+                terminal = Terminal(self, work, **environment)
+                self.assertEqual(terminal.wait(), 0)
+                self.assertEqual("\x1b[1m" in terminal.raw, coloured)
+                self.assertEqual("\x1b[J" in terminal.raw, moves)
+
+    def test_a_signal_handler_and_the_collector_may_trace_in_the_middle_of_tracing(self) -> None:
+        """Nothing hangs, and no event is lost, wherever they come."""
+        out, stopped = io.StringIO(), threading.Event()
+        usual, interval = gc.get_threshold(), sys.getswitchinterval()
+        self.addCleanup(gc.set_threshold, *usual)
+        self.addCleanup(sys.setswitchinterval, interval)
+        with JsonTracer(out) as tracer:
+
+            def left() -> Iterator[None]:
+                with tracer("left"):
+                    yield
+
+            previous = signal.signal(signal.SIGUSR1, lambda *_: tracer("signal").end())
+            self.addCleanup(signal.signal, signal.SIGUSR1, previous)
+
+            def disturb() -> None:
+                while not stopped.wait(0.001):
+                    os.kill(os.getpid(), signal.SIGUSR1)
+
+            thread = threading.Thread(target=disturb)
+            thread.start()
+            sys.setswitchinterval(1e-6)
+            gc.set_threshold(1)
+            for number in range(300):
+                knot: list[Any] = [left()]
+                next(knot[0])
+                knot.append(knot)
+                del knot
+                with tracer("job") as span:
+                    span("tick", {"n": number})
+            stopped.set()
+            thread.join()
+            gc.set_threshold(*usual)
+            gc.collect()
+        lines = [json.loads(line) for line in out.getvalue().splitlines()]
+        ended = Counter(line["name"] for line in lines if "end_time_unix_nano" in line)
+        self.assertEqual((ended["job"], ended["left"]), (300, 300))
+        self.assertGreater(ended["signal"], 0)
+        ticks = [e["attributes"]["n"] for line in lines for e in line.get("events", ())]
+        self.assertEqual(ticks, [*range(300)])
 
     @needs("opentelemetry.sdk")
     def test_the_recipe_for_otlp_sends_spans_to_a_collector_that_refuses_at_first(self) -> None:
