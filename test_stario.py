@@ -2047,32 +2047,8 @@ class TestTelemetry(unittest.TestCase):
 
     @needs("opentelemetry.sdk")
     def test_the_recipe_for_otlp_sends_spans_to_a_collector_that_refuses_at_first(self) -> None:
-        from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-
-        from opentelemetry.proto.collector.trace.v1 import trace_service_pb2
-
-        asked: list[Any] = []
-
-        class Collector(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                body = self.rfile.read(int(self.headers["content-length"]))
-                asked.append(trace_service_pb2.ExportTraceServiceRequest.FromString(body))
-                self.send_response(503 if len(asked) < 2 else 200)
-                self.end_headers()
-
-            def log_message(self, *words: object) -> None:
-                pass
-
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Collector)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        self.addCleanup(server.server_close)
-        self.addCleanup(server.shutdown)
-        logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)
-        (recipe,) = [code for _, code in blocks("py") if "OtlpTracer" in code]
-        url = f"http://127.0.0.1:{server.server_port}"
-        names: dict[str, Any] = {}
+        asked, names, url = self.collector(lambda number: 503 if number < 2 else 200)
         with mock.patch.dict(os.environ, OTEL_EXPORTER_OTLP_ENDPOINT=url, OTEL_SERVICE_NAME="shop"):
-            exec(recipe, names)  # as a reader would run it
             with names["OtlpTracer"]() as tracer, tracer("job", {"n": 1}) as span:
                 span("half", {"deep": {"a": None}})
                 with suppress(KeyError), span.step("part") as part:
@@ -2088,6 +2064,53 @@ class TestTelemetry(unittest.TestCase):
         self.assertEqual(
             (parent.start_time_unix_nano, parent.attributes[0].value.int_value), (span.start_ns, 1)
         )
+
+    @needs("opentelemetry.sdk")
+    def test_a_collector_that_is_slow_or_gone_holds_up_no_span(self) -> None:
+        go_on = threading.Event()
+        asked, names, url = self.collector(lambda number: 200 if go_on.wait(20) else 503)
+        here = mock.patch.dict(os.environ, OTEL_EXPORTER_OTLP_ENDPOINT=url)
+        with here, names["OtlpTracer"]() as tracer:
+            for _ in range(600):  # more than a batch
+                tracer("job").end()
+            self.assertFalse(go_on.is_set())
+            go_on.set()
+        sent = [s for a in asked for r in a.resource_spans for c in r.scope_spans for s in c.spans]
+        self.assertEqual(len(sent), 600)
+        gone = {
+            "OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:9",
+            "OTEL_EXPORTER_OTLP_TIMEOUT": "1",
+        }
+        with mock.patch.dict(os.environ, gone), names["OtlpTracer"]() as tracer:
+            tracer("job").end()
+
+    def collector(self, answer: Callable[[int], int]) -> tuple[list[Any], dict[str, Any], str]:
+        """What a receiver of OTLP has been sent, the names of the recipe, and its address."""
+        from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+        from opentelemetry.proto.collector.trace.v1 import trace_service_pb2
+
+        asked: list[Any] = []
+
+        class Collector(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers["content-length"]))
+                asked.append(trace_service_pb2.ExportTraceServiceRequest.FromString(body))
+                self.send_response(answer(len(asked)))
+                self.end_headers()
+
+            def log_message(self, *words: object) -> None:
+                pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Collector)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        self.addCleanup(server.server_close)
+        self.addCleanup(server.shutdown)
+        logging.getLogger("opentelemetry").setLevel(logging.CRITICAL)
+        (recipe,) = [code for _, code in blocks("py") if "OtlpTracer" in code]
+        names: dict[str, Any] = {}
+        exec(recipe, names)  # as a reader would run it
+        return asked, names, f"http://127.0.0.1:{server.server_port}"
 
     def test_the_recipe_for_prometheus_counts_by_route(self) -> None:
         (recipe,) = [code for _, code in blocks("python") if "class Metrics" in code]
