@@ -2048,12 +2048,14 @@ class TestTelemetry(unittest.TestCase):
     @needs("opentelemetry.sdk")
     def test_the_recipe_for_otlp_sends_spans_to_a_collector_that_refuses_at_first(self) -> None:
         asked, names, url = self.collector(lambda number: 503 if number < 2 else 200)
-        with mock.patch.dict(os.environ, OTEL_EXPORTER_OTLP_ENDPOINT=url, OTEL_SERVICE_NAME="shop"):
-            with names["OtlpTracer"]() as tracer, tracer("job", {"n": 1}) as span:
-                span("half", {"deep": {"a": None}})
-                with suppress(KeyError), span.step("part") as part:
-                    part.link(span)
-                    raise KeyError("x")
+        here = mock.patch.dict(
+            os.environ, OTEL_EXPORTER_OTLP_ENDPOINT=url, OTEL_SERVICE_NAME="shop"
+        )
+        with here, names["OtlpTracer"]() as tracer, tracer("job", {"n": 1}) as span:
+            span("half", {"deep": {"a": None}})
+            with suppress(KeyError), span.step("part") as part:
+                part.link(span)
+                raise KeyError("x")
         sent = asked[-1].resource_spans[0]
         self.assertIn("shop", [a.value.string_value for a in sent.resource.attributes])
         child, parent = sent.scope_spans[0].spans
