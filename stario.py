@@ -6722,7 +6722,7 @@ _HIGH_WATER = 64 * 1024  # bytes kept of a body, or of later requests, before th
 _DISCARD_LIMIT = 256 * 1024  # bytes of an unread body that are worth a connection
 _TOLD_BUSY = 100  # connections beyond the limit that still get an answer, 503
 _ACCEPTED = 64  # connections that are accepted before others get their turn
-_A_TURN = 64  # requests and bodies of one client that are read before others get their turn
+_ROUNDS = 64  # requests and bodies of one client that are read before others get their turn
 _KEPT_HEAD = 4096  # bytes of a header block that is worth keeping for the next request
 _FAREWELL = 0.5  # seconds in which an idle connection may still ask when the server stops
 _LINGER = 2.0  # seconds in which a client may read an answer that ended its connection
@@ -6751,6 +6751,7 @@ _FRAMING_FIELDS = re.compile(
     rb"\n(host|connection|content-length|transfer-encoding|expect):([^\r]*)", re.IGNORECASE
 )
 _LONE_LF = re.compile(rb"[^\r]\n")
+_LINE_SO_FAR = re.compile(rb"[ -~]*+\r?")  # of a request line whose end has not come
 
 
 class _StatusLines(dict[int, bytes]):
@@ -6852,16 +6853,62 @@ def _split_fields(block: bytes) -> dict[str, list[str]]:
     return fields
 
 
+def _normalised(
+    line: RequestLine, headers: Headers, framing: _Framing
+) -> tuple[RequestLine, Headers]:
+    """See that line and head go together; they come back as an ordinary request has them."""
+    if line.http_1_0 and framing.chunked:
+        raise HttpException(400, "Transfer-Encoding in HTTP/1.0")
+    if not (line.http_1_0 or framing.has_host):
+        raise HttpException(400, "Host is missing")
+    if framing.expects and framing.expects != "100-continue":
+        raise HttpException(417, "only '100-continue' can be expected")
+    if "#" in line.target:
+        raise HttpException(400, "a target has no fragment")
+    if line.target.startswith("/") or (line.target == "*" and line.method == "OPTIONS"):
+        return line, headers
+    # The other forms of a target (RFC 9112, section 3.2).
+    if line.method == "CONNECT":
+        raise HttpException(501, "this is no proxy: CONNECT is not supported")
+    found = _ABSOLUTE.fullmatch(line.target)
+    if not found or not _HOST.fullmatch(found[1]):
+        raise HttpException(400, "the target is malformed")
+    # What the target says goes before the Host field (section 3.2.2).
+    headers = Headers({**headers._fields, "host": [found[1]]})
+    target = (found[2] or "/") + (found[3] or "")
+    return RequestLine(line.method, target, line.http_1_0), headers
+
+
+class _Sized:
+    """A body whose length is known. `left` is how many bytes of it are still to come."""
+
+    __slots__ = ("left",)
+
+    def __init__(self, length: int) -> None:
+        self.left = length
+
+    @property
+    def ended(self) -> bool:
+        """Whether all of it has been read."""
+        return self.left == 0
+
+    def decode(self, buffer: bytes, at: int) -> tuple[bytes, int]:
+        """What is in the buffer from `at` on, and the position up to which it was read."""
+        data = buffer[at : at + self.left]
+        self.left -= len(data)
+        return data, at + len(data)
+
+
 class _Chunks:
     """Decodes a chunked body (RFC 9112, section 7.1). `ended` is true behind its last byte."""
 
     _SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})([ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
 
-    __slots__ = ("_in_trailers", "_left", "_limits", "_overhead", "ended")
+    __slots__ = ("_in_trailers", "_limits", "_overhead", "ended", "left")
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._left = 0  # bytes left of the chunk under way, its CRLF included
+        self.left = 0  # bytes to come of the chunk under way, its CRLF included
         self._overhead = 0  # bytes of extensions and trailers so far
         self._in_trailers = False  # the last chunk has come
         self.ended = False
@@ -6870,7 +6917,7 @@ class _Chunks:
         """What is in the buffer from `at` on, decoded, and the position up to which it was read."""
         out: list[bytes] = []
         while not self.ended and at < len(buffer):
-            if self._left:
+            if self.left:
                 at = self._read_data(buffer, at, out)
                 continue
             end = buffer.find(b"\r\n", at)
@@ -6884,289 +6931,152 @@ class _Chunks:
         return b"".join(out), at
 
     def _read_data(self, buffer: bytes, at: int, out: list[bytes]) -> int:
-        data = buffer[at : at + self._left]
-        at += len(data)
-        self._left -= len(data)
-        inside = len(data) + min(0, self._left - 2)  # the last two bytes are CRLF
-        crlf = data[max(0, inside) :]
-        if crlf and crlf != b"\r\n"[2 - self._left - len(crlf) : 2 - self._left]:
+        data = buffer[at : at + self.left]
+        self.left -= len(data)
+        inside = max(0, len(data) + min(0, self.left - 2))  # the last two bytes are CRLF
+        crlf = data[inside:]
+        if crlf and crlf != b"\r\n"[2 - self.left - len(crlf) : 2 - self.left]:
             raise HttpException(400, "a chunk is longer than its size says")
-        out.append(data[: max(0, inside)])
-        return at
+        out.append(data[:inside])
+        return at + len(data)
 
     def _read_size(self, line: bytes) -> None:
         found = self._SIZE.fullmatch(line)
         if not found:
             raise HttpException(400, "a chunk's size is malformed")
         # Extensions are allowed, and ignored, but not as a way to send us bytes without end.
-        self._check_overhead(len(found[2] or b""))
         self._overhead += len(found[2] or b"")
+        self._check_overhead()
         size = int(found[1], 16)
-        if size:
-            self._left = size + 2
-        else:
-            self._in_trailers = True
+        self.left = size and size + 2
+        self._in_trailers = not size
 
     def _read_trailer(self, line: bytes) -> None:
-        if line:
-            self._check_overhead(len(line))
-            self._overhead += len(line)
-            # Framing is for the head (RFC 9110, section 6.5.1); others might heed it here, too.
-            framed = b"\r\n%b\r\n\r\n" % line
-            if not _FIELD_LINES.fullmatch(framed) or _FRAMING_FIELDS.search(framed):
-                raise HttpException(400, "a trailer of the body is malformed")
-        else:
+        if not line:
             self.ended = True
+            return
+        self._overhead += len(line)
+        self._check_overhead()
+        # Framing is for the head (RFC 9110, section 6.5.1); others might heed it here, too.
+        framed = b"\r\n%b\r\n\r\n" % line
+        if not _FIELD_LINES.fullmatch(framed) or _FRAMING_FIELDS.search(framed):
+            raise HttpException(400, "a trailer of the body is malformed")
 
-    def _check_overhead(self, more: int) -> None:
+    def _check_overhead(self, more: int = 0) -> None:
         if self._overhead + more > self._limits.max_header_bytes:
             raise HttpException(431, "the chunk extensions or trailers of the body are too large")
 
 
-def _set_unsent(connection: socket.socket, size: int) -> None:
-    """Bound what the kernel takes of us that is not on its way yet. 0: its own bound."""
-    with suppress(AttributeError, OSError):  # Windows, or a Unix socket
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, size)
+class _Reader:
+    """Bytes of one client as they come, read as heads and bodies. Knows of no socket, and no time.
 
-
-class Connection(asyncio.Protocol):
-    """A client's connection: it reads requests, starts their handlers, and carries the answers."""
+    Whatever is wrong is an HttpException; what was wrong then still counts as unread.
+    """
 
     __slots__ = (
-        "_advancing", "_answering", "_at", "_block", "_body", "_buffer", "_busy", "_chunks",
-        "_close_after", "_deadline", "_discarded", "_drain_waiters", "_ended", "_eof", "_expects",
-        "_framed", "_framing", "_headers", "_http_1_0", "_idle", "_left", "_limits", "_lost_track",
-        "_paused_reading", "_paused_writing", "_scanned", "_sent", "_stalled_since", "_taken",
-        "_transport", "_worker", "client", "disconnected", "scopes",
+        "_at", "_block", "_field_lines", "_framing", "_headers", "_limits", "_scanned", "buffer",
+        "decoder",
     )  # fmt: skip
 
-    def __init__(self, worker: Worker) -> None:
-        self._worker = worker
-        self._limits = worker.limits
-        self._transport: asyncio.Transport = None  # type: ignore[assignment]  # connection_made
-        # Reading
-        self._buffer = b""  # bytes that have come; empty when all of them have been used
+    def __init__(self, limits: Limits, field_lines: re.Pattern[bytes]) -> None:
+        self._limits = limits
+        self._field_lines = field_lines
+        self.buffer = b""  # bytes that have come; empty when all of them have been used
         self._at = 0  # how many of them have been used
         self._scanned = 0  # where to go on looking for the end of a head
-        # The last header block, with the CRLF in front of it and the empty line, and what was read
-        # in it: a browser sends the same one with each request.
+        # A browser sends the same header block with each request: so the last one is kept, with
+        # the CRLF in front of it and the empty line, and what was read in it.
         self._block = b""
         self._headers = Headers()
         self._framing: _Framing | None = None
-        self._body: Body | None = None  # the body that is coming in,
-        self._chunks: _Chunks | None = None  # chunked, or
-        self._left = 0  # with so many bytes to come
-        self._discarded = 0  # bytes of it that nobody wanted
-        self._expects = False  # the client waits for "100 Continue"
-        self._paused_reading = False
-        self._eof = False  # the client has closed its side
-        # Answering
-        self._answering = False  # a request has been started whose answer is not complete
-        self._advancing = False  # `_advance` is at work
-        self._close_after = False  # this connection ends with the answer under way
-        self._lost_track = False  # something was refused: what else comes cannot be understood
-        self._busy = False  # there are too many connections, and this one came last
-        self._http_1_0 = False
-        self._framed = False  # the answer under way is sent in chunks
-        self._ended = False  # closed for us: nothing is taken from the client any more
-        self._paused_writing = False
-        self._drain_waiters: list[asyncio.Future[None]] | None = None
-        # Time
-        self._idle = True  # between two requests
-        self._deadline = worker.now + self._limits.header_timeout
-        self._sent = 0  # bytes given to the transport so far,
-        self._taken = 0  # and those it had got rid of when we last looked:
-        self._stalled_since = 0.0  # then
-        # The rest of what a Carrier has
-        self.scopes: list[_Scope] = []
-        self.client = ""
-        self.disconnected = False
+        self.decoder: _Sized | _Chunks | None = None  # of the body that is coming in
 
-    @property
-    def shutting_down(self) -> bool:
-        """See Carrier."""
-        return self._worker.stopping
-
-    @property
-    def scheme(self) -> str:
-        """See Carrier."""
-        return "http" if self._transport.get_extra_info("sslcontext") is None else "https"
-
-    @property
-    def proxies(self) -> TrustedProxies | None:
-        """See Carrier."""
-        return self._worker.proxies
-
-    # -- What the transport tells
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """A client has connected."""
-        self._transport = cast(asyncio.Transport, transport)
-        peer = transport.get_extra_info("peername")
-        self.client = str(peer[0]) if isinstance(peer, tuple) else ""
-        connections = self._worker.connections
-        connections.add(self)
-        if self._worker.stopping:
-            self._deadline = self._worker.idle_deadline
-        self._busy = len(connections) > self._worker.limits.max_connections
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """It has gone, or we have closed: wake everybody who waits for it."""
-        self._worker.connections.discard(self)
-        self._worker.waiting.discard(self)
-        self._ended = self.disconnected = True
-        self._end_scopes()
-        self._resume_drains()
-        self._fail_body(ClientDisconnected("the client left before its request was complete"))
-
-    def eof_received(self) -> bool:
-        """The client will send no more. It may still be reading: what it asked for is answered."""
-        if self._ended:
-            return False  # it has read our last answer, or never will
-        self._eof = self.disconnected = True
-        if self._fail_body(ClientDisconnected("the client closed in the middle of its request")):
-            self._close_after = True
-        self._end_scopes()
-        self._advance_later()
-        return self._transport.get_extra_info("sslcontext") is None  # TLS has no half-closed state
-
-    def _fail_body(self, error: Exception) -> bool:
-        """If a body is under way: the rest will not come, and its handler shall hear of it."""
-        body, self._body = self._body, None
-        if body is not None:
-            self._deadline = _NEVER
-            body.fail(error)
-        return body is not None
-
-    def _end_scopes(self) -> None:
-        for scope in self.scopes:
-            scope.end()
-
-    def data_received(self, data: bytes) -> None:
+    def feed(self, data: bytes) -> None:
         """Bytes have come."""
-        if self._ended:
-            return
-        if self._buffer:
-            self._buffer, self._at = self._buffer[self._at :] + data, 0
+        if self.buffer:
+            self.buffer, self._at = self.buffer[self._at :] + data, 0
         else:
-            self._buffer = data
-        if not self._advancing:
-            self._advance()
+            self.buffer = data
 
-    def pause_writing(self) -> None:
-        """The transport holds as much of our answer as it should."""
-        self._paused_writing = True
+    def waiting(self) -> int:
+        """How many bytes have not been used."""
+        return len(self.buffer) - self._at
 
-    def resume_writing(self) -> None:
-        """There is room again."""
-        self._paused_writing = False
-        self._resume_drains()
-        self._worker.loop.call_soon(self._advance_later)
+    def _use(self, upto: int) -> None:
+        """The buffer has been used up to this position."""
+        self._at = upto
+        if upto >= len(self.buffer):
+            self.buffer, self._at = b"", 0
 
-    def _resume_drains(self) -> None:
-        waiters, self._drain_waiters = self._drain_waiters, None
-        _resolve(waiters or [])
-
-    # -- Reading requests
-
-    def _advance(self) -> None:
-        """Do all that can be done with the bytes that are here."""
-        self._advancing, turns = True, 0
-        try:
-            while self._buffer and not self._ended and turns < _A_TURN:
-                turns += 1
-                if self._body is not None:
-                    if not self._read_body(self._body):
-                        break
-                    if not self._answering:
-                        self._become_idle()
-                elif self._answering or self._paused_writing:
-                    break
-                elif self._worker.crowded:
-                    self._deadline = _NEVER
-                    self._worker.waiting.add(self)
-                    break
-                elif not self._read_head():
-                    break
-                if self._buffer and self._transport.is_closing():
-                    break  # the client went while we answered: leave its other requests
-        except HttpException as exc:
-            self._refuse(exc)
-        finally:
-            self._advancing = False
-        if not (self._buffer or self._body or self._eof or self._paused_reading):
-            return  # what most packets come to: a request, whole, and nothing is left to do
-        more = turns == _A_TURN  # (perhaps nothing is left; then the next turn does nothing)
-        if more:  # a client that sends a thousand requests at once is not alone
-            self._worker.loop.call_soon(self._advance_later)
-        if self._eof and not (more or self._body or self._answering or self._paused_writing):
-            self._close()  # what is left is a part of a request, and no more of it will come
-        self._regulate()
-
-    def _regulate(self) -> None:
-        """Let the client wait while there is enough of it in memory."""
-        if self._is_lost():
-            return
-        body = self._body
-        if body is not None:
-            full = body.buffered >= _HIGH_WATER or self._discarded > _DISCARD_LIMIT
-        else:
-            full = len(self._buffer) - self._at > max(_HIGH_WATER, self._limits.max_header_bytes)
-        if full and not self._paused_reading:
-            self._paused_reading = True
-            self._deadline = _NEVER
-            self._transport.pause_reading()
-        elif self._paused_reading and not full:
-            self._paused_reading = False
-            self._transport.resume_reading()
-
-    def _read_head(self) -> bool:
-        """Start the next request, if all of its head is here."""
-        buffer, at, limits = self._buffer, self._at, self._limits
+    def head(self) -> tuple[RequestLine, Headers, _Framing] | None:
+        """The next request's head, or None if not all of it is here."""
+        buffer, at = self.buffer, self._at
         line_end = buffer.find(b"\r\n", at)
-        end = line_end + len(self._block)
         headers, framing = self._headers, self._framing
-        if not buffer.startswith(self._block, line_end):
-            framing = None  # another block than the last one
-        if framing is None:
+        if framing is not None and buffer.startswith(self._block, line_end):
+            end = line_end + len(self._block)
+        else:
+            framing = None
             while buffer.startswith(b"\r\n", at):  # tolerated in front (RFC 9112, section 2.2)
                 at += 2
             line_end = buffer.find(b"\r\n", at)
-            found = self._find_block(at, line_end)
-            if found is None:
+            end = self._find_end(at, line_end)
+            if end < 0:
                 self._use(at)
-                self._await_head()
-                return False
-            end = found.end()
+                self._check_start(at, line_end)
+                return None
         raw_line = buffer[at:line_end]
-        if end - at > limits.max_header_bytes:
-            raise self._head_too_large(raw_line)
+        if end - at > self._limits.max_header_bytes:
+            raise self._too_large(raw_line)
         if framing is None:
             headers, framing = self._read_block(buffer[line_end:end])
         line = _request_lines.get(raw_line) or _parse_request_line(raw_line)
-        if len(line.target) > limits.max_target:
-            raise HttpException(414, f"the target is longer than {limits.max_target} bytes")
+        if len(line.target) > self._limits.max_target:
+            raise HttpException(414, f"the target is longer than {self._limits.max_target} bytes")
+        if not (line.is_plain and framing.ends_here):
+            line, headers = _normalised(line, headers, framing)
         self._use(end)
-        self._start(line, headers, framing)
-        return True
+        self._scanned = 0
+        return line, headers, framing
 
-    def _find_block(self, at: int, line_end: int) -> re.Match[bytes] | None:
-        """The header block behind a request line, or None if it is not complete."""
-        buffer, field_lines = self._buffer, self._worker.field_lines
+    def _find_end(self, at: int, line_end: int) -> int:
+        """The end of the header block behind a request line; below 0 if it is not complete."""
+        buffer = self.buffer
         # Most heads come whole. Of others, no byte is looked at again with each packet.
-        if line_end > at and not self._scanned and (found := field_lines.match(buffer, line_end)):
-            return found
+        if line_end > at and not self._scanned:
+            found = self._field_lines.match(buffer, line_end)
+            if found:
+                return found.end()
         end = buffer.find(b"\r\n\r\n", max(at, self._scanned - 3))
         if end < 0:
-            return None
+            return end
         if end + 4 - at > self._limits.max_header_bytes:
-            raise self._head_too_large(buffer[at:line_end])
-        found = field_lines.match(buffer, line_end)
-        if found is None and _FIELD_LINES.match(buffer, line_end):
+            raise self._too_large(buffer[at:line_end])
+        found = self._field_lines.match(buffer, line_end)
+        if found:
+            return found.end()
+        if _FIELD_LINES.match(buffer, line_end):
             raise HttpException(431, f"more than {self._limits.max_headers} header fields")
-        if found is None:
-            raise HttpException(400, "a header line is malformed")
-        return found
+        raise HttpException(400, "a header line is malformed")
+
+    def _check_start(self, at: int, line_end: int) -> None:
+        """Refuse a head that is not complete, if it never can be or has grown too large."""
+        buffer, new = self.buffer, max(self._at, self._scanned - 1)
+        if _LONE_LF.search(buffer, new):
+            raise HttpException(400, "a line of the head ends in a bare line feed")
+        if line_end < 0 and not _LINE_SO_FAR.fullmatch(buffer, new):
+            raise HttpException(400, "the request line is malformed")
+        if self.waiting() > self._limits.max_header_bytes:
+            raise self._too_large(buffer[self._at :])
+        if line_end >= max(at, self._scanned - 1):  # it has come to its end just now
+            _parse_request_line(buffer[self._at : line_end])
+        self._scanned = self.waiting()  # the next bytes will be put behind these
+
+    def _too_large(self, start: bytes) -> HttpException:
+        line = start.partition(b"\r\n")[0]
+        if len(line) > self._limits.max_target + 32:
+            return HttpException(414, f"the target is longer than {self._limits.max_target} bytes")
+        return HttpException(431, f"the head is larger than {self._limits.max_header_bytes} bytes")
 
     def _read_block(self, block: bytes) -> tuple[Headers, _Framing]:
         """What a header block says. It is kept, unless it is large."""
@@ -7179,238 +7089,93 @@ class Connection(asyncio.Protocol):
         self._framing = (_framing if keep else _Framing)(found)
         return headers, self._framing
 
-    def _use(self, upto: int) -> None:
-        """The buffer has been used up to this position."""
-        self._at = upto
-        if upto >= len(self._buffer):
-            self._buffer, self._at = b"", 0
-
-    def _await_head(self) -> None:
-        """The head is not complete: see that it does not grow, or take, without end."""
-        waiting = len(self._buffer) - self._at
-        if _LONE_LF.search(self._buffer, max(self._at, self._scanned - 1)):
-            raise HttpException(400, "a line of the head ends in a bare line feed")
-        if waiting > self._limits.max_header_bytes:
-            raise self._head_too_large(self._buffer[self._at :])
-        if self._idle and waiting:
-            self._idle = False
-            self._deadline = self._worker.loop.time() + self._limits.header_timeout
-        self._scanned = waiting  # the next bytes will be put behind these
-
-    def _head_too_large(self, start: bytes) -> HttpException:
-        line = start.partition(b"\r\n")[0]
-        if len(line) > self._limits.max_target + 32:
-            return HttpException(414, f"the target is longer than {self._limits.max_target} bytes")
-        return HttpException(431, f"the head is larger than {self._limits.max_header_bytes} bytes")
-
-    def _start(self, line: RequestLine, headers: Headers, framing: _Framing) -> None:
-        """Begin with a request: its handler starts."""
-        worker = self._worker
-        body: Body | bytes = b""
-        self._idle = self._expects = False
-        self._deadline = _NEVER
-        self._scanned = 0
-        self._http_1_0 = line.http_1_0
-        self._close_after = framing.close
-        if not (line.is_plain and framing.ends_here):
-            line, headers = self._normalise(line, headers, framing)
-            body = self._begin_body(framing)
-        request = Request(line, headers, body, self)
-        self._answering = True
-        if self._busy:
-            self._close_after = True
-            worker.note_refusal(self, HttpException(503, "too many connections"))
-            self.answer(503, b"retry-after: 5\r\ncontent-length: 0\r\n", b"")
-        else:
-            # Each starts in a copy of the server's own context, so that no handler's context
-            # variables reach the next request on its connection.
-            handling = worker.app.dispatch(request, self)
-            task = _spawn(handling, worker.loop, worker.context.copy())
-            if not task.done():
-                worker.keep(task)
-
-    def _normalise(
-        self, line: RequestLine, headers: Headers, framing: _Framing
-    ) -> tuple[RequestLine, Headers]:
-        """See that line and head go together; they come back as an ordinary request has them."""
-        if self._http_1_0:
-            self._close_after |= not framing.keep_alive
-            if framing.chunked:
-                raise HttpException(400, "Transfer-Encoding in HTTP/1.0")
-        elif not framing.has_host:
-            raise HttpException(400, "Host is missing")
-        if framing.expects and framing.expects != "100-continue":
-            raise HttpException(417, "only '100-continue' can be expected")
-        if "#" in line.target:
-            raise HttpException(400, "a target has no fragment")
-        if line.target.startswith("/") or (line.target == "*" and line.method == "OPTIONS"):
-            return line, headers
-        # The other forms of a target (RFC 9112, section 3.2).
-        if line.method == "CONNECT":
-            raise HttpException(501, "this is no proxy: CONNECT is not supported")
-        found = _ABSOLUTE.fullmatch(line.target)
-        if not found or not _HOST.fullmatch(found[1]):
-            raise HttpException(400, "the target is malformed")
-        # What the target says goes before the Host field (section 3.2.2).
-        headers = Headers({**headers._fields, "host": [found[1]]})
-        return RequestLine(line.method, (found[2] or "/") + (found[3] or "")), headers
-
-    def _begin_body(self, framing: _Framing) -> Body | bytes:
-        """The body of a request: as bytes if all of it is here (small ones come with the head)."""
+    def whole_body(self, framing: _Framing) -> bytes | None:
+        """The body, if all of it came with the head; if not, `body` reads it."""
         at, upto = self._at, self._at + framing.length
-        if upto <= len(self._buffer) and not framing.chunked:
-            whole = self._buffer[at:upto]
+        if upto <= len(self.buffer) and not framing.chunked:
+            whole = self.buffer[at:upto]
             self._use(upto)
             return whole
-        body = Body(self._wants_body)
-        self._chunks = _Chunks(self._limits) if framing.chunked else None
-        self._left = framing.length
-        self._discarded = 0
-        self._expects = bool(framing.expects) and not self._http_1_0
-        if not self._expects:
-            self._deadline = self._worker.now + self._limits.body_timeout
-        if not self._buffer or not self._read_body(body):
-            self._body = body
-        return body
+        self.decoder = _Chunks(self._limits) if framing.chunked else _Sized(framing.length)
+        return None
 
-    def _read_body(self, body: Body) -> bool:
-        """Feed what has come of a body to it; true if the body has come to its end."""
-        if self._chunks is not None:
-            data, upto = self._chunks.decode(self._buffer, self._at)
-            complete = self._chunks.ended
-        else:
-            data = self._buffer[self._at : self._at + self._left]
-            upto = self._at + len(data)
-            self._left -= len(data)
-            complete = self._left == 0
+    def body(self) -> bytes:
+        """What has come of the body. At its end there is no `decoder` any more."""
+        assert self.decoder is not None
+        data, upto = self.decoder.decode(self.buffer, self._at)
         self._use(upto)
-        self._expects = False  # it has begun to send without being asked
-        if data:
-            body.feed(data)
-            if body.discarding:
-                self._discarded += len(data)
-            # A kilobyte buys a second, up to the whole time-out: trickling does not pay.
-            limit = self._worker.loop.time() + self._limits.body_timeout
-            if self._deadline != _NEVER:
-                self._deadline = min(limit, self._deadline + len(data) / 1024)
-        if complete:
-            self._body = None
-            self._deadline = _NEVER
-            body.end()
-        else:
-            self._give_up_body(body)
-        return complete
+        if self.decoder.ended:
+            self.decoder = None
+        return data
 
-    def _give_up_body(self, body: Body) -> None:
-        """After the answer, a rest that nobody wants is worth waiting for only if it is small."""
-        unread = self._discarded + self._left
-        if body.discarding and not self._answering and unread > _DISCARD_LIMIT:
-            self._close()
 
-    def _wants_body(self) -> None:
-        """Somebody reads the body, or has given it up: let the rest come."""
-        body = self._body
-        if body is None or self._is_lost():
-            return
-        if self._expects and not body.discarding:
-            self._expects = False
-            self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        if self._deadline == _NEVER:
-            self._deadline = self._worker.loop.time() + self._limits.body_timeout
-        self._give_up_body(body)
-        self._regulate()
+def _set_unsent(connection: socket.socket, size: int) -> None:
+    """Bound what the kernel takes of us that is not on its way yet. 0: its own bound."""
+    with suppress(AttributeError, OSError):  # Windows, or a Unix socket
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, size)
 
-    # -- Refusing
 
-    def _refuse(self, exc: HttpException) -> None:
-        """Refuse what cannot be understood, and close: nobody knows where the next one begins."""
-        self._worker.note_refusal(self, exc)
-        self._close_after = self._lost_track = True
-        if self._fail_body(exc):
-            if not self._answering:
-                self._close()
-            return
-        self._answering = True
-        text = f"{exc.detail}\n".encode("latin-1", "replace")
-        self.answer(exc.status_code, _TEXT[0] + _length_line(len(text)), text)
+class _State(enum.Enum):
+    """What a connection is doing: this decides what the next bytes are, and what it waits for.
 
-    # -- The Carrier's side: answers
+    | state   | the handler | the next bytes are    | it waits, at most            | and then |
+    | ------- | ----------- | --------------------- | ---------------------------- | -------- |
+    | IDLE    | -           | a request             | `keep_alive_timeout`         | closes   |
+    | HEAD    | -           | the rest of a head    | `header_timeout`             | 408      |
+    | BODY    | answers     | of its request's body | `body_timeout`               | 408      |
+    | ANSWER  | answers     | kept for later        | as long as the handler takes |          |
+    | REST    | has answered| of its request's body | `body_timeout`               | closes   |
+    | CLOSING | -           | dropped               | `_LINGER`                    | resets   |
 
-    def answer(self, status: int, fields: bytes, body: bytes) -> None:
-        """See Carrier."""
-        # Without a body under way nothing is expected, and nothing left to be read.
-        stopping = self._worker.stopping
-        if self._close_after or stopping or self._http_1_0 or self._body is not None:
-            fields = self._with_connection(fields)
-        if not self._ended:  # (a single write to a transport that is closing does no harm)
-            data = b"".join((_status_lines[status], fields, self._worker.date_line, body))
+    IDLE -> HEAD -> BODY -> ANSWER -> IDLE is the long way. A head that comes whole skips HEAD, a
+    body that came with it skips BODY, and an answer before the body's end leads to REST. CLOSING
+    follows any of them, and is the last.
+    """
+
+    IDLE = 1
+    HEAD = 2
+    BODY = 3
+    ANSWER = 4
+    REST = 5
+    CLOSING = 6
+
+
+class _Sender(asyncio.Protocol):
+    """A connection's way out: it sends bytes, and knows how many the client has not taken."""
+
+    __slots__ = (
+        "_drain_waiters", "_paused_writing", "_sent", "_stalled_since", "_state", "_taken",
+        "_transport", "_worker", "client",
+    )  # fmt: skip
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+        self._state = _State.IDLE
+        self._transport: asyncio.Transport = None  # type: ignore[assignment]  # connection_made
+        self._paused_writing = False  # the transport holds as much as it should
+        self._drain_waiters: list[asyncio.Future[None]] | None = None
+        self._sent = 0  # bytes given to the transport so far,
+        self._taken = 0  # and those it had got rid of when the sweep last looked:
+        self._stalled_since = 0.0  # then
+        self.client = ""  # the peer's address
+
+    def _is_lost(self) -> bool:
+        return self._state is _State.CLOSING or self._transport.is_closing()
+
+    def _write(self, data: bytes) -> None:
+        if not self._is_lost():
             self._sent += len(data)
             self._transport.write(data)
-        self.finish()
 
-    def begin(self, status: int, fields: bytes, unsized: bool) -> None:
-        """See Carrier."""
-        self._framed = unsized and not self._http_1_0
-        if self._framed:
-            fields += b"transfer-encoding: chunked\r\n"
-        elif unsized:
-            self._close_after = True  # HTTP/1.0: the end of the connection is the end of the body
-        fields = self._with_connection(fields)
-        self._write(b"".join((_status_lines[status], fields, self._worker.date_line)))
+    def pause_writing(self) -> None:
+        """The transport holds as much of our answer as it should."""
+        self._paused_writing = True
 
-    def _with_connection(self, fields: bytes) -> bytes:
-        """The fields, and what is to be said of the connection (RFC 9112, section 9.3)."""
-        if self._worker.stopping:
-            self._close_after = True
-        if self._expects or self._left > _DISCARD_LIMIT:
-            # Nobody can tell whether the body will still come, or it would be too much of it.
-            self._close_after = True
-            self._expects = False
-        if self._close_after:
-            fields += b"connection: close\r\n"
-        elif self._http_1_0:
-            fields += b"connection: keep-alive\r\n"
-        return fields
-
-    def send(self, data: bytes) -> None:
-        """See Carrier."""
-        self._write(b"%x\r\n%b\r\n" % (len(data), data) if self._framed else data)
-        if self._paused_writing:
-            unsent = self._transport.get_write_buffer_size()
-            if unsent > self._limits.max_buffer:  # whoever writes does not wait for the client
-                self._worker.note_refusal(self, HttpException(408, "the answer was not taken"))
-                self._transport.abort()
-
-    def finish(self) -> None:
-        """See Carrier."""
-        if self._framed:
-            self._write(b"0\r\n\r\n")
-            self._framed = False
-        self._answering = False
-        if self._close_after:
-            self._close()
-            return
-        if self._body is not None:
-            self._give_up_body(self._body)
-        else:
-            self._become_idle()
-        if (self._buffer or self._eof) and not self._advancing:
-            # In a turn of its own, and not inside the handler that has just answered.
-            self._worker.loop.call_soon(self._advance_later)
-
-    def abort(self) -> None:
-        """See Carrier. Where the connection's end is the end of the body, only a reset tells."""
-        self._answering = False
-        lost, self._ended = self._is_lost(), True
-        if lost:
-            return
-        if self._http_1_0:
-            connection = self._transport.get_extra_info("socket")
-            with suppress(AttributeError, OSError):
-                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
-            self._transport.abort()
-        else:
-            self._transport.close()
+    def resume_writing(self) -> None:
+        """There is room again."""
+        self._paused_writing = False
+        waiters, self._drain_waiters = self._drain_waiters, None
+        _resolve(waiters or [])
 
     def has_room(self) -> bool:
         """See Carrier."""
@@ -7443,7 +7208,7 @@ class Connection(asyncio.Protocol):
                     transport.set_write_buffer_limits(_HIGH_WATER)
                     _set_unsent(connection, _HIGH_WATER)
             offset, count = offset + sent, count - sent
-        await _read_and_send(self, file, offset, count)
+        await _read_and_send(cast(Carrier, self), file, offset, count)
 
     async def _send_by_system(
         self, descriptor: int, file: IO[bytes], offset: int, count: int
@@ -7489,21 +7254,358 @@ class Connection(asyncio.Protocol):
             if in_vain and silent_ms >= seconds * 1000:
                 self._transport.abort()
 
-    def _write(self, data: bytes) -> None:
-        if not self._is_lost():
-            self._sent += len(data)
-            self._transport.write(data)
+    def _check_taken(self, now: float) -> None:
+        """Called by the sweep: has the client taken nothing of its answer for too long?"""
+        unsent = self._transport.get_write_buffer_size()
+        if unsent == 0 and not self._paused_writing:
+            self._stalled_since = 0.0
+        elif self._sent - unsent != self._taken or not self._stalled_since:
+            self._taken = self._sent - unsent
+            self._stalled_since = now
+        elif now - self._stalled_since >= self._worker.limits.write_timeout:
+            self._cut_off()
 
-    def _is_lost(self) -> bool:
-        return self._ended or self._transport.is_closing()
+    def _cut_off(self) -> None:
+        self._worker.note_refusal(self.client, HttpException(408, "the answer was not taken"))
+        self._transport.abort()
 
-    def _advance_later(self) -> None:
-        if not (self._advancing or self._ended or self._transport.is_closing()):
+
+class Connection(_Sender):
+    """A client's connection: it starts a handler for each request, and carries the answers."""
+
+    __slots__ = (
+        "_advancing", "_body", "_busy", "_chunked", "_close_after", "_deadline", "_discarded",
+        "_eof", "_expects", "_http_1_0", "_in", "_paused_reading", "disconnected", "scopes",
+    )  # fmt: skip
+
+    def __init__(self, worker: Worker) -> None:
+        super().__init__(worker)
+        self._in = _Reader(worker.limits, worker.field_lines)
+        self._deadline = worker.now + worker.limits.header_timeout  # of what it waits for
+        self._busy = False  # there are too many connections, and this one came last
+        self._advancing = False  # `_advance` is at work
+        self._paused_reading = False
+        self._eof = False  # the client has closed its side
+        # Of the request under way:
+        self._http_1_0 = False
+        self._body = Body()  # in BODY and REST the one that is coming in
+        self._discarded = 0  # bytes of it that nobody wanted
+        self._expects = False  # the client waits for "100 Continue"
+        # Of its answer:
+        self._close_after = False  # it is the last one of this connection
+        self._chunked = False  # it is sent in chunks
+        # The rest of what a Carrier has:
+        self.scopes: list[_Scope] = []
+        self.disconnected = False
+
+    @property
+    def shutting_down(self) -> bool:
+        """See Carrier."""
+        return self._worker.stopping
+
+    @property
+    def scheme(self) -> str:
+        """See Carrier."""
+        return "http" if self._transport.get_extra_info("sslcontext") is None else "https"
+
+    @property
+    def proxies(self) -> TrustedProxies | None:
+        """See Carrier."""
+        return self._worker.proxies
+
+    # -- What the transport tells
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """A client has connected."""
+        self._transport = cast(asyncio.Transport, transport)
+        peer = transport.get_extra_info("peername")
+        self.client = str(peer[0]) if isinstance(peer, tuple) else ""
+        worker = self._worker
+        worker.connections.add(self)
+        if worker.stopping:
+            self._deadline = worker.idle_deadline
+        self._busy = len(worker.connections) > worker.limits.max_connections
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes have come."""
+        if self._state is not _State.CLOSING:
+            self._in.feed(data)
+            if not self._advancing:
+                self._advance()
+
+    def eof_received(self) -> bool:
+        """The client will send no more. It may still be reading: what it asked for is answered."""
+        if self._state is _State.CLOSING:
+            return False  # it has read our last answer, or never will
+        self._eof = self.disconnected = True
+        self._fail_body(ClientDisconnected("the client closed in the middle of its request"))
+        self._end_scopes()
+        self.go_on()
+        return self._transport.get_extra_info("sslcontext") is None  # TLS has no half-closed state
+
+    def resume_writing(self) -> None:
+        """There is room again, for another answer too."""
+        super().resume_writing()
+        self._worker.loop.call_soon(self.go_on)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """It has gone, or we have closed: wake everybody who waits for it."""
+        self._worker.connections.discard(self)
+        self._worker.waiting.discard(self)
+        self._fail_body(ClientDisconnected("the client left before its request was complete"))
+        self._state = _State.CLOSING
+        self.disconnected = True
+        self._end_scopes()
+        super().resume_writing()
+
+    def _fail_body(self, error: Exception) -> None:
+        """If a body is under way: the rest will not come, and its handler shall hear of it."""
+        if self._state is _State.BODY:
+            self._state = _State.ANSWER
+            self._deadline = _NEVER
+            self._close_after = True
+            self._body.fail(error)
+        elif self._state is _State.REST:
+            self._body.fail(error)
+            self._close()
+
+    def _is_reading_body(self) -> bool:
+        return self._state is _State.BODY or self._state is _State.REST
+
+    def _end_scopes(self) -> None:
+        for scope in self.scopes:
+            scope.end()
+
+    # -- Requests
+
+    def _advance(self) -> None:
+        """Do all that can be done with the bytes that are here."""
+        self._advancing, rounds = True, 0
+        try:
+            while self._in.buffer and rounds < _ROUNDS and self._do_next():
+                rounds += 1
+        except HttpException as exc:
+            self._refuse(exc)
+        finally:
+            self._advancing = False
+        # After most packets, a request and all of it, nothing is left to do.
+        if self._in.buffer or self._in.decoder or self._eof or self._paused_reading:
+            self._wait_for_more(rounds == _ROUNDS)
+
+    def _do_next(self) -> bool:
+        """Read the next request's head, or some of a body; false if that must wait."""
+        state, worker = self._state, self._worker
+        if state is _State.BODY or state is _State.REST:
+            return self._read_body()
+        if not (state is _State.IDLE or state is _State.HEAD) or self._paused_writing:
+            return False
+        if self._busy:
+            raise HttpException(503, "too many connections")
+        if worker.crowded:
+            self._deadline = _NEVER
+            worker.waiting.add(self)
+            return False
+        head = self._in.head()
+        if head is None:
+            if state is _State.IDLE and self._in.buffer:
+                self._state = _State.HEAD
+                self._deadline = worker.loop.time() + worker.limits.header_timeout
+            return False
+        self._start(*head)
+        return not self._transport.is_closing()  # or leave the requests of a client that has gone
+
+    def _start(self, line: RequestLine, headers: Headers, framing: _Framing) -> None:
+        """Begin with a request: its handler starts."""
+        worker = self._worker
+        self._state = _State.ANSWER
+        self._deadline = _NEVER
+        self._http_1_0 = line.http_1_0
+        self._close_after = framing.close or (line.http_1_0 and not framing.keep_alive)
+        body: Body | bytes = b"" if framing.ends_here else self._begin_body(framing)
+        request = Request(line, headers, body, self)
+        # Each starts in a copy of the server's own context, so that no handler's context variables
+        # reach the next request on its connection.
+        handling = worker.app.dispatch(request, self)
+        task = _spawn(handling, worker.loop, worker.context.copy())
+        if not task.done():
+            worker.keep(task)
+
+    def _begin_body(self, framing: _Framing) -> Body | bytes:
+        whole = self._in.whole_body(framing)
+        if whole is not None:
+            return whole
+        self._state = _State.BODY
+        self._body = body = Body(self._wants_body)
+        self._discarded = 0
+        self._expects = bool(framing.expects) and not (self._http_1_0 or self._in.buffer)
+        if not self._expects:
+            self._deadline = self._worker.now + self._worker.limits.body_timeout
+        return body
+
+    def _read_body(self) -> bool:
+        """Feed what has come of a body to it; true if it has come to its end."""
+        body, data = self._body, self._in.body()
+        self._expects = False  # it has begun to send without being asked
+        if data:
+            body.feed(data)
+            if body.discarding:
+                self._discarded += len(data)
+            # A kilobyte buys a second, up to the whole time-out: trickling does not pay.
+            limit = self._worker.loop.time() + self._worker.limits.body_timeout
+            if self._deadline != _NEVER:
+                self._deadline = min(limit, self._deadline + len(data) / 1024)
+        if self._in.decoder is not None:
+            self._give_up_rest()
+            return False
+        if self._state is _State.BODY:
+            self._state = _State.ANSWER
+            self._deadline = _NEVER
+        else:
+            self._become_idle()
+        body.end()
+        return True
+
+    def _wants_body(self) -> None:
+        """Somebody reads the body, or has given it up: let the rest come."""
+        if not self._is_reading_body() or self._is_lost():
+            return
+        if self._expects and not self._body.discarding:
+            self._expects = False
+            self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if self._deadline == _NEVER:
+            self._deadline = self._worker.loop.time() + self._worker.limits.body_timeout
+        self._give_up_rest()
+        self._regulate()
+
+    def _give_up_rest(self) -> None:
+        """After the answer, a rest that nobody wants is worth waiting for only if it is small."""
+        unread = self._discarded + (self._in.decoder.left if self._in.decoder else 0)
+        if self._state is _State.REST and self._body.discarding and unread > _DISCARD_LIMIT:
+            self._close()
+
+    def _wait_for_more(self, more: bool) -> None:
+        """See who has to wait: others, for this client's turn, or the client, for room."""
+        if more:  # a client that sends a thousand requests at once is not alone
+            self._worker.loop.call_soon(self.go_on)
+        elif self._eof and not self._paused_writing and self._state in (_State.IDLE, _State.HEAD):
+            self._close()  # what is left is a part of a request, and no more of it will come
+        self._regulate()
+
+    def _regulate(self) -> None:
+        """Let the client wait while there is enough of it in memory."""
+        if self._is_lost():
+            return
+        if self._is_reading_body():
+            full = self._body.buffered >= _HIGH_WATER or self._discarded > _DISCARD_LIMIT
+        else:
+            full = self._in.waiting() > max(_HIGH_WATER, self._worker.limits.max_header_bytes)
+        if full and not self._paused_reading:
+            self._deadline = _NEVER
+            self._transport.pause_reading()
+        elif self._paused_reading and not full:
+            self._transport.resume_reading()
+        self._paused_reading = full
+
+    def go_on(self) -> None:
+        """Something that it waited for has come: see what can be done now."""
+        if not (self._advancing or self._is_lost()):
             self._advance()
 
     def _become_idle(self) -> None:
-        self._idle = True
+        self._state = _State.IDLE
         self._deadline = self._worker.idle_deadline
+
+    def _refuse(self, exc: HttpException) -> None:
+        """Refuse what cannot be understood, and close: nobody knows where the next one begins."""
+        self._worker.note_refusal(self.client, exc)
+        self._close_after = True
+        if self._is_reading_body():
+            self._fail_body(exc)
+        else:
+            self._state = _State.ANSWER
+            text = f"{exc.detail}\n".encode("latin-1", "replace")
+            fields = _TEXT[0] + _length_line(len(text))
+            if exc.status_code == 503:
+                fields += b"retry-after: 5\r\n"
+            self.answer(exc.status_code, fields, text)
+
+    # -- Their answers: the Carrier's side
+
+    def answer(self, status: int, fields: bytes, body: bytes) -> None:
+        """See Carrier."""
+        stopping = self._worker.stopping
+        if self._close_after or stopping or self._http_1_0 or self._state is not _State.ANSWER:
+            fields = self._with_connection(fields)
+        if self._state is not _State.CLOSING:  # (one that the client closes takes a write, too)
+            data = b"".join((_status_lines[status], fields, self._worker.date_line, body))
+            self._sent += len(data)
+            self._transport.write(data)
+        self.finish()
+
+    def begin(self, status: int, fields: bytes, unsized: bool) -> None:
+        """See Carrier."""
+        self._chunked = unsized and not self._http_1_0
+        if self._chunked:
+            fields += b"transfer-encoding: chunked\r\n"
+        elif unsized:
+            self._close_after = True  # HTTP/1.0: the end of the connection is the end of the body
+        fields = self._with_connection(fields)
+        self._write(b"".join((_status_lines[status], fields, self._worker.date_line)))
+
+    def _with_connection(self, fields: bytes) -> bytes:
+        """The fields, and what is to be said of the connection (RFC 9112, section 9.3)."""
+        too_much = self._in.decoder is not None and self._in.decoder.left > _DISCARD_LIMIT
+        # With "expect" nobody can tell whether the body will still come.
+        if self._worker.stopping or self._expects or too_much:
+            self._close_after = True
+        self._expects = False
+        if self._close_after:
+            fields += b"connection: close\r\n"
+        elif self._http_1_0:
+            fields += b"connection: keep-alive\r\n"
+        return fields
+
+    def send(self, data: bytes) -> None:
+        """See Carrier. One write may be of any size; before many of them, await `drained`."""
+        if self._paused_writing:
+            unsent = self._transport.get_write_buffer_size()
+            if unsent > self._worker.limits.max_buffer:
+                self._cut_off()
+        self._write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
+
+    def finish(self) -> None:
+        """See Carrier."""
+        if self._chunked:
+            self._write(b"0\r\n\r\n")
+            self._chunked = False
+        if self._state is _State.CLOSING:
+            return
+        if self._close_after:
+            self._close()
+            return
+        if self._state is _State.BODY:
+            self._state = _State.REST
+            self._give_up_rest()
+        else:
+            self._become_idle()
+        if (self._in.buffer or self._eof) and not self._advancing:
+            # As a call of the loop's own, and not inside the handler that has just answered.
+            self._worker.loop.call_soon(self.go_on)
+
+    def abort(self) -> None:
+        """See Carrier. Where the connection's end is the end of the body, only a reset tells."""
+        lost, self._state = self._is_lost(), _State.CLOSING
+        if lost:
+            return
+        if self._http_1_0:
+            connection = self._transport.get_extra_info("socket")
+            with suppress(AttributeError, OSError):
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+            self._transport.abort()
+        else:
+            self._transport.close()
+
+    # -- Time, and the end
 
     def _close(self) -> None:
         """Close, so that the client can read what we have sent.
@@ -7512,13 +7614,12 @@ class Connection(asyncio.Protocol):
         destroy the answer on its way. So where more may come: end our side only, and read on for a
         while.
         """
-        lost, self._ended = self._is_lost(), True
+        lost, self._state = self._is_lost(), _State.CLOSING
         if lost:
             return
         self._deadline = self._worker.loop.time() + _LINGER
-        unread = bool(self._lost_track or self._body or self._buffer)
-        self._buffer = b""
-        if not unread or self._eof:
+        unread, self._in.buffer = self._in.buffer or self._in.decoder, b""
+        if self._eof or not unread:
             self._transport.close()
             return
         if self._transport.can_write_eof():  # TLS cannot: there the client reads "close", and goes
@@ -7527,23 +7628,25 @@ class Connection(asyncio.Protocol):
         if self._paused_reading:
             self._transport.resume_reading()
 
-    # -- Time, and the end
-
     def check(self, now: float) -> None:
         """Called by the sweep about once a second: has the client taken too long?"""
         if now >= self._deadline:
             self._deadline = _NEVER
             self._timed_out()
-        if self._paused_reading and not self._ended:
+        if self._paused_reading and self._state is not _State.CLOSING:
             self._look_for_peer()
-        unsent = self._transport.get_write_buffer_size()
-        if unsent == 0 and not self._paused_writing:
-            self._stalled_since = 0.0
-        elif self._sent - unsent != self._taken or not self._stalled_since:
-            self._taken = self._sent - unsent
-            self._stalled_since = now
-        elif now - self._stalled_since >= self._limits.write_timeout:
-            self._worker.note_refusal(self, HttpException(408, "the answer was not taken"))
+        self._check_taken(now)
+
+    def _timed_out(self) -> None:
+        if self._state is _State.IDLE:
+            self._close()
+        elif self._state is _State.HEAD:
+            self._refuse(HttpException(408, "the head did not come in time"))
+        elif self._state is not _State.CLOSING:
+            self._refuse(HttpException(408, "the body did not come in time"))
+        elif self._transport.get_write_buffer_size():  # the client is still at our answer
+            self._deadline = self._worker.now + _LINGER
+        else:
             self._transport.abort()
 
     def _look_for_peer(self) -> None:
@@ -7560,23 +7663,10 @@ class Connection(asyncio.Protocol):
             self.disconnected = True
             self._end_scopes()
 
-    def _timed_out(self) -> None:
-        if self._ended:
-            if self._transport.get_write_buffer_size():  # the client is still at our answer
-                self._deadline = self._worker.now + _LINGER
-            else:
-                self._transport.abort()
-        elif self._idle and not self._buffer:
-            self._close()
-        elif self._body is not None:
-            self._refuse(HttpException(408, "the body did not come in time"))
-        else:
-            self._refuse(HttpException(408, "the head did not come in time"))
-
     def shut_down(self) -> None:
         """The server stops: streams end, requests are answered, idle connections may still ask."""
         self._end_scopes()
-        if self._idle:
+        if self._state is _State.IDLE:
             self._deadline = self._worker.idle_deadline
 
 
@@ -8063,14 +8153,14 @@ class Worker:
             self.crowded = False
             waiting, self.waiting = self.waiting, set()
             for connection in waiting:
-                self.loop.call_soon(connection._advance_later)
+                self.loop.call_soon(connection.go_on)
 
-    def note_refusal(self, connection: Connection, exc: HttpException) -> None:
+    def note_refusal(self, client: str, exc: HttpException) -> None:
         """Put into the trace what no handler got to see."""
         if not self.app._silent:
             attributes = {
                 "http.response.status_code": exc.status_code,
-                "client.address": connection.client,
+                "client.address": client,
                 "detail": exc.detail,
             }
             self.app.tracer("http.refused", attributes).end()

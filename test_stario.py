@@ -7031,7 +7031,7 @@ class TestConnections(HttpTest):
             sending = asyncio.ensure_future(peer.send(*requests))
             await until(lambda: [c for c in connections_of(server) if c._paused_reading])
             (connection,) = connections_of(server)
-            self.assertLess(len(connection._buffer), 512 * 1024)
+            self.assertLess(len(connection._in.buffer), 512 * 1024)
             go_on.set()
             for i in range(500):
                 self.assertEqual((await within(peer.answer())).text, f"/{i}")
@@ -7269,7 +7269,9 @@ class TestConnections(HttpTest):
                 peer = await Peer.connect(server.port)
                 stop_reading(peer)
                 await peer.send(f"GET / HTTP/1.1\r\n{HOST}Connection: close\r\n\r\n{NEXT}")
-                await until(lambda: [c for c in connections_of(server) if c._ended])
+                await until(
+                    lambda: [c for c in connections_of(server) if c._state is stario._State.CLOSING]
+                )
                 (connection,) = connections_of(server)
                 deadline = connection._deadline
                 await until(lambda: connection._deadline != deadline)  # it would have been closed
@@ -7335,7 +7337,9 @@ class TestRepeatedHeads(HttpTest):
         """The rest goes out when the first bytes have come."""
         connection = connections_of(self.server)[0]
         await self.peer.send(request[:first])
-        await until(lambda: len(connection._buffer) == first or connection._body)
+        await until(
+            lambda: len(connection._in.buffer) == first or connection._state is stario._State.BODY
+        )
         await self.peer.send(request[first:])
 
     async def test_another_line_another_method_and_another_block(self) -> None:
@@ -7393,7 +7397,9 @@ class TestRepeatedHeads(HttpTest):
                 peer = await Peer.connect(server.port)
                 await peer.send(pieces[0])
                 for piece in pieces[1:]:
-                    await until(lambda: any(c._body for c in connections_of(server)))
+                    await until(
+                        lambda: any(c._state is stario._State.BODY for c in connections_of(server))
+                    )
                     await peer.send(piece)
                 self.assertEqual((await within(peer.answer())).status, 204)
                 await peer.close()

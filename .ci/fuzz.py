@@ -33,6 +33,7 @@ from typing import Any, cast
 import h11
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import stario
 from stario import (
     Connection,
     Context,
@@ -243,7 +244,7 @@ class Reader:
         self.now = Ours()
         asyncio.get_running_loop().set_exception_handler(self._unhandled)
 
-    def _note_refusal(self, connection: Connection, exc: HttpException) -> None:
+    def _note_refusal(self, client: str, exc: HttpException) -> None:
         self.now.refused = str(exc)
 
     def _unhandled(self, loop: object, what: dict[str, Any]) -> None:
@@ -282,7 +283,7 @@ class Reader:
                     break
                 connection.data_received(piece)
                 await self._settle(connection)
-            if connection._answering and connection._body is None:
+            if connection._state is stario._State.ANSWER:
                 ours.problems.append("a whole request was not answered")
             if end and not transport.lost and not transport.closing:
                 if not connection.eof_received():
@@ -303,8 +304,8 @@ class Reader:
     async def _settle(self, connection: Connection) -> None:
         for _ in range(200):
             await asyncio.sleep(0)
-            waits = connection._answering and connection._body is not None
-            more = connection._at < len(connection._buffer) and not connection._ended
+            waits = connection._state is stario._State.BODY
+            more = connection._in.waiting() > 0 and not connection._is_lost()
             if not self.worker.tasks or (waits and not more):
                 await asyncio.sleep(0)
                 await asyncio.sleep(0)
