@@ -6992,11 +6992,8 @@ class _Reader:
         self.decoder: _Sized | _Chunks | None = None  # of the body that is coming in
 
     def feed(self, data: bytes) -> None:
-        """Bytes have come."""
-        if self.buffer:
-            self.buffer, self._at = self.buffer[self._at :] + data, 0
-        else:
-            self.buffer = data
+        """More bytes have come, behind those that are here."""
+        self.buffer, self._at = self.buffer[self._at :] + data, 0
 
     def waiting(self) -> int:
         """How many bytes have not been used."""
@@ -7011,8 +7008,8 @@ class _Reader:
     def head(self) -> tuple[RequestLine, Headers, _Framing] | None:
         """The next request's head, or None if not all of it is here."""
         buffer, at = self.buffer, self._at
+        limits, headers, framing = self._limits, self._headers, self._framing
         line_end = buffer.find(b"\r\n", at)
-        headers, framing = self._headers, self._framing
         if framing is not None and buffer.startswith(self._block, line_end):
             end = line_end + len(self._block)
         else:
@@ -7026,13 +7023,13 @@ class _Reader:
                 self._check_start(at, line_end)
                 return None
         raw_line = buffer[at:line_end]
-        if end - at > self._limits.max_header_bytes:
+        if end - at > limits.max_header_bytes:
             raise self._too_large(raw_line)
         if framing is None:
             headers, framing = self._read_block(buffer[line_end:end])
         line = _request_lines.get(raw_line) or _parse_request_line(raw_line)
-        if len(line.target) > self._limits.max_target:
-            raise HttpException(414, f"the target is longer than {self._limits.max_target} bytes")
+        if len(line.target) > limits.max_target:
+            raise HttpException(414, f"the target is longer than {limits.max_target} bytes")
         if not (line.is_plain and framing.ends_here):
             line, headers = _normalised(line, headers, framing)
         self._use(end)
@@ -7140,17 +7137,21 @@ class _State(enum.Enum):
     CLOSING = 6
 
 
+_IDLE, _HEAD, _BODY, _ANSWER, _REST, _CLOSING = _State
+
+
 class _Sender(asyncio.Protocol):
     """A connection's way out: it sends bytes, and knows how many the client has not taken."""
 
     __slots__ = (
-        "_drain_waiters", "_paused_writing", "_sent", "_stalled_since", "_state", "_taken",
-        "_transport", "_worker", "client",
+        "_deadline", "_drain_waiters", "_paused_writing", "_sent", "_stalled_since", "_state",
+        "_taken", "_transport", "_worker", "client",
     )  # fmt: skip
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
-        self._state = _State.IDLE
+        self._state = _IDLE
+        self._deadline = worker.now + worker.limits.header_timeout  # of what it waits for
         self._transport: asyncio.Transport = None  # type: ignore[assignment]  # connection_made
         self._paused_writing = False  # the transport holds as much as it should
         self._drain_waiters: list[asyncio.Future[None]] | None = None
@@ -7160,7 +7161,7 @@ class _Sender(asyncio.Protocol):
         self.client = ""  # the peer's address
 
     def _is_lost(self) -> bool:
-        return self._state is _State.CLOSING or self._transport.is_closing()
+        return self._state is _CLOSING or self._transport.is_closing()
 
     def _write(self, data: bytes) -> None:
         if not self._is_lost():
@@ -7270,26 +7271,22 @@ class _Sender(asyncio.Protocol):
         self._transport.abort()
 
 
-class Connection(_Sender):
-    """A client's connection: it starts a handler for each request, and carries the answers."""
+class _Answers(_Sender):
+    """Answers as HTTP/1.1 writes them, and what is said of the connection with each."""
 
     __slots__ = (
-        "_advancing", "_body", "_busy", "_chunked", "_close_after", "_deadline", "_discarded",
-        "_eof", "_expects", "_http_1_0", "_in", "_paused_reading", "disconnected", "scopes",
+        "_busy", "_chunked", "_close_after", "_eof", "_expects", "_http_1_0", "_in",
+        "_paused_reading", "disconnected", "scopes",
     )  # fmt: skip
 
     def __init__(self, worker: Worker) -> None:
         super().__init__(worker)
         self._in = _Reader(worker.limits, worker.field_lines)
-        self._deadline = worker.now + worker.limits.header_timeout  # of what it waits for
         self._busy = False  # there are too many connections, and this one came last
-        self._advancing = False  # `_advance` is at work
         self._paused_reading = False
         self._eof = False  # the client has closed its side
-        # Of the request under way:
+        # Of the request that is answered:
         self._http_1_0 = False
-        self._body = Body()  # in BODY and REST the one that is coming in
-        self._discarded = 0  # bytes of it that nobody wanted
         self._expects = False  # the client waits for "100 Continue"
         # Of its answer:
         self._close_after = False  # it is the last one of this connection
@@ -7313,230 +7310,29 @@ class Connection(_Sender):
         """See Carrier."""
         return self._worker.proxies
 
-    # -- What the transport tells
-
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """A client has connected."""
         self._transport = cast(asyncio.Transport, transport)
         peer = transport.get_extra_info("peername")
         self.client = str(peer[0]) if isinstance(peer, tuple) else ""
         worker = self._worker
-        worker.connections.add(self)
+        worker.connections.add(cast(Connection, self))
         if worker.stopping:
             self._deadline = worker.idle_deadline
         self._busy = len(worker.connections) > worker.limits.max_connections
 
-    def data_received(self, data: bytes) -> None:
-        """Bytes have come."""
-        if self._state is not _State.CLOSING:
-            self._in.feed(data)
-            if not self._advancing:
-                self._advance()
-
-    def eof_received(self) -> bool:
-        """The client will send no more. It may still be reading: what it asked for is answered."""
-        if self._state is _State.CLOSING:
-            return False  # it has read our last answer, or never will
-        self._eof = self.disconnected = True
-        self._fail_body(ClientDisconnected("the client closed in the middle of its request"))
+    def shut_down(self) -> None:
+        """The server stops: streams end, requests are answered, idle connections may still ask."""
         self._end_scopes()
-        self.go_on()
-        return self._transport.get_extra_info("sslcontext") is None  # TLS has no half-closed state
-
-    def resume_writing(self) -> None:
-        """There is room again, for another answer too."""
-        super().resume_writing()
-        self._worker.loop.call_soon(self.go_on)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """It has gone, or we have closed: wake everybody who waits for it."""
-        self._worker.connections.discard(self)
-        self._worker.waiting.discard(self)
-        self._fail_body(ClientDisconnected("the client left before its request was complete"))
-        self._state = _State.CLOSING
-        self.disconnected = True
-        self._end_scopes()
-        super().resume_writing()
-
-    def _fail_body(self, error: Exception) -> None:
-        """If a body is under way: the rest will not come, and its handler shall hear of it."""
-        if self._state is _State.BODY:
-            self._state = _State.ANSWER
-            self._deadline = _NEVER
-            self._close_after = True
-            self._body.fail(error)
-        elif self._state is _State.REST:
-            self._body.fail(error)
-            self._close()
-
-    def _is_reading_body(self) -> bool:
-        return self._state is _State.BODY or self._state is _State.REST
-
-    def _end_scopes(self) -> None:
-        for scope in self.scopes:
-            scope.end()
-
-    # -- Requests
-
-    def _advance(self) -> None:
-        """Do all that can be done with the bytes that are here."""
-        self._advancing, rounds = True, 0
-        try:
-            while self._in.buffer and rounds < _ROUNDS and self._do_next():
-                rounds += 1
-        except HttpException as exc:
-            self._refuse(exc)
-        finally:
-            self._advancing = False
-        # After most packets, a request and all of it, nothing is left to do.
-        if self._in.buffer or self._in.decoder or self._eof or self._paused_reading:
-            self._wait_for_more(rounds == _ROUNDS)
-
-    def _do_next(self) -> bool:
-        """Read the next request's head, or some of a body; false if that must wait."""
-        state, worker = self._state, self._worker
-        if state is _State.BODY or state is _State.REST:
-            return self._read_body()
-        if not (state is _State.IDLE or state is _State.HEAD) or self._paused_writing:
-            return False
-        if self._busy:
-            raise HttpException(503, "too many connections")
-        if worker.crowded:
-            self._deadline = _NEVER
-            worker.waiting.add(self)
-            return False
-        head = self._in.head()
-        if head is None:
-            if state is _State.IDLE and self._in.buffer:
-                self._state = _State.HEAD
-                self._deadline = worker.loop.time() + worker.limits.header_timeout
-            return False
-        self._start(*head)
-        return not self._transport.is_closing()  # or leave the requests of a client that has gone
-
-    def _start(self, line: RequestLine, headers: Headers, framing: _Framing) -> None:
-        """Begin with a request: its handler starts."""
-        worker = self._worker
-        self._state = _State.ANSWER
-        self._deadline = _NEVER
-        self._http_1_0 = line.http_1_0
-        self._close_after = framing.close or (line.http_1_0 and not framing.keep_alive)
-        body: Body | bytes = b"" if framing.ends_here else self._begin_body(framing)
-        request = Request(line, headers, body, self)
-        # Each starts in a copy of the server's own context, so that no handler's context variables
-        # reach the next request on its connection.
-        handling = worker.app.dispatch(request, self)
-        task = _spawn(handling, worker.loop, worker.context.copy())
-        if not task.done():
-            worker.keep(task)
-
-    def _begin_body(self, framing: _Framing) -> Body | bytes:
-        whole = self._in.whole_body(framing)
-        if whole is not None:
-            return whole
-        self._state = _State.BODY
-        self._body = body = Body(self._wants_body)
-        self._discarded = 0
-        self._expects = bool(framing.expects) and not (self._http_1_0 or self._in.buffer)
-        if not self._expects:
-            self._deadline = self._worker.now + self._worker.limits.body_timeout
-        return body
-
-    def _read_body(self) -> bool:
-        """Feed what has come of a body to it; true if it has come to its end."""
-        body, data = self._body, self._in.body()
-        self._expects = False  # it has begun to send without being asked
-        if data:
-            body.feed(data)
-            if body.discarding:
-                self._discarded += len(data)
-            # A kilobyte buys a second, up to the whole time-out: trickling does not pay.
-            limit = self._worker.loop.time() + self._worker.limits.body_timeout
-            if self._deadline != _NEVER:
-                self._deadline = min(limit, self._deadline + len(data) / 1024)
-        if self._in.decoder is not None:
-            self._give_up_rest()
-            return False
-        if self._state is _State.BODY:
-            self._state = _State.ANSWER
-            self._deadline = _NEVER
-        else:
-            self._become_idle()
-        body.end()
-        return True
-
-    def _wants_body(self) -> None:
-        """Somebody reads the body, or has given it up: let the rest come."""
-        if not self._is_reading_body() or self._is_lost():
-            return
-        if self._expects and not self._body.discarding:
-            self._expects = False
-            self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        if self._deadline == _NEVER:
-            self._deadline = self._worker.loop.time() + self._worker.limits.body_timeout
-        self._give_up_rest()
-        self._regulate()
-
-    def _give_up_rest(self) -> None:
-        """After the answer, a rest that nobody wants is worth waiting for only if it is small."""
-        unread = self._discarded + (self._in.decoder.left if self._in.decoder else 0)
-        if self._state is _State.REST and self._body.discarding and unread > _DISCARD_LIMIT:
-            self._close()
-
-    def _wait_for_more(self, more: bool) -> None:
-        """See who has to wait: others, for this client's turn, or the client, for room."""
-        if more:  # a client that sends a thousand requests at once is not alone
-            self._worker.loop.call_soon(self.go_on)
-        elif self._eof and not self._paused_writing and self._state in (_State.IDLE, _State.HEAD):
-            self._close()  # what is left is a part of a request, and no more of it will come
-        self._regulate()
-
-    def _regulate(self) -> None:
-        """Let the client wait while there is enough of it in memory."""
-        if self._is_lost():
-            return
-        if self._is_reading_body():
-            full = self._body.buffered >= _HIGH_WATER or self._discarded > _DISCARD_LIMIT
-        else:
-            full = self._in.waiting() > max(_HIGH_WATER, self._worker.limits.max_header_bytes)
-        if full and not self._paused_reading:
-            self._deadline = _NEVER
-            self._transport.pause_reading()
-        elif self._paused_reading and not full:
-            self._transport.resume_reading()
-        self._paused_reading = full
-
-    def go_on(self) -> None:
-        """Something that it waited for has come: see what can be done now."""
-        if not (self._advancing or self._is_lost()):
-            self._advance()
-
-    def _become_idle(self) -> None:
-        self._state = _State.IDLE
-        self._deadline = self._worker.idle_deadline
-
-    def _refuse(self, exc: HttpException) -> None:
-        """Refuse what cannot be understood, and close: nobody knows where the next one begins."""
-        self._worker.note_refusal(self.client, exc)
-        self._close_after = True
-        if self._is_reading_body():
-            self._fail_body(exc)
-        else:
-            self._state = _State.ANSWER
-            text = f"{exc.detail}\n".encode("latin-1", "replace")
-            fields = _TEXT[0] + _length_line(len(text))
-            if exc.status_code == 503:
-                fields += b"retry-after: 5\r\n"
-            self.answer(exc.status_code, fields, text)
-
-    # -- Their answers: the Carrier's side
+        if self._state is _IDLE:
+            self._deadline = self._worker.idle_deadline
 
     def answer(self, status: int, fields: bytes, body: bytes) -> None:
         """See Carrier."""
         stopping = self._worker.stopping
-        if self._close_after or stopping or self._http_1_0 or self._state is not _State.ANSWER:
+        if self._close_after or stopping or self._http_1_0 or self._state is not _ANSWER:
             fields = self._with_connection(fields)
-        if self._state is not _State.CLOSING:  # (one that the client closes takes a write, too)
+        if self._state is not _CLOSING:  # (one that the client closes takes a write, too)
             data = b"".join((_status_lines[status], fields, self._worker.date_line, body))
             self._sent += len(data)
             self._transport.write(data)
@@ -7574,27 +7370,12 @@ class Connection(_Sender):
         self._write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
 
     def finish(self) -> None:
-        """See Carrier."""
-        if self._chunked:
-            self._write(b"0\r\n\r\n")
-            self._chunked = False
-        if self._state is _State.CLOSING:
-            return
-        if self._close_after:
-            self._close()
-            return
-        if self._state is _State.BODY:
-            self._state = _State.REST
-            self._give_up_rest()
-        else:
-            self._become_idle()
-        if (self._in.buffer or self._eof) and not self._advancing:
-            # As a call of the loop's own, and not inside the handler that has just answered.
-            self._worker.loop.call_soon(self.go_on)
+        """See Carrier. What follows is up to the Connection."""
+        raise NotImplementedError
 
     def abort(self) -> None:
         """See Carrier. Where the connection's end is the end of the body, only a reset tells."""
-        lost, self._state = self._is_lost(), _State.CLOSING
+        lost, self._state = self._is_lost(), _CLOSING
         if lost:
             return
         if self._http_1_0:
@@ -7605,8 +7386,6 @@ class Connection(_Sender):
         else:
             self._transport.close()
 
-    # -- Time, and the end
-
     def _close(self) -> None:
         """Close, so that the client can read what we have sent.
 
@@ -7614,7 +7393,7 @@ class Connection(_Sender):
         destroy the answer on its way. So where more may come: end our side only, and read on for a
         while.
         """
-        lost, self._state = self._is_lost(), _State.CLOSING
+        lost, self._state = self._is_lost(), _CLOSING
         if lost:
             return
         self._deadline = self._worker.loop.time() + _LINGER
@@ -7628,26 +7407,9 @@ class Connection(_Sender):
         if self._paused_reading:
             self._transport.resume_reading()
 
-    def check(self, now: float) -> None:
-        """Called by the sweep about once a second: has the client taken too long?"""
-        if now >= self._deadline:
-            self._deadline = _NEVER
-            self._timed_out()
-        if self._paused_reading and self._state is not _State.CLOSING:
-            self._look_for_peer()
-        self._check_taken(now)
-
-    def _timed_out(self) -> None:
-        if self._state is _State.IDLE:
-            self._close()
-        elif self._state is _State.HEAD:
-            self._refuse(HttpException(408, "the head did not come in time"))
-        elif self._state is not _State.CLOSING:
-            self._refuse(HttpException(408, "the body did not come in time"))
-        elif self._transport.get_write_buffer_size():  # the client is still at our answer
-            self._deadline = self._worker.now + _LINGER
-        else:
-            self._transport.abort()
+    def _end_scopes(self) -> None:
+        for scope in self.scopes:
+            scope.end()
 
     def _look_for_peer(self) -> None:
         """While nothing is read, a loop does not tell that the client has gone. The system does."""
@@ -7663,11 +7425,262 @@ class Connection(_Sender):
             self.disconnected = True
             self._end_scopes()
 
-    def shut_down(self) -> None:
-        """The server stops: streams end, requests are answered, idle connections may still ask."""
+
+class Connection(_Answers):
+    """A client's connection: it reads requests, one at a time, and starts their handlers."""
+
+    __slots__ = ("_advancing", "_body", "_discarded")
+
+    def __init__(self, worker: Worker) -> None:
+        super().__init__(worker)
+        self._advancing = False  # `_advance` is at work
+        self._body = Body()  # in BODY and REST the one that is coming in
+        self._discarded = 0  # bytes of it that nobody wanted
+
+    # -- What the transport tells
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes have come."""
+        if self._state is not _CLOSING:
+            if self._in.buffer:
+                self._in.feed(data)
+            else:
+                self._in.buffer = data
+            self._advance()
+
+    def eof_received(self) -> bool:
+        """The client will send no more. It may still be reading: what it asked for is answered."""
+        if self._state is _CLOSING:
+            return False  # it has read our last answer, or never will
+        self._eof = self.disconnected = True
+        self._fail_body(ClientDisconnected("the client closed in the middle of its request"))
         self._end_scopes()
-        if self._state is _State.IDLE:
+        self.go_on()
+        return self._transport.get_extra_info("sslcontext") is None  # TLS has no half-closed state
+
+    def resume_writing(self) -> None:
+        """There is room again, for another answer too."""
+        super().resume_writing()
+        self._worker.loop.call_soon(self.go_on)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """It has gone, or we have closed: wake everybody who waits for it."""
+        self._worker.connections.discard(self)
+        self._worker.waiting.discard(self)
+        self._fail_body(ClientDisconnected("the client left before its request was complete"))
+        self._state = _CLOSING
+        self.disconnected = True
+        self._end_scopes()
+        super().resume_writing()
+
+    def _fail_body(self, error: Exception) -> None:
+        """If a body is under way: the rest will not come, and its handler shall hear of it."""
+        if self._state is _BODY:
+            self._state = _ANSWER
+            self._deadline = _NEVER
+            self._close_after = True
+            self._body.fail(error)
+        elif self._state is _REST:
+            self._body.fail(error)
+            self._close()
+
+    def _is_reading_body(self) -> bool:
+        return self._state is _BODY or self._state is _REST
+
+    # -- Requests
+
+    def _advance(self) -> None:
+        """Do all that can be done with the bytes that are here."""
+        self._advancing, rounds, reader = True, 0, self._in
+        try:
+            while reader.buffer and rounds < _ROUNDS and self._do_next():
+                rounds += 1
+        except HttpException as exc:
+            self._refuse(exc)
+        finally:
+            self._advancing = False
+        # After most packets, a request and all of it, nothing is left to do.
+        if reader.buffer or reader.decoder or self._eof or self._paused_reading:
+            self._wait_for_more(rounds == _ROUNDS)
+
+    def _do_next(self) -> bool:
+        """Read the next request's head, or some of a body; false if that must wait."""
+        state, worker = self._state, self._worker
+        if state is _BODY or state is _REST:
+            return self._read_body()
+        if not (state is _IDLE or state is _HEAD) or self._paused_writing:
+            return False
+        if self._busy:
+            raise HttpException(503, "too many connections")
+        if worker.crowded:
+            self._deadline = _NEVER
+            worker.waiting.add(self)
+            return False
+        head = self._in.head()
+        if head is None:
+            if state is _IDLE and self._in.buffer:
+                self._state = _HEAD
+                self._deadline = worker.loop.time() + worker.limits.header_timeout
+            return False
+        line, headers, framing = head
+        self._start(line, headers, framing)
+        # The other requests of a client that goes while it is answered are left.
+        return not (self._in.buffer and self._transport.is_closing())
+
+    def _start(self, line: RequestLine, headers: Headers, framing: _Framing) -> None:
+        """Begin with a request: its handler starts."""
+        worker = self._worker
+        self._state = _ANSWER
+        self._deadline = _NEVER
+        self._http_1_0 = line.http_1_0
+        self._close_after = framing.close or (line.http_1_0 and not framing.keep_alive)
+        body: Body | bytes = b"" if framing.ends_here else self._begin_body(framing)
+        request = Request(line, headers, body, self)
+        # Each starts in a copy of the server's own context, so that no handler's context variables
+        # reach the next request on its connection.
+        handling = worker.app.dispatch(request, self)
+        task = _spawn(handling, worker.loop, worker.context.copy())
+        if not task.done():
+            worker.keep(task)
+
+    def _begin_body(self, framing: _Framing) -> Body | bytes:
+        whole = self._in.whole_body(framing)
+        if whole is not None:
+            return whole
+        self._state = _BODY
+        self._body = body = Body(self._wants_body)
+        self._discarded = 0
+        self._expects = bool(framing.expects) and not (self._http_1_0 or self._in.buffer)
+        if not self._expects:
+            self._deadline = self._worker.now + self._worker.limits.body_timeout
+        return body
+
+    def _read_body(self) -> bool:
+        """Feed what has come of a body to it; true if it has come to its end."""
+        body, data = self._body, self._in.body()
+        self._expects = False  # it has begun to send without being asked
+        if data:
+            body.feed(data)
+            if body.discarding:
+                self._discarded += len(data)
+            # A kilobyte buys a second, up to the whole time-out: trickling does not pay.
+            limit = self._worker.loop.time() + self._worker.limits.body_timeout
+            if self._deadline != _NEVER:
+                self._deadline = min(limit, self._deadline + len(data) / 1024)
+        if self._in.decoder is not None:
+            self._give_up_rest()
+            return False
+        if self._state is _BODY:
+            self._state = _ANSWER
+            self._deadline = _NEVER
+        else:
+            self._state = _IDLE
             self._deadline = self._worker.idle_deadline
+        body.end()
+        return True
+
+    def _wants_body(self) -> None:
+        """Somebody reads the body, or has given it up: let the rest come."""
+        if not self._is_reading_body() or self._is_lost():
+            return
+        if self._expects and not self._body.discarding:
+            self._expects = False
+            self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if self._deadline == _NEVER:
+            self._deadline = self._worker.loop.time() + self._worker.limits.body_timeout
+        self._give_up_rest()
+        self._regulate()
+
+    def _give_up_rest(self) -> None:
+        """After the answer, a rest that nobody wants is worth waiting for only if it is small."""
+        unread = self._discarded + (self._in.decoder.left if self._in.decoder else 0)
+        if self._state is _REST and self._body.discarding and unread > _DISCARD_LIMIT:
+            self._close()
+
+    def _wait_for_more(self, more: bool) -> None:
+        """See who has to wait: others, for this client's turn, or the client, for room."""
+        if more:  # a client that sends a thousand requests at once is not alone
+            self._worker.loop.call_soon(self.go_on)
+        elif self._eof and not self._paused_writing and self._state in (_IDLE, _HEAD):
+            self._close()  # what is left is a part of a request, and no more of it will come
+        self._regulate()
+
+    def _regulate(self) -> None:
+        """Let the client wait while there is enough of it in memory."""
+        if self._is_lost():
+            return
+        if self._is_reading_body():
+            full = self._body.buffered >= _HIGH_WATER or self._discarded > _DISCARD_LIMIT
+        else:
+            full = self._in.waiting() > max(_HIGH_WATER, self._worker.limits.max_header_bytes)
+        if full and not self._paused_reading:
+            self._deadline = _NEVER
+            self._transport.pause_reading()
+        elif self._paused_reading and not full:
+            self._transport.resume_reading()
+        self._paused_reading = full
+
+    def go_on(self) -> None:
+        """Something that it waited for has come: see what can be done now."""
+        if not (self._advancing or self._is_lost()):
+            self._advance()
+
+    def _refuse(self, exc: HttpException) -> None:
+        """Refuse what cannot be understood, and close: nobody knows where the next one begins."""
+        self._worker.note_refusal(self.client, exc)
+        self._close_after = True
+        if self._is_reading_body():
+            self._fail_body(exc)
+        else:
+            self._state = _ANSWER
+            text = f"{exc.detail}\n".encode("latin-1", "replace")
+            fields = _TEXT[0] + _length_line(len(text))
+            if exc.status_code == 503:
+                fields += b"retry-after: 5\r\n"
+            self.answer(exc.status_code, fields, text)
+
+    def finish(self) -> None:
+        """See Carrier."""
+        if self._chunked:
+            self._write(b"0\r\n\r\n")
+            self._chunked = False
+        if self._state is _CLOSING:
+            return
+        if self._close_after:
+            self._close()
+            return
+        if self._state is _BODY:
+            self._state = _REST
+            self._give_up_rest()
+        else:
+            self._state = _IDLE
+            self._deadline = self._worker.idle_deadline
+        if (self._in.buffer or self._eof) and not self._advancing:
+            # As a call of the loop's own, and not inside the handler that has just answered.
+            self._worker.loop.call_soon(self.go_on)
+
+    # -- Time, and the end
+
+    def check(self, now: float) -> None:
+        """Called by the sweep about once a second: has the client taken too long?"""
+        if now >= self._deadline:
+            self._deadline = _NEVER
+            self._timed_out()
+        if self._paused_reading and self._state is not _CLOSING:
+            self._look_for_peer()
+        self._check_taken(now)
+
+    def _timed_out(self) -> None:
+        if self._state is _IDLE:
+            self._close()
+        elif self._state is _HEAD:
+            self._refuse(HttpException(408, "the head did not come in time"))
+        elif self._state is not _CLOSING:
+            self._refuse(HttpException(408, "the body did not come in time"))
+        elif self._transport.get_write_buffer_size():  # the client is still at our answer
+            self._deadline = self._worker.now + _LINGER
+        else:
+            self._transport.abort()
 
 
 # ==================================================================================================

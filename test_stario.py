@@ -7270,7 +7270,7 @@ class TestConnections(HttpTest):
                 stop_reading(peer)
                 await peer.send(f"GET / HTTP/1.1\r\n{HOST}Connection: close\r\n\r\n{NEXT}")
                 await until(
-                    lambda: [c for c in connections_of(server) if c._state is stario._State.CLOSING]
+                    lambda: [c for c in connections_of(server) if c._state is stario._CLOSING]
                 )
                 (connection,) = connections_of(server)
                 deadline = connection._deadline
@@ -7338,7 +7338,7 @@ class TestRepeatedHeads(HttpTest):
         connection = connections_of(self.server)[0]
         await self.peer.send(request[:first])
         await until(
-            lambda: len(connection._in.buffer) == first or connection._state is stario._State.BODY
+            lambda: len(connection._in.buffer) == first or connection._state is stario._BODY
         )
         await self.peer.send(request[first:])
 
@@ -7398,7 +7398,7 @@ class TestRepeatedHeads(HttpTest):
                 await peer.send(pieces[0])
                 for piece in pieces[1:]:
                     await until(
-                        lambda: any(c._state is stario._State.BODY for c in connections_of(server))
+                        lambda: any(c._state is stario._BODY for c in connections_of(server))
                     )
                     await peer.send(piece)
                 self.assertEqual((await within(peer.answer())).status, 204)

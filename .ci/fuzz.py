@@ -283,7 +283,7 @@ class Reader:
                     break
                 connection.data_received(piece)
                 await self._settle(connection)
-            if connection._state is stario._State.ANSWER:
+            if connection._state is stario._ANSWER:
                 ours.problems.append("a whole request was not answered")
             if end and not transport.lost and not transport.closing:
                 if not connection.eof_received():
@@ -304,7 +304,7 @@ class Reader:
     async def _settle(self, connection: Connection) -> None:
         for _ in range(200):
             await asyncio.sleep(0)
-            waits = connection._state is stario._State.BODY
+            waits = connection._state is stario._BODY
             more = connection._in.waiting() > 0 and not connection._is_lost()
             if not self.worker.tasks or (waits and not more):
                 await asyncio.sleep(0)
