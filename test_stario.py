@@ -10877,6 +10877,31 @@ class TestUnderStarlette(AsyncTest):
                 self.assertEqual(server.body, b"/x at /live")
             if status == 308:
                 self.assertIn((b"location", b"/live/x"), server.sent[0]["headers"])
+        pocket = "/live/_stario/" + asset("pocket.js", "_stario")
+        server = AsgiServer(outer, pocket, raw_path=pocket.encode(), root_path="")
+        await within(server.task)
+        self.assertEqual(server.sent[0]["status"], 200)
+
+
+@needs("fastapi")
+class TestUnderFastapi(AsyncTest):
+    async def test_it_can_be_mounted_beside_the_routes_of_the_other(self) -> None:
+        from fastapi import FastAPI
+
+        async def number(c: Context, w: Writer) -> None:
+            w.json({"root": c.req.root_path, "id": c.req.params["id"]})
+
+        app, outer = Stario(), FastAPI()
+        app.get("/rooms/{id}", number)
+        outer.get("/own")(lambda: {"own": True})
+        outer.mount("/a/b", app)
+        for path, wanted in (
+            ("/own", {"own": True}),
+            ("/a/b/rooms/7", {"root": "/a/b", "id": "7"}),
+        ):
+            server = AsgiServer(outer, path, raw_path=path.encode(), root_path="")
+            await within(server.task)
+            self.assertEqual(json.loads(server.body), wanted)
 
 
 @needs("uvicorn")
@@ -10894,6 +10919,48 @@ class TestTilesUnderUvicorn(TilesTest):
 @needs("hypercorn")
 class TestTilesUnderHypercorn(TilesTest):
     command = HYPERCORN
+
+    @needs("h2")
+    async def test_ten_streams_and_a_click_share_one_connection_of_http_2(self) -> None:
+        """RFC 9113, with prior knowledge (3.3): HTTP/1.1 would need eleven connections."""
+        from h2.connection import H2Connection
+        from h2.events import DataReceived, ResponseReceived
+
+        tiles = self.start()
+        await until_listening(tiles.port)
+        reader, writer = await asyncio.open_connection("127.0.0.1", tiles.port)
+        self.addCleanup(writer.close)
+        client, bodies, status = H2Connection(), Counter[int](), dict[int, bytes]()
+
+        def ask(method: str, path: str, body: bytes = b"", kind: str = "text/plain") -> int:
+            stream = client.get_next_available_stream_id()
+            fields = {":method": method, ":path": path, ":scheme": "http", ":authority": "x"}
+            client.send_headers(stream, [*fields.items(), ("content-type", kind)], not body)
+            if body:
+                client.send_data(stream, body, end_stream=True)
+            return stream
+
+        async def read_until(wanted: Callable[[], bool]) -> None:
+            while not wanted():
+                writer.write(client.data_to_send())
+                for event in client.receive_data(await within(reader.read(65536))):
+                    if isinstance(event, ResponseReceived):
+                        status[event.stream_id] = dict(event.headers)[b":status"]
+                    elif isinstance(event, DataReceived):
+                        bodies[event.stream_id] += event.data.count(b"event: ")
+                        client.acknowledge_received_data(
+                            event.flow_controlled_length, event.stream_id
+                        )
+
+        client.initiate_connection()
+        signals = [json.dumps({"user_id": f"user-{number}"}) for number in range(10)]
+        streams = [ask("GET", f"/subscribe?{urlencode({'datastar': one})}") for one in signals]
+        await read_until(lambda: all(bodies[stream] for stream in streams))
+        before = bodies.copy()
+        click = ask("POST", "/click?cellId=3", signals[0].encode(), "application/json")
+        await read_until(lambda: click in status)
+        await read_until(lambda: all(bodies[stream] > before[stream] for stream in streams))
+        self.assertEqual([status[stream] for stream in (*streams, click)], [b"200"] * 10 + [b"204"])
 
 
 @needs("granian")
@@ -12849,8 +12916,15 @@ class InABrowser(_Case):
 class TilesInABrowser(InABrowser, unittest.TestCase):
     """Tiles, and browsers to open it in; the classes below differ in what the CDN does."""
 
+    command = TILES
+    endings: tuple[int, ...] = (signal.SIGKILL, signal.SIGTERM)
+
+    def start(self, port: int = 0) -> Tiles:
+        own = ("--local",) if self.command is TILES else ()
+        return Tiles(*own, port=port, command=self.command)
+
     def setUp(self) -> None:
-        self.tiles = Tiles("--local")
+        self.tiles = self.start()
         self.addCleanup(lambda: self.tiles.stop(signal.SIGKILL))
         self.errors: list[str] = []
 
@@ -12938,12 +13012,12 @@ class TilesPromises(TilesInABrowser):
     def test_after_a_restart_both_tabs_come_back_by_themselves_and_paint_on(self) -> None:
         a, b = self.open(), self.open()
         color = self.own_color(a)
-        for number in (signal.SIGKILL, signal.SIGTERM):
+        for number in self.endings:
             port = self.tiles.port
             self.tiles.stop(number)
             for page in (a, b):
                 page.evaluate("document.querySelector('.players').replaceChildren()")
-            self.tiles = Tiles("--local", port=port)
+            self.tiles = self.start(port)
             for page in (a, b):
                 page.wait_for_function(
                     "document.querySelectorAll('.players li').length == 2", timeout=20_000
@@ -13008,6 +13082,17 @@ class TestTilesWhereTheCdnRefuses(TilesPromises):
 
     def cdn(self, route: Any) -> None:
         route.abort()
+
+
+@needs("playwright", CHROMIUM, "uvicorn")
+class TestTilesInABrowserUnderUvicorn(TestTilesWhereTheCdnRefuses):
+    command = UVICORN
+
+
+@needs("playwright", CHROMIUM, "hypercorn")
+class TestTilesInABrowserUnderHypercorn(TestTilesWhereTheCdnRefuses):
+    command = HYPERCORN
+    endings = (signal.SIGKILL,)  # asked to end, it waits for the streams (see the README)
 
 
 @needs("playwright", CHROMIUM)
