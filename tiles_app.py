@@ -35,6 +35,7 @@ from stario import (
     Writer,
     asset,
     at,
+    baked,
     data,
     datastar_script,
     h,
@@ -168,7 +169,7 @@ state = State()  # `make_app` may put a SharedState in its place
 
 # -- Views. An element is a string, so what never changes is built once, here.
 
-CLICK = [data.on("click", at.post("/click", {"cellId": cell})) for cell in CELLS]
+CLICK = [at.post("/click", {"cellId": cell}) for cell in CELLS]
 
 # "always": come back after the server has ended the stream, too, not only after a broken one.
 SUBSCRIBE = data.init(at.get("/subscribe", retry="always", retry_max_count=1000))
@@ -210,7 +211,13 @@ def home_view(user_id: str) -> SafeString:
             "The board is complete!" if len(cells) == len(CELLS) else None,
         ),
         h.H2("Players"),
-        h.Ul({"class": "players"}, [player_view(player, player == user_id) for player in present]),
+        h.Ul(
+            {"class": "players"},
+            [
+                player_view(player, color_for_user(player), " (you)" if player == user_id else None)
+                for player in present
+            ],
+        ),
     )
 
 
@@ -219,15 +226,22 @@ def cell_view(cell: int, color: str | None) -> SafeString:
     row, column = divmod(cell, SIZE)
     label = f"Row {row + 1}, column {column + 1}: {'painted' if color else 'empty'}"
     style = {"background-color": color} if color else {}
-    return h.Button(
-        {"id": f"cell-{cell}", "class": "cell", "aria-label": label, "style": style}, CLICK[cell]
-    )
+    return cell_button(cell, label, style, CLICK[cell])
 
 
-def player_view(player: str, is_self: bool) -> SafeString:
+# A baked view decides nothing: its arguments are only put in their places, which is much faster.
+@baked
+def cell_button(cell: int, label: str, style: dict[str, str], click: str) -> SafeString:
+    """A button that sends a click on this cell."""
+    attributes = {"id": f"cell-{cell}", "class": "cell", "aria-label": label, "style": style}
+    return h.Button(attributes, data.on("click", click))
+
+
+@baked
+def player_view(player: str, color: str, note: str | None) -> SafeString:
     """A player's colour and name."""
-    swatch = h.Span({"class": "swatch", "style": {"background-color": color_for_user(player)}})
-    return h.Li({"id": f"player-{player}"}, swatch, player, " (you)" if is_self else None)
+    swatch = h.Span({"class": "swatch", "style": {"background-color": color}})
+    return h.Li({"id": f"player-{player}"}, swatch, player, note)
 
 
 # -- Handlers. All have the same signature; what they do with `c` and `w` makes the difference.
