@@ -49,7 +49,6 @@ import atexit
 import base64
 import contextvars
 import dataclasses
-import difflib
 import enum
 import errno
 import functools
@@ -221,6 +220,8 @@ class SignalsError(HttpException):
 def _one_of(word: object, known: Iterable[str]) -> str:
     """For errors: the words that are known, and the one that was probably meant."""
     words = list(known)
+    import difflib  # (only for errors: 1 ms of the start)
+
     near = difflib.get_close_matches(str(word), words, 1)
     return f"one of {', '.join(words)}" + (f" ({near[0]!r}?)" if near else "")
 
