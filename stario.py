@@ -6268,34 +6268,6 @@ def _file_errors(w: _RawWriter) -> Iterator[None]:
         raise
 
 
-class _Once:
-    """Work for threads, of any loop's, done once for all who ask for it at the same time."""
-
-    def __init__(self) -> None:
-        self._under_way: dict[object, Future[Any]] = {}
-
-    async def __call__(self, key: object, work: Callable[[], T]) -> T:
-        mine: Future[T] = Future()
-        mine.set_running_or_notify_cancel()  # who leaves does not cancel it for the others
-        found = self._under_way.setdefault(key, mine)
-        if found is mine:
-            try:
-                asyncio.get_running_loop().run_in_executor(None, self._do, key, work, mine)
-            except RuntimeError:  # no thread can be had
-                self._do(key, work, mine)
-        return cast(T, await asyncio.wrap_future(found))
-
-    def _do(self, key: object, work: Callable[[], T], result: Future[T]) -> None:
-        try:
-            done = work()
-        except BaseException as exc:
-            self._under_way.pop(key, None)
-            result.set_exception(exc)
-        else:
-            self._under_way.pop(key, None)
-            result.set_result(done)
-
-
 _collections: dict[str, Assets] = {}
 
 
@@ -6325,7 +6297,7 @@ class Assets:
         self._small: OrderedDict[str, _File] = OrderedDict()
         self._held = 0  # bytes of these
         self._lock = threading.RLock()
-        self._once = _Once()
+        self._under_way: dict[object, asyncio.Task[Any]] = {}
         self._root: str | None = None
         if isinstance(source, Mapping):
             for name, text in source.items():
@@ -6346,13 +6318,21 @@ class Assets:
 
     async def _find(self, name: str) -> _File | None:
         """As `file`, but what is large is read in a thread."""
-        known = self._known(name)
-        if known is not None or self._root is None:
-            return known
+        if self._root is None:
+            return self._known(name)
         with suppress(OSError, ValueError):  # `_load` looks closer
             if os.stat(f"{self._root}/{name}").st_size > _IN_MEMORY:
                 return await self._once(name, lambda: self.file(name))
         return self._load(name)
+
+    async def _once(self, key: object, work: Callable[[], T]) -> T:
+        """Do work in a thread, once for all on this loop who ask for it at the same time."""
+        mark = key, asyncio.get_running_loop()
+        task = self._under_way.get(mark)
+        if task is None:
+            task = self._under_way[mark] = asyncio.create_task(asyncio.to_thread(work))
+            task.add_done_callback(lambda _: self._under_way.pop(mark))
+        return cast(T, await asyncio.shield(task))  # who leaves does not cancel it for the others
 
     def _known(self, name: str) -> _File | None:
         """The version in hand, if it is the one that this name leads to now."""
@@ -6439,13 +6419,13 @@ class Assets:
 
     async def _answer(self, asked: str, w: Writer) -> None:
         plain = _FINGERPRINT.sub("", asked, count=1)
-        file = await self._find(plain)
+        file = self._known(plain) or await self._find(plain)
         if file is not None and asked == file.fingerprinted and file.steady:
             await self._serve(file, w, b"cache-control: public, max-age=31536000, immutable\r\n")
             return
         # The plain name of a file, which may look like one with a fingerprint; or the fingerprint
         # of an older version that a page still asks for.
-        literal = await self._find(asked) if asked != plain else file
+        literal = self._known(asked) or await self._find(asked) if asked != plain else file
         if literal is not None and literal.steady:
             w.headers.set("cache-control", "no-cache")
             w._redirect("./" + quote(literal.fingerprinted.rpartition("/")[2]), 307)
@@ -6462,7 +6442,9 @@ class Assets:
             key = (file.name, file.digest, coding)
             form = await self._once(key, lambda: self._encode(file, coding))
         opened = self.open(file.name) if form.body is None else None
-        await _answer_with(w, file, form, caching, opened)
+        rest = _answer_with(w, file, form, caching, opened)
+        if rest is not _SENT:
+            await rest
 
     @staticmethod
     def _coding(file: _File, w: Writer) -> str:
@@ -6530,6 +6512,9 @@ class _Rest:
             yield from work().__await__()
 
 
+_SENT = _Rest()  # nothing is left
+
+
 def _answer_with(
     w: _RawWriter,
     file: _File,
@@ -6547,12 +6532,12 @@ def _answer_with(
     if status == 200 and request.method in ("GET", "HEAD"):
         if _is_known(request, form.etag):
             w._answer(304, (fields, False), b"")
-            return _Rest()
+            return _SENT
         span = _range(request, file.size, form.etag)
     if span is None:
         outside = b"content-range: bytes */%d\r\ncache-control: no-store\r\n" % file.size
         w._answer(416, (outside, False), b"")
-        return _Rest()
+        return _SENT
     start, stop = span
     if span != (0, file.size):
         status = 206
@@ -6561,7 +6546,7 @@ def _answer_with(
         body = form.body or b""
         body = body[start:stop] if status == 206 else body
         w._answer(status, (fields, compress and status != 206), body)
-        return _Rest()
+        return _SENT
     try:
         file.check(opened, may_grow=not immutable)
     except StarioError as exc:
