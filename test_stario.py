@@ -10661,6 +10661,36 @@ class TestTiles(TilesTest):
             self.assertIn('<main id="home"', done.stdout)
 
 
+class TilesBehindAProxy(TilesClient):
+    """See also BehindAProxy."""
+
+    proxy = ""
+
+    async def test_a_click_shows_in_all_tabs_and_who_has_gone_is_no_player(self) -> None:
+        tiles = self.start("--local")
+        await until_listening(tiles.port)
+        async with proxy(self.proxy, tiles.port) as port:
+            tiles.port = port
+            a, b = await self.join(tiles, "ada"), await self.join(tiles, "bob")
+            for tab, other in ((a, "bob"), (b, "ada")):
+                await self.view(tab, f"player-{other}")
+            await b.close()
+            text = ""
+            while not ('<main id="home"' in text and "</main>" in text) or "player-bob" in text:
+                self.assertEqual((await self.click(tiles, "ada", 7)).status, 204)
+                text = (await within(a.chunk())).decode()
+
+
+@needs("nginx")
+class TestTilesBehindNginx(TilesBehindAProxy):
+    proxy = "nginx"
+
+
+@needs("haproxy")
+class TestTilesBehindHaproxy(TilesBehindAProxy):
+    proxy = "haproxy"
+
+
 class AsgiServer:
     """What an ASGI server does for one request: it gives pieces of a body, and takes an answer."""
 
