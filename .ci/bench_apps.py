@@ -98,6 +98,11 @@ def bare(job: Job) -> None:
 # --- Ours ---------------------------------------------------------------------------------------
 
 
+def ours_baked(job: Job) -> None:
+    job.settings["views"] = "ours-baked"
+    ours(job)
+
+
 def ours(job: Job) -> None:
     from bench_views import use_our_stario
 
@@ -174,10 +179,14 @@ def our_json(app: Any, job: Job) -> None:
     app.get("/", home)
 
 
-def our_tiles(app: Any, job: Job) -> None:
-    from bench_views import ours as our_views
+def our_views(job: Job) -> Any:
+    from bench_views import LIBRARIES
 
-    views = our_views()
+    return LIBRARIES[job.settings.get("views", "ours")]()
+
+
+def our_tiles(app: Any, job: Job) -> None:
+    views = our_views(job)
 
     async def tiles(c: Any, w: Any) -> None:
         w.html(views.page("user_1"))
@@ -191,7 +200,7 @@ def our_streams(app: Any, job: Job) -> None:
 
     from stario import Relay
 
-    views = bench_views.ours()
+    views = our_views(job)
     relay: Any = Relay()
 
     async def subscribe(c: Any, w: Any) -> None:
@@ -592,6 +601,7 @@ def microdot(job: Job) -> None:
 APPS: dict[str, Callable[[Job], None]] = {
     "bare": bare,
     "ours": ours,
+    "ours-baked": ours_baked,
     "stario5": stario5,
     "stario5-baked": stario5_baked,
     "starlette": starlette,
