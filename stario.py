@@ -11058,18 +11058,18 @@ function announceFields() {
   }
 }
 
-// The morph turns old nodes into new ones and keeps what is the same. Elements whose id is on both
-// sides (once, with the same tag) are the same, wherever they are. Others are matched among the
-// children of one parent: by the ids inside them, and then by kind, in order. Of the children that
-// stay, the longest run that is in order stays in place; the others move around it. What found no
-// use goes at the very end: until then, something in it may still be wanted elsewhere.
+// The morph turns old nodes into new ones and keeps what is the same. First it pairs: elements
+// whose id is on both sides (once, with the same tag), wherever they are, and with them the
+// elements around them. What has no partner takes, among the children of one parent, the next old
+// node of its kind. Then all children are put into their places, and only after that the morph
+// goes into each. What found no use goes at the very end: until then it may be wanted elsewhere.
 function morph(parent, old, nodes) {
   if (parent !== document && closest(parent, '[data-ignore-morph]')) return;
   const focused = activeOf(document);
   const { selectionStart, selectionEnd, selectionDirection } = focused ?? {};
-  const plan = planOf(old, nodes);
+  const plan = planOf(parent, old, nodes);
   morphNodes(parent, old, nodes, plan);
-  for (const node of plan.doomed) if (!plan.taken.has(node)) takeOut(parentOf(node), node);
+  for (const node of plan.doomed) if (!plan.used.has(node)) takeOut(parentOf(node), node);
   // Without moveBefore, an element that moves loses the focus.
   if (!focused || !isInPage(focused) || focused === bodyOf(document)) return;
   if (activeOf(document) === focused) return;
@@ -11079,23 +11079,27 @@ function morph(parent, old, nodes) {
   }
 }
 
-// kept: id -> the old element that is used again. inside: new element -> such ids below it.
-// around: the old elements that have some below them.
-function planOf(old, nodes) {
+// partners: new element -> old one. promised: these old ones. around: new elements that have some
+// with a partner inside. used: old nodes that have got their place. doomed: the others.
+function planOf(parent, old, nodes) {
+  const [partners, promised, around] = [new Map(), new Set(), new Set()];
+  const pair = (fresh, el) => promised.add(el) && partners.set(fresh, el);
   const [before, after] = [old, nodes].map(elementsById);
-  const [kept, inside, around] = [new Map(), new Map(), new Set()];
   for (const [id, el] of before) {
     const fresh = after.get(id);
-    if (!el || !fresh || nodeName(el) !== nodeName(fresh)) continue;
-    kept.set(id, el);
-    for (let at = parentOf(fresh); at && nodeType(at) === 1; at = parentOf(at)) {
-      const ids = inside.get(at);
-      if (ids) ids.push(id);
-      else inside.set(at, [id]);
-    }
-    for (let at = parentOf(el); at && !around.has(at); at = parentOf(at)) around.add(at);
+    if (el && fresh && nodeName(el) === nodeName(fresh)) pair(fresh, el);
   }
-  return { kept, inside, around, taken: new Set(), doomed: [] };
+  for (const [inner, partner] of [...partners]) {
+    let el = partner;
+    let fresh = parentOf(inner);
+    for (; fresh && nodeType(fresh) === 1 && !partners.has(fresh); fresh = parentOf(fresh)) {
+      around.add(fresh);
+      el = el && parentOf(el);
+      if (el === parent || promised.has(el) || el && nodeName(el) !== nodeName(fresh)) el = null;
+      if (el) pair(fresh, el);
+    }
+  }
+  return { partners, promised, around, used: new Set(), doomed: [] };
 }
 
 // Ids that are there once, outside of what is not to be morphed.
@@ -11114,87 +11118,49 @@ function elementsById(roots) {
 }
 
 // Scripts are the same only if they are equal: those that are there do not run again.
-const kindOf = (node) => `${nodeName(node)} ${nodeType(node) !== 1 ? ''
-  : localName(node) === 'input' ? node.type : localName(node) === 'script' ? node.outerHTML : ''}`;
+function kindOf(node) {
+  const name = nodeType(node) === 1 ? localName(node) : '';
+  return nodeName(node) + (name === 'input' ? node.type : name === 'script' ? node.outerHTML : '');
+}
 
 function morphNodes(parent, old, nodes, plan) {
-  if (!nodes.length) return void plan.doomed.push(...old);
-  const end = old.length ? nextOf(old.at(-1)) : null;
-  const places = new Map(old.map((node, n) => [node, n]));
-  const matches = matchAll(parent, old, nodes, places, plan);
-  const stays = longestRun(matches.map((match) => places.get(match)));
-  for (const node of old) if (!plan.taken.has(node)) plan.doomed.push(node);
-  let anchor = 0;                                // the next match that stays, or the end
+  const matches = matchAll(old, nodes, plan);
+  const leaving = new Set(old.filter((node) => !plan.used.has(node)));
+  plan.doomed.push(...leaving);
+  let at = old[0] ?? null;                       // what is in the place of the next node
   nodes.forEach((node, n) => {
-    for (; anchor < nodes.length && (anchor < n || !stays.has(anchor)); anchor++);
-    if (stays.has(n)) return morphNode(matches[n], node, plan);
-    const before = anchor < nodes.length ? matches[anchor] : end;
-    if (matches[n]) {
-      move(parent, matches[n], before);
-      morphNode(matches[n], node, plan);
-    } else if (plan.inside.has(node)) {          // new itself, but around old elements
-      const inner = [...childrenOf(node)];
-      for (const child of inner) takeOut(node, child);
-      insert(parent, node, before);
-      morphNodes(node, [], inner, plan);
-    } else insert(parent, node, before);
+    while (leaving.has(at)) at = nextOf(at);
+    const match = matches[n];
+    if (match && at && nextOf(at) === match) at = match;     // the one before it goes elsewhere
+    if (match && match === at) at = nextOf(at);
+    else if (match) move(parent, match, at);
+    else {                                       // new itself, but perhaps around old elements
+      const made = plan.around.has(node) ? copyOf(node, false) : node;
+      insert(parent, made, at);
+      if (made !== node) morphNodes(made, [], [...childrenOf(node)], plan);
+    }
   });
+  nodes.forEach((node, n) => matches[n] && morphNode(matches[n], node, plan));
 }
 
 // For each new node the old one that it takes the place of, if any.
-function matchAll(parent, old, nodes, places, { kept, inside, around, taken }) {
-  const left = new Map();                        // kind -> old nodes, in order
-  for (const node of old) {
-    const id = nodeType(node) === 1 ? getAttr(node, 'id') : null;
-    if (around.has(node) || (id && kept.get(id) === node)) continue;
-    const kind = kindOf(node) + (id ? ` #${id}` : '');
+function matchAll(old, nodes, { partners, promised, used }) {
+  const left = new Map();                        // kind and id -> old nodes, the first one last
+  const idOf = (node) => nodeType(node) === 1 && getAttr(node, 'id') || '';
+  for (const node of old.toReversed()) {
+    if (promised.has(node)) continue;
+    const kind = `${kindOf(node)}#${idOf(node)}`;
     if (left.has(kind)) left.get(kind).push(node);
     else left.set(kind, [node]);
   }
-  for (const queued of left.values()) queued.reverse();
-  const child = (el) => {                        // the child of `parent` in which an element is
-    while (el && parentOf(el) !== parent) el = parentOf(el);
-    return el;
-  };
-  const fits = (node, kind) => node && places.has(node) && !taken.has(node)
-    && kindOf(node) === kind && !kept.has(getAttr(node, 'id'));
-  const match = (node) => {
-    const isElement = nodeType(node) === 1;
-    const id = isElement ? getAttr(node, 'id') : null;
-    if (id && kept.has(id)) return kept.get(id);
-    const kind = kindOf(node);
-    for (const each of inside.get(node) ?? []) {
-      const around = child(kept.get(each));
-      if (fits(around, kind)) return around;
-    }
-    if (inside.has(node)) return undefined;
-    return (id && left.get(`${kind} #${id}`)?.pop()) || left.get(kind)?.pop();
-  };
   return nodes.map((node) => {
-    const found = match(node);
-    taken.add(found);
-    return found;
+    const kind = `${kindOf(node)}#`;
+    const id = idOf(node);
+    const ofKind = () => (id && left.get(kind + id)?.pop()) || left.get(kind)?.pop();
+    const match = partners.get(node) ?? ofKind();
+    used.add(match);
+    return match;
   });
-}
-
-// Which of these numbers (undefined is none) make the longest run that goes up? Gives positions.
-function longestRun(numbers) {
-  const tails = [];                              // tails[n]: where the best run of n + 1 ends
-  const before = [];
-  numbers.forEach((number, at) => {
-    if (number === undefined) return;
-    let [low, high] = [0, tails.length];
-    while (low < high) {
-      const middle = (low + high) >> 1;
-      if (numbers[tails[middle]] < number) low = middle + 1;
-      else high = middle;
-    }
-    before[at] = tails[low - 1];
-    tails[low] = at;
-  });
-  const run = new Set();
-  for (let at = tails.at(-1); at !== undefined; at = before[at]) run.add(at);
-  return run;
 }
 
 // moveBefore keeps focus, frames and animations. It wants both ends in the page.
@@ -11202,7 +11168,6 @@ function move(parent, node, before) {
   if (moveBefore && isInPage(node) && isInPage(parent)) moveBefore(parent, node, before);
   else insert(parent, node, before);
 }
-
 function morphNode(old, fresh, plan) {
   if (nodeType(old) !== 1) {
     if (old.nodeValue !== fresh.nodeValue) old.nodeValue = fresh.nodeValue;
