@@ -9962,7 +9962,7 @@ const root = nodes.get(data).proxy;
 function changed({ readers, keys, list }, key, value, which) {
   if (list) changes.push([list.keys, list.own]);
   else if (isBranch(value)) changes.push(...leaves(value, [...keys, key]));
-  else changes.push([[...keys, key], value]);
+  else changes.push([[...keys, key], value instanceof Computed ? '' : value]);
   wake(readers.get(key));
   if (which) wake(readers.get(EACH));
   if (list && which) wake(readers.get('length'));
@@ -9988,7 +9988,7 @@ function write(target, key, value) {
   const there = has(target, key);
   const old = target[key];
   if (refused(key) || (there && Object.is(old, value))) return;
-  if (old instanceof Computed) return;                     // it has no other value
+  if (old instanceof Computed && !(value instanceof Computed)) return;    // it has no other value
   if (!node.list && (value ?? null) === null) erase(target, key);
   else if (there && !node.list && isBranch(old) && isPlain(value)) {
     for (const gone of Object.keys(old)) if (!has(value, gone)) erase(old, gone);
@@ -10022,18 +10022,16 @@ function find(path) {
   return at;
 }
 
-const put = (path, value) => batch(() => {
+const put = (path, value) => aside(() => {
   const keys = path.split('.');
-  if (keys.some(refused)) return;
   const last = keys.pop();
-  let at = data;
+  let at = root;
   for (const key of keys) {
-    if (!has(at, key) || !nodes.has(at[key])) write(at, key, {});
+    if (!(key in at) || !targets.has(at[key])) at[key] = {};
     at = at[key];
-    if (!nodes.has(at)) return;
+    if (!targets.has(at)) return;                // it has another value that stays
   }
-  if (!(value instanceof Computed)) write(at, last, value);
-  else changed(nodes.get(Object.assign(at, { [last]: value })), last, '', true);
+  at[last] = value;
 });
 
 function merge(patch, onlyIfMissing, at = data) {
@@ -10092,8 +10090,9 @@ function announce() {
 
 // ---- Expressions: from an attribute's text to a function ----
 // A scanner goes over the text token by token. Only outside of strings, comments and regular
-// expressions $name and @name( are rewritten and ; ends a statement, so that text can hold
-// whatever it likes. The value of the last statement is the value of the whole.
+// expressions $name and @name() are rewritten and ; ends a statement, so that text can hold
+// whatever it likes. An action's arguments become a function, which a retry calls again. The value
+// of the last statement is the value of the whole.
 
 // In this order: blanks and comments; strings; $a.b-c, but not $a -b; @name(; words; one character.
 const TOKEN = new RegExp([/(\s+|\/\/.*|\/\*[^]*?\*\/)/, /('(?:\\[^]|[^\\'])*'|"(?:\\[^]|[^\\"])*")/,
@@ -10117,12 +10116,12 @@ function translate(text) {
     const [all, blank, string, signal, action, word] = special ?? next(TOKEN);
     let code = all;
     if (signal) code = '$' + signal.split('.').map((key) => `['${key}']`).join('');
-    if (action) code = `__act('${action}',`;
+    if (action) code = `__act('${action}',()=>[`;
     if (action) used.push(action);
     if (!special && blank && /\S/.test(blank)) code = ' ';             // a comment
-    if (')]}'.includes(char)) open.pop();
+    if (')]}'.includes(char) && open.pop() === '@') code = '])';
     const hole = special && all.endsWith('${');
-    if (hole || action || '([{'.includes(char)) open.push(hole ? '`' : char);
+    if (hole || action || '([{'.includes(char)) open.push(hole ? '`' : action ? '@' : char);
     if (special || string || signal) value = !hole;
     else if (!blank) value = word ? !NO_VALUE.test(word) : ')]}'.includes(char);
     statements[statements.length - 1] += code;
@@ -10132,10 +10131,9 @@ function translate(text) {
   return [statements.filter((each) => !/^[\s;]*$/.test(each)), used];
 }
 
-// A table's cells have their expressions in common, so functions are kept: texts of up to 2,000
-// characters, 500,000 in all. What is longer is mostly data, and comes once.
+// A table's cells have their expressions in common, so functions are kept. Long texts are mostly
+// data, which comes once.
 const compiled = new Map();          // text -> [function, names of actions]
-let charactersKept = 0;
 
 function compile(text) {
   if (compiled.has(text)) return compiled.get(text);
@@ -10148,15 +10146,8 @@ function compile(text) {
   } catch {                                      // it ends in `if`, or has its own `return`
     job = build(...statements);
   }
-  if (text.length <= 2000) {
-    charactersKept += text.length;
-    compiled.set(text, [job, used]);
-    for (const oldest of compiled.keys()) {
-      if (charactersKept <= 500000) break;
-      charactersKept -= oldest.length;
-      compiled.delete(oldest);
-    }
-  }
+  if (compiled.size >= 2000) compiled.clear();
+  if (text.length <= 2000) compiled.set(text, [job, used]);
   return [job, used];
 }
 
@@ -10185,7 +10176,7 @@ class Attribute {
     return this.guard(() => {
       if (this.ended) return undefined;
       this.compiled ??= this.compile();
-      const act = (action, ...args) => actions[action](this, evt, ...args);
+      const act = (action, args) => actions[action](this, evt, args);
       return batch(() => this.compiled(root, act, this.el, evt, patch));
     });
   }
@@ -10381,18 +10372,15 @@ const plugins = {
     const value = getAttr(about.el, name);
     const chosen = chooser(value ? new Attribute(about.owner, name, value).run() : {});
     let busy = false;
-    const later = timed(about, (patch) => {
+    const later = timed(about, (evt, some) => {
       busy = true;
-      try {
-        about.run(patch.evt, patch.some);
-      } finally {
-        busy = false;
-      }
+      about.run(evt, some);
+      busy = false;
     });
     announce();
     about.listen(document, 'datastar-signal-patch', (evt) => {
       const some = busy || starting ? [] : leaves(evt.detail).filter(chosen);
-      if (some.length) later({ evt, some: nested(some) });
+      if (some.length) later(evt, nested(some));
     });
   },
 };
@@ -10446,30 +10434,26 @@ function paced(job, tags, leading, trailing, anew) {
 // for a number's sake is a number. The field that somebody is editing is theirs: what came from
 // it is never written back (an emptied number field stays empty, "1." stays "1.").
 
-const CHECK = {
-  events: ['input', 'change'],
-  take: (el, old) => typeof old === 'boolean' || (typeof old !== 'string' && !hasAttr(el, 'value'))
-    ? el.checked : el.checked ? el.value : '',
-  give(el, value) {
-    el.checked = typeof value === 'string' || (hasAttr(el, 'value') && typeof value !== 'boolean')
-      ? el.value === String(value ?? '') : Boolean(value);
-  },
-};
+const isNumeric = (el) => /^(?:number|range)$/.test(el.type);
 const TEXT = {
-  events: ['input', 'change'],
-  take: (el, old) => typeof old === 'number' ? Number(el.value)
-    : typeof old === 'boolean' ? el.value === 'true' : el.value,
+  take: (el, old) => typeof old === 'number' || (isNumeric(el) && typeof old !== 'string')
+    ? Number(el.value) : typeof old === 'boolean' ? el.value === 'true' : el.value,
   give: (el, value) => { if (el.value !== String(value ?? '')) el.value = value ?? ''; },
 };
-const NUMBER = { ...TEXT,
-  take: (el, old) => typeof old === 'string' ? el.value : Number(el.value) };
 const CONTROLS = {
-  checkbox: CHECK,
+  // A box that has a value stands for it in a text or a list. Others are true or false.
+  checkbox: {
+    take(el, old) {
+      const isFlag = typeof old === 'boolean' || (typeof old !== 'string' && !hasAttr(el, 'value'));
+      return isFlag ? el.checked : el.checked ? el.value : '';
+    },
+    give(el, value) {
+      el.checked = typeof value === 'string' || (hasAttr(el, 'value') && typeof value !== 'boolean')
+        ? el.value === String(value ?? '') : Boolean(value);
+    },
+  },
   radio: { ...TEXT, give: (el, value) => { el.checked = el.value === String(value); } },
-  number: NUMBER,
-  range: NUMBER,
   'select-multiple': {
-    events: ['input', 'change'],
     take: (el, old) => Array.from(el.selectedOptions, ({ value }) =>
       [old ?? []].flat().find((each) => String(each) === value) ?? value),
     give(el, value) {
@@ -10479,22 +10463,19 @@ const CONTROLS = {
   },
 };
 
-// The control of an element, with data-bind__prop and __event. What is no field of HTML's own has
-// its value in the property `value`, or else in the attribute.
+// What is no field of HTML's own has its value in a property, or else in an attribute.
+const valueIn = (prop) => ({
+  take: (el) => prop in el ? el[prop] : getAttr(el, prop),
+  give(el, value) {
+    if (prop in el) el[prop] = value;
+    else setAttr(el, prop, value ?? '');
+  },
+});
+
 function controlOf(el, mods) {
   const ofHtml = /^(?:input|select|textarea)$/.test(localName(el));
-  const prop = mods.has('prop') ? CASES.camel(mods.get('prop')[0] ?? 'value')
-    : !ofHtml && 'value' in el ? 'value' : null;
-  const own = ofHtml ? CONTROLS[el.type] ?? TEXT : { events: ['input', 'change'] };
-  const asProperty = { take: () => el[prop], give: (_, value) => { el[prop] = value; } };
-  const asAttribute = {
-    take: () => getAttr(el, 'value'),
-    give: (_, value) => setAttr(el, 'value', value ?? ''),
-  };
-  return {
-    ...own, ...prop ? asProperty : ofHtml ? {} : asAttribute,
-    events: mods.get('event') ?? own.events,
-  };
+  if (ofHtml && !mods.has('prop')) return CONTROLS[el.type] ?? TEXT;
+  return valueIn(CASES.camel(mods.get('prop')?.[0] ?? 'value'));
 }
 
 const ANNOUNCED = 'datastar-prop-change';        // a morph has changed what a field says
@@ -10510,7 +10491,7 @@ const isHalf = (el) => composing === el || Boolean(el.validity?.badInput);
 function bind(about) {
   const { el, path, mods, owner } = about;
   if (el.type === 'file' && localName(el) === 'input') return bindFiles(about);
-  const { take, give, events } = controlOf(el, mods);
+  const { take, give } = controlOf(el, mods);
   const group = groups.get(path) ?? { binds: new Set() };
   const self = { el, save, show, check };
   groups.set(path, group);
@@ -10549,6 +10530,7 @@ function bind(about) {
     if (el.type === 'radio' && !el.name) setAttr(el, 'name', path);
     if (find(place()) === undefined && !unchosen()) save();
   });
+  const events = mods.get('event') ?? ['input', 'change'];
   for (const name of [...events, ANNOUNCED]) about.listen(el, name, save);
   about.listen(el, 'blur', () => waiting && show(true));
   about.effect(() => show());
@@ -10596,13 +10578,9 @@ const readFile = (file) => new Promise((done, failed) => {
 // A MutationObserver tells of every element and attribute that comes or goes, whoever did it. An
 // element that only moved is in the page again by then: it is neither ended nor begun anew.
 
-const MODIFIERS = {
-  signals: 'ifmissing', init: Object.keys(TIMING).join(), 'json-signals': 'terse',
-  bind: 'prop,event',
-  on: `once,passive,capture,window,document,outside,prevent,stop,${Object.keys(TIMING)}`,
-  'on-intersect': `once,exit,half,full,threshold,${Object.keys(TIMING)}`,
-  'on-interval': 'duration,viewtransition', 'on-signal-patch': Object.keys(TIMING).join(),
-};
+const MODIFIERS = new Set(['case', 'ifmissing', 'terse', 'prop', 'event', 'once', 'passive',
+  'capture', 'window', 'document', 'outside', 'prevent', 'stop', 'exit', 'half', 'full',
+  'threshold', 'duration', ...Object.keys(TIMING)]);
 const READ_ELSEWHERE = /^(?:ignore|ignore-morph|preserve-attr|on-signal-patch-filter|nonce)$/;
 const MISSING = new RegExp('^(?:on-.*|animate|custom-validity|match-media|persist|query-string|'
   + 'replace-url|rocket|scroll-into-view|view-transition)$');
@@ -10626,8 +10604,7 @@ function start(owner, name, value) {
     if (!isMine && (name.includes(':') || MISSING.test(plugin))) unknown(name, el);
     return;
   }
-  const possible = `case,${MODIFIERS[plugin]}`.split(',');
-  for (const mod of mods.keys()) if (!possible.includes(mod)) unknown(`${name}: __${mod}`, el);
+  for (const mod of mods.keys()) if (!MODIFIERS.has(mod)) unknown(`${name}: __${mod}`, el);
   if (!NAMES.test(plugin)) about.compiled = about.compile();
   about.guard(() => aside(() => plugins[plugin](about)));
 }
@@ -10708,17 +10685,19 @@ const setEach = (filter, change) => aside(() => {
     put(keys.join('.'), change(value));
   }
 });
+// `args` gives the action's arguments as they are now. A request asks anew for each attempt.
 const actions = {
   __proto__: null,
-  peek: (_, evt, job) => aside(job),
-  setAll: (_, evt, value, filter) => setEach(filter, () => value),
-  toggleAll: (_, evt, filter) => setEach(filter, (old) => !old),
+  peek: (about, evt, args) => aside(args()[0]),
+  setAll(about, evt, args) {
+    const [value, filter] = args();
+    setEach(filter, () => value);
+  },
+  toggleAll: (about, evt, args) => setEach(args()[0], (old) => !old),
 };
-for (const method of ['get', 'post', 'put', 'patch', 'delete', 'query']) {
-  actions[method] = (about, evt, url, options) =>
-    request(method.toUpperCase(), about, evt, url, options);
+for (const method of ['GET', 'POST', 'PUT', 'PATCH', 'DELETE', 'QUERY']) {
+  actions[method.toLowerCase()] = (about, evt, args) => { request(method, about, evt, args); };
 }
-
 const underWay = new Map();          // "GET /url" -> the AbortController of the request
 
 function countRequests(owner, by) {
@@ -10727,8 +10706,10 @@ function countRequests(owner, by) {
 }
 
 // The same request again cancels the one under way. "cleanup" ends it with its element, too.
-async function request(method, about, evt, url, options = {}) {
+async function request(method, about, evt, args) {
   const { el, owner } = about;
+  let given = args();
+  const [url, options = {}] = given;
   const { requestCancellation: cancel = 'auto' } = options;
   const own = cancel instanceof AbortController ? cancel : new AbortController();
   const slot = `${method} ${url}`;
@@ -10741,109 +10722,106 @@ async function request(method, about, evt, url, options = {}) {
   if (cancel === 'cleanup') about.ends.add(ends);
   countRequests(owner, 1);
   emit('started');
-  const receiver = (type, args) => inTurn(args, () => {
+  const receiver = (type, came) => inTurn(type, () => aside(() => {
     if (cancel === 'cleanup' && own.signal.aborted) return;
-    if (!args.script) emit(type, args);
-    receive(type, args);
-  });
+    if (!came.script) emit(type, came);
+    receive(type, came);
+  }), came);
   try {
-    const build = prepare(method, el, evt, url, options);
-    if (build) await attempts(build, method, options, own.signal, emit, receiver);
+    const form = options.contentType === 'form' && formOf(el, evt, options.selector);
+    const build = (lastId) => {
+      const today = given ?? args();
+      given = null;
+      return aside(() => sentWith(method, today, form, lastId));
+    };
+    const settings = { openWhenHidden: method !== 'GET', ...options };
+    if (form !== null) await attempts(build, settings, own.signal, emit, receiver);
   } catch (error) {
     if (!own.signal.aborted) report(`${about.name}: ${slot}`, error, el);
   }
   about.ends.delete(ends);
   if (underWay.get(slot) === own) underWay.delete(slot);
-  inTurn({}, () => {                 // after the patches that it brought
+  inTurn('finished', () => {         // after the patches that it brought
     countRequests(owner, -1);
     emit('finished');
   });
 }
 
-// Asks until there is an answer. Each attempt is built anew, so it sends today's signals. Each
-// answer with status 200 grants new tries. A hidden tab gives up its @get streams, and asks again
-// when it is shown.
-async function attempts(build, method, {
-  openWhenHidden = method !== 'GET', retry = 'auto', retryInterval = 1000, retryScaler = 2,
-  retryMaxWait = 30000, retryMaxCount = 10, responseOverrides,
-}, cancelled, emit, receiver) {
-  const until = (begins) => new Promise((done) => {
-    hear(cancelled, 'abort', done, { once: true });
-    begins(() => done(unhear(cancelled, 'abort', done)));
-  });
+// Asks until there is an answer. Each attempt is built anew, so it sends today's signals. A hidden
+// tab gives up its @get streams, and asks again when it is shown.
+async function attempts(build, options, cancelled, emit, receiver) {
+  const { openWhenHidden, retry = 'auto', retryInterval = 1000, retryScaler = 2,
+    retryMaxWait = 30000, retryMaxCount = 10 } = options;
+  const aborted = new Promise((done) => hear(cancelled, 'abort', done));
+  const until = (begins) => Promise.race([aborted, new Promise(begins)]);
   const shown = (done) => hear(document, 'visibilitychange', done, { once: true });
-  let interval = retryInterval;
-  let lastId = '';
-  for (let tries = 0, first = true; !cancelled.aborted; first = false) {
-    while (!first && !openWhenHidden && document.hidden && !cancelled.aborted) await until(shown);
-    if (cancelled.aborted) return;
+  const stream = { tries: 0, interval: retryInterval, lastId: '' };
+  for (let first = true; !cancelled.aborted; first = false) {
+    const isHidden = () => document.hidden && !openWhenHidden;
+    if (!first && isHidden()) {
+      await until(shown);
+      continue;
+    }
+    const sent = build(stream.lastId);
     const hidden = new AbortController();
-    const hide = () => openWhenHidden || hidden.abort();
+    const hide = () => isHidden() && hidden.abort();
     hear(document, 'visibilitychange', hide);
-    let again;
+    sent.signal = AbortSignal.any([cancelled, hidden.signal]);
     try {
-      const { url, ...rest } = aside(() => build(lastId));
-      const answer = await fetch(url, {
-        ...rest, method, signal: AbortSignal.any([cancelled, hidden.signal]) });
-      const { status } = answer;
-      if (status >= 400) emit('error', { status: String(status) });
-      if (status === 200) {
-        [tries, interval] = [0, retryInterval];
-        const isStream = await take(answer, receiver, responseOverrides, {
-          id: (id) => { lastId = id; },
-          retry: (ms) => { interval = ms; },
-        });
-        again = isStream && retry === 'always';
-      } else {                       // its body is not read; 204 and 3xx are final
-        answer.body?.cancel();
-        again = (retry === 'always' && status !== 204 && (status < 300 || status >= 400))
-          || (retry === 'error' && status >= 400);
-      }
+      if (!await attempt(sent, options, stream, emit, receiver)) return;
     } catch (error) {
       if (hidden.signal.aborted && !cancelled.aborted) continue;
       if (retry === 'never' || cancelled.aborted) throw error;
-      again = true;
     } finally {
       unhear(document, 'visibilitychange', hide);
     }
-    if (!again) return;
-    if (++tries > retryMaxCount) {
+    if (++stream.tries > retryMaxCount) {
       emit('retries-failed');
-      throw new Error(`given up after ${tries} tries`);
+      throw new Error(`given up after ${stream.tries} tries`);
     }
     // A little chance in each wait: after a restart not all clients come at the same moment.
-    const longest = Math.min(interval * retryScaler ** (tries - 1), retryMaxWait);
+    const longest = Math.min(stream.interval * retryScaler ** (stream.tries - 1), retryMaxWait);
     const wait = longest * (1 - Math.random() / 4);
     emit('retrying', { message: `once more in ${Math.round(wait)} ms` });
     await until((done) => setTimeout(done, wait));
   }
 }
 
-// Gives the function that makes what is sent from the signals and fields of the moment.
-function prepare(method, el, evt, url, options) {
-  const inUrl = method === 'GET' || method === 'DELETE';
-  const withForm = options.contentType === 'form';
-  const sent = withForm ? formOf(el, evt, options.selector) : null;
-  if (withForm && !sent) return null;
-  return (lastId) => {
-    const target = new URL(url, document.baseURI);
-    const headers = new Headers({
-      Accept: 'text/event-stream, text/html, application/json', 'Datastar-Request': 'true',
-      ...inUrl || sent ? {} : { 'Content-Type': 'application/json' }, ...options.headers,
-    });
-    // A header holds bytes. Ids are sent as UTF-8, one character for each byte.
-    if (lastId) headers.set('Last-Event-ID',
-      String.fromCharCode(...new TextEncoder().encode(lastId)));
-    const { payload, filterSignals } = options;
-    const body = sent?.() ?? toJson(payload === undefined
-      ? pick({ exclude: /(^|\.)_/, ...filterSignals }) : plain(raw(payload)));
-    if (!inUrl) return { url: target, headers, body };
-    if (sent) for (const [key, value] of body) target.searchParams.append(key, value);
-    else target.searchParams.set('datastar', body);
-    return { url: target, headers };
-  };
+// Asks once. True if it is to be asked again: a stream that ended, an error, as `retry` says.
+// Status 200 grants new tries. The bodies of others are not read; 204 and 3xx are final.
+async function attempt({ url, ...sent }, options, stream, emit, receiver) {
+  const { retry, retryInterval = 1000, responseOverrides } = options;
+  const answer = await fetch(url, sent);
+  const { status } = answer;
+  if (status >= 400) emit('error', { status: String(status) });
+  if (status === 200) {
+    Object.assign(stream, { tries: 0, interval: retryInterval });
+    return await take(answer, receiver, responseOverrides, stream) && retry === 'always';
+  }
+  answer.body?.cancel();
+  if (status >= 400) return retry === 'always' || retry === 'error';
+  return retry === 'always' && status !== 204 && status < 300;
 }
 
+// What is sent, made from the signals and fields of the moment.
+function sentWith(method, [url, options = {}], form, lastId) {
+  const inUrl = method === 'GET' || method === 'DELETE';
+  const target = new URL(url, document.baseURI);
+  const headers = new Headers({
+    Accept: 'text/event-stream, text/html, application/json', 'Datastar-Request': 'true',
+    ...inUrl || form ? {} : { 'Content-Type': 'application/json' }, ...options.headers,
+  });
+  // A header holds bytes. Ids are sent as UTF-8, one character for each byte.
+  const id = String.fromCharCode(...new TextEncoder().encode(lastId));
+  if (id) headers.set('Last-Event-ID', id);
+  const { payload, filterSignals } = options;
+  const body = form ? form() : toJson(payload === undefined
+    ? pick({ exclude: /(^|\.)_/, ...filterSignals }) : plain(raw(payload)));
+  if (!inUrl) return { url: target, method, headers, body };
+  if (form) for (const [key, value] of body) target.searchParams.append(key, value);
+  else target.searchParams.set('datastar', body);
+  return { url: target, method, headers };
+}
 // The form that is to be sent, as a browser sends it: with the button, if it is one of the form's.
 function formOf(el, evt, selector) {
   const form = selector ? query(document, selector) : closest(el, 'form');
@@ -10877,13 +10855,9 @@ async function take(answer, receiver, overrides, stream) {
     receiver('datastar-patch-elements', { elements: text, ...options });
   } else if (kind.includes('application/json')) {
     receiver('datastar-patch-signals', { signals: text, ...given('only-if-missing') });
-  } else if (kind.includes('text/javascript')) {
-    const attributes = JSON.parse(answer.headers.get('datastar-script-attributes') ?? '{}');
-    receiver('text/javascript', { script: text, attributes });
-  }
+  } else if (kind.includes('text/javascript')) receiver('text/javascript', { script: text });
   return false;
 }
-
 // Server-Sent Events, by the HTML standard. Datastar's data lines are "key value"; lines with the
 // same key belong together.
 async function readEvents(body, receiver, stream) {
@@ -10899,67 +10873,44 @@ async function readEvents(body, receiver, stream) {
       const [, field, content] = line.match(/^([^:]*):? ?(.*)$/s);
       const [, key, text] = content.match(/^(\S*) ?(.*)$/s);
       if (line === '') {
-        if (id !== null) stream.id(id);
+        if (id !== null) stream.lastId = id;
         if (type.startsWith('datastar-')) receiver(type, { ...data });
         [type, data, id] = ['', bare(), null];
       } else if (field === 'event') type = content;
       else if (field === 'id' && !content.includes('\0')) id = content;
-      else if (field === 'retry' && /^\d+$/.test(content)) stream.retry(Number(content));
+      else if (field === 'retry' && /^\d+$/.test(content)) stream.interval = Number(content);
       else if (field === 'data') data[key] = key in data ? `${data[key]}\n${text}` : text;
     }
   }
 }
 
 // ---- What answers bring, one after the other ----
-// A view transition applies its patch a frame later. All that comes meanwhile waits its turn.
+// A view transition applies its patch a frame later. All that comes meanwhile waits for it.
 
-const queue = [];
-let inTransition = false;
+let applied = Promise.resolve();     // fulfilled when all that has come is in the page
 
-function inTurn(args, job) {
-  queue.push([args, () => {
-    try {
-      aside(job);
-    } catch (error) {
-      report('an answer', error);
-    }
-  }]);
-  if (!inTransition) nextTurn();
-}
-
-function nextTurn() {
-  while (queue.length) {
-    const [{ useViewTransition, viewTransitionSelector: selector }, job] = queue.shift();
-    if (useViewTransition !== 'true' || !document.startViewTransition) job();
-    else {
-      inTransition = true;
-      return transition(() => {
-        job();
-        inTransition = false;
-        nextTurn();
-      }, selector && query(document, selector));
-    }
-  }
+function inTurn(what, job, { useViewTransition, viewTransitionSelector: part } = {}) {
+  const asked = useViewTransition === 'true';
+  applied = applied
+    .then(() => asked ? transition(job, part && query(document, part)) : job())
+    .catch((error) => report(what, error));
 }
 
 // In the whole page, or in a part of it where the browser knows how to.
 function transition(job, part) {
   const scope = part?.startViewTransition ? part : document;
   if (!scope.startViewTransition) return job();
-  scope.startViewTransition(job).ready.catch(() => {});    // another one took its place
+  const { ready, updateCallbackDone } = scope.startViewTransition(job);
+  ready.catch(() => {});                         // another one took its place
+  return updateCallbackDone;
 }
 
 function receive(type, args) {
-  try {
-    const { signals, onlyIfMissing } = args;
-    if (type === 'datastar-patch-signals') merge(object(signals), onlyIfMissing === 'true');
-    else if (type === 'datastar-patch-elements') patchElements(args);
-    else if (args.script) runScript(args.script, args.attributes);
-  } catch (error) {
-    report(type, error);
-  }
+  const { signals, onlyIfMissing, script } = args;
+  if (type === 'datastar-patch-signals') merge(object(signals), onlyIfMissing === 'true');
+  else if (type === 'datastar-patch-elements') patchElements(args);
+  else if (script) (0, eval)(script);            // in the page's scope, as a script runs
 }
-
 // JSON, or JavaScript's way to write an object, as in {name: 'Ann'}.
 function object(text) {
   try {
@@ -10969,16 +10920,6 @@ function object(text) {
   }
 }
 
-const nonce = getAttr(page, 'data-nonce') ?? query(document, 'script[nonce]')?.nonce;
-
-function runScript(text, attributes) {
-  const script = document.createElement('script');
-  if (nonce) script.nonce = nonce;
-  for (const [name, value] of Object.entries(attributes)) setAttr(script, name, value);
-  setText(script, text);
-  insert(headOf(document), script, null);
-  takeOut(headOf(document), script);
-}
 
 // ---- Elements: patches, and the morph ----
 
@@ -11232,7 +11173,7 @@ function writeField(el, name, value) {
 
 // What somebody is typing may say the same already: "1." is 1, and so may be an empty field 0.
 const isSame = (el, value) => el.value === value
-  || (/^(?:number|range)$/.test(el.type) && Number(el.value) === Number(value));
+  || (isNumeric(el) && Number(el.value) === Number(value));
 
 // ---- Start ----
 // After the browser has filled in the fields of a page that somebody comes back to: it does so

@@ -12743,6 +12743,23 @@ class TestPocketClient(ClientPromises, unittest.TestCase):
         self.assertEqual(self.stage.gone, ["/a"])
         self.see("own().busy", True)
 
+    def test_each_attempt_is_built_when_it_is_sent(self) -> None:
+        self.expected_problems.append("Failed to load resource")
+        bad = Reply("bad", "text/plain", 503)
+        self.answers("/n0", bad)
+        self.answers("/n1", bad)
+        self.answers("/n2", patch_signals({"done": True}))
+        options = "{retry: 'error', retryInterval: 20, headers: {try: $n}, payload: {n: $n}}"
+        self.show(
+            f"""<b id="b" data-signals="{{n: 0}}" data-on:click="@post(`/n${{$n}}`, {options}); 5"
+            data-on:datastar-fetch="evt.detail.type === 'retrying' && $n++"></b>"""
+        )
+        self.do("byId('b').click()")
+        self.see("own().done", True)
+        for n in range(3):
+            (sent,) = self.stage.requests(f"/n{n}")
+            self.assertEqual((sent.headers["try"], json.loads(sent.body)), (str(n), {"n": n}))
+
     def test_what_a_patch_does_is_no_click(self) -> None:
         form = "<form id='f' data-on:change=\"note('heard')\" data-on:input=\"note('heard')\">"
         form += "<select id='s' data-bind='s'><option {0}>a<option {1}>b</select>"
