@@ -9751,6 +9751,9 @@ POCKET_CLIENT = r"""
 // This file reads in that order: signals, expressions, attributes, requests, elements. One rule
 // holds everywhere: what fails is told in the console under its attribute's name, once, and
 // everything else goes on. It needs the right to compile expressions (CSP: 'unsafe-eval').
+//
+// Left out: Datastar Pro, plugins, shadow roots, bindings that hear a form's reset, attributes for
+// the script of a text/javascript answer.
 
 const report = (what, error, el = '') => console.error(`pocket client: ${what}: ${error}`, el);
 const unknown = (what, el) => console.warn(`pocket client: ${what} is not known here`, el);
@@ -9763,6 +9766,7 @@ const through = (kind, names) => names.split(' ').map((name) => {
   const { get, value } = Object.getOwnPropertyDescriptor(kind.prototype, name) ?? {};
   return get || value ? Function.prototype.call.bind(get ?? value) : undefined;
 });
+
 const [getAttr, setAttr, hasAttr, dropAttr, attrNames, attrNode, setAttrNode, closest, within,
   localName, classesOf, moveBefore, firstWithin] = through(Element, 'getAttribute setAttribute '
   + 'hasAttribute removeAttribute getAttributeNames getAttributeNode setAttributeNode closest '
@@ -9771,8 +9775,7 @@ const [nodeType, nodeName, parentOf, childrenOf, firstOf, nextOf, isInPage, inse
   takeOut, contains, isEqual, compare, textOf, copyOf] = through(Node, 'nodeType nodeName '
   + 'parentNode childNodes firstChild nextSibling isConnected insertBefore '
   + 'removeChild contains isEqualNode compareDocumentPosition textContent cloneNode');
-const [hear, unhear, send] = through(EventTarget, 'addEventListener removeEventListener '
-  + 'dispatchEvent');
+const [hear, unhear] = through(EventTarget, 'addEventListener removeEventListener');
 const [byId, query, queryAll, activeOf, bodyOf, headOf] = through(Document, 'getElementById '
   + 'querySelector querySelectorAll activeElement body head');
 const [styleOfHtml] = through(HTMLElement, 'style');
@@ -9884,6 +9887,7 @@ function apart(job) {
     active = outer;
   }
 }
+
 const aside = (job) => apart(() => batch(job));
 
 // ---- Signals: plain data, and a proxy for each object and list in it ----
@@ -9955,6 +9959,7 @@ const handler = {
     : has(target, key)),
   ownKeys: (target) => (track(target, EACH), Reflect.ownKeys(target)),
 };
+
 const data = adopt({}, [], null);
 const root = nodes.get(data).proxy;
 
@@ -10251,16 +10256,16 @@ function showText(el, text) {
 // Key by key or all at once: data-class:done="$x" and data-class="{done: $x}". `apply` gives the
 // name of the attribute that it wrote. What is no longer named is taken back.
 function keepEach(about, apply) {
-  const before = new Map();          // what was there without us
   let last = {};
   about.keep(() => {
     const values = about.key ? { [about.key]: about.run() } : about.run() ?? {};
-    const all = { ...Object.fromEntries(Object.keys(last).map((name) => [name, null])), ...values };
+    const gone = Object.keys(last).filter((name) => !has(values, name));
     last = values;
-    return Object.entries(all).map(([name, value]) => apply(name, value, before));
+    return [...gone.map((name) => apply(name, null)),
+      ...Object.entries(values).map(([name, value]) => apply(name, value))];
   });
   about.ends.add(() => isInPage(about.el)
-    && Object.keys(last).forEach((name) => apply(name, null, before)));
+    && Object.keys(last).forEach((name) => apply(name, null)));
 }
 
 const plugins = {
@@ -10303,8 +10308,9 @@ const plugins = {
   }),
   style(about) {
     const style = styleOf(about.el);
+    const before = new Map();        // what was there without us
     const wrote = {};
-    keepEach(about, (name, value, before) => {
+    keepEach(about, (name, value) => {
       if (!name.startsWith('--')) name = name.replace(/[A-Z]/g, '-$&').toLowerCase();
       const now = style.getPropertyValue(name);
       if (now !== wrote[name]) before.set(name, now);
@@ -10398,6 +10404,7 @@ const TIMING = {
   throttle: (job, tags) =>
     paced(job, tags, !tags.includes('noleading'), tags.includes('trailing'), false),
 };
+
 const timed = (about, job = (evt) => about.run(evt)) => Object.keys(TIMING)
   .filter((mod) => about.mods.has(mod))
   .reduce((inner, mod) => TIMING[mod](inner, about.mods.get(mod)), job);
@@ -10440,6 +10447,7 @@ const TEXT = {
     ? Number(el.value) : typeof old === 'boolean' ? el.value === 'true' : el.value,
   give: (el, value) => { if (el.value !== String(value ?? '')) el.value = value ?? ''; },
 };
+
 const CONTROLS = {
   // A box that has a value stands for it in a text or a list. Others are true or false.
   checkbox: {
@@ -10478,7 +10486,6 @@ function controlOf(el, mods) {
   return valueIn(CASES.camel(mods.get('prop')?.[0] ?? 'value'));
 }
 
-const ANNOUNCED = 'datastar-prop-change';        // a morph has changed what a field says
 const groups = new Map();                        // path -> { binds, layout }
 let layout = 0;                                  // counts what may have changed their order
 let composing = null;                            // the field with an input method (IME) at work
@@ -10492,17 +10499,12 @@ function bind(about) {
   const { el, path, mods, owner } = about;
   if (el.type === 'file' && localName(el) === 'input') return bindFiles(about);
   const { take, give } = controlOf(el, mods);
-  const group = groups.get(path) ?? { binds: new Set() };
-  const self = { el, save, show, check };
-  groups.set(path, group);
-  group.binds.add(self);
-  layout++;
   let taken = {};                    // what the signal got from here last
   let seen = null;                   // what the field said then
   let waiting = false;               // something was not written because the field was half-way
-  // Several controls may share one list. The place in the page is the place in the list.
-  const place = () => Array.isArray(find(path)) && el.type !== 'select-multiple'
-    ? `${path}.${indexIn(group, self)}` : path;
+  const self = { el, save, show, check };
+  const place = joinGroup(about, self);
+  const state = () => String([take(el, ''), el.checked]);
   const unchosen = () => el.type === 'radio' && !el.checked;
   function save() {
     if (unchosen() || el.validity?.badInput) return;
@@ -10521,7 +10523,6 @@ function bind(about) {
     give(el, value);
     seen = state();
   }
-  const state = () => String([take(el, ''), el.checked]);
   // The browser may have filled in the field since, without an event.
   function check() {
     if (state() !== seen) save();
@@ -10530,17 +10531,26 @@ function bind(about) {
     if (el.type === 'radio' && !el.name) setAttr(el, 'name', path);
     if (find(place()) === undefined && !unchosen()) save();
   });
-  const events = mods.get('event') ?? ['input', 'change'];
-  for (const name of [...events, ANNOUNCED]) about.listen(el, name, save);
+  for (const name of mods.get('event') ?? ['input', 'change']) about.listen(el, name, save);
   about.listen(el, 'blur', () => waiting && show(true));
   about.effect(() => show());
   owner.bind = self;
-  about.ends.add(() => {
-    if (owner.bind === self) owner.bind = null;
+  about.ends.add(() => owner.bind === self && (owner.bind = null));
+}
+
+// Several controls may share one list. The place in the page is the place in the list.
+function joinGroup({ el, path, ends }, self) {
+  const group = groups.get(path) ?? { binds: new Set() };
+  groups.set(path, group);
+  group.binds.add(self);
+  layout++;
+  ends.add(() => {
     group.binds.delete(self);
     layout++;
     if (!group.binds.size) groups.delete(path);
   });
+  return () => Array.isArray(find(path)) && el.type !== 'select-multiple'
+    ? `${path}.${indexIn(group, self)}` : path;
 }
 
 function indexIn(group, self) {
@@ -10685,6 +10695,7 @@ const setEach = (filter, change) => aside(() => {
     put(keys.join('.'), change(value));
   }
 });
+
 // `args` gives the action's arguments as they are now. A request asks anew for each attempt.
 const actions = {
   __proto__: null,
@@ -10695,9 +10706,11 @@ const actions = {
   },
   toggleAll: (about, evt, args) => setEach(args()[0], (old) => !old),
 };
+
 for (const method of ['GET', 'POST', 'PUT', 'PATCH', 'DELETE', 'QUERY']) {
   actions[method.toLowerCase()] = (about, evt, args) => { request(method, about, evt, args); };
 }
+
 const underWay = new Map();          // "GET /url" -> the AbortController of the request
 
 function countRequests(owner, by) {
@@ -10822,6 +10835,7 @@ function sentWith(method, [url, options = {}], form, lastId) {
   else target.searchParams.set('datastar', body);
   return { url: target, method, headers };
 }
+
 // The form that is to be sent, as a browser sends it: with the button, if it is one of the form's.
 function formOf(el, evt, selector) {
   const form = selector ? query(document, selector) : closest(el, 'form');
@@ -10858,6 +10872,7 @@ async function take(answer, receiver, overrides, stream) {
   } else if (kind.includes('text/javascript')) receiver('text/javascript', { script: text });
   return false;
 }
+
 // Server-Sent Events, by the HTML standard. Datastar's data lines are "key value"; lines with the
 // same key belong together.
 async function readEvents(body, receiver, stream) {
@@ -10911,6 +10926,7 @@ function receive(type, args) {
   else if (type === 'datastar-patch-elements') patchElements(args);
   else if (script) (0, eval)(script);            // in the page's scope, as a script runs
 }
+
 // JSON, or JavaScript's way to write an object, as in {name: 'Ann'}.
 function object(text) {
   try {
@@ -10919,7 +10935,6 @@ function object(text) {
     return new Function(`return (${text})`)();
   }
 }
-
 
 // ---- Elements: patches, and the morph ----
 
@@ -10974,7 +10989,7 @@ function patchOne(mode, target, nodes) {
   else if (mode !== 'remove') add(parent, target);
   if (mode === 'replace' || mode === 'remove') takeOut(parent, target);
   for (const script of scripts) if (isInPage(script)) enliven(script);
-  announceFields();
+  tellBindings();
 }
 
 // A script that was parsed never runs; one that is made by hand does, when it enters the page.
@@ -10988,15 +11003,13 @@ function enliven(dead) {
   takeOut(parentOf(dead), dead);
 }
 
-// Bindings hear of what changed by an event of our own: `input` and `change` are a person's. A
-// binding that the same patch brought has looked at its field by then.
-function announceFields() {
+// Bindings are told directly: the events `input` and `change` are a person's. A binding that the
+// same patch brought has looked at its field by then.
+function tellBindings() {
   const before = new Map([...told].map((el) => [el, owners.get(el)?.bind]));
   settle();
   told.clear();
-  for (const [el, bind] of before) {
-    if (owners.get(el)?.bind === bind) send(el, new Event(ANNOUNCED, { bubbles: true }));
-  }
+  for (const [el, bind] of before) if (owners.get(el)?.bind === bind) bind?.save();
 }
 
 // The morph turns old nodes into new ones and keeps what is the same. First it pairs: elements
@@ -11109,6 +11122,7 @@ function move(parent, node, before) {
   if (moveBefore && isInPage(node) && isInPage(parent)) moveBefore(parent, node, before);
   else insert(parent, node, before);
 }
+
 function morphNode(old, fresh, plan) {
   if (nodeType(old) !== 1) {
     if (old.nodeValue !== fresh.nodeValue) old.nodeValue = fresh.nodeValue;
@@ -11126,41 +11140,31 @@ function morphNode(old, fresh, plan) {
 
 function morphAttributes(old, fresh) {
   const preserved = (getAttr(fresh, 'data-preserve-attr') ?? '').split(/\s+/);
-  const names = attrNames(fresh);
-  let added = false;
-  const changed = [];
-  for (const name of attrNames(old)) {
-    if (hasAttr(fresh, name) || preserved.includes(name)) continue;
-    dropAttr(old, name);
-    changed.push(name);
-  }
+  const names = attrNames(fresh).filter((name) => !preserved.includes(name));
+  const changed = attrNames(old)
+    .filter((name) => !hasAttr(fresh, name) && !preserved.includes(name));
+  for (const name of changed) dropAttr(old, name);
+  // Attributes are handled in their order. So those behind a new one are put behind it.
+  let isBehind = false;
   for (const name of names) {
     const value = getAttr(old, name);
-    if (value === getAttr(fresh, name) || preserved.includes(name)) continue;
-    added ||= value === null && name.startsWith('data-');
+    const isSame = value === getAttr(fresh, name);
+    const isOurs = name.startsWith('data-');
+    isBehind ||= isOurs && value === null;
+    if (isSame && !(isBehind && isOurs)) continue;
+    if (isBehind) dropAttr(old, name);
     setAttrNode(old, copyOf(attrNode(fresh, name)));
-    changed.push(name);
+    if (!isSame) changed.push(name);
   }
   // Attributes say what a field starts with. What it has now is in its properties.
+  const kind = localName(old);
   for (const name of changed) {
     const value = getAttr(fresh, name);
-    const kind = localName(old);
     if (name === 'value' && kind === 'input' && old.type !== 'file') {
       writeField(old, name, value ?? '');
     } else if ({ checked: 'input', selected: 'option' }[name] === kind) {
       writeField(old, name, value !== null);
     }
-  }
-  if (added) reorder(old, names);
-}
-
-// Attributes are handled in their order, so new ones among them come where the server wrote them.
-function reorder(old, names) {
-  for (const name of names) {
-    const attribute = name.startsWith('data-') && attrNode(old, name);
-    if (!attribute) continue;
-    dropAttr(old, name);
-    setAttrNode(old, attribute);
   }
 }
 
