@@ -1750,8 +1750,9 @@ class TestTelemetry(unittest.TestCase):
             raise KeyError("here")
         lines = [json.loads(line) for line in out.getvalue().splitlines()]
         self.assertEqual(len([e for line in lines for e in line.get("events", ())]), 1)
-        self.assertEqual({line["status"]["message"] for line in lines}, {"KeyError: 'here'"})
-        self.assertEqual(lines[0]["span_id"], span.id)
+        ended = [line for line in lines if not line.get("partial")]  # the machine may be slow
+        self.assertEqual({line["status"]["message"] for line in ended}, {"KeyError: 'here'"})
+        self.assertEqual(ended[0]["span_id"], span.id)
 
     def test_a_tracer_that_fails_costs_no_request(self) -> None:
         class Broken(Tracer):
