@@ -164,13 +164,13 @@ def make_job(seed: int, index: int, times: int) -> tuple[int, str, Callable[[], 
 
 
 def run(job: Callable[[], object]) -> tuple[float, int]:
-    """Seconds, and the length of the answer."""
-    begun, said = time.perf_counter(), 0
+    """Seconds of CPU, and the length of the answer."""
+    begun, said = time.process_time(), 0
     try:
         job()
     except HttpException as exc:
         said = len(exc.detail)
-    return time.perf_counter() - begun, said
+    return time.process_time() - begun, said
 
 
 def try_input(seed: int, index: int) -> str | None:
@@ -205,7 +205,8 @@ def main() -> int:
         return 0
     end, index, found = time.monotonic() + options.seconds, 0, 0
     while time.monotonic() < end:
-        if finding := try_input(options.seed, index):
+        # Twice: a machine with other work finds what is not there.
+        if try_input(options.seed, index) and (finding := try_input(options.seed, index)):
             found += 1
             print(finding, flush=True)
         index += 1
