@@ -3607,7 +3607,9 @@ class RedisRelay(Relay[T]):
                 # Its answer means that all before it has been done: then we are back.
                 await self._send(connection, [*self._subscriptions(), ("PING",)])
                 while not self._closed or self._outgoing:
-                    await self._send(connection, [*self._subscriptions(), *self._next_batch()])
+                    # Taken first, sent last: who subscribed before a message of it hears it.
+                    batch = self._next_batch()
+                    await self._send(connection, [*self._subscriptions(), *batch])
                 hearing.cancel()
         finally:
             await connection.disconnect(nowait=True)
@@ -3637,10 +3639,9 @@ class RedisRelay(Relay[T]):
                 self._subscribed[channel] = pattern
                 yield kind, channel
 
-    def _next_batch(self) -> Iterator[_RedisCommand]:
+    def _next_batch(self) -> list[_RedisCommand]:
         with self._lock:
-            for _ in range(min(_BATCH, len(self._outgoing))):
-                yield self._outgoing.popleft()
+            return [self._outgoing.popleft() for _ in range(min(_BATCH, len(self._outgoing)))]
 
     async def _hear(self, connection: Any) -> None:
         """Take what Redis sends: messages, how many heard ours, answers to PING."""
