@@ -9893,13 +9893,13 @@ const aside = (job) => apart(() => batch(job));
 
 // ---- Signals: plain data, and a proxy for each object and list in it ----
 // The data belongs to the client: what comes is copied. Objects have no prototype, so that a
-// signal called "constructor" is a signal like any other. A list changes as a whole for whoever
-// hears of changes (`list` is the nearest one), and its own entries may be null; elsewhere null
-// means that the signal is gone (JSON Merge Patch, RFC 7386).
+// signal called "constructor" is a signal like any other. A list, with what is in it (`list` is the
+// nearest one), is read and told as a whole, and its entries may be null; elsewhere null means
+// that the signal is gone (JSON Merge Patch, RFC 7386).
 
 const nodes = new WeakMap();     // object or list -> { keys, list, readers, proxy }
 const targets = new WeakMap();   // proxy -> object or list
-const EACH = Symbol('which keys there are');
+const EACH = Symbol('which keys there are; in a list, all of it');
 const ALL = new Set();           // readers of everything, as data-json-signals is
 let changes = [];                // [keys, value] of this batch, for datastar-signal-patch
 
@@ -9929,7 +9929,8 @@ function adopt(value, keys, list) {
 
 function track(target, key) {
   if (!active) return;
-  const home = nodes.get(target).readers;
+  const { list, readers: home } = nodes.get(target);
+  if (list) key = EACH;
   let readers = home.get(key);
   if (!readers) home.set(key, readers = Object.assign(new Set(), { home, key }));
   readers.add(active);
@@ -9956,8 +9957,7 @@ const handler = {
   },
   set: (target, key, value) => (batch(() => write(target, key, value)), true),
   deleteProperty: (target, key) => (batch(() => erase(target, key)), true),
-  has: (target, key) => (track(target, key), Array.isArray(target) ? key in target
-    : has(target, key)),
+  has: (target, key) => (track(target, key), has(target, key)),
   ownKeys: (target) => (track(target, EACH), Reflect.ownKeys(target)),
 };
 
@@ -9970,8 +9970,7 @@ function changed({ readers, keys, list }, key, value, which) {
   else if (isBranch(value)) changes.push(...leaves(value, [...keys, key]));
   else changes.push([[...keys, key], value instanceof Computed ? '' : value]);
   wake(readers.get(key));
-  if (which) wake(readers.get(EACH));
-  if (list && which) wake(readers.get('length'));
+  if (list || which) wake(readers.get(EACH));
   wake(ALL);
 }
 
@@ -9999,10 +9998,6 @@ function write(target, key, value) {
   else if (there && !node.list && isBranch(old) && isPlain(value)) {
     for (const gone of Object.keys(old)) if (!has(value, gone)) erase(old, gone);
     for (const each of Object.keys(value)) write(old, each, value[each]);
-  } else if (Array.isArray(target) && key === 'length') {
-    target.length = value;
-    for (const each of node.readers.values()) wake(each);  // any entry may have gone
-    changed(node, key);
   } else {
     target[key] = Object(value) === value ? adopt(value, [...node.keys, key], node.list) : value;
     changed(node, key, target[key], !there);
@@ -10960,8 +10955,6 @@ function patchElements({ elements = '', selector, mode = 'outer', namespace }) {
   } else throw new Error(`the mode ${mode} needs a selector`);
 }
 
-const MODES = /^(?:outer|inner|replace|prepend|append|before|after|remove)$/;
-
 function parse(html, namespace) {
   const opening = /^(?:\s|<!--[^]*?-->|<!doctype[^>]*>)*<(html|head|body)[\s>]/i;
   const first = html.match(opening)?.[1].toLowerCase();
@@ -10977,6 +10970,8 @@ function parse(html, namespace) {
 }
 
 const told = new Set();              // fields whose content the morph has changed
+
+const MODES = /^(?:outer|inner|replace|prepend|append|before|after|remove)$/;
 
 function patchOne(mode, target, nodes) {
   const parent = parentOf(target);
