@@ -12766,6 +12766,26 @@ class TestPocketClient(ClientPromises, unittest.TestCase):
             (sent,) = self.stage.requests(f"/n{n}")
             self.assertEqual((sent.headers["try"], json.loads(sent.body)), (str(n), {"n": n}))
 
+    def test_another_form_is_sent_by_its_selector(self) -> None:
+        self.answers("/s", patch_signals({"done": True}))
+        self.show(
+            """<form id="own"><input name="a" value="1">
+            <button id="b" type="button" data-on:click="@post('/s',
+              {contentType: 'form', selector: '#other'})"></button></form>
+            <form id="other"><input name="b" value="2"></form>"""
+        )
+        self.do("byId('b').click()")
+        self.see("own().done", True)
+        self.assertEqual(self.stage.requests("/s")[0].body, b"b=2")
+
+    def test_what_the_browser_restores_is_taken_when_a_page_is_shown_again(self) -> None:
+        self.show("<input id='i' data-bind='a' value='1'><input data-bind='b' value='2'>")
+        self.see("own()", {"a": "1", "b": "2"})
+        self.do("byId('i').value = 'restored'")
+        self.now("own().a", "1")
+        self.do("dispatchEvent(new PageTransitionEvent('pageshow', {persisted: true}))")
+        self.see("own()", {"a": "restored", "b": "2"})
+
     def test_what_a_patch_does_is_no_click(self) -> None:
         form = "<form id='f' data-on:change=\"note('heard')\" data-on:input=\"note('heard')\">"
         form += "<select id='s' data-bind='s'><option {0}>a<option {1}>b</select>"
