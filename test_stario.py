@@ -12936,7 +12936,7 @@ class TestPocketClient(ClientPromises, unittest.TestCase):
     def test_another_form_is_sent_by_its_selector(self) -> None:
         self.answers("/s", patch_signals({"done": True}))
         self.show(
-            """<form id="own"><input name="a" value="1">
+            """<form><input name="a" value="1">
             <button id="b" type="button" data-on:click="@post('/s',
               {contentType: 'form', selector: '#other'})"></button></form>
             <form id="other"><input name="b" value="2"></form>"""
