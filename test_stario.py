@@ -12943,7 +12943,7 @@ class TestPocketClient(ClientPromises, unittest.TestCase):
         )
         self.do("byId('b').click()")
         self.see("own().done", True)
-        self.assertEqual(self.stage.requests("/s")[0].body, b"b=2")
+        self.assertEqual(self.stage.requests("/s")[0].body, "b=2")
 
     def test_what_the_browser_restores_is_taken_when_a_page_is_shown_again(self) -> None:
         self.show("<input id='i' data-bind='a' value='1'><input data-bind='b' value='2'>")
