@@ -10406,6 +10406,8 @@ class TestTheTestClient(AsyncTest):
             for ask in (client.get, client.post):
                 answer = await ask("/signals", signals=PageSignals(3))
                 self.assertEqual(answer.json(), {"page": 3})
+                answer = await ask("/signals", signals={"files": [{"contents": b"\xff"}]})
+                self.assertEqual(answer.json(), {"files": [{"contents": "/w=="}]})
 
     async def test_an_app_that_is_being_served_can_be_tested_too(self) -> None:
         async def hello(c: Context, w: Writer) -> None:
