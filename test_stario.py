@@ -9925,6 +9925,27 @@ class TestReadme(unittest.TestCase):
                     with self.subTest(name=f"{kind.__name__}.{name}"):
                         self.assertTrue(re.search(rf"\b{name}\b", self.code), name)
 
+    def test_every_attribute_that_is_written_exists(self) -> None:
+        """`w.html`, `c.req.query`, `app.url` and so on, in the text, in tables and in programs."""
+        # Of a table its last column: the first one may speak of other frameworks.
+        lines = self.text.splitlines()
+        ours = "\n".join(line.split("|")[-2] if line.startswith("|") else line for line in lines)
+        owners = {
+            "w": Writer, "c": Context, "c.req": stario.Request, "app": Stario, "relay": Relay,
+            "data": type(stario.data), "at": type(stario.at), "client": TestClient,
+        }  # fmt: skip
+        for owner, kind in owners.items():
+            written = set(
+                re.findall(rf"(?<![\w.'/]){re.escape(owner)}\.([a-z]\w*)(?!\w*[/'])", ours)
+            )
+            written -= {"py", "lost", "back", "address"}  # app.py; names in a trace
+            ours_too = [base for base in kind.__mro__ if base.__module__ == "stario"]
+            source = "".join(map(inspect.getsource, ours_too))
+            known = set(dir(kind)) | set(re.findall(r"self\.(\w+)", source))
+            with self.subTest(owner=owner):
+                self.assertGreater(len(written), 1)
+                self.assertEqual(written - known, set())
+
     @staticmethod
     def options() -> Iterator[tuple[str, set[str]]]:
         """Each public function, method and class that users call, with its optional parameters."""
@@ -10097,6 +10118,11 @@ class TestRecipes(AsyncTest):
                 (kept,) = Path(upload.FOLDER).iterdir()
                 self.assertEqual(kept.read_bytes(), body)
                 self.assertEqual((await client.get("/progress/*")).status, 404)
+            async with TestClient(upload.app, body_timeout=0.02) as client:
+                half = {"content-length": "300000"}
+                answer = await client.post("/upload/a1", body=b"x", headers=half)
+                self.assertEqual(answer.status, 408)
+                self.assertEqual(list(Path(upload.FOLDER).iterdir()), [kept])
             shutil.rmtree(upload.FOLDER)
 
     async def test_a_long_job(self) -> None:
