@@ -10026,6 +10026,13 @@ class TestReadme(unittest.TestCase):
         )
         self.assertIn(repr(stario.CompressionConfig()), self.text)
 
+    def test_what_tests_need_is_told(self) -> None:
+        told = self.text.partition("\n## Tests\n")[2].replace("opentelemetry-", "opentelemetry.")
+        for needed in re.findall(r"@needs\((.*)\)", Path(__file__).read_text(encoding="utf-8")):
+            for name in re.findall(r'"([^"]+)"', needed):
+                with self.subTest(name=name):
+                    self.assertIn(f"`{name}`", told)
+
     def test_links_inside_lead_somewhere(self) -> None:
         titles = re.findall(r"^#+ (.+)$", self.text, re.MULTILINE)
         anchors = {re.sub(r"[^\w\- ]", "", title).lower().replace(" ", "-") for title in titles}
