@@ -10115,12 +10115,13 @@ class TestRecipes(AsyncTest):
                         self.assertIn(text, answer.text)
 
     async def test_an_upload_with_its_progress(self) -> None:
+        id = uuid.uuid4()
         with self.recipe("upload") as upload:
             async with TestClient(upload.app) as client:
                 self.assertIn("@get('/progress/", (await client.get("/")).text)
-                async with client.stream("GET", "/progress/a1") as events:
+                async with client.stream("GET", f"/progress/{id}") as events:
                     body = os.urandom(300_000)
-                    self.assertEqual((await client.post("/upload/a1", body=body)).status, 204)
+                    self.assertEqual((await client.post(f"/upload/{id}", body=body)).status, 204)
                     shown = ""
                     while 'value="1.0"' not in shown:
                         shown = (await anext(events)).elements
@@ -10129,7 +10130,7 @@ class TestRecipes(AsyncTest):
                 self.assertEqual((await client.get("/progress/*")).status, 404)
             async with TestClient(upload.app, body_timeout=0.02) as client:
                 half = {"content-length": "300000"}
-                answer = await client.post("/upload/a1", body=b"x", headers=half)
+                answer = await client.post(f"/upload/{id}", body=b"x", headers=half)
                 self.assertEqual(answer.status, 408)
                 self.assertEqual(list(Path(upload.FOLDER).iterdir()), [kept])
             shutil.rmtree(upload.FOLDER)
