@@ -3895,11 +3895,20 @@ def _field(name: str | bytes, value: str | bytes | int) -> tuple[str, str]:
 
 
 class FormFile(NamedTuple):
-    """A file of a form: its name as the browser gave it (do not trust it), its type, its bytes."""
+    """A file of a form: its name as the browser gave it (do not trust it), its type, its contents.
+
+    `file` is open for reading; beyond 1 MiB it lies on disk, until nothing refers to it any more.
+    """
 
     filename: str
     content_type: str
-    data: bytes
+    file: IO[bytes]
+
+    @property
+    def data(self) -> bytes:
+        """All of its bytes."""
+        self.file.seek(0)
+        return self.file.read()
 
 
 class Form(QueryParams):
@@ -3935,56 +3944,105 @@ _CHARSET = re.compile(  # those that browsers know (Encoding standard): other co
 )
 
 
-def _parse_multipart(body: bytes, content_type: str) -> Form:
-    """multipart/form-data (RFC 7578). The parts are in memory already: `max_body` bounds them."""
-    boundary = _parameters(content_type).get("boundary", "")
-    if not boundary or len(boundary) > 70:
-        raise HttpException(400, "a multipart form needs a boundary of 1 to 70 characters")
-    form, texts = Form(), []
-    delimiter = b"\r\n--" + boundary.encode("latin-1", "replace")
-    for number, part in enumerate(_parts(b"\r\n" + body, delimiter), 1):
-        if number > _MAX_FORM_FIELDS:
-            raise HttpException(400, f"more than {_MAX_FORM_FIELDS} parts")
-        name, filename, kind, content = _read_part(part)
-        if filename is None:
-            texts.append((name, kind, content))
-        elif filename or content:  # a file field that was left empty has a part, too
-            form.files.setdefault(name, []).append(FormFile(filename, kind, content))
-    usual = next((text.decode("latin-1") for name, _, text in texts if name == "_charset_"), "")
-    for name, kind, content in texts:
-        text = _decode_text(content, _parameters(kind).get("charset") or usual or "utf-8")
-        form._fields.setdefault(name, []).append(text)
-    return form
+class _Part(NamedTuple):
+    """A part of a multipart form; without a file name it is a text field."""
+
+    name: str
+    filename: str | None
+    content_type: str
+    file: IO[bytes]
 
 
-def _parts(body: bytes, delimiter: bytes) -> Iterator[bytes]:
-    """The parts of a multipart body (RFC 2046, section 5.1.1), each from the CRLF before its head.
+class _MultipartReader:
+    """Sorts the bytes of multipart/form-data (RFC 7578) into parts, as they come.
 
-    A delimiter is a line of its own. A line that only begins like one is content.
+    A delimiter is a line of its own: `--boundary`, or `--boundary--` after the last part (RFC 2046,
+    section 5.1.1). A line that only begins like one is content. What may be the beginning of a
+    delimiter is held back until its end has come; all else goes into a file, which is on disk if
+    it is large.
     """
-    start, at = -1, 0
-    while (found := body.find(delimiter, at)) >= 0:
-        at = found + len(delimiter)
-        end = body.find(b"\r\n", at)
-        rest = body[at : end if end >= 0 else len(body)].rstrip(b" \t")
-        if rest in (b"", b"--"):
-            if start >= 0:
-                yield body[start:found]
-            if rest:
-                return
-            start = end
-        if end < 0:
-            break
-        at = end
-    raise HttpException(400, "the multipart form is cut off: its last boundary is missing")
+
+    def __init__(self, content_type: str) -> None:
+        boundary = _parameters(content_type).get("boundary", "").encode("latin-1", "replace")
+        if not 1 <= len(boundary) <= 70:
+            raise HttpException(400, "a multipart form needs a boundary of 1 to 70 characters")
+        line = b"\r\n--%b(--)?[ \t]{0,99}(?=\r\n)" % re.escape(boundary)
+        self._delimiter = re.compile(line)
+        self._longest = len(boundary) + 107  # bytes of a delimiter, with the line ends around it
+        self._buffer, self._at = b"\r\n", 0  # what has come, and how far it is sorted
+        self._parts: list[_Part] = []
+        self._in_head = self._complete = False
+
+    def feed(self, data: bytes) -> None:
+        """Sort these bytes. HttpException(400) if they are no form."""
+        self._buffer += data
+        while not self._complete and (self._take_head() if self._in_head else self._take_content()):
+            pass
+        self._buffer, self._at = self._buffer[self._at :], 0
+
+    def _take_content(self) -> bool:
+        """Move content to its part; False: the delimiter after it has not come yet."""
+        found = self._delimiter.search(self._buffer, self._at)
+        end = found.start() if found else max(self._at, len(self._buffer) - self._longest)
+        if self._parts:  # (what stands before the first delimiter means nothing)
+            self._parts[-1].file.write(self._buffer[self._at : end])
+        self._at = found.end() if found else end
+        self._in_head, self._complete = found is not None, bool(found and found[1])
+        return found is not None
+
+    def _take_head(self) -> bool:
+        """Begin the next part; False: its head has not come in whole."""
+        start = self._at
+        end = self._buffer.find(b"\r\n\r\n", start, start + _MAX_PART_HEAD)
+        if end < 0 and len(self._buffer) - start < _MAX_PART_HEAD:
+            return False
+        head = self._buffer[start : end + 2]
+        if end < 0 or head.count(b"\r\n") > _MAX_PART_FIELDS or self._delimiter.search(head):
+            raise HttpException(400, "the head of a part of the form has no end, or too much in it")
+        if len(self._parts) >= _MAX_FORM_FIELDS:
+            raise HttpException(400, f"more than {_MAX_FORM_FIELDS} parts")
+        self._parts.append(_read_part_head(head))
+        self._at, self._in_head = end + 4, False
+        return True
+
+    def form(self) -> Form:
+        """All that has come, as a form. HttpException(400) if its end is missing."""
+        self.feed(b"\r\n")
+        if not self._complete:
+            raise HttpException(400, "the multipart form is cut off: its last boundary is missing")
+        form, texts = Form(), []
+        for name, filename, content_type, file in self._parts:
+            if filename is None:
+                file.seek(0)
+                texts.append((name, content_type, file.read()))
+            elif filename or file.tell():  # a file field that was left empty has a part, too
+                file.seek(0)
+                form.files.setdefault(name, []).append(FormFile(filename, content_type, file))
+        usual = next((text.decode("latin-1") for name, _, text in texts if name == "_charset_"), "")
+        for name, content_type, content in texts:
+            charset = _parameters(content_type).get("charset") or usual or "utf-8"
+            form._fields.setdefault(name, []).append(_decode_text(content, charset))
+        return form
 
 
-def _read_part(part: bytes) -> tuple[str, str | None, str, bytes]:
-    """Its name, file name, content type and content."""
-    end = part.find(b"\r\n\r\n", 0, _MAX_PART_HEAD)
-    if end < 0 or part.count(b"\r\n", 0, end) > _MAX_PART_FIELDS:
-        raise HttpException(400, "the head of a part of the form has no end, or too much in it")
-    lines = (line.partition(":") for line in part[:end].decode("utf-8", "replace").split("\r\n"))
+_FORM_FILE_IN_MEMORY = 1024 * 1024  # bytes of a part; a larger one goes to disk
+
+
+@lru_cache(maxsize=1)
+def _form_contents() -> Callable[[int], IO[bytes]]:
+    """The class of a part's contents: in memory, or on disk beyond so many bytes."""
+    from tempfile import SpooledTemporaryFile  # for those who have forms: it imports a lot
+
+    class _FormContents(SpooledTemporaryFile[bytes]):
+        def __del__(self) -> None:  # when nothing refers to it any more
+            self.close()
+
+    return cast("Callable[[int], IO[bytes]]", _FormContents)
+
+
+def _read_part_head(head: bytes) -> _Part:
+    """A part, with its contents still to come."""
+    lines = (line.partition(":") for line in head.decode("utf-8", "replace").split("\r\n"))
     fields = {name.strip(" \t").lower(): value.strip(" \t") for name, _, value in lines}
     disposition = _parameters(fields.get("content-disposition", ""))
     if "name" not in disposition:
@@ -3993,8 +4051,9 @@ def _read_part(part: bytes) -> tuple[str, str | None, str, bytes]:
     if "filename*" in disposition:  # not allowed here (RFC 7578, section 4.2), but sent by some
         charset, _, escaped = disposition["filename*"].partition("'")
         filename = _decode_text(unquote_to_bytes(escaped.partition("'")[2]), charset or "utf-8")
-    kind = fields.get("content-type", "text/plain" if filename is None else "")
-    return disposition["name"], filename, kind or "application/octet-stream", part[end + 4 :]
+    kind = fields.get("content-type") or ("text/plain" if filename is None else "")
+    file = _form_contents()(_FORM_FILE_IN_MEMORY)
+    return _Part(disposition["name"], filename, kind or "application/octet-stream", file)
 
 
 def _decode_text(content: bytes, charset: str) -> str:
@@ -4203,6 +4262,8 @@ class Request:
         """Whether Datastar sent it: the answer is for a script, and not a page of its own."""
         return self.headers.get("datastar-request") == "true"
 
+    _form: Form | None = None  # once it has been read
+
     async def stream(self) -> AsyncIterator[bytes]:
         """The body in chunks as they come; while nobody takes them, the client has to wait.
 
@@ -4249,16 +4310,24 @@ class Request:
         return _parse_json(await self.body())
 
     async def form(self) -> Form:
-        """The body as a form, urlencoded or multipart. HttpException: 400, or 415 for no form.
+        """The body as a form, urlencoded or multipart; a second call gives it again.
 
-        Files are held in memory, up to `max_body` in all; for larger ones take `stream()`.
+        HttpException: 400, 415 for no form, and what `stream()` raises.
         """
+        if self._form is None:
+            self._form = await self._read_form()
+        return self._form
+
+    async def _read_form(self) -> Form:
         content_type = self.headers.get("content-type") or ""
         kind = content_type.partition(";")[0].strip().lower()
         if kind == "application/x-www-form-urlencoded":
             return Form(_parse_pairs((await self.body()).decode("utf-8", "replace")))
         if kind == "multipart/form-data":
-            return _parse_multipart(await self.body(), content_type)
+            reader = _MultipartReader(content_type)
+            async for chunk in self.stream():
+                reader.feed(chunk)
+            return reader.form()
         raise HttpException(415, "expected a form (urlencoded or multipart)")
 
 

@@ -32,6 +32,7 @@ import json
 import logging
 import math
 import os
+import random
 import re
 import select
 import shutil
@@ -290,6 +291,14 @@ async def connected(app: Stario, **options: Any) -> AsyncIterator[Peer]:
             yield peer
         finally:
             await peer.close()
+
+
+def multipart(body: bytes, content_type: str, size: int = 2**16) -> stario.Form:
+    """A multipart form that has come in pieces of this size."""
+    reader = stario._MultipartReader(content_type)
+    for start in range(0, len(body), size):
+        reader.feed(body[start : start + size])
+    return reader.form()
 
 
 async def ask(app: Stario, *pieces: bytes | str, **options: Any) -> bytes:
@@ -3240,7 +3249,7 @@ class Upload:
     photo: list[Upload.File]
 
 
-class TestForms(unittest.TestCase):
+class TestForms(AsyncTest):
     """Forms as browsers send them (RFC 7578), whatever is in them."""
 
     def form(self, *parts: tuple[str, bytes], boundary: str = "Xy") -> stario.Form:
@@ -3249,7 +3258,7 @@ class TestForms(unittest.TestCase):
             for head, content in parts
         )
         body += f"--{boundary}--\r\n".encode()
-        return stario._parse_multipart(body, f"multipart/form-data; boundary={boundary}")
+        return multipart(body, f"multipart/form-data; boundary={boundary}")
 
     def named(self, name: str, more: str = "") -> str:
         return f'Content-Disposition: form-data; name="{name}"{more}'
@@ -3319,8 +3328,39 @@ class TestForms(unittest.TestCase):
         body = (
             b"before\r\n--Xy \t\r\n" + self.named("a").encode() + b"\r\n\r\n1\r\n--Xy-- \r\nafter"
         )
-        found = stario._parse_multipart(body, "multipart/form-data; boundary=Xy")
+        found = multipart(body, "multipart/form-data; boundary=Xy")
         self.assertEqual(found.items(), [("a", "1")])
+
+    def test_it_may_come_in_pieces_of_any_size(self) -> None:
+        text = b"\r\n--Xyz\r\n\r\n--Xy \t-\r\n\r"
+        parts = ((self.named("a"), text), (self.named("b", '; filename="b"'), text * 9))
+        body = b"".join(
+            f"--Xy \t\r\n{head}\r\n\r\n".encode() + content + b"\r\n" for head, content in parts
+        )
+        for end in (b"--Xy--", b"--Xy--\r\n", b"--Xy--\r\n\r\n--Xy\r\n"):
+            for size in (1, 2, 3, 5, 7, 50, 1000):
+                with self.subTest(end=end, size=size):
+                    form = multipart(body + end, "multipart/form-data; boundary=Xy", size)
+                    self.assertEqual(form["a"].encode(), text)
+                    (file,) = form.files["b"]
+                    self.assertEqual((file.data, file.data), (text * 9, text * 9))
+
+    async def test_a_large_file_goes_to_disk_and_a_form_is_given_again(self) -> None:
+        async def upload(c: Context, w: Writer) -> None:
+            form = await c.req.form()
+            large, small = form.file("large"), form.file("small")
+            assert large and small and (await c.req.form()) is form
+            rolled = [file.file._rolled for file in (large, small)]  # type: ignore[attr-defined]
+            w.json([rolled, len(large.data), hashlib.sha256(large.data).hexdigest(), form["t"]])
+
+        content = random.Random(1).randbytes(3_000_000)
+        app = Stario()
+        app.post("/", upload)
+        async with TestClient(app) as client:
+            files = {"large": ("l.bin", content), "small": ("s.bin", b"few")}
+            answer = await client.post("/", form={"t": "text"}, files=files)
+        digest = hashlib.sha256(content).hexdigest()
+        self.assertEqual(answer.json(), [[True, False], len(content), digest, "text"])
 
     def test_what_a_part_may_cost(self) -> None:
         heads = [
@@ -3336,7 +3376,7 @@ class TestForms(unittest.TestCase):
             self.form(*[(self.named("a"), b"x")] * 1001)
         for body in (b"", b"--Xy", b"--Xy\r\n", b"--Xy\r\n--Xy\r\n--Xy--"):
             with self.subTest(body), self.assertRaises(HttpException):
-                stario._parse_multipart(body, "multipart/form-data; boundary=Xy")
+                multipart(body, "multipart/form-data; boundary=Xy")
 
 
 class TestExceptions(AsyncTest):

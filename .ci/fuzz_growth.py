@@ -109,7 +109,10 @@ def make_form(r: random.Random, times: int) -> bytes:
 
 
 def read_form(body: bytes) -> None:
-    stario._parse_multipart(body, "multipart/form-data; boundary=b")
+    reader = stario._MultipartReader("multipart/form-data; boundary=b")
+    for start in range(0, len(body), 1000):
+        reader.feed(body[start : start + 1000])
+    reader.form()
     stario._parse_pairs(body.decode("latin-1"))
 
 
