@@ -4448,14 +4448,14 @@ def _parse_json(text: str | bytes) -> Any:
         value, end = _json_decoder.raw_decode(plain)  # `decode` takes twice as long
         if end < len(plain):
             raise ValueError(f"{plain[end:][:20]!r} follows its end")
-        if "\\u" in plain and _SURROGATE.search(plain):
+        if "\\u" in plain and _ESCAPED_SURROGATE.search(plain):
             value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
         return value
     except (ValueError, RecursionError) as exc:  # UnicodeDecodeError is a ValueError
         raise HttpException(400, f"this is not JSON: {exc}") from None
 
 
-_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
+_ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 # ==================================================================================================

@@ -343,6 +343,16 @@ class TestFile(unittest.TestCase):
             )  # fmt: skip
             self.assertEqual((done.returncode, done.stdout, done.stderr), (0, "", ""))
 
+    def test_no_name_at_the_top_is_given_twice(self) -> None:
+        """The second one would be what the functions between the two get."""
+        names: list[str] = []
+        for node in ast.parse(Path(stario.__file__).read_text(encoding="utf-8")).body:
+            if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+                names.append(node.name)
+            elif isinstance(node, ast.Assign):
+                names += [target.id for target in node.targets if isinstance(target, ast.Name)]
+        self.assertEqual([name for name in set(names) if names.count(name) > 1], [])
+
     def test_everything_public_is_exported_and_has_a_docstring(self) -> None:
         for name in stario.__all__:
             thing = getattr(stario, name)
@@ -2401,6 +2411,10 @@ class TestWriter(AsyncTest):
 
         self.assertEqual((await self.answer(handler)).status, 204)
         self.assertEqual(seen, ["after", "refused", "refused", "refused"])
+
+    def test_half_an_emoji_in_a_header_is_replaced(self) -> None:
+        for text, kept in (("a\ud83d b", "a? b"), ("\udc00\udc00é", "??é")):
+            self.assertEqual(stario.ResponseHeaders().set("x", text).get("x"), kept)
 
     async def test_cookies_that_browsers_guard_are_set_as_they_ask(self) -> None:
         """RFC 6265bis, sections 4.1.3 and 5.6: otherwise they would be ignored, without a word."""
