@@ -1485,18 +1485,24 @@ await import(client);
 _LINE_BREAK = re.compile(r"\r\n|\r|\n")
 
 
-def _sse(event: str, lines: Iterable[str], id: str | None = None, retry: int | None = None) -> str:
-    """One event of a stream (HTML standard, 9.2.5)."""
-    out = [f"event: {_one_line(event)}\n"]
+def _sse(event: str, data: bytes, id: str | None = None, retry: int | None = None) -> bytes:
+    """One event of a stream (HTML standard, 9.2.5); `data` is lines, each with its `data: `."""
+    head = f"event: {event}\n"
     if id is not None:
-        out.append(f"id: {_one_line(id)}\n")
+        head += f"id: {_one_line(id)}\n"
     if retry is not None:
         if not isinstance(retry, int) or isinstance(retry, bool) or retry < 0:
             raise StarioError(f"retry={retry!r}: give whole milliseconds")
-        out.append(f"retry: {int(retry)}\n")
-    out += [f"data: {line}\n" for line in lines]
-    out.append("\n")
-    return "".join(out)
+        head += f"retry: {int(retry)}\n"
+    return b"%b%b\n" % (head.encode("utf-8", "replace"), data)
+
+
+def _data(text: str, key: str = "") -> str:
+    """Text as the data lines of an event; each begins with `key`."""
+    # Most HTML is one line; the check is several times cheaper than the search.
+    if "\n" in text or "\r" in text:
+        text = _LINE_BREAK.sub(f"\ndata: {key}", text)
+    return f"data: {key}{text}\n"
 
 
 def _one_line(value: object) -> str:
@@ -1510,14 +1516,41 @@ PatchMode = Literal["outer", "inner", "replace", "prepend", "append", "before", 
 _PATCH_MODES = typing.get_args(PatchMode)
 
 
-def _patch_lines(
+_KEPT_CALLS, _KEPT_SIZE = 4, 256 * 1024  # that many calls, of at most so many bytes
+
+
+def _kept(make: Callable[Parameters, T]) -> Callable[Parameters, T]:
+    """`make`, with its last results kept: what goes to a thousand streams is made once.
+
+    The first argument is text or bytes. It is compared: `lru_cache` would hash it, which takes
+    ten times as long where each stream has a view of its own.
+    """
+    calls: tuple[tuple[object, T], ...] = ()  # replaced as a whole, so threads may share it
+
+    @wraps(make)
+    def give(*arguments: Parameters.args, **options: Parameters.kwargs) -> T:
+        nonlocal calls
+        asked = arguments, options
+        for known, result in calls:
+            if known == asked:
+                return result
+        result = make(*arguments, **options)
+        if len(cast("str | bytes", arguments[0])) <= _KEPT_SIZE:
+            calls = ((asked, result), *calls[: _KEPT_CALLS - 1])
+        return result
+
+    return give
+
+
+@_kept
+def _patch_data(
     html: str,
     mode: PatchMode = "outer",
     selector: str | None = None,
     namespace: str | None = None,
     use_view_transition: bool = False,
     view_transition_selector: str | None = None,
-) -> list[str]:
+) -> bytes:
     """The data lines of `datastar-patch-elements`."""
     if mode not in _PATCH_MODES:
         raise StarioError(f"no patch mode {mode!r}: {_one_of(mode, _PATCH_MODES)}")
@@ -1527,18 +1560,18 @@ def _patch_lines(
         raise StarioError(f"mode {mode!r} needs a selector: only outer and replace do without")
     if not selector and html.find(" id=", 0, html.find(">")) < 0 and html:
         _check_id(html)
-    lines = [f"selector {_one_line(selector)}"] if selector else []
+    lines = f"data: selector {_one_line(selector)}\n" if selector else ""
     if mode != "outer":
-        lines.append(f"mode {mode}")
+        lines += f"data: mode {mode}\n"
     if namespace and namespace != "html":
-        lines.append(f"namespace {namespace}")
+        lines += f"data: namespace {namespace}\n"
     if use_view_transition:
-        lines.append("useViewTransition true")
+        lines += "data: useViewTransition true\n"
     if view_transition_selector:
-        lines.append(f"viewTransitionSelector {_one_line(view_transition_selector)}")
+        lines += f"data: viewTransitionSelector {_one_line(view_transition_selector)}\n"
     if html:
-        lines += ["elements " + line for line in _split_lines(html)]
-    return lines
+        lines += _data(html, "elements ")
+    return lines.encode("utf-8", "replace")
 
 
 _FIRST_TAG = re.compile(r"\s*<([a-z!][^\s>/]*)([^>]*)", re.IGNORECASE)
@@ -1556,12 +1589,7 @@ def _check_id(html: str) -> None:
         )
 
 
-def _split_lines(text: str) -> list[str]:
-    # Most HTML is one line; the check is several times cheaper than the split.
-    return _LINE_BREAK.split(text) if "\n" in text or "\r" in text else [text]
-
-
-def _signal_lines(signals: object, only_if_missing: bool = False) -> list[str]:
+def _signal_data(signals: object, only_if_missing: bool = False) -> bytes:
     """The data lines of `datastar-patch-signals`; a str is JSON already."""
     if isinstance(signals, str):
         text = _as_text(signals)
@@ -1573,8 +1601,8 @@ def _signal_lines(signals: object, only_if_missing: bool = False) -> list[str]:
             raise StarioError(f"no JSON object: {text[:60]!r}; give a dict from names to values")
     else:
         text = _signals_json(signals, _json)
-    lines = ["onlyIfMissing true"] if only_if_missing else []
-    return lines + ["signals " + line for line in _split_lines(text)]
+    lines = "data: onlyIfMissing true\n" if only_if_missing else ""
+    return (lines + _data(text, "signals ")).encode("utf-8", "replace")
 
 
 # ==================================================================================================
@@ -4628,7 +4656,8 @@ def _gzip_stream(level: int) -> Compressor:
 
     Each piece gets a compressor of its own, with the end of what was sent before as dictionary,
     since the client's window holds the same. So an open stream costs what it has last sent, up to
-    16 kB, and not the 50 kB of a zlib compressor (120 for zstd, 500 for brotli).
+    16 kB, and not the 50 kB of a zlib compressor (120 for zstd, 500 for brotli). And what goes to
+    many streams that have sent the same before is compressed once.
     """
     window, checksum, size = b"", 0, 0
     header = b"\x1f\x8b\x08\0\0\0\0\0\0\xff"
@@ -4636,17 +4665,24 @@ def _gzip_stream(level: int) -> Compressor:
     def compress(data: bytes) -> bytes:
         """One piece, complete: the client can decode it as it comes."""
         nonlocal window, checksum, size, header
-        coder = zlib.compressobj(level, zlib.DEFLATED, -15, zdict=window)
-        window = (window + data)[-16 * 1024 :]
         checksum, size = zlib.crc32(data, checksum), size + len(data)
+        block, window = _deflated(data, window, level)
         start, header = header, b""
-        return start + coder.compress(data) + coder.flush(zlib.Z_SYNC_FLUSH)
+        return start + block
 
     def finish() -> bytes:
         """The end of the stream: an empty last block, checksum and size."""
         return header + b"\x03\0" + struct.pack("<II", checksum, size & 0xFFFFFFFF)
 
     return compress, finish
+
+
+@_kept
+def _deflated(data: bytes, window: bytes, level: int) -> tuple[bytes, bytes]:
+    """A piece of a stream that ended with `window` so far, and what it ends with now."""
+    coder = zlib.compressobj(level, zlib.DEFLATED, -15, zdict=window)
+    block = coder.compress(data) + coder.flush(zlib.Z_SYNC_FLUSH)
+    return block, (window + data)[-16 * 1024 :]
 
 
 def _brotli(level: int, streaming: bool) -> Compressor:
@@ -5136,10 +5172,10 @@ class _EventWriter(_OneShotWriter):
         (client 1.0.3 and later). https://data-star.dev/reference/sse_events
         """
         html = node if type(node) is SafeString else render(node)
-        lines = _patch_lines(
+        data = _patch_data(
             html, mode, selector, namespace, use_view_transition, view_transition_selector
         )
-        self._send_event("datastar-patch-elements", lines, **options)
+        self._send_event("datastar-patch-elements", data, **options)
 
     def remove(
         self,
@@ -5149,15 +5185,15 @@ class _EventWriter(_OneShotWriter):
         **options: Unpack[EventOptions],
     ) -> None:
         """Remove the elements that `selector` finds."""
-        lines = _patch_lines("", "remove", selector, None, use_view_transition)
-        self._send_event("datastar-patch-elements", lines, **options)
+        data = _patch_data("", "remove", selector, None, use_view_transition)
+        self._send_event("datastar-patch-elements", data, **options)
 
     def sync(
         self, signals: object, *, only_if_missing: bool = False, **options: Unpack[EventOptions]
     ) -> None:
         """Merge signals into the page's: a dict, a dataclass, a model, or JSON. None removes."""
-        lines = _signal_lines(signals, only_if_missing)
-        self._send_event("datastar-patch-signals", lines, **options)
+        data = _signal_data(signals, only_if_missing)
+        self._send_event("datastar-patch-signals", data, **options)
 
     def execute(
         self,
@@ -5174,8 +5210,8 @@ class _EventWriter(_OneShotWriter):
         """
         own = {"data-effect": "el.remove()"} if auto_remove else {}
         own |= {"nonce": nonce} if nonce else {}
-        lines = _patch_lines(h.Script({**own, **(attributes or {})}, js), "append", "body")
-        self._send_event("datastar-patch-elements", lines, **options)
+        data = _patch_data(h.Script({**own, **(attributes or {})}, js), "append", "body")
+        self._send_event("datastar-patch-elements", data, **options)
 
     def navigate(
         self, url: str, *, nonce: str | None = None, **options: Unpack[EventOptions]
@@ -5206,17 +5242,17 @@ class _EventWriter(_OneShotWriter):
         """Send a plain server-sent event (HTML standard, 9.2), for a client other than Datastar."""
         if not isinstance(data, str):
             raise StarioError(f"an event's data is text, not {type(data).__name__}: json.dumps it")
-        self._send_event(name, _split_lines(data), **options)
+        self._send_event(_one_line(name), _data(data).encode("utf-8", "replace"), **options)
 
     def _send_event(
-        self, name: str, lines: Iterable[str], id: str | None = None, retry: int | None = None
+        self, name: str, data: bytes, id: str | None = None, retry: int | None = None
     ) -> None:
-        event = _sse(name, lines, id, retry)
+        event = _sse(name, data, id, retry)
         if not self.started:
             self._begin_events()
         elif not self._sse:
             raise StarioError("this answer was started as something else than a stream of events")
-        self.write(event.encode("utf-8", "replace"))
+        self.write(event)
 
     def _begin_events(self) -> None:
         self._begin(200, _SSE_FIELDS, None)

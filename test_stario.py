@@ -1109,7 +1109,7 @@ class TestBuildersWriteWhatWasMeant(unittest.TestCase):
             SafeString("<P\tID='a'>"),
             h.P(data.text("$x"), {"id": 1}),
         ):
-            stario._patch_lines(fits)
+            stario._patch_data(fits)
 
     def test_navigate_goes_to_pages_only(self) -> None:
         writer = Writer(Kept(), a_request(), CompressionConfig())
@@ -1129,8 +1129,49 @@ class TestBuildersWriteWhatWasMeant(unittest.TestCase):
             {"data-bind__prop.value-as-number__event.input.blur": "a"},
         )
         self.assertEqual(data.bind("a", event="change"), {"data-bind__event.change": "a"})
-        lines = stario._patch_lines("<p id=a>", view_transition_selector="#a")
-        self.assertEqual(lines, ["viewTransitionSelector #a", "elements <p id=a>"])
+        lines = stario._patch_data("<p id=a>", view_transition_selector="#a")
+        self.assertEqual(lines, b"data: viewTransitionSelector #a\ndata: elements <p id=a>\n")
+
+    def test_an_event_for_many_streams_is_made_and_compressed_once(self) -> None:
+        def events(id: int | None) -> bytes:
+            line = "" if id is None else f"id: {id}\n"
+            return "".join(
+                f"event: datastar-patch-elements\n{line}"
+                f'data: elements <p id="many">{number}</p>\n\n'
+                "event: datastar-patch-elements\ndata: selector #b\ndata: mode inner\n"
+                f'data: elements <p id="both">{number}</p>\n\n'
+                for number in range(3)
+            ).encode()
+
+        def stream(**fields: str) -> tuple[Kept, Writer]:
+            return (carrier := Kept()), Writer(carrier, a_request(**fields), CompressionConfig())
+
+        plain = [stream() for _ in range(50)]
+        gzip = [stream(accept_encoding="gzip") for _ in range(50)]
+        with (
+            mock.patch.object(stario, "_data", wraps=stario._data) as made,
+            mock.patch.object(stario.zlib, "compressobj", wraps=zlib.compressobj) as compressed,
+        ):
+            for number in range(3):
+                for id, (_, w) in [*enumerate(plain), *((None, stream) for stream in gzip)]:
+                    w.patch(h.P({"id": "many"}, number), id=None if id is None else str(id))
+                    w.patch(h.P({"id": "both"}, number), mode="inner", selector="#b")
+        self.assertEqual((made.call_count, compressed.call_count), (6, 6))
+        for id, (carrier, _) in enumerate(plain):
+            self.assertEqual(carrier.kept.partition(b"vary: accept-encoding\r\n")[2], events(id))
+        for carrier, w in gzip:
+            w.end()
+            body = carrier.kept[carrier.kept.index(b"\x1f\x8b") :]
+            self.assertEqual(zlib.decompress(body, wbits=31), events(None))
+
+    def test_threads_that_patch_at_the_same_time_get_what_is_theirs(self) -> None:
+        def patches(thread: int) -> None:
+            for number in range(300):
+                html = f"<p id=a>{thread if number % 3 else 'all'} {number}</p>"
+                self.assertEqual(stario._patch_data(html), f"data: elements {html}\n".encode())
+
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            list(pool.map(patches, range(4)))
 
 
 class Place(NamedTuple):
@@ -11741,10 +11782,10 @@ class ClientPromises(_Case):
             ),
         )
         run = h.Script({"nonce": script_nonce or False}, "document.body.dataset.ran = 1")
-        event = stario._sse("datastar-patch-elements", stario._patch_lines(run, "append", "body"))
+        event = stario._sse("datastar-patch-elements", stario._patch_data(run, "append", "body"))
         policy = {"content-security-policy": POLICY.format(nonce="r4nd0m", more=more)}
         self.answers("/strict", Reply(page, "text/html; charset=utf-8", headers=policy))
-        self.answers("/go", event)
+        self.answers("/go", event.decode())
         self.expected_problems = [
             "Content Security Policy",
             "Content-Security-Policy",
