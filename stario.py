@@ -1,7 +1,6 @@
 """Stario in one file: real-time web apps with nothing but Python's standard library.
 
-Copy this file into your project, under any name, and read it from top to bottom: each part uses
-only what stands above it. The smallest app:
+Copy this file into your project, under any name. The smallest app:
 
     import asyncio
     from stario import Context, RichTracer, Stario, Writer, h
@@ -16,25 +15,100 @@ only what stands above it. The smallest app:
 
     asyncio.run(main())
 
-A request travels through the file from the bottom up. The server (13) accepts a connection, the
-HTTP/1.1 part (12) turns its bytes into a `Request` (8), the router (10) finds the handler, and the
-handler answers through a `Writer` (9) with HTML (3) or with events for Datastar (4), a small
-JavaScript library that patches the page in the browser.
 
-    1  What this file is             9  The response: Writer, compression, alive
-    2  Errors                       10  Context and routing
-    3  HTML: elements are strings   11  Static files
-    4  Datastar                     12  HTTP/1.1: bytes to requests and back
-    5  Signals: JSON to dataclass   13  The app and its server
-    6  Telemetry: spans, tracers    14  Trying it without a network: TestClient
-    7  Relay: publish, subscribe   14b  ASGI: under another server
-   7b  RedisRelay: many processes   15  The pocket client (JavaScript)
-    8  The request
+ACT 0. The life of a request
 
-How to leave, or to change a part for something bigger: parts 3 to 7 stand on their own and can be
-used with any framework (only `datastar_script()` asks part 11 for a URL). Whatever carries requests
-reaches the rest through one narrow interface, `Carrier` (9): the HTTP/1.1 connection and ASGI are
-two carriers, and a third one needs about a page.
+A browser opens a connection to this app. The server (part 10) accepts it. The browser sends bytes;
+each line of them ends with "\r\n":
+
+    GET /?name=Ada HTTP/1.1
+    host: localhost:8000
+
+The first line is the request line: method, target, version. Header fields follow, one on a line,
+each a name and a value. An empty line ends the head. The connection (9) finds where the request
+ends, and makes a `Request` (5) of it. `dispatch` (8) takes that through the app: the router (7)
+finds the handler of `/`, and calls it with a `Context` and a `Writer`. The handler builds an
+element (3) and gives it to the writer (6), which answers:
+
+    HTTP/1.1 200 OK
+    content-type: text/html; charset=utf-8
+    content-length: 19
+
+    <h1>Hello, Ada</h1>
+
+A page that changes while one looks at it asks for a second answer, which has no end: a stream of
+events (13). The handler stays, and writes an event whenever there is news; mostly because another
+handler has published it (14). An event is some lines of text and an empty line:
+
+    event: datastar-patch-elements
+    data: elements <h1 id="title">Hello, Grace</h1>
+
+Datastar (12) is the JavaScript in the page that asks for the stream, and puts each element in the
+place of the one with its id. Part 28 is a small one that comes with this file.
+
+MAP
+
+After each act something runs, and you may stop there. Acts 1 to 3 are what one has to understand of
+a live page; each part of act 4 is a room of its own, to be read when it is needed.
+
+      216  ACT 1. A framework
+        223  2. Errors
+        312  3. HTML: elements are strings
+        676  4. JSON
+        757  5. The request: headers, query, cookies, body
+       1276  6. The answer: status, fields, body
+       1738  7. Context and routing
+       2277  8. The app
+     2616  ACT 2. On the network
+       2624  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
+       3640  10. The server
+       4369  11. Trying it without a network: the test client
+     4857  ACT 3. Live
+       4901  12. Datastar: attributes and actions
+       5440  13. Streams: events, and staying with a client
+       5950  14. Relay: publish and subscribe
+     6267  ACT 4. For real
+       6273  15. Signals: from JSON to your dataclass
+       6879  16. Forms
+       7061  17. Behind a proxy
+       7149  18. Compression
+       7341  19. Static files
+       7917  20. Telemetry: spans, and the tracers that show them
+       8912  21. Sessions
+       9027  22. What lives as long as the server
+       9108  23. @baked
+       9361  24. ASGI: the same app under another server
+       9598  25. RedisRelay: the same between processes and machines
+       9849  26. Reload: a saved file restarts the app
+       9995  27. Development: what went wrong, shown where one looks
+    10126  ACT 5. The pocket client
+      10133  28. The pocket client (JavaScript)
+      11610  29. An app to begin with, and this file as a page
+
+READING PATH
+
+Two hours, for who wants to know how it works and not all that it does. These lines, in this order:
+
+      323-336    `SafeString`  an element is a string
+      642-669    `Tags`  `h.P` makes one
+     1064-1230   `Request`  what a client asks for
+     1288-1336   `Carrier`  what brings the answer back
+     1461-1640   `_RawWriter`  the answer
+     1749-1849   `Context`  what a handler gets beside it
+     2169-2185   `Router._find`  from a path to a handler
+     2362-2395   `Stario.dispatch`  one request from end to end
+     2923-3059   `_Reader`  bytes to requests
+     3382-3636   `Connection`  one connection, many requests
+     4092-4107   `Server.start`  listening
+     4213-4224   `Server.stop`  ending without losing a request
+     5594-5699   `_EventWriter`  events
+     5785-5846   `_Scope`  how a disconnect reaches a handler
+     5873-5946   `Alive`  staying with a client
+     6115-6219   `Relay`  from one handler to another
+
+The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
+any framework. Whatever carries requests reaches the rest through one narrow interface, `Carrier`
+(6): the HTTP/1.1 connection and ASGI are two carriers.
 """
 
 from __future__ import annotations
@@ -71,6 +145,7 @@ import socket
 import stat
 import struct
 import subprocess
+import textwrap
 import threading
 import time
 import traceback
@@ -136,6 +211,14 @@ if typing.TYPE_CHECKING:
 
 T = TypeVar("T")
 
+
+# ==================================================================================================
+# ACT 1. A framework
+#
+# What a framework is without a network: a function from a request to an answer. At its end an app
+# answers to a carrier of ten lines, which prints what it is given.
+# ==================================================================================================
+
 # ==================================================================================================
 # 2. Errors
 #
@@ -185,36 +268,6 @@ class HttpException(Exception):
 
     def __str__(self) -> str:
         return f"{self.status_code}: {self.detail}"
-
-
-class Problem(str):
-    """What is wrong with one field of the signals: a sentence that has its parts, too.
-
-    `field` is the path of the field (`"pets[0].age"`), `expected` and `got` are in words.
-    """
-
-    field: str
-    expected: str
-    got: str
-
-    def __new__(cls, sentence: str, field: str = "", expected: str = "", got: str = "") -> Problem:
-        problem = super().__new__(cls, sentence)
-        problem.field, problem.expected, problem.got = field, expected, got
-        return problem
-
-
-class SignalsError(HttpException):
-    """The signals of a request do not fit their schema (422), or are no JSON (400).
-
-    `problems` has one `Problem` for each field that is wrong, of the first twenty; `more` says how
-    many are left out; `detail` is all of that as text, a line for each.
-    """
-
-    def __init__(self, problems: Sequence[str], status_code: int = 422, more: int = 0) -> None:
-        self.problems = [p if isinstance(p, Problem) else Problem(p) for p in problems]
-        self.more = more
-        rest = [f"and {more} more"] if more else []
-        super().__init__(status_code, "\n".join([*self.problems, *rest]))
 
 
 def _one_of(word: object, known: Iterable[str]) -> str:
@@ -618,269 +671,12 @@ class Tags:
 
 h = Tags()
 
-# -- @baked: a view is called with blanks for its arguments. Where they have come to stand its text
-# has holes, and each call fills them. Of
-#
-#     @baked
-#     def line(name: str, number: int) -> SafeString:
-#         return h.Li({"id": f"line-{number}"}, name)
-#
-# remains this function, in which `_quote` and `_filling` write by the rules of their place:
-#
-#     def line(name, number):
-#         first = _quote(f"{number}")
-#         second = _filling(name)
-#         return SafeString(f'<li id="line-{first}">{second}</li>')
-#
-# The rule that must hold: it gives what the view gives, to the byte, or there is a StarioError
-# before it gives anything. So a blank bears nothing but to be put somewhere, and the first call
-# compares both functions for values of all kinds.
-
-Parameters = ParamSpec("Parameters")
-_PROBES = (None, True, False, 7, 0.5, "", ' aA <Be> & "c"\r\n', (), SafeString("<i>"))
-# What has become of the `"<` of a mark tells how its place escapes.
-_PLACES = {'"<': None, '"&lt;': _escape, "&quot;&lt;": _quote}
-# The views that are being called with blanks here, the innermost first.
-_baking: contextvars.ContextVar[tuple[_Bake, ...]] = contextvars.ContextVar("baking", default=())
-
-
-def baked(view: Callable[Parameters, SafeString]) -> Callable[Parameters, SafeString]:
-    """Call this view only at first, and fill its arguments into its text from then on: much faster.
-
-        @baked
-        def row(name: str, price: float) -> SafeString:
-            return h.Tr(h.Td(name), h.Td({"class": "price"}, f"{price:.2f}"))
-
-    An argument may be content, an attribute's value (also within its list or dict), a part of one
-    (`f"row-{id}"`, `"mailto:" + email`), or in the URL and the queries of an action. Whatever else
-    is done with it (deciding by it!) is a StarioError at the first call, which names the argument.
-    What is no argument stays as it is at the first call.
-    """
-
-    def first(*args: object, **kwargs: object) -> object:
-        if call.__code__ is stub:  # else another thread was faster
-            code = _Bake(view, names).code_of_view(args, kwargs)
-            call.__defaults__, call.__kwdefaults__ = view.__defaults__, view.__kwdefaults__
-            call.__code__ = code  # now nothing is between the view and its caller
-        return call(*args, **kwargs)
-
-    names = {"first": first}
-    exec("def call(*args, **kwargs): return first(*args, **kwargs)", names)
-    call: Any = names["call"]
-    stub = call.__code__
-    return cast("Callable[Parameters, SafeString]", wraps(view)(call))
-
-
-class _Bake:
-    """A view that is being called with blanks.
-
-    A hole in its text is known by a mark, such as `"<b41f9….0>"`, that nobody can guess.
-    """
-
-    def __init__(self, view: Any, names: dict[str, Any]) -> None:
-        self.view = view
-        self.names = names  # of the objects that the code needs: its globals
-        self.token = "b" + os.urandom(12).hex()
-        # By the number in its mark: the argument, code for what is filled in, whether this is HTML.
-        self.holes: list[tuple[str, str, bool]] = []
-        self.found: set[int] = set()  # the holes that have come into the page
-        self.lines: list[str] = []  # of the code
-        self.refusal: StarioError | None = None  # kept, should the view catch it
-
-    def code_of_view(self, args: Iterable[object], kwargs: dict[str, object]) -> types.CodeType:
-        """Code that fills the holes, found to do what the view does."""
-        signature = inspect.signature(self.view, follow_wrapped=False)
-        given = signature.bind(*args, **kwargs)
-        given.apply_defaults()
-        values = given.arguments.copy()
-        given.arguments.update({name: _Blank.of(self, name, name) for name in values})
-        filled = self.compiled(self.page(given), signature)
-        for name, value in values.items():
-            is_text = isinstance(value, str) or not isinstance(value, (_Blank, Iterable))
-            values[name] = value if is_text else ""  # (an iterator can be read only once)
-        for name, usual in values.items():
-            for value in (usual, *_PROBES):
-                given.arguments.update(values, **{name: value})
-                if _outcome_of(self.view, given) != _outcome_of(filled, given):
-                    raise self.error(
-                        f"with {name}={value!r} it gives another page than with a blank for "
-                        f"{name!r}, so it decides by it, or changes it, or differs each time"
-                    )
-        return filled.__code__
-
-    def page(self, blanks: inspect.BoundArguments) -> str:
-        """The view's text, with marks where the blanks are."""
-        if any(bake.view is self.view for bake in _baking.get()):
-            raise self.error("it calls itself, which would never end")
-        outer = _baking.set((self, *_baking.get()))
-        try:
-            page = self.view(*blanks.args, **blanks.kwargs)
-        except Exception as exc:
-            mark = rf'(["<]|&quot;|&lt;)*{self.token}\.(\d+)([">]|&quot;|&gt;)*'
-            said = re.sub(mark, lambda mark: self.holes[int(mark[2])][0], f"{exc}")
-            raise self.refusal or self.error(f"{type(exc).__name__}: {said}") from exc
-        finally:
-            _baking.reset(outer)
-        if self.refusal or not isinstance(page, SafeString):
-            raise self.refusal or self.error(f"it gives no element, but a {type(page).__name__}")
-        return page
-
-    def error(self, reason: str) -> StarioError:
-        return StarioError(
-            f"{self.view.__qualname__} cannot be baked: {reason}. It is called with blanks, which "
-            "can be content, or an attribute's value or a part of it, also in an f-string: do the "
-            "rest outside, and pass in what comes of it"
-        )
-
-    def compiled(self, page: str, signature: inspect.Signature) -> types.FunctionType:
-        """A function that gives this page, with its holes filled."""
-        self.lines.append(f"return {self.name(SafeString)}({self.text(page, [], is_page=True)})")
-        for number, (argument, *_) in enumerate(self.holes):
-            if number not in self.found:
-                raise self.error(
-                    f"what was made of {argument!r} has not come into the page as it was: it is "
-                    "changed, or something is decided by it, or nothing escapes it there"
-                )
-        given = signature.parameters.values()
-        plain = [p.replace(default=p.empty, annotation=p.empty) for p in given]
-        head, body = f"def filled{inspect.Signature(plain)}:", "\n    ".join(self.lines)
-        exec(f"{head}\n    {body}", self.names)  # text is in it only as literals
-        return cast(types.FunctionType, self.names.pop("filled"))
-
-    def mark(self, argument: str, code: str, is_html: bool) -> str:
-        """The text that stands for what this code will give."""
-        self.holes.append((argument, code, is_html))
-        return f'"<{self.token}.{len(self.holes) - 1}>"'
-
-    def name(self, value: object) -> str:
-        name = f"{self.token}_{id(value)}"
-        self.names[name] = value
-        return name
-
-    def code(self, value: object, met: list[str]) -> str:
-        """Code for a value; `met` takes the names of arguments whose blanks are in it."""
-        if isinstance(value, _Blank):
-            met.append(value._argument)
-            return value._code
-        if isinstance(value, str) and self.token in value:
-            return self.text(value, met)
-        if isinstance(value, Mapping):
-            items = [f"{self.code(name, met)}: {self.code(value[name], met)}" for name in value]
-            return "{" + ", ".join(items) + "}"
-        if isinstance(value, (list, tuple)):
-            return "[" + ", ".join([self.code(item, met) for item in value]) + "]"
-        return self.name(value)
-
-    def text(self, text: str, met: list[str], is_page: bool = False) -> str:
-        """An f-string for a text in which marks may be. Variables have what fills them."""
-
-        def fill(mark: re.Match[str]) -> str:
-            number, escape = int(mark[2]), _PLACES[mark[1]]
-            argument, code, is_html = self.holes[number]
-            if is_page and not is_html and escape is None:
-                return mark[0]  # HTML that the view made by hand, which nothing escapes
-            self.found.add(number)
-            met.append(argument)
-            variable = f"{self.token}{len(self.lines)}"
-            value = f"{self.name(escape)}({code})" if escape else code
-            self.lines.append(f"{variable} = {value}")
-            return "{" + variable + "}"
-
-        mark = rf'("<|"&lt;|&quot;&lt;){self.token}\.(\d+)(?:>"|&gt;"|&gt;&quot;)'
-        return "f" + repr(re.sub(mark, fill, text.replace("{", "{{").replace("}", "}}")))
-
-
-class _Blank:
-    """What a view gets in place of an argument: it can be put somewhere, and nothing else."""
-
-    __slots__ = ("_argument", "_bake", "_code")
-
-    def __init__(self, bake: _Bake, argument: str, code: str) -> None:
-        self._bake, self._argument, self._code = bake, argument, code
-
-    @staticmethod
-    def of(bake: _Bake, argument: str, code: str) -> _Blank:
-        """A blank for what this code will give. Python's own errors name it by its type."""
-        kind = type(f"argument {argument}", (_Blank,), {"__slots__": ()})
-        return cast(_Blank, kind(bake, argument, code))
-
-    def __html__(self) -> str:
-        return _carried(_filling, self, is_html=True) or ""
-
-    def __str__(self) -> str:
-        return _carried(str, self) or ""
-
-    def __format__(self, spec: str) -> str:
-        if self._code.isidentifier() and re.fullmatch(r"[\w.]*", spec, re.ASCII):
-            return self._bake.mark(self._argument, f"f'{{{self._code}:{spec}}}'", is_html=False)
-        return _carried(format, self, spec) or ""
-
-    def __add__(self, other: object) -> _Blank:
-        return self._sum(other, "({0} + {1})")
-
-    def __radd__(self, other: object) -> _Blank:
-        return self._sum(other, "({1} + {0})")
-
-    def _sum(self, other: object, code: str) -> _Blank:
-        if isinstance(other, SafeString) or not isinstance(other, (str, _Blank)):
-            return cast(_Blank, NotImplemented)
-        code = code.format(self._code, self._bake.code(other, []))
-        return _Blank.of(self._bake, self._argument, code)
-
-    def _refuse(self, *args: object) -> typing.NoReturn:
-        error = self._bake.error(f"it decides by {self._argument!r}, or looks into it")
-        self._bake.refusal = error
-        raise error
-
-    __bool__ = __eq__ = __hash__ = __repr__ = __getattr__ = _refuse
-
-
-def _outcome_of(view: Callable[..., object], given: inspect.BoundArguments) -> object:
-    try:
-        return view(*given.args, **given.kwargs)
-    except Exception:
-        return None
-
-
-def _carried(function: Callable[..., str], *values: object, is_html: bool = False) -> str | None:
-    """A mark for what this function will give, if there are blanks among its arguments."""
-    if not (bakes := _baking.get()):
-        return None
-    bake, met = bakes[0], list[str]()
-    code = f"{bake.name(function)}({', '.join([bake.code(value, met) for value in values])})"
-    return bake.mark(met[0], code, is_html) if met else None
-
-
-def _filling(value: object) -> str:
-    """What a blank that is content is filled with."""
-    kind = type(value)
-    if kind is str:
-        return _escape(cast(str, value))
-    if kind is int:
-        return f"{value}"
-    return cast(str, value) if kind is SafeString else render(value)
-
-
-def _attribute(name: str, value: object) -> str:
-    """What a blank that is an attribute's value is filled with: no value, no attribute."""
-    return f' {name}="{_quote(value)}"' if type(value) is str else _attributes({name: value})
-
 
 # ==================================================================================================
-# 4. Datastar: attributes, actions, events
+# 4. JSON
 #
-# Datastar (https://data-star.dev, client 1.0) lets HTML carry behaviour: `data-*` attributes hold
-# JavaScript expressions over *signals* (`$name`), and actions in them (`@get('/x')`) ask the
-# server, which answers with events that patch the page. `data.*` gives the attributes as dicts,
-# ready to be parts of an element; `at.*` gives the actions as strings; the functions at the end
-# write the events.
-#
-# The rule that must hold: text from users never becomes code. It goes in as JSON, ASCII only,
-# where `@`, `$` and `;` are escaped (`\u0040`): before it runs an expression, the client rewrites
-# `$name` and `@name(` and splits at `;` with regular expressions that look into strings, too. And
-# `<`, `>` and `&`, so that it can stand in a script, of HTML (which `<!--` would end) or of SVG
-# (where `&quot` is decoded). What is given as an *expression* (a str) is code, the developer's own;
-# what is not text (True, 3, a list) is written in JavaScript.
+# Answers, signals and events are written as JSON. What JSON lacks (a dataclass, a date, a set) goes
+# as the nearest thing that it has; a number that is none (NaN, Infinity) is refused in both ways.
 # ==================================================================================================
 
 
@@ -957,2785 +753,14 @@ def _finite(text: str) -> float:
 _json_decoder = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)
 
 
-def _script_json(value: object) -> str:
-    """JSON that can stand in an expression: see the rule above."""
-    text = _json(value, _encode_script)
-    for letter, escape in _ESCAPES:
-        if letter in text:
-            text = text.replace(letter, escape)
-    if "__proto__" in text:  # a name like others, but not in the braces of JavaScript
-        text = re.sub(r'([{,])"__proto__":', r'\1["__proto__"]:', text)
-    return text
-
-
-_ESCAPES = [(letter, f"\\u{ord(letter):04x}") for letter in "@$;<>&"]
-
-
-def _signals_json(signals: object, write: Callable[[object], str]) -> str:
-    text = write(signals)
-    if not text.startswith("{"):
-        raise StarioError(
-            f"{type(signals).__name__} is no set of signals: give a dict from names to values, a "
-            "dataclass, or anything with model_dump"
-        )
-    return text
-
-
-def s(text: object) -> str:
-    """A JavaScript string literal, safe in an expression: `f"$name = {s(user.name)}"`."""
-    return _script_json(_as_text(text))
-
-
-def js(mapping: Mapping[str, object] | None = None, /, **expressions: object) -> str:
-    """A JavaScript object whose values are expressions: `js(total="$a + $b")`."""
-    if mapping is not None and not isinstance(mapping, Mapping):
-        raise StarioError(f"give a dict from names to expressions in place of {mapping!r}")
-    pairs = {**(mapping or {}), **expressions}
-    return "{" + ", ".join(f"{_key(name)}: {_code(code)}" for name, code in pairs.items()) + "}"
-
-
-def _key(name: str) -> str:
-    return '["__proto__"]' if name == "__proto__" else s(name)
-
-
-def _code(value: object) -> str:
-    """A value where an expression is meant: a str is one, and True is `true`."""
-    if type(value) is str:
-        return value
-    if _baking.get() and (mark := _carried(_code, value)):
-        return mark
-    return str.__str__(value) if isinstance(value, str) else _script_json(value)
-
-
-def _as_text(value: object) -> str:
-    """The text of a value: of an enum's member that of its value."""
-    if isinstance(value, str):
-        return str.__str__(value)
-    return _as_text(value.value) if isinstance(value, enum.Enum) else str(value)
-
-
-def _signal_name(name: str) -> str:
-    """The name of a signal, where the client wants a name and no expression."""
-    if not isinstance(name, str) or not re.fullmatch(r"[^\s$@;'\"(){}\[\]]+", name):
-        raise StarioError(f"give the name of a signal, as in 'user.name', without $: not {name!r}")
-    return str.__str__(name)
-
-
-Duration = int | float | str  # whole seconds; seconds with a fraction; or "250ms" as it is
-Timing = Duration | tuple[Any, ...]  # (0.5, "leading") adds the client's own flags
-Pattern = str | re.Pattern[str] | None  # a regular expression, run by the browser; None fits all
-Expression = str | bool | int | float  # JavaScript; what is no text is written as JavaScript
-
-
-class Modifiers(TypedDict, total=False):
-    """What can be said of an event handler. The client's names, in the order of its reference."""
-
-    once: bool
-    passive: bool
-    capture: bool
-    window: bool
-    document: bool
-    outside: bool
-    prevent: bool
-    stop: bool
-    exit: bool  # for on_intersect: when it leaves the view
-    half: bool  # for on_intersect: when half of it is visible,
-    full: bool  # all of it,
-    threshold: int  # or so many percent
-    duration: Timing  # for on_interval
-    delay: Duration  # wait so long
-    debounce: Timing  # wait until there has been no event for so long
-    throttle: Timing  # let one event through in so long
-    viewtransition: bool
-
-
-def _duration(name: str, value: Duration) -> str:
-    # The client separates a modifier's tags by dots, so "1.5s" cannot be written: milliseconds.
-    if isinstance(value, str) and re.fullmatch(r"\d{1,9}(ms|s)", value):
-        return value
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
-        raise StarioError(f"{name}={value!r} is no duration: write seconds (0.5), or '500ms'")
-    if value >= (1000 if name == "duration" else 100):
-        raise StarioError(
-            f"{name}={value!r} is {value} seconds. Milliseconds meant? Write {value / 1000:g}, or "
-            f"'{value}s' if it is right"
-        )
-    return f"{round(value * 1000)}ms" if isinstance(value, float) else f"{value}s"
-
-
-def _kebab(name: str) -> str:
-    """HTML lower-cases attribute names: `valueAsNumber` is written `value-as-number`."""
-    return re.sub(r"(?<!^)([A-Z])", r"-\1", name).lower()
-
-
-def _modifier(name: str, value: object) -> str:
-    """`__once` for True, nothing for False, `__debounce.500ms.leading` for (0.5, "leading")."""
-    if value is None or value is False:
-        return ""
-    if value is True:
-        return f"__{name}"
-    if name not in _MODIFIERS_WITH_VALUE:
-        raise StarioError(f"{name}={value!r}: write {name}=True")
-    if name == "threshold":
-        if isinstance(value, int) and 0 <= value <= 100:
-            return f"__threshold.{value}"
-        raise StarioError(f"threshold={value!r}: a whole number of percent, 0 to 100")
-    first, *flags = value if isinstance(value, tuple) else (value,)
-    for flag in flags:
-        if flag not in _FLAGS:
-            raise StarioError(f"{name} has no flag {flag!r}: {_one_of(flag, _FLAGS)}")
-    return ".".join((f"__{name}", _duration(name, first), *flags))
-
-
-_MODIFIERS_WITH_VALUE = ("threshold", "duration", "delay", "debounce", "throttle")
-_FLAGS = ("leading", "notrailing", "noleading", "trailing")
-
-
-def _attribute_name(start: str, modifiers: Mapping[str, object]) -> str:
-    """`data-on:click__once`"""
-    if tuple in map(type, modifiers.values()):  # (1, "leading") == (True, "leading") to a cache
-        return _new_name_with(start, **modifiers)
-    return _name_with(start, **modifiers)
-
-
-def _new_name_with(start: str, /, **modifiers: object) -> str:
-    known = Modifiers.__annotations__
-    for name in modifiers:
-        if name not in known:
-            raise StarioError(f"no modifier {name!r}: {_one_of(name, known)}")
-    return start + "".join(_modifier(name, modifiers[name]) for name in known if name in modifiers)
-
-
-_name_with = lru_cache(maxsize=512, typed=True)(_new_name_with)  # typed: 1 is not True
-
-
-@lru_cache(maxsize=256)
-def _event_name(event: str) -> str:
-    """`data-on:user-saved__case.camel`: the client turns `user-saved` back into `userSaved`."""
-    if not isinstance(event, str) or not 0 < len(event) <= 100:  # (and so no cache of long ones)
-        raise StarioError(f"{str(event)[:60]!r} is no event's name: one of at most 100 characters")
-    if event.lower() in ("onclick", "onsubmit", "oninput", "onchange", "onkeydown"):
-        raise StarioError(f"no event {event!r}: without 'on', {event[2:].lower()!r}")
-    kebab = _kebab(event)
-    case = "" if kebab == event else "__case.pascal" if event[0].isupper() else "__case.camel"
-    return f"data-on:{kebab}{case}"
-
-
-def _regex(pattern: str | re.Pattern[str]) -> str:
-    """A regular expression literal, in which nothing ends it, and the client rewrites nothing."""
-    text, flags = pattern, ""
-    if isinstance(pattern, re.Pattern):
-        text = re.sub(r"^\(\?[aimsux]+\)", "", pattern.pattern)  # they are in its flags, too
-        flags = "".join(letter for flag, letter in _REGEX_FLAGS.items() if pattern.flags & flag)
-        if pattern.flags & re.VERBOSE:
-            raise StarioError("a browser knows no re.VERBOSE: write the pattern without it")
-    return f"/{_REGEX_SPECIAL.sub(_regex_escape, str(text)) or '(?:)'}/{flags}"
-
-
-_REGEX_FLAGS = {re.IGNORECASE: "i", re.MULTILINE: "m", re.DOTALL: "s"}
-# A pair with a backslash, `$` in front of what could be a name, and single characters.
-_REGEX_SPECIAL = re.compile(r"\\[\s\S]?|\$(?=[\w-])|[/@;\n\r\u2028\u2029]")
-
-
-def _regex_escape(found: re.Match[str]) -> str:
-    text = found[0]
-    if text in ("/", "\\"):
-        return "\\" + text
-    return f"\\u{ord(text[-1]):04x}" if text[-1] in "$@;\n\r\u2028\u2029" else text
-
-
-def _filter(include: Pattern, exclude: Pattern) -> str | None:
-    """The client's object for "the signals whose names match", or None for all of them."""
-    given = {"include": include, "exclude": exclude}
-    parts = [f"{name}: {_regex(value)}" for name, value in given.items() if value is not None]
-    return "{" + ", ".join(parts) + "}" if parts else None
-
-
-class DataAttributes:
-    """Datastar's attributes, each as a dict to put into an element: `h.Div(data.text("$name"))`.
-
-    Expressions are JavaScript. Durations are seconds (`1`, `0.5`) or text (`"250ms"`).
-    See https://data-star.dev/reference/attributes.
-    """
-
-    def signals(self, signals: object, ifmissing: bool = False) -> Attributes:
-        """Set signals from a dict, a dataclass, or anything with `model_dump`.
-
-        With `ifmissing` only those that the page does not have yet.
-        """
-        name = "data-signals__ifmissing" if ifmissing else "data-signals"
-        return {name: _signals_json(signals, _script_json)}
-
-    def bind(
-        self, signal: str, *, prop: str | None = None, event: str | Sequence[str] | None = None
-    ) -> Attributes:
-        """Keep a form field and a signal equal, in both directions.
-
-        `prop` is the element's property to bind (`"checked"` of a component of your own), `event`
-        the events, one or several, after which it is read.
-        """
-        events = [event] if isinstance(event, str) else list(event or ())
-        name = f"data-bind__prop.{_kebab(prop)}" if prop else "data-bind"
-        return {".".join((name + "__event" * bool(events), *events)): _signal_name(signal)}
-
-    def text(self, expression: Expression) -> Attributes:
-        """Show the expression's value as the element's text."""
-        return {"data-text": _code(expression)}
-
-    def show(self, expression: Expression) -> Attributes:
-        """Show the element only while the expression is true."""
-        return {"data-show": _code(expression)}
-
-    def class_(self, classes: Mapping[str, Expression]) -> Attributes:
-        """Give the element each class whose expression is true: `{"is-open": "$open"}`."""
-        return {"data-class": js(classes)}
-
-    def attr(self, attributes: Mapping[str, Expression]) -> Attributes:
-        """Set attributes to the values of expressions: `{"disabled": "$busy"}`."""
-        return {"data-attr": js(attributes)}
-
-    def style(self, styles: Mapping[str, Expression]) -> Attributes:
-        """Set CSS properties to the values of expressions."""
-        return {"data-style": js(styles)}
-
-    def computed(self, signals: Mapping[str, Expression]) -> Attributes:
-        """Signals that follow from others: `{"total": "$price * $count"}`."""
-        pairs = {_signal_name(name): f"() => ({_code(code)})" for name, code in signals.items()}
-        return {"data-computed": js(pairs)}
-
-    def effect(self, expression: Expression) -> Attributes:
-        """Run the expression now, and again whenever a signal in it changes."""
-        return {"data-effect": _code(expression)}
-
-    def init(self, expression: Expression, **modifiers: Unpack[Modifiers]) -> Attributes:
-        """Run the expression when the element comes into the page (`delay`, `viewtransition`)."""
-        return {_attribute_name("data-init", modifiers): _code(expression)}
-
-    def on(self, event: str, expression: Expression, **modifiers: Unpack[Modifiers]) -> Attributes:
-        """Run the expression at an event: `data.on("click", at.post("/click"), debounce=0.5)`."""
-        name = _event_name(event)
-        return {
-            _attribute_name(name, modifiers) if modifiers else name: (
-                expression if type(expression) is str else _code(expression)
-            )
-        }
-
-    def on_intersect(self, expression: Expression, **modifiers: Unpack[Modifiers]) -> Attributes:
-        """Run the expression when the element scrolls into view (or out, with `exit`)."""
-        return {_attribute_name("data-on-intersect", modifiers): _code(expression)}
-
-    def on_interval(self, expression: Expression, **modifiers: Unpack[Modifiers]) -> Attributes:
-        """Run the expression every `duration` (one second without it)."""
-        return {_attribute_name("data-on-interval", modifiers): _code(expression)}
-
-    def on_signal_patch(
-        self,
-        expression: Expression,
-        *,
-        include: Pattern = None,
-        exclude: Pattern = None,
-        **modifiers: Unpack[Modifiers],
-    ) -> Attributes:
-        """Run the expression when signals change; with a filter, those whose names match."""
-        name = _attribute_name("data-on-signal-patch", modifiers)
-        attributes: Attributes = {name: _code(expression)}
-        if names := _filter(include, exclude):
-            attributes["data-on-signal-patch-filter"] = names
-        return attributes
-
-    def indicator(self, signal: str) -> Attributes:
-        """Set the signal to true while a request of this element is under way."""
-        return {"data-indicator": _signal_name(signal)}
-
-    def ref(self, signal: str) -> Attributes:
-        """Put the element itself into a signal."""
-        return {"data-ref": _signal_name(signal)}
-
-    def ignore(self, *, self_only: bool = False) -> Attributes:
-        """Keep Datastar away from the element and what is in it (or from the element alone)."""
-        return {"data-ignore__self" if self_only else "data-ignore": True}
-
-    def ignore_morph(self) -> Attributes:
-        """Leave the element as it is when a patch comes."""
-        return {"data-ignore-morph": True}
-
-    def json_signals(
-        self, *, include: Pattern = None, exclude: Pattern = None, terse: bool = False
-    ) -> Attributes:
-        """Show all signals (or those whose names match) as JSON: for debugging."""
-        name = "data-json-signals__terse" if terse else "data-json-signals"
-        return {name: _filter(include, exclude) or True}
-
-    def preserve_attr(self, *names: str) -> Attributes:
-        """Keep these attributes of the element as they are when a patch comes."""
-        return {"data-preserve-attr": " ".join(names)}
-
-
-data = DataAttributes()
-
-
-class ResponseOverrides(TypedDict, total=False):
-    """What the client does with an answer that is no stream, in place of what its headers say."""
-
-    selector: str
-    mode: str
-    namespace: str
-    use_view_transition: bool
-    only_if_missing: bool  # of signals
-
-
-class RequestOptions(TypedDict, total=False):
-    """The options of a request: see https://data-star.dev/reference/actions."""
-
-    content_type: Literal["json", "form"]  # the signals, or the form around the element
-    include: Pattern  # the signals to send: those whose names match,
-    exclude: Pattern  # and those whose names do not
-    selector: str  # a CSS selector for the form to send
-    headers: Mapping[str, str]  # more request headers
-    open_when_hidden: bool  # keep the stream while the tab is hidden (False for GET)
-    payload: object  # what to send in place of the signals; a str is an expression
-    retry: Literal["auto", "error", "always", "never"]  # auto: after a broken connection
-    retry_interval_ms: int  # 1000
-    retry_scaler: float  # 2: each wait is so many times the one before
-    retry_max_wait_ms: int  # 30000
-    retry_max_count: int  # 10
-    # "auto": a new request of the same URL ends it; "cleanup": the end of its element does, too;
-    # "disabled"; or an expression for an AbortController: `$controller`, `window.controller`
-    request_cancellation: str
-    response_overrides: ResponseOverrides
-
-
-_REQUEST_DEFAULTS: dict[str, object] = {
-    "content_type": "json", "retry": "auto", "retry_interval_ms": 1000, "retry_scaler": 2,
-    "retry_max_wait_ms": 30_000, "retry_max_count": 10, "request_cancellation": "auto",
-}  # fmt: skip
-_OPTION_WORDS = {  # what the client knows; another word would do nothing, without a word
-    "content_type": ("json", "form"),
-    "retry": ("auto", "error", "always", "never"),
-    "request_cancellation": ("auto", "cleanup", "disabled"),
-}
-# A value that is a list comes once for each of its items; None is left out.
-Queries = Mapping[str, object] | None
-_PLAIN_URL = re.compile(r"[A-Za-z0-9/_.~?&=%:+,#-]*")
-
-
-class Actions:
-    """Datastar's actions, as text for expressions: `at.post("/click", {"cellId": 3})`.
-
-    `queries` are added to the URL. For the options see `RequestOptions`.
-    """
-
-    def get(self, url: str, queries: Queries = None, **options: Unpack[RequestOptions]) -> str:
-        """Ask with GET; signals go into the query. `@get('/subscribe')`"""
-        return _request("get", url, queries, options)
-
-    def post(self, url: str, queries: Queries = None, **options: Unpack[RequestOptions]) -> str:
-        """Ask with POST; signals go as JSON."""
-        return _request("post", url, queries, options)
-
-    def put(self, url: str, queries: Queries = None, **options: Unpack[RequestOptions]) -> str:
-        """Ask with PUT; signals go as JSON."""
-        return _request("put", url, queries, options)
-
-    def patch(self, url: str, queries: Queries = None, **options: Unpack[RequestOptions]) -> str:
-        """Ask with PATCH; signals go as JSON."""
-        return _request("patch", url, queries, options)
-
-    def delete(self, url: str, queries: Queries = None, **options: Unpack[RequestOptions]) -> str:
-        """Ask with DELETE; signals go into the query."""
-        return _request("delete", url, queries, options)
-
-    def query(self, url: str, queries: Queries = None, **options: Unpack[RequestOptions]) -> str:
-        """Ask with QUERY, a GET whose signals go as JSON; client 1.0.4 and later (see README)."""
-        return _request("query", url, queries, options)
-
-    def peek(self, expression: Expression) -> str:
-        """The expression's value, without running again when its signals change."""
-        return f"@peek(() => {_code(expression)})"
-
-    def set_all(self, value: object, *, include: Pattern = None, exclude: Pattern = None) -> str:
-        """Set all signals (or those whose names match) to a value; a str is an expression."""
-        return f"@setAll({', '.join(filter(None, (_code(value), _filter(include, exclude))))})"
-
-    def toggle_all(self, *, include: Pattern = None, exclude: Pattern = None) -> str:
-        """Turn all signals (or those whose names match) from true to false and back."""
-        return f"@toggleAll({_filter(include, exclude) or ''})"
-
-
-at = Actions()
-
-
-def _request(method: str, url: str, queries: Queries, options: RequestOptions) -> str:
-    if _baking.get() and (mark := _carried(_request, method, url, queries, options)):
-        return mark
-    written = _request_options(method, options) if options else ""
-    size = len(url) + len(written)
-    pairs: list[str] = []  # names and values in turn
-    for name, value in queries.items() if queries else ():
-        kind = type(value)
-        for text in (str(value),) if kind is str or kind is int else _texts(name, value):
-            pairs += (name, text)
-            size += len(text)
-    # Views are rendered often: the short ones are kept. A long text of a user's hardly comes twice.
-    return (_known_action if size < 256 else _action)(method, url, written, *pairs)
-
-
-def _texts(name: str, value: object) -> list[str]:
-    """The values of a query: of a list one for each item."""
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [text for item in value for text in _texts(name, item)]
-    if isinstance(value, (Mapping, bytes)):
-        raise StarioError(f"{type(value).__name__} cannot be in a query (as {name!r}): give text")
-    return [] if value is None else [_as_text(value)]
-
-
-def _action(method: str, url: str, options: str, *pairs: str) -> str:
-    if pairs:
-        queries = zip(pairs[::2], pairs[1::2], strict=True)
-        url, mark, fragment = url.partition("#")
-        url += ("&" if "?" in url else "?") + urlencode(list(queries), errors="replace")
-        url += mark + fragment
-    address = f"'{url}'" if _PLAIN_URL.fullmatch(url) else s(url)
-    return f"@{method}({address}{options})"
-
-
-_known_action = lru_cache(maxsize=2048)(_action)
-
-
-def _request_options(method: str, options: RequestOptions) -> str:
-    """The second argument of an action: what differs from the client's defaults."""
-    given = cast("dict[str, Any]", dict(options))
-    names = _filter(given.pop("include", None), given.pop("exclude", None))
-    written = [f"filterSignals: {names}"] if names else []
-    defaults = {**_REQUEST_DEFAULTS, "open_when_hidden": method != "get"}
-    for name, value in given.items():
-        if name not in RequestOptions.__annotations__:
-            known = RequestOptions.__annotations__
-            raise StarioError(f"no option {name!r}: {_one_of(name, known)}")
-        if value is None or value == defaults.get(name):
-            continue
-        written.append(f"{_camel(name.removesuffix('_ms'))}: {_option(name, value)}")
-    return f", {{{', '.join(written)}}}" if written else ""
-
-
-@lru_cache(maxsize=64)
-def _camel(name: str) -> str:
-    return re.sub("_([a-z])", lambda found: found[1].upper(), name)
-
-
-def _option(name: str, value: Any) -> str:
-    """An option's value: a word that the client knows, an expression, a number, an object."""
-    if name == "response_overrides":
-        known = ResponseOverrides.__annotations__
-        if unknown := [key for key in value if key not in known]:
-            raise StarioError(
-                f"nothing to override is {unknown[0]!r}: {_one_of(unknown[0], known)}"
-            )
-        return _script_json({_camel(key): item for key, item in value.items()})
-    words = _OPTION_WORDS.get(name, ())
-    is_code = name == "payload" or (name == "request_cancellation" and value not in words)
-    is_bare = isinstance(value, str) and re.fullmatch(r"[\w-]*", value) is not None
-    if words and value not in words and (is_bare or not is_code):
-        raise StarioError(f"{name}={value!r}: {_one_of(value, words)}")
-    if name.startswith("retry_") and (isinstance(value, (bool, str)) or not 0 <= value < math.inf):
-        raise StarioError(f"{name}={value!r}: a number, 0 or more")
-    return _code(value) if is_code else _script_json(value)
-
-
-DATASTAR_URL = "https://cdn.jsdelivr.net/gh/starfederation/datastar@1.0.2/bundles/datastar.js"
-DATASTAR_INTEGRITY = "sha384-SnyFlWTdFL3c8+9/1WsPuMFBq6AQOGC1LmS9upY4YkM3En3wZr5q2UvydHaMgOVG"
-
-
-def datastar_script(src: str | None = None, *, nonce: str | None = None) -> SafeString:
-    """The `<script>` that brings Datastar into a page: put it into `<head>`.
-
-    Without `src` it is the official bundle from its CDN and, where that fails or has not come after
-    a second and a half, the pocket client (15) from this server. Never both: the bundle is fetched
-    as text first, and only what has come in full, and has the right hash, is run. (A script element
-    could not be called back: one that the CDN answers late would run beside the pocket client.)
-    `src` names another copy to load instead, and nothing else. `nonce` is the one of the page's
-    Content-Security-Policy.
-    """
-    attributes = {"type": "module", "nonce": nonce or False}
-    if src is not None:
-        return h.Script(attributes, {"src": src})
-    pocket = "/_stario/" + asset("pocket.js", collection="_stario")  # see 11
-    return h.Script(
-        attributes,
-        f"""
-const official = "{DATASTAR_URL}";
-const integrity = "{DATASTAR_INTEGRITY}";
-let client = "{pocket}";
-try {{
-  const answer = await fetch(official, {{ integrity, signal: AbortSignal.timeout(1500) }});
-  if (!answer.ok) throw new Error(`status ${{answer.status}}`);
-  client = URL.createObjectURL(new Blob([await answer.text()], {{ type: "text/javascript" }}));
-}} catch (reason) {{
-  console.info(`Datastar's CDN is out of reach (${{reason.message}}): using the pocket client.`);
-}}
-await import(client);
-""",
-    )
-
-
-# -- Events. The form is that of Datastar's SDK specification (sdk/ADR.md in its repository): the
-# fields in the order event, id, retry, data, and only what differs from a default. A line break of
-# any kind in a value starts a new `data:` line, so that no text can forge an event.
-
-_LINE_BREAK = re.compile(r"\r\n|\r|\n")
-
-
-def _sse(event: str, data: bytes, id: str | None = None, retry: int | None = None) -> bytes:
-    """One event of a stream (HTML standard, 9.2.5); `data` is lines, each with its `data: `."""
-    head = f"event: {event}\n"
-    if id is not None:
-        head += f"id: {_one_line(id)}\n"
-    if retry is not None:
-        if not isinstance(retry, int) or isinstance(retry, bool) or retry < 0:
-            raise StarioError(f"retry={retry!r}: give whole milliseconds")
-        head += f"retry: {int(retry)}\n"
-    return b"%b%b\n" % (head.encode("utf-8", "replace"), data)
-
-
-def _data(text: str, key: str = "") -> str:
-    """Text as the data lines of an event; each begins with `key`."""
-    # Most HTML is one line; the check is several times cheaper than the search.
-    if "\n" in text or "\r" in text:
-        text = _LINE_BREAK.sub(f"\ndata: {key}", text)
-    return f"data: {key}{text}\n"
-
-
-def _one_line(value: object) -> str:
-    text = _as_text(value)
-    if "\0" in text or _LINE_BREAK.search(text):
-        raise StarioError(f"event, id and selector cannot hold line breaks or NUL: {text[:60]!r}")
-    return text
-
-
-PatchMode = Literal["outer", "inner", "replace", "prepend", "append", "before", "after", "remove"]
-_PATCH_MODES = typing.get_args(PatchMode)
-
-
-_KEPT_CALLS, _KEPT_SIZE = 4, 256 * 1024  # that many calls, of at most so many bytes
-
-
-def _kept(make: Callable[Parameters, T]) -> Callable[Parameters, T]:
-    """`make`, with its last results kept: what goes to a thousand streams is made once.
-
-    The first argument is text or bytes. It is compared: `lru_cache` would hash it, which takes
-    ten times as long where each stream has a view of its own.
-    """
-    calls: tuple[tuple[object, T], ...] = ()  # replaced as a whole, so threads may share it
-
-    @wraps(make)
-    def give(*arguments: Parameters.args, **options: Parameters.kwargs) -> T:
-        nonlocal calls
-        asked = arguments, options
-        for known, result in calls:
-            if known == asked:
-                return result
-        result = make(*arguments, **options)
-        if len(cast("str | bytes", arguments[0])) <= _KEPT_SIZE:
-            calls = ((asked, result), *calls[: _KEPT_CALLS - 1])
-        return result
-
-    return give
-
-
-@_kept
-def _patch_data(
-    html: str,
-    mode: PatchMode = "outer",
-    selector: str | None = None,
-    namespace: str | None = None,
-    use_view_transition: bool = False,
-    view_transition_selector: str | None = None,
-) -> bytes:
-    """The data lines of `datastar-patch-elements`."""
-    if mode not in _PATCH_MODES:
-        raise StarioError(f"no patch mode {mode!r}: {_one_of(mode, _PATCH_MODES)}")
-    if namespace not in (None, "html", "svg", "mathml"):
-        raise StarioError(f"no namespace {namespace!r}: html, svg or mathml")
-    if not selector and mode not in ("outer", "replace"):
-        raise StarioError(f"mode {mode!r} needs a selector: only outer and replace do without")
-    if not selector and html.find(" id=", 0, html.find(">")) < 0 and html:
-        _check_id(html)
-    lines = f"data: selector {_one_line(selector)}\n" if selector else ""
-    if mode != "outer":
-        lines += f"data: mode {mode}\n"
-    if namespace and namespace != "html":
-        lines += f"data: namespace {namespace}\n"
-    if use_view_transition:
-        lines += "data: useViewTransition true\n"
-    if view_transition_selector:
-        lines += f"data: viewTransitionSelector {_one_line(view_transition_selector)}\n"
-    if html:
-        lines += _data(html, "elements ")
-    return lines.encode("utf-8", "replace")
-
-
-_FIRST_TAG = re.compile(r"\s*<([a-z!][^\s>/]*)([^>]*)", re.IGNORECASE)
-
-
-def _check_id(html: str) -> None:
-    """Without a selector the client finds an element by its id, or changes nothing."""
-    tag = _FIRST_TAG.match(html)
-    if tag and (tag[1].lower() in ("html", "head", "body") or tag[1].startswith("!")):
-        return  # there is one of each
-    if not tag or not re.search(r"\sid\s*=", tag[2], re.IGNORECASE):
-        raise StarioError(
-            f"no place for {html[:60]!r}: give the element an id that the page has, or say "
-            "where with selector= and mode="
-        )
-
-
-def _signal_data(signals: object, only_if_missing: bool = False) -> bytes:
-    """The data lines of `datastar-patch-signals`; a str is JSON already."""
-    if isinstance(signals, str):
-        text = _as_text(signals)
-        try:
-            is_object = isinstance(_json_decoder.decode(text), dict)
-        except (ValueError, RecursionError):
-            is_object = False
-        if not is_object:
-            raise StarioError(f"no JSON object: {text[:60]!r}; give a dict from names to values")
-    else:
-        text = _signals_json(signals, _json)
-    lines = "data: onlyIfMissing true\n" if only_if_missing else ""
-    return (lines + _data(text, "signals ")).encode("utf-8", "replace")
-
-
 # ==================================================================================================
-# 5. Signals: from JSON to your dataclass
-#
-# The browser sends all its signals with every request. `read_signals(schema, signals)` takes those
-# that the schema names and checks each against its type. Two rules must hold: a handler gets values
-# of the types that it asked for, or the client gets one list of what is wrong; and reading costs
-# what the signals are long, whatever the schema.
-#
-# A schema is compiled once into *readers*, one for each type in it. A reader is a function from a
-# value to that value as its type says. What does not fit it notes in the `_Reading`, and gives
-# `_WRONG`; the notes are put into words at the end.
-#
-# HTML inputs know only text, so text that spells a number or a truth value is taken for one where
-# the schema wants one. Nothing is converted the other way round: a number never becomes text.
-# ==================================================================================================
-
-_MOST_PROBLEMS = 20  # told in one answer
-_SHOWN = 60  # characters of a path or a value in it
-_WRONG: Any = object()  # what a reader gives for a value that does not fit
-_MISSING = object()  # what came for a field that did not come
-# What a dataclass or a model raises over values that it does not like: a ValueError on purpose,
-# the others by chance (`self.stop < self.start` where one of them is None).
-_REJECTIONS = (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, AssertionError)
-
-# Where a value is: the place that holds it, and its name there; None for the signals as a whole.
-_Place = tuple[Any, str | int] | None
-# A problem: its place, what was expected, what came, and what to say in place of these two.
-_Note = tuple[_Place, str, object, str]
-
-
-def _in_words(note: _Note) -> Problem:
-    place, expected, value, said = note
-    path, got = _cut(_path_text(place)), _shown(value)
-    where = path if path or said else "the signals"
-    sentence = _cut(" ".join(said.split()), 200) or f"expected {expected}, got {got}"
-    return Problem(f"{where}: {sentence}" if where else sentence, path, expected, got)
-
-
-def _path_text(place: _Place) -> str:
-    """`pets[0].age`; a key that is no plain word is shown as JSON."""
-    parts: list[str] = []
-    while place is not None:
-        place, name = place
-        is_word = isinstance(name, str) and re.fullmatch(r"[\w-]{1,60}", name)
-        parts.append(f".{name}" if is_word else f"[{_shown(name)}]")
-    return "".join(reversed(parts)).removeprefix(".")
-
-
-def _shown(value: object) -> str:
-    """The beginning of a value as JSON, of which so many pieces are more than is shown."""
-    if value is _MISSING:
-        return "nothing"
-    return _cut("".join(islice(_SHOWING.iterencode(value), _SHOWN + 1)))
-
-
-_SHOWING = json.JSONEncoder(default=str, skipkeys=True)
-
-
-def _cut(text: str, length: int = _SHOWN) -> str:
-    return text if len(text) <= length else text[: length - 3] + "..."
-
-
-class _Reading:
-    """One reading of one set of signals: where it is, and what was wrong so far."""
-
-    def __init__(self) -> None:
-        self.place: _Place = None  # of the value that is being read
-        self.notes: list[_Note] = []  # the first problems
-        self.count = 0  # of all problems
-        self.cause: Exception | None = None
-        self.unions = 0  # around the value that is being read
-        self.tried: dict[tuple[int, int], _Outcome] = {}  # by union and value: see _union_reader
-
-    def expected(self, what: str, value: object, said: str = "") -> Any:
-        """Note that the value here is not what was expected."""
-        self.count += 1
-        if len(self.notes) < _MOST_PROBLEMS:
-            self.notes.append((self.place, what, value, said))
-        return _WRONG
-
-    def rejected(self, exc: Exception) -> Any:
-        """Note what a dataclass or a model has against its values."""
-        self.cause = exc
-        if not callable(errors := getattr(exc, "errors", None)):
-            said = str(exc) if isinstance(exc, (ValueError, AssertionError)) else ""
-            return self.expected("", _MISSING, said or "the values do not fit together")
-        here = self.place
-        for error in errors():  # pydantic's list, one for each field
-            for name in error.get("loc", ()):
-                self.place = self.place, name
-            value = _MISSING if error.get("type") == "missing" else error.get("input", _MISSING)
-            said = error.get("msg") or str(exc)
-            self.expected(said, value, said)
-            self.place = here
-        return _WRONG
-
-    def read_each(self, parts: Iterable[tuple[str | int, Any, Reader]]) -> Any:
-        """Read values, each with its name and its reader: a list of them, or `_WRONG`."""
-        before, here, found = self.count, self.place, []
-        for name, value, read in parts:
-            self.place = here, name
-            found.append(read(value, self))
-        self.place = here
-        return found if self.count == before else _WRONG
-
-    def attempt(self, read: Reader, value: object) -> _Outcome:
-        """Read a value, and keep what is wrong with it apart."""
-        before = self.notes, self.count
-        self.notes, self.count = [], 0
-        outcome = read(value, self), self.notes, self.count
-        self.notes, self.count = before
-        return outcome
-
-    def accept(self, outcome: _Outcome) -> Any:
-        """Go on with what came of an attempt."""
-        found, notes, count = outcome
-        if count:
-            self.notes = (self.notes + notes)[:_MOST_PROBLEMS]
-            self.count += count
-        return found
-
-
-Reader = Callable[[Any, _Reading], Any]
-_Outcome = tuple[Any, list[_Note], int]  # a value or `_WRONG`, the first problems, their number
-
-
-# -- Plain values
-
-_TRUE = frozenset(("true", "on", "yes", "1"))
-_FALSE = frozenset(("false", "off", "no", "0", ""))
-_HUGE = 10**400  # to print a whole number costs the square of its digits
-# int() and float() would take "1_000", "nan" and Arabic digits as well.
-_WHOLE = re.compile(r"[+-]?\d{1,400}", re.ASCII)
-_NUMBER = re.compile(r"[+-]?(\d{1,400}(\.\d{0,400})?|\.\d{1,400})([eE][+-]?\d{1,5})?", re.ASCII)
-
-
-def _read_any(value: Any, reading: _Reading) -> Any:
-    return value
-
-
-def _read_str(value: Any, reading: _Reading) -> Any:
-    if type(value) is _Field:
-        return value.values[0]
-    return value if isinstance(value, str) else reading.expected("text", value)
-
-
-def _read_none(value: Any, reading: _Reading) -> Any:
-    return None if value is None else reading.expected("null", value)
-
-
-def _read_bool(value: Any, reading: _Reading) -> Any:
-    if isinstance(value, bool):
-        return value
-    word = value.strip().lower() if isinstance(value, str) else None
-    if word in _TRUE or word in _FALSE:
-        return word in _TRUE
-    return reading.expected("true or false", value)
-
-
-def _read_int(value: Any, reading: _Reading) -> Any:
-    if type(value) is int and -_HUGE < value < _HUGE:
-        return value
-    if isinstance(value, str) and _WHOLE.fullmatch(text := value.strip()):
-        return int(text)
-    if isinstance(value, float) and value.is_integer():
-        return int(value)
-    return reading.expected("a whole number", value)
-
-
-def _read_float(value: Any, reading: _Reading) -> Any:
-    text = value.strip() if isinstance(value, str) else ""
-    if not _NUMBER.fullmatch(text) and type(value) not in (int, float):
-        return reading.expected("a number", value)
-    try:
-        number = float(text or value)
-    except OverflowError:  # a whole number beyond the largest float
-        number = math.inf
-    return number if math.isfinite(number) else reading.expected("a finite number", value)
-
-
-def _read_decimal(value: Any, reading: _Reading) -> Any:
-    text = str(value) if type(value) in (int, float) else value
-    if isinstance(text, str) and _NUMBER.fullmatch(text := text.strip()):
-        number = Decimal(text)
-        if abs(number.adjusted()) <= 400:  # 1e9999 is short, until it is printed
-            return number
-    return reading.expected("a number", value)
-
-
-def _text_reader(name: str, make: Callable[[str], Any]) -> Reader:
-    """Types that are written as text in JSON."""
-
-    def _read(value: Any, reading: _Reading) -> Any:
-        if isinstance(value, str) and len(value) <= 100:
-            with suppress(ValueError):
-                return make(value)
-        return reading.expected(f"a {name} as text", value)
-
-    return _read
-
-
-def _read_bytes(value: Any, reading: _Reading) -> Any:
-    """A file that a field is bound to: the client sends its contents in base64."""
-    if isinstance(value, str):
-        with suppress(ValueError):
-            return base64.b64decode(value, validate=True)
-    return reading.expected("base64", value)
-
-
-def _make_uuid(text: str) -> UUID:
-    found = UUID(text)
-    if found.hex != text.replace("-", "").lower():  # it takes braces, and "0x1", as well
-        raise ValueError
-    return found
-
-
-_READERS: dict[Any, Reader] = {
-    Any: _read_any,
-    object: _read_any,
-    str: _read_str,
-    types.NoneType: _read_none,
-    bool: _read_bool,
-    int: _read_int,
-    float: _read_float,
-    Decimal: _read_decimal,
-    datetime: _text_reader("datetime", datetime.fromisoformat),
-    date: _text_reader("date", date.fromisoformat),
-    time_of_day: _text_reader("time", time_of_day.fromisoformat),
-    UUID: _text_reader("UUID", _make_uuid),
-    bytes: _read_bytes,
-}
-
-
-def _choice_reader(choices: Iterable[Any]) -> Reader:
-    """`Literal` and enums: the value itself (1 is not True), or else the text that spells it."""
-    pairs = [(item.value if isinstance(item, enum.Enum) else item, item) for item in choices]
-    plain = (str, int, float, bool, types.NoneType)
-    same = {(type(value), value): item for value, item in pairs if type(value) in plain}
-    spelt = {str(value): item for value, item in pairs}
-    words = _cut("one of " + ", ".join(_shown(value) for value, _ in pairs), 200)
-
-    def _read(value: Any, reading: _Reading) -> Any:
-        found = same.get((type(value), value), _WRONG) if type(value) in plain else _WRONG
-        if found is _WRONG and isinstance(value, str):
-            found = spelt.get(value, _WRONG)
-        return reading.expected(words, value) if found is _WRONG else found
-
-    return _read
-
-
-# -- Values that hold others
-
-
-class _Field(str):
-    """What a form or a query has under one name: its first value, or, for a list, all of them."""
-
-    def __new__(cls, values: list[str]) -> _Field:
-        """One that knows all of them."""
-        field = super().__new__(cls, values[0])
-        field.values = values
-        return field
-
-    values: list[str]
-
-
-def _list_reader(make: Any, kinds: Sequence[Any], is_fixed: bool = False) -> Reader:
-    """A list of any length, or a tuple with a type for each item."""
-    readers = [_reader(kind) for kind in kinds]
-
-    def _read(value: Any, reading: _Reading) -> Any:
-        if isinstance(value, _Field):
-            value = value.values
-        if not isinstance(value, list) or (is_fixed and len(value) != len(readers)):
-            many = f" of {len(readers)}" if is_fixed else ""
-            return reading.expected(f"a list{many}", value)
-        each = readers if is_fixed else repeat(readers[0])
-        items = reading.read_each(zip(count(), value, each))
-        if items is _WRONG or make is list:
-            return items
-        if make is not tuple and not _is_hashable(items):
-            return reading.expected("a list of plain values of many kinds", value)
-        return make(items)
-
-    return _read
-
-
-def _dict_reader(key_kind: Any = str, kind: Any = Any) -> Reader:
-    read_key, reader = _reader(key_kind), _reader(kind)
-
-    def _read(value: Any, reading: _Reading) -> Any:
-        if not isinstance(value, dict):
-            return reading.expected("an object", value)
-        keys = reading.read_each(zip(value, value, repeat(read_key)))
-        items = reading.read_each(zip(value, value.values(), repeat(reader)))
-        if keys is _WRONG or items is _WRONG:
-            return _WRONG
-        if key_kind is not str and not _is_hashable(keys):
-            return reading.expected("an object with names of many kinds", value)
-        return dict(zip(keys, items, strict=True))
-
-    return _read
-
-
-def _is_hashable(items: Iterable[Any]) -> bool:
-    """Whether a set of these costs what they are long. The hash of a number is known to all: of
-    40,000 whole numbers with the same one, each would be compared with all that came before.
-    """
-    first: dict[int, Any] = {}
-    alike: list[Any] = []  # have the hash of another one
-    try:
-        for item in items:
-            known = first.setdefault(hash(item), item)
-            if known != item and item not in alike:
-                alike.append(item)
-                if len(alike) > 20:
-                    return False
-    except TypeError:  # a list, say
-        return False
-    return True
-
-
-def _fields_reader(schema: Any) -> Reader:
-    """A dataclass or a TypedDict: each field from the signal of its name."""
-    make, fields = typing.get_origin(schema) or schema, _fields_of(schema)
-
-    def _read(value: Any, reading: _Reading) -> Any:
-        if not isinstance(value, dict):
-            return reading.expected("an object", value)
-        found: dict[str, Any] = {}
-        before, here = reading.count, reading.place
-        for name, read, is_required in fields:
-            reading.place = here, name
-            if name in value:
-                found[name] = read(value[name], reading)
-            elif is_required:
-                reading.expected("a value", _MISSING, "is missing")
-        reading.place = here
-        if reading.count > before:
-            return _WRONG
-        try:
-            return make(**found)
-        except _REJECTIONS as exc:
-            return reading.rejected(exc)
-
-    return _read
-
-
-def _model_reader(model: Any) -> Reader:
-    def _read(value: Any, reading: _Reading) -> Any:
-        try:
-            return model.model_validate(value)
-        except _REJECTIONS as exc:  # pydantic's is a ValueError
-            return reading.rejected(exc)
-
-    return _read
-
-
-def _union_reader(options: tuple[Any, ...]) -> Reader:
-    """The first type that fits. A value that is of one of them already stays as it is: "1" is text
-    for `int | str`.
-
-    Types that hold each other could be tried 2 to the power of their depth. So inside of a union
-    the outcome for a value that holds others is remembered, until the outermost one has decided.
-    """
-    kinds = [kind for kind in map(_bare, options) if kind is not types.NoneType]
-    readers = [_reader(kind) for kind in kinds]
-    words = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds)
-    is_optional = len(kinds) < len(options)
-
-    def _read(value: Any, reading: _Reading) -> Any:
-        if value is None and is_optional:
-            return None
-        if len(readers) == 1 and value != "":
-            return readers[0](value, reading)
-        key = id(_read), id(value)
-        if key in reading.tried:
-            return reading.accept(reading.tried[key])
-        reading.unions += 1
-        outcome = _choose(value, reading)
-        reading.unions -= 1
-        if not reading.unions:
-            reading.tried.clear()
-        elif _is_deep(value):
-            reading.tried[key] = outcome
-        return reading.accept(outcome)
-
-    def _choose(value: Any, reading: _Reading) -> _Outcome:
-        first: _Outcome | None = None
-        nearly = []  # fit, but for something in them: that says more than what does not fit at all
-        for read in readers:
-            outcome = found, notes, _ = reading.attempt(read, value)
-            if found is _WRONG:
-                place, _, _, said = notes[0]
-                nearly += [outcome] if said or place is not reading.place else []
-            elif found is value or type(value) in (dict, list):
-                return outcome
-            else:
-                first = first or outcome
-        if value == "" and is_optional and (first is None or first[0] is False):
-            return None, [], 0  # an input that was left empty
-        if first is None and len(nearly) != 1:
-            return _WRONG, [(reading.place, words, value, "")], 1
-        return first or nearly[0]
-
-    return _read
-
-
-def _is_deep(value: Any) -> bool:
-    """Whether a value holds lists or objects: what does not is quickly read again."""
-    items = value.values() if isinstance(value, dict) else value
-    return isinstance(value, (dict, list)) and any(type(item) in (dict, list) for item in items)
-
-
-# -- From types to readers
-
-_SHAPES: dict[Any, Any] = {
-    list: list, Sequence: list, Iterable: list, set: set, frozenset: frozenset, tuple: tuple,
-}  # fmt: skip
-_QUALIFIERS: set[Any] = {
-    typing.Annotated, typing.Required, typing.NotRequired, typing.ClassVar, typing.Final,
-    getattr(typing, "ReadOnly", typing.Final),
-}  # fmt: skip
-
-
-def _reader(kind: Any) -> Reader:
-    """Compile a type. (What is in a dataclass, when the first one comes: it may hold itself.)"""
-    kind = _bare(kind)
-    origin, arguments = typing.get_origin(kind) or kind, typing.get_args(kind)
-    if origin in _READERS:
-        return _READERS[origin]
-    if origin in (typing.Union, types.UnionType):
-        return _union_reader(arguments)
-    if origin is typing.Literal:
-        return _choice_reader(arguments)
-    if origin in _SHAPES:
-        is_fixed = origin is tuple and kind is not tuple and arguments[-1:] != (Ellipsis,)
-        kinds = arguments if is_fixed else arguments[:1] or (Any,)
-        return _list_reader(_SHAPES[origin], kinds, is_fixed)
-    if origin in (dict, Mapping):
-        return _dict_reader(*arguments)
-    if isinstance(kind, TypeVar):
-        return _reader(kind.__bound__ or Any)
-    if hasattr(origin, "__value__") or _is_record(origin):
-        return _kept_reader(kind)
-    if isinstance(origin, type):
-        if issubclass(origin, enum.Enum):
-            return _choice_reader(origin)
-        if hasattr(origin, "model_validate"):
-            return _model_reader(kind)
-    raise StarioError(
-        f"signals cannot be read as {getattr(kind, '__name__', repr(kind))}: a schema is a "
-        "dataclass, a TypedDict or a class with model_validate"
-    )
-
-
-def _is_record(origin: Any) -> bool:
-    return dataclasses.is_dataclass(origin) or typing.is_typeddict(origin)
-
-
-def _kept_reader(kind: Any) -> Reader:
-    """The reader of a type: always the same (and by its text, since `int | bool == bool | int`)."""
-    if dataclasses.is_dataclass(type(kind)):
-        raise StarioError(f"signals are read as a class: give {type(kind).__name__}, not one of it")
-    return _schema_reader(kind, "" if isinstance(kind, type) else repr(kind))
-
-
-@lru_cache(maxsize=1024)
-def _schema_reader(schema: Any, text: str) -> Reader:
-    origin = typing.get_origin(schema) or schema
-    made: Reader | None = None  # when it is first needed: a schema may hold itself
-
-    def _read(value: Any, reading: _Reading) -> Any:
-        nonlocal made
-        if made is None:
-            if hasattr(origin, "__value__"):  # `type Name = …`
-                made = _reader(_bind(origin.__value__, schema))
-            else:
-                made = _fields_reader(schema) if _is_record(origin) else _reader(schema)
-        return made(value, reading)
-
-    return _read
-
-
-def _bare(kind: Any) -> Any:
-    """A type without what only says something of it: `Annotated`, `Required`, a new name."""
-    while True:
-        if typing.get_origin(kind) in _QUALIFIERS:
-            kind = typing.get_args(kind)[0]
-        elif isinstance(kind, dataclasses.InitVar):
-            kind = kind.type
-        elif hasattr(kind, "__supertype__"):  # NewType
-            kind = kind.__supertype__
-        else:
-            return types.NoneType if kind is None else kind
-
-
-def _bind(kind: Any, generic: Any) -> Any:
-    """A type with what type variables stand for in another: `list[T]` in `Page[int]`."""
-    if isinstance(kind, dataclasses.InitVar):
-        kind = kind.type
-    origin, given = typing.get_origin(generic), typing.get_args(generic)
-    names = getattr(origin, "__type_params__", ()) or getattr(origin, "__parameters__", ())
-    bound = dict(zip(names, given, strict=False))
-    if isinstance(kind, TypeVar):
-        return bound.get(kind, kind)
-    inner = () if isinstance(kind, type) else getattr(kind, "__parameters__", ())
-    return kind[tuple(bound.get(name, name) for name in inner)] if bound and inner else kind
-
-
-def _hints_of(schema: Any) -> dict[str, Any]:
-    """The types of the fields of `Page[int]`, those that it has from `Base[T]` included."""
-    origin = typing.get_origin(schema) or schema
-    found: dict[str, Any] = {}
-    for base in origin.__dict__.get("__orig_bases__", origin.__bases__):
-        if dataclasses.is_dataclass(typing.get_origin(base) or base):
-            found |= _hints_of(_bind(base, schema))
-    for name, kind in typing.get_type_hints(origin, include_extras=True).items():
-        if name in origin.__annotations__ or name not in found:
-            found[name] = _bind(kind, schema)
-    return found
-
-
-def _fields_of(schema: Any) -> list[tuple[str, Reader, bool]]:
-    """Name, reader and whether it must be there, for each field."""
-    origin = typing.get_origin(schema) or schema
-    try:
-        hints = _hints_of(schema)
-    except NameError as exc:
-        raise StarioError(
-            f"the types of {origin.__name__} cannot be looked up ({exc}): define the schema and "
-            "what it names at the top of a module"
-        ) from exc
-    missing = dataclasses.MISSING
-    if typing.is_typeddict(origin):
-        needed = {name: _is_required(origin, name, kind) for name, kind in hints.items()}
-    else:
-        needed = {
-            field.name: field.default is field.default_factory is missing
-            for field in origin.__dataclass_fields__.values()  # (fields() leaves out InitVar)
-            if field.init
-            and typing.ClassVar not in (hints[field.name], typing.get_origin(hints[field.name]))
-        }
-    return [(name, _reader(hints[name]), is_needed) for name, is_needed in needed.items()]
-
-
-def _is_required(schema: Any, name: str, kind: Any) -> bool:
-    """Whether a TypedDict needs a key, which it does not know where annotations are postponed."""
-    while (origin := typing.get_origin(kind)) in _QUALIFIERS:
-        if origin in (typing.Required, typing.NotRequired):
-            return origin is typing.Required
-        kind = typing.get_args(kind)[0]
-    return name in schema.__required_keys__
-
-
-def read_signals(schema: type[T], signals: object) -> T:
-    """Check signals (a parsed JSON object), a form or a query against a schema and make one.
-
-    `schema` is a dataclass, a TypedDict, or a class with `model_validate` (pydantic's). Fields that
-    it does not know are ignored. Raises SignalsError with the fields that do not fit.
-    """
-    reading = _Reading()
-    find_all = getattr(signals, "getlist", None)
-    if find_all:  # a Form or QueryParams: a name may come several times
-        signals = {name: _Field(find_all(name)) for name in cast("Iterable[str]", signals)}
-    try:
-        found = _kept_reader(schema)(signals, reading)
-    except RecursionError:
-        reading = _Reading()
-        reading.expected("", _MISSING, "the signals are nested too deeply")
-    if reading.count:
-        problems = [_in_words(note) for note in reading.notes]
-        raise SignalsError(problems, more=reading.count - len(problems)) from reading.cause
-    return cast(T, found)
-
-
-# ==================================================================================================
-# 6. Telemetry: spans, and the tracers that show them
-#
-# A *span* is a piece of work with a beginning and an end: a request, a database query, a job. It
-# has attributes (what it is about), events (what happened in it) and a parent; all spans of one
-# piece of work share a trace id. A *tracer* is told of three moments, and shows them as it likes:
-# a span starts, an event happens in it, it ends. Override these three and it is your own.
-#
-# Three rules hold. A tracer hears of every event at once, and a span keeps only the newest hundred:
-# a stream that is open for a week loses nothing and costs no memory. What is noted becomes plain
-# data there and then (`_noted`), so that no tracer meets an object that changes or fails later. And
-# the two tracers below only put what they hear into a queue: one thread takes it out, keeps all
-# their state to itself, and writes. No request waits for a stream, and no lock is needed.
-# ==================================================================================================
-
-_EVENTS_KEPT = 100
-_LONGEST_TEXT = 16_000  # characters of one value, or of one traceback
-_NO_NUMBERS = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}  # JSON has none of these
-
-
-def _noted(attributes: Mapping[Any, Any] | None) -> dict[str, Any]:
-    """Attributes as they are now: text, numbers, True, False, None, and lists and dicts of them."""
-    if not attributes:
-        return {}
-    return {
-        key if type(key) is str else _safe_text(key): _plain_data(value)
-        for key, value in attributes.items()
-    }
-
-
-def _plain_data(value: Any) -> Any:
-    kind = type(value)
-    if kind is bool or value is None or (kind is str and len(value) <= _LONGEST_TEXT):
-        return value
-    if kind is int:  # OpenTelemetry's have 64 bits; Python does not even print very long ones
-        return value if -(2**63) <= value < 2**63 else _safe_text(hex(value))
-    if kind is float:
-        return value if math.isfinite(value) else _NO_NUMBERS[str(value)]
-    if kind in (dict, list, tuple):
-        try:
-            text = json.dumps(value, default=_safe_text, allow_nan=False)
-            return json.loads(text) if len(text) <= _LONGEST_TEXT else _safe_text(text)
-        except Exception:  # it holds itself, NaN, or keys that JSON does not have
-            return _safe_text(value)
-    return _safe_text(value)
-
-
-def _safe_text(value: object) -> str:
-    """A value's text, whatever its `__str__` does, and not too much of it."""
-    try:
-        text = str(value)
-    except Exception as exc:
-        return f"<{type(value).__name__}: its text raises {type(exc).__name__}>"
-    return text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]}... ({len(text)})"
-
-
-def _stack_of(exc: BaseException) -> str:
-    """The traceback. Of a very long one the end: that is where it happened."""
-    try:
-        text = "".join(traceback.format_exception(exc, limit=-_EVENTS_KEPT))
-    except Exception:  # its own methods fail
-        text = "".join(traceback.format_tb(exc.__traceback__, -_EVENTS_KEPT)) + type(exc).__name__
-    return text[-_LONGEST_TEXT:]
-
-
-class SpanEvent(NamedTuple):
-    """Something that happened in a span. `time_ns` is nanoseconds since 1970."""
-
-    name: str
-    attributes: Mapping[str, Any]
-    time_ns: int
-
-
-class _Caller(NamedTuple):
-    """The span of another program that a request came from."""
-
-    trace_id: str
-    id: str
-    sampled: bool
-
-
-_TRACEPARENT = re.compile(
-    r"(?!ff)([0-9a-f]{2})-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})(-.*)?"
-)
-
-
-def _caller_of(fields: Sequence[str]) -> _Caller | None:
-    """Whom `traceparent` names; None if it is missing, there twice, or not well-formed."""
-    found = _TRACEPARENT.fullmatch(fields[0]) if len(fields) == 1 else None
-    if found is None or (found[1] == "00" and found[5]):  # only later versions may say more
-        return None
-    return _Caller(found[2], found[3], bool(int(found[4], 16) & 1))
-
-
-class Span:
-    """A piece of work, from `start_ns` to `end_ns` (nanoseconds since 1970; 0 while it runs).
-
-    Call it to note an event, index it to set an attribute, use it in `with` to end it. Ids are hex,
-    in the lengths of W3C Trace Context: 16 digits for a span, 32 for a trace. Where `sampled` is
-    False (the caller's wish), tracers do not hear of it, unless it fails.
-    """
-
-    __slots__ = (
-        "attributes", "end_ns", "error", "events", "id", "links", "name", "parent_id", "sampled",
-        "start_ns", "trace_id", "tracer",
-    )  # fmt: skip
-
-    def __init__(
-        self, tracer: Tracer, name: str, attributes: dict[str, Any], parent: Span | _Caller | None
-    ) -> None:
-        """Started by `tracer(name)`, `span.step(name)` or `span.root(name)`."""
-        self.tracer = tracer
-        self.name = name
-        ids = f"{random.getrandbits(192):048x}"
-        self.id = ids[:16]
-        self.parent_id: str | None = None
-        self.trace_id = ids[16:]
-        self.sampled = True
-        if parent:
-            self.parent_id, self.trace_id = parent.id, parent.trace_id
-            self.sampled = parent.sampled
-        self.attributes = attributes
-        self.events: list[SpanEvent] = []
-        self.links: list[Span] = []
-        self.error: str | None = None
-        self.end_ns = 0
-        self.start_ns = time.time_ns()
-        if self.sampled:
-            self._tell(tracer.on_start)
-
-    def __call__(
-        self, event: str | BaseException, attributes: Mapping[str, Any] | None = None
-    ) -> None:
-        """Note an event by its name, or an exception. Neither makes the span an error."""
-        if isinstance(event, BaseException):  # by OpenTelemetry's names
-            event.__dict__["_traced_in"] = self.trace_id
-            attributes = {
-                "exception.type": type(event).__name__,
-                "exception.message": _safe_text(event),
-                "exception.stacktrace": _stack_of(event),
-                **(attributes or {}),
-            }
-            event = "exception"
-        noted = SpanEvent(_safe_text(event), _noted(attributes), time.time_ns())
-        self.events.append(noted)
-        if len(self.events) > _EVENTS_KEPT:
-            del self.events[:-_EVENTS_KEPT]  # one step, so that threads may do it at once
-        if self.sampled:
-            self._tell(self.tracer.on_event, noted)
-
-    def __setitem__(self, key: str, value: Any) -> None:
-        self.attributes[key] = _plain_data(value)
-
-    def __getitem__(self, key: str) -> Any:
-        return self.attributes[key]
-
-    @property
-    def traceparent(self) -> str:
-        """This span as the parent of another program's: a header field of the request to it.
-
-        https://www.w3.org/TR/trace-context/#traceparent-header
-        """
-        return f"00-{self.trace_id}-{self.id}-{'01' if self.sampled else '00'}"
-
-    def step(self, name: str, attributes: Mapping[str, Any] | None = None) -> Span:
-        """A child: work that is part of this. `with span.step("query"): ...`"""
-        return Span(self.tracer, name, _noted(attributes), self)
-
-    def root(self, name: str, attributes: Mapping[str, Any] | None = None) -> Span:
-        """A new trace: work that this started, but that stands on its own. Link it if you like."""
-        return Span(self.tracer, name, _noted(attributes), None)
-
-    def link(self, other: Span) -> None:
-        """Note that this work has to do with another span's."""
-        self.links.append(other)
-
-    def fail(self, exc: BaseException) -> None:
-        """Mark the span as failed by an exception; the trace shows where that came from, once."""
-        if not self.sampled:  # what went wrong is told, whoever asked
-            self.sampled = True
-            self._tell(self.tracer.on_start)
-        if exc.__dict__.get("_traced_in") != self.trace_id:
-            self(exc)
-        self.error = f"{type(exc).__name__}: {_safe_text(exc)}"
-
-    def end(self) -> None:
-        """The work is done. A second call does nothing."""
-        if not self.end_ns:
-            self.end_ns = max(time.time_ns(), self.start_ns)
-            if self.sampled:
-                self._tell(self.tracer.on_end)
-
-    def _tell(self, moment: Callable[..., object], *more: SpanEvent) -> None:
-        try:
-            moment(self, *more)
-        except Exception:  # a tracer's mistake is shown, and costs no request
-            sys.excepthook(*sys.exc_info())
-
-    def __enter__(self) -> Span:
-        return self
-
-    def __exit__(self, kind: object, exc: BaseException | None, where: object) -> None:
-        if isinstance(exc, Exception):  # a cancellation is no failure
-            self.fail(exc)
-        self.end()
-
-
-class Tracer:
-    """A tracer that shows nothing, and the base of those that do.
-
-    `tracer("job")` starts a span of a new trace. Spans end on any thread, several at a time.
-    """
-
-    def __call__(self, name: str, attributes: Mapping[str, Any] | None = None) -> Span:
-        """Start a span that no request stands behind: `with tracer("job") as span:`"""
-        return Span(self, name, _noted(attributes), None)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        return None
-
-    def on_start(self, span: Span) -> None:
-        """A span has begun."""
-
-    def on_event(self, span: Span, event: SpanEvent) -> None:
-        """Something happened in a span, or, where `span.end_ns` is not 0, after its end."""
-
-    def on_end(self, span: Span) -> None:
-        """A span has ended: its attributes, error and end time stand now."""
-
-
-class _UnseenSpan(Span):
-    """What `c.step` gives in an app without a tracer: one for all, that keeps nothing."""
-
-    __slots__ = ()
-
-    def _ignore(self, *what: object) -> None:
-        return None
-
-    def step(self, *what: object) -> Span:
-        """Itself."""
-        return self
-
-    __call__ = __setitem__ = link = fail = end = _ignore  # type: ignore[assignment]
-    root = step  # type: ignore[assignment]
-
-
-_unseen = _UnseenSpan(Tracer(), "unseen", {}, _Caller("f" * 32, "f" * 16, False))
-
-# Whose step the task works in (a Context), and its span. Tasks inherit it, and so do the threads of
-# `asyncio.to_thread`.
-_current_step: contextvars.ContextVar[tuple[object, Span | None]] = contextvars.ContextVar(
-    "stario_step", default=(None, None)
-)
-
-
-class _LogToSpan(logging.Handler):
-    """Stands in for the handlers of the root logger, and makes events of what is logged in a span.
-    They get the rest: nothing is printed twice.
-    """
-
-    def __init__(self, level: int) -> None:
-        super().__init__()
-        root = logging.getLogger()
-        self._from, self._root_level, self._others = level, root.level, root.handlers[:]
-        root.handlers[:] = [self]
-        root.setLevel(min(level, root.level))
-
-    def remove(self) -> None:
-        """Put everything back, unless somebody has changed it meanwhile."""
-        root = logging.getLogger()
-        if self in root.handlers:
-            root.handlers[:] = [*self._others, *(h for h in root.handlers if h is not self)]
-            root.setLevel(self._root_level)
-
-    def handle(self, record: logging.LogRecord) -> bool:
-        """Take a record without the lock that `logging` would hold meanwhile."""
-        self.emit(record)
-        return True
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Note it in the span, or pass it on."""
-        span = _current_step.get()[1]
-        if span and span.sampled and record.levelno >= self._from:
-            said = {"severity_text": record.levelname, "logger.name": record.name}
-            exc = record.exc_info and record.exc_info[1]
-            try:
-                text = record.getMessage()
-            except Exception:  # its arguments do not fit its text
-                text = record.msg
-            span(exc or "log", {**said, "body": text})
-        elif record.levelno >= (logging.getLogger(record.name).level or self._root_level):
-            for handler in self._others or [cast(logging.Handler, logging.lastResort)]:
-                if record.levelno >= handler.level:
-                    handler.handle(record)
-
-
-# -- Tracers that write to a stream. Whatever thread a span ends on appends what is to be written to
-# one list: that is a single step, and needs no lock. One thread empties the list ten times a second
-# and writes all of it at once, so that a request neither waits for the stream nor hands the
-# interpreter over to another thread. Subclasses say what is put into the list (`_ended`), what
-# becomes of it in the thread (`_take`), and what that comes to as text (`_frame`).
-
-_LONGEST_QUEUE = 20_000  # while the stream takes nothing
-_MANY = 250  # in the queue: these are written without a pause
-_NOT_NOW = _LONGEST_QUEUE + 1  # a length that it never has
-
-
-class _StreamTracer(Tracer):
-    """What the two tracers below share.
-
-    A stream that stalls, is full or closed costs spans and events. They are counted, and their
-    number is told when something can be written again, or else at the end, on standard error.
-    """
-
-    _pause = 0.1  # seconds in which more may come: SIGKILL takes no more than that along
-
-    def __init__(self, stream: IO[str] | None = None, *, logging_level: int | None = None) -> None:
-        """`stream` is standard output by default. With a `logging_level`, what the program logs
-        during a request, from that level on, becomes an event of it while the tracer's `with` runs.
-        """
-        self._stream = sys.stdout if stream is None else stream
-        self._logging_level = logging_level
-        self._logging: _LogToSpan | None = None
-        self._renew()
-        _stream_tracers.add(self)
-
-    def _renew(self) -> None:
-        self._queue: list[str | tuple[Any, ...]] = []
-        self._lines: list[Any] = []  # to be written next
-        self._wakes_at = 1  # the length of the queue that the thread wants to be woken at
-        self._wake: queue.SimpleQueue[bool] = queue.SimpleQueue()  # True: write what is left, end
-        self._writer: threading.Thread | None = None
-        self._starting, self._writing = threading.Lock(), threading.Lock()
-        self._drops, self._seen = count(), 0  # a drop is one step of `count`, so is each look
-        self._lost = 0
-
-    def __enter__(self) -> Self:
-        if self._logging_level is not None and self._logging is None:
-            self._logging = _LogToSpan(self._logging_level)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if self._logging is not None:
-            self._logging.remove()
-            self._logging = None
-        self._close()
-
-    def on_end(self, span: Span) -> None:
-        """Into the queue."""
-        self._put(self._ended(span))
-
-    def _put(self, what: str | tuple[Any, ...]) -> None:
-        waiting = self._queue
-        if self._stream is None or len(waiting) >= _LONGEST_QUEUE:
-            next(self._drops)
-            return
-        waiting.append(what)
-        if len(waiting) >= self._wakes_at:
-            self._wakes_at = _NOT_NOW
-            if self._writer is not None:
-                self._wake.put(False)
-            elif self._starting.acquire(blocking=False):
-                try:
-                    self._begin()
-                finally:
-                    self._starting.release()
-
-    def _begin(self) -> None:
-        self._writer = threading.Thread(target=self._run, name="tracer", daemon=True)
-        try:
-            self._writer.start()
-            atexit.register(self._close)
-        except RuntimeError:  # the program is at its end, and starts no thread any more
-            self._writer = None
-            self._wake.put(True)
-            self._run()
-
-    def _close(self) -> None:
-        """Write what is left, in a second at most. What comes later begins anew."""
-        writer, self._writer = self._writer, None
-        if writer is None:
-            return
-        atexit.unregister(self._close)
-        self._wake.put(True)
-        writer.join(1)
-        if writer.is_alive():  # the stream stalls; Python would wait for it, too, when it ends
-            sys.stdout = None if sys.stdout is self._stream else sys.stdout
-            self._complain(len(self._queue))
-
-    def _complain(self, lost: int) -> None:
-        """On standard error, whose locks others may hold, and without waiting for that, either."""
-        text = f"stario: {lost} spans and events could not be written\n".encode()
-        thread = threading.Thread(target=os.write, args=(2, text), daemon=True)
-        thread.start()
-        thread.join(0.2)
-
-    def _run(self) -> None:
-        with self._writing:  # one thread after the other
-            ending = False
-            while not ending:
-                ending = self._wait()
-                self._write_all(ending)
-            self._wakes_at = 1
-
-    def _wait(self) -> bool:
-        """Until something has come, and a little longer. True: that was the end."""
-        ending = False
-        with suppress(queue.Empty):
-            self._wakes_at = 1  # before the look at the queue: what comes after it wakes
-            if not self._queue:
-                ending = self._wake.get(timeout=1 if self._lost else self._patience())
-            self._wakes_at = _MANY
-            ending = ending or self._wake.get(timeout=self._pause)
-        self._wakes_at = _NOT_NOW
-        return ending
-
-    def _write_all(self, ending: bool) -> None:
-        taken = self._queue[:]
-        del self._queue[: len(taken)]
-        steps = next(self._drops)
-        missing, self._lost, self._seen = self._lost + steps - self._seen, 0, steps + 1
-        if missing:
-            lost = Span(Tracer(), "telemetry.lost", {"count": missing}, None)
-            lost.end()
-            taken.append(self._ended(lost))
-        for what in taken:
-            try:
-                if type(what) is str:
-                    self._lines.append(what)
-                else:
-                    self._take(*what)
-            except Exception:  # one thing that cannot be shown costs no other
-                self._lost += 1
-        if not self._write(self._frame(ending)):
-            self._lost += missing + len(taken) - bool(missing)
-        if ending and self._lost:
-            self._complain(self._lost)
-
-    def _write(self, text: str) -> bool:
-        try:
-            if text and self._stream is not None:
-                _write_any(self._stream, text)
-                self._stream.flush()
-        except Exception:  # it is full, closed, or a stream of somebody's own that fails
-            return False
-        return True
-
-    def _patience(self) -> float | None:
-        """Seconds after which there is something to write, even if nothing comes."""
-        return None
-
-    def _ended(self, span: Span) -> str | tuple[Any, ...]:
-        """What is put into the queue for a span that has ended: text, or what `_take` takes."""
-        raise NotImplementedError
-
-    def _take(self, *what: Any) -> None:
-        """One thing from the queue that is no text."""
-        raise NotImplementedError
-
-    def _frame(self, ending: bool) -> str:
-        """What is to be written, now that all that had come has been taken."""
-        raise NotImplementedError
-
-
-_stream_tracers: weakref.WeakSet[_StreamTracer] = weakref.WeakSet()
-
-
-def _begin_anew() -> None:
-    """In a fork: it has neither its parent's thread, nor its parent's lines to write."""
-    for tracer in _stream_tracers:
-        tracer._renew()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_begin_anew)
-
-
-def _write_any(stream: IO[str], text: str) -> None:
-    write = type(stream).write  # its own: RichTracer puts another in its place, see there
-    try:
-        write(stream, text)
-    except UnicodeEncodeError:
-        encoding = getattr(stream, "encoding", None) or "ascii"
-        write(
-            stream,
-            text.translate(_ASCII_MARKS).encode(encoding, "backslashreplace").decode(encoding),
-        )
-
-
-class JsonTracer(_StreamTracer):
-    """One JSON object a line, for log collectors; the names are OpenTelemetry's.
-
-    A span is one line, written within a tenth of a second after its end. Events of one that is open
-    for longer are written before that, and those that come later, after it, in lines of their own
-    with the same ids and `"partial": true`. So each event is written once, and nothing is kept.
-    """
-
-    def __init__(self, stream: IO[str] | None = None, *, logging_level: int | None = None) -> None:
-        super().__init__(stream, logging_level=logging_level)
-        self._events: dict[Span, list[str]] = {}  # that have not been written
-
-    def on_event(self, span: Span, event: SpanEvent) -> None:
-        """Into the queue."""
-        noted = {"name": event.name, "time_unix_nano": event.time_ns}
-        self._put((span, _log_json({**noted, "attributes": event.attributes}), False))
-
-    def _ended(self, span: Span) -> str | tuple[Any, ...]:
-        fields = self._fields(span, f'"end_time_unix_nano":{span.end_ns}')
-        return (span, fields, True) if span.events else f"{{{fields}}}\n"
-
-    def _take(self, span: Span, text: str, ended: bool) -> None:
-        if ended:
-            self._add_line(span, text)
-            return
-        events = self._events.setdefault(span, [])
-        events.append(text)
-        if len(events) == _EVENTS_KEPT:
-            self._add_line(span, self._fields(span, '"partial":true'))
-
-    def _frame(self, ending: bool) -> str:
-        for span in list(self._events):
-            self._add_line(span, self._fields(span, '"partial":true'))
-        text = "".join(self._lines)
-        self._lines.clear()
-        return text
-
-    def _add_line(self, span: Span, fields: str) -> None:
-        if span in self._events:
-            fields += f',"events":[{",".join(self._events.pop(span))}]'
-        self._lines.append(f"{{{fields}}}\n")
-
-    def _fields(self, span: Span, more: str) -> str:
-        """Of the line of a span all but its events: the greater part needs no encoder."""
-        try:
-            pairs = [f"{_quoted(key)}:{_log_value(v)}" for key, v in span.attributes.items()]
-            attributes = f"{{{','.join(pairs)}}}"
-        except Exception:  # something was put into `span.attributes` directly
-            attributes = _log_json(_noted(span.attributes))
-        text = (
-            f'"name":{_log_value(span.name)},"trace_id":"{span.trace_id}","span_id":"{span.id}",'
-            f'"start_time_unix_nano":{span.start_ns},{more},"attributes":{attributes}'
-        )
-        if span.parent_id:
-            text += f',"parent_span_id":"{span.parent_id}"'
-        if span.links:
-            links = [{"trace_id": other.trace_id, "span_id": other.id} for other in span.links[:]]
-            text += f',"links":{_log_json(links)}'
-        if span.error:
-            text += f',"status":{{"code":"ERROR","message":{_log_json(span.error)}}}'
-        return text
-
-
-_log_json = _json_writer(_safe_text)
-_quoted = json.encoder.encode_basestring_ascii
-
-
-def _log_value(value: Any) -> str:
-    """As `_log_json`, but texts and whole numbers take a quarter of the time without an encoder."""
-    if type(value) is str:
-        return _quoted(value)
-    return str(value) if type(value) is int else _log_json(value)
-
-
-# -- For people. A *line* is a list of pieces, each a text and its style. Only when it is written
-# does it become one string, cut to the width of the terminal.
-
-_Line = list[tuple[str, str]]
-_STYLES = {"bold": 1, "dim": 2, "red": 31, "green": 32, "yellow": 33, "cyan": 36}
-_STATUS_STYLES = {"2": "green", "3": "cyan", "4": "yellow", "5": "red"}
-_ASCII_MARKS = str.maketrans("│─━✗…×", "|-=x.x")
-_START, _EVENT, _END = range(3)
-_LONG = 10**9  # nanoseconds after which an open span is shown in the footer
-_MOST_SHOWN = 20  # trees in a second: the others are summed up
-_MOST_ROWS = 40  # of a tree
-_BAR = 12  # columns
-
-
-class _Branch:
-    """A span that is open, and what happened in it, in order: the first of it."""
-
-    def __init__(self, span: Span, parent: _Branch | None) -> None:
-        self.span = span
-        self.root: _Branch = parent.root if parent else self
-        self.rows: list[SpanEvent | _Branch] = []
-        self.left_out = 0
-        # Of a root, for the whole tree:
-        self.events = self.steps = 0
-        self.last: SpanEvent | None = None
-
-    def add(self, row: SpanEvent | _Branch) -> None:
-        if len(self.rows) < _MOST_ROWS:
-            self.rows.append(row)
-        else:
-            self.left_out += 1
-
-    def tree(self) -> list[tuple[int, SpanEvent | _Branch]]:
-        """All below it, with the depth of each. No recursion: steps nest as deep as they like."""
-        found: list[tuple[int, SpanEvent | _Branch]] = []
-        waiting: list[tuple[int, SpanEvent | _Branch]] = [(-1, self)]
-        while waiting:
-            depth, row = waiting.pop()
-            found.append((depth, row))
-            if isinstance(row, _Branch):
-                if row.left_out:
-                    waiting.append((depth + 1, SpanEvent(f"and {row.left_out} more", {}, 0)))
-                waiting += [(depth + 1, below) for below in reversed(row.rows)]
-        return found[1:]
-
-
-class RichTracer(_StreamTracer):
-    """For a person at a terminal: each request is a small tree, shown when it has ended.
-
-    What is open for longer than a second, above all streams, has a line in a footer, which stays
-    below all else; what the program prints goes above it. When more than twenty requests end in a
-    second, the others are summed up. Where there is no terminal (a pipe, TERM=dumb), each span is
-    one line of plain text. NO_COLOR and FORCE_COLOR are heeded.
-    """
-
-    _pause = 0.05
-
-    def __init__(self, stream: IO[str] | None = None, *, logging_level: int | None = None) -> None:
-        super().__init__(stream, logging_level=logging_level)
-        size = _size_of(self._stream)
-        self._live = size is not None and os.environ.get("TERM") != "dumb"
-        wanted = bool(os.environ.get("FORCE_COLOR")) or self._live
-        self._colours = wanted and not os.environ.get("NO_COLOR")
-        self._width = size[0] if size and self._live else 1_000_000
-        self._watched: list[Any] = []  # streams of the program
-        self._open: dict[str, _Branch] = {}  # by the span's id
-        self._footer: list[_Line] = []  # as it is on the screen
-        self._in_line = False  # what was printed last has no line feed yet
-        self._shown, self._second = 0, 0.0  # how many trees, in the second that began then
-        # What was not shown: by its name and outcome, the nanoseconds that it took.
-        self._summed: dict[tuple[str, tuple[str, str]], list[int]] = {}
-
-    def on_start(self, span: Span) -> None:
-        """Into the queue."""
-        if self._live:
-            self._put((_START, span))
-
-    def on_event(self, span: Span, event: SpanEvent) -> None:
-        """Into the queue."""
-        if self._live:
-            self._put((_EVENT, span, event))
-        elif span.end_ns:
-            self._put(self._painted(self._late(span, event)))
-
-    def _ended(self, span: Span) -> str | tuple[Any, ...]:
-        return (_END, span) if self._live else self._painted(self._one_line(span))
-
-    # -- What the program prints must not meet the footer. So it takes the same way: each of its
-    # streams has another `write` for as long as the tracer's thread runs.
-
-    def _begin(self) -> None:
-        for stream in (sys.stdout, sys.stderr) if self._live else ():
-            if _size_of(stream) and "write" not in vars(stream):
-                stream.write = self._print  # type: ignore[method-assign]
-                self._watched.append(stream)
-        super()._begin()
-
-    def _close(self) -> None:
-        while self._watched:
-            del self._watched.pop().write
-        super()._close()
-
-    def _print(self, text: str) -> int:
-        self._put(text)
-        return len(text)
-
-    # -- What happens
-
-    def _patience(self) -> float | None:
-        return 0.25 if self._open or self._summed else None
-
-    def _take(self, moment: int, what: Any, event: SpanEvent | None = None) -> None:
-        if moment == _START:
-            self._start(what)
-        elif event:
-            self._note(what, event)
-        else:
-            self._end(self._open.pop(what.id) if what.id in self._open else _Branch(what, None))
-
-    def _start(self, span: Span) -> None:
-        parent = self._open.get(span.parent_id or "")
-        branch = self._open[span.id] = _Branch(span, parent)
-        if parent:
-            parent.add(branch)
-            parent.root.steps += 1
-
-    def _note(self, span: Span, event: SpanEvent) -> None:
-        branch = self._open.get(span.id)
-        if branch is None:  # it is over, and nothing is kept of it
-            self._lines.append(self._late(span, event))
-            return
-        branch.add(event)
-        root = branch.root
-        root.events, root.last = root.events + 1, event
-        if event.name == "exception" and event.time_ns - root.span.start_ns > _LONG:
-            self._lines += [self._heading(root.span), *self._row(root.span, 0, event)]
-
-    def _end(self, branch: _Branch) -> None:
-        """Show what has ended, with its root, unless that is over, or there is too much of it."""
-        span = branch.span
-        if branch.root is not branch and branch.root.span.id in self._open:
-            return
-        durations = self._summed.get(key := (span.name, _outcome(span)))
-        if self._shown < _MOST_SHOWN or (span.error and durations is None):
-            self._shown += 1
-            self._lines += self._tree(branch)
-            if span.error:
-                self._summed[key] = durations or []  # others of its kind are counted only
-        else:
-            self._summed.setdefault(key, []).append(span.end_ns - span.start_ns)
-
-    def _sum_up(self) -> None:
-        """Tell of what was not shown: how many of each kind, and how long they took."""
-        summed, self._summed = self._summed, {}
-        burst = sum(map(len, summed.values())) > _MOST_SHOWN  # then none is shown until it is over
-        self._shown = _MOST_SHOWN if burst else 0
-        for (name, outcome), took in sorted(summed.items(), key=lambda entry: -len(entry[1])):
-            if took:
-                took.sort()
-                times = f"  p50 {_took(took[len(took) // 2])}  max {_took(took[-1])}"
-                line = self._columns(time.time_ns(), name, outcome, f"{len(took):,} x")
-                self._lines.append([*line, (times, "dim")])
-
-    # -- How it looks
-
-    def _frame(self, ending: bool) -> str:
-        now = time.monotonic()
-        if now - self._second >= 1 or ending:
-            self._sum_up()
-            self._second = now
-        roots = [branch for branch in self._open.values() if branch.root is branch]
-        if ending:
-            self._lines += [self._heading(root.span) for root in roots]
-            self._open.clear()
-        columns, height = (self._live and _size_of(self._stream)) or (1_000_000, 0)
-        # Rows of the old footer: a terminal that has become narrower breaks its lines anew.
-        rows = sum(1 + (min(self._width, _cells(line)) - 1) // columns for line in self._footer)
-        self._width = columns
-        text = "".join(map(self._written, self._lines))
-        self._lines.clear()
-        old = self._footer
-        self._footer = [] if ending or self._in_line else self._streams(roots, height // 3)
-        if not text and self._footer == old:
-            return ""
-        up = f"\r\x1b[{rows}A\x1b[J" if rows else ""
-        return up + text + "".join(map(self._written, self._footer))
-
-    def _written(self, line: _Line | str) -> str:
-        """A line of ours on a line of its own; what was printed just as it is."""
-        if isinstance(line, str):
-            self._in_line = not line.endswith("\n")
-            return line
-        start, self._in_line = "\n" * self._in_line, False
-        return start + self._painted(line)
-
-    def _painted(self, line: _Line) -> str:
-        room, painted = self._width - 1, ""
-        for piece, style in line:
-            text = _fit(piece, room)
-            room -= _cells([(text, "")])
-            painted += f"\x1b[{_STYLES[style]}m{text}\x1b[0m" if style and self._colours else text
-        return painted + "\n"
-
-    def _streams(self, roots: list[_Branch], most: int) -> list[_Line]:
-        """The footer: a line for each root that is open for long, the oldest first."""
-        now = time.time_ns()
-        long = [root for root in roots if now - root.span.start_ns >= _LONG]
-        if not long:
-            return []
-        shown = long if len(long) < most else long[: max(0, most - 2)]
-        lines: list[_Line] = [[(f"── {len(long)} open ".ljust(self._width - 1, "─"), "dim")]]
-        for root in shown:
-            count = f"{root.events:,} event{'s' * (root.events != 1)}"
-            last = _event_text(root.last) if root.last else ""
-            title = (_padded(_title(root.span), self._title_width(), self._width // 2), "bold")
-            open_for = (f"{_took(now - root.span.start_ns):>8}  ", "green")
-            lines.append([open_for, title, (f"{count:>13}  ", "dim"), (last, "cyan")])
-        if len(shown) < len(long):
-            lines.append([(f"{'':10}and {len(long) - len(shown)} more", "dim")])
-        return lines
-
-    def _columns(self, time_ns: int, title: str, outcome: tuple[str, str], took: str) -> _Line:
-        """What the lines of requests have in common, one under the other."""
-        name = (_padded(title, self._title_width(), max(20, self._width - 30)), "bold")
-        text, style = outcome
-        return [(f"{_clock(time_ns)}  ", "dim"), name, (f"{text:>7}", style), (f"{took:>9}", "")]
-
-    def _title_width(self) -> int:
-        return max(20, min(44, self._width - 60))
-
-    def _heading(self, span: Span) -> _Line:
-        took = _took((span.end_ns or time.time_ns()) - span.start_ns)
-        return self._columns(span.start_ns, _title(span), _outcome(span), took)
-
-    def _tree(self, branch: _Branch) -> list[_Line]:
-        """A line for a root, then one for each event and step. A stream is one line."""
-        span, heading, rows = branch.span, self._heading(branch.span), branch.tree()
-        if span.end_ns - span.start_ns >= _LONG and not branch.steps and not span.error:
-            heading, rows = [*heading, (f"  {branch.events:,} events", "dim")], []
-        if len(rows) > _MOST_ROWS:
-            left_out = SpanEvent(f"... {len(rows) - _MOST_ROWS} more ...", {}, 0)
-            half = _MOST_ROWS // 2
-            rows = [*rows[:half], (0, left_out), *rows[-half:]]
-        lines = self._with_pairs(heading, 8, span.attributes)
-        for depth, row in rows:
-            lines += self._row(span, depth, row)
-        return lines
-
-    def _row(self, root: Span, depth: int, row: SpanEvent | _Branch) -> list[_Line]:
-        """One thing in a tree: how long after the root's start it came, and what it is."""
-        guides = "│ " * min(depth, 15)
-        indent, room = 20 + len(guides), max(8, self._title_width() - 10 - len(guides))
-        if isinstance(row, _Branch):
-            span = row.span
-            took = _took(span.end_ns - span.start_ns) if span.end_ns else "open"
-            line = [*_offset(root, span.start_ns), (guides, "dim"), (_padded(span.name, room), "")]
-            line += [(f"{took:>16}  ", ""), *_bar(root, span)]
-            return self._with_pairs(line, indent, span.attributes)
-        line = [*_offset(root, row.time_ns), (guides, "dim")]
-        if row.name != "exception":
-            line.append((_padded(row.name, room), "cyan"))
-            return self._with_pairs(line, indent, row.attributes)
-        width = max(20, self._width - indent - 3)
-        said = [
-            part[at : at + width]
-            for part in _failure(row).split("\n")
-            for at in range(0, len(part), width)
-        ]
-        lines = [
-            [*line, (said[0], "red")],
-            *([(f"{'':{indent + 2}}{part}", "red")] for part in said[1:12]),
-        ]
-        lines += _pairs_below(indent, _pairs(row.attributes))
-        return [*lines, *([(f"{'':20}{guides}  ", "dim"), (frame, "")] for frame in _frames(row))]
-
-    def _with_pairs(self, line: _Line, indent: int, attributes: Mapping[str, Any]) -> list[_Line]:
-        """A line with the attributes behind it, or, where there is no room for them, below."""
-        pairs = _pairs(attributes)
-        behind = [piece for key, value in pairs for piece in ((f"  {key}=", "dim"), (value, ""))]
-        if not pairs or _cells([*line, *behind]) < self._width:
-            return [[*line, *behind]]
-        return [line, *_pairs_below(indent, pairs)]
-
-    def _late(self, span: Span, event: SpanEvent) -> _Line:
-        title = f"{_clock(event.time_ns)} {_title(span)}, after its end: "
-        return [(title, "dim"), (_event_text(event), "")]
-
-    def _one_line(self, span: Span) -> _Line:
-        """A span where there is no terminal, with its newest events."""
-        outcome, style = _outcome(span)
-        line = [(f"{_clock(span.start_ns)} {span.trace_id[:4]} ", "dim"), (_title(span), "bold")]
-        line += [(f" {outcome}".rstrip(), style), (f" {_took(span.end_ns - span.start_ns)}", "")]
-        line += [(f" {key}={value}", "") for key, value in _pairs(span.attributes)]
-        for event in span.events[-_MOST_SHOWN:]:
-            line.append((f" | {_took(event.time_ns - span.start_ns)} {_event_text(event)}", ""))
-        return line
-
-
-def _size_of(stream: IO[str] | None) -> tuple[int, int] | None:
-    """Columns and lines of a terminal; None where there is none."""
-    try:
-        if stream is not None and stream.isatty():
-            size = os.get_terminal_size(stream.fileno())
-            return size.columns or 80, size.lines or 24
-    except (OSError, ValueError):  # it is closed, or only looks like one
-        pass
-    return None
-
-
-def _printable(text: str) -> str:
-    # A client chooses paths and signals: what it sends must not move the cursor of a terminal.
-    if text.isprintable():
-        return text
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
-
-
-def _cells(line: _Line) -> int:
-    """How many columns of a terminal a line takes."""
-    text = _printable("".join(piece for piece, _ in line))
-    return len(text) if text.isascii() else sum(map(_char_cells, text))
-
-
-def _char_cells(char: str) -> int:
-    if char < "\u0300" or "\u2010" <= char < "\u2600":
-        return 1
-    import unicodedata  # few programs get here
-
-    return 0 if unicodedata.combining(char) else 1 + (unicodedata.east_asian_width(char) in "WF")
-
-
-def _fit(text: str, width: int) -> str:
-    """A text without control characters, cut to a width in columns."""
-    text = _printable(text)
-    if _cells([(text, "")]) <= width:
-        return text
-    kept, room = "", width - 1
-    for char in text[: max(0, width)]:
-        room -= _char_cells(char)
-        kept += char if room >= 0 else ""
-    return kept + "…" * (width > 0)
-
-
-def _padded(text: str, width: int, most: int = 0) -> str:
-    text = _fit(text, max(width, most))
-    return text + " " * (width - _cells([(text, "")]))
-
-
-def _clock(time_ns: int) -> str:
-    return datetime.fromtimestamp(time_ns / 1e9).strftime("%H:%M:%S")
-
-
-def _took(nanoseconds: int) -> str:
-    seconds = nanoseconds / 1e9
-    if seconds < 60:
-        digits = 2 if seconds < 0.001 else 1
-        return f"{seconds * 1000:.{digits}f} ms" if seconds < 1 else f"{seconds:.1f} s"
-    minutes, hours = int(seconds) // 60, int(seconds) // 3600
-    return f"{hours}h {minutes % 60:02}m" if hours else f"{minutes}m {int(seconds) % 60:02}s"
-
-
-def _offset(root: Span, time_ns: int) -> _Line:
-    return [(f"{_took(time_ns - root.start_ns) if time_ns else '':>18}  ", "dim")]
-
-
-def _bar(root: Span, step: Span) -> _Line:
-    """When in the root's time the step had its own."""
-    start, end = root.start_ns, root.end_ns or time.time_ns()
-    times = step.start_ns, step.end_ns or end
-    a, b = (max(0, min(_BAR - 1, (at - start) * _BAR // max(1, end - start))) for at in times)
-    return [("─" * a, "dim"), ("━" * (b - a + 1), "cyan"), ("─" * (_BAR - 1 - b), "dim")]
-
-
-def _title(span: Span) -> str:
-    """The method and path of a request, the name of any other span."""
-    method = span.attributes.get("http.request.method")
-    return f"{method} {span.attributes.get('url.path')}" if method else span.name
-
-
-def _outcome(span: Span) -> tuple[str, str]:
-    """What became of it, and the style of that."""
-    status = str(span.attributes.get("http.response.status_code") or "")
-    style = "red" if span.error else _STATUS_STYLES.get(status[:1], "")
-    return status or "failed" * bool(span.error), style
-
-
-def _pairs(attributes: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Attributes as text, without those that the line of a request says anyway."""
-    return [
-        (key, value if type(value) is str else json.dumps(value, default=_safe_text))
-        for key, value in list(attributes.items())
-        if not key.startswith(("http.", "url.", "client.", "exception."))
-    ]
-
-
-def _pairs_below(indent: int, pairs: list[tuple[str, str]]) -> list[_Line]:
-    widest = min(24, max((len(key) for key, _ in pairs), default=0))
-    return [[(f"{'':{indent}}  {key:<{widest}}  ", "dim"), (value, "")] for key, value in pairs]
-
-
-def _event_text(event: SpanEvent) -> str:
-    """An event in the middle of a line; an exception with the place where it came from."""
-    if event.name == "exception":
-        return " < ".join([_failure(event), *_frames(event)])
-    return " ".join([event.name, *(f"{key}={value}" for key, value in _pairs(event.attributes))])
-
-
-def _failure(event: SpanEvent) -> str:
-    found = event.attributes.get
-    return f"✗ {found('exception.type')}: {found('exception.message')}"
-
-
-def _frames(event: SpanEvent) -> list[str]:
-    """The frames of an exception in the user's own code: first where it happened."""
-    found = _FRAME.findall(str(event.attributes.get("exception.stacktrace", "")))
-    own = [f for f in found if not f[0].startswith(_OTHER_CODE) and "-packages" not in f[0]]
-    shown = [
-        f"{os.path.basename(path)}:{line}  {function}  {code}".rstrip()
-        for path, line, function, code in reversed((own or found)[-_MOST_FRAMES:])
-    ]
-    more = len(found) - len(shown)
-    return [*shown, f"and {more} frames of other code"] if more else shown
-
-
-_FRAME = re.compile(r'File "([^"\n]+)", line (\d+)(?:, in ([^\n]+))?(?:\n[ |]*(?!File ")([^\n]+))?')
-_OTHER_CODE = (os.path.dirname(os.__file__), __file__, "<frozen")
-_MOST_FRAMES = 8
-
-
-# ==================================================================================================
-# 7. Relay: publish and subscribe
-#
-# `relay.publish("room.1", message)` reaches every subscription whose pattern fits. A subscription
-# exists from the moment `subscribe()` returns, and has a bounded queue of its own: a reader that
-# falls behind loses messages by a rule that it chose, and never costs more than its queue.
-#
-# Publishers and subscribers may be in different threads, with different event loops. One lock
-# guards every table and queue of a relay; it is held for a few dict operations, and never while a
-# loop is woken. It keeps out other threads, but not this one: the garbage collector and signal
-# handlers may run code of ours between any two bytecodes, and a subscription that is collected
-# closes itself. So a change that comes in the middle of another one waits until that one is done
-# (`Relay._alone`).
-# ==================================================================================================
-
-
-ToWake = dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]]  # readers, by their loops
-Overflow = Literal["oldest", "latest", "close"]  # what gives way when too many messages wait
-
-
-class _Mailbox:
-    """The relay's side of a subscription. Everything is touched only under the relay's lock.
-
-    It does not refer to the Subscription: one that nobody holds any more is collected, and closes.
-    """
-
-    __slots__ = (
-        "closed", "dropped", "gaps_before", "loop", "maxsize", "overflow", "patterns", "queue",
-        "waiter",
-    )  # fmt: skip
-
-    def __init__(
-        self, patterns: tuple[str, ...], maxsize: int, overflow: Overflow, gaps: int
-    ) -> None:
-        self.patterns = patterns
-        self.maxsize = maxsize
-        self.overflow = overflow
-        self.queue: deque[Any] | OrderedDict[str, Any] = (
-            OrderedDict() if overflow == "latest" else deque()
-        )
-        self.dropped = 0
-        self.gaps_before = gaps  # the relay's gaps when this was made
-        self.closed = False
-        self.waiter: asyncio.Future[None] | None = None  # the reader, if it is waiting
-        self.loop: asyncio.AbstractEventLoop | None = None  # the reader's loop, while it waits
-
-    def put(self, subject: str, data: Any) -> None:
-        """Queue a message, by the overflow rule."""
-        queue = self.queue
-        if isinstance(queue, OrderedDict):
-            if queue.pop(subject, self) is not self:
-                self.dropped += 1
-            queue[subject] = (subject, data)
-        else:
-            queue.append((subject, data))
-        if len(queue) <= self.maxsize:
-            return
-        self.dropped += 1
-        if isinstance(queue, OrderedDict):
-            queue.popitem(last=False)
-        elif self.overflow == "oldest":
-            queue.popleft()
-        else:
-            queue.pop()
-            self.closed = True
-
-    def take(self) -> Any:
-        """The oldest message. The queue must not be empty."""
-        queue = self.queue
-        return queue.popitem(last=False)[1] if isinstance(queue, OrderedDict) else queue.popleft()
-
-    def call(self, to_wake: ToWake) -> None:
-        """Put the reader, if one waits, among those who are to be woken."""
-        waiter, self.waiter = self.waiter, None
-        if waiter is not None and self.loop is not None:
-            to_wake.setdefault(self.loop, []).append(waiter)
-
-
-class Subscription(Generic[T]):
-    """An async iterator of `(subject, data)`; `relay.subscribe()` makes them.
-
-    It closes when the loop over it is left, when its `with` block ends, by `close()`, or when
-    nothing refers to it any more. `dropped` counts the messages it was too slow for.
-    """
-
-    __slots__ = ("__weakref__", "_mailbox", "_relay")
-
-    def __init__(self, relay: Relay[T], mailbox: _Mailbox) -> None:
-        self._relay = relay
-        self._mailbox = mailbox
-
-    @property
-    def dropped(self) -> int:
-        """How many messages the overflow rule has dropped."""
-        return self._mailbox.dropped
-
-    @property
-    def gaps(self) -> int:
-        """How many times a `RedisRelay` was cut off meanwhile; an unknown number was missed."""
-        return self._relay._gaps - self._mailbox.gaps_before
-
-    @property
-    def closed(self) -> bool:
-        """Whether it has ended. What was queued before can still be read."""
-        return self._mailbox.closed
-
-    def close(self) -> None:
-        """Take no more messages, from any thread. A waiting reader gets the queued ones first."""
-        if self._mailbox.patterns:
-            self._relay._alone(self._relay._remove, self._mailbox)
-
-    async def __anext__(self) -> tuple[str, T]:
-        mailbox, lock = self._mailbox, self._relay._lock
-        while True:
-            with lock:
-                closed = mailbox.closed  # before the queue: what came before the end is read
-                if mailbox.queue:
-                    return cast("tuple[str, T]", mailbox.take())
-                if closed:
-                    raise StopAsyncIteration
-                if mailbox.waiter is not None:
-                    raise StarioError("a subscription has one reader; subscribe once for each")
-                mailbox.loop = asyncio.get_running_loop()
-                waiter = mailbox.waiter = mailbox.loop.create_future()
-                if mailbox.queue or mailbox.closed:  # since we looked, and nobody was to be woken
-                    mailbox.waiter = None
-                    continue
-            try:
-                await waiter
-            finally:
-                with lock:
-                    mailbox.waiter = None
-
-    def __aiter__(self) -> AsyncIterator[tuple[str, T]]:
-        return _Messages(self)
-
-    def __enter__(self) -> Subscription[T]:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-    __del__ = close
-
-
-class _Messages(Generic[T]):
-    """What `async for` holds while it runs: letting go of it closes the subscription."""
-
-    __slots__ = ("_subscription",)
-
-    def __init__(self, subscription: Subscription[T]) -> None:
-        self._subscription = subscription
-
-    def __aiter__(self) -> AsyncIterator[tuple[str, T]]:
-        return self
-
-    def __anext__(self) -> Awaitable[tuple[str, T]]:
-        return self._subscription.__anext__()
-
-    def close(self) -> None:
-        """The loop is over."""
-        self._subscription.close()
-
-    __del__ = close
-
-
-class Relay(Generic[T]):
-    """Publish and subscribe within one process, from any thread. `Relay[str]()` carries text.
-
-    Patterns: `room.1` is that subject, `room.*` all that begin with `room.`, `*` everything.
-    Publishing costs in proportion to who listens to the subject, not to who else is connected.
-    """
-
-    _gaps = 0
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-        # "room.*" stands in table 5 as "room.", "*" in table 0 as "", "room.1" in table None, which
-        # is for whole subjects. So the length of a subject costs nothing, nor do its dots.
-        self._tables: dict[int | None, dict[str, dict[_Mailbox, None]]] = {}
-        self._busy = False  # a change is under way
-        self._later: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()  # changes to do
-
-    def subscribe(
-        self, *patterns: str, maxsize: int = 1000, overflow: Overflow = "oldest"
-    ) -> Subscription[T]:
-        """Listen to the subjects that fit one of the patterns, from now on.
-
-        At most `maxsize` messages wait. One more, and `overflow` decides: "oldest" drops the oldest
-        one, "latest" keeps only the last message of each subject, "close" ends the subscription
-        after what is queued.
-        """
-        if not patterns:
-            raise StarioError("subscribe() needs a pattern; '*' is everything")
-        if overflow not in ("oldest", "latest", "close"):
-            raise StarioError(f"no overflow rule {overflow!r}: oldest, latest or close")
-        if maxsize < 1:
-            raise StarioError("maxsize must be at least 1")
-        for pattern in patterns:
-            _place(pattern)
-        mailbox = _Mailbox(patterns, maxsize, overflow, self._gaps)
-        subscription = Subscription(self, mailbox)
-        self._alone(self._add, mailbox)
-        return subscription
-
-    def publish(self, subject: str, data: T = None) -> None:  # type: ignore[assignment]
-        """Give a message to everyone who listens to its subject. From any thread; never waits."""
-        _check_subject(subject)
-        self._alone(self._deliver, self._listeners, subject, data)
-
-    def _alone(self, step: Callable[..., None], *arguments: Any) -> None:
-        """Make a change, `step(to_wake, *arguments)`, with nobody else at the tables and queues.
-
-        In the middle of another change of this thread it is left to that one. (So nothing comes
-        between the two lines of a step, and none has to be written as if something could.)
-        """
-        to_wake: ToWake = {}
-        with self._lock:
-            self._later.append((step, arguments))
-            while self._later and not self._busy:
-                self._busy = True
-                try:
-                    while self._later:
-                        step, arguments = self._later.popleft()
-                        step(to_wake, *arguments)
-                finally:
-                    self._busy = False  # what comes now does its own change, or is seen above
-        if to_wake:
-            _wake(to_wake)
-
-    def _deliver(
-        self, to_wake: ToWake, find: Callable[[str], list[_Mailbox]], subject: str, data: T
-    ) -> None:
-        for mailbox in find(subject):
-            if mailbox.closed:
-                continue
-            mailbox.put(subject, data)
-            if mailbox.closed:  # the rule was "close"
-                self._remove(to_wake, mailbox)
-            mailbox.call(to_wake)
-
-    def _listeners(self, subject: str) -> list[_Mailbox]:
-        """The mailboxes a subject goes to, each once, in a list that is safe from changes."""
-        found = [table.get(subject[:length]) for length, table in self._tables.items()]
-        listeners = [mailboxes for mailboxes in found if mailboxes]
-        if len(listeners) < 2:
-            return list(listeners[0]) if listeners else []
-        return list(dict.fromkeys(mailbox for mailboxes in listeners for mailbox in mailboxes))
-
-    def _listeners_at(self, pattern: str) -> dict[_Mailbox, None]:
-        """Who listens by this pattern. (A dict serves as an ordered set.)"""
-        length, key = _place(pattern)
-        return self._tables.get(length, {}).get(key, {})
-
-    def _add(self, to_wake: ToWake, mailbox: _Mailbox) -> None:
-        for pattern in mailbox.patterns:
-            length, key = _place(pattern)
-            self._tables.setdefault(length, {}).setdefault(key, {})[mailbox] = None
-
-    def _remove(self, to_wake: ToWake, mailbox: _Mailbox) -> None:
-        mailbox.closed = True
-        mailbox.call(to_wake)
-        patterns, mailbox.patterns = mailbox.patterns, ()
-        for pattern in patterns:
-            length, key = _place(pattern)
-            table = self._tables.get(length, {})
-            table.get(key, {}).pop(mailbox, None)
-            if not table.get(key):
-                table.pop(key, None)
-            if not table:
-                self._tables.pop(length, None)
-
-
-def _place(pattern: str) -> tuple[int | None, str]:
-    """How much of a subject a pattern looks at (None: all of it), and what that has to be."""
-    if "*" not in pattern:
-        return None, pattern
-    if not (pattern == "*" or pattern.endswith(".*")) or "*" in pattern[:-1]:
-        raise StarioError(f"no pattern {pattern!r}: write 'name', 'name.*' or '*'")
-    return len(pattern) - 1, pattern[:-1]
-
-
-def _check_subject(subject: str) -> None:
-    """Text of a user's may be part of a subject; a `*` would make a pattern of it."""
-    if "*" in subject:
-        raise StarioError(f"{subject!r} cannot be published: only patterns have a '*'")
-
-
-def _wake(to_wake: ToWake) -> None:
-    """Resolve futures: those of this thread's loop at once, others by one call into their loop."""
-    here = asyncio._get_running_loop()
-    for loop, waiters in to_wake.items():
-        if loop is here:
-            _resolve(waiters)
-        else:
-            with suppress(RuntimeError):  # that loop has been closed, and its readers with it
-                loop.call_soon_threadsafe(_resolve, waiters)
-
-
-def _resolve(waiters: list[asyncio.Future[None]]) -> None:
-    for waiter in waiters:
-        if not waiter.done():
-            waiter.set_result(None)
-
-
-# ==================================================================================================
-# 7b. RedisRelay: the same between processes and machines
-#
-# A RedisRelay is a Relay whose messages take the way through Redis (or Valkey). A pattern that
-# somebody here listens to is subscribed once at Redis.
-#
-#     publish("room.1", x)  ->  _outgoing  ->  PUBLISH stario:room.1 "x"  ->  Redis
-#     subscriptions  <-  Relay._deliver  <-  one message for each pattern that fits  <-  Redis
-#
-# A thread with an event loop of its own talks to Redis, over one connection, for all loops of the
-# process; so `publish` and `subscribe` work from any thread and never wait. Redis takes what comes
-# over a connection in its order: who subscribes and then publishes hears it.
-#
-# Redis keeps nothing for those who are away. What is published while the connection is broken is
-# missed: every subscription then counts a gap, and whoever shows state reads it anew.
-#
-# To leave it out, delete this part.
-# ==================================================================================================
-
-_UNSENT = 10_000  # messages that may wait for a Redis that is there
-_BATCH = 500  # messages that are sent at a time
-_RedisCommand = tuple[str | bytes, ...]
-
-
-class RedisRelay(Relay[T]):
-    """A `Relay` for many processes and machines: `RedisRelay("redis://localhost")`.
-
-    It needs the package `redis`, and Redis 6 or newer. Data is what JSON can hold. At Redis,
-    subjects get `prefix` in front, so that several apps can share one.
-
-    While Redis cannot be reached `publish` raises StarioError, or, with `queue=1000`, so many
-    messages wait until it is back. A Redis that says nothing for `timeout` seconds counts as gone.
-    `tracer` hears of it: spans `relay.lost` and `relay.back`.
-    """
-
-    def __init__(
-        self,
-        url: str,
-        *,
-        queue: int = 0,
-        timeout: float = 5.0,
-        prefix: str = "stario:",
-        tracer: Tracer | None = None,
-    ) -> None:
-        super().__init__()
-        try:
-            from redis.asyncio import ConnectionPool
-        except ImportError:
-            raise StarioError("RedisRelay needs the package redis: pip install redis") from None
-        times: Any = {"socket_timeout": timeout, "socket_connect_timeout": timeout}
-        try:
-            pool: Any = ConnectionPool.from_url(url, protocol=3, **times)
-        except ValueError as exc:
-            raise StarioError(f"RedisRelay: {exc}") from None
-        self._connection = pool.make_connection
-        self._queue = queue
-        self._timeout = timeout
-        self._in_front = prefix
-        self._tracer = tracer or Tracer()
-        # Under the lock:
-        self._closed = False
-        self._down = False  # Redis could not be reached when we last tried
-        self._outgoing: deque[_RedisCommand] = deque()  # "PUBLISH", channel, payload
-        self._changed: set[str] = set()  # patterns that have got, or lost, listeners
-        self._loop: asyncio.AbstractEventLoop | None = None  # the thread's, once it is needed
-        self._thread: threading.Thread | None = None
-        # On the thread's loop:
-        self._work = asyncio.Event()  # there is something in `_outgoing` or `_changed`
-        self._subscribed: dict[bytes, str] = {}  # patterns, by their names at Redis
-
-    # -- In any thread
-
-    def publish(self, subject: str, data: T = None) -> None:  # type: ignore[assignment]
-        """Hand a message to Redis, for everyone who listens to its subject. Never waits.
-
-        Raises StarioError for data that JSON cannot hold, and where Redis is down.
-        """
-        _check_subject(subject)
-        message = "PUBLISH", _redis_channel(self._in_front + subject), _relay_json(data)
-        with self._lock:
-            waiting = len(self._outgoing)
-            if self._closed or waiting >= (self._queue if self._down else _UNSENT):
-                why = "it is closed" if self._closed else "Redis cannot be reached"
-                raise StarioError(f"{subject!r} is not published: {why}, {waiting} messages wait")
-            self._outgoing.append(message)
-            self._nudge()
-
-    def close(self) -> None:
-        """Send what waits, for a second at most, end all subscriptions, and let go of Redis."""
-        atexit.unregister(self.close)
-        self._alone(self._end)
-        if self._thread is not None:
-            self._nudge()
-            self._thread.join(1.0)
-
-    def _end(self, to_wake: ToWake) -> None:
-        self._closed = True
-        for table in list(self._tables.values()):
-            for mailbox in [mailbox for listeners in table.values() for mailbox in listeners]:
-                self._remove(to_wake, mailbox)
-
-    def _add(self, to_wake: ToWake, mailbox: _Mailbox) -> None:
-        super()._add(to_wake, mailbox)
-        self._changed.update(mailbox.patterns)
-        self._nudge()
-
-    def _remove(self, to_wake: ToWake, mailbox: _Mailbox) -> None:
-        self._changed.update(mailbox.patterns)
-        super()._remove(to_wake, mailbox)
-        self._nudge()
-
-    def _nudge(self) -> None:
-        """Let the thread know that there is something to do; the first time, start it."""
-        if self._loop is None:
-            self._loop = asyncio.new_event_loop()
-            self._thread = threading.Thread(target=self._run, name="stario-redis", daemon=True)
-            self._thread.start()
-            atexit.register(self.close)
-        elif not self._work.is_set():
-            with suppress(RuntimeError):  # closed: the thread has ended
-                self._loop.call_soon_threadsafe(self._work.set)
-
-    # -- In the thread
-
-    def _run(self) -> None:
-        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:  # type: ignore[arg-type,return-value]
-            runner.run(self._stay_connected())
-
-    async def _stay_connected(self) -> None:
-        """Connect, again and again, with pauses that grow up to two seconds."""
-        pause = 0.05
-        while not self._closed or (self._outgoing and not self._down):
-            try:
-                await self._talk()
-            except Exception as exc:  # whatever it is: this thread must not end of it
-                if not self._down:
-                    reason = exc.exceptions[0] if isinstance(exc, ExceptionGroup) else exc
-                    self._tracer("relay.lost", {"reason": f"{reason}"}).end()
-                    self._down, pause = True, 0.05
-                await asyncio.sleep(pause * random.uniform(0.5, 1))
-                pause = min(2.0, pause * 2)
-
-    async def _talk(self) -> None:
-        """One connection, from its beginning to its end."""
-        connection = self._connection()
-        try:
-            await connection.connect()
-            self._subscribed.clear()
-            with self._lock:
-                for length, table in self._tables.items():
-                    self._changed.update(key if length is None else f"{key}*" for key in table)
-            async with asyncio.TaskGroup() as group:
-                hearing = group.create_task(self._hear(connection))
-                # Its answer means that all before it has been done: then we are back.
-                await self._send(connection, [*self._subscriptions(), ("PING",)])
-                while not self._closed or self._outgoing:
-                    # Taken first, sent last: who subscribed before a message of it hears it.
-                    batch = self._next_batch()
-                    await self._send(connection, [*self._subscriptions(), *batch])
-                hearing.cancel()
-        finally:
-            await connection.disconnect(nowait=True)
-
-    async def _send(self, connection: Any, commands: list[_RedisCommand]) -> None:
-        """Send these, or wait until there are some. After half of the time-out, ask for a word."""
-        if not commands:
-            try:
-                await asyncio.wait_for(self._work.wait(), self._timeout / 2)
-                self._work.clear()  # and then look what there is
-                return
-            except TimeoutError:
-                commands = [("PING",)]
-        await connection.send_packed_command(connection.pack_commands(commands))
-
-    def _subscriptions(self) -> Iterator[_RedisCommand]:
-        """The commands after which Redis sends what is listened to here, and nothing else."""
-        with self._lock:
-            changed, self._changed = self._changed, set()
-            wanted = {pattern for pattern in changed if self._listeners_at(pattern)}
-        for pattern in changed:
-            channel = _redis_channel(self._in_front + pattern)
-            kind = "PSUBSCRIBE" if "*" in pattern else "SUBSCRIBE"
-            if pattern not in wanted and self._subscribed.pop(channel, None) is not None:
-                yield kind.replace("SUB", "UNSUB"), channel
-            elif pattern in wanted and channel not in self._subscribed:
-                self._subscribed[channel] = pattern
-                yield kind, channel
-
-    def _next_batch(self) -> list[_RedisCommand]:
-        with self._lock:
-            return [self._outgoing.popleft() for _ in range(min(_BATCH, len(self._outgoing)))]
-
-    async def _hear(self, connection: Any) -> None:
-        """Take what Redis sends: messages, how many heard ours, answers to PING."""
-        while True:
-            message = await connection.read_response(timeout=self._timeout, push_request=True)
-            if message is None:
-                raise TimeoutError(f"no word from Redis for {self._timeout} seconds")
-            if message == b"PONG" and self._down:
-                self._down = False
-                self._gaps += 1
-                self._tracer("relay.back").end()
-            elif isinstance(message, list) and message[0] in (b"message", b"pmessage"):
-                try:
-                    self._heard(message[1], message[-2], message[-1])
-                except ValueError as exc:  # none of us can have published it
-                    self._tracer("relay.unreadable", {"reason": f"{exc}"}).end()
-
-    def _heard(self, via: bytes, channel: bytes, payload: bytes) -> None:
-        """Deliver a message that one of our subscriptions at Redis, `via`, has brought."""
-        subject = channel.decode("utf-8", "surrogatepass")[len(self._in_front) :]
-        find = functools.partial(self._listeners_via, self._subscribed.get(via, ""))
-        self._alone(self._deliver, find, subject, json.loads(payload))
-
-    def _listeners_via(self, pattern: str, subject: str) -> list[_Mailbox]:
-        """Who hears a message that comes by this pattern.
-
-        Other patterns of a mailbox may bring it, too: the first of them that fits counts.
-        """
-        return [
-            mailbox
-            for mailbox in self._listeners_at(pattern)
-            if len(mailbox.patterns) == 1
-            or pattern == next((one for one in mailbox.patterns if _fits(one, subject)), None)
-        ]
-
-
-def _fits(pattern: str, subject: str) -> bool:
-    length, key = _place(pattern)
-    return subject[:length] == key
-
-
-def _relay_json(data: object) -> bytes:
-    """Data as JSON, if it comes back from there as it was."""
-    with suppress(TypeError, ValueError, RecursionError):
-        text = json.dumps(data, allow_nan=False, separators=(",", ":"))
-        if json.loads(text) == data:
-            return text.encode("ascii")
-    raise StarioError(
-        "a RedisRelay carries what JSON can hold and gives back unchanged: no tuples, no keys but"
-        f" text, no NaN, no objects. Here it is a {type(data).__name__}"
-    )
-
-
-def _redis_channel(name: str) -> bytes:
-    """A name at Redis, whose patterns know more than a `*` at the end: the rest is escaped."""
-    channel = name.encode("utf-8", "surrogatepass")
-    return re.sub(rb"([\\*?\[\]^-])(?!\Z)", rb"\\\1", channel) if name.endswith("*") else channel
-
-
-# ==================================================================================================
-# 8. The request: headers, query, cookies, body
+# 5. The request: headers, query, cookies, body
 #
 # A request is made from what a carrier has read: method, target, header fields, and a body that may
 # still be on its way. Everything else is worked out when somebody asks for it. The rules: text is
 # always decoded `str`, and what a client sends wrongly ends in an HttpException, never in a guess.
 # ==================================================================================================
+
 
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, section 5.6.2
 _BAD_VALUE = re.compile(r"[^\t\x20-\x7e\x80-\xff]")  # section 5.5
@@ -3922,35 +947,6 @@ def _field(name: str | bytes, value: str | bytes | int) -> tuple[str, str]:
     return key, text
 
 
-class FormFile(NamedTuple):
-    """A file of a form: its name as the browser gave it (do not trust it), its type, its contents.
-
-    `file` is open for reading; beyond 1 MiB it lies on disk, until nothing refers to it any more.
-    """
-
-    filename: str
-    content_type: str
-    file: IO[bytes]
-
-    @property
-    def data(self) -> bytes:
-        """All of its bytes."""
-        self.file.seek(0)
-        return self.file.read()
-
-
-class Form(QueryParams):
-    """The fields of a form, as QueryParams; its files by field name in `files`."""
-
-    def __init__(self, pairs: Iterable[tuple[str, str]] = ()) -> None:
-        super().__init__(pairs)
-        self.files: dict[str, list[FormFile]] = {}
-
-    def file(self, key: str) -> FormFile | None:
-        """The first file of a field, or None."""
-        return self.files.get(key, [None])[0]
-
-
 _MAX_FORM_FIELDS = 1000
 
 
@@ -3964,148 +960,23 @@ def _parse_pairs(text: str) -> list[tuple[str, str]]:
         raise HttpException(400, f"more than {_MAX_FORM_FIELDS} parameters") from None
 
 
-_MAX_PART_HEAD, _MAX_PART_FIELDS = 8 * 1024, 20  # bytes and header fields of a part of a form
-_CHARSET = re.compile(  # those that browsers know (Encoding standard): other codecs are no charsets
-    r"utf-?8|us-ascii|iso-8859-\d+|windows-\d+|koi8-[ru]|macintosh|ibm866|big5|gbk|gb2312|gb18030"
-    r"|euc-(jp|kr)|shift_jis|iso-2022-jp|utf-16(le|be)?",
-    re.IGNORECASE,
-)
-
-
-class _Part(NamedTuple):
-    """A part of a multipart form; without a file name it is a text field."""
-
-    name: str
-    filename: str | None
-    content_type: str
-    file: IO[bytes]
-
-
-class _MultipartReader:
-    """Sorts the bytes of multipart/form-data (RFC 7578) into parts, as they come.
-
-    A delimiter is a line of its own: `--boundary`, or `--boundary--` after the last part (RFC 2046,
-    section 5.1.1). A line that only begins like one is content. What may be the beginning of a
-    delimiter is held back until its end has come; all else goes into a file, which is on disk if
-    it is large.
-    """
-
-    def __init__(self, content_type: str) -> None:
-        boundary = _parameters(content_type).get("boundary", "").encode("latin-1", "replace")
-        if not 1 <= len(boundary) <= 70:
-            raise HttpException(400, "a multipart form needs a boundary of 1 to 70 characters")
-        line = b"\r\n--%b(--)?[ \t]{0,99}(?=\r\n)" % re.escape(boundary)
-        self._delimiter = re.compile(line)
-        self._longest = len(boundary) + 107  # bytes of a delimiter, with the line ends around it
-        self._buffer, self._at = b"\r\n", 0  # what has come, and how far it is sorted
-        self._parts: list[_Part] = []
-        self._in_head = self._complete = False
-
-    def feed(self, data: bytes) -> None:
-        """Sort these bytes. HttpException(400) if they are no form."""
-        self._buffer += data
-        while not self._complete and (self._take_head() if self._in_head else self._take_content()):
-            pass
-        self._buffer, self._at = self._buffer[self._at :], 0
-
-    def _take_content(self) -> bool:
-        """Move content to its part; False: the delimiter after it has not come yet."""
-        found = self._delimiter.search(self._buffer, self._at)
-        end = found.start() if found else max(self._at, len(self._buffer) - self._longest)
-        if self._parts:  # (what stands before the first delimiter means nothing)
-            self._parts[-1].file.write(self._buffer[self._at : end])
-        self._at = found.end() if found else end
-        self._in_head, self._complete = found is not None, bool(found and found[1])
-        return found is not None
-
-    def _take_head(self) -> bool:
-        """Begin the next part; False: its head has not come in whole."""
-        start = self._at
-        end = self._buffer.find(b"\r\n\r\n", start, start + _MAX_PART_HEAD)
-        if end < 0 and len(self._buffer) - start < _MAX_PART_HEAD:
-            return False
-        head = self._buffer[start : end + 2]
-        if end < 0 or head.count(b"\r\n") > _MAX_PART_FIELDS or self._delimiter.search(head):
-            raise HttpException(400, "the head of a part of the form has no end, or too much in it")
-        if len(self._parts) >= _MAX_FORM_FIELDS:
-            raise HttpException(400, f"more than {_MAX_FORM_FIELDS} parts")
-        self._parts.append(_read_part_head(head))
-        self._at, self._in_head = end + 4, False
-        return True
-
-    def form(self) -> Form:
-        """All that has come, as a form. HttpException(400) if its end is missing."""
-        self.feed(b"\r\n")
-        if not self._complete:
-            raise HttpException(400, "the multipart form is cut off: its last boundary is missing")
-        form, texts = Form(), []
-        for name, filename, content_type, file in self._parts:
-            if filename is None:
-                file.seek(0)
-                texts.append((name, content_type, file.read()))
-            elif filename or file.tell():  # a file field that was left empty has a part, too
-                file.seek(0)
-                form.files.setdefault(name, []).append(FormFile(filename, content_type, file))
-        usual = next((text.decode("latin-1") for name, _, text in texts if name == "_charset_"), "")
-        for name, content_type, content in texts:
-            charset = _parameters(content_type).get("charset") or usual or "utf-8"
-            form._fields.setdefault(name, []).append(_decode_text(content, charset))
-        return form
-
-
-_FORM_FILE_IN_MEMORY = 1024 * 1024  # bytes of a part; a larger one goes to disk
-
-
-@lru_cache(maxsize=1)
-def _form_contents() -> Callable[[int], IO[bytes]]:
-    """The class of a part's contents: in memory, or on disk beyond so many bytes."""
-    from tempfile import SpooledTemporaryFile  # for those who have forms: it imports a lot
-
-    class _FormContents(SpooledTemporaryFile[bytes]):
-        def __del__(self) -> None:  # when nothing refers to it any more
-            self.close()
-
-    return cast("Callable[[int], IO[bytes]]", _FormContents)
-
-
-def _read_part_head(head: bytes) -> _Part:
-    """A part, with its contents still to come."""
-    lines = (line.partition(":") for line in head.decode("utf-8", "replace").split("\r\n"))
-    fields = {name.strip(" \t").lower(): value.strip(" \t") for name, _, value in lines}
-    disposition = _parameters(fields.get("content-disposition", ""))
-    if "name" not in disposition:
-        raise HttpException(400, "a part of the multipart form has no name")
-    filename = disposition.get("filename")
-    if "filename*" in disposition:  # not allowed here (RFC 7578, section 4.2), but sent by some
-        charset, _, escaped = disposition["filename*"].partition("'")
-        filename = _decode_text(unquote_to_bytes(escaped.partition("'")[2]), charset or "utf-8")
-    kind = fields.get("content-type") or ("text/plain" if filename is None else "")
-    file = _form_contents()(_FORM_FILE_IN_MEMORY)
-    return _Part(disposition["name"], filename, kind or "application/octet-stream", file)
-
-
-def _decode_text(content: bytes, charset: str) -> str:
-    try:
-        if _CHARSET.fullmatch(charset):
-            return content.decode(charset, "replace")
-    except LookupError:
-        pass
-    raise HttpException(400, f"the form has an unknown charset: {charset[:40]!r}")
-
-
-_PARAMETER = re.compile(r';\s*+([^\s=;"]++)\s*+=\s*+(?:"((?:[^"\\]++|\\.)*+)"|([^;]*+))')
-
-
-def _parameters(value: str) -> dict[str, str]:
-    """The parameters of a header value such as `form-data; name="a"; filename="b.txt"`.
-
-    Browsers write a quote in a file name as %22, and a backslash as it is; so only `\\"` and `\\\\`
-    are undone here.
-    """
-    return {
-        name.lower(): re.sub(r'\\(["\\])', r"\1", quoted) if quoted else plain.strip()
-        for name, quoted, plain in _PARAMETER.findall(value)
-    }
+# -- asyncio in six lines. A body comes in pieces, so whoever reads it has to wait. `async def`
+# makes a coroutine function. A call of it makes a *coroutine*, which runs when it is awaited or
+# made a *task*; `await` gives the thread to other tasks until what it waits for is there. The
+# *event loop* is what runs whichever task can go on.
+#
+#     async def visitor(name):
+#         await asyncio.sleep(1)   # others run meanwhile
+#         print(name)
+#
+#     async def main():            # both have said their name after one second
+#         await asyncio.gather(visitor("Ada"), visitor("Grace"))
+#
+#     asyncio.run(main())          # makes an event loop, and runs it until main() is done
+#
+# A *future* is a result that is not there yet: `await future` waits for it, and
+# `future.set_result()` wakes who waits. Between two awaits nothing else runs on the loop, so no
+# locks are needed there.
 
 
 class Body:
@@ -4371,91 +1242,6 @@ def _split_host(host: str) -> tuple[str, str]:
     return name.lower().removesuffix("."), port
 
 
-# -- Behind a proxy. The peer is the proxy then, and the client is who the proxy says it is. Anybody
-# can send these fields, so they are read only from peers that are trusted, and from the right: each
-# proxy adds its own peer at the end, and what stands left of the first one that is not trusted is
-# hearsay.
-
-
-class _Asked(NamedTuple):
-    client: str
-    scheme: str
-    host: str
-
-
-_MAX_HOPS = 32  # proxies in a row
-
-
-class TrustedProxies:
-    """The proxies that may say for whom they ask: addresses, networks, "unix" for a Unix socket.
-
-    Read are `Forwarded` (RFC 7239), or else `X-Forwarded-For`, `-Proto` and `-Host`.
-    """
-
-    def __init__(self, proxies: Sequence[str]) -> None:
-        """StarioError for what is no address and no network."""
-        if isinstance(proxies, str):
-            raise StarioError(f"trusted_proxies is a list: [{proxies!r}]")
-        self._unix = "unix" in proxies
-        try:
-            self._networks = [ipaddress.ip_network(p, False) for p in proxies if p != "unix"]
-        except (ValueError, TypeError) as exc:
-            wanted = 'an address, a network ("10.0.0.0/8") or "unix" is needed'
-            raise StarioError(f"trusted_proxies: {exc}; {wanted}") from None
-
-    def trust(self, peer: str) -> bool:
-        """Whether this peer may speak for others."""
-        if peer in ("", "unix"):
-            return self._unix
-        try:
-            address = ipaddress.ip_address(peer)
-        except ValueError:
-            return False
-        address = getattr(address, "ipv4_mapped", None) or address
-        return any(address in network for network in self._networks)
-
-    def asked(self, headers: Headers, seen: _Asked) -> _Asked:
-        """Who asks whom, if our peer's word counts. Raises HttpException(400)."""
-        if not self.trust(seen.client):
-            return seen
-        lists = {name: headers._list(f"x-forwarded-{name}") for name in ("for", "proto", "host")}
-        if elements := headers._list("forwarded"):
-            found = [_parameters(";" + element) for element in elements]
-            named = [element.get("for", "") for element in found]
-            if lists["for"] and self._nearest(lists["for"])[0] != self._nearest(named)[0]:
-                raise HttpException(400, "Forwarded and X-Forwarded-For name different clients")
-            lists = {n: [e.get(n, "") for e in found] for n in ("for", "proto", "host")}
-        client, hop = self._nearest(lists["for"])
-        scheme, host = (_hop(lists[name], hop) for name in ("proto", "host"))
-        if not _HOST.fullmatch(host):
-            raise HttpException(400, "the host that was forwarded is malformed")
-        known = scheme.lower() in ("http", "https")
-        return _Asked(
-            client or seen.client, scheme.lower() if known else seen.scheme, host or seen.host
-        )
-
-    def _nearest(self, clients: list[str]) -> tuple[str, int]:
-        """The last one that is no proxy of ours, and how many stand behind it."""
-        found, hop = "", 0
-        for hop, text in enumerate(reversed(clients)):  # noqa: B007
-            found = _address(text)
-            if not found or not self.trust(found):
-                break
-        return found, hop
-
-
-def _hop(values: list[str], hop: int) -> str:
-    """What the proxy so many steps from the right has said; the first, if not all say it."""
-    return values[max(0, len(values) - 1 - hop)] if values else ""
-
-
-def _address(text: str) -> str:
-    """An address without its port: `192.0.2.1:80`, `[2001:db8::1]:80`, `2001:db8::1`."""
-    if text.startswith("["):
-        return text[1:].partition("]")[0]
-    return text.partition(":")[0] if text.count(":") == 1 else text
-
-
 _BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
 
 
@@ -4487,20 +1273,14 @@ _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 # ==================================================================================================
-# 9. The response: Writer, compression, alive
+# 6. The answer: status, fields, body
 #
 # A handler answers through a Writer: with one shot (`html`, `json`, `redirect`, ...) or with a
-# stream of events (`patch`, `sync`, ...), and may go on working after either. The Writer knows
-# HTTP's meaning (status, fields, what has a body); whatever carries the bytes is a `Carrier`.
-#
-# How a disconnect travels. The carrier learns of it first (the socket is closed, or a heartbeat
-# gets no answer), or of the server's wish to stop, and calls its `on_end`. The Writer has put a
-# function there for as long as somebody waits inside `alive`. It cancels the handler's task, the
-# way `asyncio.timeout` does; the cancellation surfaces where the handler waits, inside `alive`,
-# which knows it for its own and swallows just that one. So the loop ends as if the source had run
-# dry, and the code after it runs. A handler that is busy in the loop's body is not touched: it
-# finds out when it comes back for the next item.
+# stream of events (part 13), and may go on working after either. The Writer knows HTTP's meaning
+# (status, fields, what has a body); whatever carries the bytes is a `Carrier`. Here it is told as
+# far as an answer in one shot.
 # ==================================================================================================
+
 
 _FILE_PIECE = 1024 * 1024  # bytes of a file that are sent at a time
 
@@ -4568,193 +1348,6 @@ async def _read_and_send(carrier: Carrier, file: IO[bytes], offset: int, count: 
         count -= len(data)
 
 
-# -- Compression. The door is `_compress` for a whole answer and `_compress_stream` for one that
-# comes in pieces. A compressor is a pair of functions: one takes bytes and gives what can be sent
-# now (everything: a stream is flushed at each event), one gives the end of the stream. Streams get
-# small windows, since each open stream keeps its compressor's memory.
-
-Compressor = tuple[Callable[[bytes], bytes], Callable[[], bytes]]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class CompressionConfig:
-    """Which answers are compressed, and how hard. A negative level turns a method off.
-
-    `min_size` is in bytes and does not apply to streams. `zstd` needs Python 3.14 or the
-    `zstandard` package, `br` the `brotli` package; `gzip` is always there.
-    """
-
-    min_size: int = 256
-    zstd_level: int = 3
-    brotli_level: int = 4
-    gzip_level: int = 6
-
-
-def _compress(
-    config: CompressionConfig, headers: Headers, fields: bytes, body: bytes
-) -> tuple[bytes, bytes]:
-    """The header fields and the body of an answer, compressed if the client takes that."""
-    coding = _coding_for(config, headers, fields)
-    if coding is not None:
-        compress, finish = _compressor(coding, config)
-        smaller = compress(body) + finish()
-        if len(smaller) < len(body):
-            return _encoded(fields, coding), smaller
-    return _varied(fields), body
-
-
-def _compress_stream(
-    config: CompressionConfig, headers: Headers, fields: bytes
-) -> tuple[bytes, Compressor | None]:
-    """The same for an answer whose body is to come: its fields, and what compresses it."""
-    kind = _CONTENT_TYPE.search(fields)
-    if kind is None or not _is_compressible(kind[1].decode("latin-1")):
-        return fields, None
-    coding = _coding_for(config, headers, fields, streaming=True)
-    if coding is None:
-        return _varied(fields), None
-    return _encoded(fields, coding), _compressor(coding, config, streaming=True)
-
-
-_CONTENT_TYPE = re.compile(rb"^content-type: ([^\r]*)", re.MULTILINE)
-# With any of these in its fields an answer goes out as it is.
-_AS_THEY_ARE = (b"content-encoding: ", b"content-range: ", b"no-transform")
-
-
-def _coding_for(
-    config: CompressionConfig, headers: Headers, fields: bytes, streaming: bool = False
-) -> str | None:
-    """The coding for an answer with these fields, or None."""
-    lines = headers._fields.get("accept-encoding")
-    if lines is None or any(mark in fields for mark in _AS_THEY_ARE):
-        return None
-    accepted = ",".join(lines)
-    choose = _choose_coding if len(accepted) <= _KEPT_TEXT else _choose_coding.__wrapped__
-    return choose(accepted, config, streaming)
-
-
-def _encoded(fields: bytes, coding: str) -> bytes:
-    # A strong ETag promises the same bytes (RFC 9110, section 8.8.1), which these are not.
-    fields = re.sub(rb'(?m)^etag: "', b'etag: W/"', fields)
-    return _varied(fields + b"content-encoding: %b\r\n" % coding.encode())
-
-
-def _varied(fields: bytes) -> bytes:
-    line = b"vary: accept-encoding\r\n"
-    return fields if line in fields else fields + line
-
-
-def _gzip(level: int, streaming: bool) -> Compressor:
-    if streaming:
-        return _gzip_stream(level)
-    coder = zlib.compressobj(level, zlib.DEFLATED, 31)  # 31 is gzip with a window of 32 kB
-    return coder.compress, coder.flush
-
-
-def _gzip_stream(level: int) -> Compressor:
-    """gzip (RFC 1952) for a stream, of which hardly anything is kept between two pieces.
-
-    Each piece gets a compressor of its own, with the end of what was sent before as dictionary,
-    since the client's window holds the same. So an open stream costs what it has last sent, up to
-    16 kB, and not the 50 kB of a zlib compressor (120 for zstd, 500 for brotli). And what goes to
-    many streams that have sent the same before is compressed once.
-    """
-    window, checksum, size = b"", 0, 0
-    header = b"\x1f\x8b\x08\0\0\0\0\0\0\xff"
-
-    def compress(data: bytes) -> bytes:
-        """One piece, complete: the client can decode it as it comes."""
-        nonlocal window, checksum, size, header
-        checksum, size = zlib.crc32(data, checksum), size + len(data)
-        block, window = _deflated(data, window, level)
-        start, header = header, b""
-        return start + block
-
-    def finish() -> bytes:
-        """The end of the stream: an empty last block, checksum and size."""
-        return header + b"\x03\0" + struct.pack("<II", checksum, size & 0xFFFFFFFF)
-
-    return compress, finish
-
-
-@_kept
-def _deflated(data: bytes, window: bytes, level: int) -> tuple[bytes, bytes]:
-    """A piece of a stream that ended with `window` so far, and what it ends with now."""
-    coder = zlib.compressobj(level, zlib.DEFLATED, -15, zdict=window)
-    block = coder.compress(data) + coder.flush(zlib.Z_SYNC_FLUSH)
-    return block, (window + data)[-16 * 1024 :]
-
-
-def _brotli(level: int, streaming: bool) -> Compressor:
-    import brotli
-
-    coder = brotli.Compressor(quality=level, lgwin=16 if streaming else 22)
-    return lambda data: coder.process(data) + coder.flush(), coder.finish
-
-
-def _zstd_library(level: int, streaming: bool) -> Compressor:
-    from compression import zstd
-
-    names = zstd.CompressionParameter
-    small = {names.window_log: 16, names.hash_log: 13, names.chain_log: 13} if streaming else {}
-    coder = zstd.ZstdCompressor(options={names.compression_level: level, **small})
-    return lambda data: coder.compress(data, coder.FLUSH_BLOCK), coder.flush
-
-
-def _zstd_package(level: int, streaming: bool) -> Compressor:
-    import zstandard
-
-    small = {"window_log": 16, "hash_log": 13, "chain_log": 13} if streaming else {}
-    parameters = zstandard.ZstdCompressionParameters.from_level(level, **small)
-    coder = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
-    block = zstandard.COMPRESSOBJ_FLUSH_BLOCK
-    return lambda data: coder.compress(data) + coder.flush(block), coder.flush
-
-
-@lru_cache(maxsize=1)
-def _compressors() -> dict[str, Callable[[int, bool], Compressor]]:
-    """What this Python can do, by content coding. Tried out: a package may be there and broken."""
-    found: dict[str, Callable[[int, bool], Compressor]] = {"gzip": _gzip}
-    for coding, make in (("zstd", _zstd_library), ("zstd", _zstd_package), ("br", _brotli)):
-        if coding not in found:
-            with suppress(ImportError):
-                make(1, False)
-                found[coding] = make
-    return found
-
-
-def _compressor(coding: str, config: CompressionConfig, streaming: bool = False) -> Compressor:
-    return _compressors()[coding](_level(config, coding), streaming)
-
-
-def _level(config: CompressionConfig, coding: str) -> int:
-    return {"zstd": config.zstd_level, "br": config.brotli_level, "gzip": config.gzip_level}[coding]
-
-
-@lru_cache(maxsize=512)
-def _choose_coding(accepted: str, config: CompressionConfig, streaming: bool = False) -> str | None:
-    """The content coding to use for an Accept-Encoding (RFC 9110, section 12.5.3), or None."""
-    # Of those that a client likes alike, the best; for a stream, the one that costs least memory.
-    preference = ("gzip", "zstd", "br") if streaming else ("zstd", "br", "gzip")
-    weights: dict[str, float] = {}
-    for item in accepted.lower().split(","):
-        coding, _, parameters = item.partition(";")
-        weights[coding.strip()] = _weight(parameters)
-    best, best_weight = None, 0.0
-    for coding in preference:
-        weight = weights.get(coding, weights.get("*", 0.0))
-        if weight > best_weight and coding in _compressors() and _level(config, coding) >= 0:
-            best, best_weight = coding, weight
-    return best if best_weight >= weights.get("identity", 0.0) else None
-
-
-def _weight(parameters: str) -> float:
-    name, _, value = parameters.partition("=")
-    if name.strip() != "q":
-        return 1.0
-    return float(value) if re.fullmatch(r"\s*(0(\.\d{0,3})?|1(\.0{0,3})?)\s*", value) else 0.0
-
-
 _COMPRESSIBLE = re.compile(
     r"text/|application/(json|[\w.-]+\+(json|xml|yaml)\b|(x-)?(javascript|ndjson|yaml|toml|sh|tar)"
     r"|json-seq|jsonl(ines)?|xml|xml-dtd|wasm|graphql|sql|rtf|postscript|x-www-form-urlencoded"
@@ -4795,9 +1388,6 @@ _HTML, _TEXT = _content("text/html; charset=utf-8"), _content("text/plain; chars
 _JSON = _content("application/json")
 
 
-_SSE_FIELDS = (  # proxies must neither keep a stream nor wait for its end: nginx reads the last one
-    b"content-type: text/event-stream\r\ncache-control: no-cache\r\nx-accel-buffering: no\r\n"
-)
 # Fields that tell how the answer travels: the Writer and its carrier alone can say these rightly.
 _CARRIER_FIELDS = (
     "content-length", "transfer-encoding", "connection", "keep-alive", "upgrade", "trailer", "date",
@@ -5093,7 +1683,7 @@ class _OneShotWriter(_RawWriter):
         With `filename` the client saves it under that name; its ending tells the type. A path that
         leads to no file is a 404. What is large is sent when the handler has ended, or by `await`.
         """
-        self._rest = _answer_download(self, source, filename, status)  # see 11
+        self._rest = _answer_download(self, source, filename, status)  # part 19
         return self._rest
 
     def _redirect(self, url: str, status: int) -> None:
@@ -5144,394 +1734,8 @@ class _OneShotWriter(_RawWriter):
         self.cookie(name, "", **options)
 
 
-class EventOptions(TypedDict, total=False):
-    """What every event takes: `id` comes back as `last-event-id`, `retry` is in milliseconds."""
-
-    id: str | None
-    retry: int | None
-
-
-class _EventWriter(_OneShotWriter):
-    """Streams of events. The first one sends the headers."""
-
-    def patch(
-        self,
-        node: object,
-        *,
-        mode: PatchMode = "outer",
-        selector: str | None = None,
-        namespace: str | None = None,
-        use_view_transition: bool = False,
-        view_transition_selector: str | None = None,
-        **options: Unpack[EventOptions],
-    ) -> None:
-        """Patch elements into the page: by their ids, or into what `selector` finds.
-
-        Modes: outer, inner, replace, prepend, append, before, after, remove; without a selector
-        only outer and replace. `view_transition_selector` is where a view transition takes place
-        (client 1.0.3 and later). https://data-star.dev/reference/sse_events
-        """
-        html = node if type(node) is SafeString else render(node)
-        data = _patch_data(
-            html, mode, selector, namespace, use_view_transition, view_transition_selector
-        )
-        self._send_event("datastar-patch-elements", data, **options)
-
-    def remove(
-        self,
-        selector: str,
-        *,
-        use_view_transition: bool = False,
-        **options: Unpack[EventOptions],
-    ) -> None:
-        """Remove the elements that `selector` finds."""
-        data = _patch_data("", "remove", selector, None, use_view_transition)
-        self._send_event("datastar-patch-elements", data, **options)
-
-    def sync(
-        self, signals: object, *, only_if_missing: bool = False, **options: Unpack[EventOptions]
-    ) -> None:
-        """Merge signals into the page's: a dict, a dataclass, a model, or JSON. None removes."""
-        data = _signal_data(signals, only_if_missing)
-        self._send_event("datastar-patch-signals", data, **options)
-
-    def execute(
-        self,
-        js: str,
-        *,
-        auto_remove: bool = True,
-        attributes: Mapping[str, object] | None = None,
-        nonce: str | None = None,
-        **options: Unpack[EventOptions],
-    ) -> None:
-        """Run JavaScript in the page, in a `<script>` that is removed when it has run.
-
-        `nonce` is the one of the page's Content-Security-Policy.
-        """
-        own = {"data-effect": "el.remove()"} if auto_remove else {}
-        own |= {"nonce": nonce} if nonce else {}
-        data = _patch_data(h.Script({**own, **(attributes or {})}, js), "append", "body")
-        self._send_event("datastar-patch-elements", data, **options)
-
-    def navigate(
-        self, url: str, *, nonce: str | None = None, **options: Unpack[EventOptions]
-    ) -> None:
-        """Send the browser to another page. (`nonce` as in `execute`.)"""
-        # A browser skips control characters and blanks before and in a scheme (URL standard, 4.4).
-        scheme = re.sub(r"[\x00-\x20]", "", url).partition(":")[0].lower()
-        if scheme in ("javascript", "data", "vbscript"):
-            raise StarioError(f"{url[:60]!r} is a program, no page: navigate goes to pages only")
-        # By a timer, so that the rest of this event's work is done before the page goes.
-        script = f"setTimeout(() => {{ window.location = {_script_json(url)} }})"
-        self.execute(script, nonce=nonce, **options)
-
-    def redirect(self, url: str, status: int = 307) -> None:
-        """Send the client to another address (303 if it should GET that after a POST).
-
-        A request of Datastar's comes from inside a page: it is answered by `navigate`, since a
-        redirect would be followed there, and the other page patched into the open one.
-        """
-        if self._request.is_datastar and not self.started:
-            _check_target(url, status)
-            self.navigate(url)
-            self.end()
-        else:
-            self._redirect(url, status)
-
-    def event(self, name: str, data: str = "", **options: Unpack[EventOptions]) -> None:
-        """Send a plain server-sent event (HTML standard, 9.2), for a client other than Datastar."""
-        if not isinstance(data, str):
-            raise StarioError(f"an event's data is text, not {type(data).__name__}: json.dumps it")
-        self._send_event(_one_line(name), _data(data).encode("utf-8", "replace"), **options)
-
-    def _send_event(
-        self, name: str, data: bytes, id: str | None = None, retry: int | None = None
-    ) -> None:
-        event = _sse(name, data, id, retry)
-        if not self.started:
-            self._begin_events()
-        elif not self._sse:
-            raise StarioError("this answer was started as something else than a stream of events")
-        self.write(event)
-
-    def _begin_events(self) -> None:
-        self._begin(200, _SSE_FIELDS, None)
-        self._sse = True
-
-
-class Writer(_EventWriter):
-    """The answer to one request: `w`. Each handler gets one, and answers through it.
-
-    `status_code` is 0 until something is sent; `started` says whether the headers have gone out,
-    `completed` whether the answer is through.
-    """
-
-    _timer: asyncio.TimerHandle | None = None  # the next heartbeat
-
-    @typing.overload
-    def alive(
-        self, source: AsyncIterable[T], *, every: None = None, heartbeat: float | None = 15.0
-    ) -> Alive[T]: ...
-
-    @typing.overload
-    def alive(
-        self, source: None = None, *, every: float | None = None, heartbeat: float | None = 15.0
-    ) -> Alive[None]: ...
-
-    def alive(
-        self,
-        source: AsyncIterable[Any] | None = None,
-        *,
-        every: float | None = None,
-        heartbeat: float | None = 15.0,
-    ) -> Alive[Any]:
-        """Stay with the client until it goes, the server stops, or the source ends.
-
-        `async for item in w.alive(source)` yields what the source does, `w.alive(every=0.5)` ticks,
-        now and then every half second. `async for _ in w.alive()` comes back when its body has
-        written or waited, and otherwise four times a second; `async with w.alive()` interrupts its
-        block instead. The code after it runs unless the body raises. Before each item it waits
-        until the client has taken what was written. While a stream of events is silent, a comment
-        is sent every `heartbeat` seconds.
-        """
-        if every is not None:
-            if source is not None or every <= 0:
-                raise StarioError("alive takes a source, or every= with a number above 0")
-            source = _ticks(every)
-        elif source is not None and not hasattr(source, "__aiter__"):
-            raise StarioError(
-                "alive takes what `async for` can loop over, as relay.subscribe(...) gives it, not "
-                f"{type(source).__name__}; for ticks write w.alive(every=0.5)"
-            )
-        return Alive(self, source, heartbeat)
-
-    def _is_over(self) -> bool:
-        """Whether a stream has nobody to go on for: HEAD asked only for its head."""
-        carrier = self._carrier
-        return carrier.disconnected or carrier.shutting_down or self._request.method == "HEAD"
-
-    def _start_heartbeat(self, seconds: float | None) -> None:
-        self._stop_heartbeat()
-        if seconds:
-            self._timer = asyncio.get_running_loop().call_later(
-                seconds, self._beat, seconds, self._writes
-            )
-
-    def _stop_heartbeat(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-    def _beat(self, seconds: float, writes: int) -> None:
-        """Send a comment if nothing was written since the last beat; it shows dead peers, too."""
-        if self.completed or self._carrier.disconnected:
-            self._timer = None
-            return
-        self._carrier.check_peer(seconds)
-        accepted = ",".join(self._request.headers.getlist("accept"))
-        if not self.started and "text/event-stream" in accepted:
-            self._begin_events()  # the client, and proxies on the way, wait for a sign of life
-        if self._sse and self._writes == writes:
-            self.write(b":\n\n")
-        self._start_heartbeat(seconds)
-
-
-_CLEANUP = 1.0  # seconds for the code after an `alive` before one around it is interrupted, too
-
-
-class _Scope:
-    """A stretch of a handler that ends when the client goes or the server stops.
-
-    It interrupts by cancelling the task and swallows that one cancellation, by the same count that
-    `asyncio.timeout` keeps: if anybody else has cancelled the task meanwhile, theirs goes on.
-    Where scopes of one task are nested, the innermost takes the cancellation, so that the code
-    after it runs. A block around it is interrupted at its next await; a loop around it waits for
-    that code, which stands in its source, for a second.
-    """
-
-    __slots__ = ("_before", "_interrupting", "_is_block", "_open", "_task", "_told", "_writer")
-
-    def __init__(self, writer: Writer, is_block: bool = False) -> None:
-        self._writer = writer
-        self._is_block = is_block
-        self._open = writer._carrier.scopes  # all of the connection, this one while it is entered
-        self._told = False  # its end has been called for
-        self._interrupting = False  # it has cancelled the task, and no scope has taken that yet
-
-    def __enter__(self) -> None:
-        task = asyncio.current_task()
-        if task is None:
-            raise StarioError("alive() works inside a task only")
-        self._task = task
-        self._before = task.cancelling()
-        self._open.append(self)
-        if self._writer._is_over():
-            self.end()
-
-    def end(self) -> None:
-        """End it soon. Called by the carrier; a second call does nothing."""
-        # Not at once but as a call of the loop's own: then the task is waiting somewhere, never
-        # running, so the cancellation surfaces in the scope and not somewhere after it.
-        if not self._told:
-            self._told = True
-            self._task.get_loop().call_soon(self._interrupt)
-
-    def _interrupt(self) -> None:
-        """Cancel the task where it waits now, unless the stretch is over, or this has been done."""
-        if self in self._open and not any(scope._interrupting for scope in self._of_task()):
-            self._interrupting = True
-            self._task.cancel()
-
-    def _of_task(self) -> list[_Scope]:
-        return [scope for scope in self._open if scope._task is self._task]
-
-    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> bool:
-        self._open.remove(self)
-        if kind is not asyncio.CancelledError and not self._interrupting:
-            return False
-        around = self._of_task()
-        interrupting = [scope for scope in (self, *around) if scope._interrupting]
-        if not interrupting:
-            return False
-        interrupting[0]._interrupting = False
-        loop = self._task.get_loop()
-        for scope in around:
-            if scope._is_block:
-                loop.call_soon(scope._interrupt)
-            else:
-                loop.call_later(_CLEANUP, scope._interrupt)
-        return self._task.uncancel() <= self._before and kind is asyncio.CancelledError
-
-
-async def _ticks(seconds: float) -> AsyncIterator[None]:
-    """Now, and then every so many seconds. A tick that nobody was there for is left out."""
-    loop = asyncio.get_running_loop()
-    due = loop.time()
-    while True:
-        yield
-        due = max(due + seconds, loop.time())
-        await asyncio.sleep(due - loop.time())
-
-
-async def _returns(writer: Writer) -> AsyncIterator[None]:
-    """Back at once as long as the loop's body writes or waits, else in a quarter of a second."""
-    loop = asyncio.get_running_loop()
-    while True:
-        writes, waited = writer._writes, asyncio.Event()
-        loop.call_soon(waited.set)
-        yield
-        busy = waited.is_set() or writer._writes != writes
-        await asyncio.sleep(0 if busy else 0.25)
-
-
-_TURN = 0.005  # seconds after which a loop over a source that always has something lets others in
-
-
-class Alive(Generic[T]):
-    """What `w.alive()` gives: to loop over with `async for`, or to enter with `async with`."""
-
-    _open = False
-
-    def __init__(
-        self, writer: Writer, source: AsyncIterable[T] | None, heartbeat: float | None
-    ) -> None:
-        if writer.completed:
-            raise StarioError("the answer is complete: there is nothing to keep alive")
-        self._writer = writer
-        self._block: _Scope | None = None  # of `async with`: what covers the waits of a loop, too
-        self._iterator = aiter(
-            cast(AsyncIterable[T], _returns(writer)) if source is None else source
-        )
-        self._open = True
-        self._turn = time.monotonic()  # when others were last let in
-        writer._start_heartbeat(heartbeat)
-
-    def __aiter__(self) -> Alive[T]:
-        return self
-
-    async def __anext__(self) -> T:
-        if self._open and not self._writer._is_over():
-            try:
-                if self._block:
-                    return await self._next()
-                with _Scope(self._writer):
-                    return await self._next()
-            except (StopAsyncIteration, ClientDisconnected):
-                pass
-        # Here the source has run dry, or the scope above was interrupted.
-        await self.aclose()
-        raise StopAsyncIteration
-
-    async def _next(self) -> T:
-        carrier = self._writer._carrier
-        if not carrier.has_room():
-            await carrier.drained()
-        if time.monotonic() - self._turn > _TURN:
-            await asyncio.sleep(0)
-            self._turn = time.monotonic()
-        return await anext(self._iterator)
-
-    async def __aenter__(self) -> Alive[T]:
-        self._block = _Scope(self._writer, is_block=True)
-        self._block.__enter__()
-        return self
-
-    async def __aexit__(self, kind: type[BaseException] | None, *exc: object) -> bool:
-        assert self._block is not None
-        ended = self._block.__exit__(kind, *exc)
-        await self.aclose()
-        return ended or kind is ClientDisconnected
-
-    async def aclose(self) -> None:
-        """Close the source. A second call does nothing."""
-        if aclose := self._let_go():
-            await aclose()
-
-    def _let_go(self) -> Callable[[], Coroutine[Any, Any, None]] | None:
-        """Close a subscription, or give what closes another source, if there is any."""
-        # The heartbeat goes on: the handler may send more, or wait in an `alive` around this one.
-        was_open, self._open = self._open, False
-        if was_open and isinstance(self._iterator, _Messages):
-            self._iterator.close()
-        return getattr(self._iterator, "aclose", None) if was_open else None
-
-    def __del__(self) -> None:
-        # `break`, or an exception of the loop's body: nothing but this tells an async iterator. In
-        # CPython it comes as soon as the loop lets go.
-        if aclose := self._let_go():
-            with suppress(RuntimeError):  # no loop runs any more
-                _keep(_spawn(aclose(), asyncio.get_running_loop()), _closing)
-
-
-_EAGER = sys.version_info >= (3, 12)
-
-
-def _spawn(
-    coroutine: Coroutine[Any, Any, T],
-    loop: asyncio.AbstractEventLoop,
-    context: contextvars.Context | None = None,
-) -> asyncio.Task[T]:
-    """A task of its own for a coroutine.
-
-    From Python 3.12 on it starts at once, and one that never has to wait is done when this returns,
-    without another turn of the loop. (Given no name, a task would put one together.)
-    """
-    if _EAGER:
-        return asyncio.Task(coroutine, loop=loop, name="stario", context=context, eager_start=True)  # type: ignore[call-arg]
-    return loop.create_task(coroutine, name="stario", context=context)
-
-
-_closing: set[asyncio.Task[Any]] = set()  # tasks that close what an `alive` has left
-
-
-def _keep(task: asyncio.Task[Any], tasks: set[asyncio.Task[Any]]) -> None:
-    """A loop refers to its tasks only weakly, so somebody has to keep those that are under way."""
-    tasks.add(task)
-    task.add_done_callback(tasks.discard)
-
-
 # ==================================================================================================
-# 10. Context and routing
+# 7. Context and routing
 #
 # A handler is `async def handler(c, w)`, and a middleware is a function from a handler to a
 # handler. A router keeps its routes in a tree of path segments. The rule of matching: at each
@@ -5560,7 +1764,7 @@ class Context:
 
     @property
     def session(self) -> dict[str, Any]:
-        """What the browser keeps for you in a signed cookie: see `Session` (part 10b)."""
+        """What the browser keeps for you in a signed cookie: see `Session` (part 21)."""
         if "session" not in self.state:
             raise StarioError("there is no c.session: add app.use(Session(key)) before the routes")
         return cast("dict[str, Any]", self.state["session"])
@@ -5645,10 +1849,10 @@ class Context:
         return found if schema is None else read_signals(schema, found)
 
 
-Handler = Callable[[Context, Writer], Awaitable[None]]
+Handler = Callable[[Context, "Writer"], Awaitable[None]]
 _NO_HANDLER: Any = None  # so that `@app.get("/")` can be told what to write instead
 Middleware = Callable[[Handler], Handler]
-ErrorHandler = Callable[[Context, Writer, Any], Awaitable[None] | None]
+ErrorHandler = Callable[[Context, "Writer", Any], Awaitable[None] | None]
 
 
 # -- What cannot work is refused where it is written, and not at a visitor's request.
@@ -5855,7 +2059,7 @@ class Router:
         *middleware: Middleware,
         collection: str | None = None,
     ) -> None:
-        """Serve the files of a directory, or of a dict from names to contents (see part 11).
+        """Serve the files of a directory, or of a dict from names to contents (see part 19).
 
         `asset(name, collection=…)` gives a file's fingerprinted name; the collection is called by
         the prefix if you do not name it. A directory that does not exist is a StarioError.
@@ -6070,697 +2274,354 @@ def _is_own_origin(origin: str, request: Request) -> bool:
 
 
 # ==================================================================================================
-# 10b. Sessions
+# 8. The app
 #
-# A session is a dict that stays with one browser: `c.session["user"] = 7`. It lives in a cookie,
-# as JSON with a signature (HMAC-SHA256, RFC 2104). So the server keeps nothing, and every process
-# that knows the key can read it:
-#
-#     session=eyJ1c2VyIjo3fQ.1764180000.kq0h…      JSON in base64 . seconds since 1970 . signature
-#
-# The rule that must hold: the browser can read the session, but only a text that this key has
-# signed is one. What it leaves out: a session cannot be ended from the server's side before its
-# time (a copy of the cookie stays good), and 4,096 bytes are all that a cookie holds.
+# A Stario is a router with a tracer. `dispatch` takes one request through it: context, handler,
+# errors, the end of the answer. It is all that a carrier ever calls.
 # ==================================================================================================
 
 
-class Session:
-    """Middleware: `app.use(Session(key))` gives each request its `c.session`, a dict of JSON.
+def _is_stopped(carrier: Carrier, exc: BaseException) -> bool:
+    """Whether it is the server that ends a handler, or who presses Ctrl-C while it stops."""
+    task = asyncio.current_task()
+    cancelled = isinstance(exc, asyncio.CancelledError) and task is not None and task.cancelling()
+    return carrier.shutting_down and bool(cancelled or isinstance(exc, KeyboardInterrupt))
 
-    - `key`: a secret of 16 bytes or more that stays the same over restarts. Make one with
-      `python -c "import secrets; print(secrets.token_hex())"`, and keep it out of the code.
-      Several are a rotation: the first signs, all are accepted.
-    - `max_age`: seconds after which a session that nothing changes is empty again
-    - `name`: the cookie's; over HTTPS it gets the prefix `__Host-`, which lets no other host set it
 
-    A cookie that was tampered with is an empty session, and the event `session.refused`.
+_HINTS = {  # what Python says of an `await` too much or too little, and what to do
+    "NoneType can't be used in 'await'": "the methods of a Writer are not awaited: w.html(...)",
+    "'NoneType' object can't be awaited": "the methods of a Writer are not awaited: w.html(...)",
+    "'coroutine' object": "`await` is missing: await c.signals(), await c.req.json()",
+}
+
+
+# What handlers have raised, for the test client: it raises that in the test.
+_failures: contextvars.ContextVar[list[BaseException] | None]
+_failures = contextvars.ContextVar("stario_failures", default=None)
+
+
+class Stario(Router):
+    """An app: routes, a tracer, and what holds for all requests.
+
+    Without a tracer it is silent. `max_body` is the largest request body in bytes.
     """
 
     def __init__(
         self,
-        key: str | bytes,
-        *older_keys: str | bytes,
-        name: str = "session",
-        max_age: int = 14 * 24 * 3600,
-        samesite: Literal["lax", "strict", "none"] = "lax",
+        tracer: Tracer | None = None,
+        *,
+        compression: CompressionConfig | None = None,
+        max_body: int = 10 * 1024 * 1024,
     ) -> None:
-        self._keys = [k.encode() if isinstance(k, str) else k for k in (key, *older_keys)]
-        if min(map(len, self._keys)) < 16:
+        super().__init__()
+        if tracer is not None and not isinstance(tracer, Tracer):
+            raise StarioError(f"a tracer is needed, not {tracer!r}: `with RichTracer() as tracer:`")
+        self.tracer = tracer or Tracer()
+        self.compression = compression or CompressionConfig()
+        if not isinstance(self.compression, CompressionConfig):
+            raise StarioError(f"compression is a CompressionConfig(...), not {compression!r}")
+        self.max_body = max_body
+        self._silent = type(self.tracer) is Tracer  # nobody looks at the spans: make none
+        self._life = _Life(self)
+        self._fallback: Handler = self._no_route
+        self._add("GET", "/_stario/*", _collections["_stario"])  # the pocket client, see part 28
+
+    debug = False  # for development: show what goes wrong (part 27)
+    _writer: type[Writer]  # set where it is complete, or by development (part 27)
+
+    def use(self, *middleware: Middleware) -> None:
+        """Wrap every route that follows, and the answers where there is no route."""
+        super().use(*middleware)
+        self._fallback = self._no_route
+        for wrap in reversed(self._middleware):
+            self._fallback = _wrapped(wrap, self._fallback)
+
+    def lifespan(self, manager: Lifespan) -> Lifespan:
+        """Open before the first request what is closed after the last: `app.lifespan(database)`.
+
+        `manager(app)` gives an async context manager, as a function with `@asynccontextmanager`
+        does. Several are entered in their order. An exception in it keeps the server from starting.
+        """
+        self._life.lifespans.append(manager)
+        return manager
+
+    def background(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        """Start a task that lives as long as the server: `app.background(tick())`.
+
+        Before the server runs it waits for it; a handler starts with it what goes on after the
+        answer. It is traced, and cancelled when the server stops, or by `cancel()` of what this
+        gives back, from any thread.
+        """
+        if not asyncio.iscoroutine(work):
             raise StarioError(
-                "a session's key needs 16 bytes or more that nobody can guess: make one with "
-                'python -c "import secrets; print(secrets.token_hex())"'
+                f"background() takes a coroutine, as in app.background(tick()), "
+                f"not a {type(work).__name__}"
             )
-        self._name = name
-        self._max_age = max_age
-        self._samesite = samesite
+        return self._life.begin(work)
 
-    def __call__(self, handler: Handler) -> Handler:
-        """Wrap a handler: read the session before it, write what has changed with its answer."""
-
-        async def _with_session(c: Context, w: Writer) -> None:
-            name = f"__Host-{self._name}" if c.req.scheme == "https" else self._name
-            kept, age = self._read(c, c.req.cookies.get(name))
-            session = c.state["session"] = json.loads(kept)
-
-            def save() -> None:
-                nonlocal kept
-                text = _session_json(session)
-                if session or kept != "{}":
-                    w.headers.add("vary", "cookie")  # caches must not show it to others
-                if text != kept or age > self._max_age / 2:
-                    self._write(w, name, text if session else "")
-                kept = text
-
-            w.headers.before_sending = save
-            await handler(c, w)
-            if w.started and _session_json(session) != kept:
-                raise StarioError(
-                    "c.session was changed after the answer had begun, so the browser does not "
-                    "hear of it: change it before the first w.html(), w.patch(), ..."
-                )
-
-        return _with_session
-
-    def _read(self, c: Context, cookie: str | None) -> tuple[str, float]:
-        """The JSON of a session, and its age in seconds: that of an empty one if it is not good."""
-        if not cookie:
-            return "{}", 0
-        payload, _, signature = cookie.rpartition(".")
-        signatures = [self._sign(key, payload) for key in self._keys]
-        if not any(
-            hmac.compare_digest(good, signature.encode("utf-8", "replace")) for good in signatures
-        ):
-            c("session.refused", {"reason": "the signature is not ours"})
-            return "{}", 0
-        text, _, written = payload.rpartition(".")
-        age = time.time() - int(written)
-        if age > self._max_age:
-            return "{}", 0
-        return base64.urlsafe_b64decode(text).decode(), age
-
-    def _write(self, w: Writer, name: str, text: str) -> None:
-        """Set the cookie; without a text, delete it."""
-        payload = f"{base64.urlsafe_b64encode(text.encode()).decode()}.{int(time.time())}"
-        value = f"{payload}.{self._sign(self._keys[0], payload).decode()}" if text else ""
-        if len(name) + len(value) > 4096:  # RFC 6265, section 6.1
-            raise StarioError(
-                f"c.session is too large: {len(value)} bytes where a cookie holds 4,096. "
-                "Keep the data on the server, and a key to it in the session"
-            )
-        w.cookie(
-            name, value, max_age=self._max_age if text else 0, httponly=True,
-            secure=name.startswith("__Host-"), samesite=self._samesite,
-        )  # fmt: skip
-
-    def _sign(self, key: bytes, payload: str) -> bytes:
-        digest = hmac.digest(key, f"{self._name}={payload}".encode(), "sha256")
-        return base64.urlsafe_b64encode(digest).rstrip(b"=")
-
-
-def _session_json(session: dict[str, Any]) -> str:
-    try:
-        return json.dumps(session, separators=(",", ":"), sort_keys=True)
-    except (TypeError, ValueError) as exc:
-        raise StarioError(f"c.session holds what JSON cannot: {exc}") from None
-
-
-# ==================================================================================================
-# 11. Static files
-#
-# Each file is known by a name with a fingerprint of its contents, `style.3f2a….css`. Such a name
-# can be cached forever, because other contents have another name; the plain name redirects to it.
-# Pages ask `asset("style.css")` for the name. Small files are kept in memory, compressed once for
-# each coding; large ones are sent as they are.
-#
-# Files change while they are served. Two rules hold all the same. What comes under an address that
-# may be cached for ever has the contents of that address, whole, or it is cut off. And no answer
-# leaves the directory, or shows what is hidden in it, whatever a name or a link says. An address of
-# a version that is gone gets the present one, not to be cached; not a redirect, since a log that
-# grows between any two requests would make the client run after it.
-#
-# What is left out: listings of directories, and several ranges at once.
-# ==================================================================================================
-
-_IN_MEMORY = 256 * 1024  # files up to this size, in bytes, are kept in memory,
-_IN_MEMORY_TOTAL = 64 * 1024 * 1024  # and of each collection so much in all
-_COPIED = 16 * 1024 * 1024  # of a large file's end, so many bytes are not left to `sendfile`
-_TICK = 50_000_000  # nanoseconds that a file system's clock may need to tell two changes apart
-_AS_IT_IS = ""  # no content coding
-_HARDEST = CompressionConfig(zstd_level=12, brotli_level=9, gzip_level=9)
-_SIBLINGS = {"zstd": ".zst", "br": ".br", "gzip": ".gz"}
-_FINGERPRINT = re.compile(r"\.[0-9a-f]{16}(?=\.[^./]*\Z|\Z)")
-# Windows has other names for a file that has one already: `a.txt::$DATA`, `A~1.TXT`, `a.txt.`; and
-# names that are devices in each directory.
-_OTHER_NAME = re.compile(
-    r'[<>:"|?*]|[. ]\Z|~\d|\A(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[\d¹²³]) *(\.|\Z)', re.I
-)
-# What an operating system says where there is no such file, or none for us.
-_ABSENT = {
-    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP,
-    errno.ENAMETOOLONG, errno.EINVAL, errno.ENXIO,
-}  # fmt: skip
-# The types that pages need, whatever the machine's own tables say (Windows keeps them in the
-# registry, where any program may have changed them). A compressed file is a file of that kind: to
-# say what is in it is for Content-Encoding, and would have browsers unpack a download.
-_TYPES = {
-    f".{suffix}": kind
-    for line in """
-        text/css css | text/javascript js mjs cjs | text/html html htm | text/plain txt log
-        text/markdown md | text/csv csv | text/calendar ics | text/vtt vtt | application/xml xml
-        application/json json map | application/ld+json jsonld | application/geo+json geojson
-        application/manifest+json webmanifest | application/xhtml+xml xhtml
-        application/atom+xml atom | application/rss+xml rss | application/wasm wasm
-        application/pdf pdf | application/zip zip | application/gzip gz tgz | application/zstd zst
-        application/x-bzip2 bz2 tbz2 | application/x-xz xz txz | application/octet-stream br bin
-        application/x-compress z | image/svg+xml svg svgz | image/png png | image/apng apng
-        image/jpeg jpg jpeg | image/gif gif | image/webp webp | image/avif avif | image/bmp bmp
-        image/x-icon ico | image/jxl jxl | font/woff woff | font/woff2 woff2 | font/ttf ttf
-        font/otf otf | audio/mpeg mp3 | audio/mp4 m4a | audio/ogg ogg oga opus | audio/wav wav
-        audio/flac flac | audio/aac aac | audio/webm weba | video/mp4 mp4 m4v | video/webm webm
-        video/ogg ogv | video/quicktime mov | model/gltf-binary glb | model/gltf+json gltf
-        application/vnd.apple.mpegurl m3u8""".splitlines()
-    for kind, *suffixes in map(str.split, line.split("|") if line.strip() else ())
-    for suffix in suffixes
-}
-
-
-def _content_type(name: str) -> str:
-    suffix = os.path.splitext(name)[1].lower()
-    kind = _TYPES.get(suffix)
-    if kind is None:
-        import mimetypes
-
-        kind = mimetypes.guess_type("x" + suffix)[0] or "application/octet-stream"
-    return kind + "; charset=utf-8" if kind.startswith("text/") else kind
-
-
-def _stamp(found: os.stat_result) -> tuple[int, ...]:
-    """What tells the versions of a file apart.
-
-    Builds that can be repeated give all files one time, and often one size; but a file that takes
-    another's place has an inode of its own, and one that is written to a new time of change.
-    """
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
-
-
-class _Representation(NamedTuple):
-    """A file in one content coding (RFC 9110, section 3.2)."""
-
-    etag: str
-    fields: bytes  # the header fields that say what it is
-    body: bytes | None  # None: large, to be read when it is sent
-
-
-class _File:
-    """One version of a file: its fingerprint, and its contents unless it is large."""
-
-    def __init__(self, name: str, digest: str, data: bytes | None, start: bytes) -> None:
-        stem, suffix = os.path.splitext(name)
-        self.name = name
-        self.digest = digest
-        self.data = data
-        self.size = len(data or b"")
-        self.stamp: tuple[int, ...] = ()
-        self.steady = True  # nothing was written while it was read
-        self.settled = True  # a later change would show in the stamp
-        self.fingerprinted = f"{stem}.{digest}{suffix}"
-        self.content_type = _content_type(name)
-        # A `.svgz` is the one compressed file that browsers want unpacked.
-        self.packed = suffix.lower() == ".svgz" and start == b"\x1f\x8b"
-        self.compressible = data is not None and _is_compressible(self.content_type)
-        self.compressible &= not self.packed
-        self.forms: dict[str, _Representation] = {}  # by coding
-        self.encode(_AS_IT_IS, data)
-
-    def encode(self, coding: str, body: bytes | None) -> _Representation:
-        """Keep the contents in a coding."""
-        etag = f'"{self.digest}-{coding}"' if coding else f'"{self.digest}"'
-        shown = "gzip" if self.packed else coding
-        lines = [
-            f"etag: {etag}",
-            "x-content-type-options: nosniff",
-            "accept-ranges: bytes",
-            f"content-type: {self.content_type}",
-            f"content-encoding: {shown}" if shown else "",
-            "vary: accept-encoding" if self.compressible else "",
-        ]
-        text = "".join(f"{line}\r\n" for line in lines if line)
-        form = _Representation(etag, text.encode("latin-1", "replace"), body)
-        self.forms[coding] = form
-        return form
-
-    def check(self, opened: IO[bytes], *, may_grow: bool) -> None:
-        """Raise StarioError if an open file is not this version any more."""
-        now = os.fstat(opened.fileno())
-        if now.st_size < self.size:
-            raise StarioError(f"{self.name} has become shorter while it was sent")
-        grown = may_grow and now.st_size > self.size
-        if _stamp(now) != self.stamp and not grown:
-            raise StarioError(f"{self.name} has changed while it was sent")
-
-
-def _read_version(name: str, opened: IO[bytes], *, by_contents: bool = True) -> _File:
-    """The version that an open file holds. One that is small and being written is read again.
-
-    Without `by_contents` a large file is not read: the stamp has to tell its version.
-    """
-    for _ in range(3):
-        now, before = time.time_ns(), os.fstat(opened.fileno())
-        opened.seek(0)
-        if before.st_size <= _IN_MEMORY:
-            data = opened.read()
-            start, digest = data[:2], hashlib.sha256(data)
-        else:
-            data, start = None, opened.read(2)
-            opened.seek(0)
-            digest = hashlib.sha256(repr(_stamp(before)).encode())
-            if by_contents:
-                digest = hashlib.file_digest(opened, "sha256")  # type: ignore[arg-type]
-        after = _stamp(os.fstat(opened.fileno()))
-        if after == _stamp(before) or data is None:
-            break
-    found = _File(name, digest.hexdigest()[:16], data, start)
-    found.stamp, found.steady = after, after == _stamp(before)
-    found.size = before.st_size if data is None else len(data)
-    # Of two changes within one tick of the file system's clock the second does not show.
-    found.settled = now - max(before.st_mtime_ns, before.st_ctime_ns) > _TICK
-    return found
-
-
-def _open_regular(path: str) -> IO[bytes]:
-    """Open a file for reading; what is no regular file is not waited for, and not found."""
-
-    def opener(path: str, flags: int) -> int:
-        return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
-
-    # Without a buffer: what is read is what is there now.
-    opened = open(path, "rb", buffering=0, opener=opener)  # noqa: SIM115
-    if not stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
-        opened.close()
-        raise FileNotFoundError(errno.ENOENT, "no regular file", path)
-    return opened
-
-
-@contextmanager
-def _file_errors(w: _RawWriter) -> Iterator[None]:
-    """Answer for a file that cannot be opened. An error of the disk stays what it is."""
-    try:
-        yield
-    except OSError as exc:
-        if exc.errno in _ABSENT and not w.started:
-            raise HttpException(404) from exc
-        if exc.errno in (errno.EMFILE, errno.ENFILE) and not w.started:
-            raise HttpException(503, "too many files are open") from exc
-        raise
-
-
-_collections: dict[str, Assets] = {}
-
-
-def asset(name: str, collection: str = "static") -> str:
-    """The address of a file behind its prefix: `asset("style.css")` gives `style.<hash>.css`.
-
-    What cannot stand in an address is escaped. The file is read when it is first asked for, and
-    again when it has changed. Raises StarioError for a file, or a collection, that `app.assets` has
-    not been given.
-    """
-    if collection not in _collections:
-        raise StarioError(f"no collection {collection!r}: call app.assets(...) for it first")
-    file = _collections[collection].file(name)
-    if file is None:
-        raise StarioError(f"{collection!r} has no file {name!r}")
-    return quote(file.fingerprinted)
-
-
-class Assets:
-    """A handler for the files of one collection, at a route that ends in `/*`."""
-
-    def __init__(
-        self, source: str | os.PathLike[str] | Mapping[str, str | bytes], collection: str
-    ) -> None:
-        self._files: dict[str, _File] = {}
-        # Those whose contents are in memory, in the order they were read; changed under the lock.
-        self._small: OrderedDict[str, _File] = OrderedDict()
-        self._held = 0  # bytes of these
-        self._lock = threading.RLock()
-        self._under_way: dict[object, asyncio.Task[Any]] = {}
-        self._root: str | None = None
-        if isinstance(source, Mapping):
-            for name, text in source.items():
-                data = text.encode() if isinstance(text, str) else text
-                digest = hashlib.sha256(data).hexdigest()[:16]
-                self._files[name] = _File(name, digest, data, data[:2])
-        else:
-            self._root = os.path.abspath(source)
-            if not os.path.isdir(self._root):
-                raise StarioError(f"assets: there is no directory {str(source)!r}")
-        _collections[collection] = self
-
-    # -- Finding a file
-
-    def file(self, name: str) -> _File | None:
-        """The file of this plain name, as it is now; None if there is none to be served."""
-        return self._known(name) or self._load(name)
-
-    async def _find(self, name: str) -> _File | None:
-        """As `file`, but what is large is read in a thread."""
-        if self._root is None:
-            return self._known(name)
-        with suppress(OSError, ValueError):  # `_load` looks closer
-            if os.stat(f"{self._root}/{name}").st_size > _IN_MEMORY:
-                return await self._once(name, lambda: self.file(name))
-        return self._load(name)
-
-    async def _once(self, key: object, work: Callable[[], T]) -> T:
-        """Do work in a thread, once for all on this loop who ask for it at the same time."""
-        mark = key, asyncio.get_running_loop()
-        task = self._under_way.get(mark)
-        if task is None:
-            task = self._under_way[mark] = asyncio.create_task(asyncio.to_thread(work))
-            task.add_done_callback(lambda _: self._under_way.pop(mark))
-        return cast(T, await asyncio.shield(task))  # who leaves does not cancel it for the others
-
-    def _known(self, name: str) -> _File | None:
-        """The version in hand, if it is the one that this name leads to now."""
-        known = self._files.get(name)
-        if known is None or self._root is None:
-            return known
+    async def dispatch(self, request: Request, carrier: Carrier) -> None:
+        """Take one request from its carrier to its handler, and its answer back. Raises nothing."""
+        request.max_body = self.max_body
+        c = Context(self, request)
+        w = self._writer(carrier, request, self.compression)
         try:
-            same = known.settled and _stamp(os.stat(f"{self._root}/{name}")) == known.stamp
-        except OSError:
-            return None
-        return known if same else None
+            try:
+                if not self._hosts:
+                    handler = self._find(request) or self._fallback
+                else:
+                    handler = self._find_by_host(request)
+                if not self._silent:
+                    _current_step.set((c, c.span))
+                got = await handler(c, w)  # type: ignore[func-returns-value]
+                if got is not None:
+                    c("ignored", {"returned": got, "hint": "a handler answers by w, not by return"})
+                if w._rest is not None:
+                    await w._rest
+            except BaseException as exc:
+                if _is_stopped(carrier, exc):
+                    raise
+                await self._failed(c, w, exc)
+            if not w.completed:
+                self._complete(c, w)
+        finally:
+            if not w.completed:
+                carrier.abort()  # cancelled: the server could not wait any longer
+            if w._timer is not None:
+                w._stop_heartbeat()
+            if type(request._body) is Body:
+                request._body.discard()
+            if c._span is not None:
+                c._span.attributes["http.response.status_code"] = w.status_code
+                c._span.end()
 
-    def _load(self, name: str) -> _File | None:
+    def _find_by_host(self, request: Request) -> Handler:
+        for router in self._routers_for(request):
+            handler = router._find(request)
+            if handler is not None:
+                return handler
+        return self._fallback
+
+    def _routers_for(self, request: Request) -> Iterator[Router]:
+        """The routers that may answer: those of the request's host, then the app itself."""
+        host = request.host if self._hosts else ""
+        for pattern, router in self._hosts:
+            if pattern == host:
+                yield router
+            elif pattern.startswith("*") and host.endswith(pattern[1:]):
+                request.subhost = host[: 1 - len(pattern)]
+                if all(request.subhost.split(".")):
+                    yield router
+                request.subhost = ""
+        yield self
+
+    async def _no_route(self, c: Context, w: Writer) -> None:
+        """Answer where no route does: OPTIONS, 405, the way to the path without its slash, 404."""
+        request = c.req
+        methods = self._methods_for(request, request.raw_path)
+        if methods:
+            w.headers.set("allow", ", ".join(sorted(methods | {"OPTIONS"})))
+            if request.method != "OPTIONS":
+                raise HttpException(405)
+            w.empty(204)
+            return
+        # Of "//evil.com/" no slash may be left that makes it the address of another host.
+        bare = "/" + request.raw_path.strip("/\\")
+        if request.raw_path.endswith("/") and self._methods_for(request, bare):
+            query = f"?{request.query_string}" if request.query_string else ""
+            w._redirect(request.root_path + bare + query, 308)
+            return
+        raise HttpException(404)
+
+    def _methods_for(self, request: Request, raw_path: str) -> set[str]:
+        if raw_path == "*":
+            return {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"}
+        return {m for router in self._routers_for(request) for m in router._methods(raw_path)}
+
+    async def _failed(self, c: Context, w: Writer, exc: BaseException) -> None:
+        """A handler has raised: answer for it, if there is still an answer to give.
+
+        Whatever it is, `SystemExit` and a cancellation from elsewhere too, it ends this request
+        and nothing else.
+        """
+        exc = _alone(exc)
         try:
-            with self.open(name) as opened:
-                found = _read_version(name, opened)
-        except ValueError:  # a name that no file can have
-            return None
-        except OSError as exc:
-            if exc.errno not in _ABSENT:
+            if await _handle_error(self._errors, c, w, exc):
+                return
+            self._note(c, exc)
+        except BaseException as another:  # the error handler's own
+            if _is_stopped(w._carrier, another):
                 raise
-            self._forget(name)
-            return None
-        if found.steady:
-            self._keep(found)
-        return found
+            exc = another
+            self._note(c, exc)
+        is_answer = isinstance(exc, (HttpException, ClientDisconnected))
+        if self.debug and not (is_answer or w.completed):
+            _show_error(c, w, exc)
+        if not (w.started or isinstance(exc, ClientDisconnected)):
+            self._answer_error(c, w, exc)
+        if not w.completed:
+            w.completed = True
+            w._carrier.abort()
 
-    def open(self, name: str) -> IO[bytes]:
-        """Open a file of the directory. FileNotFoundError for what is not to be served, too."""
-        for _ in range(3):
-            path = self._resolve(name)
-            opened = _open_regular(path)
-            # A link may have taken the place of the file, or of a folder on the way, meanwhile.
-            with suppress(OSError):
-                same = os.path.samestat(os.lstat(path), os.fstat(opened.fileno()))
-                if same and self._resolve(name) == path:
-                    return opened
-            opened.close()
-        raise FileNotFoundError(errno.ENOENT, "the file does not stay in its place", name)
-
-    def _resolve(self, name: str) -> str:
-        """The path, free of links, that a name leads to; it is in the directory, and not hidden."""
-        windows = os.name == "nt"
-        for part in name.split("/"):
-            odd = "\\" in part or (windows and _OTHER_NAME.search(part))
-            if not part or part[0] == "." or odd:
-                raise FileNotFoundError(errno.ENOENT, "hidden, or a way around that", name)
-        root = os.path.realpath(self._root or "")
-        path = os.path.realpath(os.path.join(root, name), strict=True)
-        if os.path.commonpath((root, path)) != root:
-            raise FileNotFoundError(errno.ENOENT, "a link that leaves the directory", name)
-        # Two dots begin the folders of a mounted ConfigMap, which its links lead to.
-        for part in os.path.relpath(path, root).split(os.sep):
-            if part[0] == "." and part[:2] != "..":
-                raise FileNotFoundError(errno.ENOENT, "a link to a hidden file", name)
-        return path
-
-    def _keep(self, found: _File) -> None:
-        with self._lock:
-            self._forget(found.name)
-            self._files[found.name] = found
-            if found.data is not None:
-                self._small[found.name] = found
-                self._held += found.size + 1024  # (what a _File costs)
-            while self._held > _IN_MEMORY_TOTAL and self._small:
-                self._forget(next(iter(self._small)))
-
-    def _forget(self, name: str) -> None:
-        with self._lock:
-            self._files.pop(name, None)
-            small = self._small.pop(name, None)
-            if small is not None:
-                self._held -= small.size + 1024
-
-    # -- Answering
-
-    async def __call__(self, c: Context, w: Writer) -> None:
-        """Serve the file that `c.req.tail` names."""
+    def _answer_error(self, c: Context, w: Writer, exc: BaseException) -> None:
+        w._forget_answer()
         try:
-            await self._answer(c.req.tail, w)
-        except OSError as exc:
-            with _file_errors(w):
-                raise exc
+            if not isinstance(exc, HttpException):
+                w.text(_phrase(500), 500)
+            elif exc.status_code in _REDIRECTS:
+                w.redirect(exc.detail, exc.status_code)
+            else:
+                w.text(exc.detail, exc.status_code)
+        except Exception as wrong:  # a status, or an address, that no answer can have
+            self._report(c, wrong)
+            w.text(_phrase(500), 500)
 
-    async def _answer(self, asked: str, w: Writer) -> None:
-        plain = _FINGERPRINT.sub("", asked, count=1)
-        file = self._known(plain) or await self._find(plain)
-        if file is not None and asked == file.fingerprinted and file.steady:
-            await self._serve(file, w, b"cache-control: public, max-age=31536000, immutable\r\n")
-            return
-        # The plain name of a file, which may look like one with a fingerprint; or the fingerprint
-        # of an older version that a page still asks for.
-        literal = self._known(asked) or await self._find(asked) if asked != plain else file
-        if literal is not None and literal.steady:
-            w.headers.set("cache-control", "no-cache")
-            w._redirect("./" + quote(literal.fingerprinted.rpartition("/")[2]), 307)
-            return
-        file = literal or file
-        if file is None:
-            raise HttpException(404)
-        await self._serve(file, w, b"cache-control: no-cache\r\n")
-
-    async def _serve(self, file: _File, w: Writer, caching: bytes) -> None:
-        coding = self._coding(file, w)
-        form = file.forms.get(coding)
-        if form is None:
-            key = (file.name, file.digest, coding)
-            form = await self._once(key, lambda: self._encode(file, coding))
-        opened = self.open(file.name) if form.body is None else None
-        rest = _answer_with(w, file, form, caching, opened)
-        if rest is not _SENT:
-            await rest
-
-    @staticmethod
-    def _coding(file: _File, w: Writer) -> str:
-        headers = w._request.headers
-        accepted = headers.get("accept-encoding")
-        if not (accepted and file.compressible and file.size >= w._compression.min_size):
-            return _AS_IT_IS
-        # Who asks for a part means a part of the file as it is.
-        chosen = None if "range" in headers else _choose_coding(accepted, w._compression)
-        return chosen or _AS_IT_IS
-
-    def _encode(self, file: _File, coding: str) -> _Representation:
-        """Compress a file, or take the copy beside it (`style.css.br`) that has been compressed."""
-        body = self._sibling(file, coding)
-        if body is None:
-            compress, finish = _compressor(coding, _HARDEST)
-            body = compress(file.data or b"") + finish()
-        return file.encode(coding, body)
-
-    def _sibling(self, file: _File, coding: str) -> bytes | None:
-        """The copy beside a file, if it may be served and holds the same contents."""
-        with suppress(Exception):  # whatever is wrong with it: we can compress, too
-            with self.open(file.name + _SIBLINGS[coding]) as opened:
-                body = opened.read(2 * _IN_MEMORY)
-            if _decoded(coding, body, file.size + 1) == file.data:
-                return body
-        return None
-
-
-def _decoded(coding: str, body: bytes, most: int) -> bytes:
-    """What was compressed, if it is whole. Beyond `most` bytes nobody needs to see what comes."""
-    if coding == "br":
-        import brotli
-
-        brotli_decoder, found = brotli.Decompressor(), b""
-        for start in range(0, len(body), 256):
-            found += brotli_decoder.process(body[start : start + 256])
-            if len(found) > most:
-                break
-        return found if brotli_decoder.is_finished() else b""
-    if coding == "zstd" and _compressors()[coding] is _zstd_package:
-        import zstandard
-
-        if zstandard.frame_content_size(body) > most:
-            return b""
-        return bytes(zstandard.ZstdDecompressor().decompress(body, max_output_size=most))
-    decoder: Any = zlib.decompressobj(31)
-    if coding == "zstd":
-        from compression import zstd
-
-        decoder = zstd.ZstdDecompressor()
-    found = decoder.decompress(body, most)
-    return found if decoder.eof and not decoder.unused_data else b""
-
-
-class _Rest:
-    """The rest of an answer: sent where it is awaited, or else when the handler has ended."""
-
-    def __init__(self, work: Callable[[], Coroutine[Any, Any, None]] | None = None) -> None:
-        self._work = work
-
-    def __await__(self) -> Generator[Any, Any, None]:
-        work, self._work = self._work, None
-        if work is not None:
-            yield from work().__await__()
-
-
-_SENT = _Rest()  # nothing is left
-
-
-def _answer_with(
-    w: _RawWriter,
-    file: _File,
-    form: _Representation,
-    fields: bytes,
-    opened: IO[bytes] | None = None,
-    *,
-    status: int = 200,
-    compress: bool = False,
-) -> _Rest:
-    """Answer with a file: all of it, a part, or only that the client has it. See also `_Rest`."""
-    request, immutable = w._request, b"immutable" in fields
-    fields = form.fields + fields
-    span: tuple[int, int] | None = (0, file.size)
-    if status == 200 and request.method in ("GET", "HEAD"):
-        if _is_known(request, form.etag):
-            w._answer(304, (fields, False), b"")
-            return _SENT
-        span = _range(request, file.size, form.etag)
-    if span is None:
-        outside = b"content-range: bytes */%d\r\ncache-control: no-store\r\n" % file.size
-        w._answer(416, (outside, False), b"")
-        return _SENT
-    start, stop = span
-    if span != (0, file.size):
-        status = 206
-        fields += b"content-range: bytes %d-%d/%d\r\n" % (start, stop - 1, file.size)
-    if opened is None:
-        body = form.body or b""
-        body = body[start:stop] if status == 206 else body
-        w._answer(status, (fields, compress and status != 206), body)
-        return _SENT
-    try:
-        file.check(opened, may_grow=not immutable)
-    except StarioError as exc:
-        raise HttpException(503, str(exc)) from exc
-    w._begin(status, fields, stop - start)
-    return _Rest(lambda: _send_pieces(w, file, opened, start, stop, may_grow=not immutable))
-
-
-async def _send_pieces(
-    w: _RawWriter, file: _File, opened: IO[bytes], start: int, stop: int, *, may_grow: bool
-) -> None:
-    """Send a part of a large file, and let the client see that it is cut off if it changes.
-
-    `sendfile` hands the kernel's own pages to the network, and these change with the file until the
-    client has them. So the last 16 MiB are copied: more than is ever on the way. Once the last byte
-    can be sent, the client has all that went by `sendfile`; and before that, we look.
-    """
-    with opened:
-        if w._request.method == "HEAD":
-            start = stop
-        by_system = stop - start - _COPIED
-        if by_system > 0:
-            await w.send_file(opened, start, by_system)
-            start += by_system
-        while start < stop:
-            await w.drain()
-            opened.seek(start)
-            piece = opened.read(min(stop - start, _IN_MEMORY))
-            file.check(opened, may_grow=may_grow)
-            w.write(piece)
-            start += len(piece)
-        w.end()
-
-
-def _answer_download(
-    w: _RawWriter, source: str | os.PathLike[str] | bytes, filename: str | None, status: int
-) -> _Rest:
-    """See Writer.file."""
-    fields = b"cache-control: no-cache\r\n"
-    if filename is not None:
-        fields += _disposition(filename)
-    with _file_errors(w):
-        if isinstance(source, bytes):
-            digest = hashlib.sha256(source).hexdigest()[:16]
-            opened, file = None, _File(filename or "", digest, source, source[:2])
+    def _note(self, c: Context, exc: BaseException, has_page: bool = False) -> None:
+        """Tell the developer of an exception: as an error, unless it is an answer or a farewell."""
+        if isinstance(exc, ClientDisconnected):
+            c("client.disconnected")
+        elif isinstance(exc, HttpException):
+            attributes = {"http.response.status_code": exc.status_code, "detail": exc.detail}
+            c("http.exception", attributes)
         else:
-            opened = _open_regular(os.fspath(source))
-            name = filename or os.path.basename(opened.name)
-            file = _read_version(name, opened, by_contents=False)
-    form = file.forms[_AS_IT_IS]
-    if opened is not None and file.data is not None:
-        opened.close()
-        opened = None
-    return _answer_with(w, file, form, fields, opened, status=status, compress=file.compressible)
+            self._report(c, exc, has_page)
+
+    def _report(self, c: Context, exc: BaseException, has_page: bool = False) -> None:
+        """Tell the developer: by the span, or, where nobody looks at spans, as asyncio does.
+
+        And by a test that it happens in, unless the app has a page for it: that is an answer.
+        """
+        in_test = _failures.get()
+        if in_test is not None and not has_page:
+            in_test.append(exc)
+        for sign, hint in _HINTS.items():
+            if isinstance(exc, (TypeError, AttributeError)) and sign in _safe_text(exc):
+                exc.add_note(f"stario: {hint}")
+        if not self._silent:
+            c.span.fail(exc)
+        elif in_test is None:
+            text = _printable(f"unhandled exception in {c.req.method} {c.req.path}")
+            loop = asyncio.get_running_loop()
+            if loop.get_exception_handler():
+                loop.call_exception_handler({"message": text, "exception": exc})
+                return
+            logger = logging.getLogger("asyncio")
+            info = (type(exc), exc, exc.__traceback__)
+            record = logger.makeRecord(logger.name, logging.ERROR, "", 0, text, (), info)
+            # As logging would write it, except that no line begins with a client's text.
+            record.exc_text = "\n    ".join(map(_printable, _stack_of(exc).split("\n")))
+            logger.handle(record)
+
+    def _complete(self, c: Context, w: Writer) -> None:
+        """The handler is through: end its stream, or say that there is nothing to say."""
+        if not w.started:
+            c("no answer", {"hint": "the handler sent nothing, so the client got 204 No Content"})
+            w.empty(204)
+            return
+        try:
+            w.end()
+        except StarioError as exc:  # less than its Content-Length
+            self._report(c, exc)
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Serve as an ASGI 3 application: `uvicorn myapp:app`. See part 24."""
+        if scope["type"] == "http":
+            await _serve_asgi(self, scope, receive, send)
+        elif scope["type"] == "lifespan":
+            await _live_asgi(self, receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close"})
+        else:
+            raise StarioError(f"an app serves HTTP; ASGI's {scope['type']!r} is not supported")
+
+    async def serve(
+        self,
+        host: str = "127.0.0.1",
+        port: int = 8000,
+        workers: int = 1,
+        *,
+        reload: bool = False,
+        debug: bool | None = None,
+        **options: Unpack[ServerOptions],
+    ) -> None:
+        """Serve until a signal says stop. The options are those of `Server`, and the `Limits`.
+
+        With `reload` a saved file restarts the program (part 26). With `debug`, which without a
+        word is on at a terminal and off elsewhere, errors are shown in the browser (part 27).
+
+        What keeps it from starting (a port that is taken, an option that does not exist) ends the
+        program with one sentence: SystemExit. What handlers start with `asyncio.to_thread` runs in
+        threads that do not hold up the program's end.
+        """
+        try:
+            server = Server(self, host, port, workers, **options)
+            if reload and _RELOADED in os.environ:
+                _join_reloading(self, server)
+            elif reload:
+                server._listener.open()
+                raise SystemExit(_Reloader(server).run())
+            asyncio.get_running_loop().set_default_executor(_Threads())
+            self.debug = sys.stdout is not None and sys.stdout.isatty() if debug is None else debug
+            await server.start()
+            if self.debug:
+                _Watchdog()
+        except StarioError as exc:
+            raise SystemExit(f"stario: {exc}") from None
+        self.tracer("listening", {"url": server.url}).end()
+        try:
+            await server.wait_for_signal()
+        finally:
+            await server.stop()
+
+    @asynccontextmanager
+    async def running(
+        self,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        workers: int = 1,
+        **options: Unpack[ServerOptions],
+    ) -> AsyncIterator[Server]:
+        """Serve inside a program of your own: `async with app.running(port=0) as server:`
+
+        `server.url` says where. Raises StarioError where it cannot start.
+        """
+        server = Server(self, host, port, workers, **options)
+        await server.start()
+        try:
+            yield server
+        finally:
+            await server.stop()
 
 
-def _disposition(filename: str) -> bytes:
-    """Tell the client to save what comes, under this name (RFC 6266 and 8187)."""
-    if _CONTROL.search(filename):
-        raise StarioError(f"{filename!r} cannot be a file's name: it holds control characters")
-    plain = re.sub(r'[^ -~]|["\\%/]', "_", filename)
-    line = f'content-disposition: attachment; filename="{plain}"'
-    if plain != filename:
-        line += "; filename*=UTF-8''" + quote(filename, safe="!#$&+^`|", errors="replace")
-    return line.encode("ascii") + b"\r\n"
-
-
-def _is_known(request: Request, etag: str) -> bool:
-    """Whether the client has this version already (RFC 9110, section 13.1.2).
-
-    If it wants to go on with another version only (13.1.1), that is a 412.
-    """
-    if "if-none-match" not in request.headers and "if-match" not in request.headers:
-        return False
-    wanted, known = (
-        [tag.strip() for line in request.headers.getlist(name) for tag in line.split(",")]
-        for name in ("if-match", "if-none-match")
-    )
-    if wanted and etag not in wanted and "*" not in wanted:
-        raise HttpException(412)
-    return "*" in known or etag in [tag.removeprefix("W/") for tag in known]
-
-
-def _range(request: Request, size: int, etag: str) -> tuple[int, int] | None:
-    """Start and stop of the bytes that are asked for (RFC 9110, section 14.2); None: outside.
-
-    A range of another version, one of another form, or several at once: the whole file.
-    """
-    whole = (0, size)
-    if "range" not in request.headers:
-        return whole
-    condition = request.headers.get("if-range")
-    asked = re.fullmatch(r"bytes=([0-9]{0,18})-([0-9]{0,18})", request.headers.get("range") or "")
-    if not asked or request.method != "GET" or asked[0] == "bytes=-":
-        return whole
-    if condition and condition != etag:
-        return whole
-    first, last = asked[1], asked[2]
-    if not first:  # the last so many bytes
-        return (max(0, size - int(last)), size) if int(last) and size else None
-    start, stop = int(first), min(int(last) + 1, size) if last else size
-    if last and int(last) < int(first):
-        return whole  # not a range at all
-    return (start, stop) if start < size else None
+# -- Act 1 runs: an app, a request, and a carrier that prints what it is given. What a carrier has
+# to have is in `Carrier` (part 6).
+#
+#     class Printing:
+#         scopes, client, scheme, proxies = [], "", "http", None
+#         disconnected = shutting_down = False
+#
+#         def answer(self, status: int, fields: bytes, body: bytes) -> None:
+#             print(status, body.decode())
+#
+#     async def hello(c: Context, w: Writer) -> None:
+#         w.html(h.P("Hello, ", c.req.query.get("name", "world")))
+#
+#     app = Stario()
+#     app.get("/", hello)
+#     request = Request(RequestLine("GET", "/?name=you"), Headers({}), b"", Printing())
+#     asyncio.run(app.dispatch(request, Printing()))
+#     # prints 200 <p>Hello, you</p>
 
 
 # ==================================================================================================
-# 12. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
+# ACT 2. On the network
+#
+# The same app behind a socket. Bytes become requests, answers become bytes; many connections share
+# a thread, and the whole stops without losing a request. At its end the app runs in a browser, and
+# in a test.
+# ==================================================================================================
+
+# ==================================================================================================
+# 9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
 #
 # Theory of operation. A connection has one request under way at a time. What it does with the bytes
 # that come in depends on three things only:
@@ -6772,7 +2633,7 @@ def _range(request: Request, size: int, etag: str) -> tuple[int, int] | None:
 # `_advance` looks at these again and again until nothing more can be done. It is called when bytes
 # have come, when an answer is through, and when there is room for another one. After an answer the
 # connection waits for the rest of the request's body, if need be, and only then turns to the next
-# request. A connection belongs to a `Worker` (13), which has the event loop, the app, the time of
+# request. A connection belongs to a `Worker` (10), which has the event loop, the app, the time of
 # its last sweep (`now`), and all the other connections of that loop.
 #
 # The rule for everything that comes in: what could be understood in two ways is refused, with 400
@@ -7776,90 +3637,7 @@ class Connection(_Answers):
 
 
 # ==================================================================================================
-# 12b. What lives as long as the server
-#
-# A database handle is opened before the first request and closed after the last: a lifespan. A
-# clock ticks, a long job goes on after its request has been answered: background work. Both start
-# and end with the server, on the event loop that `serve` was called on.
-# ==================================================================================================
-
-Lifespan = Callable[["Stario"], AbstractAsyncContextManager[object]]
-
-
-class _Life:
-    """An app's lifespans and background tasks. `tasks` is touched on `loop` only."""
-
-    def __init__(self, app: Stario) -> None:
-        self.app = app
-        self.lifespans: list[Lifespan] = []
-        self.loop: asyncio.AbstractEventLoop | None = None  # of the server, while there is one
-        self.tasks: set[asyncio.Task[None]] = set()
-        self._waiting: list[Callable[[], None]] = []  # what was asked for before the server started
-
-    @asynccontextmanager
-    async def lived(self) -> AsyncIterator[None]:
-        """Enter the lifespans in their order, start what waits; at the end, end it all."""
-        if self.loop is not None:
-            raise StarioError(
-                "this app is being served already: make another Stario for this server"
-            )
-        self.loop = asyncio.get_running_loop()
-        try:
-            async with AsyncExitStack() as stack:
-                for lifespan in self.lifespans:
-                    await stack.enter_async_context(lifespan(self.app))
-                while self._waiting:
-                    self._waiting.pop(0)()
-                try:
-                    yield
-                finally:
-                    await self._end_tasks()
-        finally:
-            self.loop = None
-
-    async def _end_tasks(self) -> None:
-        for task in self.tasks:
-            task.cancel()
-        if self.tasks:
-            await asyncio.wait(self.tasks, timeout=1.0)  # their cleanup
-
-    def begin(self, work: Coroutine[Any, Any, T]) -> Future[T]:
-        """Start the work, or let it wait for the server."""
-        handle: Future[T] = Future()
-
-        def start() -> None:
-            loop = asyncio.get_running_loop()
-            task = loop.create_task(self._watch(work, handle))
-            _keep(task, self.tasks)
-            handle.add_done_callback(lambda _: loop.call_soon_threadsafe(task.cancel))
-
-        if self.loop is None:
-            self._waiting.append(start)
-        else:
-            self.loop.call_soon_threadsafe(start)
-        return handle
-
-    async def _watch(self, work: Coroutine[Any, Any, T], handle: Future[T]) -> None:
-        """Do the work in a span of its own, and see to it that somebody hears of its failure."""
-        name = getattr(work, "__qualname__", "background")
-        with suppress(InvalidStateError):  # the handle was cancelled in this very moment
-            try:
-                with self.app.tracer(name):
-                    handle.set_result(await work)
-            except asyncio.CancelledError:
-                handle.cancel()
-            except BaseException as exc:
-                handle.set_exception(exc)
-                if self.app._silent:
-                    report = {"message": f"{name} has failed", "exception": exc}
-                    asyncio.get_running_loop().call_exception_handler(report)
-
-
-# ==================================================================================================
-# 13. The app and its server
-#
-# A Stario is a router with a tracer. `dispatch` takes one request through it: context, handler,
-# errors, the end of the answer; it is all that a carrier ever calls.
+# 10. The server
 #
 # The server accepts connections on the caller's event loop and deals them out, in turn, to its
 # workers: one on that same loop, and `workers - 1` in threads with a loop of their own. They share
@@ -7872,315 +3650,31 @@ class _Life:
 # ==================================================================================================
 
 
-def _is_stopped(carrier: Carrier, exc: BaseException) -> bool:
-    """Whether it is the server that ends a handler, or who presses Ctrl-C while it stops."""
-    task = asyncio.current_task()
-    cancelled = isinstance(exc, asyncio.CancelledError) and task is not None and task.cancelling()
-    return carrier.shutting_down and bool(cancelled or isinstance(exc, KeyboardInterrupt))
+_EAGER = sys.version_info >= (3, 12)
 
 
-_HINTS = {  # what Python says of an `await` too much or too little, and what to do
-    "NoneType can't be used in 'await'": "the methods of a Writer are not awaited: w.html(...)",
-    "'NoneType' object can't be awaited": "the methods of a Writer are not awaited: w.html(...)",
-    "'coroutine' object": "`await` is missing: await c.signals(), await c.req.json()",
-}
+def _spawn(
+    coroutine: Coroutine[Any, Any, T],
+    loop: asyncio.AbstractEventLoop,
+    context: contextvars.Context | None = None,
+) -> asyncio.Task[T]:
+    """A task of its own for a coroutine.
 
-
-# What handlers have raised, for the test client: it raises that in the test.
-_failures: contextvars.ContextVar[list[BaseException] | None]
-_failures = contextvars.ContextVar("stario_failures", default=None)
-
-
-class Stario(Router):
-    """An app: routes, a tracer, and what holds for all requests.
-
-    Without a tracer it is silent. `max_body` is the largest request body in bytes.
+    From Python 3.12 on it starts at once, and one that never has to wait is done when this returns,
+    without another turn of the loop. (Given no name, a task would put one together.)
     """
+    if _EAGER:
+        return asyncio.Task(coroutine, loop=loop, name="stario", context=context, eager_start=True)  # type: ignore[call-arg]
+    return loop.create_task(coroutine, name="stario", context=context)
 
-    def __init__(
-        self,
-        tracer: Tracer | None = None,
-        *,
-        compression: CompressionConfig | None = None,
-        max_body: int = 10 * 1024 * 1024,
-    ) -> None:
-        super().__init__()
-        if tracer is not None and not isinstance(tracer, Tracer):
-            raise StarioError(f"a tracer is needed, not {tracer!r}: `with RichTracer() as tracer:`")
-        self.tracer = tracer or Tracer()
-        self.compression = compression or CompressionConfig()
-        if not isinstance(self.compression, CompressionConfig):
-            raise StarioError(f"compression is a CompressionConfig(...), not {compression!r}")
-        self.max_body = max_body
-        self._silent = type(self.tracer) is Tracer  # nobody looks at the spans: make none
-        self._life = _Life(self)
-        self._fallback: Handler = self._no_route
-        self._add("GET", "/_stario/*", _collections["_stario"])  # the pocket client, see part 15
 
-    debug = False  # for development: show what goes wrong (part 13c)
-    _writer = Writer  # or what development puts in its place
+_closing: set[asyncio.Task[Any]] = set()  # tasks that close what an `alive` has left
 
-    def use(self, *middleware: Middleware) -> None:
-        """Wrap every route that follows, and the answers where there is no route."""
-        super().use(*middleware)
-        self._fallback = self._no_route
-        for wrap in reversed(self._middleware):
-            self._fallback = _wrapped(wrap, self._fallback)
 
-    def lifespan(self, manager: Lifespan) -> Lifespan:
-        """Open before the first request what is closed after the last: `app.lifespan(database)`.
-
-        `manager(app)` gives an async context manager, as a function with `@asynccontextmanager`
-        does. Several are entered in their order. An exception in it keeps the server from starting.
-        """
-        self._life.lifespans.append(manager)
-        return manager
-
-    def background(self, work: Coroutine[Any, Any, T]) -> Future[T]:
-        """Start a task that lives as long as the server: `app.background(tick())`.
-
-        Before the server runs it waits for it; a handler starts with it what goes on after the
-        answer. It is traced, and cancelled when the server stops, or by `cancel()` of what this
-        gives back, from any thread.
-        """
-        if not asyncio.iscoroutine(work):
-            raise StarioError(
-                f"background() takes a coroutine, as in app.background(tick()), "
-                f"not a {type(work).__name__}"
-            )
-        return self._life.begin(work)
-
-    async def dispatch(self, request: Request, carrier: Carrier) -> None:
-        """Take one request from its carrier to its handler, and its answer back. Raises nothing."""
-        request.max_body = self.max_body
-        c = Context(self, request)
-        w = self._writer(carrier, request, self.compression)
-        try:
-            try:
-                if not self._hosts:
-                    handler = self._find(request) or self._fallback
-                else:
-                    handler = self._find_by_host(request)
-                if not self._silent:
-                    _current_step.set((c, c.span))
-                got = await handler(c, w)  # type: ignore[func-returns-value]
-                if got is not None:
-                    c("ignored", {"returned": got, "hint": "a handler answers by w, not by return"})
-                if w._rest is not None:
-                    await w._rest
-            except BaseException as exc:
-                if _is_stopped(carrier, exc):
-                    raise
-                await self._failed(c, w, exc)
-            if not w.completed:
-                self._complete(c, w)
-        finally:
-            if not w.completed:
-                carrier.abort()  # cancelled: the server could not wait any longer
-            if w._timer is not None:
-                w._stop_heartbeat()
-            if type(request._body) is Body:
-                request._body.discard()
-            if c._span is not None:
-                c._span.attributes["http.response.status_code"] = w.status_code
-                c._span.end()
-
-    def _find_by_host(self, request: Request) -> Handler:
-        for router in self._routers_for(request):
-            handler = router._find(request)
-            if handler is not None:
-                return handler
-        return self._fallback
-
-    def _routers_for(self, request: Request) -> Iterator[Router]:
-        """The routers that may answer: those of the request's host, then the app itself."""
-        host = request.host if self._hosts else ""
-        for pattern, router in self._hosts:
-            if pattern == host:
-                yield router
-            elif pattern.startswith("*") and host.endswith(pattern[1:]):
-                request.subhost = host[: 1 - len(pattern)]
-                if all(request.subhost.split(".")):
-                    yield router
-                request.subhost = ""
-        yield self
-
-    async def _no_route(self, c: Context, w: Writer) -> None:
-        """Answer where no route does: OPTIONS, 405, the way to the path without its slash, 404."""
-        request = c.req
-        methods = self._methods_for(request, request.raw_path)
-        if methods:
-            w.headers.set("allow", ", ".join(sorted(methods | {"OPTIONS"})))
-            if request.method != "OPTIONS":
-                raise HttpException(405)
-            w.empty(204)
-            return
-        # Of "//evil.com/" no slash may be left that makes it the address of another host.
-        bare = "/" + request.raw_path.strip("/\\")
-        if request.raw_path.endswith("/") and self._methods_for(request, bare):
-            query = f"?{request.query_string}" if request.query_string else ""
-            w._redirect(request.root_path + bare + query, 308)
-            return
-        raise HttpException(404)
-
-    def _methods_for(self, request: Request, raw_path: str) -> set[str]:
-        if raw_path == "*":
-            return {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"}
-        return {m for router in self._routers_for(request) for m in router._methods(raw_path)}
-
-    async def _failed(self, c: Context, w: Writer, exc: BaseException) -> None:
-        """A handler has raised: answer for it, if there is still an answer to give.
-
-        Whatever it is, `SystemExit` and a cancellation from elsewhere too, it ends this request
-        and nothing else.
-        """
-        exc = _alone(exc)
-        try:
-            if await _handle_error(self._errors, c, w, exc):
-                return
-            self._note(c, exc)
-        except BaseException as another:  # the error handler's own
-            if _is_stopped(w._carrier, another):
-                raise
-            exc = another
-            self._note(c, exc)
-        is_answer = isinstance(exc, (HttpException, ClientDisconnected))
-        if self.debug and not (is_answer or w.completed):
-            _show_error(c, w, exc)
-        if not (w.started or isinstance(exc, ClientDisconnected)):
-            self._answer_error(c, w, exc)
-        if not w.completed:
-            w.completed = True
-            w._carrier.abort()
-
-    def _answer_error(self, c: Context, w: Writer, exc: BaseException) -> None:
-        w._forget_answer()
-        try:
-            if not isinstance(exc, HttpException):
-                w.text(_phrase(500), 500)
-            elif exc.status_code in _REDIRECTS:
-                w.redirect(exc.detail, exc.status_code)
-            else:
-                w.text(exc.detail, exc.status_code)
-        except Exception as wrong:  # a status, or an address, that no answer can have
-            self._report(c, wrong)
-            w.text(_phrase(500), 500)
-
-    def _note(self, c: Context, exc: BaseException, has_page: bool = False) -> None:
-        """Tell the developer of an exception: as an error, unless it is an answer or a farewell."""
-        if isinstance(exc, ClientDisconnected):
-            c("client.disconnected")
-        elif isinstance(exc, HttpException):
-            attributes = {"http.response.status_code": exc.status_code, "detail": exc.detail}
-            c("http.exception", attributes)
-        else:
-            self._report(c, exc, has_page)
-
-    def _report(self, c: Context, exc: BaseException, has_page: bool = False) -> None:
-        """Tell the developer: by the span, or, where nobody looks at spans, as asyncio does.
-
-        And by a test that it happens in, unless the app has a page for it: that is an answer.
-        """
-        in_test = _failures.get()
-        if in_test is not None and not has_page:
-            in_test.append(exc)
-        for sign, hint in _HINTS.items():
-            if isinstance(exc, (TypeError, AttributeError)) and sign in _safe_text(exc):
-                exc.add_note(f"stario: {hint}")
-        if not self._silent:
-            c.span.fail(exc)
-        elif in_test is None:
-            text = _printable(f"unhandled exception in {c.req.method} {c.req.path}")
-            loop = asyncio.get_running_loop()
-            if loop.get_exception_handler():
-                loop.call_exception_handler({"message": text, "exception": exc})
-                return
-            logger = logging.getLogger("asyncio")
-            info = (type(exc), exc, exc.__traceback__)
-            record = logger.makeRecord(logger.name, logging.ERROR, "", 0, text, (), info)
-            # As logging would write it, except that no line begins with a client's text.
-            record.exc_text = "\n    ".join(map(_printable, _stack_of(exc).split("\n")))
-            logger.handle(record)
-
-    def _complete(self, c: Context, w: Writer) -> None:
-        """The handler is through: end its stream, or say that there is nothing to say."""
-        if not w.started:
-            c("no answer", {"hint": "the handler sent nothing, so the client got 204 No Content"})
-            w.empty(204)
-            return
-        try:
-            w.end()
-        except StarioError as exc:  # less than its Content-Length
-            self._report(c, exc)
-
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Serve as an ASGI 3 application: `uvicorn myapp:app`. See part 14b."""
-        if scope["type"] == "http":
-            await _serve_asgi(self, scope, receive, send)
-        elif scope["type"] == "lifespan":
-            await _live_asgi(self, receive, send)
-        elif scope["type"] == "websocket":
-            await send({"type": "websocket.close"})
-        else:
-            raise StarioError(f"an app serves HTTP; ASGI's {scope['type']!r} is not supported")
-
-    async def serve(
-        self,
-        host: str = "127.0.0.1",
-        port: int = 8000,
-        workers: int = 1,
-        *,
-        reload: bool = False,
-        debug: bool | None = None,
-        **options: Unpack[ServerOptions],
-    ) -> None:
-        """Serve until a signal says stop. The options are those of `Server`, and the `Limits`.
-
-        With `reload` a saved file restarts the program (part 13b). With `debug`, which without a
-        word is on at a terminal and off elsewhere, errors are shown in the browser (part 13c).
-
-        What keeps it from starting (a port that is taken, an option that does not exist) ends the
-        program with one sentence: SystemExit. What handlers start with `asyncio.to_thread` runs in
-        threads that do not hold up the program's end.
-        """
-        try:
-            server = Server(self, host, port, workers, **options)
-            if reload and _RELOADED in os.environ:
-                _join_reloading(self, server)
-            elif reload:
-                server._listener.open()
-                raise SystemExit(_Reloader(server).run())
-            asyncio.get_running_loop().set_default_executor(_Threads())
-            self.debug = sys.stdout is not None and sys.stdout.isatty() if debug is None else debug
-            await server.start()
-            if self.debug:
-                _Watchdog()
-        except StarioError as exc:
-            raise SystemExit(f"stario: {exc}") from None
-        self.tracer("listening", {"url": server.url}).end()
-        try:
-            await server.wait_for_signal()
-        finally:
-            await server.stop()
-
-    @asynccontextmanager
-    async def running(
-        self,
-        host: str = "127.0.0.1",
-        port: int = 0,
-        workers: int = 1,
-        **options: Unpack[ServerOptions],
-    ) -> AsyncIterator[Server]:
-        """Serve inside a program of your own: `async with app.running(port=0) as server:`
-
-        `server.url` says where. Raises StarioError where it cannot start.
-        """
-        server = Server(self, host, port, workers, **options)
-        await server.start()
-        try:
-            yield server
-        finally:
-            await server.stop()
+def _keep(task: asyncio.Task[Any], tasks: set[asyncio.Task[Any]]) -> None:
+    """A loop refers to its tasks only weakly, so somebody has to keep those that are under way."""
+    tasks.add(task)
+    task.add_done_callback(tasks.discard)
 
 
 class Worker:
@@ -8872,270 +4366,10 @@ def _inherited_sockets() -> list[socket.socket]:
 
 
 # ==================================================================================================
-# 13b. Reload: a saved file restarts the app
+# 11. Trying it without a network: the test client
 #
-# `serve(reload=True)` starts the program a second time, as a child, and watches the files. The
-# parent opens the sockets and keeps them, so that a browser waits and is never refused while one
-# child goes and the next one comes. A page asks its child by an event stream of its own which
-# version it is, and loads itself anew when another child answers. Windows cannot hand sockets
-# over: there each child opens its own.
-# ==================================================================================================
-
-_RELOADED = "STARIO_RELOADED"  # in a child's environment: the descriptors of the sockets
-_LOOK_EVERY = 0.2  # seconds
-
-
-def _watched_folders() -> set[str]:
-    """Where the program's own modules lie, and its assets."""
-    own = set()
-    for module in list(sys.modules.values()):
-        path = os.path.abspath(getattr(module, "__file__", None) or os.__file__)
-        if not path.startswith(os.path.dirname(os.__file__)) and "site-packages" not in path:
-            own.add(os.path.dirname(path))
-    for assets in _collections.values():
-        own |= {folder for folder, _, _ in os.walk(assets._root or "")}
-    return own
-
-
-def _times(folders: set[str]) -> dict[str, int]:
-    """When each file was changed."""
-    times = {}
-    for folder in folders:
-        with suppress(OSError), os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.endswith((".py", ".html", ".css", ".js", ".svg", ".json")):
-                    with suppress(OSError):
-                        times[entry.path] = entry.stat().st_mtime_ns
-    return times
-
-
-def _compiles(paths: Iterable[str]) -> bool:
-    """Whether these files can be Python; says why if not."""
-    for path in paths:
-        try:
-            if path.endswith(".py"):
-                with open(path, "rb") as file:
-                    compile(file.read(), path, "exec")
-        except (SyntaxError, ValueError) as exc:
-            print(*traceback.format_exception_only(exc), "waiting for a change", file=sys.stderr)
-            return False
-        except OSError:  # it was removed
-            pass
-    return True
-
-
-class _Reloader:
-    """The parent: keeps the sockets, and one child that is alive."""
-
-    def __init__(self, server: Server) -> None:
-        self._sockets = server._listener.sockets
-        self._children: list[subprocess.Popen[bytes]] = []
-        self._ended_by = 0
-
-    def run(self) -> int:
-        """Run until a signal comes, or the program ends by itself; gives its exit status."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._end)
-        folders = _watched_folders()
-        before = _times(folders)
-        self._start()
-        while not self._ended_by and self._children[-1].poll() != 0:
-            time.sleep(_LOOK_EVERY)
-            now = _times(folders)
-            changed = {path for path, _ in now.items() ^ before.items()}
-            before = now
-            if changed and _compiles(changed):
-                print("reloading:", *map(os.path.basename, sorted(changed)), file=sys.stderr)
-                self._stop()
-                self._start()
-                folders = _watched_folders()
-        self._stop()
-        return max(child.wait() for child in self._children)
-
-    def _start(self) -> None:
-        descriptors = [] if os.name == "nt" else [opened.fileno() for opened in self._sockets]
-        if os.name == "nt":
-            for opened in self._sockets:
-                opened.close()
-        names = {**os.environ, _RELOADED: ",".join(map(str, descriptors))}
-        command = [sys.executable, *sys.orig_argv[1:]]
-        self._children = [child for child in self._children if child.poll() is None]
-        self._children.append(subprocess.Popen(command, env=names, pass_fds=descriptors))
-
-    def _stop(self) -> None:
-        for child in self._children:
-            child.terminate()
-
-    def _end(self, number: int, frame: object) -> None:
-        self._ended_by = number
-
-
-class _ReloadingWriter(Writer):
-    """Adds to each page the script that loads it anew."""
-
-    def html(self, node: object, status: int = 200) -> None:
-        """Answer with a page."""
-        text = render(node)
-        if text.startswith("<!doctype html>"):
-            script = h.Script({"type": "module", "src": f"/_stario/reload.js?{os.getpid()}"})
-            text = SafeString(text + script)
-        super().html(text, status)
-
-
-_RELOAD_SCRIPT = """
-let version = new URL(import.meta.url).search.slice(1), source;
-const listen = () => {
-  source?.close();
-  if (document.hidden) return;  // a browser has six connections for one host
-  source = new EventSource("/_stario/reload");
-  source.onmessage = (event) => event.data == version || location.reload();
-};
-document.addEventListener("visibilitychange", listen);
-listen();
-"""
-
-
-def _join_reloading(app: Stario, server: Server) -> None:
-    """In a child: use the parent's sockets, and tell the pages which version this is."""
-    global _FAREWELL
-    _FAREWELL = 0.0  # who asks on an old connection shall not get an old page
-    descriptors = os.environ[_RELOADED].split(",")
-    inherited = [socket.socket(fileno=int(number)) for number in descriptors if number]
-    server._listener.sockets += inherited
-
-    async def script(c: Context, w: Writer) -> None:
-        w.respond(_RELOAD_SCRIPT.encode(), "text/javascript")
-
-    async def version(c: Context, w: Writer) -> None:
-        w.event("message", str(os.getpid()), retry=200)
-        async for _ in w.alive():
-            pass
-
-    app._add("GET", "/_stario/reload.js", script)
-    app._add("GET", "/_stario/reload", version)
-    app._writer = _ReloadingWriter
-
-
-# ==================================================================================================
-# 13c. Development: what went wrong, shown where one looks
-#
-# With `serve(debug=True)`, which is the default at a terminal, an exception's answer is a page that
-# shows it: the program's own frames first, with their lines and values, then the request. To a
-# request of Datastar's it comes as a patch over the open page. And a handler that keeps an event
-# loop from its other work for more than 100 ms is named, with the line where it was. The rule that
-# must hold: without `debug` nothing of this leaves the server.
-# ==================================================================================================
-
-_SECRET = re.compile(r"(?i)pass|secret|token|key|cookie|auth|session")
-_DEBUG_STYLE = (
-    "position:fixed;inset:0;z-index:9999;overflow:auto;margin:0;padding:1.5rem;white-space:pre-wrap;"
-    "font:14px/1.5 ui-monospace,monospace;color:#eee;background:#1c1417;border:0;text-align:left"
-)
-
-
-def _value_line(name: object, value: object) -> str:
-    """A value in a line: short, and hidden if its name sounds like a secret."""
-    if _SECRET.search(str(name)):
-        return "(hidden)"
-    try:
-        text = repr(value)
-    except Exception as exc:
-        text = f"(its repr raises {type(exc).__name__})"
-    return text if len(text) <= 120 else text[:119] + "…"
-
-
-def _is_own(filename: str) -> bool:
-    """Whether a file is the program's own: not this one, Python's, or an installed package's."""
-    library = os.path.dirname(os.__file__)
-    return filename != __file__ and not filename.startswith((library, "<frozen"))
-
-
-def _frame_view(frame: traceback.FrameSummary, values: Mapping[str, object]) -> SafeString:
-    """A frame: the line with those around it, and the local values."""
-    first = max(1, (frame.lineno or 1) - 3)
-    lines = [
-        f"{'→' if number == frame.lineno else ' '} {number:4} {line.rstrip()}"
-        for number in range(first, (frame.lineno or 1) + 3)
-        if (line := linecache.getline(frame.filename, number))
-    ]
-    shown = [f"  {name} = {_value_line(name, value)}" for name, value in values.items()]
-    head = f"{frame.filename}, line {frame.lineno}, in {frame.name}"
-    return h.Details(
-        {"open": _is_own(frame.filename)}, h.Summary(head), "\n".join([*lines, "", *shown, ""])
-    )
-
-
-def _error_view(c: Context, exc: BaseException) -> SafeString:
-    """An exception, as an element that covers the page."""
-    walked = list(traceback.walk_tb(exc.__traceback__))
-    summary = traceback.StackSummary.extract(iter(walked))
-    frames = [
-        _frame_view(shown, frame.f_locals)
-        for shown, (frame, _) in zip(summary, walked, strict=True)
-    ]
-    own = [i for i, shown in enumerate(summary) if _is_own(shown.filename)]
-    order = [*reversed(own), *(i for i in range(len(frames)) if i not in own)]
-    request = [f"{c.req.method} {c.req.url}"]
-    request += [f"{name}: {_value_line(name, value)}" for name, value in c.req.headers.items()]
-    events = [f"{event.name} {_value_line('', event.attributes)}" for event in c.span.events]
-    close = {"onclick": "this.parentNode.remove()", "style": "float:right"}
-    return h.Div(
-        {"id": "stario-error", "style": _DEBUG_STYLE},
-        h.Button({"type": "button", **close}, "×"),
-        h.H1("".join(traceback.format_exception_only(exc)).strip()),
-        [frames[i] for i in order],
-        h.Details(h.Summary("Request"), "\n".join(request)),
-        h.Details(h.Summary("Trace"), "\n".join(events)),
-    )
-
-
-def _show_error(c: Context, w: Writer, exc: BaseException) -> None:
-    """Answer with the exception, or patch it over the page, if either can be."""
-    if w._sse or (c.req.is_datastar and not w.started):
-        w._forget_answer()
-        w.patch(_error_view(c, exc), selector="body", mode="append")
-        w.end()
-    elif not w.started:
-        w._forget_answer()
-        w.html(h.Html(h.Body(_error_view(c, exc))), 500)
-
-
-class _Watchdog:
-    """Names what keeps an event loop busy. The loop notes the time; a thread looks at the note."""
-
-    def __init__(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        self._thread = threading.get_ident()
-        self._seen = time.monotonic()
-        self._note()
-        threading.Thread(target=self._look, name="stario-watchdog", daemon=True).start()
-
-    def _note(self) -> None:
-        self._seen = time.monotonic()
-        self._loop.call_later(0.02, self._note)
-
-    def _look(self) -> None:
-        told = 0.0
-        while not self._loop.is_closed():
-            time.sleep(0.02)
-            seen = self._seen
-            if time.monotonic() - seen > 0.1 and seen != told:
-                told = seen
-                self._tell(sys._current_frames().get(self._thread))
-
-    def _tell(self, frame: types.FrameType | None) -> None:
-        while frame is not None and not _is_own(frame.f_code.co_filename):
-            frame = frame.f_back
-        if frame is not None:
-            where = f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
-            print(f"stario: the event loop is blocked for over 100 ms at {where}", file=sys.stderr)
-
-
-# ==================================================================================================
-# 14. Trying it without a network: the test client
-#
-# Each request gets a pair of connected sockets: at one end the server's own connection (12), with a
-# worker for itself (13), at the other this client. So an answer is what the server answers, byte by
+# Each request gets a pair of connected sockets: at one end the server's own connection (9), with a
+# worker for itself (10), at the other this client. So an answer is what the server answers, byte by
 # byte. All of it runs in the loop of the test: no port, no thread.
 # ==================================================================================================
 
@@ -9609,8 +4843,4522 @@ class TestClient:
         return exchange
 
 
+# -- Act 2 runs: the same app, in a browser with `asyncio.run(app.serve())`, and in a test.
+#
+#     async def hello(c: Context, w: Writer) -> None:
+#         w.html(h.P("Hello, ", c.req.query.get("name", "world")))
+#
+#     app = Stario()
+#     app.get("/", hello)
+#     # GET /?name=you -> <p>Hello, you</p>
+
+
 # ==================================================================================================
-# 14b. ASGI: the same app under another server
+# ACT 3. Live
+#
+# One click, followed from a button to another tab. Both tabs have loaded this page, and each has
+# asked for a stream when it came:
+#
+#     <main data-init="@get('/live')">
+#       <button data-on:click="@post('/click')">+1</button> <b id="count">0</b>
+#     </main>
+#
+#     async def live(c: Context, w: Writer) -> None:
+#         async for _ in w.alive(relay.subscribe("clicks")):
+#             w.patch(h.B({"id": "count"}, clicks))
+#
+#     async def click(c: Context, w: Writer) -> None:
+#         global clicks
+#         clicks += 1
+#         relay.publish("clicks", None)
+#         w.empty()
+#
+# 1. The attributes are written by Python (12). In the browser Datastar reads them: a click on the
+#    button runs `@post('/click')`, which sends a request as any other:
+#
+#     POST /click HTTP/1.1
+#     datastar-request: true
+#     content-type: application/json
+#
+#     {}
+#
+# 2. The handler `click` counts, publishes, and answers that there is nothing to show (204).
+# 3. The relay (14) puts the message into the mailbox of each subscription. The handler `live` of
+#    the other tab waits for it inside `alive` (13), and goes on.
+# 4. It writes an event into its answer, which has been open since the page came:
+#
+#     event: datastar-patch-elements
+#     data: elements <b id="count">1</b>
+#
+# 5. Datastar in the other tab finds the element with the id `count`, and morphs it into the new
+#    one.
+#
+# When the tab is closed, its connection breaks. The handler `live` is told inside `alive`: the loop
+# ends, and the code after it runs.
+# ==================================================================================================
+
+# ==================================================================================================
+# 12. Datastar: attributes and actions
+#
+# Datastar (https://data-star.dev, client 1.0) lets HTML carry behaviour: `data-*` attributes hold
+# JavaScript expressions over *signals* (`$name`), and actions in them (`@get('/x')`) ask the
+# server, which answers with events that patch the page. `data.*` gives the attributes as dicts,
+# ready to be parts of an element; `at.*` gives the actions as strings; the functions at the end
+# write the events.
+#
+# The rule that must hold: text from users never becomes code. It goes in as JSON, ASCII only,
+# where `@`, `$` and `;` are escaped (`\u0040`): before it runs an expression, the client rewrites
+# `$name` and `@name(` and splits at `;` with regular expressions that look into strings, too. And
+# `<`, `>` and `&`, so that it can stand in a script, of HTML (which `<!--` would end) or of SVG
+# (where `&quot` is decoded). What is given as an *expression* (a str) is code, the developer's own;
+# what is not text (True, 3, a list) is written in JavaScript.
+# ==================================================================================================
+
+
+def _script_json(value: object) -> str:
+    """JSON that can stand in an expression: see the rule above."""
+    text = _json(value, _encode_script)
+    for letter, escape in _ESCAPES:
+        if letter in text:
+            text = text.replace(letter, escape)
+    if "__proto__" in text:  # a name like others, but not in the braces of JavaScript
+        text = re.sub(r'([{,])"__proto__":', r'\1["__proto__"]:', text)
+    return text
+
+
+_ESCAPES = [(letter, f"\\u{ord(letter):04x}") for letter in "@$;<>&"]
+
+
+def _signals_json(signals: object, write: Callable[[object], str]) -> str:
+    text = write(signals)
+    if not text.startswith("{"):
+        raise StarioError(
+            f"{type(signals).__name__} is no set of signals: give a dict from names to values, a "
+            "dataclass, or anything with model_dump"
+        )
+    return text
+
+
+def s(text: object) -> str:
+    """A JavaScript string literal, safe in an expression: `f"$name = {s(user.name)}"`."""
+    return _script_json(_as_text(text))
+
+
+def js(mapping: Mapping[str, object] | None = None, /, **expressions: object) -> str:
+    """A JavaScript object whose values are expressions: `js(total="$a + $b")`."""
+    if mapping is not None and not isinstance(mapping, Mapping):
+        raise StarioError(f"give a dict from names to expressions in place of {mapping!r}")
+    pairs = {**(mapping or {}), **expressions}
+    return "{" + ", ".join(f"{_key(name)}: {_code(code)}" for name, code in pairs.items()) + "}"
+
+
+def _key(name: str) -> str:
+    return '["__proto__"]' if name == "__proto__" else s(name)
+
+
+def _code(value: object) -> str:
+    """A value where an expression is meant: a str is one, and True is `true`."""
+    if type(value) is str:
+        return value
+    if _baking.get() and (mark := _carried(_code, value)):
+        return mark
+    return str.__str__(value) if isinstance(value, str) else _script_json(value)
+
+
+def _as_text(value: object) -> str:
+    """The text of a value: of an enum's member that of its value."""
+    if isinstance(value, str):
+        return str.__str__(value)
+    return _as_text(value.value) if isinstance(value, enum.Enum) else str(value)
+
+
+def _signal_name(name: str) -> str:
+    """The name of a signal, where the client wants a name and no expression."""
+    if not isinstance(name, str) or not re.fullmatch(r"[^\s$@;'\"(){}\[\]]+", name):
+        raise StarioError(f"give the name of a signal, as in 'user.name', without $: not {name!r}")
+    return str.__str__(name)
+
+
+Duration = int | float | str  # whole seconds; seconds with a fraction; or "250ms" as it is
+Timing = Duration | tuple[Any, ...]  # (0.5, "leading") adds the client's own flags
+Pattern = str | re.Pattern[str] | None  # a regular expression, run by the browser; None fits all
+Expression = str | bool | int | float  # JavaScript; what is no text is written as JavaScript
+
+
+class Modifiers(TypedDict, total=False):
+    """What can be said of an event handler. The client's names, in the order of its reference."""
+
+    once: bool
+    passive: bool
+    capture: bool
+    window: bool
+    document: bool
+    outside: bool
+    prevent: bool
+    stop: bool
+    exit: bool  # for on_intersect: when it leaves the view
+    half: bool  # for on_intersect: when half of it is visible,
+    full: bool  # all of it,
+    threshold: int  # or so many percent
+    duration: Timing  # for on_interval
+    delay: Duration  # wait so long
+    debounce: Timing  # wait until there has been no event for so long
+    throttle: Timing  # let one event through in so long
+    viewtransition: bool
+
+
+def _duration(name: str, value: Duration) -> str:
+    # The client separates a modifier's tags by dots, so "1.5s" cannot be written: milliseconds.
+    if isinstance(value, str) and re.fullmatch(r"\d{1,9}(ms|s)", value):
+        return value
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+        raise StarioError(f"{name}={value!r} is no duration: write seconds (0.5), or '500ms'")
+    if value >= (1000 if name == "duration" else 100):
+        raise StarioError(
+            f"{name}={value!r} is {value} seconds. Milliseconds meant? Write {value / 1000:g}, or "
+            f"'{value}s' if it is right"
+        )
+    return f"{round(value * 1000)}ms" if isinstance(value, float) else f"{value}s"
+
+
+def _kebab(name: str) -> str:
+    """HTML lower-cases attribute names: `valueAsNumber` is written `value-as-number`."""
+    return re.sub(r"(?<!^)([A-Z])", r"-\1", name).lower()
+
+
+def _modifier(name: str, value: object) -> str:
+    """`__once` for True, nothing for False, `__debounce.500ms.leading` for (0.5, "leading")."""
+    if value is None or value is False:
+        return ""
+    if value is True:
+        return f"__{name}"
+    if name not in _MODIFIERS_WITH_VALUE:
+        raise StarioError(f"{name}={value!r}: write {name}=True")
+    if name == "threshold":
+        if isinstance(value, int) and 0 <= value <= 100:
+            return f"__threshold.{value}"
+        raise StarioError(f"threshold={value!r}: a whole number of percent, 0 to 100")
+    first, *flags = value if isinstance(value, tuple) else (value,)
+    for flag in flags:
+        if flag not in _FLAGS:
+            raise StarioError(f"{name} has no flag {flag!r}: {_one_of(flag, _FLAGS)}")
+    return ".".join((f"__{name}", _duration(name, first), *flags))
+
+
+_MODIFIERS_WITH_VALUE = ("threshold", "duration", "delay", "debounce", "throttle")
+_FLAGS = ("leading", "notrailing", "noleading", "trailing")
+
+
+def _attribute_name(start: str, modifiers: Mapping[str, object]) -> str:
+    """`data-on:click__once`"""
+    if tuple in map(type, modifiers.values()):  # (1, "leading") == (True, "leading") to a cache
+        return _new_name_with(start, **modifiers)
+    return _name_with(start, **modifiers)
+
+
+def _new_name_with(start: str, /, **modifiers: object) -> str:
+    known = Modifiers.__annotations__
+    for name in modifiers:
+        if name not in known:
+            raise StarioError(f"no modifier {name!r}: {_one_of(name, known)}")
+    return start + "".join(_modifier(name, modifiers[name]) for name in known if name in modifiers)
+
+
+_name_with = lru_cache(maxsize=512, typed=True)(_new_name_with)  # typed: 1 is not True
+
+
+@lru_cache(maxsize=256)
+def _event_name(event: str) -> str:
+    """`data-on:user-saved__case.camel`: the client turns `user-saved` back into `userSaved`."""
+    if not isinstance(event, str) or not 0 < len(event) <= 100:  # (and so no cache of long ones)
+        raise StarioError(f"{str(event)[:60]!r} is no event's name: one of at most 100 characters")
+    if event.lower() in ("onclick", "onsubmit", "oninput", "onchange", "onkeydown"):
+        raise StarioError(f"no event {event!r}: without 'on', {event[2:].lower()!r}")
+    kebab = _kebab(event)
+    case = "" if kebab == event else "__case.pascal" if event[0].isupper() else "__case.camel"
+    return f"data-on:{kebab}{case}"
+
+
+def _regex(pattern: str | re.Pattern[str]) -> str:
+    """A regular expression literal, in which nothing ends it, and the client rewrites nothing."""
+    text, flags = pattern, ""
+    if isinstance(pattern, re.Pattern):
+        text = re.sub(r"^\(\?[aimsux]+\)", "", pattern.pattern)  # they are in its flags, too
+        flags = "".join(letter for flag, letter in _REGEX_FLAGS.items() if pattern.flags & flag)
+        if pattern.flags & re.VERBOSE:
+            raise StarioError("a browser knows no re.VERBOSE: write the pattern without it")
+    return f"/{_REGEX_SPECIAL.sub(_regex_escape, str(text)) or '(?:)'}/{flags}"
+
+
+_REGEX_FLAGS = {re.IGNORECASE: "i", re.MULTILINE: "m", re.DOTALL: "s"}
+# A pair with a backslash, `$` in front of what could be a name, and single characters.
+_REGEX_SPECIAL = re.compile(r"\\[\s\S]?|\$(?=[\w-])|[/@;\n\r\u2028\u2029]")
+
+
+def _regex_escape(found: re.Match[str]) -> str:
+    text = found[0]
+    if text in ("/", "\\"):
+        return "\\" + text
+    return f"\\u{ord(text[-1]):04x}" if text[-1] in "$@;\n\r\u2028\u2029" else text
+
+
+def _filter(include: Pattern, exclude: Pattern) -> str | None:
+    """The client's object for "the signals whose names match", or None for all of them."""
+    given = {"include": include, "exclude": exclude}
+    parts = [f"{name}: {_regex(value)}" for name, value in given.items() if value is not None]
+    return "{" + ", ".join(parts) + "}" if parts else None
+
+
+class DataAttributes:
+    """Datastar's attributes, each as a dict to put into an element: `h.Div(data.text("$name"))`.
+
+    Expressions are JavaScript. Durations are seconds (`1`, `0.5`) or text (`"250ms"`).
+    See https://data-star.dev/reference/attributes.
+    """
+
+    def signals(self, signals: object, ifmissing: bool = False) -> Attributes:
+        """Set signals from a dict, a dataclass, or anything with `model_dump`.
+
+        With `ifmissing` only those that the page does not have yet.
+        """
+        name = "data-signals__ifmissing" if ifmissing else "data-signals"
+        return {name: _signals_json(signals, _script_json)}
+
+    def bind(
+        self, signal: str, *, prop: str | None = None, event: str | Sequence[str] | None = None
+    ) -> Attributes:
+        """Keep a form field and a signal equal, in both directions.
+
+        `prop` is the element's property to bind (`"checked"` of a component of your own), `event`
+        the events, one or several, after which it is read.
+        """
+        events = [event] if isinstance(event, str) else list(event or ())
+        name = f"data-bind__prop.{_kebab(prop)}" if prop else "data-bind"
+        return {".".join((name + "__event" * bool(events), *events)): _signal_name(signal)}
+
+    def text(self, expression: Expression) -> Attributes:
+        """Show the expression's value as the element's text."""
+        return {"data-text": _code(expression)}
+
+    def show(self, expression: Expression) -> Attributes:
+        """Show the element only while the expression is true."""
+        return {"data-show": _code(expression)}
+
+    def class_(self, classes: Mapping[str, Expression]) -> Attributes:
+        """Give the element each class whose expression is true: `{"is-open": "$open"}`."""
+        return {"data-class": js(classes)}
+
+    def attr(self, attributes: Mapping[str, Expression]) -> Attributes:
+        """Set attributes to the values of expressions: `{"disabled": "$busy"}`."""
+        return {"data-attr": js(attributes)}
+
+    def style(self, styles: Mapping[str, Expression]) -> Attributes:
+        """Set CSS properties to the values of expressions."""
+        return {"data-style": js(styles)}
+
+    def computed(self, signals: Mapping[str, Expression]) -> Attributes:
+        """Signals that follow from others: `{"total": "$price * $count"}`."""
+        pairs = {_signal_name(name): f"() => ({_code(code)})" for name, code in signals.items()}
+        return {"data-computed": js(pairs)}
+
+    def effect(self, expression: Expression) -> Attributes:
+        """Run the expression now, and again whenever a signal in it changes."""
+        return {"data-effect": _code(expression)}
+
+    def init(self, expression: Expression, **modifiers: Unpack[Modifiers]) -> Attributes:
+        """Run the expression when the element comes into the page (`delay`, `viewtransition`)."""
+        return {_attribute_name("data-init", modifiers): _code(expression)}
+
+    def on(self, event: str, expression: Expression, **modifiers: Unpack[Modifiers]) -> Attributes:
+        """Run the expression at an event: `data.on("click", at.post("/click"), debounce=0.5)`."""
+        name = _event_name(event)
+        return {
+            _attribute_name(name, modifiers) if modifiers else name: (
+                expression if type(expression) is str else _code(expression)
+            )
+        }
+
+    def on_intersect(self, expression: Expression, **modifiers: Unpack[Modifiers]) -> Attributes:
+        """Run the expression when the element scrolls into view (or out, with `exit`)."""
+        return {_attribute_name("data-on-intersect", modifiers): _code(expression)}
+
+    def on_interval(self, expression: Expression, **modifiers: Unpack[Modifiers]) -> Attributes:
+        """Run the expression every `duration` (one second without it)."""
+        return {_attribute_name("data-on-interval", modifiers): _code(expression)}
+
+    def on_signal_patch(
+        self,
+        expression: Expression,
+        *,
+        include: Pattern = None,
+        exclude: Pattern = None,
+        **modifiers: Unpack[Modifiers],
+    ) -> Attributes:
+        """Run the expression when signals change; with a filter, those whose names match."""
+        name = _attribute_name("data-on-signal-patch", modifiers)
+        attributes: Attributes = {name: _code(expression)}
+        if names := _filter(include, exclude):
+            attributes["data-on-signal-patch-filter"] = names
+        return attributes
+
+    def indicator(self, signal: str) -> Attributes:
+        """Set the signal to true while a request of this element is under way."""
+        return {"data-indicator": _signal_name(signal)}
+
+    def ref(self, signal: str) -> Attributes:
+        """Put the element itself into a signal."""
+        return {"data-ref": _signal_name(signal)}
+
+    def ignore(self, *, self_only: bool = False) -> Attributes:
+        """Keep Datastar away from the element and what is in it (or from the element alone)."""
+        return {"data-ignore__self" if self_only else "data-ignore": True}
+
+    def ignore_morph(self) -> Attributes:
+        """Leave the element as it is when a patch comes."""
+        return {"data-ignore-morph": True}
+
+    def json_signals(
+        self, *, include: Pattern = None, exclude: Pattern = None, terse: bool = False
+    ) -> Attributes:
+        """Show all signals (or those whose names match) as JSON: for debugging."""
+        name = "data-json-signals__terse" if terse else "data-json-signals"
+        return {name: _filter(include, exclude) or True}
+
+    def preserve_attr(self, *names: str) -> Attributes:
+        """Keep these attributes of the element as they are when a patch comes."""
+        return {"data-preserve-attr": " ".join(names)}
+
+
+data = DataAttributes()
+
+
+class ResponseOverrides(TypedDict, total=False):
+    """What the client does with an answer that is no stream, in place of what its headers say."""
+
+    selector: str
+    mode: str
+    namespace: str
+    use_view_transition: bool
+    only_if_missing: bool  # of signals
+
+
+class RequestOptions(TypedDict, total=False):
+    """The options of a request: see https://data-star.dev/reference/actions."""
+
+    content_type: Literal["json", "form"]  # the signals, or the form around the element
+    include: Pattern  # the signals to send: those whose names match,
+    exclude: Pattern  # and those whose names do not
+    selector: str  # a CSS selector for the form to send
+    headers: Mapping[str, str]  # more request headers
+    open_when_hidden: bool  # keep the stream while the tab is hidden (False for GET)
+    payload: object  # what to send in place of the signals; a str is an expression
+    retry: Literal["auto", "error", "always", "never"]  # auto: after a broken connection
+    retry_interval_ms: int  # 1000
+    retry_scaler: float  # 2: each wait is so many times the one before
+    retry_max_wait_ms: int  # 30000
+    retry_max_count: int  # 10
+    # "auto": a new request of the same URL ends it; "cleanup": the end of its element does, too;
+    # "disabled"; or an expression for an AbortController: `$controller`, `window.controller`
+    request_cancellation: str
+    response_overrides: ResponseOverrides
+
+
+_REQUEST_DEFAULTS: dict[str, object] = {
+    "content_type": "json", "retry": "auto", "retry_interval_ms": 1000, "retry_scaler": 2,
+    "retry_max_wait_ms": 30_000, "retry_max_count": 10, "request_cancellation": "auto",
+}  # fmt: skip
+_OPTION_WORDS = {  # what the client knows; another word would do nothing, without a word
+    "content_type": ("json", "form"),
+    "retry": ("auto", "error", "always", "never"),
+    "request_cancellation": ("auto", "cleanup", "disabled"),
+}
+# A value that is a list comes once for each of its items; None is left out.
+Queries = Mapping[str, object] | None
+_PLAIN_URL = re.compile(r"[A-Za-z0-9/_.~?&=%:+,#-]*")
+
+
+class Actions:
+    """Datastar's actions, as text for expressions: `at.post("/click", {"cellId": 3})`.
+
+    `queries` are added to the URL. For the options see `RequestOptions`.
+    """
+
+    def get(self, url: str, queries: Queries = None, **options: Unpack[RequestOptions]) -> str:
+        """Ask with GET; signals go into the query. `@get('/subscribe')`"""
+        return _request("get", url, queries, options)
+
+    def post(self, url: str, queries: Queries = None, **options: Unpack[RequestOptions]) -> str:
+        """Ask with POST; signals go as JSON."""
+        return _request("post", url, queries, options)
+
+    def put(self, url: str, queries: Queries = None, **options: Unpack[RequestOptions]) -> str:
+        """Ask with PUT; signals go as JSON."""
+        return _request("put", url, queries, options)
+
+    def patch(self, url: str, queries: Queries = None, **options: Unpack[RequestOptions]) -> str:
+        """Ask with PATCH; signals go as JSON."""
+        return _request("patch", url, queries, options)
+
+    def delete(self, url: str, queries: Queries = None, **options: Unpack[RequestOptions]) -> str:
+        """Ask with DELETE; signals go into the query."""
+        return _request("delete", url, queries, options)
+
+    def query(self, url: str, queries: Queries = None, **options: Unpack[RequestOptions]) -> str:
+        """Ask with QUERY, a GET whose signals go as JSON; client 1.0.4 and later (see README)."""
+        return _request("query", url, queries, options)
+
+    def peek(self, expression: Expression) -> str:
+        """The expression's value, without running again when its signals change."""
+        return f"@peek(() => {_code(expression)})"
+
+    def set_all(self, value: object, *, include: Pattern = None, exclude: Pattern = None) -> str:
+        """Set all signals (or those whose names match) to a value; a str is an expression."""
+        return f"@setAll({', '.join(filter(None, (_code(value), _filter(include, exclude))))})"
+
+    def toggle_all(self, *, include: Pattern = None, exclude: Pattern = None) -> str:
+        """Turn all signals (or those whose names match) from true to false and back."""
+        return f"@toggleAll({_filter(include, exclude) or ''})"
+
+
+at = Actions()
+
+
+def _request(method: str, url: str, queries: Queries, options: RequestOptions) -> str:
+    if _baking.get() and (mark := _carried(_request, method, url, queries, options)):
+        return mark
+    written = _request_options(method, options) if options else ""
+    size = len(url) + len(written)
+    pairs: list[str] = []  # names and values in turn
+    for name, value in queries.items() if queries else ():
+        kind = type(value)
+        for text in (str(value),) if kind is str or kind is int else _texts(name, value):
+            pairs += (name, text)
+            size += len(text)
+    # Views are rendered often: the short ones are kept. A long text of a user's hardly comes twice.
+    return (_known_action if size < 256 else _action)(method, url, written, *pairs)
+
+
+def _texts(name: str, value: object) -> list[str]:
+    """The values of a query: of a list one for each item."""
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [text for item in value for text in _texts(name, item)]
+    if isinstance(value, (Mapping, bytes)):
+        raise StarioError(f"{type(value).__name__} cannot be in a query (as {name!r}): give text")
+    return [] if value is None else [_as_text(value)]
+
+
+def _action(method: str, url: str, options: str, *pairs: str) -> str:
+    if pairs:
+        queries = zip(pairs[::2], pairs[1::2], strict=True)
+        url, mark, fragment = url.partition("#")
+        url += ("&" if "?" in url else "?") + urlencode(list(queries), errors="replace")
+        url += mark + fragment
+    address = f"'{url}'" if _PLAIN_URL.fullmatch(url) else s(url)
+    return f"@{method}({address}{options})"
+
+
+_known_action = lru_cache(maxsize=2048)(_action)
+
+
+def _request_options(method: str, options: RequestOptions) -> str:
+    """The second argument of an action: what differs from the client's defaults."""
+    given = cast("dict[str, Any]", dict(options))
+    names = _filter(given.pop("include", None), given.pop("exclude", None))
+    written = [f"filterSignals: {names}"] if names else []
+    defaults = {**_REQUEST_DEFAULTS, "open_when_hidden": method != "get"}
+    for name, value in given.items():
+        if name not in RequestOptions.__annotations__:
+            known = RequestOptions.__annotations__
+            raise StarioError(f"no option {name!r}: {_one_of(name, known)}")
+        if value is None or value == defaults.get(name):
+            continue
+        written.append(f"{_camel(name.removesuffix('_ms'))}: {_option(name, value)}")
+    return f", {{{', '.join(written)}}}" if written else ""
+
+
+@lru_cache(maxsize=64)
+def _camel(name: str) -> str:
+    return re.sub("_([a-z])", lambda found: found[1].upper(), name)
+
+
+def _option(name: str, value: Any) -> str:
+    """An option's value: a word that the client knows, an expression, a number, an object."""
+    if name == "response_overrides":
+        known = ResponseOverrides.__annotations__
+        if unknown := [key for key in value if key not in known]:
+            raise StarioError(
+                f"nothing to override is {unknown[0]!r}: {_one_of(unknown[0], known)}"
+            )
+        return _script_json({_camel(key): item for key, item in value.items()})
+    words = _OPTION_WORDS.get(name, ())
+    is_code = name == "payload" or (name == "request_cancellation" and value not in words)
+    is_bare = isinstance(value, str) and re.fullmatch(r"[\w-]*", value) is not None
+    if words and value not in words and (is_bare or not is_code):
+        raise StarioError(f"{name}={value!r}: {_one_of(value, words)}")
+    if name.startswith("retry_") and (isinstance(value, (bool, str)) or not 0 <= value < math.inf):
+        raise StarioError(f"{name}={value!r}: a number, 0 or more")
+    return _code(value) if is_code else _script_json(value)
+
+
+DATASTAR_URL = "https://cdn.jsdelivr.net/gh/starfederation/datastar@1.0.2/bundles/datastar.js"
+DATASTAR_INTEGRITY = "sha384-SnyFlWTdFL3c8+9/1WsPuMFBq6AQOGC1LmS9upY4YkM3En3wZr5q2UvydHaMgOVG"
+
+
+def datastar_script(src: str | None = None, *, nonce: str | None = None) -> SafeString:
+    """The `<script>` that brings Datastar into a page: put it into `<head>`.
+
+    Without `src` it is the official bundle from its CDN and, where that fails or has not come after
+    a second and a half, the pocket client (28) from this server. Never both: the bundle is fetched
+    as text first, and only what has come in full, and has the right hash, is run. (A script element
+    could not be called back: one that the CDN answers late would run beside the pocket client.)
+    `src` names another copy to load instead, and nothing else. `nonce` is the one of the page's
+    Content-Security-Policy.
+    """
+    attributes = {"type": "module", "nonce": nonce or False}
+    if src is not None:
+        return h.Script(attributes, {"src": src})
+    pocket = "/_stario/" + asset("pocket.js", collection="_stario")  # part 19
+    return h.Script(
+        attributes,
+        f"""
+const official = "{DATASTAR_URL}";
+const integrity = "{DATASTAR_INTEGRITY}";
+let client = "{pocket}";
+try {{
+  const answer = await fetch(official, {{ integrity, signal: AbortSignal.timeout(1500) }});
+  if (!answer.ok) throw new Error(`status ${{answer.status}}`);
+  client = URL.createObjectURL(new Blob([await answer.text()], {{ type: "text/javascript" }}));
+}} catch (reason) {{
+  console.info(`Datastar's CDN is out of reach (${{reason.message}}): using the pocket client.`);
+}}
+await import(client);
+""",
+    )
+
+
+# ==================================================================================================
+# 13. Streams: events, and staying with a client
+#
+# A stream is an answer without an end. Its body is *events* (HTML standard, section 9.2.5), each
+# some lines of text. The handler writes them, and waits inside `alive` for what comes next.
+#
+# How a disconnect travels. The carrier learns of it first (the socket is closed, or a heartbeat
+# gets no answer), or of the server's wish to stop, and ends its `scopes`. An `alive` that is
+# waiting is one of them. It cancels the handler's task, the way `asyncio.timeout` does; the
+# cancellation surfaces where the handler waits, inside `alive`, which knows it for its own and
+# swallows just that one. So the loop ends as if the source had run dry, and the code after it runs.
+# A handler that is busy in the loop's body is not touched: it finds out when it comes back for the
+# next item.
+# ==================================================================================================
+
+
+# -- Events. The form is that of Datastar's SDK specification (sdk/ADR.md in its repository): the
+# fields in the order event, id, retry, data, and only what differs from a default. A line break of
+# any kind in a value starts a new `data:` line, so that no text can forge an event.
+
+_LINE_BREAK = re.compile(r"\r\n|\r|\n")
+
+
+def _sse(event: str, data: bytes, id: str | None = None, retry: int | None = None) -> bytes:
+    """One event of a stream (HTML standard, 9.2.5); `data` is lines, each with its `data: `."""
+    head = f"event: {event}\n"
+    if id is not None:
+        head += f"id: {_one_line(id)}\n"
+    if retry is not None:
+        if not isinstance(retry, int) or isinstance(retry, bool) or retry < 0:
+            raise StarioError(f"retry={retry!r}: give whole milliseconds")
+        head += f"retry: {int(retry)}\n"
+    return b"%b%b\n" % (head.encode("utf-8", "replace"), data)
+
+
+def _data(text: str, key: str = "") -> str:
+    """Text as the data lines of an event; each begins with `key`."""
+    # Most HTML is one line; the check is several times cheaper than the search.
+    if "\n" in text or "\r" in text:
+        text = _LINE_BREAK.sub(f"\ndata: {key}", text)
+    return f"data: {key}{text}\n"
+
+
+def _one_line(value: object) -> str:
+    text = _as_text(value)
+    if "\0" in text or _LINE_BREAK.search(text):
+        raise StarioError(f"event, id and selector cannot hold line breaks or NUL: {text[:60]!r}")
+    return text
+
+
+PatchMode = Literal["outer", "inner", "replace", "prepend", "append", "before", "after", "remove"]
+_PATCH_MODES = typing.get_args(PatchMode)
+
+
+_KEPT_CALLS, _KEPT_SIZE = 4, 256 * 1024  # that many calls, of at most so many bytes
+
+
+def _kept(make: Callable[Parameters, T]) -> Callable[Parameters, T]:
+    """`make`, with its last results kept: what goes to a thousand streams is made once.
+
+    The first argument is text or bytes. It is compared: `lru_cache` would hash it, which takes
+    ten times as long where each stream has a view of its own.
+    """
+    calls: tuple[tuple[object, T], ...] = ()  # replaced as a whole, so threads may share it
+
+    @wraps(make)
+    def give(*arguments: Parameters.args, **options: Parameters.kwargs) -> T:
+        nonlocal calls
+        asked = arguments, options
+        for known, result in calls:
+            if known == asked:
+                return result
+        result = make(*arguments, **options)
+        if len(cast("str | bytes", arguments[0])) <= _KEPT_SIZE:
+            calls = ((asked, result), *calls[: _KEPT_CALLS - 1])
+        return result
+
+    return give
+
+
+@_kept
+def _patch_data(
+    html: str,
+    mode: PatchMode = "outer",
+    selector: str | None = None,
+    namespace: str | None = None,
+    use_view_transition: bool = False,
+    view_transition_selector: str | None = None,
+) -> bytes:
+    """The data lines of `datastar-patch-elements`."""
+    if mode not in _PATCH_MODES:
+        raise StarioError(f"no patch mode {mode!r}: {_one_of(mode, _PATCH_MODES)}")
+    if namespace not in (None, "html", "svg", "mathml"):
+        raise StarioError(f"no namespace {namespace!r}: html, svg or mathml")
+    if not selector and mode not in ("outer", "replace"):
+        raise StarioError(f"mode {mode!r} needs a selector: only outer and replace do without")
+    if not selector and html.find(" id=", 0, html.find(">")) < 0 and html:
+        _check_id(html)
+    lines = f"data: selector {_one_line(selector)}\n" if selector else ""
+    if mode != "outer":
+        lines += f"data: mode {mode}\n"
+    if namespace and namespace != "html":
+        lines += f"data: namespace {namespace}\n"
+    if use_view_transition:
+        lines += "data: useViewTransition true\n"
+    if view_transition_selector:
+        lines += f"data: viewTransitionSelector {_one_line(view_transition_selector)}\n"
+    if html:
+        lines += _data(html, "elements ")
+    return lines.encode("utf-8", "replace")
+
+
+_FIRST_TAG = re.compile(r"\s*<([a-z!][^\s>/]*)([^>]*)", re.IGNORECASE)
+
+
+def _check_id(html: str) -> None:
+    """Without a selector the client finds an element by its id, or changes nothing."""
+    tag = _FIRST_TAG.match(html)
+    if tag and (tag[1].lower() in ("html", "head", "body") or tag[1].startswith("!")):
+        return  # there is one of each
+    if not tag or not re.search(r"\sid\s*=", tag[2], re.IGNORECASE):
+        raise StarioError(
+            f"no place for {html[:60]!r}: give the element an id that the page has, or say "
+            "where with selector= and mode="
+        )
+
+
+def _signal_data(signals: object, only_if_missing: bool = False) -> bytes:
+    """The data lines of `datastar-patch-signals`; a str is JSON already."""
+    if isinstance(signals, str):
+        text = _as_text(signals)
+        try:
+            is_object = isinstance(_json_decoder.decode(text), dict)
+        except (ValueError, RecursionError):
+            is_object = False
+        if not is_object:
+            raise StarioError(f"no JSON object: {text[:60]!r}; give a dict from names to values")
+    else:
+        text = _signals_json(signals, _json)
+    lines = "data: onlyIfMissing true\n" if only_if_missing else ""
+    return (lines + _data(text, "signals ")).encode("utf-8", "replace")
+
+
+_SSE_FIELDS = (  # proxies must neither keep a stream nor wait for its end: nginx reads the last one
+    b"content-type: text/event-stream\r\ncache-control: no-cache\r\nx-accel-buffering: no\r\n"
+)
+
+
+class EventOptions(TypedDict, total=False):
+    """What every event takes: `id` comes back as `last-event-id`, `retry` is in milliseconds."""
+
+    id: str | None
+    retry: int | None
+
+
+class _EventWriter(_OneShotWriter):
+    """Streams of events. The first one sends the headers."""
+
+    def patch(
+        self,
+        node: object,
+        *,
+        mode: PatchMode = "outer",
+        selector: str | None = None,
+        namespace: str | None = None,
+        use_view_transition: bool = False,
+        view_transition_selector: str | None = None,
+        **options: Unpack[EventOptions],
+    ) -> None:
+        """Patch elements into the page: by their ids, or into what `selector` finds.
+
+        Modes: outer, inner, replace, prepend, append, before, after, remove; without a selector
+        only outer and replace. `view_transition_selector` is where a view transition takes place
+        (client 1.0.3 and later). https://data-star.dev/reference/sse_events
+        """
+        html = node if type(node) is SafeString else render(node)
+        data = _patch_data(
+            html, mode, selector, namespace, use_view_transition, view_transition_selector
+        )
+        self._send_event("datastar-patch-elements", data, **options)
+
+    def remove(
+        self,
+        selector: str,
+        *,
+        use_view_transition: bool = False,
+        **options: Unpack[EventOptions],
+    ) -> None:
+        """Remove the elements that `selector` finds."""
+        data = _patch_data("", "remove", selector, None, use_view_transition)
+        self._send_event("datastar-patch-elements", data, **options)
+
+    def sync(
+        self, signals: object, *, only_if_missing: bool = False, **options: Unpack[EventOptions]
+    ) -> None:
+        """Merge signals into the page's: a dict, a dataclass, a model, or JSON. None removes."""
+        data = _signal_data(signals, only_if_missing)
+        self._send_event("datastar-patch-signals", data, **options)
+
+    def execute(
+        self,
+        js: str,
+        *,
+        auto_remove: bool = True,
+        attributes: Mapping[str, object] | None = None,
+        nonce: str | None = None,
+        **options: Unpack[EventOptions],
+    ) -> None:
+        """Run JavaScript in the page, in a `<script>` that is removed when it has run.
+
+        `nonce` is the one of the page's Content-Security-Policy.
+        """
+        own = {"data-effect": "el.remove()"} if auto_remove else {}
+        own |= {"nonce": nonce} if nonce else {}
+        data = _patch_data(h.Script({**own, **(attributes or {})}, js), "append", "body")
+        self._send_event("datastar-patch-elements", data, **options)
+
+    def navigate(
+        self, url: str, *, nonce: str | None = None, **options: Unpack[EventOptions]
+    ) -> None:
+        """Send the browser to another page. (`nonce` as in `execute`.)"""
+        # A browser skips control characters and blanks before and in a scheme (URL standard, 4.4).
+        scheme = re.sub(r"[\x00-\x20]", "", url).partition(":")[0].lower()
+        if scheme in ("javascript", "data", "vbscript"):
+            raise StarioError(f"{url[:60]!r} is a program, no page: navigate goes to pages only")
+        # By a timer, so that the rest of this event's work is done before the page goes.
+        script = f"setTimeout(() => {{ window.location = {_script_json(url)} }})"
+        self.execute(script, nonce=nonce, **options)
+
+    def redirect(self, url: str, status: int = 307) -> None:
+        """Send the client to another address (303 if it should GET that after a POST).
+
+        A request of Datastar's comes from inside a page: it is answered by `navigate`, since a
+        redirect would be followed there, and the other page patched into the open one.
+        """
+        if self._request.is_datastar and not self.started:
+            _check_target(url, status)
+            self.navigate(url)
+            self.end()
+        else:
+            self._redirect(url, status)
+
+    def event(self, name: str, data: str = "", **options: Unpack[EventOptions]) -> None:
+        """Send a plain server-sent event (HTML standard, 9.2), for a client other than Datastar."""
+        if not isinstance(data, str):
+            raise StarioError(f"an event's data is text, not {type(data).__name__}: json.dumps it")
+        self._send_event(_one_line(name), _data(data).encode("utf-8", "replace"), **options)
+
+    def _send_event(
+        self, name: str, data: bytes, id: str | None = None, retry: int | None = None
+    ) -> None:
+        event = _sse(name, data, id, retry)
+        if not self.started:
+            self._begin_events()
+        elif not self._sse:
+            raise StarioError("this answer was started as something else than a stream of events")
+        self.write(event)
+
+    def _begin_events(self) -> None:
+        self._begin(200, _SSE_FIELDS, None)
+        self._sse = True
+
+
+class Writer(_EventWriter):
+    """The answer to one request: `w`. Each handler gets one, and answers through it.
+
+    `status_code` is 0 until something is sent; `started` says whether the headers have gone out,
+    `completed` whether the answer is through.
+    """
+
+    _timer: asyncio.TimerHandle | None = None  # the next heartbeat
+
+    @typing.overload
+    def alive(
+        self, source: AsyncIterable[T], *, every: None = None, heartbeat: float | None = 15.0
+    ) -> Alive[T]: ...
+
+    @typing.overload
+    def alive(
+        self, source: None = None, *, every: float | None = None, heartbeat: float | None = 15.0
+    ) -> Alive[None]: ...
+
+    def alive(
+        self,
+        source: AsyncIterable[Any] | None = None,
+        *,
+        every: float | None = None,
+        heartbeat: float | None = 15.0,
+    ) -> Alive[Any]:
+        """Stay with the client until it goes, the server stops, or the source ends.
+
+        `async for item in w.alive(source)` yields what the source does, `w.alive(every=0.5)` ticks,
+        now and then every half second. `async for _ in w.alive()` comes back when its body has
+        written or waited, and otherwise four times a second; `async with w.alive()` interrupts its
+        block instead. The code after it runs unless the body raises. Before each item it waits
+        until the client has taken what was written. While a stream of events is silent, a comment
+        is sent every `heartbeat` seconds.
+        """
+        if every is not None:
+            if source is not None or every <= 0:
+                raise StarioError("alive takes a source, or every= with a number above 0")
+            source = _ticks(every)
+        elif source is not None and not hasattr(source, "__aiter__"):
+            raise StarioError(
+                "alive takes what `async for` can loop over, as relay.subscribe(...) gives it, not "
+                f"{type(source).__name__}; for ticks write w.alive(every=0.5)"
+            )
+        return Alive(self, source, heartbeat)
+
+    def _is_over(self) -> bool:
+        """Whether a stream has nobody to go on for: HEAD asked only for its head."""
+        carrier = self._carrier
+        return carrier.disconnected or carrier.shutting_down or self._request.method == "HEAD"
+
+    def _start_heartbeat(self, seconds: float | None) -> None:
+        self._stop_heartbeat()
+        if seconds:
+            self._timer = asyncio.get_running_loop().call_later(
+                seconds, self._beat, seconds, self._writes
+            )
+
+    def _stop_heartbeat(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _beat(self, seconds: float, writes: int) -> None:
+        """Send a comment if nothing was written since the last beat; it shows dead peers, too."""
+        if self.completed or self._carrier.disconnected:
+            self._timer = None
+            return
+        self._carrier.check_peer(seconds)
+        accepted = ",".join(self._request.headers.getlist("accept"))
+        if not self.started and "text/event-stream" in accepted:
+            self._begin_events()  # the client, and proxies on the way, wait for a sign of life
+        if self._sse and self._writes == writes:
+            self.write(b":\n\n")
+        self._start_heartbeat(seconds)
+
+
+Stario._writer = Writer
+
+
+_CLEANUP = 1.0  # seconds for the code after an `alive` before one around it is interrupted, too
+
+
+class _Scope:
+    """A stretch of a handler that ends when the client goes or the server stops.
+
+    It interrupts by cancelling the task and swallows that one cancellation, by the same count that
+    `asyncio.timeout` keeps: if anybody else has cancelled the task meanwhile, theirs goes on.
+    Where scopes of one task are nested, the innermost takes the cancellation, so that the code
+    after it runs. A block around it is interrupted at its next await; a loop around it waits for
+    that code, which stands in its source, for a second.
+    """
+
+    __slots__ = ("_before", "_interrupting", "_is_block", "_open", "_task", "_told", "_writer")
+
+    def __init__(self, writer: Writer, is_block: bool = False) -> None:
+        self._writer = writer
+        self._is_block = is_block
+        self._open = writer._carrier.scopes  # all of the connection, this one while it is entered
+        self._told = False  # its end has been called for
+        self._interrupting = False  # it has cancelled the task, and no scope has taken that yet
+
+    def __enter__(self) -> None:
+        task = asyncio.current_task()
+        if task is None:
+            raise StarioError("alive() works inside a task only")
+        self._task = task
+        self._before = task.cancelling()
+        self._open.append(self)
+        if self._writer._is_over():
+            self.end()
+
+    def end(self) -> None:
+        """End it soon. Called by the carrier; a second call does nothing."""
+        # Not at once but as a call of the loop's own: then the task is waiting somewhere, never
+        # running, so the cancellation surfaces in the scope and not somewhere after it.
+        if not self._told:
+            self._told = True
+            self._task.get_loop().call_soon(self._interrupt)
+
+    def _interrupt(self) -> None:
+        """Cancel the task where it waits now, unless the stretch is over, or this has been done."""
+        if self in self._open and not any(scope._interrupting for scope in self._of_task()):
+            self._interrupting = True
+            self._task.cancel()
+
+    def _of_task(self) -> list[_Scope]:
+        return [scope for scope in self._open if scope._task is self._task]
+
+    def __exit__(self, kind: type[BaseException] | None, *exc: object) -> bool:
+        self._open.remove(self)
+        if kind is not asyncio.CancelledError and not self._interrupting:
+            return False
+        around = self._of_task()
+        interrupting = [scope for scope in (self, *around) if scope._interrupting]
+        if not interrupting:
+            return False
+        interrupting[0]._interrupting = False
+        loop = self._task.get_loop()
+        for scope in around:
+            if scope._is_block:
+                loop.call_soon(scope._interrupt)
+            else:
+                loop.call_later(_CLEANUP, scope._interrupt)
+        return self._task.uncancel() <= self._before and kind is asyncio.CancelledError
+
+
+async def _ticks(seconds: float) -> AsyncIterator[None]:
+    """Now, and then every so many seconds. A tick that nobody was there for is left out."""
+    loop = asyncio.get_running_loop()
+    due = loop.time()
+    while True:
+        yield
+        due = max(due + seconds, loop.time())
+        await asyncio.sleep(due - loop.time())
+
+
+async def _returns(writer: Writer) -> AsyncIterator[None]:
+    """Back at once as long as the loop's body writes or waits, else in a quarter of a second."""
+    loop = asyncio.get_running_loop()
+    while True:
+        writes, waited = writer._writes, asyncio.Event()
+        loop.call_soon(waited.set)
+        yield
+        busy = waited.is_set() or writer._writes != writes
+        await asyncio.sleep(0 if busy else 0.25)
+
+
+_TURN = 0.005  # seconds after which a loop over a source that always has something lets others in
+
+
+class Alive(Generic[T]):
+    """What `w.alive()` gives: to loop over with `async for`, or to enter with `async with`."""
+
+    _open = False
+
+    def __init__(
+        self, writer: Writer, source: AsyncIterable[T] | None, heartbeat: float | None
+    ) -> None:
+        if writer.completed:
+            raise StarioError("the answer is complete: there is nothing to keep alive")
+        self._writer = writer
+        self._block: _Scope | None = None  # of `async with`: what covers the waits of a loop, too
+        self._iterator = aiter(
+            cast(AsyncIterable[T], _returns(writer)) if source is None else source
+        )
+        self._open = True
+        self._turn = time.monotonic()  # when others were last let in
+        writer._start_heartbeat(heartbeat)
+
+    def __aiter__(self) -> Alive[T]:
+        return self
+
+    async def __anext__(self) -> T:
+        if self._open and not self._writer._is_over():
+            try:
+                if self._block:
+                    return await self._next()
+                with _Scope(self._writer):
+                    return await self._next()
+            except (StopAsyncIteration, ClientDisconnected):
+                pass
+        # Here the source has run dry, or the scope above was interrupted.
+        await self.aclose()
+        raise StopAsyncIteration
+
+    async def _next(self) -> T:
+        carrier = self._writer._carrier
+        if not carrier.has_room():
+            await carrier.drained()
+        if time.monotonic() - self._turn > _TURN:
+            await asyncio.sleep(0)
+            self._turn = time.monotonic()
+        return await anext(self._iterator)
+
+    async def __aenter__(self) -> Alive[T]:
+        self._block = _Scope(self._writer, is_block=True)
+        self._block.__enter__()
+        return self
+
+    async def __aexit__(self, kind: type[BaseException] | None, *exc: object) -> bool:
+        assert self._block is not None
+        ended = self._block.__exit__(kind, *exc)
+        await self.aclose()
+        return ended or kind is ClientDisconnected
+
+    async def aclose(self) -> None:
+        """Close the source. A second call does nothing."""
+        if aclose := self._let_go():
+            await aclose()
+
+    def _let_go(self) -> Callable[[], Coroutine[Any, Any, None]] | None:
+        """Close a subscription, or give what closes another source, if there is any."""
+        # The heartbeat goes on: the handler may send more, or wait in an `alive` around this one.
+        was_open, self._open = self._open, False
+        if was_open and isinstance(self._iterator, _Messages):
+            self._iterator.close()
+        return getattr(self._iterator, "aclose", None) if was_open else None
+
+    def __del__(self) -> None:
+        # `break`, or an exception of the loop's body: nothing but this tells an async iterator. In
+        # CPython it comes as soon as the loop lets go.
+        if aclose := self._let_go():
+            with suppress(RuntimeError):  # no loop runs any more
+                _keep(_spawn(aclose(), asyncio.get_running_loop()), _closing)
+
+
+# ==================================================================================================
+# 14. Relay: publish and subscribe
+#
+# `relay.publish("room.1", message)` reaches every subscription whose pattern fits. A subscription
+# exists from the moment `subscribe()` returns, and has a bounded queue of its own: a reader that
+# falls behind loses messages by a rule that it chose, and never costs more than its queue.
+#
+# Publishers and subscribers may be in different threads, with different event loops. One lock
+# guards every table and queue of a relay; it is held for a few dict operations, and never while a
+# loop is woken. It keeps out other threads, but not this one: the garbage collector and signal
+# handlers may run code of ours between any two bytecodes, and a subscription that is collected
+# closes itself. So a change that comes in the middle of another one waits until that one is done
+# (`Relay._alone`).
+# ==================================================================================================
+
+
+ToWake = dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]]  # readers, by their loops
+Overflow = Literal["oldest", "latest", "close"]  # what gives way when too many messages wait
+
+
+class _Mailbox:
+    """The relay's side of a subscription. Everything is touched only under the relay's lock.
+
+    It does not refer to the Subscription: one that nobody holds any more is collected, and closes.
+    """
+
+    __slots__ = (
+        "closed", "dropped", "gaps_before", "loop", "maxsize", "overflow", "patterns", "queue",
+        "waiter",
+    )  # fmt: skip
+
+    def __init__(
+        self, patterns: tuple[str, ...], maxsize: int, overflow: Overflow, gaps: int
+    ) -> None:
+        self.patterns = patterns
+        self.maxsize = maxsize
+        self.overflow = overflow
+        self.queue: deque[Any] | OrderedDict[str, Any] = (
+            OrderedDict() if overflow == "latest" else deque()
+        )
+        self.dropped = 0
+        self.gaps_before = gaps  # the relay's gaps when this was made
+        self.closed = False
+        self.waiter: asyncio.Future[None] | None = None  # the reader, if it is waiting
+        self.loop: asyncio.AbstractEventLoop | None = None  # the reader's loop, while it waits
+
+    def put(self, subject: str, data: Any) -> None:
+        """Queue a message, by the overflow rule."""
+        queue = self.queue
+        if isinstance(queue, OrderedDict):
+            if queue.pop(subject, self) is not self:
+                self.dropped += 1
+            queue[subject] = (subject, data)
+        else:
+            queue.append((subject, data))
+        if len(queue) <= self.maxsize:
+            return
+        self.dropped += 1
+        if isinstance(queue, OrderedDict):
+            queue.popitem(last=False)
+        elif self.overflow == "oldest":
+            queue.popleft()
+        else:
+            queue.pop()
+            self.closed = True
+
+    def take(self) -> Any:
+        """The oldest message. The queue must not be empty."""
+        queue = self.queue
+        return queue.popitem(last=False)[1] if isinstance(queue, OrderedDict) else queue.popleft()
+
+    def call(self, to_wake: ToWake) -> None:
+        """Put the reader, if one waits, among those who are to be woken."""
+        waiter, self.waiter = self.waiter, None
+        if waiter is not None and self.loop is not None:
+            to_wake.setdefault(self.loop, []).append(waiter)
+
+
+class Subscription(Generic[T]):
+    """An async iterator of `(subject, data)`; `relay.subscribe()` makes them.
+
+    It closes when the loop over it is left, when its `with` block ends, by `close()`, or when
+    nothing refers to it any more. `dropped` counts the messages it was too slow for.
+    """
+
+    __slots__ = ("__weakref__", "_mailbox", "_relay")
+
+    def __init__(self, relay: Relay[T], mailbox: _Mailbox) -> None:
+        self._relay = relay
+        self._mailbox = mailbox
+
+    @property
+    def dropped(self) -> int:
+        """How many messages the overflow rule has dropped."""
+        return self._mailbox.dropped
+
+    @property
+    def gaps(self) -> int:
+        """How many times a `RedisRelay` was cut off meanwhile; an unknown number was missed."""
+        return self._relay._gaps - self._mailbox.gaps_before
+
+    @property
+    def closed(self) -> bool:
+        """Whether it has ended. What was queued before can still be read."""
+        return self._mailbox.closed
+
+    def close(self) -> None:
+        """Take no more messages, from any thread. A waiting reader gets the queued ones first."""
+        if self._mailbox.patterns:
+            self._relay._alone(self._relay._remove, self._mailbox)
+
+    async def __anext__(self) -> tuple[str, T]:
+        mailbox, lock = self._mailbox, self._relay._lock
+        while True:
+            with lock:
+                closed = mailbox.closed  # before the queue: what came before the end is read
+                if mailbox.queue:
+                    return cast("tuple[str, T]", mailbox.take())
+                if closed:
+                    raise StopAsyncIteration
+                if mailbox.waiter is not None:
+                    raise StarioError("a subscription has one reader; subscribe once for each")
+                mailbox.loop = asyncio.get_running_loop()
+                waiter = mailbox.waiter = mailbox.loop.create_future()
+                if mailbox.queue or mailbox.closed:  # since we looked, and nobody was to be woken
+                    mailbox.waiter = None
+                    continue
+            try:
+                await waiter
+            finally:
+                with lock:
+                    mailbox.waiter = None
+
+    def __aiter__(self) -> AsyncIterator[tuple[str, T]]:
+        return _Messages(self)
+
+    def __enter__(self) -> Subscription[T]:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    __del__ = close
+
+
+class _Messages(Generic[T]):
+    """What `async for` holds while it runs: letting go of it closes the subscription."""
+
+    __slots__ = ("_subscription",)
+
+    def __init__(self, subscription: Subscription[T]) -> None:
+        self._subscription = subscription
+
+    def __aiter__(self) -> AsyncIterator[tuple[str, T]]:
+        return self
+
+    def __anext__(self) -> Awaitable[tuple[str, T]]:
+        return self._subscription.__anext__()
+
+    def close(self) -> None:
+        """The loop is over."""
+        self._subscription.close()
+
+    __del__ = close
+
+
+class Relay(Generic[T]):
+    """Publish and subscribe within one process, from any thread. `Relay[str]()` carries text.
+
+    Patterns: `room.1` is that subject, `room.*` all that begin with `room.`, `*` everything.
+    Publishing costs in proportion to who listens to the subject, not to who else is connected.
+    """
+
+    _gaps = 0
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        # "room.*" stands in table 5 as "room.", "*" in table 0 as "", "room.1" in table None, which
+        # is for whole subjects. So the length of a subject costs nothing, nor do its dots.
+        self._tables: dict[int | None, dict[str, dict[_Mailbox, None]]] = {}
+        self._busy = False  # a change is under way
+        self._later: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()  # changes to do
+
+    def subscribe(
+        self, *patterns: str, maxsize: int = 1000, overflow: Overflow = "oldest"
+    ) -> Subscription[T]:
+        """Listen to the subjects that fit one of the patterns, from now on.
+
+        At most `maxsize` messages wait. One more, and `overflow` decides: "oldest" drops the oldest
+        one, "latest" keeps only the last message of each subject, "close" ends the subscription
+        after what is queued.
+        """
+        if not patterns:
+            raise StarioError("subscribe() needs a pattern; '*' is everything")
+        if overflow not in ("oldest", "latest", "close"):
+            raise StarioError(f"no overflow rule {overflow!r}: oldest, latest or close")
+        if maxsize < 1:
+            raise StarioError("maxsize must be at least 1")
+        for pattern in patterns:
+            _place(pattern)
+        mailbox = _Mailbox(patterns, maxsize, overflow, self._gaps)
+        subscription = Subscription(self, mailbox)
+        self._alone(self._add, mailbox)
+        return subscription
+
+    def publish(self, subject: str, data: T = None) -> None:  # type: ignore[assignment]
+        """Give a message to everyone who listens to its subject. From any thread; never waits."""
+        _check_subject(subject)
+        self._alone(self._deliver, self._listeners, subject, data)
+
+    def _alone(self, step: Callable[..., None], *arguments: Any) -> None:
+        """Make a change, `step(to_wake, *arguments)`, with nobody else at the tables and queues.
+
+        In the middle of another change of this thread it is left to that one. (So nothing comes
+        between the two lines of a step, and none has to be written as if something could.)
+        """
+        to_wake: ToWake = {}
+        with self._lock:
+            self._later.append((step, arguments))
+            while self._later and not self._busy:
+                self._busy = True
+                try:
+                    while self._later:
+                        step, arguments = self._later.popleft()
+                        step(to_wake, *arguments)
+                finally:
+                    self._busy = False  # what comes now does its own change, or is seen above
+        if to_wake:
+            _wake(to_wake)
+
+    def _deliver(
+        self, to_wake: ToWake, find: Callable[[str], list[_Mailbox]], subject: str, data: T
+    ) -> None:
+        for mailbox in find(subject):
+            if mailbox.closed:
+                continue
+            mailbox.put(subject, data)
+            if mailbox.closed:  # the rule was "close"
+                self._remove(to_wake, mailbox)
+            mailbox.call(to_wake)
+
+    def _listeners(self, subject: str) -> list[_Mailbox]:
+        """The mailboxes a subject goes to, each once, in a list that is safe from changes."""
+        found = [table.get(subject[:length]) for length, table in self._tables.items()]
+        listeners = [mailboxes for mailboxes in found if mailboxes]
+        if len(listeners) < 2:
+            return list(listeners[0]) if listeners else []
+        return list(dict.fromkeys(mailbox for mailboxes in listeners for mailbox in mailboxes))
+
+    def _listeners_at(self, pattern: str) -> dict[_Mailbox, None]:
+        """Who listens by this pattern. (A dict serves as an ordered set.)"""
+        length, key = _place(pattern)
+        return self._tables.get(length, {}).get(key, {})
+
+    def _add(self, to_wake: ToWake, mailbox: _Mailbox) -> None:
+        for pattern in mailbox.patterns:
+            length, key = _place(pattern)
+            self._tables.setdefault(length, {}).setdefault(key, {})[mailbox] = None
+
+    def _remove(self, to_wake: ToWake, mailbox: _Mailbox) -> None:
+        mailbox.closed = True
+        mailbox.call(to_wake)
+        patterns, mailbox.patterns = mailbox.patterns, ()
+        for pattern in patterns:
+            length, key = _place(pattern)
+            table = self._tables.get(length, {})
+            table.get(key, {}).pop(mailbox, None)
+            if not table.get(key):
+                table.pop(key, None)
+            if not table:
+                self._tables.pop(length, None)
+
+
+def _place(pattern: str) -> tuple[int | None, str]:
+    """How much of a subject a pattern looks at (None: all of it), and what that has to be."""
+    if "*" not in pattern:
+        return None, pattern
+    if not (pattern == "*" or pattern.endswith(".*")) or "*" in pattern[:-1]:
+        raise StarioError(f"no pattern {pattern!r}: write 'name', 'name.*' or '*'")
+    return len(pattern) - 1, pattern[:-1]
+
+
+def _check_subject(subject: str) -> None:
+    """Text of a user's may be part of a subject; a `*` would make a pattern of it."""
+    if "*" in subject:
+        raise StarioError(f"{subject!r} cannot be published: only patterns have a '*'")
+
+
+def _wake(to_wake: ToWake) -> None:
+    """Resolve futures: those of this thread's loop at once, others by one call into their loop."""
+    here = asyncio._get_running_loop()
+    for loop, waiters in to_wake.items():
+        if loop is here:
+            _resolve(waiters)
+        else:
+            with suppress(RuntimeError):  # that loop has been closed, and its readers with it
+                loop.call_soon_threadsafe(_resolve, waiters)
+
+
+def _resolve(waiters: list[asyncio.Future[None]]) -> None:
+    for waiter in waiters:
+        if not waiter.done():
+            waiter.set_result(None)
+
+
+# -- Act 3 runs: a stream whose handler is told when the client goes. Tiles is made of no more.
+#
+#     async def live(c: Context, w: Writer) -> None:
+#         async for second in w.alive(every=0.01):
+#             w.patch(h.B({"id": "clock"}, "tick"))
+#             break
+#
+#     app = Stario()
+#     app.get("/live", live)
+#     # GET /live -> event: datastar-patch-elements
+
+
+# ==================================================================================================
+# ACT 4. For real
+#
+# What an app needs beyond its first day. Each part is a room with one door, and can be read alone.
+# ==================================================================================================
+
+# ==================================================================================================
+# 15. Signals: from JSON to your dataclass
+#
+# The browser sends all its signals with every request. `read_signals(schema, signals)` takes those
+# that the schema names and checks each against its type. Two rules must hold: a handler gets values
+# of the types that it asked for, or the client gets one list of what is wrong; and reading costs
+# what the signals are long, whatever the schema.
+#
+# A schema is compiled once into *readers*, one for each type in it. A reader is a function from a
+# value to that value as its type says. What does not fit it notes in the `_Reading`, and gives
+# `_WRONG`; the notes are put into words at the end.
+#
+# HTML inputs know only text, so text that spells a number or a truth value is taken for one where
+# the schema wants one. Nothing is converted the other way round: a number never becomes text.
+# ==================================================================================================
+
+
+class Problem(str):
+    """What is wrong with one field of the signals: a sentence that has its parts, too.
+
+    `field` is the path of the field (`"pets[0].age"`), `expected` and `got` are in words.
+    """
+
+    field: str
+    expected: str
+    got: str
+
+    def __new__(cls, sentence: str, field: str = "", expected: str = "", got: str = "") -> Problem:
+        problem = super().__new__(cls, sentence)
+        problem.field, problem.expected, problem.got = field, expected, got
+        return problem
+
+
+class SignalsError(HttpException):
+    """The signals of a request do not fit their schema (422), or are no JSON (400).
+
+    `problems` has one `Problem` for each field that is wrong, of the first twenty; `more` says how
+    many are left out; `detail` is all of that as text, a line for each.
+    """
+
+    def __init__(self, problems: Sequence[str], status_code: int = 422, more: int = 0) -> None:
+        self.problems = [p if isinstance(p, Problem) else Problem(p) for p in problems]
+        self.more = more
+        rest = [f"and {more} more"] if more else []
+        super().__init__(status_code, "\n".join([*self.problems, *rest]))
+
+
+_MOST_PROBLEMS = 20  # told in one answer
+_SHOWN = 60  # characters of a path or a value in it
+_WRONG: Any = object()  # what a reader gives for a value that does not fit
+_MISSING = object()  # what came for a field that did not come
+# What a dataclass or a model raises over values that it does not like: a ValueError on purpose,
+# the others by chance (`self.stop < self.start` where one of them is None).
+_REJECTIONS = (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, AssertionError)
+
+# Where a value is: the place that holds it, and its name there; None for the signals as a whole.
+_Place = tuple[Any, str | int] | None
+# A problem: its place, what was expected, what came, and what to say in place of these two.
+_Note = tuple[_Place, str, object, str]
+
+
+def _in_words(note: _Note) -> Problem:
+    place, expected, value, said = note
+    path, got = _cut(_path_text(place)), _shown(value)
+    where = path if path or said else "the signals"
+    sentence = _cut(" ".join(said.split()), 200) or f"expected {expected}, got {got}"
+    return Problem(f"{where}: {sentence}" if where else sentence, path, expected, got)
+
+
+def _path_text(place: _Place) -> str:
+    """`pets[0].age`; a key that is no plain word is shown as JSON."""
+    parts: list[str] = []
+    while place is not None:
+        place, name = place
+        is_word = isinstance(name, str) and re.fullmatch(r"[\w-]{1,60}", name)
+        parts.append(f".{name}" if is_word else f"[{_shown(name)}]")
+    return "".join(reversed(parts)).removeprefix(".")
+
+
+def _shown(value: object) -> str:
+    """The beginning of a value as JSON, of which so many pieces are more than is shown."""
+    if value is _MISSING:
+        return "nothing"
+    return _cut("".join(islice(_SHOWING.iterencode(value), _SHOWN + 1)))
+
+
+_SHOWING = json.JSONEncoder(default=str, skipkeys=True)
+
+
+def _cut(text: str, length: int = _SHOWN) -> str:
+    return text if len(text) <= length else text[: length - 3] + "..."
+
+
+class _Reading:
+    """One reading of one set of signals: where it is, and what was wrong so far."""
+
+    def __init__(self) -> None:
+        self.place: _Place = None  # of the value that is being read
+        self.notes: list[_Note] = []  # the first problems
+        self.count = 0  # of all problems
+        self.cause: Exception | None = None
+        self.unions = 0  # around the value that is being read
+        self.tried: dict[tuple[int, int], _Outcome] = {}  # by union and value: see _union_reader
+
+    def expected(self, what: str, value: object, said: str = "") -> Any:
+        """Note that the value here is not what was expected."""
+        self.count += 1
+        if len(self.notes) < _MOST_PROBLEMS:
+            self.notes.append((self.place, what, value, said))
+        return _WRONG
+
+    def rejected(self, exc: Exception) -> Any:
+        """Note what a dataclass or a model has against its values."""
+        self.cause = exc
+        if not callable(errors := getattr(exc, "errors", None)):
+            said = str(exc) if isinstance(exc, (ValueError, AssertionError)) else ""
+            return self.expected("", _MISSING, said or "the values do not fit together")
+        here = self.place
+        for error in errors():  # pydantic's list, one for each field
+            for name in error.get("loc", ()):
+                self.place = self.place, name
+            value = _MISSING if error.get("type") == "missing" else error.get("input", _MISSING)
+            said = error.get("msg") or str(exc)
+            self.expected(said, value, said)
+            self.place = here
+        return _WRONG
+
+    def read_each(self, parts: Iterable[tuple[str | int, Any, Reader]]) -> Any:
+        """Read values, each with its name and its reader: a list of them, or `_WRONG`."""
+        before, here, found = self.count, self.place, []
+        for name, value, read in parts:
+            self.place = here, name
+            found.append(read(value, self))
+        self.place = here
+        return found if self.count == before else _WRONG
+
+    def attempt(self, read: Reader, value: object) -> _Outcome:
+        """Read a value, and keep what is wrong with it apart."""
+        before = self.notes, self.count
+        self.notes, self.count = [], 0
+        outcome = read(value, self), self.notes, self.count
+        self.notes, self.count = before
+        return outcome
+
+    def accept(self, outcome: _Outcome) -> Any:
+        """Go on with what came of an attempt."""
+        found, notes, count = outcome
+        if count:
+            self.notes = (self.notes + notes)[:_MOST_PROBLEMS]
+            self.count += count
+        return found
+
+
+Reader = Callable[[Any, _Reading], Any]
+_Outcome = tuple[Any, list[_Note], int]  # a value or `_WRONG`, the first problems, their number
+
+
+# -- Plain values
+
+_TRUE = frozenset(("true", "on", "yes", "1"))
+_FALSE = frozenset(("false", "off", "no", "0", ""))
+_HUGE = 10**400  # to print a whole number costs the square of its digits
+# int() and float() would take "1_000", "nan" and Arabic digits as well.
+_WHOLE = re.compile(r"[+-]?\d{1,400}", re.ASCII)
+_NUMBER = re.compile(r"[+-]?(\d{1,400}(\.\d{0,400})?|\.\d{1,400})([eE][+-]?\d{1,5})?", re.ASCII)
+
+
+def _read_any(value: Any, reading: _Reading) -> Any:
+    return value
+
+
+def _read_str(value: Any, reading: _Reading) -> Any:
+    if type(value) is _Field:
+        return value.values[0]
+    return value if isinstance(value, str) else reading.expected("text", value)
+
+
+def _read_none(value: Any, reading: _Reading) -> Any:
+    return None if value is None else reading.expected("null", value)
+
+
+def _read_bool(value: Any, reading: _Reading) -> Any:
+    if isinstance(value, bool):
+        return value
+    word = value.strip().lower() if isinstance(value, str) else None
+    if word in _TRUE or word in _FALSE:
+        return word in _TRUE
+    return reading.expected("true or false", value)
+
+
+def _read_int(value: Any, reading: _Reading) -> Any:
+    if type(value) is int and -_HUGE < value < _HUGE:
+        return value
+    if isinstance(value, str) and _WHOLE.fullmatch(text := value.strip()):
+        return int(text)
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    return reading.expected("a whole number", value)
+
+
+def _read_float(value: Any, reading: _Reading) -> Any:
+    text = value.strip() if isinstance(value, str) else ""
+    if not _NUMBER.fullmatch(text) and type(value) not in (int, float):
+        return reading.expected("a number", value)
+    try:
+        number = float(text or value)
+    except OverflowError:  # a whole number beyond the largest float
+        number = math.inf
+    return number if math.isfinite(number) else reading.expected("a finite number", value)
+
+
+def _read_decimal(value: Any, reading: _Reading) -> Any:
+    text = str(value) if type(value) in (int, float) else value
+    if isinstance(text, str) and _NUMBER.fullmatch(text := text.strip()):
+        number = Decimal(text)
+        if abs(number.adjusted()) <= 400:  # 1e9999 is short, until it is printed
+            return number
+    return reading.expected("a number", value)
+
+
+def _text_reader(name: str, make: Callable[[str], Any]) -> Reader:
+    """Types that are written as text in JSON."""
+
+    def _read(value: Any, reading: _Reading) -> Any:
+        if isinstance(value, str) and len(value) <= 100:
+            with suppress(ValueError):
+                return make(value)
+        return reading.expected(f"a {name} as text", value)
+
+    return _read
+
+
+def _read_bytes(value: Any, reading: _Reading) -> Any:
+    """A file that a field is bound to: the client sends its contents in base64."""
+    if isinstance(value, str):
+        with suppress(ValueError):
+            return base64.b64decode(value, validate=True)
+    return reading.expected("base64", value)
+
+
+def _make_uuid(text: str) -> UUID:
+    found = UUID(text)
+    if found.hex != text.replace("-", "").lower():  # it takes braces, and "0x1", as well
+        raise ValueError
+    return found
+
+
+_READERS: dict[Any, Reader] = {
+    Any: _read_any,
+    object: _read_any,
+    str: _read_str,
+    types.NoneType: _read_none,
+    bool: _read_bool,
+    int: _read_int,
+    float: _read_float,
+    Decimal: _read_decimal,
+    datetime: _text_reader("datetime", datetime.fromisoformat),
+    date: _text_reader("date", date.fromisoformat),
+    time_of_day: _text_reader("time", time_of_day.fromisoformat),
+    UUID: _text_reader("UUID", _make_uuid),
+    bytes: _read_bytes,
+}
+
+
+def _choice_reader(choices: Iterable[Any]) -> Reader:
+    """`Literal` and enums: the value itself (1 is not True), or else the text that spells it."""
+    pairs = [(item.value if isinstance(item, enum.Enum) else item, item) for item in choices]
+    plain = (str, int, float, bool, types.NoneType)
+    same = {(type(value), value): item for value, item in pairs if type(value) in plain}
+    spelt = {str(value): item for value, item in pairs}
+    words = _cut("one of " + ", ".join(_shown(value) for value, _ in pairs), 200)
+
+    def _read(value: Any, reading: _Reading) -> Any:
+        found = same.get((type(value), value), _WRONG) if type(value) in plain else _WRONG
+        if found is _WRONG and isinstance(value, str):
+            found = spelt.get(value, _WRONG)
+        return reading.expected(words, value) if found is _WRONG else found
+
+    return _read
+
+
+# -- Values that hold others
+
+
+class _Field(str):
+    """What a form or a query has under one name: its first value, or, for a list, all of them."""
+
+    def __new__(cls, values: list[str]) -> _Field:
+        """One that knows all of them."""
+        field = super().__new__(cls, values[0])
+        field.values = values
+        return field
+
+    values: list[str]
+
+
+def _list_reader(make: Any, kinds: Sequence[Any], is_fixed: bool = False) -> Reader:
+    """A list of any length, or a tuple with a type for each item."""
+    readers = [_reader(kind) for kind in kinds]
+
+    def _read(value: Any, reading: _Reading) -> Any:
+        if isinstance(value, _Field):
+            value = value.values
+        if not isinstance(value, list) or (is_fixed and len(value) != len(readers)):
+            many = f" of {len(readers)}" if is_fixed else ""
+            return reading.expected(f"a list{many}", value)
+        each = readers if is_fixed else repeat(readers[0])
+        items = reading.read_each(zip(count(), value, each))
+        if items is _WRONG or make is list:
+            return items
+        if make is not tuple and not _is_hashable(items):
+            return reading.expected("a list of plain values of many kinds", value)
+        return make(items)
+
+    return _read
+
+
+def _dict_reader(key_kind: Any = str, kind: Any = Any) -> Reader:
+    read_key, reader = _reader(key_kind), _reader(kind)
+
+    def _read(value: Any, reading: _Reading) -> Any:
+        if not isinstance(value, dict):
+            return reading.expected("an object", value)
+        keys = reading.read_each(zip(value, value, repeat(read_key)))
+        items = reading.read_each(zip(value, value.values(), repeat(reader)))
+        if keys is _WRONG or items is _WRONG:
+            return _WRONG
+        if key_kind is not str and not _is_hashable(keys):
+            return reading.expected("an object with names of many kinds", value)
+        return dict(zip(keys, items, strict=True))
+
+    return _read
+
+
+def _is_hashable(items: Iterable[Any]) -> bool:
+    """Whether a set of these costs what they are long. The hash of a number is known to all: of
+    40,000 whole numbers with the same one, each would be compared with all that came before.
+    """
+    first: dict[int, Any] = {}
+    alike: list[Any] = []  # have the hash of another one
+    try:
+        for item in items:
+            known = first.setdefault(hash(item), item)
+            if known != item and item not in alike:
+                alike.append(item)
+                if len(alike) > 20:
+                    return False
+    except TypeError:  # a list, say
+        return False
+    return True
+
+
+def _fields_reader(schema: Any) -> Reader:
+    """A dataclass or a TypedDict: each field from the signal of its name."""
+    make, fields = typing.get_origin(schema) or schema, _fields_of(schema)
+
+    def _read(value: Any, reading: _Reading) -> Any:
+        if not isinstance(value, dict):
+            return reading.expected("an object", value)
+        found: dict[str, Any] = {}
+        before, here = reading.count, reading.place
+        for name, read, is_required in fields:
+            reading.place = here, name
+            if name in value:
+                found[name] = read(value[name], reading)
+            elif is_required:
+                reading.expected("a value", _MISSING, "is missing")
+        reading.place = here
+        if reading.count > before:
+            return _WRONG
+        try:
+            return make(**found)
+        except _REJECTIONS as exc:
+            return reading.rejected(exc)
+
+    return _read
+
+
+def _model_reader(model: Any) -> Reader:
+    def _read(value: Any, reading: _Reading) -> Any:
+        try:
+            return model.model_validate(value)
+        except _REJECTIONS as exc:  # pydantic's is a ValueError
+            return reading.rejected(exc)
+
+    return _read
+
+
+def _union_reader(options: tuple[Any, ...]) -> Reader:
+    """The first type that fits. A value that is of one of them already stays as it is: "1" is text
+    for `int | str`.
+
+    Types that hold each other could be tried 2 to the power of their depth. So inside of a union
+    the outcome for a value that holds others is remembered, until the outermost one has decided.
+    """
+    kinds = [kind for kind in map(_bare, options) if kind is not types.NoneType]
+    readers = [_reader(kind) for kind in kinds]
+    words = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds)
+    is_optional = len(kinds) < len(options)
+
+    def _read(value: Any, reading: _Reading) -> Any:
+        if value is None and is_optional:
+            return None
+        if len(readers) == 1 and value != "":
+            return readers[0](value, reading)
+        key = id(_read), id(value)
+        if key in reading.tried:
+            return reading.accept(reading.tried[key])
+        reading.unions += 1
+        outcome = _choose(value, reading)
+        reading.unions -= 1
+        if not reading.unions:
+            reading.tried.clear()
+        elif _is_deep(value):
+            reading.tried[key] = outcome
+        return reading.accept(outcome)
+
+    def _choose(value: Any, reading: _Reading) -> _Outcome:
+        first: _Outcome | None = None
+        nearly = []  # fit, but for something in them: that says more than what does not fit at all
+        for read in readers:
+            outcome = found, notes, _ = reading.attempt(read, value)
+            if found is _WRONG:
+                place, _, _, said = notes[0]
+                nearly += [outcome] if said or place is not reading.place else []
+            elif found is value or type(value) in (dict, list):
+                return outcome
+            else:
+                first = first or outcome
+        if value == "" and is_optional and (first is None or first[0] is False):
+            return None, [], 0  # an input that was left empty
+        if first is None and len(nearly) != 1:
+            return _WRONG, [(reading.place, words, value, "")], 1
+        return first or nearly[0]
+
+    return _read
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether a value holds lists or objects: what does not is quickly read again."""
+    items = value.values() if isinstance(value, dict) else value
+    return isinstance(value, (dict, list)) and any(type(item) in (dict, list) for item in items)
+
+
+# -- From types to readers
+
+_SHAPES: dict[Any, Any] = {
+    list: list, Sequence: list, Iterable: list, set: set, frozenset: frozenset, tuple: tuple,
+}  # fmt: skip
+_QUALIFIERS: set[Any] = {
+    typing.Annotated, typing.Required, typing.NotRequired, typing.ClassVar, typing.Final,
+    getattr(typing, "ReadOnly", typing.Final),
+}  # fmt: skip
+
+
+def _reader(kind: Any) -> Reader:
+    """Compile a type. (What is in a dataclass, when the first one comes: it may hold itself.)"""
+    kind = _bare(kind)
+    origin, arguments = typing.get_origin(kind) or kind, typing.get_args(kind)
+    if origin in _READERS:
+        return _READERS[origin]
+    if origin in (typing.Union, types.UnionType):
+        return _union_reader(arguments)
+    if origin is typing.Literal:
+        return _choice_reader(arguments)
+    if origin in _SHAPES:
+        is_fixed = origin is tuple and kind is not tuple and arguments[-1:] != (Ellipsis,)
+        kinds = arguments if is_fixed else arguments[:1] or (Any,)
+        return _list_reader(_SHAPES[origin], kinds, is_fixed)
+    if origin in (dict, Mapping):
+        return _dict_reader(*arguments)
+    if isinstance(kind, TypeVar):
+        return _reader(kind.__bound__ or Any)
+    if hasattr(origin, "__value__") or _is_record(origin):
+        return _kept_reader(kind)
+    if isinstance(origin, type):
+        if issubclass(origin, enum.Enum):
+            return _choice_reader(origin)
+        if hasattr(origin, "model_validate"):
+            return _model_reader(kind)
+    raise StarioError(
+        f"signals cannot be read as {getattr(kind, '__name__', repr(kind))}: a schema is a "
+        "dataclass, a TypedDict or a class with model_validate"
+    )
+
+
+def _is_record(origin: Any) -> bool:
+    return dataclasses.is_dataclass(origin) or typing.is_typeddict(origin)
+
+
+def _kept_reader(kind: Any) -> Reader:
+    """The reader of a type: always the same (and by its text, since `int | bool == bool | int`)."""
+    if dataclasses.is_dataclass(type(kind)):
+        raise StarioError(f"signals are read as a class: give {type(kind).__name__}, not one of it")
+    return _schema_reader(kind, "" if isinstance(kind, type) else repr(kind))
+
+
+@lru_cache(maxsize=1024)
+def _schema_reader(schema: Any, text: str) -> Reader:
+    origin = typing.get_origin(schema) or schema
+    made: Reader | None = None  # when it is first needed: a schema may hold itself
+
+    def _read(value: Any, reading: _Reading) -> Any:
+        nonlocal made
+        if made is None:
+            if hasattr(origin, "__value__"):  # `type Name = …`
+                made = _reader(_bind(origin.__value__, schema))
+            else:
+                made = _fields_reader(schema) if _is_record(origin) else _reader(schema)
+        return made(value, reading)
+
+    return _read
+
+
+def _bare(kind: Any) -> Any:
+    """A type without what only says something of it: `Annotated`, `Required`, a new name."""
+    while True:
+        if typing.get_origin(kind) in _QUALIFIERS:
+            kind = typing.get_args(kind)[0]
+        elif isinstance(kind, dataclasses.InitVar):
+            kind = kind.type
+        elif hasattr(kind, "__supertype__"):  # NewType
+            kind = kind.__supertype__
+        else:
+            return types.NoneType if kind is None else kind
+
+
+def _bind(kind: Any, generic: Any) -> Any:
+    """A type with what type variables stand for in another: `list[T]` in `Page[int]`."""
+    if isinstance(kind, dataclasses.InitVar):
+        kind = kind.type
+    origin, given = typing.get_origin(generic), typing.get_args(generic)
+    names = getattr(origin, "__type_params__", ()) or getattr(origin, "__parameters__", ())
+    bound = dict(zip(names, given, strict=False))
+    if isinstance(kind, TypeVar):
+        return bound.get(kind, kind)
+    inner = () if isinstance(kind, type) else getattr(kind, "__parameters__", ())
+    return kind[tuple(bound.get(name, name) for name in inner)] if bound and inner else kind
+
+
+def _hints_of(schema: Any) -> dict[str, Any]:
+    """The types of the fields of `Page[int]`, those that it has from `Base[T]` included."""
+    origin = typing.get_origin(schema) or schema
+    found: dict[str, Any] = {}
+    for base in origin.__dict__.get("__orig_bases__", origin.__bases__):
+        if dataclasses.is_dataclass(typing.get_origin(base) or base):
+            found |= _hints_of(_bind(base, schema))
+    for name, kind in typing.get_type_hints(origin, include_extras=True).items():
+        if name in origin.__annotations__ or name not in found:
+            found[name] = _bind(kind, schema)
+    return found
+
+
+def _fields_of(schema: Any) -> list[tuple[str, Reader, bool]]:
+    """Name, reader and whether it must be there, for each field."""
+    origin = typing.get_origin(schema) or schema
+    try:
+        hints = _hints_of(schema)
+    except NameError as exc:
+        raise StarioError(
+            f"the types of {origin.__name__} cannot be looked up ({exc}): define the schema and "
+            "what it names at the top of a module"
+        ) from exc
+    missing = dataclasses.MISSING
+    if typing.is_typeddict(origin):
+        needed = {name: _is_required(origin, name, kind) for name, kind in hints.items()}
+    else:
+        needed = {
+            field.name: field.default is field.default_factory is missing
+            for field in origin.__dataclass_fields__.values()  # (fields() leaves out InitVar)
+            if field.init
+            and typing.ClassVar not in (hints[field.name], typing.get_origin(hints[field.name]))
+        }
+    return [(name, _reader(hints[name]), is_needed) for name, is_needed in needed.items()]
+
+
+def _is_required(schema: Any, name: str, kind: Any) -> bool:
+    """Whether a TypedDict needs a key, which it does not know where annotations are postponed."""
+    while (origin := typing.get_origin(kind)) in _QUALIFIERS:
+        if origin in (typing.Required, typing.NotRequired):
+            return origin is typing.Required
+        kind = typing.get_args(kind)[0]
+    return name in schema.__required_keys__
+
+
+def read_signals(schema: type[T], signals: object) -> T:
+    """Check signals (a parsed JSON object), a form or a query against a schema and make one.
+
+    `schema` is a dataclass, a TypedDict, or a class with `model_validate` (pydantic's). Fields that
+    it does not know are ignored. Raises SignalsError with the fields that do not fit.
+    """
+    reading = _Reading()
+    find_all = getattr(signals, "getlist", None)
+    if find_all:  # a Form or QueryParams: a name may come several times
+        signals = {name: _Field(find_all(name)) for name in cast("Iterable[str]", signals)}
+    try:
+        found = _kept_reader(schema)(signals, reading)
+    except RecursionError:
+        reading = _Reading()
+        reading.expected("", _MISSING, "the signals are nested too deeply")
+    if reading.count:
+        problems = [_in_words(note) for note in reading.notes]
+        raise SignalsError(problems, more=reading.count - len(problems)) from reading.cause
+    return cast(T, found)
+
+
+# ==================================================================================================
+# 16. Forms
+#
+# A form comes as one of two types. `application/x-www-form-urlencoded` is a query string. In
+# `multipart/form-data` (RFC 7578) each field is a part with a head of its own, and may be a file.
+# Its parts are sorted while their bytes come; files beyond 1 MiB go to disk.
+# ==================================================================================================
+
+
+class FormFile(NamedTuple):
+    """A file of a form: its name as the browser gave it (do not trust it), its type, its contents.
+
+    `file` is open for reading; beyond 1 MiB it lies on disk, until nothing refers to it any more.
+    """
+
+    filename: str
+    content_type: str
+    file: IO[bytes]
+
+    @property
+    def data(self) -> bytes:
+        """All of its bytes."""
+        self.file.seek(0)
+        return self.file.read()
+
+
+class Form(QueryParams):
+    """The fields of a form, as QueryParams; its files by field name in `files`."""
+
+    def __init__(self, pairs: Iterable[tuple[str, str]] = ()) -> None:
+        super().__init__(pairs)
+        self.files: dict[str, list[FormFile]] = {}
+
+    def file(self, key: str) -> FormFile | None:
+        """The first file of a field, or None."""
+        return self.files.get(key, [None])[0]
+
+
+_MAX_PART_HEAD, _MAX_PART_FIELDS = 8 * 1024, 20  # bytes and header fields of a part of a form
+_CHARSET = re.compile(  # those that browsers know (Encoding standard): other codecs are no charsets
+    r"utf-?8|us-ascii|iso-8859-\d+|windows-\d+|koi8-[ru]|macintosh|ibm866|big5|gbk|gb2312|gb18030"
+    r"|euc-(jp|kr)|shift_jis|iso-2022-jp|utf-16(le|be)?",
+    re.IGNORECASE,
+)
+
+
+class _Part(NamedTuple):
+    """A part of a multipart form; without a file name it is a text field."""
+
+    name: str
+    filename: str | None
+    content_type: str
+    file: IO[bytes]
+
+
+class _MultipartReader:
+    """Sorts the bytes of multipart/form-data (RFC 7578) into parts, as they come.
+
+    A delimiter is a line of its own: `--boundary`, or `--boundary--` after the last part (RFC 2046,
+    section 5.1.1). A line that only begins like one is content. What may be the beginning of a
+    delimiter is held back until its end has come; all else goes into a file, which is on disk if
+    it is large.
+    """
+
+    def __init__(self, content_type: str) -> None:
+        boundary = _parameters(content_type).get("boundary", "").encode("latin-1", "replace")
+        if not 1 <= len(boundary) <= 70:
+            raise HttpException(400, "a multipart form needs a boundary of 1 to 70 characters")
+        line = b"\r\n--%b(--)?[ \t]{0,99}(?=\r\n)" % re.escape(boundary)
+        self._delimiter = re.compile(line)
+        self._longest = len(boundary) + 107  # bytes of a delimiter, with the line ends around it
+        self._buffer, self._at = b"\r\n", 0  # what has come, and how far it is sorted
+        self._parts: list[_Part] = []
+        self._in_head = self._complete = False
+
+    def feed(self, data: bytes) -> None:
+        """Sort these bytes. HttpException(400) if they are no form."""
+        self._buffer += data
+        while not self._complete and (self._take_head() if self._in_head else self._take_content()):
+            pass
+        self._buffer, self._at = self._buffer[self._at :], 0
+
+    def _take_content(self) -> bool:
+        """Move content to its part; False: the delimiter after it has not come yet."""
+        found = self._delimiter.search(self._buffer, self._at)
+        end = found.start() if found else max(self._at, len(self._buffer) - self._longest)
+        if self._parts:  # (what stands before the first delimiter means nothing)
+            self._parts[-1].file.write(self._buffer[self._at : end])
+        self._at = found.end() if found else end
+        self._in_head, self._complete = found is not None, bool(found and found[1])
+        return found is not None
+
+    def _take_head(self) -> bool:
+        """Begin the next part; False: its head has not come in whole."""
+        start = self._at
+        end = self._buffer.find(b"\r\n\r\n", start, start + _MAX_PART_HEAD)
+        if end < 0 and len(self._buffer) - start < _MAX_PART_HEAD:
+            return False
+        head = self._buffer[start : end + 2]
+        if end < 0 or head.count(b"\r\n") > _MAX_PART_FIELDS or self._delimiter.search(head):
+            raise HttpException(400, "the head of a part of the form has no end, or too much in it")
+        if len(self._parts) >= _MAX_FORM_FIELDS:
+            raise HttpException(400, f"more than {_MAX_FORM_FIELDS} parts")
+        self._parts.append(_read_part_head(head))
+        self._at, self._in_head = end + 4, False
+        return True
+
+    def form(self) -> Form:
+        """All that has come, as a form. HttpException(400) if its end is missing."""
+        self.feed(b"\r\n")
+        if not self._complete:
+            raise HttpException(400, "the multipart form is cut off: its last boundary is missing")
+        form, texts = Form(), []
+        for name, filename, content_type, file in self._parts:
+            if filename is None:
+                file.seek(0)
+                texts.append((name, content_type, file.read()))
+            elif filename or file.tell():  # a file field that was left empty has a part, too
+                file.seek(0)
+                form.files.setdefault(name, []).append(FormFile(filename, content_type, file))
+        usual = next((text.decode("latin-1") for name, _, text in texts if name == "_charset_"), "")
+        for name, content_type, content in texts:
+            charset = _parameters(content_type).get("charset") or usual or "utf-8"
+            form._fields.setdefault(name, []).append(_decode_text(content, charset))
+        return form
+
+
+_FORM_FILE_IN_MEMORY = 1024 * 1024  # bytes of a part; a larger one goes to disk
+
+
+@lru_cache(maxsize=1)
+def _form_contents() -> Callable[[int], IO[bytes]]:
+    """The class of a part's contents: in memory, or on disk beyond so many bytes."""
+    from tempfile import SpooledTemporaryFile  # for those who have forms: it imports a lot
+
+    class _FormContents(SpooledTemporaryFile[bytes]):
+        def __del__(self) -> None:  # when nothing refers to it any more
+            self.close()
+
+    return cast("Callable[[int], IO[bytes]]", _FormContents)
+
+
+def _read_part_head(head: bytes) -> _Part:
+    """A part, with its contents still to come."""
+    lines = (line.partition(":") for line in head.decode("utf-8", "replace").split("\r\n"))
+    fields = {name.strip(" \t").lower(): value.strip(" \t") for name, _, value in lines}
+    disposition = _parameters(fields.get("content-disposition", ""))
+    if "name" not in disposition:
+        raise HttpException(400, "a part of the multipart form has no name")
+    filename = disposition.get("filename")
+    if "filename*" in disposition:  # not allowed here (RFC 7578, section 4.2), but sent by some
+        charset, _, escaped = disposition["filename*"].partition("'")
+        filename = _decode_text(unquote_to_bytes(escaped.partition("'")[2]), charset or "utf-8")
+    kind = fields.get("content-type") or ("text/plain" if filename is None else "")
+    file = _form_contents()(_FORM_FILE_IN_MEMORY)
+    return _Part(disposition["name"], filename, kind or "application/octet-stream", file)
+
+
+def _decode_text(content: bytes, charset: str) -> str:
+    try:
+        if _CHARSET.fullmatch(charset):
+            return content.decode(charset, "replace")
+    except LookupError:
+        pass
+    raise HttpException(400, f"the form has an unknown charset: {charset[:40]!r}")
+
+
+_PARAMETER = re.compile(r';\s*+([^\s=;"]++)\s*+=\s*+(?:"((?:[^"\\]++|\\.)*+)"|([^;]*+))')
+
+
+def _parameters(value: str) -> dict[str, str]:
+    """The parameters of a header value such as `form-data; name="a"; filename="b.txt"`.
+
+    Browsers write a quote in a file name as %22, and a backslash as it is; so only `\\"` and `\\\\`
+    are undone here.
+    """
+    return {
+        name.lower(): re.sub(r'\\(["\\])', r"\1", quoted) if quoted else plain.strip()
+        for name, quoted, plain in _PARAMETER.findall(value)
+    }
+
+
+# ==================================================================================================
+# 17. Behind a proxy
+#
+# The peer is the proxy then, and the client is who the proxy says it is. Anybody can send these
+# fields, so they are read only from peers that are trusted, and from the right: each proxy adds its
+# own peer at the end, and what stands left of the first one that is not trusted is hearsay.
+# ==================================================================================================
+
+
+class _Asked(NamedTuple):
+    client: str
+    scheme: str
+    host: str
+
+
+_MAX_HOPS = 32  # proxies in a row
+
+
+class TrustedProxies:
+    """The proxies that may say for whom they ask: addresses, networks, "unix" for a Unix socket.
+
+    Read are `Forwarded` (RFC 7239), or else `X-Forwarded-For`, `-Proto` and `-Host`.
+    """
+
+    def __init__(self, proxies: Sequence[str]) -> None:
+        """StarioError for what is no address and no network."""
+        if isinstance(proxies, str):
+            raise StarioError(f"trusted_proxies is a list: [{proxies!r}]")
+        self._unix = "unix" in proxies
+        try:
+            self._networks = [ipaddress.ip_network(p, False) for p in proxies if p != "unix"]
+        except (ValueError, TypeError) as exc:
+            wanted = 'an address, a network ("10.0.0.0/8") or "unix" is needed'
+            raise StarioError(f"trusted_proxies: {exc}; {wanted}") from None
+
+    def trust(self, peer: str) -> bool:
+        """Whether this peer may speak for others."""
+        if peer in ("", "unix"):
+            return self._unix
+        try:
+            address = ipaddress.ip_address(peer)
+        except ValueError:
+            return False
+        address = getattr(address, "ipv4_mapped", None) or address
+        return any(address in network for network in self._networks)
+
+    def asked(self, headers: Headers, seen: _Asked) -> _Asked:
+        """Who asks whom, if our peer's word counts. Raises HttpException(400)."""
+        if not self.trust(seen.client):
+            return seen
+        lists = {name: headers._list(f"x-forwarded-{name}") for name in ("for", "proto", "host")}
+        if elements := headers._list("forwarded"):
+            found = [_parameters(";" + element) for element in elements]
+            named = [element.get("for", "") for element in found]
+            if lists["for"] and self._nearest(lists["for"])[0] != self._nearest(named)[0]:
+                raise HttpException(400, "Forwarded and X-Forwarded-For name different clients")
+            lists = {n: [e.get(n, "") for e in found] for n in ("for", "proto", "host")}
+        client, hop = self._nearest(lists["for"])
+        scheme, host = (_hop(lists[name], hop) for name in ("proto", "host"))
+        if not _HOST.fullmatch(host):
+            raise HttpException(400, "the host that was forwarded is malformed")
+        known = scheme.lower() in ("http", "https")
+        return _Asked(
+            client or seen.client, scheme.lower() if known else seen.scheme, host or seen.host
+        )
+
+    def _nearest(self, clients: list[str]) -> tuple[str, int]:
+        """The last one that is no proxy of ours, and how many stand behind it."""
+        found, hop = "", 0
+        for hop, text in enumerate(reversed(clients)):  # noqa: B007
+            found = _address(text)
+            if not found or not self.trust(found):
+                break
+        return found, hop
+
+
+def _hop(values: list[str], hop: int) -> str:
+    """What the proxy so many steps from the right has said; the first, if not all say it."""
+    return values[max(0, len(values) - 1 - hop)] if values else ""
+
+
+def _address(text: str) -> str:
+    """An address without its port: `192.0.2.1:80`, `[2001:db8::1]:80`, `2001:db8::1`."""
+    if text.startswith("["):
+        return text[1:].partition("]")[0]
+    return text.partition(":")[0] if text.count(":") == 1 else text
+
+
+# ==================================================================================================
+# 18. Compression
+#
+# The door is `_compress` for a whole answer and `_compress_stream` for one that comes in pieces. A
+# compressor is a pair of functions: one takes bytes and gives what can be sent now (everything: a
+# stream is flushed at each event), one gives the end of the stream. Streams get small windows,
+# since each open stream keeps its compressor's memory.
+# ==================================================================================================
+
+
+Compressor = tuple[Callable[[bytes], bytes], Callable[[], bytes]]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CompressionConfig:
+    """Which answers are compressed, and how hard. A negative level turns a method off.
+
+    `min_size` is in bytes and does not apply to streams. `zstd` needs Python 3.14 or the
+    `zstandard` package, `br` the `brotli` package; `gzip` is always there.
+    """
+
+    min_size: int = 256
+    zstd_level: int = 3
+    brotli_level: int = 4
+    gzip_level: int = 6
+
+
+def _compress(
+    config: CompressionConfig, headers: Headers, fields: bytes, body: bytes
+) -> tuple[bytes, bytes]:
+    """The header fields and the body of an answer, compressed if the client takes that."""
+    coding = _coding_for(config, headers, fields)
+    if coding is not None:
+        compress, finish = _compressor(coding, config)
+        smaller = compress(body) + finish()
+        if len(smaller) < len(body):
+            return _encoded(fields, coding), smaller
+    return _varied(fields), body
+
+
+def _compress_stream(
+    config: CompressionConfig, headers: Headers, fields: bytes
+) -> tuple[bytes, Compressor | None]:
+    """The same for an answer whose body is to come: its fields, and what compresses it."""
+    kind = _CONTENT_TYPE.search(fields)
+    if kind is None or not _is_compressible(kind[1].decode("latin-1")):
+        return fields, None
+    coding = _coding_for(config, headers, fields, streaming=True)
+    if coding is None:
+        return _varied(fields), None
+    return _encoded(fields, coding), _compressor(coding, config, streaming=True)
+
+
+_CONTENT_TYPE = re.compile(rb"^content-type: ([^\r]*)", re.MULTILINE)
+# With any of these in its fields an answer goes out as it is.
+_AS_THEY_ARE = (b"content-encoding: ", b"content-range: ", b"no-transform")
+
+
+def _coding_for(
+    config: CompressionConfig, headers: Headers, fields: bytes, streaming: bool = False
+) -> str | None:
+    """The coding for an answer with these fields, or None."""
+    lines = headers._fields.get("accept-encoding")
+    if lines is None or any(mark in fields for mark in _AS_THEY_ARE):
+        return None
+    accepted = ",".join(lines)
+    choose = _choose_coding if len(accepted) <= _KEPT_TEXT else _choose_coding.__wrapped__
+    return choose(accepted, config, streaming)
+
+
+def _encoded(fields: bytes, coding: str) -> bytes:
+    # A strong ETag promises the same bytes (RFC 9110, section 8.8.1), which these are not.
+    fields = re.sub(rb'(?m)^etag: "', b'etag: W/"', fields)
+    return _varied(fields + b"content-encoding: %b\r\n" % coding.encode())
+
+
+def _varied(fields: bytes) -> bytes:
+    line = b"vary: accept-encoding\r\n"
+    return fields if line in fields else fields + line
+
+
+def _gzip(level: int, streaming: bool) -> Compressor:
+    if streaming:
+        return _gzip_stream(level)
+    coder = zlib.compressobj(level, zlib.DEFLATED, 31)  # 31 is gzip with a window of 32 kB
+    return coder.compress, coder.flush
+
+
+def _gzip_stream(level: int) -> Compressor:
+    """gzip (RFC 1952) for a stream, of which hardly anything is kept between two pieces.
+
+    Each piece gets a compressor of its own, with the end of what was sent before as dictionary,
+    since the client's window holds the same. So an open stream costs what it has last sent, up to
+    16 kB, and not the 50 kB of a zlib compressor (120 for zstd, 500 for brotli). And what goes to
+    many streams that have sent the same before is compressed once.
+    """
+    window, checksum, size = b"", 0, 0
+    header = b"\x1f\x8b\x08\0\0\0\0\0\0\xff"
+
+    def compress(data: bytes) -> bytes:
+        """One piece, complete: the client can decode it as it comes."""
+        nonlocal window, checksum, size, header
+        checksum, size = zlib.crc32(data, checksum), size + len(data)
+        block, window = _deflated(data, window, level)
+        start, header = header, b""
+        return start + block
+
+    def finish() -> bytes:
+        """The end of the stream: an empty last block, checksum and size."""
+        return header + b"\x03\0" + struct.pack("<II", checksum, size & 0xFFFFFFFF)
+
+    return compress, finish
+
+
+@_kept
+def _deflated(data: bytes, window: bytes, level: int) -> tuple[bytes, bytes]:
+    """A piece of a stream that ended with `window` so far, and what it ends with now."""
+    coder = zlib.compressobj(level, zlib.DEFLATED, -15, zdict=window)
+    block = coder.compress(data) + coder.flush(zlib.Z_SYNC_FLUSH)
+    return block, (window + data)[-16 * 1024 :]
+
+
+def _brotli(level: int, streaming: bool) -> Compressor:
+    import brotli
+
+    coder = brotli.Compressor(quality=level, lgwin=16 if streaming else 22)
+    return lambda data: coder.process(data) + coder.flush(), coder.finish
+
+
+def _zstd_library(level: int, streaming: bool) -> Compressor:
+    from compression import zstd
+
+    names = zstd.CompressionParameter
+    small = {names.window_log: 16, names.hash_log: 13, names.chain_log: 13} if streaming else {}
+    coder = zstd.ZstdCompressor(options={names.compression_level: level, **small})
+    return lambda data: coder.compress(data, coder.FLUSH_BLOCK), coder.flush
+
+
+def _zstd_package(level: int, streaming: bool) -> Compressor:
+    import zstandard
+
+    small = {"window_log": 16, "hash_log": 13, "chain_log": 13} if streaming else {}
+    parameters = zstandard.ZstdCompressionParameters.from_level(level, **small)
+    coder = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    block = zstandard.COMPRESSOBJ_FLUSH_BLOCK
+    return lambda data: coder.compress(data) + coder.flush(block), coder.flush
+
+
+@lru_cache(maxsize=1)
+def _compressors() -> dict[str, Callable[[int, bool], Compressor]]:
+    """What this Python can do, by content coding. Tried out: a package may be there and broken."""
+    found: dict[str, Callable[[int, bool], Compressor]] = {"gzip": _gzip}
+    for coding, make in (("zstd", _zstd_library), ("zstd", _zstd_package), ("br", _brotli)):
+        if coding not in found:
+            with suppress(ImportError):
+                make(1, False)
+                found[coding] = make
+    return found
+
+
+def _compressor(coding: str, config: CompressionConfig, streaming: bool = False) -> Compressor:
+    return _compressors()[coding](_level(config, coding), streaming)
+
+
+def _level(config: CompressionConfig, coding: str) -> int:
+    return {"zstd": config.zstd_level, "br": config.brotli_level, "gzip": config.gzip_level}[coding]
+
+
+@lru_cache(maxsize=512)
+def _choose_coding(accepted: str, config: CompressionConfig, streaming: bool = False) -> str | None:
+    """The content coding to use for an Accept-Encoding (RFC 9110, section 12.5.3), or None."""
+    # Of those that a client likes alike, the best; for a stream, the one that costs least memory.
+    preference = ("gzip", "zstd", "br") if streaming else ("zstd", "br", "gzip")
+    weights: dict[str, float] = {}
+    for item in accepted.lower().split(","):
+        coding, _, parameters = item.partition(";")
+        weights[coding.strip()] = _weight(parameters)
+    best, best_weight = None, 0.0
+    for coding in preference:
+        weight = weights.get(coding, weights.get("*", 0.0))
+        if weight > best_weight and coding in _compressors() and _level(config, coding) >= 0:
+            best, best_weight = coding, weight
+    return best if best_weight >= weights.get("identity", 0.0) else None
+
+
+def _weight(parameters: str) -> float:
+    name, _, value = parameters.partition("=")
+    if name.strip() != "q":
+        return 1.0
+    return float(value) if re.fullmatch(r"\s*(0(\.\d{0,3})?|1(\.0{0,3})?)\s*", value) else 0.0
+
+
+# ==================================================================================================
+# 19. Static files
+#
+# Each file is known by a name with a fingerprint of its contents, `style.3f2a….css`. Such a name
+# can be cached forever, because other contents have another name; the plain name redirects to it.
+# Pages ask `asset("style.css")` for the name. Small files are kept in memory, compressed once for
+# each coding; large ones are sent as they are.
+#
+# Files change while they are served. Two rules hold all the same. What comes under an address that
+# may be cached for ever has the contents of that address, whole, or it is cut off. And no answer
+# leaves the directory, or shows what is hidden in it, whatever a name or a link says. An address of
+# a version that is gone gets the present one, not to be cached; not a redirect, since a log that
+# grows between any two requests would make the client run after it.
+#
+# What is left out: listings of directories, and several ranges at once.
+# ==================================================================================================
+
+
+_IN_MEMORY = 256 * 1024  # files up to this size, in bytes, are kept in memory,
+_IN_MEMORY_TOTAL = 64 * 1024 * 1024  # and of each collection so much in all
+_COPIED = 16 * 1024 * 1024  # of a large file's end, so many bytes are not left to `sendfile`
+_TICK = 50_000_000  # nanoseconds that a file system's clock may need to tell two changes apart
+_AS_IT_IS = ""  # no content coding
+_HARDEST = CompressionConfig(zstd_level=12, brotli_level=9, gzip_level=9)
+_SIBLINGS = {"zstd": ".zst", "br": ".br", "gzip": ".gz"}
+_FINGERPRINT = re.compile(r"\.[0-9a-f]{16}(?=\.[^./]*\Z|\Z)")
+# Windows has other names for a file that has one already: `a.txt::$DATA`, `A~1.TXT`, `a.txt.`; and
+# names that are devices in each directory.
+_OTHER_NAME = re.compile(
+    r'[<>:"|?*]|[. ]\Z|~\d|\A(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[\d¹²³]) *(\.|\Z)', re.I
+)
+# What an operating system says where there is no such file, or none for us.
+_ABSENT = {
+    errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP,
+    errno.ENAMETOOLONG, errno.EINVAL, errno.ENXIO,
+}  # fmt: skip
+# The types that pages need, whatever the machine's own tables say (Windows keeps them in the
+# registry, where any program may have changed them). A compressed file is a file of that kind: to
+# say what is in it is for Content-Encoding, and would have browsers unpack a download.
+_TYPES = {
+    f".{suffix}": kind
+    for line in """
+        text/css css | text/javascript js mjs cjs | text/html html htm | text/plain txt log
+        text/markdown md | text/csv csv | text/calendar ics | text/vtt vtt | application/xml xml
+        application/json json map | application/ld+json jsonld | application/geo+json geojson
+        application/manifest+json webmanifest | application/xhtml+xml xhtml
+        application/atom+xml atom | application/rss+xml rss | application/wasm wasm
+        application/pdf pdf | application/zip zip | application/gzip gz tgz | application/zstd zst
+        application/x-bzip2 bz2 tbz2 | application/x-xz xz txz | application/octet-stream br bin
+        application/x-compress z | image/svg+xml svg svgz | image/png png | image/apng apng
+        image/jpeg jpg jpeg | image/gif gif | image/webp webp | image/avif avif | image/bmp bmp
+        image/x-icon ico | image/jxl jxl | font/woff woff | font/woff2 woff2 | font/ttf ttf
+        font/otf otf | audio/mpeg mp3 | audio/mp4 m4a | audio/ogg ogg oga opus | audio/wav wav
+        audio/flac flac | audio/aac aac | audio/webm weba | video/mp4 mp4 m4v | video/webm webm
+        video/ogg ogv | video/quicktime mov | model/gltf-binary glb | model/gltf+json gltf
+        application/vnd.apple.mpegurl m3u8""".splitlines()
+    for kind, *suffixes in map(str.split, line.split("|") if line.strip() else ())
+    for suffix in suffixes
+}
+
+
+def _content_type(name: str) -> str:
+    suffix = os.path.splitext(name)[1].lower()
+    kind = _TYPES.get(suffix)
+    if kind is None:
+        import mimetypes
+
+        kind = mimetypes.guess_type("x" + suffix)[0] or "application/octet-stream"
+    return kind + "; charset=utf-8" if kind.startswith("text/") else kind
+
+
+def _stamp(found: os.stat_result) -> tuple[int, ...]:
+    """What tells the versions of a file apart.
+
+    Builds that can be repeated give all files one time, and often one size; but a file that takes
+    another's place has an inode of its own, and one that is written to a new time of change.
+    """
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+class _Representation(NamedTuple):
+    """A file in one content coding (RFC 9110, section 3.2)."""
+
+    etag: str
+    fields: bytes  # the header fields that say what it is
+    body: bytes | None  # None: large, to be read when it is sent
+
+
+class _File:
+    """One version of a file: its fingerprint, and its contents unless it is large."""
+
+    def __init__(self, name: str, digest: str, data: bytes | None, start: bytes) -> None:
+        stem, suffix = os.path.splitext(name)
+        self.name = name
+        self.digest = digest
+        self.data = data
+        self.size = len(data or b"")
+        self.stamp: tuple[int, ...] = ()
+        self.steady = True  # nothing was written while it was read
+        self.settled = True  # a later change would show in the stamp
+        self.fingerprinted = f"{stem}.{digest}{suffix}"
+        self.content_type = _content_type(name)
+        # A `.svgz` is the one compressed file that browsers want unpacked.
+        self.packed = suffix.lower() == ".svgz" and start == b"\x1f\x8b"
+        self.compressible = data is not None and _is_compressible(self.content_type)
+        self.compressible &= not self.packed
+        self.forms: dict[str, _Representation] = {}  # by coding
+        self.encode(_AS_IT_IS, data)
+
+    def encode(self, coding: str, body: bytes | None) -> _Representation:
+        """Keep the contents in a coding."""
+        etag = f'"{self.digest}-{coding}"' if coding else f'"{self.digest}"'
+        shown = "gzip" if self.packed else coding
+        lines = [
+            f"etag: {etag}",
+            "x-content-type-options: nosniff",
+            "accept-ranges: bytes",
+            f"content-type: {self.content_type}",
+            f"content-encoding: {shown}" if shown else "",
+            "vary: accept-encoding" if self.compressible else "",
+        ]
+        text = "".join(f"{line}\r\n" for line in lines if line)
+        form = _Representation(etag, text.encode("latin-1", "replace"), body)
+        self.forms[coding] = form
+        return form
+
+    def check(self, opened: IO[bytes], *, may_grow: bool) -> None:
+        """Raise StarioError if an open file is not this version any more."""
+        now = os.fstat(opened.fileno())
+        if now.st_size < self.size:
+            raise StarioError(f"{self.name} has become shorter while it was sent")
+        grown = may_grow and now.st_size > self.size
+        if _stamp(now) != self.stamp and not grown:
+            raise StarioError(f"{self.name} has changed while it was sent")
+
+
+def _read_version(name: str, opened: IO[bytes], *, by_contents: bool = True) -> _File:
+    """The version that an open file holds. One that is small and being written is read again.
+
+    Without `by_contents` a large file is not read: the stamp has to tell its version.
+    """
+    for _ in range(3):
+        now, before = time.time_ns(), os.fstat(opened.fileno())
+        opened.seek(0)
+        if before.st_size <= _IN_MEMORY:
+            data = opened.read()
+            start, digest = data[:2], hashlib.sha256(data)
+        else:
+            data, start = None, opened.read(2)
+            opened.seek(0)
+            digest = hashlib.sha256(repr(_stamp(before)).encode())
+            if by_contents:
+                digest = hashlib.file_digest(opened, "sha256")  # type: ignore[arg-type]
+        after = _stamp(os.fstat(opened.fileno()))
+        if after == _stamp(before) or data is None:
+            break
+    found = _File(name, digest.hexdigest()[:16], data, start)
+    found.stamp, found.steady = after, after == _stamp(before)
+    found.size = before.st_size if data is None else len(data)
+    # Of two changes within one tick of the file system's clock the second does not show.
+    found.settled = now - max(before.st_mtime_ns, before.st_ctime_ns) > _TICK
+    return found
+
+
+def _open_regular(path: str) -> IO[bytes]:
+    """Open a file for reading; what is no regular file is not waited for, and not found."""
+
+    def opener(path: str, flags: int) -> int:
+        return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
+
+    # Without a buffer: what is read is what is there now.
+    opened = open(path, "rb", buffering=0, opener=opener)  # noqa: SIM115
+    if not stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
+        opened.close()
+        raise FileNotFoundError(errno.ENOENT, "no regular file", path)
+    return opened
+
+
+@contextmanager
+def _file_errors(w: _RawWriter) -> Iterator[None]:
+    """Answer for a file that cannot be opened. An error of the disk stays what it is."""
+    try:
+        yield
+    except OSError as exc:
+        if exc.errno in _ABSENT and not w.started:
+            raise HttpException(404) from exc
+        if exc.errno in (errno.EMFILE, errno.ENFILE) and not w.started:
+            raise HttpException(503, "too many files are open") from exc
+        raise
+
+
+_collections: dict[str, Assets] = {}
+
+
+def asset(name: str, collection: str = "static") -> str:
+    """The address of a file behind its prefix: `asset("style.css")` gives `style.<hash>.css`.
+
+    What cannot stand in an address is escaped. The file is read when it is first asked for, and
+    again when it has changed. Raises StarioError for a file, or a collection, that `app.assets` has
+    not been given.
+    """
+    if collection not in _collections:
+        raise StarioError(f"no collection {collection!r}: call app.assets(...) for it first")
+    file = _collections[collection].file(name)
+    if file is None:
+        raise StarioError(f"{collection!r} has no file {name!r}")
+    return quote(file.fingerprinted)
+
+
+class Assets:
+    """A handler for the files of one collection, at a route that ends in `/*`."""
+
+    def __init__(
+        self, source: str | os.PathLike[str] | Mapping[str, str | bytes], collection: str
+    ) -> None:
+        self._files: dict[str, _File] = {}
+        # Those whose contents are in memory, in the order they were read; changed under the lock.
+        self._small: OrderedDict[str, _File] = OrderedDict()
+        self._held = 0  # bytes of these
+        self._lock = threading.RLock()
+        self._under_way: dict[object, asyncio.Task[Any]] = {}
+        self._root: str | None = None
+        if isinstance(source, Mapping):
+            for name, text in source.items():
+                data = text.encode() if isinstance(text, str) else text
+                digest = hashlib.sha256(data).hexdigest()[:16]
+                self._files[name] = _File(name, digest, data, data[:2])
+        else:
+            self._root = os.path.abspath(source)
+            if not os.path.isdir(self._root):
+                raise StarioError(f"assets: there is no directory {str(source)!r}")
+        _collections[collection] = self
+
+    # -- Finding a file
+
+    def file(self, name: str) -> _File | None:
+        """The file of this plain name, as it is now; None if there is none to be served."""
+        return self._known(name) or self._load(name)
+
+    async def _find(self, name: str) -> _File | None:
+        """As `file`, but what is large is read in a thread."""
+        if self._root is None:
+            return self._known(name)
+        with suppress(OSError, ValueError):  # `_load` looks closer
+            if os.stat(f"{self._root}/{name}").st_size > _IN_MEMORY:
+                return await self._once(name, lambda: self.file(name))
+        return self._load(name)
+
+    async def _once(self, key: object, work: Callable[[], T]) -> T:
+        """Do work in a thread, once for all on this loop who ask for it at the same time."""
+        mark = key, asyncio.get_running_loop()
+        task = self._under_way.get(mark)
+        if task is None:
+            task = self._under_way[mark] = asyncio.create_task(asyncio.to_thread(work))
+            task.add_done_callback(lambda _: self._under_way.pop(mark))
+        return cast(T, await asyncio.shield(task))  # who leaves does not cancel it for the others
+
+    def _known(self, name: str) -> _File | None:
+        """The version in hand, if it is the one that this name leads to now."""
+        known = self._files.get(name)
+        if known is None or self._root is None:
+            return known
+        try:
+            same = known.settled and _stamp(os.stat(f"{self._root}/{name}")) == known.stamp
+        except OSError:
+            return None
+        return known if same else None
+
+    def _load(self, name: str) -> _File | None:
+        try:
+            with self.open(name) as opened:
+                found = _read_version(name, opened)
+        except ValueError:  # a name that no file can have
+            return None
+        except OSError as exc:
+            if exc.errno not in _ABSENT:
+                raise
+            self._forget(name)
+            return None
+        if found.steady:
+            self._keep(found)
+        return found
+
+    def open(self, name: str) -> IO[bytes]:
+        """Open a file of the directory. FileNotFoundError for what is not to be served, too."""
+        for _ in range(3):
+            path = self._resolve(name)
+            opened = _open_regular(path)
+            # A link may have taken the place of the file, or of a folder on the way, meanwhile.
+            with suppress(OSError):
+                same = os.path.samestat(os.lstat(path), os.fstat(opened.fileno()))
+                if same and self._resolve(name) == path:
+                    return opened
+            opened.close()
+        raise FileNotFoundError(errno.ENOENT, "the file does not stay in its place", name)
+
+    def _resolve(self, name: str) -> str:
+        """The path, free of links, that a name leads to; it is in the directory, and not hidden."""
+        windows = os.name == "nt"
+        for part in name.split("/"):
+            odd = "\\" in part or (windows and _OTHER_NAME.search(part))
+            if not part or part[0] == "." or odd:
+                raise FileNotFoundError(errno.ENOENT, "hidden, or a way around that", name)
+        root = os.path.realpath(self._root or "")
+        path = os.path.realpath(os.path.join(root, name), strict=True)
+        if os.path.commonpath((root, path)) != root:
+            raise FileNotFoundError(errno.ENOENT, "a link that leaves the directory", name)
+        # Two dots begin the folders of a mounted ConfigMap, which its links lead to.
+        for part in os.path.relpath(path, root).split(os.sep):
+            if part[0] == "." and part[:2] != "..":
+                raise FileNotFoundError(errno.ENOENT, "a link to a hidden file", name)
+        return path
+
+    def _keep(self, found: _File) -> None:
+        with self._lock:
+            self._forget(found.name)
+            self._files[found.name] = found
+            if found.data is not None:
+                self._small[found.name] = found
+                self._held += found.size + 1024  # (what a _File costs)
+            while self._held > _IN_MEMORY_TOTAL and self._small:
+                self._forget(next(iter(self._small)))
+
+    def _forget(self, name: str) -> None:
+        with self._lock:
+            self._files.pop(name, None)
+            small = self._small.pop(name, None)
+            if small is not None:
+                self._held -= small.size + 1024
+
+    # -- Answering
+
+    async def __call__(self, c: Context, w: Writer) -> None:
+        """Serve the file that `c.req.tail` names."""
+        try:
+            await self._answer(c.req.tail, w)
+        except OSError as exc:
+            with _file_errors(w):
+                raise exc
+
+    async def _answer(self, asked: str, w: Writer) -> None:
+        plain = _FINGERPRINT.sub("", asked, count=1)
+        file = self._known(plain) or await self._find(plain)
+        if file is not None and asked == file.fingerprinted and file.steady:
+            await self._serve(file, w, b"cache-control: public, max-age=31536000, immutable\r\n")
+            return
+        # The plain name of a file, which may look like one with a fingerprint; or the fingerprint
+        # of an older version that a page still asks for.
+        literal = self._known(asked) or await self._find(asked) if asked != plain else file
+        if literal is not None and literal.steady:
+            w.headers.set("cache-control", "no-cache")
+            w._redirect("./" + quote(literal.fingerprinted.rpartition("/")[2]), 307)
+            return
+        file = literal or file
+        if file is None:
+            raise HttpException(404)
+        await self._serve(file, w, b"cache-control: no-cache\r\n")
+
+    async def _serve(self, file: _File, w: Writer, caching: bytes) -> None:
+        coding = self._coding(file, w)
+        form = file.forms.get(coding)
+        if form is None:
+            key = (file.name, file.digest, coding)
+            form = await self._once(key, lambda: self._encode(file, coding))
+        opened = self.open(file.name) if form.body is None else None
+        rest = _answer_with(w, file, form, caching, opened)
+        if rest is not _SENT:
+            await rest
+
+    @staticmethod
+    def _coding(file: _File, w: Writer) -> str:
+        headers = w._request.headers
+        accepted = headers.get("accept-encoding")
+        if not (accepted and file.compressible and file.size >= w._compression.min_size):
+            return _AS_IT_IS
+        # Who asks for a part means a part of the file as it is.
+        chosen = None if "range" in headers else _choose_coding(accepted, w._compression)
+        return chosen or _AS_IT_IS
+
+    def _encode(self, file: _File, coding: str) -> _Representation:
+        """Compress a file, or take the copy beside it (`style.css.br`) that has been compressed."""
+        body = self._sibling(file, coding)
+        if body is None:
+            compress, finish = _compressor(coding, _HARDEST)
+            body = compress(file.data or b"") + finish()
+        return file.encode(coding, body)
+
+    def _sibling(self, file: _File, coding: str) -> bytes | None:
+        """The copy beside a file, if it may be served and holds the same contents."""
+        with suppress(Exception):  # whatever is wrong with it: we can compress, too
+            with self.open(file.name + _SIBLINGS[coding]) as opened:
+                body = opened.read(2 * _IN_MEMORY)
+            if _decoded(coding, body, file.size + 1) == file.data:
+                return body
+        return None
+
+
+def _decoded(coding: str, body: bytes, most: int) -> bytes:
+    """What was compressed, if it is whole. Beyond `most` bytes nobody needs to see what comes."""
+    if coding == "br":
+        import brotli
+
+        brotli_decoder, found = brotli.Decompressor(), b""
+        for start in range(0, len(body), 256):
+            found += brotli_decoder.process(body[start : start + 256])
+            if len(found) > most:
+                break
+        return found if brotli_decoder.is_finished() else b""
+    if coding == "zstd" and _compressors()[coding] is _zstd_package:
+        import zstandard
+
+        if zstandard.frame_content_size(body) > most:
+            return b""
+        return bytes(zstandard.ZstdDecompressor().decompress(body, max_output_size=most))
+    decoder: Any = zlib.decompressobj(31)
+    if coding == "zstd":
+        from compression import zstd
+
+        decoder = zstd.ZstdDecompressor()
+    found = decoder.decompress(body, most)
+    return found if decoder.eof and not decoder.unused_data else b""
+
+
+class _Rest:
+    """The rest of an answer: sent where it is awaited, or else when the handler has ended."""
+
+    def __init__(self, work: Callable[[], Coroutine[Any, Any, None]] | None = None) -> None:
+        self._work = work
+
+    def __await__(self) -> Generator[Any, Any, None]:
+        work, self._work = self._work, None
+        if work is not None:
+            yield from work().__await__()
+
+
+_SENT = _Rest()  # nothing is left
+
+
+def _answer_with(
+    w: _RawWriter,
+    file: _File,
+    form: _Representation,
+    fields: bytes,
+    opened: IO[bytes] | None = None,
+    *,
+    status: int = 200,
+    compress: bool = False,
+) -> _Rest:
+    """Answer with a file: all of it, a part, or only that the client has it. See also `_Rest`."""
+    request, immutable = w._request, b"immutable" in fields
+    fields = form.fields + fields
+    span: tuple[int, int] | None = (0, file.size)
+    if status == 200 and request.method in ("GET", "HEAD"):
+        if _is_known(request, form.etag):
+            w._answer(304, (fields, False), b"")
+            return _SENT
+        span = _range(request, file.size, form.etag)
+    if span is None:
+        outside = b"content-range: bytes */%d\r\ncache-control: no-store\r\n" % file.size
+        w._answer(416, (outside, False), b"")
+        return _SENT
+    start, stop = span
+    if span != (0, file.size):
+        status = 206
+        fields += b"content-range: bytes %d-%d/%d\r\n" % (start, stop - 1, file.size)
+    if opened is None:
+        body = form.body or b""
+        body = body[start:stop] if status == 206 else body
+        w._answer(status, (fields, compress and status != 206), body)
+        return _SENT
+    try:
+        file.check(opened, may_grow=not immutable)
+    except StarioError as exc:
+        raise HttpException(503, str(exc)) from exc
+    w._begin(status, fields, stop - start)
+    return _Rest(lambda: _send_pieces(w, file, opened, start, stop, may_grow=not immutable))
+
+
+async def _send_pieces(
+    w: _RawWriter, file: _File, opened: IO[bytes], start: int, stop: int, *, may_grow: bool
+) -> None:
+    """Send a part of a large file, and let the client see that it is cut off if it changes.
+
+    `sendfile` hands the kernel's own pages to the network, and these change with the file until the
+    client has them. So the last 16 MiB are copied: more than is ever on the way. Once the last byte
+    can be sent, the client has all that went by `sendfile`; and before that, we look.
+    """
+    with opened:
+        if w._request.method == "HEAD":
+            start = stop
+        by_system = stop - start - _COPIED
+        if by_system > 0:
+            await w.send_file(opened, start, by_system)
+            start += by_system
+        while start < stop:
+            await w.drain()
+            opened.seek(start)
+            piece = opened.read(min(stop - start, _IN_MEMORY))
+            file.check(opened, may_grow=may_grow)
+            w.write(piece)
+            start += len(piece)
+        w.end()
+
+
+def _answer_download(
+    w: _RawWriter, source: str | os.PathLike[str] | bytes, filename: str | None, status: int
+) -> _Rest:
+    """See Writer.file."""
+    fields = b"cache-control: no-cache\r\n"
+    if filename is not None:
+        fields += _disposition(filename)
+    with _file_errors(w):
+        if isinstance(source, bytes):
+            digest = hashlib.sha256(source).hexdigest()[:16]
+            opened, file = None, _File(filename or "", digest, source, source[:2])
+        else:
+            opened = _open_regular(os.fspath(source))
+            name = filename or os.path.basename(opened.name)
+            file = _read_version(name, opened, by_contents=False)
+    form = file.forms[_AS_IT_IS]
+    if opened is not None and file.data is not None:
+        opened.close()
+        opened = None
+    return _answer_with(w, file, form, fields, opened, status=status, compress=file.compressible)
+
+
+def _disposition(filename: str) -> bytes:
+    """Tell the client to save what comes, under this name (RFC 6266 and 8187)."""
+    if _CONTROL.search(filename):
+        raise StarioError(f"{filename!r} cannot be a file's name: it holds control characters")
+    plain = re.sub(r'[^ -~]|["\\%/]', "_", filename)
+    line = f'content-disposition: attachment; filename="{plain}"'
+    if plain != filename:
+        line += "; filename*=UTF-8''" + quote(filename, safe="!#$&+^`|", errors="replace")
+    return line.encode("ascii") + b"\r\n"
+
+
+def _is_known(request: Request, etag: str) -> bool:
+    """Whether the client has this version already (RFC 9110, section 13.1.2).
+
+    If it wants to go on with another version only (13.1.1), that is a 412.
+    """
+    if "if-none-match" not in request.headers and "if-match" not in request.headers:
+        return False
+    wanted, known = (
+        [tag.strip() for line in request.headers.getlist(name) for tag in line.split(",")]
+        for name in ("if-match", "if-none-match")
+    )
+    if wanted and etag not in wanted and "*" not in wanted:
+        raise HttpException(412)
+    return "*" in known or etag in [tag.removeprefix("W/") for tag in known]
+
+
+def _range(request: Request, size: int, etag: str) -> tuple[int, int] | None:
+    """Start and stop of the bytes that are asked for (RFC 9110, section 14.2); None: outside.
+
+    A range of another version, one of another form, or several at once: the whole file.
+    """
+    whole = (0, size)
+    if "range" not in request.headers:
+        return whole
+    condition = request.headers.get("if-range")
+    asked = re.fullmatch(r"bytes=([0-9]{0,18})-([0-9]{0,18})", request.headers.get("range") or "")
+    if not asked or request.method != "GET" or asked[0] == "bytes=-":
+        return whole
+    if condition and condition != etag:
+        return whole
+    first, last = asked[1], asked[2]
+    if not first:  # the last so many bytes
+        return (max(0, size - int(last)), size) if int(last) and size else None
+    start, stop = int(first), min(int(last) + 1, size) if last else size
+    if last and int(last) < int(first):
+        return whole  # not a range at all
+    return (start, stop) if start < size else None
+
+
+# ==================================================================================================
+# 20. Telemetry: spans, and the tracers that show them
+#
+# A *span* is a piece of work with a beginning and an end: a request, a database query, a job. It
+# has attributes (what it is about), events (what happened in it) and a parent; all spans of one
+# piece of work share a trace id. A *tracer* is told of three moments, and shows them as it likes:
+# a span starts, an event happens in it, it ends. Override these three and it is your own.
+#
+# Three rules hold. A tracer hears of every event at once, and a span keeps only the newest hundred:
+# a stream that is open for a week loses nothing and costs no memory. What is noted becomes plain
+# data there and then (`_noted`), so that no tracer meets an object that changes or fails later. And
+# the two tracers below only put what they hear into a queue: one thread takes it out, keeps all
+# their state to itself, and writes. No request waits for a stream, and no lock is needed.
+# ==================================================================================================
+
+
+_EVENTS_KEPT = 100
+_LONGEST_TEXT = 16_000  # characters of one value, or of one traceback
+_NO_NUMBERS = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}  # JSON has none of these
+
+
+def _noted(attributes: Mapping[Any, Any] | None) -> dict[str, Any]:
+    """Attributes as they are now: text, numbers, True, False, None, and lists and dicts of them."""
+    if not attributes:
+        return {}
+    return {
+        key if type(key) is str else _safe_text(key): _plain_data(value)
+        for key, value in attributes.items()
+    }
+
+
+def _plain_data(value: Any) -> Any:
+    kind = type(value)
+    if kind is bool or value is None or (kind is str and len(value) <= _LONGEST_TEXT):
+        return value
+    if kind is int:  # OpenTelemetry's have 64 bits; Python does not even print very long ones
+        return value if -(2**63) <= value < 2**63 else _safe_text(hex(value))
+    if kind is float:
+        return value if math.isfinite(value) else _NO_NUMBERS[str(value)]
+    if kind in (dict, list, tuple):
+        try:
+            text = json.dumps(value, default=_safe_text, allow_nan=False)
+            return json.loads(text) if len(text) <= _LONGEST_TEXT else _safe_text(text)
+        except Exception:  # it holds itself, NaN, or keys that JSON does not have
+            return _safe_text(value)
+    return _safe_text(value)
+
+
+def _safe_text(value: object) -> str:
+    """A value's text, whatever its `__str__` does, and not too much of it."""
+    try:
+        text = str(value)
+    except Exception as exc:
+        return f"<{type(value).__name__}: its text raises {type(exc).__name__}>"
+    return text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]}... ({len(text)})"
+
+
+def _stack_of(exc: BaseException) -> str:
+    """The traceback. Of a very long one the end: that is where it happened."""
+    try:
+        text = "".join(traceback.format_exception(exc, limit=-_EVENTS_KEPT))
+    except Exception:  # its own methods fail
+        text = "".join(traceback.format_tb(exc.__traceback__, -_EVENTS_KEPT)) + type(exc).__name__
+    return text[-_LONGEST_TEXT:]
+
+
+class SpanEvent(NamedTuple):
+    """Something that happened in a span. `time_ns` is nanoseconds since 1970."""
+
+    name: str
+    attributes: Mapping[str, Any]
+    time_ns: int
+
+
+class _Caller(NamedTuple):
+    """The span of another program that a request came from."""
+
+    trace_id: str
+    id: str
+    sampled: bool
+
+
+_TRACEPARENT = re.compile(
+    r"(?!ff)([0-9a-f]{2})-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})(-.*)?"
+)
+
+
+def _caller_of(fields: Sequence[str]) -> _Caller | None:
+    """Whom `traceparent` names; None if it is missing, there twice, or not well-formed."""
+    found = _TRACEPARENT.fullmatch(fields[0]) if len(fields) == 1 else None
+    if found is None or (found[1] == "00" and found[5]):  # only later versions may say more
+        return None
+    return _Caller(found[2], found[3], bool(int(found[4], 16) & 1))
+
+
+class Span:
+    """A piece of work, from `start_ns` to `end_ns` (nanoseconds since 1970; 0 while it runs).
+
+    Call it to note an event, index it to set an attribute, use it in `with` to end it. Ids are hex,
+    in the lengths of W3C Trace Context: 16 digits for a span, 32 for a trace. Where `sampled` is
+    False (the caller's wish), tracers do not hear of it, unless it fails.
+    """
+
+    __slots__ = (
+        "attributes", "end_ns", "error", "events", "id", "links", "name", "parent_id", "sampled",
+        "start_ns", "trace_id", "tracer",
+    )  # fmt: skip
+
+    def __init__(
+        self, tracer: Tracer, name: str, attributes: dict[str, Any], parent: Span | _Caller | None
+    ) -> None:
+        """Started by `tracer(name)`, `span.step(name)` or `span.root(name)`."""
+        self.tracer = tracer
+        self.name = name
+        ids = f"{random.getrandbits(192):048x}"
+        self.id = ids[:16]
+        self.parent_id: str | None = None
+        self.trace_id = ids[16:]
+        self.sampled = True
+        if parent:
+            self.parent_id, self.trace_id = parent.id, parent.trace_id
+            self.sampled = parent.sampled
+        self.attributes = attributes
+        self.events: list[SpanEvent] = []
+        self.links: list[Span] = []
+        self.error: str | None = None
+        self.end_ns = 0
+        self.start_ns = time.time_ns()
+        if self.sampled:
+            self._tell(tracer.on_start)
+
+    def __call__(
+        self, event: str | BaseException, attributes: Mapping[str, Any] | None = None
+    ) -> None:
+        """Note an event by its name, or an exception. Neither makes the span an error."""
+        if isinstance(event, BaseException):  # by OpenTelemetry's names
+            event.__dict__["_traced_in"] = self.trace_id
+            attributes = {
+                "exception.type": type(event).__name__,
+                "exception.message": _safe_text(event),
+                "exception.stacktrace": _stack_of(event),
+                **(attributes or {}),
+            }
+            event = "exception"
+        noted = SpanEvent(_safe_text(event), _noted(attributes), time.time_ns())
+        self.events.append(noted)
+        if len(self.events) > _EVENTS_KEPT:
+            del self.events[:-_EVENTS_KEPT]  # one step, so that threads may do it at once
+        if self.sampled:
+            self._tell(self.tracer.on_event, noted)
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self.attributes[key] = _plain_data(value)
+
+    def __getitem__(self, key: str) -> Any:
+        return self.attributes[key]
+
+    @property
+    def traceparent(self) -> str:
+        """This span as the parent of another program's: a header field of the request to it.
+
+        https://www.w3.org/TR/trace-context/#traceparent-header
+        """
+        return f"00-{self.trace_id}-{self.id}-{'01' if self.sampled else '00'}"
+
+    def step(self, name: str, attributes: Mapping[str, Any] | None = None) -> Span:
+        """A child: work that is part of this. `with span.step("query"): ...`"""
+        return Span(self.tracer, name, _noted(attributes), self)
+
+    def root(self, name: str, attributes: Mapping[str, Any] | None = None) -> Span:
+        """A new trace: work that this started, but that stands on its own. Link it if you like."""
+        return Span(self.tracer, name, _noted(attributes), None)
+
+    def link(self, other: Span) -> None:
+        """Note that this work has to do with another span's."""
+        self.links.append(other)
+
+    def fail(self, exc: BaseException) -> None:
+        """Mark the span as failed by an exception; the trace shows where that came from, once."""
+        if not self.sampled:  # what went wrong is told, whoever asked
+            self.sampled = True
+            self._tell(self.tracer.on_start)
+        if exc.__dict__.get("_traced_in") != self.trace_id:
+            self(exc)
+        self.error = f"{type(exc).__name__}: {_safe_text(exc)}"
+
+    def end(self) -> None:
+        """The work is done. A second call does nothing."""
+        if not self.end_ns:
+            self.end_ns = max(time.time_ns(), self.start_ns)
+            if self.sampled:
+                self._tell(self.tracer.on_end)
+
+    def _tell(self, moment: Callable[..., object], *more: SpanEvent) -> None:
+        try:
+            moment(self, *more)
+        except Exception:  # a tracer's mistake is shown, and costs no request
+            sys.excepthook(*sys.exc_info())
+
+    def __enter__(self) -> Span:
+        return self
+
+    def __exit__(self, kind: object, exc: BaseException | None, where: object) -> None:
+        if isinstance(exc, Exception):  # a cancellation is no failure
+            self.fail(exc)
+        self.end()
+
+
+class Tracer:
+    """A tracer that shows nothing, and the base of those that do.
+
+    `tracer("job")` starts a span of a new trace. Spans end on any thread, several at a time.
+    """
+
+    def __call__(self, name: str, attributes: Mapping[str, Any] | None = None) -> Span:
+        """Start a span that no request stands behind: `with tracer("job") as span:`"""
+        return Span(self, name, _noted(attributes), None)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        return None
+
+    def on_start(self, span: Span) -> None:
+        """A span has begun."""
+
+    def on_event(self, span: Span, event: SpanEvent) -> None:
+        """Something happened in a span, or, where `span.end_ns` is not 0, after its end."""
+
+    def on_end(self, span: Span) -> None:
+        """A span has ended: its attributes, error and end time stand now."""
+
+
+class _UnseenSpan(Span):
+    """What `c.step` gives in an app without a tracer: one for all, that keeps nothing."""
+
+    __slots__ = ()
+
+    def _ignore(self, *what: object) -> None:
+        return None
+
+    def step(self, *what: object) -> Span:
+        """Itself."""
+        return self
+
+    __call__ = __setitem__ = link = fail = end = _ignore  # type: ignore[assignment]
+    root = step  # type: ignore[assignment]
+
+
+_unseen = _UnseenSpan(Tracer(), "unseen", {}, _Caller("f" * 32, "f" * 16, False))
+
+# Whose step the task works in (a Context), and its span. Tasks inherit it, and so do the threads of
+# `asyncio.to_thread`.
+_current_step: contextvars.ContextVar[tuple[object, Span | None]] = contextvars.ContextVar(
+    "stario_step", default=(None, None)
+)
+
+
+class _LogToSpan(logging.Handler):
+    """Stands in for the handlers of the root logger, and makes events of what is logged in a span.
+    They get the rest: nothing is printed twice.
+    """
+
+    def __init__(self, level: int) -> None:
+        super().__init__()
+        root = logging.getLogger()
+        self._from, self._root_level, self._others = level, root.level, root.handlers[:]
+        root.handlers[:] = [self]
+        root.setLevel(min(level, root.level))
+
+    def remove(self) -> None:
+        """Put everything back, unless somebody has changed it meanwhile."""
+        root = logging.getLogger()
+        if self in root.handlers:
+            root.handlers[:] = [*self._others, *(h for h in root.handlers if h is not self)]
+            root.setLevel(self._root_level)
+
+    def handle(self, record: logging.LogRecord) -> bool:
+        """Take a record without the lock that `logging` would hold meanwhile."""
+        self.emit(record)
+        return True
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Note it in the span, or pass it on."""
+        span = _current_step.get()[1]
+        if span and span.sampled and record.levelno >= self._from:
+            said = {"severity_text": record.levelname, "logger.name": record.name}
+            exc = record.exc_info and record.exc_info[1]
+            try:
+                text = record.getMessage()
+            except Exception:  # its arguments do not fit its text
+                text = record.msg
+            span(exc or "log", {**said, "body": text})
+        elif record.levelno >= (logging.getLogger(record.name).level or self._root_level):
+            for handler in self._others or [cast(logging.Handler, logging.lastResort)]:
+                if record.levelno >= handler.level:
+                    handler.handle(record)
+
+
+# -- Tracers that write to a stream. Whatever thread a span ends on appends what is to be written to
+# one list: that is a single step, and needs no lock. One thread empties the list ten times a second
+# and writes all of it at once, so that a request neither waits for the stream nor hands the
+# interpreter over to another thread. Subclasses say what is put into the list (`_ended`), what
+# becomes of it in the thread (`_take`), and what that comes to as text (`_frame`).
+
+_LONGEST_QUEUE = 20_000  # while the stream takes nothing
+_MANY = 250  # in the queue: these are written without a pause
+_NOT_NOW = _LONGEST_QUEUE + 1  # a length that it never has
+
+
+class _StreamTracer(Tracer):
+    """What the two tracers below share.
+
+    A stream that stalls, is full or closed costs spans and events. They are counted, and their
+    number is told when something can be written again, or else at the end, on standard error.
+    """
+
+    _pause = 0.1  # seconds in which more may come: SIGKILL takes no more than that along
+
+    def __init__(self, stream: IO[str] | None = None, *, logging_level: int | None = None) -> None:
+        """`stream` is standard output by default. With a `logging_level`, what the program logs
+        during a request, from that level on, becomes an event of it while the tracer's `with` runs.
+        """
+        self._stream = sys.stdout if stream is None else stream
+        self._logging_level = logging_level
+        self._logging: _LogToSpan | None = None
+        self._renew()
+        _stream_tracers.add(self)
+
+    def _renew(self) -> None:
+        self._queue: list[str | tuple[Any, ...]] = []
+        self._lines: list[Any] = []  # to be written next
+        self._wakes_at = 1  # the length of the queue that the thread wants to be woken at
+        self._wake: queue.SimpleQueue[bool] = queue.SimpleQueue()  # True: write what is left, end
+        self._writer: threading.Thread | None = None
+        self._starting, self._writing = threading.Lock(), threading.Lock()
+        self._drops, self._seen = count(), 0  # a drop is one step of `count`, so is each look
+        self._lost = 0
+
+    def __enter__(self) -> Self:
+        if self._logging_level is not None and self._logging is None:
+            self._logging = _LogToSpan(self._logging_level)
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._logging is not None:
+            self._logging.remove()
+            self._logging = None
+        self._close()
+
+    def on_end(self, span: Span) -> None:
+        """Into the queue."""
+        self._put(self._ended(span))
+
+    def _put(self, what: str | tuple[Any, ...]) -> None:
+        waiting = self._queue
+        if self._stream is None or len(waiting) >= _LONGEST_QUEUE:
+            next(self._drops)
+            return
+        waiting.append(what)
+        if len(waiting) >= self._wakes_at:
+            self._wakes_at = _NOT_NOW
+            if self._writer is not None:
+                self._wake.put(False)
+            elif self._starting.acquire(blocking=False):
+                try:
+                    self._begin()
+                finally:
+                    self._starting.release()
+
+    def _begin(self) -> None:
+        self._writer = threading.Thread(target=self._run, name="tracer", daemon=True)
+        try:
+            self._writer.start()
+            atexit.register(self._close)
+        except RuntimeError:  # the program is at its end, and starts no thread any more
+            self._writer = None
+            self._wake.put(True)
+            self._run()
+
+    def _close(self) -> None:
+        """Write what is left, in a second at most. What comes later begins anew."""
+        writer, self._writer = self._writer, None
+        if writer is None:
+            return
+        atexit.unregister(self._close)
+        self._wake.put(True)
+        writer.join(1)
+        if writer.is_alive():  # the stream stalls; Python would wait for it, too, when it ends
+            sys.stdout = None if sys.stdout is self._stream else sys.stdout
+            self._complain(len(self._queue))
+
+    def _complain(self, lost: int) -> None:
+        """On standard error, whose locks others may hold, and without waiting for that, either."""
+        text = f"stario: {lost} spans and events could not be written\n".encode()
+        thread = threading.Thread(target=os.write, args=(2, text), daemon=True)
+        thread.start()
+        thread.join(0.2)
+
+    def _run(self) -> None:
+        with self._writing:  # one thread after the other
+            ending = False
+            while not ending:
+                ending = self._wait()
+                self._write_all(ending)
+            self._wakes_at = 1
+
+    def _wait(self) -> bool:
+        """Until something has come, and a little longer. True: that was the end."""
+        ending = False
+        with suppress(queue.Empty):
+            self._wakes_at = 1  # before the look at the queue: what comes after it wakes
+            if not self._queue:
+                ending = self._wake.get(timeout=1 if self._lost else self._patience())
+            self._wakes_at = _MANY
+            ending = ending or self._wake.get(timeout=self._pause)
+        self._wakes_at = _NOT_NOW
+        return ending
+
+    def _write_all(self, ending: bool) -> None:
+        taken = self._queue[:]
+        del self._queue[: len(taken)]
+        steps = next(self._drops)
+        missing, self._lost, self._seen = self._lost + steps - self._seen, 0, steps + 1
+        if missing:
+            lost = Span(Tracer(), "telemetry.lost", {"count": missing}, None)
+            lost.end()
+            taken.append(self._ended(lost))
+        for what in taken:
+            try:
+                if type(what) is str:
+                    self._lines.append(what)
+                else:
+                    self._take(*what)
+            except Exception:  # one thing that cannot be shown costs no other
+                self._lost += 1
+        if not self._write(self._frame(ending)):
+            self._lost += missing + len(taken) - bool(missing)
+        if ending and self._lost:
+            self._complain(self._lost)
+
+    def _write(self, text: str) -> bool:
+        try:
+            if text and self._stream is not None:
+                _write_any(self._stream, text)
+                self._stream.flush()
+        except Exception:  # it is full, closed, or a stream of somebody's own that fails
+            return False
+        return True
+
+    def _patience(self) -> float | None:
+        """Seconds after which there is something to write, even if nothing comes."""
+        return None
+
+    def _ended(self, span: Span) -> str | tuple[Any, ...]:
+        """What is put into the queue for a span that has ended: text, or what `_take` takes."""
+        raise NotImplementedError
+
+    def _take(self, *what: Any) -> None:
+        """One thing from the queue that is no text."""
+        raise NotImplementedError
+
+    def _frame(self, ending: bool) -> str:
+        """What is to be written, now that all that had come has been taken."""
+        raise NotImplementedError
+
+
+_stream_tracers: weakref.WeakSet[_StreamTracer] = weakref.WeakSet()
+
+
+def _begin_anew() -> None:
+    """In a fork: it has neither its parent's thread, nor its parent's lines to write."""
+    for tracer in _stream_tracers:
+        tracer._renew()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_anew)
+
+
+def _write_any(stream: IO[str], text: str) -> None:
+    write = type(stream).write  # its own: RichTracer puts another in its place, see there
+    try:
+        write(stream, text)
+    except UnicodeEncodeError:
+        encoding = getattr(stream, "encoding", None) or "ascii"
+        write(
+            stream,
+            text.translate(_ASCII_MARKS).encode(encoding, "backslashreplace").decode(encoding),
+        )
+
+
+class JsonTracer(_StreamTracer):
+    """One JSON object a line, for log collectors; the names are OpenTelemetry's.
+
+    A span is one line, written within a tenth of a second after its end. Events of one that is open
+    for longer are written before that, and those that come later, after it, in lines of their own
+    with the same ids and `"partial": true`. So each event is written once, and nothing is kept.
+    """
+
+    def __init__(self, stream: IO[str] | None = None, *, logging_level: int | None = None) -> None:
+        super().__init__(stream, logging_level=logging_level)
+        self._events: dict[Span, list[str]] = {}  # that have not been written
+
+    def on_event(self, span: Span, event: SpanEvent) -> None:
+        """Into the queue."""
+        noted = {"name": event.name, "time_unix_nano": event.time_ns}
+        self._put((span, _log_json({**noted, "attributes": event.attributes}), False))
+
+    def _ended(self, span: Span) -> str | tuple[Any, ...]:
+        fields = self._fields(span, f'"end_time_unix_nano":{span.end_ns}')
+        return (span, fields, True) if span.events else f"{{{fields}}}\n"
+
+    def _take(self, span: Span, text: str, ended: bool) -> None:
+        if ended:
+            self._add_line(span, text)
+            return
+        events = self._events.setdefault(span, [])
+        events.append(text)
+        if len(events) == _EVENTS_KEPT:
+            self._add_line(span, self._fields(span, '"partial":true'))
+
+    def _frame(self, ending: bool) -> str:
+        for span in list(self._events):
+            self._add_line(span, self._fields(span, '"partial":true'))
+        text = "".join(self._lines)
+        self._lines.clear()
+        return text
+
+    def _add_line(self, span: Span, fields: str) -> None:
+        if span in self._events:
+            fields += f',"events":[{",".join(self._events.pop(span))}]'
+        self._lines.append(f"{{{fields}}}\n")
+
+    def _fields(self, span: Span, more: str) -> str:
+        """Of the line of a span all but its events: the greater part needs no encoder."""
+        try:
+            pairs = [f"{_quoted(key)}:{_log_value(v)}" for key, v in span.attributes.items()]
+            attributes = f"{{{','.join(pairs)}}}"
+        except Exception:  # something was put into `span.attributes` directly
+            attributes = _log_json(_noted(span.attributes))
+        text = (
+            f'"name":{_log_value(span.name)},"trace_id":"{span.trace_id}","span_id":"{span.id}",'
+            f'"start_time_unix_nano":{span.start_ns},{more},"attributes":{attributes}'
+        )
+        if span.parent_id:
+            text += f',"parent_span_id":"{span.parent_id}"'
+        if span.links:
+            links = [{"trace_id": other.trace_id, "span_id": other.id} for other in span.links[:]]
+            text += f',"links":{_log_json(links)}'
+        if span.error:
+            text += f',"status":{{"code":"ERROR","message":{_log_json(span.error)}}}'
+        return text
+
+
+_log_json = _json_writer(_safe_text)
+_quoted = json.encoder.encode_basestring_ascii
+
+
+def _log_value(value: Any) -> str:
+    """As `_log_json`, but texts and whole numbers take a quarter of the time without an encoder."""
+    if type(value) is str:
+        return _quoted(value)
+    return str(value) if type(value) is int else _log_json(value)
+
+
+# -- For people. A *line* is a list of pieces, each a text and its style. Only when it is written
+# does it become one string, cut to the width of the terminal.
+
+_Line = list[tuple[str, str]]
+_STYLES = {"bold": 1, "dim": 2, "red": 31, "green": 32, "yellow": 33, "cyan": 36}
+_STATUS_STYLES = {"2": "green", "3": "cyan", "4": "yellow", "5": "red"}
+_ASCII_MARKS = str.maketrans("│─━✗…×", "|-=x.x")
+_START, _EVENT, _END = range(3)
+_LONG = 10**9  # nanoseconds after which an open span is shown in the footer
+_MOST_SHOWN = 20  # trees in a second: the others are summed up
+_MOST_ROWS = 40  # of a tree
+_BAR = 12  # columns
+
+
+class _Branch:
+    """A span that is open, and what happened in it, in order: the first of it."""
+
+    def __init__(self, span: Span, parent: _Branch | None) -> None:
+        self.span = span
+        self.root: _Branch = parent.root if parent else self
+        self.rows: list[SpanEvent | _Branch] = []
+        self.left_out = 0
+        # Of a root, for the whole tree:
+        self.events = self.steps = 0
+        self.last: SpanEvent | None = None
+
+    def add(self, row: SpanEvent | _Branch) -> None:
+        if len(self.rows) < _MOST_ROWS:
+            self.rows.append(row)
+        else:
+            self.left_out += 1
+
+    def tree(self) -> list[tuple[int, SpanEvent | _Branch]]:
+        """All below it, with the depth of each. No recursion: steps nest as deep as they like."""
+        found: list[tuple[int, SpanEvent | _Branch]] = []
+        waiting: list[tuple[int, SpanEvent | _Branch]] = [(-1, self)]
+        while waiting:
+            depth, row = waiting.pop()
+            found.append((depth, row))
+            if isinstance(row, _Branch):
+                if row.left_out:
+                    waiting.append((depth + 1, SpanEvent(f"and {row.left_out} more", {}, 0)))
+                waiting += [(depth + 1, below) for below in reversed(row.rows)]
+        return found[1:]
+
+
+class RichTracer(_StreamTracer):
+    """For a person at a terminal: each request is a small tree, shown when it has ended.
+
+    What is open for longer than a second, above all streams, has a line in a footer, which stays
+    below all else; what the program prints goes above it. When more than twenty requests end in a
+    second, the others are summed up. Where there is no terminal (a pipe, TERM=dumb), each span is
+    one line of plain text. NO_COLOR and FORCE_COLOR are heeded.
+    """
+
+    _pause = 0.05
+
+    def __init__(self, stream: IO[str] | None = None, *, logging_level: int | None = None) -> None:
+        super().__init__(stream, logging_level=logging_level)
+        size = _size_of(self._stream)
+        self._live = size is not None and os.environ.get("TERM") != "dumb"
+        wanted = bool(os.environ.get("FORCE_COLOR")) or self._live
+        self._colours = wanted and not os.environ.get("NO_COLOR")
+        self._width = size[0] if size and self._live else 1_000_000
+        self._watched: list[Any] = []  # streams of the program
+        self._open: dict[str, _Branch] = {}  # by the span's id
+        self._footer: list[_Line] = []  # as it is on the screen
+        self._in_line = False  # what was printed last has no line feed yet
+        self._shown, self._second = 0, 0.0  # how many trees, in the second that began then
+        # What was not shown: by its name and outcome, the nanoseconds that it took.
+        self._summed: dict[tuple[str, tuple[str, str]], list[int]] = {}
+
+    def on_start(self, span: Span) -> None:
+        """Into the queue."""
+        if self._live:
+            self._put((_START, span))
+
+    def on_event(self, span: Span, event: SpanEvent) -> None:
+        """Into the queue."""
+        if self._live:
+            self._put((_EVENT, span, event))
+        elif span.end_ns:
+            self._put(self._painted(self._late(span, event)))
+
+    def _ended(self, span: Span) -> str | tuple[Any, ...]:
+        return (_END, span) if self._live else self._painted(self._one_line(span))
+
+    # -- What the program prints must not meet the footer. So it takes the same way: each of its
+    # streams has another `write` for as long as the tracer's thread runs.
+
+    def _begin(self) -> None:
+        for stream in (sys.stdout, sys.stderr) if self._live else ():
+            if _size_of(stream) and "write" not in vars(stream):
+                stream.write = self._print  # type: ignore[method-assign]
+                self._watched.append(stream)
+        super()._begin()
+
+    def _close(self) -> None:
+        while self._watched:
+            del self._watched.pop().write
+        super()._close()
+
+    def _print(self, text: str) -> int:
+        self._put(text)
+        return len(text)
+
+    # -- What happens
+
+    def _patience(self) -> float | None:
+        return 0.25 if self._open or self._summed else None
+
+    def _take(self, moment: int, what: Any, event: SpanEvent | None = None) -> None:
+        if moment == _START:
+            self._start(what)
+        elif event:
+            self._note(what, event)
+        else:
+            self._end(self._open.pop(what.id) if what.id in self._open else _Branch(what, None))
+
+    def _start(self, span: Span) -> None:
+        parent = self._open.get(span.parent_id or "")
+        branch = self._open[span.id] = _Branch(span, parent)
+        if parent:
+            parent.add(branch)
+            parent.root.steps += 1
+
+    def _note(self, span: Span, event: SpanEvent) -> None:
+        branch = self._open.get(span.id)
+        if branch is None:  # it is over, and nothing is kept of it
+            self._lines.append(self._late(span, event))
+            return
+        branch.add(event)
+        root = branch.root
+        root.events, root.last = root.events + 1, event
+        if event.name == "exception" and event.time_ns - root.span.start_ns > _LONG:
+            self._lines += [self._heading(root.span), *self._row(root.span, 0, event)]
+
+    def _end(self, branch: _Branch) -> None:
+        """Show what has ended, with its root, unless that is over, or there is too much of it."""
+        span = branch.span
+        if branch.root is not branch and branch.root.span.id in self._open:
+            return
+        durations = self._summed.get(key := (span.name, _outcome(span)))
+        if self._shown < _MOST_SHOWN or (span.error and durations is None):
+            self._shown += 1
+            self._lines += self._tree(branch)
+            if span.error:
+                self._summed[key] = durations or []  # others of its kind are counted only
+        else:
+            self._summed.setdefault(key, []).append(span.end_ns - span.start_ns)
+
+    def _sum_up(self) -> None:
+        """Tell of what was not shown: how many of each kind, and how long they took."""
+        summed, self._summed = self._summed, {}
+        burst = sum(map(len, summed.values())) > _MOST_SHOWN  # then none is shown until it is over
+        self._shown = _MOST_SHOWN if burst else 0
+        for (name, outcome), took in sorted(summed.items(), key=lambda entry: -len(entry[1])):
+            if took:
+                took.sort()
+                times = f"  p50 {_took(took[len(took) // 2])}  max {_took(took[-1])}"
+                line = self._columns(time.time_ns(), name, outcome, f"{len(took):,} x")
+                self._lines.append([*line, (times, "dim")])
+
+    # -- How it looks
+
+    def _frame(self, ending: bool) -> str:
+        now = time.monotonic()
+        if now - self._second >= 1 or ending:
+            self._sum_up()
+            self._second = now
+        roots = [branch for branch in self._open.values() if branch.root is branch]
+        if ending:
+            self._lines += [self._heading(root.span) for root in roots]
+            self._open.clear()
+        columns, height = (self._live and _size_of(self._stream)) or (1_000_000, 0)
+        # Rows of the old footer: a terminal that has become narrower breaks its lines anew.
+        rows = sum(1 + (min(self._width, _cells(line)) - 1) // columns for line in self._footer)
+        self._width = columns
+        text = "".join(map(self._written, self._lines))
+        self._lines.clear()
+        old = self._footer
+        self._footer = [] if ending or self._in_line else self._streams(roots, height // 3)
+        if not text and self._footer == old:
+            return ""
+        up = f"\r\x1b[{rows}A\x1b[J" if rows else ""
+        return up + text + "".join(map(self._written, self._footer))
+
+    def _written(self, line: _Line | str) -> str:
+        """A line of ours on a line of its own; what was printed just as it is."""
+        if isinstance(line, str):
+            self._in_line = not line.endswith("\n")
+            return line
+        start, self._in_line = "\n" * self._in_line, False
+        return start + self._painted(line)
+
+    def _painted(self, line: _Line) -> str:
+        room, painted = self._width - 1, ""
+        for piece, style in line:
+            text = _fit(piece, room)
+            room -= _cells([(text, "")])
+            painted += f"\x1b[{_STYLES[style]}m{text}\x1b[0m" if style and self._colours else text
+        return painted + "\n"
+
+    def _streams(self, roots: list[_Branch], most: int) -> list[_Line]:
+        """The footer: a line for each root that is open for long, the oldest first."""
+        now = time.time_ns()
+        long = [root for root in roots if now - root.span.start_ns >= _LONG]
+        if not long:
+            return []
+        shown = long if len(long) < most else long[: max(0, most - 2)]
+        lines: list[_Line] = [[(f"── {len(long)} open ".ljust(self._width - 1, "─"), "dim")]]
+        for root in shown:
+            count = f"{root.events:,} event{'s' * (root.events != 1)}"
+            last = _event_text(root.last) if root.last else ""
+            title = (_padded(_title(root.span), self._title_width(), self._width // 2), "bold")
+            open_for = (f"{_took(now - root.span.start_ns):>8}  ", "green")
+            lines.append([open_for, title, (f"{count:>13}  ", "dim"), (last, "cyan")])
+        if len(shown) < len(long):
+            lines.append([(f"{'':10}and {len(long) - len(shown)} more", "dim")])
+        return lines
+
+    def _columns(self, time_ns: int, title: str, outcome: tuple[str, str], took: str) -> _Line:
+        """What the lines of requests have in common, one under the other."""
+        name = (_padded(title, self._title_width(), max(20, self._width - 30)), "bold")
+        text, style = outcome
+        return [(f"{_clock(time_ns)}  ", "dim"), name, (f"{text:>7}", style), (f"{took:>9}", "")]
+
+    def _title_width(self) -> int:
+        return max(20, min(44, self._width - 60))
+
+    def _heading(self, span: Span) -> _Line:
+        took = _took((span.end_ns or time.time_ns()) - span.start_ns)
+        return self._columns(span.start_ns, _title(span), _outcome(span), took)
+
+    def _tree(self, branch: _Branch) -> list[_Line]:
+        """A line for a root, then one for each event and step. A stream is one line."""
+        span, heading, rows = branch.span, self._heading(branch.span), branch.tree()
+        if span.end_ns - span.start_ns >= _LONG and not branch.steps and not span.error:
+            heading, rows = [*heading, (f"  {branch.events:,} events", "dim")], []
+        if len(rows) > _MOST_ROWS:
+            left_out = SpanEvent(f"... {len(rows) - _MOST_ROWS} more ...", {}, 0)
+            half = _MOST_ROWS // 2
+            rows = [*rows[:half], (0, left_out), *rows[-half:]]
+        lines = self._with_pairs(heading, 8, span.attributes)
+        for depth, row in rows:
+            lines += self._row(span, depth, row)
+        return lines
+
+    def _row(self, root: Span, depth: int, row: SpanEvent | _Branch) -> list[_Line]:
+        """One thing in a tree: how long after the root's start it came, and what it is."""
+        guides = "│ " * min(depth, 15)
+        indent, room = 20 + len(guides), max(8, self._title_width() - 10 - len(guides))
+        if isinstance(row, _Branch):
+            span = row.span
+            took = _took(span.end_ns - span.start_ns) if span.end_ns else "open"
+            line = [*_offset(root, span.start_ns), (guides, "dim"), (_padded(span.name, room), "")]
+            line += [(f"{took:>16}  ", ""), *_bar(root, span)]
+            return self._with_pairs(line, indent, span.attributes)
+        line = [*_offset(root, row.time_ns), (guides, "dim")]
+        if row.name != "exception":
+            line.append((_padded(row.name, room), "cyan"))
+            return self._with_pairs(line, indent, row.attributes)
+        width = max(20, self._width - indent - 3)
+        said = [
+            part[at : at + width]
+            for part in _failure(row).split("\n")
+            for at in range(0, len(part), width)
+        ]
+        lines = [
+            [*line, (said[0], "red")],
+            *([(f"{'':{indent + 2}}{part}", "red")] for part in said[1:12]),
+        ]
+        lines += _pairs_below(indent, _pairs(row.attributes))
+        return [*lines, *([(f"{'':20}{guides}  ", "dim"), (frame, "")] for frame in _frames(row))]
+
+    def _with_pairs(self, line: _Line, indent: int, attributes: Mapping[str, Any]) -> list[_Line]:
+        """A line with the attributes behind it, or, where there is no room for them, below."""
+        pairs = _pairs(attributes)
+        behind = [piece for key, value in pairs for piece in ((f"  {key}=", "dim"), (value, ""))]
+        if not pairs or _cells([*line, *behind]) < self._width:
+            return [[*line, *behind]]
+        return [line, *_pairs_below(indent, pairs)]
+
+    def _late(self, span: Span, event: SpanEvent) -> _Line:
+        title = f"{_clock(event.time_ns)} {_title(span)}, after its end: "
+        return [(title, "dim"), (_event_text(event), "")]
+
+    def _one_line(self, span: Span) -> _Line:
+        """A span where there is no terminal, with its newest events."""
+        outcome, style = _outcome(span)
+        line = [(f"{_clock(span.start_ns)} {span.trace_id[:4]} ", "dim"), (_title(span), "bold")]
+        line += [(f" {outcome}".rstrip(), style), (f" {_took(span.end_ns - span.start_ns)}", "")]
+        line += [(f" {key}={value}", "") for key, value in _pairs(span.attributes)]
+        for event in span.events[-_MOST_SHOWN:]:
+            line.append((f" | {_took(event.time_ns - span.start_ns)} {_event_text(event)}", ""))
+        return line
+
+
+def _size_of(stream: IO[str] | None) -> tuple[int, int] | None:
+    """Columns and lines of a terminal; None where there is none."""
+    try:
+        if stream is not None and stream.isatty():
+            size = os.get_terminal_size(stream.fileno())
+            return size.columns or 80, size.lines or 24
+    except (OSError, ValueError):  # it is closed, or only looks like one
+        pass
+    return None
+
+
+def _printable(text: str) -> str:
+    # A client chooses paths and signals: what it sends must not move the cursor of a terminal.
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+def _cells(line: _Line) -> int:
+    """How many columns of a terminal a line takes."""
+    text = _printable("".join(piece for piece, _ in line))
+    return len(text) if text.isascii() else sum(map(_char_cells, text))
+
+
+def _char_cells(char: str) -> int:
+    if char < "\u0300" or "\u2010" <= char < "\u2600":
+        return 1
+    import unicodedata  # few programs get here
+
+    return 0 if unicodedata.combining(char) else 1 + (unicodedata.east_asian_width(char) in "WF")
+
+
+def _fit(text: str, width: int) -> str:
+    """A text without control characters, cut to a width in columns."""
+    text = _printable(text)
+    if _cells([(text, "")]) <= width:
+        return text
+    kept, room = "", width - 1
+    for char in text[: max(0, width)]:
+        room -= _char_cells(char)
+        kept += char if room >= 0 else ""
+    return kept + "…" * (width > 0)
+
+
+def _padded(text: str, width: int, most: int = 0) -> str:
+    text = _fit(text, max(width, most))
+    return text + " " * (width - _cells([(text, "")]))
+
+
+def _clock(time_ns: int) -> str:
+    return datetime.fromtimestamp(time_ns / 1e9).strftime("%H:%M:%S")
+
+
+def _took(nanoseconds: int) -> str:
+    seconds = nanoseconds / 1e9
+    if seconds < 60:
+        digits = 2 if seconds < 0.001 else 1
+        return f"{seconds * 1000:.{digits}f} ms" if seconds < 1 else f"{seconds:.1f} s"
+    minutes, hours = int(seconds) // 60, int(seconds) // 3600
+    return f"{hours}h {minutes % 60:02}m" if hours else f"{minutes}m {int(seconds) % 60:02}s"
+
+
+def _offset(root: Span, time_ns: int) -> _Line:
+    return [(f"{_took(time_ns - root.start_ns) if time_ns else '':>18}  ", "dim")]
+
+
+def _bar(root: Span, step: Span) -> _Line:
+    """When in the root's time the step had its own."""
+    start, end = root.start_ns, root.end_ns or time.time_ns()
+    times = step.start_ns, step.end_ns or end
+    a, b = (max(0, min(_BAR - 1, (at - start) * _BAR // max(1, end - start))) for at in times)
+    return [("─" * a, "dim"), ("━" * (b - a + 1), "cyan"), ("─" * (_BAR - 1 - b), "dim")]
+
+
+def _title(span: Span) -> str:
+    """The method and path of a request, the name of any other span."""
+    method = span.attributes.get("http.request.method")
+    return f"{method} {span.attributes.get('url.path')}" if method else span.name
+
+
+def _outcome(span: Span) -> tuple[str, str]:
+    """What became of it, and the style of that."""
+    status = str(span.attributes.get("http.response.status_code") or "")
+    style = "red" if span.error else _STATUS_STYLES.get(status[:1], "")
+    return status or "failed" * bool(span.error), style
+
+
+def _pairs(attributes: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """Attributes as text, without those that the line of a request says anyway."""
+    return [
+        (key, value if type(value) is str else json.dumps(value, default=_safe_text))
+        for key, value in list(attributes.items())
+        if not key.startswith(("http.", "url.", "client.", "exception."))
+    ]
+
+
+def _pairs_below(indent: int, pairs: list[tuple[str, str]]) -> list[_Line]:
+    widest = min(24, max((len(key) for key, _ in pairs), default=0))
+    return [[(f"{'':{indent}}  {key:<{widest}}  ", "dim"), (value, "")] for key, value in pairs]
+
+
+def _event_text(event: SpanEvent) -> str:
+    """An event in the middle of a line; an exception with the place where it came from."""
+    if event.name == "exception":
+        return " < ".join([_failure(event), *_frames(event)])
+    return " ".join([event.name, *(f"{key}={value}" for key, value in _pairs(event.attributes))])
+
+
+def _failure(event: SpanEvent) -> str:
+    found = event.attributes.get
+    return f"✗ {found('exception.type')}: {found('exception.message')}"
+
+
+def _frames(event: SpanEvent) -> list[str]:
+    """The frames of an exception in the user's own code: first where it happened."""
+    found = _FRAME.findall(str(event.attributes.get("exception.stacktrace", "")))
+    own = [f for f in found if not f[0].startswith(_OTHER_CODE) and "-packages" not in f[0]]
+    shown = [
+        f"{os.path.basename(path)}:{line}  {function}  {code}".rstrip()
+        for path, line, function, code in reversed((own or found)[-_MOST_FRAMES:])
+    ]
+    more = len(found) - len(shown)
+    return [*shown, f"and {more} frames of other code"] if more else shown
+
+
+_FRAME = re.compile(r'File "([^"\n]+)", line (\d+)(?:, in ([^\n]+))?(?:\n[ |]*(?!File ")([^\n]+))?')
+_OTHER_CODE = (os.path.dirname(os.__file__), __file__, "<frozen")
+_MOST_FRAMES = 8
+
+
+# ==================================================================================================
+# 21. Sessions
+#
+# A session is a dict that stays with one browser: `c.session["user"] = 7`. It lives in a cookie,
+# as JSON with a signature (HMAC-SHA256, RFC 2104). So the server keeps nothing, and every process
+# that knows the key can read it:
+#
+#     session=eyJ1c2VyIjo3fQ.1764180000.kq0h…      JSON in base64 . seconds since 1970 . signature
+#
+# The rule that must hold: the browser can read the session, but only a text that this key has
+# signed is one. What it leaves out: a session cannot be ended from the server's side before its
+# time (a copy of the cookie stays good), and 4,096 bytes are all that a cookie holds.
+# ==================================================================================================
+
+
+class Session:
+    """Middleware: `app.use(Session(key))` gives each request its `c.session`, a dict of JSON.
+
+    - `key`: a secret of 16 bytes or more that stays the same over restarts. Make one with
+      `python -c "import secrets; print(secrets.token_hex())"`, and keep it out of the code.
+      Several are a rotation: the first signs, all are accepted.
+    - `max_age`: seconds after which a session that nothing changes is empty again
+    - `name`: the cookie's; over HTTPS it gets the prefix `__Host-`, which lets no other host set it
+
+    A cookie that was tampered with is an empty session, and the event `session.refused`.
+    """
+
+    def __init__(
+        self,
+        key: str | bytes,
+        *older_keys: str | bytes,
+        name: str = "session",
+        max_age: int = 14 * 24 * 3600,
+        samesite: Literal["lax", "strict", "none"] = "lax",
+    ) -> None:
+        self._keys = [k.encode() if isinstance(k, str) else k for k in (key, *older_keys)]
+        if min(map(len, self._keys)) < 16:
+            raise StarioError(
+                "a session's key needs 16 bytes or more that nobody can guess: make one with "
+                'python -c "import secrets; print(secrets.token_hex())"'
+            )
+        self._name = name
+        self._max_age = max_age
+        self._samesite = samesite
+
+    def __call__(self, handler: Handler) -> Handler:
+        """Wrap a handler: read the session before it, write what has changed with its answer."""
+
+        async def _with_session(c: Context, w: Writer) -> None:
+            name = f"__Host-{self._name}" if c.req.scheme == "https" else self._name
+            kept, age = self._read(c, c.req.cookies.get(name))
+            session = c.state["session"] = json.loads(kept)
+
+            def save() -> None:
+                nonlocal kept
+                text = _session_json(session)
+                if session or kept != "{}":
+                    w.headers.add("vary", "cookie")  # caches must not show it to others
+                if text != kept or age > self._max_age / 2:
+                    self._write(w, name, text if session else "")
+                kept = text
+
+            w.headers.before_sending = save
+            await handler(c, w)
+            if w.started and _session_json(session) != kept:
+                raise StarioError(
+                    "c.session was changed after the answer had begun, so the browser does not "
+                    "hear of it: change it before the first w.html(), w.patch(), ..."
+                )
+
+        return _with_session
+
+    def _read(self, c: Context, cookie: str | None) -> tuple[str, float]:
+        """The JSON of a session, and its age in seconds: that of an empty one if it is not good."""
+        if not cookie:
+            return "{}", 0
+        payload, _, signature = cookie.rpartition(".")
+        signatures = [self._sign(key, payload) for key in self._keys]
+        if not any(
+            hmac.compare_digest(good, signature.encode("utf-8", "replace")) for good in signatures
+        ):
+            c("session.refused", {"reason": "the signature is not ours"})
+            return "{}", 0
+        text, _, written = payload.rpartition(".")
+        age = time.time() - int(written)
+        if age > self._max_age:
+            return "{}", 0
+        return base64.urlsafe_b64decode(text).decode(), age
+
+    def _write(self, w: Writer, name: str, text: str) -> None:
+        """Set the cookie; without a text, delete it."""
+        payload = f"{base64.urlsafe_b64encode(text.encode()).decode()}.{int(time.time())}"
+        value = f"{payload}.{self._sign(self._keys[0], payload).decode()}" if text else ""
+        if len(name) + len(value) > 4096:  # RFC 6265, section 6.1
+            raise StarioError(
+                f"c.session is too large: {len(value)} bytes where a cookie holds 4,096. "
+                "Keep the data on the server, and a key to it in the session"
+            )
+        w.cookie(
+            name, value, max_age=self._max_age if text else 0, httponly=True,
+            secure=name.startswith("__Host-"), samesite=self._samesite,
+        )  # fmt: skip
+
+    def _sign(self, key: bytes, payload: str) -> bytes:
+        digest = hmac.digest(key, f"{self._name}={payload}".encode(), "sha256")
+        return base64.urlsafe_b64encode(digest).rstrip(b"=")
+
+
+def _session_json(session: dict[str, Any]) -> str:
+    try:
+        return json.dumps(session, separators=(",", ":"), sort_keys=True)
+    except (TypeError, ValueError) as exc:
+        raise StarioError(f"c.session holds what JSON cannot: {exc}") from None
+
+
+# ==================================================================================================
+# 22. What lives as long as the server
+#
+# A database handle is opened before the first request and closed after the last: a lifespan. A
+# clock ticks, a long job goes on after its request has been answered: background work. Both start
+# and end with the server, on the event loop that `serve` was called on.
+# ==================================================================================================
+
+
+Lifespan = Callable[["Stario"], AbstractAsyncContextManager[object]]
+
+
+class _Life:
+    """An app's lifespans and background tasks. `tasks` is touched on `loop` only."""
+
+    def __init__(self, app: Stario) -> None:
+        self.app = app
+        self.lifespans: list[Lifespan] = []
+        self.loop: asyncio.AbstractEventLoop | None = None  # of the server, while there is one
+        self.tasks: set[asyncio.Task[None]] = set()
+        self._waiting: list[Callable[[], None]] = []  # what was asked for before the server started
+
+    @asynccontextmanager
+    async def lived(self) -> AsyncIterator[None]:
+        """Enter the lifespans in their order, start what waits; at the end, end it all."""
+        if self.loop is not None:
+            raise StarioError(
+                "this app is being served already: make another Stario for this server"
+            )
+        self.loop = asyncio.get_running_loop()
+        try:
+            async with AsyncExitStack() as stack:
+                for lifespan in self.lifespans:
+                    await stack.enter_async_context(lifespan(self.app))
+                while self._waiting:
+                    self._waiting.pop(0)()
+                try:
+                    yield
+                finally:
+                    await self._end_tasks()
+        finally:
+            self.loop = None
+
+    async def _end_tasks(self) -> None:
+        for task in self.tasks:
+            task.cancel()
+        if self.tasks:
+            await asyncio.wait(self.tasks, timeout=1.0)  # their cleanup
+
+    def begin(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        """Start the work, or let it wait for the server."""
+        handle: Future[T] = Future()
+
+        def start() -> None:
+            loop = asyncio.get_running_loop()
+            task = loop.create_task(self._watch(work, handle))
+            _keep(task, self.tasks)
+            handle.add_done_callback(lambda _: loop.call_soon_threadsafe(task.cancel))
+
+        if self.loop is None:
+            self._waiting.append(start)
+        else:
+            self.loop.call_soon_threadsafe(start)
+        return handle
+
+    async def _watch(self, work: Coroutine[Any, Any, T], handle: Future[T]) -> None:
+        """Do the work in a span of its own, and see to it that somebody hears of its failure."""
+        name = getattr(work, "__qualname__", "background")
+        with suppress(InvalidStateError):  # the handle was cancelled in this very moment
+            try:
+                with self.app.tracer(name):
+                    handle.set_result(await work)
+            except asyncio.CancelledError:
+                handle.cancel()
+            except BaseException as exc:
+                handle.set_exception(exc)
+                if self.app._silent:
+                    report = {"message": f"{name} has failed", "exception": exc}
+                    asyncio.get_running_loop().call_exception_handler(report)
+
+
+# ==================================================================================================
+# 23. @baked
+#
+# A view is called with blanks for its arguments. Where they have come to stand its text has holes,
+# and each call fills them. Of
+#
+#     @baked
+#     def line(name: str, number: int) -> SafeString:
+#         return h.Li({"id": f"line-{number}"}, name)
+#
+# remains this function, in which `_quote` and `_filling` write by the rules of their place:
+#
+#     def line(name, number):
+#         first = _quote(f"{number}")
+#         second = _filling(name)
+#         return SafeString(f'<li id="line-{first}">{second}</li>')
+#
+# The rule that must hold: it gives what the view gives, to the byte, or there is a StarioError
+# before it gives anything. So a blank bears nothing but to be put somewhere, and the first call
+# compares both functions for values of all kinds.
+# ==================================================================================================
+
+
+Parameters = ParamSpec("Parameters")
+_PROBES = (None, True, False, 7, 0.5, "", ' aA <Be> & "c"\r\n', (), SafeString("<i>"))
+# What has become of the `"<` of a mark tells how its place escapes.
+_PLACES = {'"<': None, '"&lt;': _escape, "&quot;&lt;": _quote}
+# The views that are being called with blanks here, the innermost first.
+_baking: contextvars.ContextVar[tuple[_Bake, ...]] = contextvars.ContextVar("baking", default=())
+
+
+def baked(view: Callable[Parameters, SafeString]) -> Callable[Parameters, SafeString]:
+    """Call this view only at first, and fill its arguments into its text from then on: much faster.
+
+        @baked
+        def row(name: str, price: float) -> SafeString:
+            return h.Tr(h.Td(name), h.Td({"class": "price"}, f"{price:.2f}"))
+
+    An argument may be content, an attribute's value (also within its list or dict), a part of one
+    (`f"row-{id}"`, `"mailto:" + email`), or in the URL and the queries of an action. Whatever else
+    is done with it (deciding by it!) is a StarioError at the first call, which names the argument.
+    What is no argument stays as it is at the first call.
+    """
+
+    def first(*args: object, **kwargs: object) -> object:
+        if call.__code__ is stub:  # else another thread was faster
+            code = _Bake(view, names).code_of_view(args, kwargs)
+            call.__defaults__, call.__kwdefaults__ = view.__defaults__, view.__kwdefaults__
+            call.__code__ = code  # now nothing is between the view and its caller
+        return call(*args, **kwargs)
+
+    names = {"first": first}
+    exec("def call(*args, **kwargs): return first(*args, **kwargs)", names)
+    call: Any = names["call"]
+    stub = call.__code__
+    return cast("Callable[Parameters, SafeString]", wraps(view)(call))
+
+
+class _Bake:
+    """A view that is being called with blanks.
+
+    A hole in its text is known by a mark, such as `"<b41f9….0>"`, that nobody can guess.
+    """
+
+    def __init__(self, view: Any, names: dict[str, Any]) -> None:
+        self.view = view
+        self.names = names  # of the objects that the code needs: its globals
+        self.token = "b" + os.urandom(12).hex()
+        # By the number in its mark: the argument, code for what is filled in, whether this is HTML.
+        self.holes: list[tuple[str, str, bool]] = []
+        self.found: set[int] = set()  # the holes that have come into the page
+        self.lines: list[str] = []  # of the code
+        self.refusal: StarioError | None = None  # kept, should the view catch it
+
+    def code_of_view(self, args: Iterable[object], kwargs: dict[str, object]) -> types.CodeType:
+        """Code that fills the holes, found to do what the view does."""
+        signature = inspect.signature(self.view, follow_wrapped=False)
+        given = signature.bind(*args, **kwargs)
+        given.apply_defaults()
+        values = given.arguments.copy()
+        given.arguments.update({name: _Blank.of(self, name, name) for name in values})
+        filled = self.compiled(self.page(given), signature)
+        for name, value in values.items():
+            is_text = isinstance(value, str) or not isinstance(value, (_Blank, Iterable))
+            values[name] = value if is_text else ""  # (an iterator can be read only once)
+        for name, usual in values.items():
+            for value in (usual, *_PROBES):
+                given.arguments.update(values, **{name: value})
+                if _outcome_of(self.view, given) != _outcome_of(filled, given):
+                    raise self.error(
+                        f"with {name}={value!r} it gives another page than with a blank for "
+                        f"{name!r}, so it decides by it, or changes it, or differs each time"
+                    )
+        return filled.__code__
+
+    def page(self, blanks: inspect.BoundArguments) -> str:
+        """The view's text, with marks where the blanks are."""
+        if any(bake.view is self.view for bake in _baking.get()):
+            raise self.error("it calls itself, which would never end")
+        outer = _baking.set((self, *_baking.get()))
+        try:
+            page = self.view(*blanks.args, **blanks.kwargs)
+        except Exception as exc:
+            mark = rf'(["<]|&quot;|&lt;)*{self.token}\.(\d+)([">]|&quot;|&gt;)*'
+            said = re.sub(mark, lambda mark: self.holes[int(mark[2])][0], f"{exc}")
+            raise self.refusal or self.error(f"{type(exc).__name__}: {said}") from exc
+        finally:
+            _baking.reset(outer)
+        if self.refusal or not isinstance(page, SafeString):
+            raise self.refusal or self.error(f"it gives no element, but a {type(page).__name__}")
+        return page
+
+    def error(self, reason: str) -> StarioError:
+        return StarioError(
+            f"{self.view.__qualname__} cannot be baked: {reason}. It is called with blanks, which "
+            "can be content, or an attribute's value or a part of it, also in an f-string: do the "
+            "rest outside, and pass in what comes of it"
+        )
+
+    def compiled(self, page: str, signature: inspect.Signature) -> types.FunctionType:
+        """A function that gives this page, with its holes filled."""
+        self.lines.append(f"return {self.name(SafeString)}({self.text(page, [], is_page=True)})")
+        for number, (argument, *_) in enumerate(self.holes):
+            if number not in self.found:
+                raise self.error(
+                    f"what was made of {argument!r} has not come into the page as it was: it is "
+                    "changed, or something is decided by it, or nothing escapes it there"
+                )
+        given = signature.parameters.values()
+        plain = [p.replace(default=p.empty, annotation=p.empty) for p in given]
+        head, body = f"def filled{inspect.Signature(plain)}:", "\n    ".join(self.lines)
+        exec(f"{head}\n    {body}", self.names)  # text is in it only as literals
+        return cast(types.FunctionType, self.names.pop("filled"))
+
+    def mark(self, argument: str, code: str, is_html: bool) -> str:
+        """The text that stands for what this code will give."""
+        self.holes.append((argument, code, is_html))
+        return f'"<{self.token}.{len(self.holes) - 1}>"'
+
+    def name(self, value: object) -> str:
+        name = f"{self.token}_{id(value)}"
+        self.names[name] = value
+        return name
+
+    def code(self, value: object, met: list[str]) -> str:
+        """Code for a value; `met` takes the names of arguments whose blanks are in it."""
+        if isinstance(value, _Blank):
+            met.append(value._argument)
+            return value._code
+        if isinstance(value, str) and self.token in value:
+            return self.text(value, met)
+        if isinstance(value, Mapping):
+            items = [f"{self.code(name, met)}: {self.code(value[name], met)}" for name in value]
+            return "{" + ", ".join(items) + "}"
+        if isinstance(value, (list, tuple)):
+            return "[" + ", ".join([self.code(item, met) for item in value]) + "]"
+        return self.name(value)
+
+    def text(self, text: str, met: list[str], is_page: bool = False) -> str:
+        """An f-string for a text in which marks may be. Variables have what fills them."""
+
+        def fill(mark: re.Match[str]) -> str:
+            number, escape = int(mark[2]), _PLACES[mark[1]]
+            argument, code, is_html = self.holes[number]
+            if is_page and not is_html and escape is None:
+                return mark[0]  # HTML that the view made by hand, which nothing escapes
+            self.found.add(number)
+            met.append(argument)
+            variable = f"{self.token}{len(self.lines)}"
+            value = f"{self.name(escape)}({code})" if escape else code
+            self.lines.append(f"{variable} = {value}")
+            return "{" + variable + "}"
+
+        mark = rf'("<|"&lt;|&quot;&lt;){self.token}\.(\d+)(?:>"|&gt;"|&gt;&quot;)'
+        return "f" + repr(re.sub(mark, fill, text.replace("{", "{{").replace("}", "}}")))
+
+
+class _Blank:
+    """What a view gets in place of an argument: it can be put somewhere, and nothing else."""
+
+    __slots__ = ("_argument", "_bake", "_code")
+
+    def __init__(self, bake: _Bake, argument: str, code: str) -> None:
+        self._bake, self._argument, self._code = bake, argument, code
+
+    @staticmethod
+    def of(bake: _Bake, argument: str, code: str) -> _Blank:
+        """A blank for what this code will give. Python's own errors name it by its type."""
+        kind = type(f"argument {argument}", (_Blank,), {"__slots__": ()})
+        return cast(_Blank, kind(bake, argument, code))
+
+    def __html__(self) -> str:
+        return _carried(_filling, self, is_html=True) or ""
+
+    def __str__(self) -> str:
+        return _carried(str, self) or ""
+
+    def __format__(self, spec: str) -> str:
+        if self._code.isidentifier() and re.fullmatch(r"[\w.]*", spec, re.ASCII):
+            return self._bake.mark(self._argument, f"f'{{{self._code}:{spec}}}'", is_html=False)
+        return _carried(format, self, spec) or ""
+
+    def __add__(self, other: object) -> _Blank:
+        return self._sum(other, "({0} + {1})")
+
+    def __radd__(self, other: object) -> _Blank:
+        return self._sum(other, "({1} + {0})")
+
+    def _sum(self, other: object, code: str) -> _Blank:
+        if isinstance(other, SafeString) or not isinstance(other, (str, _Blank)):
+            return cast(_Blank, NotImplemented)
+        code = code.format(self._code, self._bake.code(other, []))
+        return _Blank.of(self._bake, self._argument, code)
+
+    def _refuse(self, *args: object) -> typing.NoReturn:
+        error = self._bake.error(f"it decides by {self._argument!r}, or looks into it")
+        self._bake.refusal = error
+        raise error
+
+    __bool__ = __eq__ = __hash__ = __repr__ = __getattr__ = _refuse
+
+
+def _outcome_of(view: Callable[..., object], given: inspect.BoundArguments) -> object:
+    try:
+        return view(*given.args, **given.kwargs)
+    except Exception:
+        return None
+
+
+def _carried(function: Callable[..., str], *values: object, is_html: bool = False) -> str | None:
+    """A mark for what this function will give, if there are blanks among its arguments."""
+    if not (bakes := _baking.get()):
+        return None
+    bake, met = bakes[0], list[str]()
+    code = f"{bake.name(function)}({', '.join([bake.code(value, met) for value in values])})"
+    return bake.mark(met[0], code, is_html) if met else None
+
+
+def _filling(value: object) -> str:
+    """What a blank that is content is filled with."""
+    kind = type(value)
+    if kind is str:
+        return _escape(cast(str, value))
+    if kind is int:
+        return f"{value}"
+    return cast(str, value) if kind is SafeString else render(value)
+
+
+def _attribute(name: str, value: object) -> str:
+    """What a blank that is an attribute's value is filled with: no value, no attribute."""
+    return f' {name}="{_quote(value)}"' if type(value) is str else _attributes({name: value})
+
+
+# ==================================================================================================
+# 24. ASGI: the same app under another server
 #
 # ASGI (https://asgi.readthedocs.io) is how Python's servers call an app: one `await app(scope,
 # receive, send)` for each request. `scope` is its head; each `await receive()` gives some of its
@@ -9624,6 +9372,7 @@ class TestClient:
 #
 # To leave it out, delete this part and `Stario.__call__`.
 # ==================================================================================================
+
 
 _ASGI_GRACE = 5.0  # seconds for a handler whose server has stopped
 _ASGI_BUFFER = 16 * 1024 * 1024  # bytes written and not taken: then the client is cut off
@@ -9846,8 +9595,544 @@ async def _end_asgi_streams(app: Stario) -> None:
 
 
 # ==================================================================================================
-# 15. The pocket client (JavaScript)
+# 25. RedisRelay: the same between processes and machines
+#
+# A RedisRelay is a Relay whose messages take the way through Redis (or Valkey). A pattern that
+# somebody here listens to is subscribed once at Redis.
+#
+#     publish("room.1", x)  ->  _outgoing  ->  PUBLISH stario:room.1 "x"  ->  Redis
+#     subscriptions  <-  Relay._deliver  <-  one message for each pattern that fits  <-  Redis
+#
+# A thread with an event loop of its own talks to Redis, over one connection, for all loops of the
+# process; so `publish` and `subscribe` work from any thread and never wait. Redis takes what comes
+# over a connection in its order: who subscribes and then publishes hears it.
+#
+# Redis keeps nothing for those who are away. What is published while the connection is broken is
+# missed: every subscription then counts a gap, and whoever shows state reads it anew.
+#
+# To leave it out, delete this part.
 # ==================================================================================================
+
+
+_UNSENT = 10_000  # messages that may wait for a Redis that is there
+_BATCH = 500  # messages that are sent at a time
+_RedisCommand = tuple[str | bytes, ...]
+
+
+class RedisRelay(Relay[T]):
+    """A `Relay` for many processes and machines: `RedisRelay("redis://localhost")`.
+
+    It needs the package `redis`, and Redis 6 or newer. Data is what JSON can hold. At Redis,
+    subjects get `prefix` in front, so that several apps can share one.
+
+    While Redis cannot be reached `publish` raises StarioError, or, with `queue=1000`, so many
+    messages wait until it is back. A Redis that says nothing for `timeout` seconds counts as gone.
+    `tracer` hears of it: spans `relay.lost` and `relay.back`.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        *,
+        queue: int = 0,
+        timeout: float = 5.0,
+        prefix: str = "stario:",
+        tracer: Tracer | None = None,
+    ) -> None:
+        super().__init__()
+        try:
+            from redis.asyncio import ConnectionPool
+        except ImportError:
+            raise StarioError("RedisRelay needs the package redis: pip install redis") from None
+        times: Any = {"socket_timeout": timeout, "socket_connect_timeout": timeout}
+        try:
+            pool: Any = ConnectionPool.from_url(url, protocol=3, **times)
+        except ValueError as exc:
+            raise StarioError(f"RedisRelay: {exc}") from None
+        self._connection = pool.make_connection
+        self._queue = queue
+        self._timeout = timeout
+        self._in_front = prefix
+        self._tracer = tracer or Tracer()
+        # Under the lock:
+        self._closed = False
+        self._down = False  # Redis could not be reached when we last tried
+        self._outgoing: deque[_RedisCommand] = deque()  # "PUBLISH", channel, payload
+        self._changed: set[str] = set()  # patterns that have got, or lost, listeners
+        self._loop: asyncio.AbstractEventLoop | None = None  # the thread's, once it is needed
+        self._thread: threading.Thread | None = None
+        # On the thread's loop:
+        self._work = asyncio.Event()  # there is something in `_outgoing` or `_changed`
+        self._subscribed: dict[bytes, str] = {}  # patterns, by their names at Redis
+
+    # -- In any thread
+
+    def publish(self, subject: str, data: T = None) -> None:  # type: ignore[assignment]
+        """Hand a message to Redis, for everyone who listens to its subject. Never waits.
+
+        Raises StarioError for data that JSON cannot hold, and where Redis is down.
+        """
+        _check_subject(subject)
+        message = "PUBLISH", _redis_channel(self._in_front + subject), _relay_json(data)
+        with self._lock:
+            waiting = len(self._outgoing)
+            if self._closed or waiting >= (self._queue if self._down else _UNSENT):
+                why = "it is closed" if self._closed else "Redis cannot be reached"
+                raise StarioError(f"{subject!r} is not published: {why}, {waiting} messages wait")
+            self._outgoing.append(message)
+            self._nudge()
+
+    def close(self) -> None:
+        """Send what waits, for a second at most, end all subscriptions, and let go of Redis."""
+        atexit.unregister(self.close)
+        self._alone(self._end)
+        if self._thread is not None:
+            self._nudge()
+            self._thread.join(1.0)
+
+    def _end(self, to_wake: ToWake) -> None:
+        self._closed = True
+        for table in list(self._tables.values()):
+            for mailbox in [mailbox for listeners in table.values() for mailbox in listeners]:
+                self._remove(to_wake, mailbox)
+
+    def _add(self, to_wake: ToWake, mailbox: _Mailbox) -> None:
+        super()._add(to_wake, mailbox)
+        self._changed.update(mailbox.patterns)
+        self._nudge()
+
+    def _remove(self, to_wake: ToWake, mailbox: _Mailbox) -> None:
+        self._changed.update(mailbox.patterns)
+        super()._remove(to_wake, mailbox)
+        self._nudge()
+
+    def _nudge(self) -> None:
+        """Let the thread know that there is something to do; the first time, start it."""
+        if self._loop is None:
+            self._loop = asyncio.new_event_loop()
+            self._thread = threading.Thread(target=self._run, name="stario-redis", daemon=True)
+            self._thread.start()
+            atexit.register(self.close)
+        elif not self._work.is_set():
+            with suppress(RuntimeError):  # closed: the thread has ended
+                self._loop.call_soon_threadsafe(self._work.set)
+
+    # -- In the thread
+
+    def _run(self) -> None:
+        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:  # type: ignore[arg-type,return-value]
+            runner.run(self._stay_connected())
+
+    async def _stay_connected(self) -> None:
+        """Connect, again and again, with pauses that grow up to two seconds."""
+        pause = 0.05
+        while not self._closed or (self._outgoing and not self._down):
+            try:
+                await self._talk()
+            except Exception as exc:  # whatever it is: this thread must not end of it
+                if not self._down:
+                    reason = exc.exceptions[0] if isinstance(exc, ExceptionGroup) else exc
+                    self._tracer("relay.lost", {"reason": f"{reason}"}).end()
+                    self._down, pause = True, 0.05
+                await asyncio.sleep(pause * random.uniform(0.5, 1))
+                pause = min(2.0, pause * 2)
+
+    async def _talk(self) -> None:
+        """One connection, from its beginning to its end."""
+        connection = self._connection()
+        try:
+            await connection.connect()
+            self._subscribed.clear()
+            with self._lock:
+                for length, table in self._tables.items():
+                    self._changed.update(key if length is None else f"{key}*" for key in table)
+            async with asyncio.TaskGroup() as group:
+                hearing = group.create_task(self._hear(connection))
+                # Its answer means that all before it has been done: then we are back.
+                await self._send(connection, [*self._subscriptions(), ("PING",)])
+                while not self._closed or self._outgoing:
+                    # Taken first, sent last: who subscribed before a message of it hears it.
+                    batch = self._next_batch()
+                    await self._send(connection, [*self._subscriptions(), *batch])
+                hearing.cancel()
+        finally:
+            await connection.disconnect(nowait=True)
+
+    async def _send(self, connection: Any, commands: list[_RedisCommand]) -> None:
+        """Send these, or wait until there are some. After half of the time-out, ask for a word."""
+        if not commands:
+            try:
+                await asyncio.wait_for(self._work.wait(), self._timeout / 2)
+                self._work.clear()  # and then look what there is
+                return
+            except TimeoutError:
+                commands = [("PING",)]
+        await connection.send_packed_command(connection.pack_commands(commands))
+
+    def _subscriptions(self) -> Iterator[_RedisCommand]:
+        """The commands after which Redis sends what is listened to here, and nothing else."""
+        with self._lock:
+            changed, self._changed = self._changed, set()
+            wanted = {pattern for pattern in changed if self._listeners_at(pattern)}
+        for pattern in changed:
+            channel = _redis_channel(self._in_front + pattern)
+            kind = "PSUBSCRIBE" if "*" in pattern else "SUBSCRIBE"
+            if pattern not in wanted and self._subscribed.pop(channel, None) is not None:
+                yield kind.replace("SUB", "UNSUB"), channel
+            elif pattern in wanted and channel not in self._subscribed:
+                self._subscribed[channel] = pattern
+                yield kind, channel
+
+    def _next_batch(self) -> list[_RedisCommand]:
+        with self._lock:
+            return [self._outgoing.popleft() for _ in range(min(_BATCH, len(self._outgoing)))]
+
+    async def _hear(self, connection: Any) -> None:
+        """Take what Redis sends: messages, how many heard ours, answers to PING."""
+        while True:
+            message = await connection.read_response(timeout=self._timeout, push_request=True)
+            if message is None:
+                raise TimeoutError(f"no word from Redis for {self._timeout} seconds")
+            if message == b"PONG" and self._down:
+                self._down = False
+                self._gaps += 1
+                self._tracer("relay.back").end()
+            elif isinstance(message, list) and message[0] in (b"message", b"pmessage"):
+                try:
+                    self._heard(message[1], message[-2], message[-1])
+                except ValueError as exc:  # none of us can have published it
+                    self._tracer("relay.unreadable", {"reason": f"{exc}"}).end()
+
+    def _heard(self, via: bytes, channel: bytes, payload: bytes) -> None:
+        """Deliver a message that one of our subscriptions at Redis, `via`, has brought."""
+        subject = channel.decode("utf-8", "surrogatepass")[len(self._in_front) :]
+        find = functools.partial(self._listeners_via, self._subscribed.get(via, ""))
+        self._alone(self._deliver, find, subject, json.loads(payload))
+
+    def _listeners_via(self, pattern: str, subject: str) -> list[_Mailbox]:
+        """Who hears a message that comes by this pattern.
+
+        Other patterns of a mailbox may bring it, too: the first of them that fits counts.
+        """
+        return [
+            mailbox
+            for mailbox in self._listeners_at(pattern)
+            if len(mailbox.patterns) == 1
+            or pattern == next((one for one in mailbox.patterns if _fits(one, subject)), None)
+        ]
+
+
+def _fits(pattern: str, subject: str) -> bool:
+    length, key = _place(pattern)
+    return subject[:length] == key
+
+
+def _relay_json(data: object) -> bytes:
+    """Data as JSON, if it comes back from there as it was."""
+    with suppress(TypeError, ValueError, RecursionError):
+        text = json.dumps(data, allow_nan=False, separators=(",", ":"))
+        if json.loads(text) == data:
+            return text.encode("ascii")
+    raise StarioError(
+        "a RedisRelay carries what JSON can hold and gives back unchanged: no tuples, no keys but"
+        f" text, no NaN, no objects. Here it is a {type(data).__name__}"
+    )
+
+
+def _redis_channel(name: str) -> bytes:
+    """A name at Redis, whose patterns know more than a `*` at the end: the rest is escaped."""
+    channel = name.encode("utf-8", "surrogatepass")
+    return re.sub(rb"([\\*?\[\]^-])(?!\Z)", rb"\\\1", channel) if name.endswith("*") else channel
+
+
+# ==================================================================================================
+# 26. Reload: a saved file restarts the app
+#
+# `serve(reload=True)` starts the program a second time, as a child, and watches the files. The
+# parent opens the sockets and keeps them, so that a browser waits and is never refused while one
+# child goes and the next one comes. A page asks its child by an event stream of its own which
+# version it is, and loads itself anew when another child answers. Windows cannot hand sockets
+# over: there each child opens its own.
+# ==================================================================================================
+
+
+_RELOADED = "STARIO_RELOADED"  # in a child's environment: the descriptors of the sockets
+_LOOK_EVERY = 0.2  # seconds
+
+
+def _watched_folders() -> set[str]:
+    """Where the program's own modules lie, and its assets."""
+    own = set()
+    for module in list(sys.modules.values()):
+        path = os.path.abspath(getattr(module, "__file__", None) or os.__file__)
+        if not path.startswith(os.path.dirname(os.__file__)) and "site-packages" not in path:
+            own.add(os.path.dirname(path))
+    for assets in _collections.values():
+        own |= {folder for folder, _, _ in os.walk(assets._root or "")}
+    return own
+
+
+def _times(folders: set[str]) -> dict[str, int]:
+    """When each file was changed."""
+    times = {}
+    for folder in folders:
+        with suppress(OSError), os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.endswith((".py", ".html", ".css", ".js", ".svg", ".json")):
+                    with suppress(OSError):
+                        times[entry.path] = entry.stat().st_mtime_ns
+    return times
+
+
+def _compiles(paths: Iterable[str]) -> bool:
+    """Whether these files can be Python; says why if not."""
+    for path in paths:
+        try:
+            if path.endswith(".py"):
+                with open(path, "rb") as file:
+                    compile(file.read(), path, "exec")
+        except (SyntaxError, ValueError) as exc:
+            print(*traceback.format_exception_only(exc), "waiting for a change", file=sys.stderr)
+            return False
+        except OSError:  # it was removed
+            pass
+    return True
+
+
+class _Reloader:
+    """The parent: keeps the sockets, and one child that is alive."""
+
+    def __init__(self, server: Server) -> None:
+        self._sockets = server._listener.sockets
+        self._children: list[subprocess.Popen[bytes]] = []
+        self._ended_by = 0
+
+    def run(self) -> int:
+        """Run until a signal comes, or the program ends by itself; gives its exit status."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._end)
+        folders = _watched_folders()
+        before = _times(folders)
+        self._start()
+        while not self._ended_by and self._children[-1].poll() != 0:
+            time.sleep(_LOOK_EVERY)
+            now = _times(folders)
+            changed = {path for path, _ in now.items() ^ before.items()}
+            before = now
+            if changed and _compiles(changed):
+                print("reloading:", *map(os.path.basename, sorted(changed)), file=sys.stderr)
+                self._stop()
+                self._start()
+                folders = _watched_folders()
+        self._stop()
+        return max(child.wait() for child in self._children)
+
+    def _start(self) -> None:
+        descriptors = [] if os.name == "nt" else [opened.fileno() for opened in self._sockets]
+        if os.name == "nt":
+            for opened in self._sockets:
+                opened.close()
+        names = {**os.environ, _RELOADED: ",".join(map(str, descriptors))}
+        command = [sys.executable, *sys.orig_argv[1:]]
+        self._children = [child for child in self._children if child.poll() is None]
+        self._children.append(subprocess.Popen(command, env=names, pass_fds=descriptors))
+
+    def _stop(self) -> None:
+        for child in self._children:
+            child.terminate()
+
+    def _end(self, number: int, frame: object) -> None:
+        self._ended_by = number
+
+
+class _ReloadingWriter(Writer):
+    """Adds to each page the script that loads it anew."""
+
+    def html(self, node: object, status: int = 200) -> None:
+        """Answer with a page."""
+        text = render(node)
+        if text.startswith("<!doctype html>"):
+            script = h.Script({"type": "module", "src": f"/_stario/reload.js?{os.getpid()}"})
+            text = SafeString(text + script)
+        super().html(text, status)
+
+
+_RELOAD_SCRIPT = """
+let version = new URL(import.meta.url).search.slice(1), source;
+const listen = () => {
+  source?.close();
+  if (document.hidden) return;  // a browser has six connections for one host
+  source = new EventSource("/_stario/reload");
+  source.onmessage = (event) => event.data == version || location.reload();
+};
+document.addEventListener("visibilitychange", listen);
+listen();
+"""
+
+
+def _join_reloading(app: Stario, server: Server) -> None:
+    """In a child: use the parent's sockets, and tell the pages which version this is."""
+    global _FAREWELL
+    _FAREWELL = 0.0  # who asks on an old connection shall not get an old page
+    descriptors = os.environ[_RELOADED].split(",")
+    inherited = [socket.socket(fileno=int(number)) for number in descriptors if number]
+    server._listener.sockets += inherited
+
+    async def script(c: Context, w: Writer) -> None:
+        w.respond(_RELOAD_SCRIPT.encode(), "text/javascript")
+
+    async def version(c: Context, w: Writer) -> None:
+        w.event("message", str(os.getpid()), retry=200)
+        async for _ in w.alive():
+            pass
+
+    app._add("GET", "/_stario/reload.js", script)
+    app._add("GET", "/_stario/reload", version)
+    app._writer = _ReloadingWriter
+
+
+# ==================================================================================================
+# 27. Development: what went wrong, shown where one looks
+#
+# With `serve(debug=True)`, which is the default at a terminal, an exception's answer is a page that
+# shows it: the program's own frames first, with their lines and values, then the request. To a
+# request of Datastar's it comes as a patch over the open page. And a handler that keeps an event
+# loop from its other work for more than 100 ms is named, with the line where it was. The rule that
+# must hold: without `debug` nothing of this leaves the server.
+# ==================================================================================================
+
+
+_SECRET = re.compile(r"(?i)pass|secret|token|key|cookie|auth|session")
+_DEBUG_STYLE = (
+    "position:fixed;inset:0;z-index:9999;overflow:auto;margin:0;padding:1.5rem;white-space:pre-wrap;"
+    "font:14px/1.5 ui-monospace,monospace;color:#eee;background:#1c1417;border:0;text-align:left"
+)
+
+
+def _value_line(name: object, value: object) -> str:
+    """A value in a line: short, and hidden if its name sounds like a secret."""
+    if _SECRET.search(str(name)):
+        return "(hidden)"
+    try:
+        text = repr(value)
+    except Exception as exc:
+        text = f"(its repr raises {type(exc).__name__})"
+    return text if len(text) <= 120 else text[:119] + "…"
+
+
+def _is_own(filename: str) -> bool:
+    """Whether a file is the program's own: not this one, Python's, or an installed package's."""
+    library = os.path.dirname(os.__file__)
+    return filename != __file__ and not filename.startswith((library, "<frozen"))
+
+
+def _frame_view(frame: traceback.FrameSummary, values: Mapping[str, object]) -> SafeString:
+    """A frame: the line with those around it, and the local values."""
+    first = max(1, (frame.lineno or 1) - 3)
+    lines = [
+        f"{'→' if number == frame.lineno else ' '} {number:4} {line.rstrip()}"
+        for number in range(first, (frame.lineno or 1) + 3)
+        if (line := linecache.getline(frame.filename, number))
+    ]
+    shown = [f"  {name} = {_value_line(name, value)}" for name, value in values.items()]
+    head = f"{frame.filename}, line {frame.lineno}, in {frame.name}"
+    return h.Details(
+        {"open": _is_own(frame.filename)}, h.Summary(head), "\n".join([*lines, "", *shown, ""])
+    )
+
+
+def _error_view(c: Context, exc: BaseException) -> SafeString:
+    """An exception, as an element that covers the page."""
+    walked = list(traceback.walk_tb(exc.__traceback__))
+    summary = traceback.StackSummary.extract(iter(walked))
+    frames = [
+        _frame_view(shown, frame.f_locals)
+        for shown, (frame, _) in zip(summary, walked, strict=True)
+    ]
+    own = [i for i, shown in enumerate(summary) if _is_own(shown.filename)]
+    order = [*reversed(own), *(i for i in range(len(frames)) if i not in own)]
+    request = [f"{c.req.method} {c.req.url}"]
+    request += [f"{name}: {_value_line(name, value)}" for name, value in c.req.headers.items()]
+    events = [f"{event.name} {_value_line('', event.attributes)}" for event in c.span.events]
+    close = {"onclick": "this.parentNode.remove()", "style": "float:right"}
+    return h.Div(
+        {"id": "stario-error", "style": _DEBUG_STYLE},
+        h.Button({"type": "button", **close}, "×"),
+        h.H1("".join(traceback.format_exception_only(exc)).strip()),
+        [frames[i] for i in order],
+        h.Details(h.Summary("Request"), "\n".join(request)),
+        h.Details(h.Summary("Trace"), "\n".join(events)),
+    )
+
+
+def _show_error(c: Context, w: Writer, exc: BaseException) -> None:
+    """Answer with the exception, or patch it over the page, if either can be."""
+    if w._sse or (c.req.is_datastar and not w.started):
+        w._forget_answer()
+        w.patch(_error_view(c, exc), selector="body", mode="append")
+        w.end()
+    elif not w.started:
+        w._forget_answer()
+        w.html(h.Html(h.Body(_error_view(c, exc))), 500)
+
+
+class _Watchdog:
+    """Names what keeps an event loop busy. The loop notes the time; a thread looks at the note."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.get_ident()
+        self._seen = time.monotonic()
+        self._note()
+        threading.Thread(target=self._look, name="stario-watchdog", daemon=True).start()
+
+    def _note(self) -> None:
+        self._seen = time.monotonic()
+        self._loop.call_later(0.02, self._note)
+
+    def _look(self) -> None:
+        told = 0.0
+        while not self._loop.is_closed():
+            time.sleep(0.02)
+            seen = self._seen
+            if time.monotonic() - seen > 0.1 and seen != told:
+                told = seen
+                self._tell(sys._current_frames().get(self._thread))
+
+    def _tell(self, frame: types.FrameType | None) -> None:
+        while frame is not None and not _is_own(frame.f_code.co_filename):
+            frame = frame.f_back
+        if frame is not None:
+            where = f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
+            print(f"stario: the event loop is blocked for over 100 ms at {where}", file=sys.stderr)
+
+
+# -- Act 4 runs: what a browser sends, checked against a dataclass.
+#
+#     @dataclasses.dataclass
+#     class Order:
+#         count: int
+#
+#     async def order(c: Context, w: Writer) -> None:
+#         wanted = read_signals(Order, c.req.query)
+#         w.text(f"{wanted.count * 2} in all")
+#
+#     app = Stario()
+#     app.get("/order", order)
+#     # GET /order?count=21 -> 42 in all
+
+
+# ==================================================================================================
+# ACT 5. The pocket client
+#
+# The other half of a live page runs in the browser. This part of the file is JavaScript, which the
+# server sends where Datastar's own client cannot be reached.
+# ==================================================================================================
+
+# ==================================================================================================
+# 28. The pocket client (JavaScript)
+# ==================================================================================================
+
 
 POCKET_CLIENT = r"""
 // The pocket client: Datastar's protocol for the everyday part, in one small module.
@@ -11309,8 +11594,20 @@ else hear(document, 'DOMContentLoaded', () => setTimeout(startPage), { once: tru
 
 Assets({"pocket.js": POCKET_CLIENT}, "_stario")  # for the route that each app has
 
+
+# -- Act 5 runs: a page whose text follows its input, without a request.
+#
+#     async def page(c: Context, w: Writer) -> None:
+#         field = h.Input(data.bind("name"), {"placeholder": "Your name"})
+#         w.html(h.Html(h.Head(datastar_script()), h.Body(field, h.P(data.text("$name")))))
+#
+#     app = Stario()
+#     app.get("/", page)
+#     # GET / -> <!doctype html><html><head><script type="module">
+
+
 # ==================================================================================================
-# 16. An app to begin with, and this file as a page
+# 29. An app to begin with, and this file as a page
 #
 # `python stario.py` runs the app below: a counter and a clock that all tabs share. With `--read` it
 # serves this file as a page: what explains stands beside what it explains, a name leads to where it
@@ -11518,10 +11815,17 @@ def _request_of(row: _Row) -> list[str]:
     return list(found.groups()) if found else []
 
 
+def _example_code(row: _Row) -> str:
+    """The last block of code in a comment."""
+    lines = "\n".join(row.prose).rstrip().split("\n")
+    prose = [i for i, line in enumerate(lines) if line and not line.startswith("    ")]
+    return textwrap.dedent("\n".join(lines[prose[-1] + 1 :]))
+
+
 async def _run_example(row: _Row) -> TestResponse:
     """Run the code of an example, and send its request to the `app` that it has made."""
     names = dict(globals())
-    exec("\n".join(line[4:] for line in row.prose if line.startswith("    ")), names)
+    exec(_example_code(row), names)
     method, target, _ = _request_of(row)
     async with TestClient(names["app"]) as client:
         return await client.request(method, target)
