@@ -56,34 +56,34 @@ a live page; each part of act 4 is a room of its own, to be read when it is need
         312  3. HTML: elements are strings
         676  4. JSON
         757  5. The request: headers, query, cookies, body
-       1276  6. The answer: status, fields, body
-       1738  7. Context and routing
-       2277  8. The app
-     2616  ACT 2. On the network
-       2624  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3640  10. The server
-       4369  11. Trying it without a network: the test client
-     4857  ACT 3. Live
-       4901  12. Datastar: attributes and actions
-       5440  13. Streams: events, and staying with a client
-       5950  14. Relay: publish and subscribe
-     6267  ACT 4. For real
-       6273  15. Signals: from JSON to your dataclass
-       6879  16. Forms
-       7061  17. Behind a proxy
+       1279  6. The answer: status, fields, body
+       1741  7. Context and routing
+       2280  8. The app
+     2619  ACT 2. On the network
+       2627  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
+       3643  10. The server
+       4372  11. Trying it without a network: the test client
+     4860  ACT 3. Live
+       4904  12. Datastar: attributes and actions
+       5443  13. Streams: events, and staying with a client
+       5953  14. Relay: publish and subscribe
+     6270  ACT 4. For real
+       6276  15. Signals: from JSON to your dataclass
+       6882  16. Forms
+       7064  17. Behind a proxy
        7149  18. Compression
        7341  19. Static files
-       7917  20. Telemetry: spans, and the tracers that show them
-       8912  21. Sessions
-       9027  22. What lives as long as the server
-       9108  23. @baked
-       9361  24. ASGI: the same app under another server
-       9598  25. RedisRelay: the same between processes and machines
-       9849  26. Reload: a saved file restarts the app
-       9995  27. Development: what went wrong, shown where one looks
-    10126  ACT 5. The pocket client
-      10133  28. The pocket client (JavaScript)
-      11610  29. An app to begin with, and this file as a page
+       7882  20. Telemetry: spans, and the tracers that show them
+       8877  21. Sessions
+       8992  22. What lives as long as the server
+       9073  23. @baked
+       9326  24. ASGI: the same app under another server
+       9563  25. RedisRelay: the same between processes and machines
+       9814  26. Reload: a saved file restarts the app
+       9960  27. Development: what went wrong, shown where one looks
+    10091  ACT 5. The pocket client
+      10098  28. The pocket client (JavaScript)
+      11575  29. An app to begin with, and this file as a page
 
 READING PATH
 
@@ -91,20 +91,20 @@ Two hours, for who wants to know how it works and not all that it does. These li
 
       323-336    `SafeString`  an element is a string
       642-669    `Tags`  `h.P` makes one
-     1064-1230   `Request`  what a client asks for
-     1288-1336   `Carrier`  what brings the answer back
-     1461-1640   `_RawWriter`  the answer
-     1749-1849   `Context`  what a handler gets beside it
-     2169-2185   `Router._find`  from a path to a handler
-     2362-2395   `Stario.dispatch`  one request from end to end
-     2923-3059   `_Reader`  bytes to requests
-     3382-3636   `Connection`  one connection, many requests
-     4092-4107   `Server.start`  listening
-     4213-4224   `Server.stop`  ending without losing a request
-     5594-5699   `_EventWriter`  events
-     5785-5846   `_Scope`  how a disconnect reaches a handler
-     5873-5946   `Alive`  staying with a client
-     6115-6219   `Relay`  from one handler to another
+     1067-1233   `Request`  what a client asks for
+     1291-1339   `Carrier`  what brings the answer back
+     1464-1643   `_RawWriter`  the answer
+     1752-1852   `Context`  what a handler gets beside it
+     2172-2188   `Router._find`  from a path to a handler
+     2365-2398   `Stario.dispatch`  one request from end to end
+     2926-3062   `_Reader`  bytes to requests
+     3385-3639   `Connection`  one connection, many requests
+     4095-4110   `Server.start`  listening
+     4216-4227   `Server.stop`  ending without losing a request
+     5597-5702   `_EventWriter`  events
+     5788-5849   `_Scope`  how a disconnect reaches a handler
+     5876-5949   `Alive`  staying with a client
+     6118-6222   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. Whatever carries requests reaches the rest through one narrow interface, `Carrier`
@@ -859,9 +859,12 @@ class Headers(_Fields):
         return super().getlist(name.lower())
 
     def _list(self, name: str) -> list[str]:
-        """The items of a list that may come in several lines (RFC 9110, section 5.3), the last."""
-        items = ",".join(self._fields.get(name, ())).rsplit(",", _MAX_HOPS)
-        return [item for text in items[-_MAX_HOPS:] if (item := text.strip(" \t"))]
+        """The last 32 items of a list that may come in several lines (RFC 9110, section 5.3)."""
+        lines = self._fields.get(name)
+        if lines is None:
+            return []
+        items = ",".join(lines).rsplit(",", 32)
+        return [item for text in items[-32:] if (item := text.strip(" \t"))]
 
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and name.lower() in self._fields
@@ -1683,8 +1686,8 @@ class _OneShotWriter(_RawWriter):
         With `filename` the client saves it under that name; its ending tells the type. A path that
         leads to no file is a 404. What is large is sent when the handler has ended, or by `await`.
         """
-        self._rest = _answer_download(self, source, filename, status)  # part 19
-        return self._rest
+        _answer_download(self, source, filename, status)  # part 19
+        return self._rest or _Rest()
 
     def _redirect(self, url: str, status: int) -> None:
         """A redirect of HTTP's own, for Datastar, too: what was asked for is found elsewhere."""
@@ -7072,9 +7075,6 @@ class _Asked(NamedTuple):
     host: str
 
 
-_MAX_HOPS = 32  # proxies in a row
-
-
 class TrustedProxies:
     """The proxies that may say for whom they ask: addresses, networks, "unix" for a Unix socket.
 
@@ -7428,15 +7428,16 @@ class _Representation(NamedTuple):
 class _File:
     """One version of a file: its fingerprint, and its contents unless it is large."""
 
+    stamp: tuple[int, ...] = ()
+    steady = True  # nothing was written while it was read
+    settled = True  # a later change would show in the stamp
+
     def __init__(self, name: str, digest: str, data: bytes | None, start: bytes) -> None:
         stem, suffix = os.path.splitext(name)
         self.name = name
         self.digest = digest
         self.data = data
         self.size = len(data or b"")
-        self.stamp: tuple[int, ...] = ()
-        self.steady = True  # nothing was written while it was read
-        self.settled = True  # a later change would show in the stamp
         self.fingerprinted = f"{stem}.{digest}{suffix}"
         self.content_type = _content_type(name)
         # A `.svgz` is the one compressed file that browsers want unpacked.
@@ -7463,14 +7464,9 @@ class _File:
         self.forms[coding] = form
         return form
 
-    def check(self, opened: IO[bytes], *, may_grow: bool) -> None:
-        """Raise StarioError if an open file is not this version any more."""
-        now = os.fstat(opened.fileno())
-        if now.st_size < self.size:
-            raise StarioError(f"{self.name} has become shorter while it was sent")
-        grown = may_grow and now.st_size > self.size
-        if _stamp(now) != self.stamp and not grown:
-            raise StarioError(f"{self.name} has changed while it was sent")
+
+def _file_of(name: str, data: bytes) -> _File:
+    return _File(name, hashlib.sha256(data).hexdigest()[:16], data, data[:2])
 
 
 def _read_version(name: str, opened: IO[bytes], *, by_contents: bool = True) -> _File:
@@ -7480,22 +7476,19 @@ def _read_version(name: str, opened: IO[bytes], *, by_contents: bool = True) -> 
     """
     for _ in range(3):
         now, before = time.time_ns(), os.fstat(opened.fileno())
+        large = before.st_size > _IN_MEMORY
         opened.seek(0)
-        if before.st_size <= _IN_MEMORY:
-            data = opened.read()
-            start, digest = data[:2], hashlib.sha256(data)
-        else:
-            data, start = None, opened.read(2)
+        data = opened.read(2 if large else -1)
+        digest = hashlib.sha256(repr(_stamp(before)).encode() if large else data)
+        if large and by_contents:
             opened.seek(0)
-            digest = hashlib.sha256(repr(_stamp(before)).encode())
-            if by_contents:
-                digest = hashlib.file_digest(opened, "sha256")  # type: ignore[arg-type]
+            digest = hashlib.file_digest(opened, "sha256")  # type: ignore[arg-type]
         after = _stamp(os.fstat(opened.fileno()))
-        if after == _stamp(before) or data is None:
+        if large or after == _stamp(before):
             break
-    found = _File(name, digest.hexdigest()[:16], data, start)
+    found = _File(name, digest.hexdigest()[:16], None if large else data, data[:2])
     found.stamp, found.steady = after, after == _stamp(before)
-    found.size = before.st_size if data is None else len(data)
+    found.size = before.st_size if large else len(data)
     # Of two changes within one tick of the file system's clock the second does not show.
     found.settled = now - max(before.st_mtime_ns, before.st_ctime_ns) > _TICK
     return found
@@ -7503,29 +7496,24 @@ def _read_version(name: str, opened: IO[bytes], *, by_contents: bool = True) -> 
 
 def _open_regular(path: str) -> IO[bytes]:
     """Open a file for reading; what is no regular file is not waited for, and not found."""
-
-    def opener(path: str, flags: int) -> int:
-        return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))
-
+    nonblocking = getattr(os, "O_NONBLOCK", 0)
     # Without a buffer: what is read is what is there now.
-    opened = open(path, "rb", buffering=0, opener=opener)  # noqa: SIM115
+    opened = open(  # noqa: SIM115
+        path, "rb", buffering=0, opener=lambda path, flags: os.open(path, flags | nonblocking)
+    )
     if not stat.S_ISREG(os.fstat(opened.fileno()).st_mode):
         opened.close()
         raise FileNotFoundError(errno.ENOENT, "no regular file", path)
     return opened
 
 
-@contextmanager
-def _file_errors(w: _RawWriter) -> Iterator[None]:
-    """Answer for a file that cannot be opened. An error of the disk stays what it is."""
-    try:
-        yield
-    except OSError as exc:
-        if exc.errno in _ABSENT and not w.started:
-            raise HttpException(404) from exc
-        if exc.errno in (errno.EMFILE, errno.ENFILE) and not w.started:
-            raise HttpException(503, "too many files are open") from exc
-        raise
+def _file_error(exc: OSError, w: _RawWriter) -> Exception:
+    """The answer for a file that cannot be opened. An error of the disk stays what it is."""
+    if exc.errno in _ABSENT and not w.started:
+        return HttpException(404)
+    if exc.errno in (errno.EMFILE, errno.ENFILE) and not w.started:
+        return HttpException(503, "too many files are open")
+    return exc
 
 
 _collections: dict[str, Assets] = {}
@@ -7562,8 +7550,7 @@ class Assets:
         if isinstance(source, Mapping):
             for name, text in source.items():
                 data = text.encode() if isinstance(text, str) else text
-                digest = hashlib.sha256(data).hexdigest()[:16]
-                self._files[name] = _File(name, digest, data, data[:2])
+                self._files[name] = _file_of(name, data)
         else:
             self._root = os.path.abspath(source)
             if not os.path.isdir(self._root):
@@ -7578,12 +7565,12 @@ class Assets:
 
     async def _find(self, name: str) -> _File | None:
         """As `file`, but what is large is read in a thread."""
-        if self._root is None:
-            return self._known(name)
-        with suppress(OSError, ValueError):  # `_load` looks closer
-            if os.stat(f"{self._root}/{name}").st_size > _IN_MEMORY:
-                return await self._once(name, lambda: self.file(name))
-        return self._load(name)
+        known = self._known(name)
+        if known is None and self._root is not None:
+            with suppress(OSError, ValueError):  # `_load` looks closer
+                if os.stat(f"{self._root}/{name}").st_size > _IN_MEMORY:
+                    return await self._once(name, lambda: self.file(name))
+        return known or self._load(name)
 
     async def _once(self, key: object, work: Callable[[], T]) -> T:
         """Do work in a thread, once for all on this loop who ask for it at the same time."""
@@ -7606,6 +7593,8 @@ class Assets:
         return known if same else None
 
     def _load(self, name: str) -> _File | None:
+        if self._root is None:
+            return None
         try:
             with self.open(name) as opened:
                 found = _read_version(name, opened)
@@ -7640,7 +7629,7 @@ class Assets:
             odd = "\\" in part or (windows and _OTHER_NAME.search(part))
             if not part or part[0] == "." or odd:
                 raise FileNotFoundError(errno.ENOENT, "hidden, or a way around that", name)
-        root = os.path.realpath(self._root or "")
+        root = os.path.realpath(cast(str, self._root))
         path = os.path.realpath(os.path.join(root, name), strict=True)
         if os.path.commonpath((root, path)) != root:
             raise FileNotFoundError(errno.ENOENT, "a link that leaves the directory", name)
@@ -7674,47 +7663,37 @@ class Assets:
         try:
             await self._answer(c.req.tail, w)
         except OSError as exc:
-            with _file_errors(w):
-                raise exc
+            raise _file_error(exc, w) from None
 
     async def _answer(self, asked: str, w: Writer) -> None:
         plain = _FINGERPRINT.sub("", asked, count=1)
-        file = self._known(plain) or await self._find(plain)
+        file = await self._find(plain)
         if file is not None and asked == file.fingerprinted and file.steady:
-            await self._serve(file, w, b"cache-control: public, max-age=31536000, immutable\r\n")
-            return
+            return await self._serve(
+                file, w, b"cache-control: public, max-age=31536000, immutable\r\n"
+            )
         # The plain name of a file, which may look like one with a fingerprint; or the fingerprint
         # of an older version that a page still asks for.
-        literal = self._known(asked) or await self._find(asked) if asked != plain else file
+        literal = await self._find(asked) if asked != plain else file
         if literal is not None and literal.steady:
             w.headers.set("cache-control", "no-cache")
-            w._redirect("./" + quote(literal.fingerprinted.rpartition("/")[2]), 307)
-            return
+            return w._redirect("./" + quote(literal.fingerprinted.rpartition("/")[2]), 307)
         file = literal or file
         if file is None:
             raise HttpException(404)
         await self._serve(file, w, b"cache-control: no-cache\r\n")
 
     async def _serve(self, file: _File, w: Writer, caching: bytes) -> None:
-        coding = self._coding(file, w)
+        headers, config, coding = w._request.headers, w._compression, _AS_IT_IS
+        # Who asks for a part means a part of the file as it is.
+        if file.compressible and file.size >= config.min_size and "range" not in headers:
+            coding = _coding_for(config, headers, b"") or _AS_IT_IS
         form = file.forms.get(coding)
         if form is None:
             key = (file.name, file.digest, coding)
             form = await self._once(key, lambda: self._encode(file, coding))
         opened = self.open(file.name) if form.body is None else None
-        rest = _answer_with(w, file, form, caching, opened)
-        if rest is not _SENT:
-            await rest
-
-    @staticmethod
-    def _coding(file: _File, w: Writer) -> str:
-        headers = w._request.headers
-        accepted = headers.get("accept-encoding")
-        if not (accepted and file.compressible and file.size >= w._compression.min_size):
-            return _AS_IT_IS
-        # Who asks for a part means a part of the file as it is.
-        chosen = None if "range" in headers else _choose_coding(accepted, w._compression)
-        return chosen or _AS_IT_IS
+        _answer_with(w, file, form, caching, opened)
 
     def _encode(self, file: _File, coding: str) -> _Representation:
         """Compress a file, or take the copy beside it (`style.css.br`) that has been compressed."""
@@ -7736,28 +7715,27 @@ class Assets:
 
 def _decoded(coding: str, body: bytes, most: int) -> bytes:
     """What was compressed, if it is whole. Beyond `most` bytes nobody needs to see what comes."""
+    decoder: Any = zlib.decompressobj(31)
     if coding == "br":
         import brotli
 
-        brotli_decoder, found = brotli.Decompressor(), b""
-        for start in range(0, len(body), 256):
-            found += brotli_decoder.process(body[start : start + 256])
-            if len(found) > most:
-                break
-        return found if brotli_decoder.is_finished() else b""
-    if coding == "zstd" and _compressors()[coding] is _zstd_package:
+        decoder = brotli.Decompressor()
+    elif coding == "zstd" and _compressors()[coding] is _zstd_package:
         import zstandard
 
-        if zstandard.frame_content_size(body) > most:
-            return b""
-        return bytes(zstandard.ZstdDecompressor().decompress(body, max_output_size=most))
-    decoder: Any = zlib.decompressobj(31)
-    if coding == "zstd":
+        decoder = zstandard.ZstdDecompressor().decompressobj()
+    elif coding == "zstd":
         from compression import zstd
 
         decoder = zstd.ZstdDecompressor()
-    found = decoder.decompress(body, most)
-    return found if decoder.eof and not decoder.unused_data else b""
+    decode = decoder.process if coding == "br" else decoder.decompress
+    found = b""
+    for start in range(0, len(body), 256):  # in small steps: a few bytes may become very many
+        found += decode(body[start : start + 256])
+        if len(found) > most:
+            break
+    is_whole = decoder.is_finished() if coding == "br" else decoder.eof and not decoder.unused_data
+    return found if is_whole else b""
 
 
 class _Rest:
@@ -7772,11 +7750,8 @@ class _Rest:
             yield from work().__await__()
 
 
-_SENT = _Rest()  # nothing is left
-
-
 def _answer_with(
-    w: _RawWriter,
+    w: _OneShotWriter,
     file: _File,
     form: _Representation,
     fields: bytes,
@@ -7784,39 +7759,31 @@ def _answer_with(
     *,
     status: int = 200,
     compress: bool = False,
-) -> _Rest:
+) -> None:
     """Answer with a file: all of it, a part, or only that the client has it. See also `_Rest`."""
     request, immutable = w._request, b"immutable" in fields
     fields = form.fields + fields
     span: tuple[int, int] | None = (0, file.size)
     if status == 200 and request.method in ("GET", "HEAD"):
         if _is_known(request, form.etag):
-            w._answer(304, (fields, False), b"")
-            return _SENT
+            return w._answer(304, (fields, False), b"")
         span = _range(request, file.size, form.etag)
     if span is None:
         outside = b"content-range: bytes */%d\r\ncache-control: no-store\r\n" % file.size
-        w._answer(416, (outside, False), b"")
-        return _SENT
+        return w._answer(416, (outside, False), b"")
     start, stop = span
+    body = form.body or b""
     if span != (0, file.size):
-        status = 206
+        status, compress, body = 206, False, body[start:stop]
         fields += b"content-range: bytes %d-%d/%d\r\n" % (start, stop - 1, file.size)
     if opened is None:
-        body = form.body or b""
-        body = body[start:stop] if status == 206 else body
-        w._answer(status, (fields, compress and status != 206), body)
-        return _SENT
-    try:
-        file.check(opened, may_grow=not immutable)
-    except StarioError as exc:
-        raise HttpException(503, str(exc)) from exc
+        return w._answer(status, (fields, compress), body)
     w._begin(status, fields, stop - start)
-    return _Rest(lambda: _send_pieces(w, file, opened, start, stop, may_grow=not immutable))
+    w._rest = _Rest(lambda: _send_pieces(w, file, opened, start, stop, immutable))
 
 
 async def _send_pieces(
-    w: _RawWriter, file: _File, opened: IO[bytes], start: int, stop: int, *, may_grow: bool
+    w: _RawWriter, file: _File, opened: IO[bytes], start: int, stop: int, immutable: bool
 ) -> None:
     """Send a part of a large file, and let the client see that it is cut off if it changes.
 
@@ -7835,32 +7802,35 @@ async def _send_pieces(
             await w.drain()
             opened.seek(start)
             piece = opened.read(min(stop - start, _IN_MEMORY))
-            file.check(opened, may_grow=may_grow)
+            now = os.fstat(opened.fileno())
+            if now.st_size < file.size or (immutable and _stamp(now) != file.stamp):
+                raise StarioError(f"{file.name} has changed, or is shorter, while it is sent")
             w.write(piece)
             start += len(piece)
         w.end()
 
 
 def _answer_download(
-    w: _RawWriter, source: str | os.PathLike[str] | bytes, filename: str | None, status: int
-) -> _Rest:
+    w: _OneShotWriter, source: str | os.PathLike[str] | bytes, filename: str | None, status: int
+) -> None:
     """See Writer.file."""
     fields = b"cache-control: no-cache\r\n"
     if filename is not None:
         fields += _disposition(filename)
-    with _file_errors(w):
+    try:
         if isinstance(source, bytes):
-            digest = hashlib.sha256(source).hexdigest()[:16]
-            opened, file = None, _File(filename or "", digest, source, source[:2])
+            opened, file = None, _file_of(filename or "", source)
         else:
             opened = _open_regular(os.fspath(source))
             name = filename or os.path.basename(opened.name)
             file = _read_version(name, opened, by_contents=False)
+    except OSError as exc:
+        raise _file_error(exc, w) from None
     form = file.forms[_AS_IT_IS]
     if opened is not None and file.data is not None:
         opened.close()
         opened = None
-    return _answer_with(w, file, form, fields, opened, status=status, compress=file.compressible)
+    _answer_with(w, file, form, fields, opened, status=status, compress=file.compressible)
 
 
 def _disposition(filename: str) -> bytes:
@@ -7879,15 +7849,13 @@ def _is_known(request: Request, etag: str) -> bool:
 
     If it wants to go on with another version only (13.1.1), that is a 412.
     """
-    if "if-none-match" not in request.headers and "if-match" not in request.headers:
-        return False
-    wanted, known = (
-        [tag.strip() for line in request.headers.getlist(name) for tag in line.split(",")]
-        for name in ("if-match", "if-none-match")
-    )
+    wanted, known = request.headers._list("if-match"), request.headers._list("if-none-match")
     if wanted and etag not in wanted and "*" not in wanted:
         raise HttpException(412)
     return "*" in known or etag in [tag.removeprefix("W/") for tag in known]
+
+
+_RANGE = re.compile("bytes=([0-9]{0,18})-([0-9]{0,18})")
 
 
 def _range(request: Request, size: int, etag: str) -> tuple[int, int] | None:
@@ -7896,19 +7864,16 @@ def _range(request: Request, size: int, etag: str) -> tuple[int, int] | None:
     A range of another version, one of another form, or several at once: the whole file.
     """
     whole = (0, size)
-    if "range" not in request.headers:
+    asked = _RANGE.fullmatch(request.headers.get("range") or "")
+    if asked is None or asked[0] == "bytes=-" or request.method != "GET":
         return whole
-    condition = request.headers.get("if-range")
-    asked = re.fullmatch(r"bytes=([0-9]{0,18})-([0-9]{0,18})", request.headers.get("range") or "")
-    if not asked or request.method != "GET" or asked[0] == "bytes=-":
+    if request.headers.get("if-range") not in (None, etag):
         return whole
-    if condition and condition != etag:
-        return whole
-    first, last = asked[1], asked[2]
+    first, last = asked.groups()
     if not first:  # the last so many bytes
         return (max(0, size - int(last)), size) if int(last) and size else None
     start, stop = int(first), min(int(last) + 1, size) if last else size
-    if last and int(last) < int(first):
+    if last and int(last) < start:
         return whole  # not a range at all
     return (start, stop) if start < size else None
 
