@@ -57,33 +57,33 @@ a live page; each part of act 4 is a room of its own, to be read when it is need
         676  4. JSON
         757  5. The request: headers, query, cookies, body
        1279  6. The answer: status, fields, body
-       1741  7. Context and routing
-       2280  8. The app
-     2619  ACT 2. On the network
-       2627  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3643  10. The server
-       4372  11. Trying it without a network: the test client
-     4860  ACT 3. Live
-       4904  12. Datastar: attributes and actions
-       5443  13. Streams: events, and staying with a client
-       5953  14. Relay: publish and subscribe
-     6270  ACT 4. For real
-       6276  15. Signals: from JSON to your dataclass
-       6882  16. Forms
-       7064  17. Behind a proxy
-       7149  18. Compression
-       7341  19. Static files
-       7882  20. Telemetry: spans, and the tracers that show them
-       8877  21. Sessions
-       8992  22. What lives as long as the server
-       9073  23. @baked
-       9326  24. ASGI: the same app under another server
-       9563  25. RedisRelay: the same between processes and machines
-       9814  26. Reload: a saved file restarts the app
-       9960  27. Development: what went wrong, shown where one looks
-    10091  ACT 5. The pocket client
-      10098  28. The pocket client (JavaScript)
-      11575  29. An app to begin with, and this file as a page
+       1738  7. Context and routing
+       2277  8. The app
+     2616  ACT 2. On the network
+       2624  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
+       3640  10. The server
+       4369  11. Trying it without a network: the test client
+     4857  ACT 3. Live
+       4901  12. Datastar: attributes and actions
+       5440  13. Streams: events, and staying with a client
+       5950  14. Relay: publish and subscribe
+     6267  ACT 4. For real
+       6273  15. Signals: from JSON to your dataclass
+       6879  16. Forms
+       7061  17. Behind a proxy
+       7146  18. Compression
+       7330  19. Static files
+       7871  20. Telemetry: spans, and the tracers that show them
+       8866  21. Sessions
+       8981  22. What lives as long as the server
+       9062  23. @baked
+       9315  24. ASGI: the same app under another server
+       9552  25. RedisRelay: the same between processes and machines
+       9803  26. Reload: a saved file restarts the app
+       9949  27. Development: what went wrong, shown where one looks
+    10080  ACT 5. The pocket client
+      10087  28. The pocket client (JavaScript)
+      11564  29. An app to begin with, and this file as a page
 
 READING PATH
 
@@ -93,18 +93,18 @@ Two hours, for who wants to know how it works and not all that it does. These li
       642-669    `Tags`  `h.P` makes one
      1067-1233   `Request`  what a client asks for
      1291-1339   `Carrier`  what brings the answer back
-     1464-1643   `_RawWriter`  the answer
-     1752-1852   `Context`  what a handler gets beside it
-     2172-2188   `Router._find`  from a path to a handler
-     2365-2398   `Stario.dispatch`  one request from end to end
-     2926-3062   `_Reader`  bytes to requests
-     3385-3639   `Connection`  one connection, many requests
-     4095-4110   `Server.start`  listening
-     4216-4227   `Server.stop`  ending without losing a request
-     5597-5702   `_EventWriter`  events
-     5788-5849   `_Scope`  how a disconnect reaches a handler
-     5876-5949   `Alive`  staying with a client
-     6118-6222   `Relay`  from one handler to another
+     1461-1640   `_RawWriter`  the answer
+     1749-1849   `Context`  what a handler gets beside it
+     2169-2185   `Router._find`  from a path to a handler
+     2362-2395   `Stario.dispatch`  one request from end to end
+     2923-3059   `_Reader`  bytes to requests
+     3382-3636   `Connection`  one connection, many requests
+     4092-4107   `Server.start`  listening
+     4213-4224   `Server.stop`  ending without losing a request
+     5594-5699   `_EventWriter`  events
+     5785-5846   `_Scope`  how a disconnect reaches a handler
+     5873-5946   `Alive`  staying with a client
+     6115-6219   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. Whatever carries requests reaches the rest through one narrow interface, `Carrier`
@@ -1367,10 +1367,9 @@ def _is_compressible(content_type: str) -> bool:
 
 def _http_date(timestamp: float) -> str:
     """Seconds since 1970 as `Sun, 06 Nov 1994 08:49:37 GMT` (RFC 9110, section 5.6.7)."""
-    # Not by strftime(), which writes the names in the language of the machine.
-    year, month, day, hour, minute, second, weekday, *_ = time.gmtime(timestamp)
-    clock = f"{hour:02}:{minute:02}:{second:02}"
-    return f"{_DAYS[weekday]}, {day:02} {_MONTHS[month - 1]} {year:04} {clock} GMT"
+    from email.utils import formatdate
+
+    return formatdate(timestamp, usegmt=True)
 
 
 Content = tuple[bytes, bool]  # header fields, and whether what they describe may be compressed
@@ -1396,8 +1395,6 @@ _CARRIER_FIELDS = (
     "content-length", "transfer-encoding", "connection", "keep-alive", "upgrade", "trailer", "date",
 )  # fmt: skip
 _BODILESS = frozenset((204, 304))
-_DAYS = ["Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun"]
-_MONTHS = ["Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec"]
 # What a handler sets for its answer, and an error's answer in its place must not have.
 _DESCRIPTIONS = (
     "content-type", "content-length", "content-encoding", "content-disposition", "content-language",
@@ -7181,7 +7178,7 @@ def _compress(
         compress, finish = _compressor(coding, config)
         smaller = compress(body) + finish()
         if len(smaller) < len(body):
-            return _encoded(fields, coding), smaller
+            return _varied(fields, coding), smaller
     return _varied(fields), body
 
 
@@ -7195,7 +7192,7 @@ def _compress_stream(
     coding = _coding_for(config, headers, fields, streaming=True)
     if coding is None:
         return _varied(fields), None
-    return _encoded(fields, coding), _compressor(coding, config, streaming=True)
+    return _varied(fields, coding), _compressor(coding, config, streaming=True)
 
 
 _CONTENT_TYPE = re.compile(rb"^content-type: ([^\r]*)", re.MULTILINE)
@@ -7215,32 +7212,27 @@ def _coding_for(
     return choose(accepted, config, streaming)
 
 
-def _encoded(fields: bytes, coding: str) -> bytes:
-    # A strong ETag promises the same bytes (RFC 9110, section 8.8.1), which these are not.
-    fields = re.sub(rb'(?m)^etag: "', b'etag: W/"', fields)
-    return _varied(fields + b"content-encoding: %b\r\n" % coding.encode())
-
-
-def _varied(fields: bytes) -> bytes:
+def _varied(fields: bytes, coding: str | None = None) -> bytes:
+    """The fields of an answer that the client's Accept-Encoding has decided about."""
+    if coding:
+        # A strong ETag promises the same bytes (RFC 9110, section 8.8.1), which these are not.
+        fields = re.sub(rb'(?m)^etag: "', b'etag: W/"', fields)
+        fields += b"content-encoding: %b\r\n" % coding.encode()
     line = b"vary: accept-encoding\r\n"
     return fields if line in fields else fields + line
 
 
 def _gzip(level: int, streaming: bool) -> Compressor:
-    if streaming:
-        return _gzip_stream(level)
-    coder = zlib.compressobj(level, zlib.DEFLATED, 31)  # 31 is gzip with a window of 32 kB
-    return coder.compress, coder.flush
+    """gzip (RFC 1952), of which hardly anything is kept between two pieces of a stream.
 
-
-def _gzip_stream(level: int) -> Compressor:
-    """gzip (RFC 1952) for a stream, of which hardly anything is kept between two pieces.
-
-    Each piece gets a compressor of its own, with the end of what was sent before as dictionary,
+    There each piece gets a compressor of its own, with the end of what was sent before as dictionary,
     since the client's window holds the same. So an open stream costs what it has last sent, up to
     16 kB, and not the 50 kB of a zlib compressor (120 for zstd, 500 for brotli). And what goes to
     many streams that have sent the same before is compressed once.
     """
+    if not streaming:
+        coder = zlib.compressobj(level, zlib.DEFLATED, 31)  # 31 is gzip with a window of 32 kB
+        return coder.compress, coder.flush
     window, checksum, size = b"", 0, 0
     header = b"\x1f\x8b\x08\0\0\0\0\0\0\xff"
 
@@ -7320,8 +7312,9 @@ def _choose_coding(accepted: str, config: CompressionConfig, streaming: bool = F
     preference = ("gzip", "zstd", "br") if streaming else ("zstd", "br", "gzip")
     weights: dict[str, float] = {}
     for item in accepted.lower().split(","):
-        coding, _, parameters = item.partition(";")
-        weights[coding.strip()] = _weight(parameters)
+        coding, _, parameter = item.partition(";")
+        given = _WEIGHT.fullmatch(parameter)
+        weights[coding.strip()] = float(given[1] or 1) if given else 0.0
     best, best_weight = None, 0.0
     for coding in preference:
         weight = weights.get(coding, weights.get("*", 0.0))
@@ -7330,11 +7323,7 @@ def _choose_coding(accepted: str, config: CompressionConfig, streaming: bool = F
     return best if best_weight >= weights.get("identity", 0.0) else None
 
 
-def _weight(parameters: str) -> float:
-    name, _, value = parameters.partition("=")
-    if name.strip() != "q":
-        return 1.0
-    return float(value) if re.fullmatch(r"\s*(0(\.\d{0,3})?|1(\.0{0,3})?)\s*", value) else 0.0
+_WEIGHT = re.compile(r"\s*(?:q=\s*(0(?:\.\d{0,3})?|1(?:\.0{0,3})?)\s*)?")
 
 
 # ==================================================================================================

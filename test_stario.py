@@ -6097,7 +6097,7 @@ class TestAlive(StreamTest):
                 self.assertEqual(headers["vary"], "accept-encoding")
 
     async def test_what_was_sent_before_helps_to_compress_what_follows(self) -> None:
-        compress, finish = stario._gzip_stream(6)
+        compress, finish = stario._gzip(6, True)
         noise = os.urandom(4000).hex().encode()
         first, second, last = compress(noise), compress(noise), finish()
         self.assertLess(len(second), len(first) // 20)
