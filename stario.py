@@ -71,19 +71,19 @@ a live page; each part of act 4 is a room of its own, to be read when it is need
        6273  15. Signals: from JSON to your dataclass
        6879  16. Forms
        7061  17. Behind a proxy
-       7146  18. Compression
-       7330  19. Static files
-       7871  20. Telemetry: spans, and the tracers that show them
-       8866  21. Sessions
-       8981  22. What lives as long as the server
-       9062  23. @baked
-       9315  24. ASGI: the same app under another server
-       9552  25. RedisRelay: the same between processes and machines
-       9803  26. Reload: a saved file restarts the app
-       9949  27. Development: what went wrong, shown where one looks
-    10080  ACT 5. The pocket client
-      10087  28. The pocket client (JavaScript)
-      11564  29. An app to begin with, and this file as a page
+       7142  18. Compression
+       7326  19. Static files
+       7846  20. Telemetry: spans, and the tracers that show them
+       8841  21. Sessions
+       8952  22. What lives as long as the server
+       9033  23. @baked
+       9286  24. ASGI: the same app under another server
+       9523  25. RedisRelay: the same between processes and machines
+       9774  26. Reload: a saved file restarts the app
+       9920  27. Development: what went wrong, shown where one looks
+    10051  ACT 5. The pocket client
+      10058  28. The pocket client (JavaScript)
+      11535  29. An app to begin with, and this file as a page
 
 READING PATH
 
@@ -7107,18 +7107,19 @@ class TrustedProxies:
         lists = {name: headers._list(f"x-forwarded-{name}") for name in ("for", "proto", "host")}
         if elements := headers._list("forwarded"):
             found = [_parameters(";" + element) for element in elements]
-            named = [element.get("for", "") for element in found]
-            if lists["for"] and self._nearest(lists["for"])[0] != self._nearest(named)[0]:
+            x_for, lists = lists["for"], {n: [e.get(n, "") for e in found] for n in lists}
+            if x_for and self._nearest(x_for)[0] != self._nearest(lists["for"])[0]:
                 raise HttpException(400, "Forwarded and X-Forwarded-For name different clients")
-            lists = {n: [e.get(n, "") for e in found] for n in ("for", "proto", "host")}
         client, hop = self._nearest(lists["for"])
-        scheme, host = (_hop(lists[name], hop) for name in ("proto", "host"))
+        # What the same hop has said; the first, if not all of them say it.
+        scheme, host = (
+            values[-1 - hop] if len(values) > hop else next(iter(values), "")
+            for values in (lists["proto"], lists["host"])
+        )
         if not _HOST.fullmatch(host):
             raise HttpException(400, "the host that was forwarded is malformed")
-        known = scheme.lower() in ("http", "https")
-        return _Asked(
-            client or seen.client, scheme.lower() if known else seen.scheme, host or seen.host
-        )
+        scheme = scheme.lower() if scheme.lower() in ("http", "https") else seen.scheme
+        return _Asked(client or seen.client, scheme, host or seen.host)
 
     def _nearest(self, clients: list[str]) -> tuple[str, int]:
         """The last one that is no proxy of ours, and how many stand behind it."""
@@ -7128,11 +7129,6 @@ class TrustedProxies:
             if not found or not self.trust(found):
                 break
         return found, hop
-
-
-def _hop(values: list[str], hop: int) -> str:
-    """What the proxy so many steps from the right has said; the first, if not all say it."""
-    return values[max(0, len(values) - 1 - hop)] if values else ""
 
 
 def _address(text: str) -> str:
@@ -7225,8 +7221,8 @@ def _varied(fields: bytes, coding: str | None = None) -> bytes:
 def _gzip(level: int, streaming: bool) -> Compressor:
     """gzip (RFC 1952), of which hardly anything is kept between two pieces of a stream.
 
-    There each piece gets a compressor of its own, with the end of what was sent before as dictionary,
-    since the client's window holds the same. So an open stream costs what it has last sent, up to
+    There each piece gets a compressor of its own, with the end of what was sent before as
+    dictionary: the client's window holds the same. So an open stream costs what it last sent, up to
     16 kB, and not the 50 kB of a zlib compressor (120 for zstd, 500 for brotli). And what goes to
     many streams that have sent the same before is compressed once.
     """
@@ -7362,38 +7358,32 @@ _ABSENT = {
     errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP,
     errno.ENAMETOOLONG, errno.EINVAL, errno.ENXIO,
 }  # fmt: skip
-# The types that pages need, whatever the machine's own tables say (Windows keeps them in the
-# registry, where any program may have changed them). A compressed file is a file of that kind: to
-# say what is in it is for Content-Encoding, and would have browsers unpack a download.
-_TYPES = {
-    f".{suffix}": kind
-    for line in """
-        text/css css | text/javascript js mjs cjs | text/html html htm | text/plain txt log
-        text/markdown md | text/csv csv | text/calendar ics | text/vtt vtt | application/xml xml
-        application/json json map | application/ld+json jsonld | application/geo+json geojson
-        application/manifest+json webmanifest | application/xhtml+xml xhtml
-        application/atom+xml atom | application/rss+xml rss | application/wasm wasm
-        application/pdf pdf | application/zip zip | application/gzip gz tgz | application/zstd zst
-        application/x-bzip2 bz2 tbz2 | application/x-xz xz txz | application/octet-stream br bin
-        application/x-compress z | image/svg+xml svg svgz | image/png png | image/apng apng
-        image/jpeg jpg jpeg | image/gif gif | image/webp webp | image/avif avif | image/bmp bmp
-        image/x-icon ico | image/jxl jxl | font/woff woff | font/woff2 woff2 | font/ttf ttf
-        font/otf otf | audio/mpeg mp3 | audio/mp4 m4a | audio/ogg ogg oga opus | audio/wav wav
-        audio/flac flac | audio/aac aac | audio/webm weba | video/mp4 mp4 m4v | video/webm webm
-        video/ogg ogv | video/quicktime mov | model/gltf-binary glb | model/gltf+json gltf
-        application/vnd.apple.mpegurl m3u8""".splitlines()
-    for kind, *suffixes in map(str.split, line.split("|") if line.strip() else ())
-    for suffix in suffixes
-}
+# Types that Python's own table lacks, at least that of 3.11. A compressed file is a file of that
+# kind: to say what is in it is for Content-Encoding, and would have browsers unpack a download.
+_SUFFIXES = """
+    text/javascript js mjs cjs | text/plain log | text/markdown md | text/calendar ics |
+    application/xml xml | application/json map | application/ld+json jsonld |
+    application/geo+json geojson | application/xhtml+xml xhtml | application/atom+xml atom |
+    application/rss+xml rss | application/gzip gz tgz | application/zstd zst |
+    application/x-bzip2 bz2 tbz2 | application/x-xz xz txz | application/octet-stream br |
+    application/x-compress z | image/svg+xml svgz | image/apng apng | image/webp webp |
+    image/x-icon ico | image/jxl jxl | font/woff woff | font/woff2 woff2 | font/ttf ttf |
+    font/otf otf | audio/mp4 m4a | audio/ogg ogg oga opus | audio/wav wav | audio/flac flac |
+    audio/webm weba | video/mp4 m4v | video/ogg ogv | model/gltf-binary glb | model/gltf+json gltf
+"""
+_TYPES = {"." + end: kind for kind, *ends in map(str.split, _SUFFIXES.split("|")) for end in ends}
 
 
-def _content_type(name: str) -> str:
-    suffix = os.path.splitext(name)[1].lower()
+@lru_cache(maxsize=256)
+def _content_type(suffix: str) -> str:
+    """By a file's suffix. The machine's own table is asked last: any program may change it."""
     kind = _TYPES.get(suffix)
     if kind is None:
         import mimetypes
 
-        kind = mimetypes.guess_type("x" + suffix)[0] or "application/octet-stream"
+        name = "x" + suffix
+        kind = mimetypes.MimeTypes().guess_type(name)[0] or mimetypes.guess_type(name)[0]
+    kind = kind or "application/octet-stream"
     return kind + "; charset=utf-8" if kind.startswith("text/") else kind
 
 
@@ -7410,7 +7400,7 @@ class _Representation(NamedTuple):
     """A file in one content coding (RFC 9110, section 3.2)."""
 
     etag: str
-    fields: bytes  # the header fields that say what it is
+    fields: bytes
     body: bytes | None  # None: large, to be read when it is sent
 
 
@@ -7419,7 +7409,6 @@ class _File:
 
     stamp: tuple[int, ...] = ()
     steady = True  # nothing was written while it was read
-    settled = True  # a later change would show in the stamp
 
     def __init__(self, name: str, digest: str, data: bytes | None, start: bytes) -> None:
         stem, suffix = os.path.splitext(name)
@@ -7428,7 +7417,7 @@ class _File:
         self.data = data
         self.size = len(data or b"")
         self.fingerprinted = f"{stem}.{digest}{suffix}"
-        self.content_type = _content_type(name)
+        self.content_type = _content_type(suffix.lower())
         # A `.svgz` is the one compressed file that browsers want unpacked.
         self.packed = suffix.lower() == ".svgz" and start == b"\x1f\x8b"
         self.compressible = data is not None and _is_compressible(self.content_type)
@@ -7440,16 +7429,13 @@ class _File:
         """Keep the contents in a coding."""
         etag = f'"{self.digest}-{coding}"' if coding else f'"{self.digest}"'
         shown = "gzip" if self.packed else coding
-        lines = [
-            f"etag: {etag}",
-            "x-content-type-options: nosniff",
-            "accept-ranges: bytes",
-            f"content-type: {self.content_type}",
-            f"content-encoding: {shown}" if shown else "",
-            "vary: accept-encoding" if self.compressible else "",
-        ]
-        text = "".join(f"{line}\r\n" for line in lines if line)
-        form = _Representation(etag, text.encode("latin-1", "replace"), body)
+        fields = (
+            f"etag: {etag}\r\nx-content-type-options: nosniff\r\naccept-ranges: bytes\r\n"
+            f"content-type: {self.content_type}\r\n"
+        )
+        fields += f"content-encoding: {shown}\r\n" if shown else ""
+        fields += "vary: accept-encoding\r\n" if self.compressible else ""
+        form = _Representation(etag, fields.encode("latin-1", "replace"), body)
         self.forms[coding] = form
         return form
 
@@ -7464,7 +7450,7 @@ def _read_version(name: str, opened: IO[bytes], *, by_contents: bool = True) -> 
     Without `by_contents` a large file is not read: the stamp has to tell its version.
     """
     for _ in range(3):
-        now, before = time.time_ns(), os.fstat(opened.fileno())
+        before = os.fstat(opened.fileno())
         large = before.st_size > _IN_MEMORY
         opened.seek(0)
         data = opened.read(2 if large else -1)
@@ -7478,8 +7464,6 @@ def _read_version(name: str, opened: IO[bytes], *, by_contents: bool = True) -> 
     found = _File(name, digest.hexdigest()[:16], None if large else data, data[:2])
     found.stamp, found.steady = after, after == _stamp(before)
     found.size = before.st_size if large else len(data)
-    # Of two changes within one tick of the file system's clock the second does not show.
-    found.settled = now - max(before.st_mtime_ns, before.st_ctime_ns) > _TICK
     return found
 
 
@@ -7576,25 +7560,22 @@ class Assets:
         if known is None or self._root is None:
             return known
         try:
-            same = known.settled and _stamp(os.stat(f"{self._root}/{name}")) == known.stamp
+            return known if _stamp(os.stat(f"{self._root}/{name}")) == known.stamp else None
         except OSError:
             return None
-        return known if same else None
 
     def _load(self, name: str) -> _File | None:
-        if self._root is None:
-            return None
+        now = time.time_ns()
         try:
             with self.open(name) as opened:
                 found = _read_version(name, opened)
-        except ValueError:  # a name that no file can have
-            return None
-        except OSError as exc:
-            if exc.errno not in _ABSENT:
+        except (OSError, ValueError) as exc:  # ValueError: a name that no file can have
+            if getattr(exc, "errno", errno.EINVAL) not in _ABSENT:
                 raise
             self._forget(name)
             return None
-        if found.steady:
+        # Of two changes within one tick of the file system's clock the second does not show.
+        if found.steady and now - max(found.stamp[-2:]) > _TICK:
             self._keep(found)
         return found
 
@@ -7613,12 +7594,13 @@ class Assets:
 
     def _resolve(self, name: str) -> str:
         """The path, free of links, that a name leads to; it is in the directory, and not hidden."""
-        windows = os.name == "nt"
+        if self._root is None:
+            raise FileNotFoundError(errno.ENOENT, "in no directory", name)
         for part in name.split("/"):
-            odd = "\\" in part or (windows and _OTHER_NAME.search(part))
+            odd = "\\" in part or (os.name == "nt" and _OTHER_NAME.search(part))
             if not part or part[0] == "." or odd:
                 raise FileNotFoundError(errno.ENOENT, "hidden, or a way around that", name)
-        root = os.path.realpath(cast(str, self._root))
+        root = os.path.realpath(self._root)
         path = os.path.realpath(os.path.join(root, name), strict=True)
         if os.path.commonpath((root, path)) != root:
             raise FileNotFoundError(errno.ENOENT, "a link that leaves the directory", name)
@@ -7685,21 +7667,14 @@ class Assets:
         _answer_with(w, file, form, caching, opened)
 
     def _encode(self, file: _File, coding: str) -> _Representation:
-        """Compress a file, or take the copy beside it (`style.css.br`) that has been compressed."""
-        body = self._sibling(file, coding)
-        if body is None:
-            compress, finish = _compressor(coding, _HARDEST)
-            body = compress(file.data or b"") + finish()
-        return file.encode(coding, body)
-
-    def _sibling(self, file: _File, coding: str) -> bytes | None:
-        """The copy beside a file, if it may be served and holds the same contents."""
-        with suppress(Exception):  # whatever is wrong with it: we can compress, too
+        """Compress a file, or take the copy beside it (`style.css.br`), if it holds the same."""
+        with suppress(Exception):  # whatever is wrong with the copy: we can compress, too
             with self.open(file.name + _SIBLINGS[coding]) as opened:
                 body = opened.read(2 * _IN_MEMORY)
             if _decoded(coding, body, file.size + 1) == file.data:
-                return body
-        return None
+                return file.encode(coding, body)
+        compress, finish = _compressor(coding, _HARDEST)
+        return file.encode(coding, compress(file.data or b"") + finish())
 
 
 def _decoded(coding: str, body: bytes, most: int) -> bytes:
@@ -8939,17 +8914,13 @@ class Session:
         if not cookie:
             return "{}", 0
         payload, _, signature = cookie.rpartition(".")
-        signatures = [self._sign(key, payload) for key in self._keys]
-        if not any(
-            hmac.compare_digest(good, signature.encode("utf-8", "replace")) for good in signatures
-        ):
+        given = signature.encode("utf-8", "replace")
+        if not any(hmac.compare_digest(self._sign(key, payload), given) for key in self._keys):
             c("session.refused", {"reason": "the signature is not ours"})
             return "{}", 0
         text, _, written = payload.rpartition(".")
         age = time.time() - int(written)
-        if age > self._max_age:
-            return "{}", 0
-        return base64.urlsafe_b64decode(text).decode(), age
+        return (base64.urlsafe_b64decode(text).decode(), age) if age <= self._max_age else ("{}", 0)
 
     def _write(self, w: Writer, name: str, text: str) -> None:
         """Set the cookie; without a text, delete it."""
