@@ -6306,14 +6306,19 @@ class SignalsError(HttpException):
     """The signals of a request do not fit their schema (422), or are no JSON (400).
 
     `problems` has one `Problem` for each field that is wrong, of the first twenty; `more` says how
-    many are left out; `detail` is all of that as text, a line for each.
+    many are left out (at least: beyond 10,000 problems nobody reads on); `detail` is all of that as
+    text, a line for each.
     """
 
     def __init__(self, problems: Sequence[str], status_code: int = 422, more: int = 0) -> None:
         self.problems = [p if isinstance(p, Problem) else Problem(p) for p in problems]
         self.more = more
-        rest = [f"and {more} more"] if more else []
+        least = "at least " if more + len(self.problems) > _MOST_COUNTED else ""
+        rest = [f"and {least}{more} more"] if more else []
         super().__init__(status_code, "\n".join([*self.problems, *rest]))
+
+
+_MOST_COUNTED = 10_000  # problems: then the reading of signals stops
 
 
 _MOST_PROBLEMS = 20  # told in one answer
@@ -6362,6 +6367,10 @@ def _cut(text: str, length: int = _SHOWN) -> str:
     return text if len(text) <= length else text[: length - 3] + "..."
 
 
+class _Enough(Exception):
+    """So much is wrong that the rest does not matter."""
+
+
 class _Reading:
     """One reading of one set of signals: where it is, and what was wrong so far."""
 
@@ -6372,13 +6381,19 @@ class _Reading:
         self.cause: Exception | None = None
         self.unions = 0  # around the value that is being read
         self.tried: dict[tuple[int, int], _Outcome] = {}  # by union and value: see _union_reader
+        self.trial: _Reading = self if isinstance(self, _Trial) else _Trial()
 
     def expected(self, what: str, value: object, said: str = "") -> Any:
         """Note that the value here is not what was expected."""
-        self.count += 1
         if len(self.notes) < _MOST_PROBLEMS:
             self.notes.append((self.place, what, value, said))
+        self._add(1)
         return _WRONG
+
+    def _add(self, problems: int) -> None:
+        self.count += problems
+        if self.count > _MOST_COUNTED:
+            raise _Enough
 
     def rejected(self, exc: Exception) -> Any:
         """Note what a dataclass or a model has against its values."""
@@ -6407,10 +6422,14 @@ class _Reading:
 
     def attempt(self, read: Reader, value: object) -> _Outcome:
         """Read a value, and keep what is wrong with it apart."""
-        before = self.notes, self.count
+        before = self.notes, self.count, self.place
         self.notes, self.count = [], 0
-        outcome = read(value, self), self.notes, self.count
-        self.notes, self.count = before
+        try:
+            found = read(value, self)
+        except _Enough:
+            found = _WRONG
+        outcome = found, self.notes, self.count
+        self.notes, self.count, self.place = before
         return outcome
 
     def accept(self, outcome: _Outcome) -> Any:
@@ -6418,8 +6437,17 @@ class _Reading:
         found, notes, count = outcome
         if count:
             self.notes = (self.notes + notes)[:_MOST_PROBLEMS]
-            self.count += count
+            self._add(count)
         return found
+
+
+class _Trial(_Reading):
+    """One that only wants to know whether a value fits: nothing is noted."""
+
+    def expected(self, what: str, value: object, said: str = "") -> Any:
+        """Count it."""
+        self.count += 1
+        return _WRONG
 
 
 Reader = Callable[[Any, _Reading], Any]
@@ -6428,6 +6456,7 @@ _Outcome = tuple[Any, list[_Note], int]  # a value or `_WRONG`, the first proble
 
 # -- Plain values
 
+_PLAIN = (str, int, float, bool, types.NoneType)
 _TRUE = frozenset(("true", "on", "yes", "1"))
 _FALSE = frozenset(("false", "off", "no", "0", ""))
 _HUGE = 10**400  # to print a whole number costs the square of its digits
@@ -6489,21 +6518,24 @@ def _read_decimal(value: Any, reading: _Reading) -> Any:
     return reading.expected("a number", value)
 
 
-def _text_reader(name: str, make: Callable[[str], Any]) -> Reader:
-    """Types that are written as text in JSON."""
+def _text_reader(name: str, least: int, make: Callable[[str], Any]) -> Reader:
+    """Types that are written as text in JSON, of at least so many characters."""
+    words = f"a {name} as text"
 
     def _read(value: Any, reading: _Reading) -> Any:
-        if isinstance(value, str) and len(value) <= 100:
-            with suppress(ValueError):
+        if isinstance(value, str) and least <= len(value) <= 100:
+            try:
                 return make(value)
-        return reading.expected(f"a {name} as text", value)
+            except ValueError:
+                pass
+        return reading.expected(words, value)
 
     return _read
 
 
 def _read_bytes(value: Any, reading: _Reading) -> Any:
     """A file that a field is bound to: the client sends its contents in base64."""
-    if isinstance(value, str):
+    if isinstance(value, str) and len(value) % 4 == 0:
         with suppress(ValueError):
             return base64.b64decode(value, validate=True)
     return reading.expected("base64", value)
@@ -6525,10 +6557,10 @@ _READERS: dict[Any, Reader] = {
     int: _read_int,
     float: _read_float,
     Decimal: _read_decimal,
-    datetime: _text_reader("datetime", datetime.fromisoformat),
-    date: _text_reader("date", date.fromisoformat),
-    time_of_day: _text_reader("time", time_of_day.fromisoformat),
-    UUID: _text_reader("UUID", _make_uuid),
+    datetime: _text_reader("datetime", 7, datetime.fromisoformat),
+    date: _text_reader("date", 7, date.fromisoformat),
+    time_of_day: _text_reader("time", 2, time_of_day.fromisoformat),
+    UUID: _text_reader("UUID", 32, _make_uuid),
     bytes: _read_bytes,
 }
 
@@ -6536,13 +6568,12 @@ _READERS: dict[Any, Reader] = {
 def _choice_reader(choices: Iterable[Any]) -> Reader:
     """`Literal` and enums: the value itself (1 is not True), or else the text that spells it."""
     pairs = [(item.value if isinstance(item, enum.Enum) else item, item) for item in choices]
-    plain = (str, int, float, bool, types.NoneType)
-    same = {(type(value), value): item for value, item in pairs if type(value) in plain}
+    same = {(type(value), value): item for value, item in pairs if type(value) in _PLAIN}
     spelt = {str(value): item for value, item in pairs}
     words = _cut("one of " + ", ".join(_shown(value) for value, _ in pairs), 200)
 
     def _read(value: Any, reading: _Reading) -> Any:
-        found = same.get((type(value), value), _WRONG) if type(value) in plain else _WRONG
+        found = same.get((type(value), value), _WRONG) if type(value) in _PLAIN else _WRONG
         if found is _WRONG and isinstance(value, str):
             found = spelt.get(value, _WRONG)
         return reading.expected(words, value) if found is _WRONG else found
@@ -6568,13 +6599,13 @@ class _Field(str):
 def _list_reader(make: Any, kinds: Sequence[Any], is_fixed: bool = False) -> Reader:
     """A list of any length, or a tuple with a type for each item."""
     readers = [_reader(kind) for kind in kinds]
+    words = f"a list of {len(readers)}" if is_fixed else "a list"
 
     def _read(value: Any, reading: _Reading) -> Any:
         if isinstance(value, _Field):
             value = value.values
         if not isinstance(value, list) or (is_fixed and len(value) != len(readers)):
-            many = f" of {len(readers)}" if is_fixed else ""
-            return reading.expected(f"a list{many}", value)
+            return reading.expected(words, value)
         each = readers if is_fixed else repeat(readers[0])
         items = reading.read_each(zip(count(), value, each))
         if items is _WRONG or make is list:
@@ -6661,24 +6692,38 @@ def _union_reader(options: tuple[Any, ...]) -> Reader:
     """The first type that fits. A value that is of one of them already stays as it is: "1" is text
     for `int | str`.
 
-    Types that hold each other could be tried 2 to the power of their depth. So inside of a union
-    the outcome for a value that holds others is remembered, until the outermost one has decided.
+    Only types that may take a value are tried: an object is never tried as a date. Types that hold
+    each other could be tried 2 to the power of their depth. So inside of a union the outcome for a
+    value that holds others is remembered, until the outermost one has decided.
     """
     kinds = [kind for kind in map(_bare, options) if kind is not types.NoneType]
     readers = [_reader(kind) for kind in kinds]
     words = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds)
     is_optional = len(kinds) < len(options)
+    own = {kind: _READERS[kind] for kind in kinds if kind in (str, int, float, bool)}
+    taking = {
+        came: [read for kind, read in zip(kinds, readers, strict=True) if came in _taken_by(kind)]
+        for came in (*_PLAIN, list, dict)
+    }
 
     def _read(value: Any, reading: _Reading) -> Any:
+        if type(value) in own:
+            return own[type(value)](value, reading)
         if value is None and is_optional:
             return None
         if len(readers) == 1 and value != "":
             return readers[0](value, reading)
+        fitting = taking.get(type(value), readers)
+        if not isinstance(value, (list, dict)):
+            found = _choose_plain(value, fitting, reading.trial)
+            return reading.expected(words, value) if found is _WRONG else found
+        if len(fitting) == 1:
+            return fitting[0](value, reading)
         key = id(_read), id(value)
         if key in reading.tried:
             return reading.accept(reading.tried[key])
         reading.unions += 1
-        outcome = _choose(value, reading)
+        outcome = _choose(value, fitting, reading)
         reading.unions -= 1
         if not reading.unions:
             reading.tried.clear()
@@ -6686,25 +6731,43 @@ def _union_reader(options: tuple[Any, ...]) -> Reader:
             reading.tried[key] = outcome
         return reading.accept(outcome)
 
-    def _choose(value: Any, reading: _Reading) -> _Outcome:
-        first: _Outcome | None = None
+    def _choose_plain(value: Any, fitting: list[Reader], trial: _Reading) -> Any:
+        first = _WRONG
+        for read in fitting:
+            found = read(value, trial)
+            if found is value:
+                return found
+            first = found if first is _WRONG else first
+        # An input that was left empty.
+        is_empty = value == "" and is_optional and (first is _WRONG or first is False)
+        return None if is_empty else first
+
+    def _choose(value: Any, fitting: list[Reader], reading: _Reading) -> _Outcome:
         nearly = []  # fit, but for something in them: that says more than what does not fit at all
-        for read in readers:
+        for read in fitting:
             outcome = found, notes, _ = reading.attempt(read, value)
-            if found is _WRONG:
-                place, _, _, said = notes[0]
-                nearly += [outcome] if said or place is not reading.place else []
-            elif found is value or type(value) in (dict, list):
+            if found is not _WRONG:
                 return outcome
-            else:
-                first = first or outcome
-        if value == "" and is_optional and (first is None or first[0] is False):
-            return None, [], 0  # an input that was left empty
-        if first is None and len(nearly) != 1:
-            return _WRONG, [(reading.place, words, value, "")], 1
-        return first or nearly[0]
+            place, _, _, said = notes[0]
+            nearly += [outcome] if said or place is not reading.place else []
+        return nearly[0] if len(nearly) == 1 else (_WRONG, [(reading.place, words, value, "")], 1)
 
     return _read
+
+
+def _taken_by(kind: Any) -> tuple[Any, ...]:
+    """The types of what a type's reader may take (of a form: any)."""
+    origin = typing.get_origin(kind) or kind
+    if origin in _SHAPES:
+        return (list,)
+    if origin in (dict, Mapping) or _is_record(origin):
+        return (dict,)
+    is_choice = origin is typing.Literal or (
+        isinstance(origin, type) and issubclass(origin, enum.Enum)
+    )
+    if is_choice or (origin in _READERS and origin not in (Any, object)):
+        return _PLAIN
+    return (*_PLAIN, list, dict)
 
 
 def _is_deep(value: Any) -> bool:
@@ -6866,6 +6929,8 @@ def read_signals(schema: type[T], signals: object) -> T:
         signals = {name: _Field(find_all(name)) for name in cast("Iterable[str]", signals)}
     try:
         found = _kept_reader(schema)(signals, reading)
+    except _Enough:
+        found = _WRONG
     except RecursionError:
         reading = _Reading()
         reading.expected("", _MISSING, "the signals are nested too deeply")

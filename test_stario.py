@@ -6944,6 +6944,19 @@ class Typed(TypedDict):
     b: NotRequired[str]
 
 
+class Watched(list[Any]):
+    """A list that notes which of its items were looked at."""
+
+    def __init__(self, items: list[Any], seen: list[int]) -> None:
+        super().__init__(items)
+        self.seen = seen
+
+    def __iter__(self) -> Iterator[Any]:
+        for n, item in enumerate(super().__iter__()):
+            self.seen.append(n)
+            yield item
+
+
 class TestSignals(unittest.TestCase):
     """Part 15: from JSON to your dataclass."""
 
@@ -7054,6 +7067,41 @@ class TestSignals(unittest.TestCase):
                     read_signals(list[Left | Right], [signals])
                 self.assertLessEqual(len(readings), 9 * depth + 9)
         stario._schema_reader.cache_clear()
+
+    def test_reading_stops_where_more_is_wrong_than_anybody_reads(self) -> None:
+        for schema, item in [
+            (list[int], "x"), (list[int | float | Decimal | date], "x"), (list[int | date], []),
+            (list[Left | Right], {"next": 1}), (list[Left], {}), (list[list[int] | set[bool]], [[]]),
+            (list[Literal["a", 1] | Size | None], "x"), (list[tuple[int, str] | Inner], [1]),
+            (list[int] | list[float] | list[date], "x"),
+        ]:  # fmt: skip
+            with self.subTest(f"{schema} {item}"), self.assertRaises(SignalsError) as caught:
+                seen: list[int] = []
+                items = Watched([item] * 50_000, seen)
+                read_signals(schema, items)
+            with self.subTest(f"{schema} {item}"):
+                self.assertLessEqual(len(seen), 31_000)  # for three types
+                self.assertLessEqual(caught.exception.more, 10_000)
+        with self.assertRaises(SignalsError) as caught:
+            read_signals(dict[str, int], {f"{n}": "x" for n in range(10_000)})
+        self.assertTrue(caught.exception.detail.endswith("\nand 9980 more"))
+        with self.assertRaises(SignalsError) as caught:
+            read_signals(list[int], ["x"] * 10_002)
+        self.assertTrue(caught.exception.detail.endswith("\nand at least 9981 more"))
+
+    def test_only_types_that_may_take_a_value_are_tried(self) -> None:
+        tried: list[object] = []
+
+        def counted(value: Any, reading: Any) -> Any:
+            tried.append(value)
+            return reading.expected("something", value)
+
+        with mock.patch.dict(stario._READERS, dict.fromkeys((date, uuid.UUID, int), counted)):
+            for value, times in [([], 0), ({}, 0), ("x", 3), (True, 3), (1, 1), ({"n": 1}, 0)]:
+                tried.clear()
+                self.problems(list[date | uuid.UUID | int], [value])
+                self.assertEqual(len(tried), times, value)
+        self.assertEqual(read_signals(list[date | list[int] | Inner], [["1"]]), [[1]])
 
     def test_numbers_that_hash_alike_are_refused_where_hashes_count(self) -> None:
         prime = 2**61 - 1

@@ -65,6 +65,8 @@ SCHEMAS: list[Any] = [
     set[int], set[float], set[Any], frozenset[uuid.UUID], dict[int, int], dict[float, str],
     set[tuple[int, ...]], list[Literal["a", 1]], list[Color], list[datetime], list[bool],
     list[int] | list[str], dict[str, list[int]] | dict[str, list[str]], Any,
+    list[int | float | Decimal | date], list[One | dict[str, int] | list[int]],
+    dict[str, tuple[int, One | None] | Literal["a"]],
 ]  # fmt: skip
 SCALARS: list[Any] = [
     0, 1, -1, 1.5, True, None, "", "x", "1", "1_0", "nan", "1e5", ".5", "red", "2024-01-31",
