@@ -56,34 +56,34 @@ a live page; each part of act 4 is a room of its own, to be read when it is need
         312  3. HTML: elements are strings
         676  4. JSON
         757  5. The request: headers, query, cookies, body
-       1279  6. The answer: status, fields, body
-       1738  7. Context and routing
-       2277  8. The app
-     2616  ACT 2. On the network
-       2624  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3640  10. The server
-       4369  11. Trying it without a network: the test client
-     4857  ACT 3. Live
-       4901  12. Datastar: attributes and actions
-       5440  13. Streams: events, and staying with a client
-       5950  14. Relay: publish and subscribe
-     6267  ACT 4. For real
-       6273  15. Signals: from JSON to your dataclass
-       6879  16. Forms
-       7061  17. Behind a proxy
-       7142  18. Compression
-       7326  19. Static files
-       7846  20. Telemetry: spans, and the tracers that show them
-       8841  21. Sessions
-       8952  22. What lives as long as the server
-       9033  23. @baked
-       9286  24. ASGI: the same app under another server
-       9523  25. RedisRelay: the same between processes and machines
-       9774  26. Reload: a saved file restarts the app
-       9920  27. Development: what went wrong, shown where one looks
-    10051  ACT 5. The pocket client
-      10058  28. The pocket client (JavaScript)
-      11535  29. An app to begin with, and this file as a page
+       1317  6. The answer: status, fields, body
+       1776  7. Context and routing
+       2315  8. The app
+     2654  ACT 2. On the network
+       2662  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
+       3678  10. The server
+       4407  11. Trying it without a network: the test client
+     4895  ACT 3. Live
+       4939  12. Datastar: attributes and actions
+       5478  13. Streams: events, and staying with a client
+       5988  14. Relay: publish and subscribe
+     6305  ACT 4. For real
+       6311  15. Signals: from JSON to your dataclass
+       6982  16. Forms
+       7164  17. Behind a proxy
+       7245  18. Compression
+       7429  19. Static files
+       7949  20. Telemetry: spans, and the tracers that show them
+       8944  21. Sessions
+       9055  22. What lives as long as the server
+       9136  23. @baked
+       9389  24. ASGI: the same app under another server
+       9626  25. RedisRelay: the same between processes and machines
+       9877  26. Reload: a saved file restarts the app
+      10023  27. Development: what went wrong, shown where one looks
+    10154  ACT 5. The pocket client
+      10161  28. The pocket client (JavaScript)
+      11638  29. An app to begin with, and this file as a page
 
 READING PATH
 
@@ -91,20 +91,20 @@ Two hours, for who wants to know how it works and not all that it does. These li
 
       323-336    `SafeString`  an element is a string
       642-669    `Tags`  `h.P` makes one
-     1067-1233   `Request`  what a client asks for
-     1291-1339   `Carrier`  what brings the answer back
-     1461-1640   `_RawWriter`  the answer
-     1749-1849   `Context`  what a handler gets beside it
-     2169-2185   `Router._find`  from a path to a handler
-     2362-2395   `Stario.dispatch`  one request from end to end
-     2923-3059   `_Reader`  bytes to requests
-     3382-3636   `Connection`  one connection, many requests
-     4092-4107   `Server.start`  listening
-     4213-4224   `Server.stop`  ending without losing a request
-     5594-5699   `_EventWriter`  events
-     5785-5846   `_Scope`  how a disconnect reaches a handler
-     5873-5946   `Alive`  staying with a client
-     6115-6219   `Relay`  from one handler to another
+     1067-1271   `Request`  what a client asks for
+     1329-1377   `Carrier`  what brings the answer back
+     1499-1678   `_RawWriter`  the answer
+     1787-1887   `Context`  what a handler gets beside it
+     2207-2223   `Router._find`  from a path to a handler
+     2400-2433   `Stario.dispatch`  one request from end to end
+     2961-3097   `_Reader`  bytes to requests
+     3420-3674   `Connection`  one connection, many requests
+     4130-4145   `Server.start`  listening
+     4251-4262   `Server.stop`  ending without losing a request
+     5632-5737   `_EventWriter`  events
+     5823-5884   `_Scope`  how a disconnect reaches a handler
+     5911-5984   `Alive`  staying with a client
+     6153-6257   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. Whatever carries requests reaches the rest through one narrow interface, `Carrier`
@@ -1090,7 +1090,9 @@ class Request:
         self.max_body = 0
         self._body = body
         self._body_read: bytes | None = None
-        self._streamed = False
+        self._streamed = False  # by `stream()`, or sorted as a form: nobody has it as a whole
+        self._received = 0  # bytes that were taken from the body
+        self._unread = b""  # what a cancelled read had taken
         self._carrier = carrier
         self._query: QueryParams | None = None
 
@@ -1165,6 +1167,7 @@ class Request:
         return self.headers.get("datastar-request") == "true"
 
     _form: Form | None = None  # once it has been read
+    _form_reader: _MultipartReader | None = None  # of a cancelled read
 
     async def stream(self) -> AsyncIterator[bytes]:
         """The body in chunks as they come; while nobody takes them, the client has to wait.
@@ -1172,39 +1175,64 @@ class Request:
         Raises HttpException: 413 beyond `max_body` bytes, 408 if the client stalls, 400 if what it
         sends is malformed; ClientDisconnected if it goes; StarioError the second time.
         """
-        if self._body_read is not None:
-            yield self._body_read
-            return
-        if self._streamed:
-            raise StarioError("the body has been streamed already: it comes only once")
-        self._streamed = True
-        body, total = self._body, 0
-        if isinstance(body, bytes):
-            self._check_size(len(body))
-            if body:
-                yield body
-            return
+        self._begin()
         try:
-            self._check_size(int(self.headers.get("content-length") or 0))
-            while chunk := await body.read():
-                total += len(chunk)
-                self._check_size(total)
+            while chunk := await self._read():
                 yield chunk
         finally:
-            body.discard()
+            if isinstance(self._body, Body):
+                self._body.discard()
+
+    def _begin(self) -> None:
+        """Give the body piece by piece, which can be done once, or as often as it is at hand."""
+        if self._body_read is not None:
+            self._unread = self._body_read
+        elif self._streamed:
+            raise StarioError(
+                "the body comes only once: it was streamed, or another task reads it, or it failed"
+            )
+        else:
+            self._streamed = True
+
+    async def _read(self) -> bytes:
+        """The next bytes of the body; at its end, nothing."""
+        if self._unread:
+            chunk, self._unread = self._unread, b""
+            return chunk
+        if isinstance(self._body, bytes):
+            chunk, self._body = self._body, b""
+        else:
+            self._check_size(int(self.headers.get("content-length") or 0))
+            chunk = await self._body.read()
+        self._received += len(chunk)
+        self._check_size(self._received)
+        return chunk
 
     def _check_size(self, size: int) -> None:
         if size > self.max_body:
+            self._streamed = True
+            if isinstance(self._body, Body):
+                self._body.discard()
             raise HttpException(413, f"the body is larger than {self.max_body} bytes")
 
     async def body(self) -> bytes:
-        """The whole body; a second call gives it again. Raises what `stream()` raises."""
+        """The whole body; a second call gives it again. Raises what `stream()` raises.
+
+        This, `json`, `form` and `c.signals` go on where a call was cancelled, by a timeout say.
+        """
+        if isinstance(self._body, bytes) and not self._streamed and self._body_read is None:
+            self._check_size(len(self._body))
+            self._body_read, self._body = self._body, b""
         if self._body_read is None:
-            if isinstance(self._body, bytes) and not self._streamed:
-                self._check_size(len(self._body))
-                self._body_read = self._body
-            else:
-                self._body_read = b"".join([chunk async for chunk in self.stream()])
+            self._begin()
+            chunks = []
+            try:
+                while chunk := await self._read():
+                    chunks.append(chunk)
+            except asyncio.CancelledError:
+                self._unread, self._streamed = b"".join(chunks), False
+                raise
+            self._body_read = b"".join(chunks)
         return self._body_read
 
     async def json(self) -> Any:
@@ -1226,11 +1254,21 @@ class Request:
         if kind == "application/x-www-form-urlencoded":
             return Form(_parse_pairs((await self.body()).decode("utf-8", "replace")))
         if kind == "multipart/form-data":
-            reader = _MultipartReader(content_type)
-            async for chunk in self.stream():
-                reader.feed(chunk)
-            return reader.form()
+            return await self._read_multipart(content_type)
         raise HttpException(415, "expected a form (urlencoded or multipart)")
+
+    async def _read_multipart(self, content_type: str) -> Form:
+        reader, self._form_reader = self._form_reader, None
+        if reader is None:
+            reader = _MultipartReader(content_type)
+            self._begin()
+        try:
+            while chunk := await self._read():
+                reader.feed(chunk)
+        except asyncio.CancelledError:
+            self._form_reader = reader
+            raise
+        return reader.form()
 
 
 _HOST = re.compile(
