@@ -9893,14 +9893,17 @@ class TestAsgi(StreamTest):
         self.ready, self.ended = asyncio.Event(), asyncio.Event()
 
     async def test_work_after_an_early_answer_is_done(self) -> None:
+        answered = asyncio.Event()
+
         async def early(c: Context, w: Writer) -> None:
             w.empty()
-            await asyncio.sleep(0.01)
+            await answered.wait()
             self.log.append(f"worked {w.disconnected}")
 
         server = AsgiServer(self.app(early))
         await until(lambda: len(server.sent) == 2)
         self.assertEqual(self.log, [])
+        answered.set()
         server.gone.set()  # servers say so once the answer is through
         await within(server.task)
         self.assertEqual(self.log, ["worked False"])
