@@ -61,29 +61,29 @@ a live page; each part of act 4 is a room of its own, to be read when it is need
        2315  8. The app
      2654  ACT 2. On the network
        2662  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3678  10. The server
-       4407  11. Trying it without a network: the test client
-     4895  ACT 3. Live
-       4939  12. Datastar: attributes and actions
-       5478  13. Streams: events, and staying with a client
-       5988  14. Relay: publish and subscribe
-     6305  ACT 4. For real
-       6311  15. Signals: from JSON to your dataclass
-       6982  16. Forms
-       7164  17. Behind a proxy
-       7245  18. Compression
-       7429  19. Static files
-       7949  20. Telemetry: spans, and the tracers that show them
-       8944  21. Sessions
-       9055  22. What lives as long as the server
-       9136  23. @baked
-       9389  24. ASGI: the same app under another server
-       9626  25. RedisRelay: the same between processes and machines
-       9877  26. Reload: a saved file restarts the app
-      10023  27. Development: what went wrong, shown where one looks
-    10154  ACT 5. The pocket client
-      10161  28. The pocket client (JavaScript)
-      11638  29. An app to begin with, and this file as a page
+       3683  10. The server
+       4416  11. Trying it without a network: the test client
+     4904  ACT 3. Live
+       4948  12. Datastar: attributes and actions
+       5487  13. Streams: events, and staying with a client
+       5997  14. Relay: publish and subscribe
+     6314  ACT 4. For real
+       6320  15. Signals: from JSON to your dataclass
+       6991  16. Forms
+       7173  17. Behind a proxy
+       7254  18. Compression
+       7438  19. Static files
+       7958  20. Telemetry: spans, and the tracers that show them
+       8953  21. Sessions
+       9064  22. What lives as long as the server
+       9145  23. @baked
+       9398  24. ASGI: the same app under another server
+       9635  25. RedisRelay: the same between processes and machines
+       9886  26. Reload: a saved file restarts the app
+      10032  27. Development: what went wrong, shown where one looks
+    10163  ACT 5. The pocket client
+      10170  28. The pocket client (JavaScript)
+      11647  29. An app to begin with, and this file as a page
 
 READING PATH
 
@@ -98,13 +98,13 @@ Two hours, for who wants to know how it works and not all that it does. These li
      2207-2223   `Router._find`  from a path to a handler
      2400-2433   `Stario.dispatch`  one request from end to end
      2961-3097   `_Reader`  bytes to requests
-     3420-3674   `Connection`  one connection, many requests
-     4130-4145   `Server.start`  listening
-     4251-4262   `Server.stop`  ending without losing a request
-     5632-5737   `_EventWriter`  events
-     5823-5884   `_Scope`  how a disconnect reaches a handler
-     5911-5984   `Alive`  staying with a client
-     6153-6257   `Relay`  from one handler to another
+     3420-3679   `Connection`  one connection, many requests
+     4139-4154   `Server.start`  listening
+     4260-4271   `Server.stop`  ending without losing a request
+     5641-5746   `_EventWriter`  events
+     5832-5893   `_Scope`  how a disconnect reaches a handler
+     5920-5993   `Alive`  staying with a client
+     6162-6266   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. Whatever carries requests reaches the rest through one narrow interface, `Carrier`
@@ -3652,6 +3652,11 @@ class Connection(_Answers):
 
     # -- Time, and the end
 
+    def put_off(self, seconds: float) -> None:
+        """For so long the server stood still: that counts for no client."""
+        self._deadline += seconds
+        self._stalled_since += seconds if self._stalled_since else 0.0
+
     def check(self, now: float) -> None:
         """Called by the sweep about once a second: has the client taken too long?"""
         if now >= self._deadline:
@@ -3804,17 +3809,21 @@ class Worker:
 
     def _sweep(self) -> None:
         self._timer = self.loop.call_later(self._interval, self._sweep)
-        self.now = self.loop.time()
+        now = self.loop.time()
+        late = now - self.now - self._interval
+        self.now = now
         idle = _FAREWELL if self.stopping else self.limits.keep_alive_timeout
         self.idle_deadline = self.now + idle
         self.date_line = _last_line(time.time())
         for connection in list(self.connections):
+            if late > self._interval:  # a suspended machine, a handler that blocked the loop
+                connection.put_off(late)
             connection.check(self.now)
 
     async def stop(self, graceful_timeout: float) -> None:
         """End the streams, let requests finish, and cut off what takes too long."""
         self.stopping = True
-        start = self.loop.time()
+        start = self.now = self.loop.time()
         self.deadline = min(self.deadline, start + graceful_timeout)
         self._timer.cancel()
         self._interval = min(self._interval, 0.05)

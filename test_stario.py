@@ -3552,6 +3552,45 @@ class TestLimits(HttpTest):
                 for peer in (first, second, third):
                     await peer.close()
 
+    async def test_time_in_which_the_server_stands_still_counts_for_no_client(self) -> None:
+        """A suspended machine, a blocked loop: nobody could go on meanwhile."""
+
+        async def large(c: Context, w: Writer) -> None:
+            for _ in range(100):
+                w.write(bytes(65536))
+                await w.drain()
+
+        self.app.get("/large", large)
+        loop = asyncio.get_running_loop()
+        real, ahead = loop.time, 0.0
+        with mock.patch.object(loop, "time", lambda: real() + ahead):
+            async with self.app.running() as server:
+                idle, head, body, slow = [await Peer.connect(server.port) for _ in range(4)]
+                self.assertEqual((await within(idle.get("/"))).status, 200)
+                await head.send("GET / HTTP/1.1\r\n")
+                await body.send(f"POST / HTTP/1.1\r\n{HOST}Content-Length: 2\r\n\r\nx")
+                stop_reading(slow)
+                await slow.send(f"GET /large HTTP/1.1\r\n{HOST}\r\n")
+                (worker,) = server._workers
+                states = {stario._IDLE, stario._HEAD, stario._BODY, stario._ANSWER}
+                await until(lambda: {one._state for one in worker.connections} == states)
+                await until(lambda: any(one._stalled_since for one in worker.connections))
+
+                last, ahead = worker.now, 100.0
+                while worker.now < last + ahead:
+                    await asyncio.sleep(0)
+
+                read_again(slow)
+                self.assertEqual(len((await within(slow.answer())).body), 6_553_600)
+                await head.send(f"{HOST}\r\n")
+                await body.send("y")
+                for peer in (head, body):
+                    self.assertEqual((await within(peer.answer())).status, 200)
+                self.assertEqual((await within(idle.get("/"))).status, 200)
+                for peer in (idle, head, body, slow):
+                    await peer.close()
+        self.assertEqual(self.spans.refusals(), [])
+
     async def test_the_sweep_goes_on_whatever_happens_in_it(self) -> None:
         async with self.app.running(header_timeout=0.4) as server:
             with mock.patch.object(Connection, "check", side_effect=RuntimeError("a fault")):
@@ -6340,7 +6379,9 @@ class TestSlowReaders(StreamTest):
                 got = b""
                 while not got.endswith(b"0\r\n\r\n"):
                     await asyncio.sleep(0.02)  # slowly, and in all for longer than the time-out
-                    got += await within(loop.sock_recv(client, 100_000))
+                    piece = await within(loop.sock_recv(client, 100_000))
+                    self.assertTrue(piece, "it was cut off")
+                    got += piece
         self.assertEqual(got.count(b"event: large"), 20)
 
     async def test_a_handler_that_waits_gets_client_disconnected(self) -> None:
