@@ -66,24 +66,24 @@ a live page; each part of act 4 is a room of its own, to be read when it is need
      4904  ACT 3. Live
        4948  12. Datastar: attributes and actions
        5487  13. Streams: events, and staying with a client
-       5997  14. Relay: publish and subscribe
-     6314  ACT 4. For real
-       6320  15. Signals: from JSON to your dataclass
-       6991  16. Forms
-       7173  17. Behind a proxy
-       7254  18. Compression
-       7438  19. Static files
-       7958  20. Telemetry: spans, and the tracers that show them
-       8953  21. Sessions
-       9064  22. What lives as long as the server
-       9145  23. @baked
-       9398  24. ASGI: the same app under another server
-       9635  25. RedisRelay: the same between processes and machines
-       9886  26. Reload: a saved file restarts the app
-      10032  27. Development: what went wrong, shown where one looks
-    10163  ACT 5. The pocket client
-      10170  28. The pocket client (JavaScript)
-      11647  29. An app to begin with, and this file as a page
+       5999  14. Relay: publish and subscribe
+     6316  ACT 4. For real
+       6322  15. Signals: from JSON to your dataclass
+       6993  16. Forms
+       7175  17. Behind a proxy
+       7256  18. Compression
+       7440  19. Static files
+       7960  20. Telemetry: spans, and the tracers that show them
+       8955  21. Sessions
+       9066  22. What lives as long as the server
+       9147  23. @baked
+       9400  24. ASGI: the same app under another server
+       9637  25. RedisRelay: the same between processes and machines
+       9888  26. Reload: a saved file restarts the app
+      10034  27. Development: what went wrong, shown where one looks
+    10165  ACT 5. The pocket client
+      10172  28. The pocket client (JavaScript)
+      11649  29. An app to begin with, and this file as a page
 
 READING PATH
 
@@ -102,9 +102,9 @@ Two hours, for who wants to know how it works and not all that it does. These li
      4139-4154   `Server.start`  listening
      4260-4271   `Server.stop`  ending without losing a request
      5641-5746   `_EventWriter`  events
-     5832-5893   `_Scope`  how a disconnect reaches a handler
-     5920-5993   `Alive`  staying with a client
-     6162-6266   `Relay`  from one handler to another
+     5834-5895   `_Scope`  how a disconnect reaches a handler
+     5922-5995   `Alive`  staying with a client
+     6164-6268   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. Whatever carries requests reaches the rest through one narrow interface, `Carrier`
@@ -5800,8 +5800,10 @@ class Writer(_EventWriter):
     def _start_heartbeat(self, seconds: float | None) -> None:
         self._stop_heartbeat()
         if seconds:
+            # asyncio keeps a cancelled timer until it would have been due, and with it its context.
+            # In one of its own it does not hold the request of a stream that has ended.
             self._timer = asyncio.get_running_loop().call_later(
-                seconds, self._beat, seconds, self._writes
+                seconds, self._beat, seconds, self._writes, context=contextvars.Context()
             )
 
     def _stop_heartbeat(self) -> None:

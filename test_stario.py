@@ -52,6 +52,7 @@ import types
 import unittest
 import unittest.mock
 import uuid
+import weakref
 import zlib
 from collections import ChainMap, Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
@@ -4836,6 +4837,27 @@ class TestLongLife(AsyncTest):
             for number, peer in enumerate(peers):
                 peer.reset() if number % 2 else await peer.close()
         self.assertEqual((tracer.started, tracer.ended), (opened, opened))
+
+    async def test_a_stream_that_has_ended_is_let_go_at_once(self) -> None:
+        """And not with its next heartbeat: asyncio keeps a cancelled timer until it is due."""
+        requests, relay = [], Relay[str]()
+
+        async def stream(c: Context, w: Writer) -> None:
+            requests.append(weakref.ref(c.req))
+            w.patch(h.P({"id": "here"}))
+            async for _ in w.alive(relay.subscribe("*")):
+                pass
+
+        app = Stario(CountingTracer())
+        app.get("/", stream)
+        async with app.running() as server:
+            peers = [await open_stream(server.port) for _ in range(20)]
+            for peer in peers:
+                await peer.close()
+            await until(lambda: not any(worker.tasks for worker in server._workers))
+            await until(lambda: not connections_of(server))
+            gc.collect()
+            self.assertEqual([request() for request in requests], [None] * 20)
 
 
 # -- 11. The test client
