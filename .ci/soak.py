@@ -18,11 +18,14 @@ import asyncio
 import ctypes
 import gc
 import json
+import math
 import os
 import random
+import re
 import socket
 import struct
 import sys
+import tempfile
 import threading
 import time
 import tracemalloc
@@ -46,7 +49,52 @@ MALLOC_SLACK = 2_000_000  # bytes
 GROWTH_TARGET = 0.05  # of the memory before
 SERVED_TARGET = 1.0  # seconds for a normal client during an attack
 GRACEFUL_TIMEOUT = 5.0
+STANDSTILL = 5.0  # seconds in which a process that has but a moment to wait does nothing
+START_TIMEOUT = 120.0  # seconds for a server's process to begin: the machine may have much to do
 BROWSER_CODINGS = "Accept-Encoding: gzip, deflate, br, zstd\r\n"
+
+
+# -- Both sides
+
+
+class Standstills:
+    """When this process did not run: the machine was suspended, or had no time for it.
+
+    It sleeps half a second again and again. Where it wakes late by `STANDSTILL` it stood still.
+    """
+
+    PAUSE = 0.5
+
+    def __init__(self) -> None:
+        self.seen: list[tuple[float, float]] = []  # from, until
+        self.longest = 0.0  # seconds by which it woke late
+        self._last = math.inf  # when it was last seen to run
+
+    def look(self) -> None:
+        """Note how late it is: what has timed out may be told before `watch` is woken."""
+        now = time.monotonic()
+        late = now - self._last - self.PAUSE
+        self.longest = max(self.longest, late)
+        if late > STANDSTILL:
+            self.seen.append((self._last, now))
+        self._last = now
+
+    async def watch(self) -> None:
+        self._last = time.monotonic()
+        while True:
+            await asyncio.sleep(self.PAUSE)
+            self.look()
+
+    def any_since(self, started: float) -> bool:
+        self.look()
+        return any(end > started for _, end in self.seen)
+
+    def __str__(self) -> str:
+        seconds = sum(end - begin for begin, end in self.seen)
+        return f"{len(self.seen)} times, {seconds:.0f} s; woken {self.longest:.1f} s late at most"
+
+
+standstills = Standstills()
 
 
 # -- The server's side: Tiles, with counters and a few routes of its own
@@ -152,6 +200,7 @@ async def stats(c: Context, w: Writer) -> None:
 def figures() -> dict[str, Any]:
     return {
         "rss": rss(),
+        "in_use": in_use(),
         "traced": tracemalloc.get_traced_memory()[0],
         "objects": len(gc.get_objects()),
         "kinds": Counter(type(thing).__name__ for thing in gc.get_objects()),
@@ -167,6 +216,7 @@ def figures() -> dict[str, Any]:
         "opened": counts.opened,
         "cleaned": counts.cleaned,
         "dropped": relay.dropped,
+        "stood_still": str(standstills),
     }
 
 
@@ -176,6 +226,51 @@ def rss() -> int:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
         return pages * os.sysconf("SC_PAGE_SIZE")
     return 0
+
+
+class Mallinfo(ctypes.Structure):
+    """What glibc's mallinfo2 gives (from 2.33 on)."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in (
+            "arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks",
+            "fordblks", "keepcost",
+        )
+    ]  # fmt: skip
+
+
+def in_use() -> int:
+    """Bytes that are given out to the program (0 where this cannot be told).
+
+    RSS is this and what the allocators keep for a next time: Python's gives an arena of a megabyte
+    back when nothing in it is in use, C's gives back whole pages.
+    """
+    try:
+        ask = ctypes.CDLL(None).mallinfo2
+        ask.restype = Mallinfo
+        found = ask()
+        python = re.search(r"allocated blocks\s*=\s*([\d,]+)", allocator_report())
+    except (OSError, AttributeError, TypeError):  # another C library, another Python
+        return 0
+    if python is None:  # with tracemalloc, and where another allocator is built in
+        return 0
+    return int(found.uordblks + found.hblkhd) + int(python[1].replace(",", ""))
+
+
+def allocator_report() -> str:
+    """What CPython writes about its allocator, which it does to the descriptor of stderr only."""
+    sys.stderr.flush()
+    with tempfile.TemporaryFile() as file:
+        stderr = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
+            sys._debugmallocstats()  # type: ignore[attr-defined]
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+        file.seek(0)
+        return file.read().decode()
 
 
 def descriptors() -> int:
@@ -227,8 +322,10 @@ async def serve(workers: int, port: int) -> None:
         graceful_timeout=GRACEFUL_TIMEOUT,
     ) as running:
         server = running
+        watching = asyncio.create_task(standstills.watch())
         print(running.port, flush=True)
         await running.wait_for_signal()
+        watching.cancel()
         started = time.monotonic()
     print(json.dumps({**figures(), "stopped_in": time.monotonic() - started}), flush=True)
 
@@ -278,7 +375,8 @@ async def served(options: argparse.Namespace, port: int = 0) -> AsyncIterator[Ta
     )  # fmt: skip
     try:
         assert process.stdout is not None
-        target = Target(int(await asyncio.wait_for(process.stdout.readline(), 20)), process)
+        port_line = await asyncio.wait_for(process.stdout.readline(), START_TIMEOUT)
+        target = Target(int(port_line), process)
         yield target
         if not target.last:
             await target.stop()
@@ -316,6 +414,14 @@ def request(
     return f"{method} {path} HTTP/1.1\r\nHost: soak\r\n{fields}\r\n".encode() + body
 
 
+async def read_answer(reader: asyncio.StreamReader) -> bytes:
+    """The head of an answer that has a length, of a connection that goes on."""
+    head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 30)
+    length = head.lower().partition(b"content-length: ")[2].partition(b"\r")[0]
+    await asyncio.wait_for(reader.readexactly(int(length)), 30)
+    return head
+
+
 def reset(writer: asyncio.StreamWriter) -> None:
     """Vanish with a TCP reset."""
     client = writer.get_extra_info("socket")
@@ -327,6 +433,29 @@ def reset(writer: asyncio.StreamWriter) -> None:
 def subscription(user_id: str) -> bytes:
     signals = f"%7B%22user_id%22%3A%22{user_id}%22%7D"
     return request(f"/subscribe?datastar={signals}")
+
+
+class CutShort:
+    """Clients that did not get what they asked for, and why.
+
+    Those that lived while the clients' process stood still are counted apart: their own patience
+    has run out, or the server's with them. Where only the server stood still, it is to blame.
+    """
+
+    def __init__(self) -> None:
+        self.by_server: Counter[str] = Counter()
+        self.by_standstill: Counter[str] = Counter()
+
+    def note(self, exc: Exception, started: float) -> None:
+        kind = self.by_standstill if standstills.any_since(started) else self.by_server
+        kind[f"{type(exc).__name__} {exc}".strip()] += 1
+
+    def __str__(self) -> str:
+        reasons = (self.by_server + self.by_standstill).most_common(3)
+        named = ", ".join(f"{count} {reason}" for reason, count in reasons)
+        apart = self.by_standstill.total()
+        text = f"{self.by_server.total()}, and {apart} while this process stood still"
+        return f"{text} ({named})" if named else text
 
 
 class Crowd:
@@ -342,18 +471,18 @@ class Crowd:
         self.events = 0
         self.clicks = 0
         self.uploads = 0
-        self.refused = 0
+        self.cut_short = CutShort()
 
     async def run(self, size: int) -> None:
         await asyncio.gather(*(self._browser(number) for number in range(size)))
 
     async def _browser(self, number: int) -> None:
         chance = random.Random(number)
-        while time.monotonic() < self.until:
+        while (started := time.monotonic()) < self.until:
             try:
                 await self._life(f"u{number}", chance)
-            except (TimeoutError, ConnectionError, asyncio.IncompleteReadError):
-                self.refused += 1
+            except (TimeoutError, ConnectionError, asyncio.IncompleteReadError) as exc:
+                self.cut_short.note(exc, started)
             await asyncio.sleep(chance.random() * 0.2)
 
     async def _life(self, user_id: str, chance: random.Random) -> None:
@@ -458,15 +587,24 @@ class Report:
             self.missed.append(promise)
             print(f"  MISSED: {promise}", flush=True)
 
+    def say_cut_short(self, crowd: Crowd, after: dict[str, Any]) -> None:
+        """Only what the server ended, or did not do in time, is a fault."""
+        self.say(
+            lives_cut_short=crowd.cut_short,
+            clients_stood_still=standstills,
+            server_stood_still=after["stood_still"],
+            load_of_the_machine=load(),
+        )
+        self.check("no life is cut short by the server", not crowd.cut_short.by_server)
+
     def check_nothing_left(self, before: dict[str, Any], after: dict[str, Any]) -> None:
         """What both stages with vanishing clients promise."""
         self.say(
             cleanups_run_of_streams_opened=f"{after['cleaned']} of {after['opened']}",
             dropped_by_rule=after["dropped"],
-            memory_before=megabytes(before["rss"]),
-            memory_after=megabytes(after["rss"]),
-            traced_before=f"{before['traced']:,} bytes" if before["traced"] else "(--tracemalloc)",
-            traced_after=f"{after['traced']:,} bytes" if after["traced"] else "(--tracemalloc)",
+            memory_in_the_process=change(before["rss"], after["rss"]),
+            of_it_in_use=change(before["in_use"], after["in_use"]),
+            of_it_traced=change(before["traced"], after["traced"]),
             objects_before=before["objects"],
             objects_after=after["objects"],
         )
@@ -476,7 +614,7 @@ class Report:
         for what in ("subscriptions", "patterns", "players"):
             self.check(f"no {what} left: {after[what]}", after[what] == 0)
         self.check(f"no handler failed: {after['failed'][:3]}", not after["failed"])
-        for what in ("rss", "traced"):
+        for what in ("rss", "in_use", "traced"):
             # What malloc keeps for a next time depends on which requests met: that is not ours.
             slack = MALLOC_SLACK if what == "rss" else 0
             most = before[what] * (1 + GROWTH_TARGET) + slack
@@ -490,8 +628,32 @@ class Report:
         self.check(f"objects: {grown} more, of {bound} that may be", grown < bound)
 
 
-def megabytes(size: float) -> str:
-    return f"{size / 2**20:.1f} MB"
+def load() -> str:
+    """What the machine had to do in the last five minutes: above 1, everything waits."""
+    if not hasattr(os, "getloadavg"):  # Windows
+        return "(not told)"
+    return f"{os.getloadavg()[1] / (os.cpu_count() or 1):.1f} runnable processes for each CPU"
+
+
+def change(before: int, after: int) -> str:
+    """Two sizes in bytes, and by how much the second is more."""
+    if not before:
+        return "(not told)"
+    return f"{before / 2**20:.2f} MB, then {after / 2**20:.2f} MB ({after / before - 1:+.1%})"
+
+
+async def warm_up(target: Target, clients: int, seconds: float, *, uploading: bool = False) -> None:
+    """Let the server keep what it will keep: caches are full, and more was in use than will be.
+
+    An allocator gives back only what is free as a whole, so its share of the memory follows the
+    most that was ever in use at once. Half as many clients again make that certain.
+    """
+    reader, writer = await connect(target.port)
+    for size in range(1, 300):  # fields that frame a body are recognised: 256 of them are kept
+        writer.write(request("/upload", "POST", b"x" * size))
+        await read_answer(reader)
+    writer.close()
+    await Crowd(target.port, seconds, uploading).run(clients * 3 // 2)
 
 
 def is_quiet(found: dict[str, Any]) -> bool:
@@ -501,7 +663,7 @@ def is_quiet(found: dict[str, Any]) -> bool:
 async def tiles(report: Report, options: argparse.Namespace) -> None:
     """Browsers that join, paint, vanish in every way there is, and come back."""
     async with served(options) as target:
-        await Crowd(target.port, 8 if options.quick else 30).run(options.clients)  # to warm up
+        await warm_up(target, options.clients, 8 if options.quick else 30)
         before = await target.settled(is_quiet)
         crowd = Crowd(target.port, options.seconds)
         await crowd.run(options.clients)
@@ -511,10 +673,9 @@ async def tiles(report: Report, options: argparse.Namespace) -> None:
         streams=crowd.streams,
         clicks=crowd.clicks,
         events_delivered=crowd.events,
-        lives_cut_short=crowd.refused,
     )
+    report.say_cut_short(crowd, after)
     report.check("events are delivered", crowd.events > crowd.streams)
-    report.check("no stream is cut short by the server", crowd.refused == 0)
     report.check_nothing_left(before, after)
 
 
@@ -621,8 +782,8 @@ async def restart(report: Report, options: argparse.Namespace) -> None:
 async def hour(report: Report, options: argparse.Namespace) -> None:
     """All that users do, on a server that stays; beside it, servers that follow one another."""
     async with served(options) as target:
-        warm_up = Crowd(target.port, min(120.0, options.seconds / 2), uploading=True)
-        await warm_up.run(options.clients)
+        seconds = min(120.0, options.seconds / 2)
+        await warm_up(target, options.clients, seconds, uploading=True)
         before = await target.settled(is_quiet)
         crowd = Crowd(target.port, options.seconds, uploading=True)
         await asyncio.gather(
@@ -634,12 +795,10 @@ async def hour(report: Report, options: argparse.Namespace) -> None:
         clicks=crowd.clicks,
         uploads=crowd.uploads,
         events_delivered=crowd.events,
-        lives_cut_short=crowd.refused,
-        memory_growth=f"{after['rss'] / before['rss'] - 1:+.1%}",
         descriptors=f"{before['descriptors']}, then {after['descriptors']}",
         all_tasks=f"{before['all_tasks']}, then {after['all_tasks']}",
     )
-    report.check("no stream is cut short by the server", crowd.refused == 0)
+    report.say_cut_short(crowd, after)
     for what in ("descriptors", "all_tasks"):
         report.check(f"as many {what} as at the start", after[what] <= before[what])
     report.check("memory is within 5% of its start", after["rss"] <= before["rss"] * 1.05)
@@ -667,7 +826,7 @@ async def successions(report: Report, options: argparse.Namespace, every: float)
         counted.over = True
         await asyncio.gather(*clients)
     report.say(restarts=restarts, requests_meanwhile=counted.answered, failed=counted.failed)
-    report.check("no request fails in a restart", counted.failed == 0)
+    report.check("no request fails in a restart", not counted.failed.by_server)
 
 
 class KeptClients:
@@ -677,27 +836,27 @@ class KeptClients:
         self.port = port
         self.over = False
         self.answered = 0
-        self.failed = 0
+        self.failed = CutShort()
 
     async def run(self) -> None:
         while not self.over:
-            reader, writer = await connect(self.port)
+            started = time.monotonic()
             try:
-                await self._ask(reader, writer)
-            except (TimeoutError, ConnectionError, asyncio.IncompleteReadError):
-                self.failed += 1
-            writer.close()
+                reader, writer = await connect(self.port)
+                while await self._ask(reader, writer):
+                    started = time.monotonic()
+                writer.close()
+            except (TimeoutError, ConnectionError, asyncio.IncompleteReadError) as exc:
+                self.failed.note(exc, started)
+                await asyncio.sleep(0.05)
 
-    async def _ask(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        while not self.over:
-            writer.write(request("/static/style.css"))
-            head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 30)
-            length = head.lower().partition(b"content-length: ")[2].partition(b"\r")[0]
-            await asyncio.wait_for(reader.readexactly(int(length)), 30)
-            self.answered += 1
-            if b"connection: close" in head:
-                return
-            await asyncio.sleep(0.05)
+    async def _ask(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
+        """One request; whether the connection goes on."""
+        writer.write(request("/static/style.css"))
+        head = await read_answer(reader)
+        self.answered += 1
+        await asyncio.sleep(0.05)
+        return not self.over and b"connection: close" not in head
 
 
 async def publishing(report: Report, options: argparse.Namespace) -> None:
@@ -794,12 +953,14 @@ def read_options() -> argparse.Namespace:
 
 async def soak(options: argparse.Namespace) -> int:
     report = Report()
+    watching = asyncio.create_task(standstills.watch())
     for name in options.stages or STAGES:
         started = time.monotonic()
         stage = (STAGES | HOUR)[name]
         print(f"{name}: {stage.__doc__}", flush=True)
         await stage(report, options)
         report.say(seconds=f"{time.monotonic() - started:.1f}")
+    watching.cancel()
     print(f"{len(report.missed)} targets missed", *report.missed, sep="\n  ")
     return 1 if report.missed else 0
 
