@@ -83,7 +83,7 @@ a live page; each part of act 4 is a room of its own, to be read when it is need
       10034  27. Development: what went wrong, shown where one looks
     10165  ACT 5. The pocket client
       10172  28. The pocket client (JavaScript)
-      11649  29. An app to begin with, and this file as a page
+      11546  29. An app to begin with, and this file as a page
 
 READING PATH
 
@@ -10174,129 +10174,133 @@ class _Watchdog:
 
 
 POCKET_CLIENT = r"""
-// The pocket client: Datastar's protocol for the everyday part, in one small module.
-//
-// A page says what it shows and does in data-* attributes. Their values are JavaScript in which
-// $name is a signal and @name() an action (mostly a request). The server answers with events that
-// patch elements or signals. Three ideas carry all of it:
-//
-//   Signals are plain data behind proxies. Who reads a key is noted beside it.
-//   Effects are functions that run again when what they read has changed, in the page's order.
-//   A morph turns old elements into new ones in place, so that focus and typed text stay.
-//
-// This file reads in that order: signals, expressions, attributes, requests, elements. One rule
-// holds everywhere: what fails is told in the console under its attribute's name, once, and
-// everything else goes on. It needs the right to compile expressions (CSP: 'unsafe-eval').
+// The pocket client: Datastar's protocol for the everyday part, in one module, to be read in this
+// order: signals, expressions, attributes, requests, elements. One rule holds everywhere: what
+// fails is told in the console under its attribute's name, once, and everything else goes on. It
+// needs the right to compile expressions (CSP: 'unsafe-eval').
 //
 // Left out: Datastar Pro, plugins, shadow roots, bindings that hear a form's reset, attributes for
 // the script of a text/javascript answer.
 
 const report = (what, error, el = '') => console.error(`pocket client: ${what}: ${error}`, el);
 const unknown = (what, el) => console.warn(`pocket client: ${what} is not known here`, el);
-const tell = (name, detail) => document.dispatchEvent(new CustomEvent(name, { detail }));
 
 // A form's fields, and a page's images, hide properties of the same name: with a field that is
-// called "id", `form.id` is that field (HTML standard, 4.10.3). So nodes are asked through the
-// prototypes: `parentOf(node)` is node.parentNode, whatever the page is made of.
-const through = (kind, names) => names.split(' ').map((name) => {
-  const { get, value } = Object.getOwnPropertyDescriptor(kind.prototype, name) ?? {};
-  return get || value ? Function.prototype.call.bind(get ?? value) : undefined;
-});
+// called "id", `form.id` is that field (HTML standard, 4.10.3). So nodes are asked through their
+// prototypes: `parentNode(el)` is el.parentNode, whatever the page is made of.
+function through(...kinds) {
+  const all = kinds.map((kind) => Object.getOwnPropertyDescriptors(kind.prototype));
+  const jobs = Object.entries(Object.assign({}, ...all))
+    .map(([name, { get, value }]) => [name, get ?? value])
+    .filter(([, job]) => typeof job === 'function');
+  return Object.fromEntries(jobs.map(([name, job]) => [name, Function.prototype.call.bind(job)]));
+}
 
-const [getAttr, setAttr, hasAttr, dropAttr, attrNames, attrNode, setAttrNode, closest, within,
-  localName, classesOf, moveBefore, firstWithin] = through(Element, 'getAttribute setAttribute '
-  + 'hasAttribute removeAttribute getAttributeNames getAttributeNode setAttributeNode closest '
-  + 'querySelectorAll localName classList moveBefore querySelector');
-const [nodeType, nodeName, parentOf, childrenOf, firstOf, nextOf, isInPage, insert,
-  takeOut, contains, isEqual, compare, textOf, copyOf] = through(Node, 'nodeType nodeName '
-  + 'parentNode childNodes firstChild nextSibling isConnected insertBefore '
-  + 'removeChild contains isEqualNode compareDocumentPosition textContent cloneNode');
-const [hear, unhear] = through(EventTarget, 'addEventListener removeEventListener');
-const [byId, query, queryAll, activeOf, bodyOf, headOf] = through(Document, 'getElementById '
-  + 'querySelector querySelectorAll activeElement body head');
-const [styleOfHtml] = through(HTMLElement, 'style');
+const {
+  nodeName, parentNode, childNodes, firstChild, nextSibling, isConnected, insertBefore, removeChild,
+  contains, isEqualNode, compareDocumentPosition, textContent, cloneNode,
+  localName, classList, closest, querySelectorAll, moveBefore, replaceChildren, getAttribute,
+  setAttribute, hasAttribute, removeAttribute, getAttributeNames, getAttributeNode,
+  setAttributeNode, addEventListener, removeEventListener, dispatchEvent,
+} = through(Node, Element, EventTarget);
+const doc = through(Document);
+const { style: styleOfHtml } = through(HTMLElement);
 const styleOf = (el) => el instanceof HTMLElement ? styleOfHtml(el) : el.style;
-const setText = Function.prototype.call.bind(
-  Object.getOwnPropertyDescriptor(Node.prototype, 'textContent').set);
 const page = document.documentElement;
-const family = (node) => nodeType(node) === 1 ? [node, ...within(node, '*')] : [];
+const isElement = (node) => node instanceof Element;
+const family = (node) => isElement(node) ? [node, ...querySelectorAll(node, '*')] : [];
+const tell = (name, detail) => dispatchEvent(document, new CustomEvent(name, { detail }));
 
 // ---- Effects: functions that run again when what they read has changed ----
-// Whoever reads (a reader: an effect, or a computed signal) and whatever is read (a Set of its
-// readers) know each other. A write marks: an effect is `due`, and `sure` if a signal that it read
-// has changed. If only a computed signal has become stale, that is worked out first, and the
-// effect runs if its value differs. Due effects run when the outermost batch ends, in the order
-// of their elements and attributes in the page, whichever signal was written first.
+// What can be read is a cell. It knows who has read it, and a reader knows what it has read. A
+// clock counts the changes: who ran before one of its cells changed is outdated. A write makes
+// effects `due` and computed signals `stale`. Due effects run when the outermost batch ends, in
+// the order of their elements and attributes, whichever signal was written first.
 
-let active = null;         // the reader that is running
-let depth = 0;             // how many batches are open
-let due = new Set();       // effects to look at when the last of them ends
+let active = null;           // the reader that is running
+let clock = 0;
+let depth = 0;               // how many batches are open
+const due = new Set();       // effects to look at when the last of them ends
 
-const reader = (job, by) => ({ job, by, sources: new Set(), sure: true });
+class Cell {
+  value = undefined;
+  changedAt = 0;
+  readers = new Set();
+}
 
-function observe(self) {
-  const [outer, before] = [active, self.sources];
-  active = self;
-  self.sources = new Set();
-  self.sure = false;
+// A computed signal is read, and reads. It is worked out when somebody asks.
+const newReader = (job, about) => ({ job, about, cells: new Set(), ranAt: 0 });
+const newComputed = (job) => Object.assign(new Cell(), newReader(job), { stale: true });
+
+const isComputed = (cell) => cell?.value instanceof Cell;
+
+function read(cell) {
+  if (active) {
+    active.cells.add(cell);
+    cell.readers.add(active);
+  }
+  if (cell.stale) refresh(cell);
+  return isComputed(cell) ? read(cell.value) : cell.value;
+}
+
+function wake(cell) {
+  cell.changedAt = ++clock;
+  mark(cell);
+}
+
+function mark(cell) {
+  for (const reader of cell.readers) {
+    if (reader.about) due.add(reader);
+    else if (!reader.stale) {
+      reader.stale = true;
+      mark(reader);
+    }
+  }
+}
+
+function outdated(reader) {
+  if (!reader.ranAt) return true;
+  for (const cell of reader.cells) {
+    refresh(cell);
+    if (cell.changedAt > reader.ranAt) return true;
+  }
+  return false;
+}
+
+function refresh(cell) {
+  if (!cell.stale) return;
+  cell.stale = false;
+  if (!outdated(cell)) return;
+  const value = run(cell);
+  if (Object.is(value, cell.value)) return;
+  cell.value = value;
+  cell.changedAt = ++clock;
+}
+
+// What a reader changes itself does not wake it: that is why it has run after all of that.
+function run(reader) {
+  const [outer, before] = [active, reader.cells];
+  active = reader;
+  reader.cells = new Set();
   try {
-    return self.job();
+    return reader.job();
   } finally {
     active = outer;
-    for (const source of before) if (!self.sources.has(source)) forget(self, source);
+    for (const cell of before) if (!reader.cells.has(cell)) cell.readers.delete(reader);
+    for (const cell of reader.cells) refresh(cell);
+    reader.ranAt = ++clock;
   }
 }
 
-function forget(self, source) {
-  source.delete(self);
-  if (!source.size) source.home?.delete(source.key);       // nobody reads that key any more
-}
-
-function wake(readers) {
-  for (const self of readers ?? []) {
-    if (self === active) continue;                         // an effect does not wake itself
-    self.sure = true;
-    mark(self);
-  }
-}
-
-function mark(self) {
-  if (!self.readers) due.add(self);
-  else if (!self.stale) {
-    self.stale = true;
-    for (const each of self.readers) if (each !== active) mark(each);
-  }
-}
-
-// Has anything that it read really changed? Computed signals tell when they are asked.
-function outdated(self) {
-  for (const { computed } of self.sources) if (!self.sure && computed) refresh(computed);
-  return self.sure;
-}
-
-// A computed signal is worked out when somebody asks, so it is never behind.
-function refresh(self) {
-  if (!self.stale) return;
-  self.stale = false;
-  if (!outdated(self)) return;
-  const value = observe(self);
-  if (Object.is(value, self.value)) return;
-  self.value = value;
-  for (const each of self.readers) each.sure = true;
-}
-
-class Computed {
-  constructor(job) {
-    Object.assign(this, reader(job), { stale: true, readers: new Set() });
-    this.readers.computed = this;
-  }
-}
-
+// All that a job writes is one change. What it reads is nobody's.
 function batch(job) {
+  const outer = active;
+  active = null;
   depth++;
   try {
     return job();
   } finally {
+    active = outer;
     if (depth === 1) runDue();
     if (--depth === 0) announce();
   }
@@ -10304,192 +10308,177 @@ function batch(job) {
 
 function runDue() {
   for (let round = 1; due.size; round++) {
-    const now = [...due].sort((a, b) => a.by.order - b.by.order);
+    const now = [...due].sort((a, b) => a.about.order - b.about.order);
     if (round > 100) {
-      due = new Set();
-      report('effects', 'they wake each other without end: stopped', now[0].by.el);
+      due.clear();
+      report('effects', 'they wake each other without end: stopped', now[0].about.el);
     }
-    for (const self of now) if (due.delete(self) && outdated(self)) observe(self);
+    for (const effect of now) if (due.delete(effect) && outdated(effect)) run(effect);
   }
 }
 
-// What a job reads here is not noted.
-function apart(job) {
-  const outer = active;
-  active = null;
-  try {
-    return job();
-  } finally {
-    active = outer;
-  }
-}
+// ---- Signals: a tree of cells, and a proxy for each branch ----
+// A branch maps keys to cells. It has no prototype, so that a signal called "constructor" is one
+// like any other. What comes from outside is copied. A list, with what is in it, is the value of
+// one cell: it is read and told as a whole, and its entries may be null; elsewhere null means that
+// the signal is gone (JSON Merge Patch, RFC 7386).
 
-const aside = (job) => apart(() => batch(job));
-
-// ---- Signals: plain data, and a proxy for each object and list in it ----
-// The data belongs to the client: what comes is copied. Objects have no prototype, so that a
-// signal called "constructor" is a signal like any other. A list, with what is in it (`list` is the
-// nearest one), is read and told as a whole, and its entries may be null; elsewhere null means
-// that the signal is gone (JSON Merge Patch, RFC 7386).
-
-const nodes = new WeakMap();     // object or list -> { keys, list, readers, proxy }
-const targets = new WeakMap();   // proxy -> object or list
-const EACH = Symbol('which keys there are; in a list, all of it');
-const ALL = new Set();           // readers of everything, as data-json-signals is
+const branches = new WeakMap();  // branch -> { keys: its path, names: a cell, proxy }
+const everything = new Cell();   // read by data-json-signals, changed by every write
 let changes = [];                // [keys, value] of this batch, for datastar-signal-patch
 
 const has = Object.hasOwn;
-const bare = () => Object.create(null);
-const raw = (value) => targets.get(value) ?? value;
 const isPlain = (value) => Object(value) === value
   && [Object.prototype, null].includes(Object.getPrototypeOf(value));
-const isBranch = (value) => nodes.has(value) && !Array.isArray(value);
-const refused = (key) => key === '__proto__';    // JSON.stringify and {...} would misread it
+const isBranch = (value) => branches.has(value);
+const isRefused = (key) => key === '__proto__';    // JSON.stringify and {...} would misread it
 
-function adopt(value, keys, list) {
-  const isList = Array.isArray(value);
-  if (!isList && !isPlain(value)) return value;
-  const own = isList ? [] : bare();
-  const node = { keys, list: list ?? (isList ? { keys, own } : null), readers: new Map() };
-  node.proxy = new Proxy(own, handler);
-  nodes.set(own, node);
-  targets.set(node.proxy, own);
-  for (const key of Object.keys(value)) {
-    const inner = raw(value[key]);
-    if (refused(key) || (!node.list && (inner ?? null) === null)) continue;
-    own[key] = adopt(inner, [...keys, key], node.list);
-  }
-  return own;
+// A copy without proxies. What is neither an object nor a list (an element, say) stays itself.
+function plain(value) {
+  if (Array.isArray(value)) return Array.from(value, plain);
+  if (!isPlain(value)) return value;
+  const copy = Object.create(null);
+  for (const key of Object.keys(value)) if (!isRefused(key)) copy[key] = plain(value[key]);
+  return copy;
 }
 
-function track(target, key) {
-  if (!active) return;
-  const { list, readers: home } = nodes.get(target);
-  if (list) key = EACH;
-  let readers = home.get(key);
-  if (!readers) home.set(key, readers = Object.assign(new Set(), { home, key }));
-  readers.add(active);
-  active.sources.add(readers);
+function newBranch(keys) {
+  const branch = Object.create(null);
+  branches.set(branch, { keys, names: new Cell(), proxy: new Proxy(branch, handler) });
+  return branch;
 }
 
 // `then`, `toJSON` and the like are asked for by JavaScript itself.
 const BY_LANGUAGE = /^(?:then|toJSON|toString|valueOf)$/;
 
 const handler = {
-  get(target, key) {
-    if (typeof key === 'symbol') return target[key];
-    if (!has(target, key)) {
-      if (BY_LANGUAGE.test(key) && !Array.isArray(target)) return Object.prototype[key];
-      // A signal that nobody declared is empty text.
-      if (!nodes.get(target).list && !refused(key)) batch(() => write(target, key, ''));
+  get(branch, key) {
+    if (typeof key === 'symbol') return undefined;
+    if (!(key in branch)) {
+      if (BY_LANGUAGE.test(key)) return Object.prototype[key];
+      batch(() => write(branch, key, ''));         // a signal that nobody declared is empty text
     }
-    track(target, key);
-    const value = target[key];
-    if (!(value instanceof Computed)) return nodes.get(value)?.proxy ?? value;
-    refresh(value);
-    if (active) active.sources.add(value.readers.add(active));
-    return value.value;
+    const cell = branch[key] ?? new Cell();
+    const value = read(cell);
+    if (isComputed(cell)) return value;
+    return branches.get(value)?.proxy ?? inside(value, branch, key);
   },
-  set: (target, key, value) => (batch(() => write(target, key, value)), true),
-  deleteProperty: (target, key) => (batch(() => erase(target, key)), true),
-  has: (target, key) => (track(target, key), has(target, key)),
-  ownKeys: (target) => (track(target, EACH), Reflect.ownKeys(target)),
+  set(branch, key, value) {
+    const copy = plain(value);                     // whoever copies reads
+    batch(() => write(branch, key, copy));
+    return true;
+  },
+  deleteProperty: (branch, key) => (batch(() => erase(branch, key)), true),
+  has: (branch, key) => (read(branch[key] ?? branches.get(branch).names), key in branch),
+  ownKeys: (branch) => (read(branches.get(branch).names), Reflect.ownKeys(branch)),
 };
 
-const data = adopt({}, [], null);
-const root = nodes.get(data).proxy;
+// What is in a list has proxies, too: a write in there is a change of the list's own signal.
+const lists = new WeakMap();     // list, or an object in one -> its proxy
 
-// A key has another value, or (`which`) has come or gone.
-function changed({ readers, keys, list }, key, value, which) {
-  if (list) changes.push([list.keys, list.own]);
-  else if (isBranch(value)) changes.push(...leaves(value, [...keys, key]));
-  else changes.push([[...keys, key], value instanceof Computed ? '' : value]);
-  wake(readers.get(key));
-  if (list || which) wake(readers.get(EACH));
-  wake(ALL);
+function inside(value, branch, key) {
+  if (!Array.isArray(value) && !isPlain(value)) return value;
+  if (!lists.has(value)) {
+    lists.set(value, new Proxy(value, {
+      get: (list, at) => inside(list[at], branch, key),
+      set(list, at, each) {
+        if (has(list, at) && Object.is(list[at], each)) return true;
+        list[at] = plain(each);
+        batch(() => changed(branch, key));
+        return true;
+      },
+      deleteProperty: (list, at) => delete list[at] && (batch(() => changed(branch, key)), true),
+    }));
+  }
+  return lists.get(value);
 }
 
-// [keys, value] of each signal in an object.
-function leaves(object, keys = [], found = []) {
-  for (const key of Object.keys(object)) {
-    const value = object[key];
-    const path = [...keys, key];
-    if (value instanceof Computed) found.push((refresh(value), [path, value.value]));
-    else if (isPlain(value)) leaves(value, path, found);
-    else found.push([path, value]);
-  }
+const data = newBranch([]);
+const root = branches.get(data).proxy;
+
+// [keys, value] of each signal in an object, or in a branch.
+function leaves(value, keys = [], found = []) {
+  if (value instanceof Cell) value = read(value);
+  if (!isPlain(value)) found.push([keys, value]);
+  else for (const key of Object.keys(value)) leaves(value[key], [...keys, key], found);
   return found;
 }
 
-// Writes a key. Objects merge into what is there, so that only what differs wakes its readers.
-function write(target, key, value) {
-  value = raw(value);
-  const node = nodes.get(target);
-  const there = has(target, key);
-  const old = target[key];
-  if (refused(key) || (there && Object.is(old, value))) return;
-  if (old instanceof Computed && !(value instanceof Computed)) return;    // it has no other value
-  if (!node.list && (value ?? null) === null) erase(target, key);
-  else if (there && !node.list && isBranch(old) && isPlain(value)) {
-    for (const gone of Object.keys(old)) if (!has(value, gone)) erase(old, gone);
-    for (const each of Object.keys(value)) write(old, each, value[each]);
-  } else {
-    target[key] = Object(value) === value ? adopt(value, [...node.keys, key], node.list) : value;
-    changed(node, key, target[key], !there);
+// Objects merge into what is there, so that only what differs wakes its readers.
+function write(branch, key, value) {
+  const old = branch[key]?.value;
+  if (isRefused(key) || Object.is(old, value)) return;
+  if (isComputed(branch[key]) && !(value instanceof Cell)) return;       // it has no other value
+  if ((value ?? null) === null) erase(branch, key);
+  else if (!isPlain(value)) assign(branch, key, plain(value));
+  else {
+    if (!isBranch(old)) assign(branch, key, newBranch([...branches.get(branch).keys, key]));
+    else for (const gone of Object.keys(old)) if (!has(value, gone)) erase(old, gone);
+    merge(value, false, branch[key].value);
   }
 }
 
-function erase(target, key) {
-  if (!has(target, key)) return;
-  const node = nodes.get(target);
-  const gone = isBranch(target[key]) ? leaves(target[key], [...node.keys, key]) : [];
-  delete target[key];
-  changed(node, key, null, true);
-  for (const [path] of gone) changes.push([path, null]);
+function assign(branch, key, value) {
+  if (!(key in branch)) wake(branches.get(branch).names);
+  branch[key] ??= new Cell();
+  branch[key].value = value;
+  changed(branch, key);
+}
+
+function changed(branch, key) {
+  const cell = branch[key];
+  if (!cell) return;                               // a list that somebody kept
+  const path = [...branches.get(branch).keys, key];
+  if (!isBranch(cell.value)) changes.push([path, isComputed(cell) ? '' : cell.value]);
+  wake(cell);
+  wake(everything);
+}
+
+function erase(branch, key) {
+  const cell = branch[key];
+  if (!cell) return;
+  const { keys, names } = branches.get(branch);
+  const path = [...keys, key];
+  const gone = isBranch(cell.value) ? leaves(cell.value, path) : [];
+  for (const [each] of [[path], ...gone]) changes.push([each, null]);
+  delete branch[key];
+  for (const each of [cell, names, everything]) wake(each);
+}
+
+function merge(patch, onlyIfMissing, branch = data) {
+  for (const key of Object.keys(patch)) {
+    const old = branch[key]?.value;
+    if (isBranch(old) && isPlain(patch[key])) merge(patch[key], onlyIfMissing, old);
+    else if (!onlyIfMissing || !(key in branch)) write(branch, key, patch[key]);
+  }
 }
 
 // A path is what names a signal outside of expressions: "user.name", "items.0".
 function find(path) {
   let at = root;
   for (const key of path.split('.')) {
-    if (!targets.has(at) || !(key in at)) return undefined;
+    if (Object(at) !== at || !(key in at)) return undefined;
     at = at[key];
   }
   return at;
 }
 
-const put = (path, value) => aside(() => {
-  const keys = path.split('.');
-  const last = keys.pop();
-  let at = root;
-  for (const key of keys) {
-    if (!(key in at) || !targets.has(at[key])) at[key] = {};
-    at = at[key];
-    if (!targets.has(at)) return;                // it has another value that stays
-  }
-  at[last] = value;
-});
-
-function merge(patch, onlyIfMissing, at = data) {
-  for (const key of Object.keys(patch)) {
-    const value = patch[key];
-    const old = has(at, key) ? at[key] : undefined;
-    if (refused(key) || old instanceof Computed) continue;
-    if (isPlain(value) && (old === undefined || !onlyIfMissing || nodes.has(old))) {
-      if (!nodes.has(old)) write(at, key, {});
-      merge(value, onlyIfMissing, at[key]);
-    } else if (onlyIfMissing && old !== undefined) continue;
-    else if ((value ?? null) === null) erase(at, key);
-    else write(at, key, value);
-  }
+function put(path, value) {
+  const [, inner, last] = path.match(/^(?:(.*)\.)?([^.]*)$/s);
+  batch(() => {
+    const at = inner && find(inner);
+    if (Array.isArray(at) || isPlain(at)) at[last] = value;
+    else merge(nested([[path.split('.'), value]]));
+  });
 }
 
+// One object out of [keys, value] of its leaves.
 function nested(found) {
-  const whole = bare();
+  const whole = Object.create(null);
   for (const [keys, value] of found) {
     let at = whole;
     for (let n = 0; n < keys.length - 1; n++) {
-      if (!isPlain(at[keys[n]])) at[keys[n]] = bare();
+      if (!isPlain(at[keys[n]])) at[keys[n]] = Object.create(null);
       at = at[keys[n]];
     }
     at[keys.at(-1)] = plain(value);
@@ -10497,26 +10486,21 @@ function nested(found) {
   return whole;
 }
 
-// What leaves the client: a copy without proxies. An element is {}, as with the official client.
-const plain = (value) => Object(value) !== value ? value
-  : Array.isArray(value) ? value.map((each) => plain(raw(each)))
-  : isPlain(value) ? Object.fromEntries(Object.entries(value).map(([k, v]) => [k, plain(raw(v))]))
-  : value;
-
 // Filters choose by path: {include, exclude}, regular expressions or their text.
 function chooser({ include = '', exclude = '(?!)' } = {}) {
   const [yes, no] = [include, exclude].map((rule) => new RegExp(
     rule.source ?? rule.replace(/^\/|\/$/g, ''), rule.flags?.replace(/[gy]/g, '')));
-  return ([keys]) => {
-    const path = keys.length > 1 ? keys.join('.') : keys[0];
-    return yes.test(path) && !no.test(path);
-  };
+  return ([keys, , path = keys.join('.')]) => yes.test(path) && !no.test(path);
 }
 
 function pick(filter) {
-  if (active) active.sources.add(ALL.add(active));
-  return nested([...apart(() => leaves(data))].filter(chooser(filter)));
+  read(everything);
+  return nested(batch(() => leaves(data)).filter(chooser(filter)));
 }
+
+// An element is {}, as with the official client.
+const toJson = (value, indent) =>
+  JSON.stringify(value, (_, each) => each instanceof Node ? {} : each, indent);
 
 function announce() {
   const some = changes;
@@ -10540,7 +10524,6 @@ const NO_VALUE = /^(?:return|typeof|case|in|of|new|delete|void|throw|else|do)$/;
 
 function translate(text) {
   const statements = [''];
-  const used = [];                   // names of actions
   const open = [];                   // brackets that are open; ` for the ${ of a template
   let value = false;                 // is a value behind us? Then / divides
   let at = 0;
@@ -10553,7 +10536,7 @@ function translate(text) {
     let code = all;
     if (signal) code = '$' + signal.split('.').map((key) => `['${key}']`).join('');
     if (action) code = `__act('${action}',()=>[`;
-    if (action) used.push(action);
+    if (action && !(action in actions)) unknown(`data-…="${text}": @${action}`);
     if (!special && blank && /\S/.test(blank)) code = ' ';             // a comment
     if (')]}'.includes(char) && open.pop() === '@') code = '])';
     const hole = special && all.endsWith('${');
@@ -10564,16 +10547,16 @@ function translate(text) {
     if (char === ';' && !open.length) statements.push('');
     at += all.length;
   }
-  return [statements.filter((each) => !/^[\s;]*$/.test(each)), used];
+  return statements.filter((each) => !/^[\s;]*$/.test(each));
 }
 
 // A table's cells have their expressions in common, so functions are kept. Long texts are mostly
 // data, which comes once.
-const compiled = new Map();          // text -> [function, names of actions]
+const compiled = new Map();          // text -> function
 
 function compile(text) {
   if (compiled.has(text)) return compiled.get(text);
-  const [statements, used] = translate(text);
+  const statements = translate(text);
   const build = (...body) => new Function('$', '__act', 'el', 'evt', 'patch', body.join('\n'));
   const last = (statements.at(-1) ?? '').replace(/;\s*$/, '');
   let job;
@@ -10583,15 +10566,15 @@ function compile(text) {
     job = build(...statements);
   }
   if (compiled.size >= 2000) compiled.clear();
-  if (text.length <= 2000) compiled.set(text, [job, used]);
-  return [job, used];
+  if (text.length <= 2000) compiled.set(text, job);
+  return job;
 }
 
 // ---- Attributes: data-<plugin>:<key>__<modifier>.<tag>.<tag>="<expression>" ----
 // Each element that has some is an owner; each attribute knows what it started (effects,
 // listeners, timers, observers, requests), and `end` ends all of it.
 
-const owners = new WeakMap();        // element -> { el, order, attributes, wrote, requests }
+const owners = new WeakMap();        // element -> { el, order, attributes, wrote, ... }
 let ownersSoFar = 0;
 
 class Attribute {
@@ -10607,48 +10590,35 @@ class Attribute {
     this.path = this.key || value.trim();
   }
 
-  // Runs the expression. What fails is told once, and never thrown.
+  // What its expression gives. It may throw: `guard` tells that, once, and `act` is for what
+  // comes from outside, such as events and timers.
   run(evt, patch) {
-    return this.guard(() => {
-      if (this.ended) return undefined;
-      this.compiled ??= this.compile();
-      const act = (action, args) => actions[action](this, evt, args);
-      return batch(() => this.compiled(root, act, this.el, evt, patch));
-    });
-  }
-
-  compile() {
-    try {
-      const [job, used] = compile(this.value);
-      for (const name of used) if (!(name in actions)) unknown(`${this.name}: @${name}`, this.el);
-      return job;
-    } catch (error) {
-      this.tell(error);
-      return () => undefined;
-    }
+    this.compiled ??= compile(this.value);
+    const act = (action, args) => actions[action](this, evt, args);
+    return this.compiled(root, act, this.el, evt, patch);
   }
 
   guard(job) {
     try {
       return job();
     } catch (error) {
-      return this.tell(error);
+      if (this.told !== String(error)) report(`${this.name}="${this.value}"`, error, this.el);
+      this.told = String(error);
     }
   }
 
-  tell(error) {
-    if (this.told !== String(error)) report(`${this.name}="${this.value}"`, error, this.el);
-    this.told = String(error);
+  act(job) {
+    return this.ended ? undefined : this.guard(() => batch(job));
   }
 
   effect(job) {
-    const self = reader(() => this.guard(job), this);
+    const effect = newReader(() => this.guard(job), this);
     this.ends.add(() => {
-      due.delete(self);
-      for (const source of self.sources) forget(self, source);
+      due.delete(effect);
+      for (const cell of effect.cells) cell.readers.delete(effect);
     });
-    batch(() => observe(self));
-    return self;
+    run(effect);
+    return effect;
   }
 
   // An effect that writes into its element (`job` gives the names of attributes, or #text). It
@@ -10659,28 +10629,25 @@ class Attribute {
     });
   }
 
-  // What an event's handlers read is not the business of the effect that caused the event.
   listen(target, name, handler, options) {
-    const heard = (evt) => apart(() => handler(evt));
-    hear(target, name, heard, options);
-    this.ends.add(() => unhear(target, name, heard, options));
+    const heard = (evt) => this.act(() => handler(evt));
+    addEventListener(target, name, heard, options);
+    this.ends.add(() => removeEventListener(target, name, heard, options));
   }
 
   end() {
-    this.ended = true;
     for (const job of this.ends) this.guard(job);
     this.ends.clear();
+    this.ended = true;
   }
 }
 
-const present = (el, name) => name === '#text' ? textOf(el) : getAttr(el, name);
-const absent = (value) => value === false || value === null || value === undefined;
+const present = (el, name) => name === '#text' ? textContent(el) : getAttribute(el, name);
 
 function showText(el, text) {
-  const only = firstOf(el);
-  if (only && nodeType(only) === 3 && !nextOf(only)) {
-    if (only.data !== text) only.data = text;
-  } else setText(el, text);
+  const only = firstChild(el);
+  if (!(only instanceof Text) || nextSibling(only)) replaceChildren(el, text);
+  else if (only.data !== text) only.data = text;
   return ['#text'];
 }
 
@@ -10695,7 +10662,7 @@ function keepEach(about, apply) {
     return [...gone.map((name) => apply(name, null)),
       ...Object.entries(values).map(([name, value]) => apply(name, value))];
   });
-  about.ends.add(() => isInPage(about.el)
+  about.ends.add(() => isConnected(about.el)
     && Object.keys(last).forEach((name) => apply(name, null)));
 }
 
@@ -10708,9 +10675,9 @@ const plugins = {
   },
   computed(about) {
     const jobs = about.key ? { [about.key]: () => about.run() } : about.run() ?? {};
-    for (const [path, job] of Object.entries(jobs)) put(path, new Computed(() => about.guard(job)));
+    for (const [path, job] of Object.entries(jobs)) put(path, newComputed(() => about.guard(job)));
   },
-  effect: (about) => { about.effect(() => about.run()); },
+  effect: (about) => { about.effect(() => { about.run(); }); },
   init: (about) => { timed(about)(); },
   text: (about) => about.keep(() => showText(about.el, String(about.run() ?? ''))),
   show(about) {
@@ -10723,7 +10690,7 @@ const plugins = {
     });
   },
   class(about) {
-    const classes = classesOf(about.el);
+    const classes = classList(about.el);
     keepEach(about, (names, on) => {
       for (const each of names.split(/\s+/).filter(Boolean)) {
         if (classes.contains(each) !== Boolean(on)) classes.toggle(each);
@@ -10733,8 +10700,8 @@ const plugins = {
   },
   attr: (about) => keepEach(about, (name, value) => {
     const text = value === true ? '' : Object(value) === value ? JSON.stringify(value) : `${value}`;
-    if (absent(value)) dropAttr(about.el, name);
-    else if (getAttr(about.el, name) !== text) setAttr(about.el, name, text);
+    if (value === false || (value ?? null) === null) removeAttribute(about.el, name);
+    else if (getAttribute(about.el, name) !== text) setAttribute(about.el, name, text);
     return name;
   }),
   style(about) {
@@ -10745,7 +10712,7 @@ const plugins = {
       if (!name.startsWith('--')) name = name.replace(/[A-Z]/g, '-$&').toLowerCase();
       const now = style.getPropertyValue(name);
       if (now !== wrote[name]) before.set(name, now);
-      style.setProperty(name, absent(value) || value === '' ? before.get(name) : value);
+      style.setProperty(name, value || value === 0 ? value : before.get(name));
       wrote[name] = style.getPropertyValue(name);
       return 'style';
     });
@@ -10754,11 +10721,11 @@ const plugins = {
     put(path, el);
     ends.add(() => find(path) === el && put(path, null));
   },
-  indicator({ owner, path, ends }) {
+  indicator(about) {
+    const { owner, path, ends } = about;
     const show = () => put(path, owner.requests > 0);
-    owner.indicators.add(show);
-    ends.add(() => owner.indicators.delete(show));
-    ends.add(() => isInPage(owner.el) || put(path, false));
+    about.listen(document, 'datastar-fetch', ({ detail }) => detail.el === owner.el && show());
+    ends.add(() => isConnected(owner.el) || put(path, false));
     show();
   },
   'json-signals'(about) {
@@ -10805,28 +10772,25 @@ const plugins = {
   },
   // The page's first signals are no change, nor is what its own expression writes.
   'on-signal-patch'(about) {
-    const name = 'data-on-signal-patch-filter';
-    const value = getAttr(about.el, name);
-    const chosen = chooser(value ? new Attribute(about.owner, name, value).run() : {});
+    const filter = getAttribute(about.el, 'data-on-signal-patch-filter');
+    const chosen = chooser(filter ? compile(filter)(root) : {});
     let busy = false;
     const later = timed(about, (evt, some) => {
       busy = true;
-      about.run(evt, some);
+      about.act(() => about.run(evt, some));
       busy = false;
     });
-    announce();
-    about.listen(document, 'datastar-signal-patch', (evt) => {
+    const hear = (evt) => {
       const some = busy || starting ? [] : leaves(evt.detail).filter(chosen);
       if (some.length) later(evt, nested(some));
-    });
+    };
+    announce();
+    addEventListener(document, 'datastar-signal-patch', hear);
+    about.ends.add(() => removeEventListener(document, 'datastar-signal-patch', hear));
   },
 };
 
-const toJson = (value, indent) =>
-  JSON.stringify(value, (_, each) => each instanceof Node ? {} : each, indent);
-
-// When a job runs: in a view transition, after a delay, when it is quiet, at a steady pace. Once
-// its attribute has ended, `run` does nothing more.
+// When a job runs: in a view transition, after a delay, when it is quiet, at a steady pace.
 const TIMING = {
   viewtransition: (job) => (...args) => transition(() => job(...args)),
   delay: (job, tags) => (...args) => { setTimeout(job, milliseconds(tags), ...args); },
@@ -10836,7 +10800,7 @@ const TIMING = {
     paced(job, tags, !tags.includes('noleading'), tags.includes('trailing'), false),
 };
 
-const timed = (about, job = (evt) => about.run(evt)) => Object.keys(TIMING)
+const timed = (about, job = (evt) => about.act(() => about.run(evt))) => Object.keys(TIMING)
   .filter((mod) => about.mods.has(mod))
   .reduce((inner, mod) => TIMING[mod](inner, about.mods.get(mod)), job);
 
@@ -10855,8 +10819,9 @@ function paced(job, tags, leading, trailing, anew) {
     timer = setTimeout(() => {
       const args = waiting;
       timer = waiting = null;
-      if (trailing && args && !anew) begin();
-      if (trailing && args) job(...args);
+      if (!trailing || !args) return;
+      if (!anew) begin();
+      job(...args);
     }, milliseconds(tags));
   };
   return (...args) => {
@@ -10873,125 +10838,97 @@ function paced(job, tags, leading, trailing, anew) {
 // it is never written back (an emptied number field stays empty, "1." stays "1.").
 
 const isNumeric = (el) => /^(?:number|range)$/.test(el.type);
-const TEXT = {
-  take: (el, old) => typeof old === 'number' || (isNumeric(el) && typeof old !== 'string')
-    ? Number(el.value) : typeof old === 'boolean' ? el.value === 'true' : el.value,
-  give: (el, value) => { if (el.value !== String(value ?? '')) el.value = value ?? ''; },
-};
 
-const CONTROLS = {
-  // A box that has a value stands for it in a text or a list. Others are true or false.
-  checkbox: {
-    take(el, old) {
-      const isFlag = typeof old === 'boolean' || (typeof old !== 'string' && !hasAttr(el, 'value'));
-      return isFlag ? el.checked : el.checked ? el.value : '';
-    },
-    give(el, value) {
-      el.checked = typeof value === 'string' || (hasAttr(el, 'value') && typeof value !== 'boolean')
-        ? el.value === String(value ?? '') : Boolean(value);
-    },
-  },
-  radio: { ...TEXT, give: (el, value) => { el.checked = el.value === String(value); } },
-  'select-multiple': {
-    take: (el, old) => Array.from(el.selectedOptions, ({ value }) =>
-      [old ?? []].flat().find((each) => String(each) === value) ?? value),
-    give(el, value) {
-      const chosen = new Set([value ?? []].flat().map(String));
-      for (const option of el.options) option.selected = chosen.has(option.value);
-    },
-  },
-};
+// A box stands for its value in a text or a list. Without one, or for a flag, it is true or false.
+const isFlag = (el, value) => typeof value === 'boolean'
+  || (typeof value !== 'string' && !hasAttribute(el, 'value'));
 
-// What is no field of HTML's own has its value in a property, or else in an attribute.
-const valueIn = (prop) => ({
-  take: (el) => prop in el ? el[prop] : getAttr(el, prop),
-  give(el, value) {
-    if (prop in el) el[prop] = value;
-    else setAttr(el, prop, value ?? '');
-  },
-});
-
-function controlOf(el, mods) {
-  const ofHtml = /^(?:input|select|textarea)$/.test(localName(el));
-  if (ofHtml && !mods.has('prop')) return CONTROLS[el.type] ?? TEXT;
-  return valueIn(CASES.camel(mods.get('prop')?.[0] ?? 'value'));
+// What no field of HTML's own holds is in a property (`prop`), or else in an attribute.
+function take(el, prop, old) {
+  if (prop) return prop in el ? el[prop] : getAttribute(el, prop);
+  if (el.type === 'checkbox') return isFlag(el, old) ? el.checked : el.checked ? el.value : '';
+  if (el.type === 'select-multiple') {
+    return Array.from(el.selectedOptions, ({ value }) =>
+      [old ?? []].flat().find((each) => String(each) === value) ?? value);
+  }
+  if (typeof old === 'boolean') return el.value === 'true';
+  const isNumber = typeof old === 'number' || (isNumeric(el) && typeof old !== 'string');
+  return isNumber ? Number(el.value) : el.value;
 }
 
-const groups = new Map();                        // path -> { binds, layout }
-let layout = 0;                                  // counts what may have changed their order
+function give(el, prop, value) {
+  const text = String(value ?? '');
+  if (prop && prop in el) el[prop] = value;
+  else if (prop) setAttribute(el, prop, text);
+  else if (el.type === 'checkbox' && isFlag(el, value)) el.checked = Boolean(value);
+  else if (/^(?:checkbox|radio)$/.test(el.type)) el.checked = el.value === text;
+  else if (el.type === 'select-multiple') {
+    const chosen = new Set([value ?? []].flat().map(String));
+    for (const option of el.options) option.selected = chosen.has(option.value);
+  } else if (el.value !== text) el.value = text;
+}
+
 let composing = null;                            // the field with an input method (IME) at work
-hear(document, 'compositionstart', (evt) => { composing = evt.target; }, true);
-hear(document, 'compositionend', () => { composing = null; }, true);
+addEventListener(document, 'compositionstart', (evt) => { composing = evt.target; }, true);
+addEventListener(document, 'compositionend', () => { composing = null; }, true);
 
 // Half a number, half a date, half a word: that is no value to take, nor a moment to write one.
 const isHalf = (el) => composing === el || Boolean(el.validity?.badInput);
+const isFocused = (el) => doc.activeElement(document) === el;
+
+// Several fields may share one list. The place in the page is the place in the list.
+const groups = new Map();                        // path -> { binds, sorted: them, or null }
 
 function bind(about) {
-  const { el, path, mods, owner } = about;
+  const { el, path, mods, owner, ends } = about;
   if (el.type === 'file' && localName(el) === 'input') return bindFiles(about);
-  const { take, give } = controlOf(el, mods);
+  const isField = /^(?:input|select|textarea)$/.test(localName(el)) && !mods.has('prop');
+  const prop = isField ? null : CASES.camel(mods.get('prop')?.[0] ?? 'value');
+  const group = groups.get(path) ?? { binds: new Set() };
   let taken = {};                    // what the signal got from here last
   let seen = null;                   // what the field said then
   let waiting = false;               // something was not written because the field was half-way
   const self = { el, save, show, check };
-  const place = joinGroup(about, self);
-  const state = () => String([take(el, ''), el.checked]);
-  const unchosen = () => el.type === 'radio' && !el.checked;
+  const state = () => String([take(el, prop, ''), el.checked]);
+  const isUnchosen = () => el.type === 'radio' && !el.checked;
+  function place() {
+    if (!Array.isArray(find(path)) || el.type === 'select-multiple') return path;
+    group.sorted ??= [...group.binds].sort((a, b) =>
+      compareDocumentPosition(a.el, b.el) & Node.DOCUMENT_POSITION_FOLLOWING ? -1 : 1);
+    return `${path}.${group.sorted.indexOf(self)}`;
+  }
   function save() {
-    if (unchosen() || el.validity?.badInput) return;
+    if (isUnchosen() || el.validity?.badInput) return;
     const where = place();
-    taken = take(el, raw(find(where)));
+    taken = take(el, prop, find(where));
     waiting = false;
     seen = state();
     put(where, taken);
   }
   function show(force) {
     const value = find(place());
-    if (!force && Object.is(raw(value), taken)) return;
-    waiting = activeOf(document) === el && isHalf(el);
+    if (!force && Object.is(value, taken)) return;
+    waiting = isFocused(el) && isHalf(el);
     if (waiting) return;
     taken = {};
-    give(el, value);
+    give(el, prop, value);
     seen = state();
   }
   // The browser may have filled in the field since, without an event.
   function check() {
     if (state() !== seen) save();
   }
-  aside(() => {
-    if (el.type === 'radio' && !el.name) setAttr(el, 'name', path);
-    if (find(place()) === undefined && !unchosen()) save();
-  });
+  groups.set(path, group);
+  group.binds.add(self);
+  group.sorted = null;
+  ends.add(() => group.binds.delete(self) && !group.binds.size && groups.delete(path));
+  if (el.type === 'radio' && !el.name) setAttribute(el, 'name', path);
+  if (find(place()) === undefined && !isUnchosen()) save();
   for (const name of mods.get('event') ?? ['input', 'change']) about.listen(el, name, save);
   about.listen(el, 'blur', () => waiting && show(true));
   about.effect(() => show());
   owner.bind = self;
-  about.ends.add(() => owner.bind === self && (owner.bind = null));
-}
-
-// Several controls may share one list. The place in the page is the place in the list.
-function joinGroup({ el, path, ends }, self) {
-  const group = groups.get(path) ?? { binds: new Set() };
-  groups.set(path, group);
-  group.binds.add(self);
-  layout++;
-  ends.add(() => {
-    group.binds.delete(self);
-    layout++;
-    if (!group.binds.size) groups.delete(path);
-  });
-  return () => Array.isArray(find(path)) && el.type !== 'select-multiple'
-    ? `${path}.${indexIn(group, self)}` : path;
-}
-
-function indexIn(group, self) {
-  if (group.layout !== layout) {
-    const sorted = [...group.binds].sort((a, b) =>
-      compare(a.el, b.el) & Node.DOCUMENT_POSITION_FOLLOWING ? -1 : 1);
-    sorted.forEach((each, n) => { each.index = n; });
-    group.layout = layout;
-  }
-  return self.index;
+  ends.add(() => owner.bind === self && (owner.bind = null));
 }
 
 // A file field's signal is a list of { name, contents in base64, mime }.
@@ -11007,11 +10944,10 @@ function bindFiles(about) {
 const readFile = (file) => new Promise((done, failed) => {
   const reading = new FileReader();
   reading.onerror = () => failed(reading.error);
-  reading.onload = () => done({
-    name: file.name,
-    contents: reading.result.split(',')[1] ?? '',          // data:text/plain;base64,SGVsbG8=
-    mime: file.type || 'application/octet-stream',
-  });
+  reading.onload = () => {
+    const contents = reading.result.split(',')[1] ?? '';   // data:text/plain;base64,SGVsbG8=
+    done({ name: file.name, contents, mime: file.type || 'application/octet-stream' });
+  };
   reading.readAsDataURL(file);
 });
 
@@ -11046,36 +10982,29 @@ function start(owner, name, value) {
     return;
   }
   for (const mod of mods.keys()) if (!MODIFIERS.has(mod)) unknown(`${name}: __${mod}`, el);
-  if (!NAMES.test(plugin)) about.compiled = about.compile();
-  about.guard(() => aside(() => plugins[plugin](about)));
+  about.act(() => {
+    if (!NAMES.test(plugin)) about.compiled = compile(value);
+    plugins[plugin](about);
+  });
 }
 
+// Ends and starts what has changed among an element's attributes.
 function follow(el) {
-  const owner = owners.get(el);
-  const names = attrNames(el).filter((name) => name.startsWith('data-'));
-  if (!owner && !names.length) return;
-  const ignored = closest(el, '[data-ignore]') || hasAttr(el, 'data-ignore__self');
-  const { attributes } = owner ?? {};
-  for (const [name, about] of attributes ?? []) {
-    if (!ignored && getAttr(el, name) === about.value) continue;
-    attributes.delete(name);
+  const names = getAttributeNames(el).filter((name) => name.startsWith('data-'));
+  if (!owners.has(el) && !names.length) return;
+  const owner = owners.get(el)
+    ?? { el, order: ++ownersSoFar, attributes: new Map(), wrote: new Map(), requests: 0 };
+  owners.set(el, owner);
+  const isIgnored = closest(el, '[data-ignore]') || hasAttribute(el, 'data-ignore__self');
+  for (const [name, about] of owner.attributes) {
+    if (!isIgnored && getAttribute(el, name) === about.value) continue;
+    owner.attributes.delete(name);
     about.end();
   }
-  if (!ignored) begin(owner ?? newOwner(el), names);
-}
-
-function newOwner(el) {
-  const owner = { el, order: ++ownersSoFar, attributes: new Map(), wrote: new Map(), requests: 0,
-    indicators: new Set() };
-  owners.set(el, owner);
-  return owner;
-}
-
-function begin(owner, names) {
-  names.forEach((name, n) => {
-    if (!owner.attributes.has(name)) start(owner, name, getAttr(owner.el, name));
+  for (const [n, name] of isIgnored ? [] : names.entries()) {
+    if (!owner.attributes.has(name)) start(owner, name, getAttribute(el, name));
     owner.attributes.get(name).order = owner.order + n / 1000;
-  });
+  }
 }
 
 function leave(el) {
@@ -11085,52 +11014,54 @@ function leave(el) {
 }
 
 function update(records) {
-  const again = new Set();           // owners that have to write again
+  const again = new Set();           // keepers that have to write again
   const selects = new Set();         // their options came or went
   const ofChildren = records.filter(({ type }) => type === 'childList');
   for (const { removedNodes } of ofChildren) {
-    for (const node of removedNodes) if (!isInPage(node)) family(node).forEach(leave);
+    for (const node of removedNodes) if (!isConnected(node)) family(node).forEach(leave);
   }
-  if (ofChildren.length) layout++;
+  if (ofChildren.length) for (const group of groups.values()) group.sorted = null;
   for (const record of records) {
-    const { type, target } = record;
-    const name = type === 'attributes' ? record.attributeName : null;
-    const el = type === 'characterData' ? parentOf(target) : target;
-    if (!el || !isInPage(el)) continue;
+    const { type, target, attributeName: name } = record;
+    const el = type === 'characterData' ? parentNode(target) : target;
+    if (!el || !isConnected(el)) continue;
     if (name === 'data-ignore') family(el).forEach(follow);
     else if (name?.startsWith('data-')) follow(el);
     else if (type === 'childList') {
-      for (const node of record.addedNodes) if (isInPage(node)) family(node).forEach(follow);
+      for (const node of record.addedNodes) if (isConnected(node)) family(node).forEach(follow);
     }
-    const owner = owners.get(el);
     const part = name ?? '#text';
-    if (owner?.wrote.has(part) && owner.wrote.get(part) !== present(el, part)) again.add(owner);
-    if (el instanceof HTMLSelectElement || el instanceof HTMLOptionElement) selects.add(el);
+    const { wrote, attributes } = owners.get(el) ?? {};
+    if (wrote?.has(part) && wrote.get(part) !== present(el, part)) {
+      for (const { keeper } of attributes.values()) if (keeper) again.add(keeper);
+    }
+    if (/^(?:select|optgroup|option)$/.test(localName(el))) selects.add(closest(el, 'select'));
   }
-  for (const { attributes } of again) {
-    for (const { keeper } of attributes.values()) if (keeper) wake([keeper]);
+  for (const keeper of again) {
+    keeper.ranAt = 0;
+    due.add(keeper);
   }
-  for (const el of selects) {
-    const select = closest(el, 'select');
-    if (!told.has(select)) owners.get(select)?.bind?.show(true);
-  }
+  for (const select of selects) if (!told.has(select)) owners.get(select)?.bind?.show(true);
 }
 
-const observer = new MutationObserver((records) => aside(() => update(records)));
-const settle = () => aside(() => update(observer.takeRecords()));
+const observer = new MutationObserver((records) => batch(() => update(records)));
+const settle = () => batch(() => update(observer.takeRecords()));
 
 // ---- Actions, and requests above all ----
+// `args` gives an action's arguments as they are now. A request asks anew for each attempt.
 
-const setEach = (filter, change) => aside(() => {
+const setEach = (filter, change) => batch(() => {
+  const within = (value) => Array.isArray(value) ? value.map(within)
+    : isPlain(value) ? Object.fromEntries(Object.entries(value).map(([k, v]) => [k, within(v)]))
+    : change(value);
   for (const [keys, value] of leaves(data).filter(chooser(filter))) {
-    put(keys.join('.'), change(value));
+    put(keys.join('.'), within(value));
   }
 });
 
-// `args` gives the action's arguments as they are now. A request asks anew for each attempt.
 const actions = {
   __proto__: null,
-  peek: (about, evt, args) => aside(args()[0]),
+  peek: (about, evt, args) => batch(args()[0]),
   setAll(about, evt, args) {
     const [value, filter] = args();
     setEach(filter, () => value);
@@ -11138,117 +11069,108 @@ const actions = {
   toggleAll: (about, evt, args) => setEach(args()[0], (old) => !old),
 };
 
+// What does not work before a request is under way is the expression's error.
 for (const method of ['GET', 'POST', 'PUT', 'PATCH', 'DELETE', 'QUERY']) {
-  actions[method.toLowerCase()] = (about, evt, args) => { request(method, about, evt, args); };
+  actions[method.toLowerCase()] = (about, evt, args) => {
+    const given = args();
+    const [, options = {}] = given;
+    const form = options.contentType === 'form' && formOf(about.el, evt, options.selector);
+    if (form !== null) request({ method, about, args, given, form, tries: 0, lastId: '' });
+  };
 }
 
 const underWay = new Map();          // "GET /url" -> the AbortController of the request
 
-function countRequests(owner, by) {
-  owner.requests += by;
-  for (const show of owner.indicators) show();
-}
-
 // The same request again cancels the one under way. "cleanup" ends it with its element, too.
-async function request(method, about, evt, args) {
-  const { el, owner } = about;
-  let given = args();
-  const [url, options = {}] = given;
+async function request(call) {
+  const { about, method, given: [url, options = {}] } = call;
   const { requestCancellation: cancel = 'auto' } = options;
   const own = cancel instanceof AbortController ? cancel : new AbortController();
   const slot = `${method} ${url}`;
-  const emit = (type, argsRaw = {}) => tell('datastar-fetch', { type, el, argsRaw });
   const ends = () => own.abort();
   if (cancel === 'auto' || cancel === 'cleanup') {
     underWay.get(slot)?.abort();
     underWay.set(slot, own);
   }
   if (cancel === 'cleanup') about.ends.add(ends);
-  countRequests(owner, 1);
-  emit('started');
-  const receiver = (type, came) => inTurn(type, () => aside(() => {
+  call.cancelled = own.signal;
+  call.emit = (type, argsRaw = {}) => tell('datastar-fetch', { type, el: about.el, argsRaw });
+  call.receive = (type, came) => inTurn(type, () => {
     if (cancel === 'cleanup' && own.signal.aborted) return;
-    if (!came.script) emit(type, came);
+    if (!came.script) call.emit(type, came);
     receive(type, came);
-  }), came);
+  }, came);
+  about.owner.requests++;
+  call.emit('started');
   try {
-    const form = options.contentType === 'form' && formOf(el, evt, options.selector);
-    const build = (lastId) => {
-      const today = given ?? args();
-      given = null;
-      return aside(() => sentWith(method, today, form, lastId));
-    };
-    const settings = { openWhenHidden: method !== 'GET', ...options };
-    if (form !== null) await attempts(build, settings, own.signal, emit, receiver);
+    await attempts(call, options);
   } catch (error) {
-    if (!own.signal.aborted) report(`${about.name}: ${slot}`, error, el);
+    if (!own.signal.aborted) report(`${about.name}: ${slot}`, error, about.el);
   }
   about.ends.delete(ends);
   if (underWay.get(slot) === own) underWay.delete(slot);
   inTurn('finished', () => {         // after the patches that it brought
-    countRequests(owner, -1);
-    emit('finished');
+    about.owner.requests--;
+    call.emit('finished');
   });
 }
 
-// Asks until there is an answer. Each attempt is built anew, so it sends today's signals. A hidden
-// tab gives up its @get streams, and asks again when it is shown.
-async function attempts(build, options, cancelled, emit, receiver) {
-  const { openWhenHidden, retry = 'auto', retryInterval = 1000, retryScaler = 2,
-    retryMaxWait = 30000, retryMaxCount = 10 } = options;
-  const aborted = new Promise((done) => hear(cancelled, 'abort', done));
+// Asks until there is an answer. A hidden tab gives up its @get streams, and asks again when it is
+// shown.
+async function attempts(call, { openWhenHidden = call.method !== 'GET', retry = 'auto',
+  retryInterval = 1000, retryScaler = 2, retryMaxWait = 30000, retryMaxCount = 10 }) {
+  const { cancelled } = call;
+  const aborted = new Promise((done) => addEventListener(cancelled, 'abort', done));
   const until = (begins) => Promise.race([aborted, new Promise(begins)]);
-  const shown = (done) => hear(document, 'visibilitychange', done, { once: true });
-  const stream = { tries: 0, interval: retryInterval, lastId: '' };
-  for (let first = true; !cancelled.aborted; first = false) {
-    const isHidden = () => document.hidden && !openWhenHidden;
-    if (!first && isHidden()) {
-      await until(shown);
-      continue;
-    }
-    const sent = build(stream.lastId);
+  const shown = (done) => addEventListener(document, 'visibilitychange', done, { once: true });
+  const isHidden = () => document.hidden && !openWhenHidden;
+  do {
     const hidden = new AbortController();
     const hide = () => isHidden() && hidden.abort();
-    hear(document, 'visibilitychange', hide);
-    sent.signal = AbortSignal.any([cancelled, hidden.signal]);
+    addEventListener(document, 'visibilitychange', hide);
     try {
-      if (!await attempt(sent, options, stream, emit, receiver)) return;
+      const signal = AbortSignal.any([cancelled, hidden.signal]);
+      if (!await attempt(call, signal, retry, retryInterval)) return;
     } catch (error) {
-      if (hidden.signal.aborted && !cancelled.aborted) continue;
-      if (retry === 'never' || cancelled.aborted) throw error;
+      if (cancelled.aborted || (retry === 'never' && !hidden.signal.aborted)) throw error;
     } finally {
-      unhear(document, 'visibilitychange', hide);
+      removeEventListener(document, 'visibilitychange', hide);
     }
-    if (++stream.tries > retryMaxCount) {
-      emit('retries-failed');
-      throw new Error(`given up after ${stream.tries} tries`);
+    if (!hidden.signal.aborted) {
+      if (++call.tries > retryMaxCount) call.emit('retries-failed');
+      if (call.tries > retryMaxCount) throw new Error(`given up after ${call.tries} tries`);
+      // A little chance in each wait: after a restart not all clients come at the same moment.
+      const longest = (call.interval ?? retryInterval) * retryScaler ** (call.tries - 1);
+      const wait = Math.min(longest, retryMaxWait) * (1 - Math.random() / 4);
+      call.emit('retrying', { message: `once more in ${Math.round(wait)} ms` });
+      await until((done) => setTimeout(done, wait));
     }
-    // A little chance in each wait: after a restart not all clients come at the same moment.
-    const longest = Math.min(stream.interval * retryScaler ** (stream.tries - 1), retryMaxWait);
-    const wait = longest * (1 - Math.random() / 4);
-    emit('retrying', { message: `once more in ${Math.round(wait)} ms` });
-    await until((done) => setTimeout(done, wait));
-  }
+    while (isHidden() && !cancelled.aborted) await until(shown);
+  } while (!cancelled.aborted);
 }
 
 // Asks once. True if it is to be asked again: a stream that ended, an error, as `retry` says.
 // Status 200 grants new tries. The bodies of others are not read; 204 and 3xx are final.
-async function attempt({ url, ...sent }, options, stream, emit, receiver) {
-  const { retry, retryInterval = 1000, responseOverrides } = options;
-  const answer = await fetch(url, sent);
+async function attempt(call, signal, retry, interval) {
+  const { url, ...sent } = batch(() => sentWith(call));
+  const answer = await fetch(url, { ...sent, signal });
   const { status } = answer;
-  if (status >= 400) emit('error', { status: String(status) });
+  if (status >= 400) call.emit('error', { status: String(status) });
   if (status === 200) {
-    Object.assign(stream, { tries: 0, interval: retryInterval });
-    return await take(answer, receiver, responseOverrides, stream) && retry === 'always';
+    Object.assign(call, { tries: 0, interval });
+    return await readAnswer(answer, call) && retry === 'always';
   }
   answer.body?.cancel();
   if (status >= 400) return retry === 'always' || retry === 'error';
   return retry === 'always' && status !== 204 && status < 300;
 }
 
-// What is sent, made from the signals and fields of the moment.
-function sentWith(method, [url, options = {}], form, lastId) {
+// What is sent, made from the arguments, signals and fields of the moment.
+function sentWith(call) {
+  const { method, form } = call;
+  const [url, options = {}] = call.given ?? call.args();
+  call.given = null;
+  call.overrides = options.responseOverrides ?? {};
   const inUrl = method === 'GET' || method === 'DELETE';
   const target = new URL(url, document.baseURI);
   const headers = new Headers({
@@ -11256,11 +11178,11 @@ function sentWith(method, [url, options = {}], form, lastId) {
     ...inUrl || form ? {} : { 'Content-Type': 'application/json' }, ...options.headers,
   });
   // A header holds bytes. Ids are sent as UTF-8, one character for each byte.
-  const id = String.fromCharCode(...new TextEncoder().encode(lastId));
+  const id = String.fromCharCode(...new TextEncoder().encode(call.lastId));
   if (id) headers.set('Last-Event-ID', id);
   const { payload, filterSignals } = options;
   const body = form ? form() : toJson(payload === undefined
-    ? pick({ exclude: /(^|\.)_/, ...filterSignals }) : plain(raw(payload)));
+    ? pick({ exclude: /(^|\.)_/, ...filterSignals }) : payload);
   if (!inUrl) return { url: target, method, headers, body };
   if (form) for (const [key, value] of body) target.searchParams.append(key, value);
   else target.searchParams.set('datastar', body);
@@ -11269,13 +11191,12 @@ function sentWith(method, [url, options = {}], form, lastId) {
 
 // The form that is to be sent, as a browser sends it: with the button, if it is one of the form's.
 function formOf(el, evt, selector) {
-  const form = selector ? query(document, selector) : closest(el, 'form');
+  const form = selector ? doc.querySelector(document, selector) : closest(el, 'form');
   if (!(form instanceof HTMLFormElement)) throw new Error('there is no form to send');
   const isButton = /^(?:button|input)$/.test(localName(el)) && /^(?:submit|image)$/.test(el.type);
   const button = [evt?.submitter, isButton ? el : null].find((each) => each?.form === form) ?? null;
   if (isButton || evt?.type === 'submit') evt?.preventDefault();   // or a page is loaded as well
-  const [reportValidity, noValidate, enctype] = through(HTMLFormElement,
-    'reportValidity noValidate enctype');
+  const { reportValidity, noValidate, enctype } = through(HTMLFormElement);
   if (!noValidate(form) && !button?.formNoValidate && !reportValidity(form)) return null;
   return () => {
     const fields = new FormData(form, button?.form === form ? button : null);
@@ -11284,31 +11205,31 @@ function formOf(el, evt, selector) {
 }
 
 // Reads an answer, by its type. True if it was a stream of events.
-async function take(answer, receiver, overrides, stream) {
+async function readAnswer(answer, call) {
   const kind = answer.headers.get('content-type') ?? '';
   if (kind.includes('text/event-stream')) {
-    await readEvents(answer.body, receiver, stream);
+    await readEvents(answer.body, call);
     return true;
   }
   const text = await answer.text();
-  const given = (...names) => Object.fromEntries(names.map((name) => [CASES.camel(name),
-    String(overrides?.[CASES.camel(name)] ?? answer.headers.get('datastar-' + name) ?? ''),
-  ]).filter(([, value]) => value));
+  const given = {};
+  for (const [name, value] of answer.headers) {
+    if (name.startsWith('datastar-')) given[CASES.camel(name.slice(9))] = value;
+  }
+  Object.assign(given, call.overrides);
   if (kind.includes('text/html')) {
-    const options = given('selector', 'mode', 'namespace', 'use-view-transition',
-      'view-transition-selector');
-    receiver('datastar-patch-elements', { elements: text, ...options });
+    call.receive('datastar-patch-elements', { ...given, elements: text });
   } else if (kind.includes('application/json')) {
-    receiver('datastar-patch-signals', { signals: text, ...given('only-if-missing') });
-  } else if (kind.includes('text/javascript')) receiver('text/javascript', { script: text });
+    call.receive('datastar-patch-signals', { ...given, signals: text });
+  } else if (kind.includes('text/javascript')) call.receive('text/javascript', { script: text });
   return false;
 }
 
 // Server-Sent Events, by the HTML standard. Datastar's data lines are "key value"; lines with the
 // same key belong together.
-async function readEvents(body, receiver, stream) {
+async function readEvents(body, call) {
   const reading = body.pipeThrough(new TextDecoderStream()).getReader();
-  let [rest, type, data, id] = ['', '', bare(), null];
+  let [rest, type, data, id] = ['', '', {}, null];
   for (;;) {
     const { done, value } = await reading.read();
     if (done) return;                            // an event without its blank line is dropped
@@ -11319,13 +11240,13 @@ async function readEvents(body, receiver, stream) {
       const [, field, content] = line.match(/^([^:]*):? ?(.*)$/s);
       const [, key, text] = content.match(/^(\S*) ?(.*)$/s);
       if (line === '') {
-        if (id !== null) stream.lastId = id;
-        if (type.startsWith('datastar-')) receiver(type, { ...data });
-        [type, data, id] = ['', bare(), null];
+        if (id !== null) call.lastId = id;
+        if (type.startsWith('datastar-')) call.receive(type, data);
+        [type, data, id] = ['', {}, null];
       } else if (field === 'event') type = content;
       else if (field === 'id' && !content.includes('\0')) id = content;
-      else if (field === 'retry' && /^\d+$/.test(content)) stream.interval = Number(content);
-      else if (field === 'data') data[key] = key in data ? `${data[key]}\n${text}` : text;
+      else if (field === 'retry' && /^\d+$/.test(content)) call.interval = Number(content);
+      else if (field === 'data') data[key] = has(data, key) ? `${data[key]}\n${text}` : text;
     }
   }
 }
@@ -11336,14 +11257,15 @@ async function readEvents(body, receiver, stream) {
 let applied = Promise.resolve();     // fulfilled when all that has come is in the page
 
 function inTurn(what, job, { useViewTransition, viewTransitionSelector: part } = {}) {
-  const asked = useViewTransition === 'true';
+  const asked = String(useViewTransition) === 'true';
   applied = applied
-    .then(() => asked ? transition(job, part && query(document, part)) : job())
+    .then(() => asked ? transition(() => batch(job), part) : batch(job))
     .catch((error) => report(what, error));
 }
 
 // In the whole page, or in a part of it where the browser knows how to.
-function transition(job, part) {
+function transition(job, selector) {
+  const part = selector && doc.querySelector(document, selector);
   const scope = part?.startViewTransition ? part : document;
   if (!scope.startViewTransition) return job();
   const { ready, updateCallbackDone } = scope.startViewTransition(job);
@@ -11352,38 +11274,27 @@ function transition(job, part) {
 }
 
 function receive(type, args) {
-  const { signals, onlyIfMissing, script } = args;
-  if (type === 'datastar-patch-signals') merge(object(signals), onlyIfMissing === 'true');
+  const { signals, onlyIfMissing = false, script } = args;
+  if (type === 'datastar-patch-signals') merge(JSON.parse(signals), `${onlyIfMissing}` === 'true');
   else if (type === 'datastar-patch-elements') patchElements(args);
   else if (script) (0, eval)(script);            // in the page's scope, as a script runs
-}
-
-// JSON, or JavaScript's way to write an object, as in {name: 'Ann'}.
-function object(text) {
-  try {
-    return JSON.parse(text);
-  } catch {
-    return new Function(`return (${text})`)();
-  }
 }
 
 // ---- Elements: patches, and the morph ----
 
 function patchElements({ elements = '', selector, mode = 'outer', namespace }) {
   const fresh = parse(elements, namespace);
-  const whole = { html: page, head: headOf(document), body: bodyOf(document) };
+  const whole = { html: page, head: doc.head(document), body: doc.body(document) };
   if (!MODES.test(mode)) throw new Error(`there is no mode ${mode}`);
   if (selector) {
-    const targets = [...queryAll(document, selector)];
+    const targets = [...doc.querySelectorAll(document, selector)];
     if (!targets.length) throw new Error(`no element matches ${selector}`);
-    const last = targets.at(-1);
-    for (const target of targets) {
-      patchOne(mode, target, target === last ? fresh : fresh.map((node) => copyOf(node, true)));
-    }
+    const copies = targets.map((_, n) => n ? fresh.map((node) => cloneNode(node, true)) : fresh);
+    targets.forEach((target, n) => patchOne(mode, target, copies[n]));
   } else if (mode === 'outer' || mode === 'replace') {
-    for (const node of fresh.filter((each) => nodeType(each) === 1)) {
-      const id = getAttr(node, 'id');
-      const target = whole[localName(node)] ?? (id && byId(document, id));
+    for (const node of fresh.filter(isElement)) {
+      const id = getAttribute(node, 'id');
+      const target = whole[localName(node)] ?? (id && doc.getElementById(document, id));
       if (target) patchOne(mode, target, [node]);
       else report('datastar-patch-elements', `no element has the id "${id ?? ''}"`);
     }
@@ -11401,7 +11312,7 @@ function parse(html, namespace) {
   const wrapper = { svg: 'svg', mathml: 'math' }[namespace];
   const template = document.createElement('template');
   template.innerHTML = wrapper ? `<${wrapper}>${html}</${wrapper}>` : html;
-  return [...childrenOf(wrapper ? template.content.firstChild : template.content)];
+  return [...childNodes(wrapper ? template.content.firstChild : template.content)];
 }
 
 const told = new Set();              // fields whose content the morph has changed
@@ -11409,39 +11320,38 @@ const told = new Set();              // fields whose content the morph has chang
 const MODES = /^(?:outer|inner|replace|prepend|append|before|after|remove)$/;
 
 function patchOne(mode, target, nodes) {
-  const parent = parentOf(target);
-  const scripts = nodes.flatMap(family).filter((el) => /^script$/i.test(nodeName(el)));
-  const add = (where, before) => nodes.forEach((node) => insert(where, node, before));
+  const parent = parentNode(target);
+  const scripts = nodes.flatMap(family).filter((el) => localName(el) === 'script');
+  const add = (where, before) => nodes.forEach((node) => insertBefore(where, node, before));
   if (mode === 'outer') morph(parent, [target], nodes);
-  else if (mode === 'inner') morph(target, [...childrenOf(target)], nodes);
+  else if (mode === 'inner') morph(target, [...childNodes(target)], nodes);
   else if (mode === 'append') add(target, null);
-  else if (mode === 'prepend') add(target, firstOf(target));
-  else if (mode === 'after') add(parent, nextOf(target));
+  else if (mode === 'prepend') add(target, firstChild(target));
+  else if (mode === 'after') add(parent, nextSibling(target));
   else if (mode !== 'remove') add(parent, target);
-  if (mode === 'replace' || mode === 'remove') takeOut(parent, target);
-  for (const script of scripts) if (isInPage(script)) enliven(script);
-  tellBindings();
+  if (mode === 'replace' || mode === 'remove') removeChild(parent, target);
+  for (const script of scripts) if (isConnected(script)) enliven(script);
+  // Bindings are told directly: the events `input` and `change` are a person's. A binding that
+  // the same patch brought has looked at its field by then.
+  const before = [...told].map((el) => [el, owners.get(el)?.bind]);
+  settle();
+  told.clear();
+  for (const [el, bind] of before) if (owners.get(el)?.bind === bind) bind?.save();
 }
 
 // A script that was parsed never runs; one that is made by hand does, when it enters the page.
 function enliven(dead) {
   const script = document.createElementNS(dead.namespaceURI, 'script');
-  for (const name of attrNames(dead)) setAttrNode(script, copyOf(attrNode(dead, name)));
+  for (const name of getAttributeNames(dead)) copyAttribute(dead, script, name);
   if (dead.nonce) script.nonce = dead.nonce;
-  if ('async' in script) script.async = hasAttr(dead, 'async');
-  setText(script, textOf(dead));
-  insert(parentOf(dead), script, dead);
-  takeOut(parentOf(dead), dead);
+  if ('async' in script) script.async = hasAttribute(dead, 'async');
+  replaceChildren(script, textContent(dead));
+  insertBefore(parentNode(dead), script, dead);
+  removeChild(parentNode(dead), dead);
 }
 
-// Bindings are told directly: the events `input` and `change` are a person's. A binding that the
-// same patch brought has looked at its field by then.
-function tellBindings() {
-  const before = new Map([...told].map((el) => [el, owners.get(el)?.bind]));
-  settle();
-  told.clear();
-  for (const [el, bind] of before) if (owners.get(el)?.bind === bind) bind?.save();
-}
+const copyAttribute = (from, to, name) =>
+  setAttributeNode(to, cloneNode(getAttributeNode(from, name)));
 
 // The morph turns old nodes into new ones and keeps what is the same. First it pairs: elements
 // whose id is on both sides (once, with the same tag), wherever they are, and with them the
@@ -11450,14 +11360,13 @@ function tellBindings() {
 // goes into each. What found no use goes at the very end: until then it may be wanted elsewhere.
 function morph(parent, old, nodes) {
   if (parent !== document && closest(parent, '[data-ignore-morph]')) return;
-  const focused = activeOf(document);
+  const focused = doc.activeElement(document);
   const { selectionStart, selectionEnd, selectionDirection } = focused ?? {};
   const plan = planOf(parent, old, nodes);
   morphNodes(parent, old, nodes, plan);
-  for (const node of plan.doomed) if (!plan.used.has(node)) takeOut(parentOf(node), node);
+  for (const node of plan.doomed) removeChild(parentNode(node), node);
   // Without moveBefore, an element that moves loses the focus.
-  if (!focused || !isInPage(focused) || focused === bodyOf(document)) return;
-  if (activeOf(document) === focused) return;
+  if (!focused || !isConnected(focused) || isFocused(focused)) return;
   focused.focus({ preventScroll: true });
   if (typeof selectionStart === 'number') {      // not every field has a selection
     focused.setSelectionRange(selectionStart, selectionEnd, selectionDirection);
@@ -11465,7 +11374,7 @@ function morph(parent, old, nodes) {
 }
 
 // partners: new element -> old one. promised: these old ones. around: new elements that have some
-// with a partner inside. used: old nodes that have got their place. doomed: the others.
+// with a partner inside. doomed: old nodes that find no use.
 function planOf(parent, old, nodes) {
   const [partners, promised, around] = [new Map(), new Set(), new Set()];
   const pair = (fresh, el) => promised.add(el) && partners.set(fresh, el);
@@ -11476,26 +11385,24 @@ function planOf(parent, old, nodes) {
   }
   for (const [inner, partner] of [...partners]) {
     let el = partner;
-    let fresh = parentOf(inner);
-    for (; fresh && nodeType(fresh) === 1 && !partners.has(fresh); fresh = parentOf(fresh)) {
+    let fresh = parentNode(inner);
+    for (; isElement(fresh) && !partners.has(fresh); fresh = parentNode(fresh)) {
       around.add(fresh);
-      el = el && parentOf(el);
+      el = el && parentNode(el);
       if (el === parent || promised.has(el) || el && nodeName(el) !== nodeName(fresh)) el = null;
       if (el) pair(fresh, el);
     }
   }
-  return { partners, promised, around, used: new Set(), doomed: [] };
+  return { partners, promised, around, doomed: [] };
 }
 
 // Ids that are there once, outside of what is not to be morphed.
 function elementsById(roots) {
   const found = new Map();
-  const apart = '[data-ignore-morph]';
-  for (const top of roots.filter((node) => nodeType(node) === 1)) {
-    const some = hasAttr(top, 'data-ignore-morph') || firstWithin(top, apart);
-    for (const el of [top, ...within(top, '[id]')]) {
-      const id = getAttr(el, 'id');
-      const ignored = some && el !== top && closest(parentOf(el), apart);
+  for (const top of roots.filter(isElement)) {
+    for (const el of [top, ...querySelectorAll(top, '[id]')]) {
+      const id = getAttribute(el, 'id');
+      const ignored = el !== top && closest(parentNode(el), '[data-ignore-morph]');
       if (id && !ignored) found.set(id, found.has(id) ? null : el);
     }
   }
@@ -11504,104 +11411,94 @@ function elementsById(roots) {
 
 // Scripts are the same only if they are equal: those that are there do not run again.
 function kindOf(node) {
-  const name = nodeType(node) === 1 ? localName(node) : '';
+  const name = isElement(node) ? localName(node) : '';
   return nodeName(node) + (name === 'input' ? node.type : name === 'script' ? node.outerHTML : '');
 }
 
 function morphNodes(parent, old, nodes, plan) {
   const matches = matchAll(old, nodes, plan);
-  const leaving = new Set(old.filter((node) => !plan.used.has(node)));
-  plan.doomed.push(...leaving);
+  const staying = new Set(matches);
+  const leaving = new Set(old.filter((node) => !staying.has(node)));
+  for (const node of leaving) if (!plan.promised.has(node)) plan.doomed.push(node);
   let at = old[0] ?? null;                       // what is in the place of the next node
   nodes.forEach((node, n) => {
-    while (leaving.has(at)) at = nextOf(at);
+    while (leaving.has(at)) at = nextSibling(at);
     const match = matches[n];
-    if (match && at && nextOf(at) === match) at = match;     // the one before it goes elsewhere
-    if (match && match === at) at = nextOf(at);
+    if (match && at && nextSibling(at) === match) at = match;   // the one before goes elsewhere
+    if (match && match === at) at = nextSibling(at);
     else if (match) move(parent, match, at);
     else {                                       // new itself, but perhaps around old elements
-      const made = plan.around.has(node) ? copyOf(node, false) : node;
-      insert(parent, made, at);
-      if (made !== node) morphNodes(made, [], [...childrenOf(node)], plan);
+      const made = plan.around.has(node) ? cloneNode(node, false) : node;
+      insertBefore(parent, made, at);
+      if (made !== node) morphNodes(made, [], [...childNodes(node)], plan);
     }
   });
   nodes.forEach((node, n) => matches[n] && morphNode(matches[n], node, plan));
 }
 
 // For each new node the old one that it takes the place of, if any.
-function matchAll(old, nodes, { partners, promised, used }) {
+function matchAll(old, nodes, { partners, promised }) {
   const left = new Map();                        // kind and id -> old nodes, the first one last
-  const idOf = (node) => nodeType(node) === 1 && getAttr(node, 'id') || '';
+  const idOf = (node) => isElement(node) && getAttribute(node, 'id') || '';
   for (const node of old.toReversed()) {
     if (promised.has(node)) continue;
     const kind = `${kindOf(node)}#${idOf(node)}`;
-    if (left.has(kind)) left.get(kind).push(node);
-    else left.set(kind, [node]);
+    if (!left.has(kind)) left.set(kind, []);
+    left.get(kind).push(node);
   }
-  return nodes.map((node) => {
-    const kind = `${kindOf(node)}#`;
-    const id = idOf(node);
-    const ofKind = () => (id && left.get(kind + id)?.pop()) || left.get(kind)?.pop();
-    const match = partners.get(node) ?? ofKind();
-    used.add(match);
-    return match;
-  });
+  return nodes.map((node) => partners.get(node)
+    ?? left.get(`${kindOf(node)}#${idOf(node)}`)?.pop() ?? left.get(`${kindOf(node)}#`)?.pop());
 }
 
 // moveBefore keeps focus, frames and animations. It wants both ends in the page.
 function move(parent, node, before) {
-  if (moveBefore && isInPage(node) && isInPage(parent)) moveBefore(parent, node, before);
-  else insert(parent, node, before);
+  if (moveBefore && isConnected(node) && isConnected(parent)) moveBefore(parent, node, before);
+  else insertBefore(parent, node, before);
 }
 
 function morphNode(old, fresh, plan) {
-  if (nodeType(old) !== 1) {
-    if (old.nodeValue !== fresh.nodeValue) old.nodeValue = fresh.nodeValue;
+  if (!isElement(old)) {
+    if (old.data !== fresh.data) old.data = fresh.data;
     return;
   }
-  if (hasAttr(old, 'data-ignore-morph') || hasAttr(fresh, 'data-ignore-morph')) return;
-  if (isEqual(old, fresh)) return;
+  if (hasAttribute(old, 'data-ignore-morph') || hasAttribute(fresh, 'data-ignore-morph')) return;
+  // What is in a template is in a document of its own, and no part of the comparison.
+  if (isEqualNode(old, fresh) && !family(old).some((el) => localName(el) === 'template')) return;
   const name = localName(old);
   const text = name === 'textarea' ? old.defaultValue : '';
   morphAttributes(old, fresh);
   if (name === 'template') old.innerHTML = fresh.innerHTML;
-  else morphNodes(old, [...childrenOf(old)], [...childrenOf(fresh)], plan);
+  else morphNodes(old, [...childNodes(old)], [...childNodes(fresh)], plan);
   if (name === 'textarea' && old.defaultValue !== text) writeField(old, 'value', old.defaultValue);
 }
 
 function morphAttributes(old, fresh) {
-  const preserved = (getAttr(fresh, 'data-preserve-attr') ?? '').split(/\s+/);
-  const names = attrNames(fresh).filter((name) => !preserved.includes(name));
-  const changed = attrNames(old)
-    .filter((name) => !hasAttr(fresh, name) && !preserved.includes(name));
-  for (const name of changed) dropAttr(old, name);
-  // Attributes are handled in their order. So those behind a new one are put behind it.
-  let isBehind = false;
-  for (const name of names) {
-    const value = getAttr(old, name);
-    const isSame = value === getAttr(fresh, name);
-    const isOurs = name.startsWith('data-');
-    isBehind ||= isOurs && value === null;
-    if (isSame && !(isBehind && isOurs)) continue;
-    if (isBehind) dropAttr(old, name);
-    setAttrNode(old, copyOf(attrNode(fresh, name)));
-    if (!isSame) changed.push(name);
+  const preserved = (getAttribute(fresh, 'data-preserve-attr') ?? '').split(/\s+/);
+  const namesOf = (el) => getAttributeNames(el).filter((name) => !preserved.includes(name));
+  const oursOf = (el) => namesOf(el).filter((name) => name.startsWith('data-'));
+  const values = new Map(namesOf(old).map((name) => [name, getAttribute(old, name)]));
+  // Ours are handled in the order in which they stand. Where it is another one, all are set anew.
+  if (oursOf(fresh).join() !== oursOf(old).join()) {
+    for (const name of oursOf(old)) removeAttribute(old, name);
+  }
+  for (const name of namesOf(old)) if (!hasAttribute(fresh, name)) removeAttribute(old, name);
+  for (const name of namesOf(fresh)) {
+    if (getAttribute(old, name) !== getAttribute(fresh, name)) copyAttribute(fresh, old, name);
   }
   // Attributes say what a field starts with. What it has now is in its properties.
   const kind = localName(old);
-  for (const name of changed) {
-    const value = getAttr(fresh, name);
-    if (name === 'value' && kind === 'input' && old.type !== 'file') {
-      writeField(old, name, value ?? '');
-    } else if ({ checked: 'input', selected: 'option' }[name] === kind) {
-      writeField(old, name, value !== null);
-    }
+  const isNew = (name) => (values.get(name) ?? null) !== getAttribute(fresh, name)
+    && !preserved.includes(name);
+  if (kind === 'input' && old.type !== 'file' && isNew('value')) {
+    writeField(old, 'value', getAttribute(fresh, 'value') ?? '');
   }
+  const flag = { input: 'checked', option: 'selected' }[kind];
+  if (flag && isNew(flag)) writeField(old, flag, hasAttribute(fresh, flag));
 }
 
 function writeField(el, name, value) {
   const field = name === 'selected' ? closest(el, 'select') ?? el : el;
-  if (name === 'value' && activeOf(document) === el && (isHalf(el) || isSame(el, value))) return;
+  if (name === 'value' && isFocused(el) && (isHalf(el) || isSame(el, value))) return;
   el[name] = value;
   told.add(field);
 }
@@ -11617,18 +11514,18 @@ const isSame = (el, value) => el.value === value
 let starting = true;
 
 function startPage() {
-  aside(() => family(page).forEach(follow));
+  batch(() => family(page).forEach(follow));
   starting = false;
   observer.observe(document, { subtree: true, childList: true, attributes: true,
     characterData: true });
-  hear(window, 'pageshow', () => setTimeout(() => aside(() => {
+  addEventListener(window, 'pageshow', () => setTimeout(() => batch(() => {
     for (const { binds } of groups.values()) for (const each of binds) each.check();
   })));
   tell('datastar-ready');
 }
 
 if (document.readyState !== 'loading') setTimeout(startPage);
-else hear(document, 'DOMContentLoaded', () => setTimeout(startPage), { once: true });
+else addEventListener(document, 'DOMContentLoaded', () => setTimeout(startPage), { once: true });
 """
 
 Assets({"pocket.js": POCKET_CLIENT}, "_stario")  # for the route that each app has

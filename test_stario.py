@@ -11149,6 +11149,14 @@ class ClientPromises(_Case):
             self.see("byId('p').textContent", wanted)
         self.see("byId('i').value", "9")
 
+    def test_a_copy_follows_what_it_was_made_of(self) -> None:
+        self.show(
+            """<i data-signals="{deep: {x: 1}}"></i><i data-effect="$copy = $deep"></i>
+            <b id="b" data-on:click="$deep.x = 5"></b>"""
+        )
+        self.do("byId('b').click()")
+        self.see("own()", {"deep": {"x": 5}, "copy": {"x": 5}})
+
     # -- attributes that show signals
 
     def test_text_shows_what_an_expression_gives(self) -> None:
@@ -11224,6 +11232,15 @@ class ClientPromises(_Case):
         wanted = {"a": 10, "b": 2, "theSum": 12, "twice": 24}
         self.assertEqual(self.stage.requests("/sum")[0].signals, wanted)
         self.now("made", [[3, 6], [30, 60]])
+
+    def test_computed_goes_on_when_its_element_has_left(self) -> None:
+        self.show(
+            """<i data-signals="{a: 1}"></i><i id="c" data-computed:twice="$a * 2"></i>
+            <p id="p" data-text="$twice"></p><b id="b" data-on:click="$a = 5"></b>"""
+        )
+        self.do("byId('c').remove()")
+        self.do("byId('b').click()")
+        self.see("byId('p').textContent", "10")
 
     def test_effect_runs_first_and_again_when_what_it_read_changes(self) -> None:
         self.show(
@@ -11657,6 +11674,15 @@ class ClientPromises(_Case):
         self.see("own()", {"a": 1, "b": {"x": False, "y": False}, "c": {"x": 7, "y": 7}})
         self.do("byId('a').click()")
         self.see("made", [[1, True], [2, False]])
+
+    def test_set_all_and_toggle_all_go_into_lists(self) -> None:
+        self.show(
+            """<div data-signals="{l: [1, [0]], m: [{x: 1}], n: [1, [2]]}"></div>
+            <p id="t" data-on:click="@toggleAll({exclude: /^n/})"></p>
+            <p id="s" data-on:click="@setAll(7, {include: /^n/})"></p>"""
+        )
+        self.do("byId('t').click(), byId('s').click()")
+        self.see("own()", {"l": [False, [True]], "m": [{"x": False}], "n": [7, [7]]})
 
     # -- answers
 
@@ -12199,6 +12225,20 @@ class TestPocketClient(ClientPromises, unittest.TestCase):
         self.do("byId('c').click(), byId('d').click()")
         self.see("byId('p').textContent", "5")
         self.assertTrue(any("data-text" in problem for problem in self.problems))
+
+    def test_arguments_that_throw_are_named(self) -> None:
+        self.expected_problems += ['pocket client: data-on:click="@get($a.x.y)": TypeError']
+        self.show("<b id='b' data-signals='{a: 1}' data-on:click='@get($a.x.y)'></b>")
+        self.do("byId('b').click()")
+        self.see("fetches", [])
+        self.assertEqual(len(self.problems), 1)
+
+    def test_what_is_in_a_template_is_morphed(self) -> None:
+        view = "<div id='d'><template id='t'><p>{}</p></template></div>"
+        self.answers("/s", patch_elements(view.format("new")))
+        self.show(view.format("old") + "<b id='b' data-on:click=\"@get('/s')\"></b>")
+        self.do("byId('b').click()")
+        self.see("byId('t').innerHTML", "<p>new</p>")
 
     def test_what_it_does_not_know_is_said(self) -> None:
         self.expected_problems += ["pocket client: "]
