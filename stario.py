@@ -82,8 +82,8 @@ a live page; each part of act 4 is a room of its own, to be read when it is need
        9888  26. Reload: a saved file restarts the app
       10034  27. Development: what went wrong, shown where one looks
     10165  ACT 5. The pocket client
-      10172  28. The pocket client (JavaScript)
-      11546  29. An app to begin with, and this file as a page
+      10208  28. The pocket client (JavaScript)
+      11577  29. An app to begin with, and this file as a page
 
 READING PATH
 
@@ -10164,8 +10164,44 @@ class _Watchdog:
 # ==================================================================================================
 # ACT 5. The pocket client
 #
-# The other half of a live page runs in the browser. This part of the file is JavaScript, which the
-# server sends where Datastar's own client cannot be reached.
+# The other half of a live page runs in the browser. Part 28 is JavaScript, which the server sends
+# where Datastar's own client cannot be reached. It is made of three ideas, which most libraries for
+# pages have in common.
+#
+# Signals. A signal is a named value in the page that knows who has read it.
+#
+#     <div data-signals="{price: 2, count: 3}"></div>
+#     <input type="number" data-bind="count">
+#     <b data-text="$price * $count"></b>
+#
+# `$price * $count` is JavaScript in which `$name` is a signal. The client makes a function of it,
+# and runs it for the <b>. Each signal that it reads takes a note:
+#
+#     price  2  read by: the text of <b>
+#     count  3  read by: the text of <b>, the field
+#
+# Effects. Such a function is an effect: it runs again when something that it has read has changed.
+# Nobody declares what depends on what, each run finds out: `$open && $count` depends on `count`
+# only while `open` is true. When somebody types 4, the field writes `count`. Its readers become
+# due, and run when the event has been handled: once each, however many signals were written. A
+# computed signal (`data-computed:sum="$price * $count"`) reads and is read. A write only marks it
+# as stale: it is worked out when it is next asked for, and if its value is what it was, its own
+# readers need not run.
+#
+# Morphing. The server sends a view as HTML, the whole of it. Were it put in the place of the old
+# one, the field would lose its focus and what has been typed, and the list would jump to its top.
+# So the old elements stay, and only what differs is changed:
+#
+#     old  <ul> <li id="a">milk</li> <li id="b">bread</li> </ul>
+#     new  <ul> <li id="c">eggs</li> <li id="a">oat milk</li> <li id="b">bread</li> </ul>
+#
+# All depends on knowing which old element is which new one. Those with the same id are the same;
+# what has no id takes the next one of its kind. Here `a` gets another text, `b` is not touched, `c`
+# comes in front. Without ids, `a` would have become the eggs, and who was editing `a` would go on
+# in the wrong row: rows of a list that changes have ids.
+#
+# Three write into one page, and each has its own ground: a field that is being edited belongs to
+# the person, what an attribute shows (`data-text`) to its signal, all else to the server.
 # ==================================================================================================
 
 # ==================================================================================================
@@ -10174,8 +10210,7 @@ class _Watchdog:
 
 
 POCKET_CLIENT = r"""
-// The pocket client: Datastar's protocol for the everyday part, in one module, to be read in this
-// order: signals, expressions, attributes, requests, elements. One rule holds everywhere: what
+// The pocket client: Datastar's protocol for the everyday part. One rule holds everywhere: what
 // fails is told in the console under its attribute's name, once, and everything else goes on. It
 // needs the right to compile expressions (CSP: 'unsafe-eval').
 //
@@ -10197,8 +10232,8 @@ function through(...kinds) {
 }
 
 const {
-  nodeName, parentNode, childNodes, firstChild, nextSibling, isConnected, insertBefore, removeChild,
-  contains, isEqualNode, compareDocumentPosition, textContent, cloneNode,
+  baseURI, nodeName, parentNode, childNodes, firstChild, nextSibling, isConnected, insertBefore,
+  removeChild, contains, isEqualNode, compareDocumentPosition, textContent, cloneNode,
   localName, classList, closest, querySelectorAll, moveBefore, replaceChildren, getAttribute,
   setAttribute, hasAttribute, removeAttribute, getAttributeNames, getAttributeNode,
   setAttributeNode, addEventListener, removeEventListener, dispatchEvent,
@@ -10206,7 +10241,7 @@ const {
 const doc = through(Document);
 const { style: styleOfHtml } = through(HTMLElement);
 const styleOf = (el) => el instanceof HTMLElement ? styleOfHtml(el) : el.style;
-const page = document.documentElement;
+const page = doc.documentElement(document);
 const isElement = (node) => node instanceof Element;
 const family = (node) => isElement(node) ? [node, ...querySelectorAll(node, '*')] : [];
 const tell = (name, detail) => dispatchEvent(document, new CustomEvent(name, { detail }));
@@ -11172,7 +11207,7 @@ function sentWith(call) {
   call.given = null;
   call.overrides = options.responseOverrides ?? {};
   const inUrl = method === 'GET' || method === 'DELETE';
-  const target = new URL(url, document.baseURI);
+  const target = new URL(url, baseURI(document));
   const headers = new Headers({
     Accept: 'text/event-stream, text/html, application/json', 'Datastar-Request': 'true',
     ...inUrl || form ? {} : { 'Content-Type': 'application/json' }, ...options.headers,
@@ -11310,7 +11345,7 @@ function parse(html, namespace) {
     return first === 'body' ? [body] : /<body[\s>]/i.test(html) ? [head, body] : [head];
   }
   const wrapper = { svg: 'svg', mathml: 'math' }[namespace];
-  const template = document.createElement('template');
+  const template = doc.createElement(document, 'template');
   template.innerHTML = wrapper ? `<${wrapper}>${html}</${wrapper}>` : html;
   return [...childNodes(wrapper ? template.content.firstChild : template.content)];
 }
@@ -11341,7 +11376,7 @@ function patchOne(mode, target, nodes) {
 
 // A script that was parsed never runs; one that is made by hand does, when it enters the page.
 function enliven(dead) {
-  const script = document.createElementNS(dead.namespaceURI, 'script');
+  const script = doc.createElementNS(document, dead.namespaceURI, 'script');
   for (const name of getAttributeNames(dead)) copyAttribute(dead, script, name);
   if (dead.nonce) script.nonce = dead.nonce;
   if ('async' in script) script.async = hasAttribute(dead, 'async');
@@ -11476,24 +11511,20 @@ function morphAttributes(old, fresh) {
   const preserved = (getAttribute(fresh, 'data-preserve-attr') ?? '').split(/\s+/);
   const namesOf = (el) => getAttributeNames(el).filter((name) => !preserved.includes(name));
   const oursOf = (el) => namesOf(el).filter((name) => name.startsWith('data-'));
-  const values = new Map(namesOf(old).map((name) => [name, getAttribute(old, name)]));
+  const differs = (name) => getAttribute(old, name) !== getAttribute(fresh, name);
+  const fields = { input: ['value', 'checked'], option: ['selected'] }[localName(old)] ?? [];
+  const changed = fields.filter((name) => differs(name) && !preserved.includes(name));
   // Ours are handled in the order in which they stand. Where it is another one, all are set anew.
   if (oursOf(fresh).join() !== oursOf(old).join()) {
     for (const name of oursOf(old)) removeAttribute(old, name);
   }
   for (const name of namesOf(old)) if (!hasAttribute(fresh, name)) removeAttribute(old, name);
-  for (const name of namesOf(fresh)) {
-    if (getAttribute(old, name) !== getAttribute(fresh, name)) copyAttribute(fresh, old, name);
-  }
+  for (const name of namesOf(fresh)) if (differs(name)) copyAttribute(fresh, old, name);
   // Attributes say what a field starts with. What it has now is in its properties.
-  const kind = localName(old);
-  const isNew = (name) => (values.get(name) ?? null) !== getAttribute(fresh, name)
-    && !preserved.includes(name);
-  if (kind === 'input' && old.type !== 'file' && isNew('value')) {
-    writeField(old, 'value', getAttribute(fresh, 'value') ?? '');
+  for (const name of changed) {
+    if (name !== 'value') writeField(old, name, hasAttribute(fresh, name));
+    else if (old.type !== 'file') writeField(old, name, getAttribute(fresh, name) ?? '');
   }
-  const flag = { input: 'checked', option: 'selected' }[kind];
-  if (flag && isNew(flag)) writeField(old, flag, hasAttribute(fresh, flag));
 }
 
 function writeField(el, name, value) {
@@ -11524,7 +11555,7 @@ function startPage() {
   tell('datastar-ready');
 }
 
-if (document.readyState !== 'loading') setTimeout(startPage);
+if (doc.readyState(document) !== 'loading') setTimeout(startPage);
 else addEventListener(document, 'DOMContentLoaded', () => setTimeout(startPage), { once: true });
 """
 

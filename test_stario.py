@@ -12487,6 +12487,15 @@ class TestPocketClient(ClientPromises, unittest.TestCase):
             "[count.ping, HTMLElement.prototype.getAttribute.call(f0, 'class')]", [1, "last big"]
         )
 
+    def test_a_pages_images_hide_nothing(self) -> None:
+        names = "querySelector querySelectorAll body head activeElement createElement"
+        names += " addEventListener baseURI documentElement dispatchEvent readyState"
+        images = "".join(f"<img name='{name}'>" for name in names.split())
+        self.answers("/s", patch_elements("<p id='p'>new</p>", "useViewTransition true"))
+        self.show(f"{images}<p id='p'>old</p><b id='b' data-on:click=\"@get('/s')\"></b>")
+        self.do("byId('b').click()")
+        self.see("byId('p').textContent", "new")
+
     def test_what_is_half_typed_stays(self) -> None:
         field = "<input id='n' type='number' value='{0}' data-bind='n' title='{1}'>"
         word = "<input id='w' data-bind='w' value='{0}'>"
