@@ -83,7 +83,7 @@ a live page; each part of act 4 is a room of its own, to be read when it is need
       10034  27. Development: what went wrong, shown where one looks
     10165  ACT 5. The pocket client
       10208  28. The pocket client (JavaScript)
-      11577  29. An app to begin with, and this file as a page
+      11571  29. An app to begin with, and this file as a page
 
 READING PATH
 
@@ -10443,8 +10443,8 @@ function leaves(value, keys = [], found = []) {
 function write(branch, key, value) {
   const old = branch[key]?.value;
   if (isRefused(key) || Object.is(old, value)) return;
-  if (isComputed(branch[key]) && !(value instanceof Cell)) return;       // it has no other value
   if ((value ?? null) === null) erase(branch, key);
+  else if (isComputed(branch[key]) && !(value instanceof Cell)) return;  // it has no other value
   else if (!isPlain(value)) assign(branch, key, plain(value));
   else {
     if (!isBranch(old)) assign(branch, key, newBranch([...branches.get(branch).keys, key]));
@@ -10473,9 +10473,8 @@ function erase(branch, key) {
   const cell = branch[key];
   if (!cell) return;
   const { keys, names } = branches.get(branch);
-  const path = [...keys, key];
-  const gone = isBranch(cell.value) ? leaves(cell.value, path) : [];
-  for (const [each] of [[path], ...gone]) changes.push([each, null]);
+  const gone = leaves(cell, [...keys, key]).map(([path]) => [path, null]);
+  changes = changes.concat([[[...keys, key], null]], gone);
   delete branch[key];
   for (const each of [cell, names, everything]) wake(each);
 }
@@ -10489,14 +10488,8 @@ function merge(patch, onlyIfMissing, branch = data) {
 }
 
 // A path is what names a signal outside of expressions: "user.name", "items.0".
-function find(path) {
-  let at = root;
-  for (const key of path.split('.')) {
-    if (Object(at) !== at || !(key in at)) return undefined;
-    at = at[key];
-  }
-  return at;
-}
+const find = (path) => path.split('.').reduce((at, key) =>
+  Object(at) === at && key in at ? at[key] : undefined, root);
 
 function put(path, value) {
   const [, inner, last] = path.match(/^(?:(.*)\.)?([^.]*)$/s);
@@ -10511,12 +10504,9 @@ function put(path, value) {
 function nested(found) {
   const whole = Object.create(null);
   for (const [keys, value] of found) {
-    let at = whole;
-    for (let n = 0; n < keys.length - 1; n++) {
-      if (!isPlain(at[keys[n]])) at[keys[n]] = Object.create(null);
-      at = at[keys[n]];
-    }
-    at[keys.at(-1)] = plain(value);
+    const inner = keys.slice(0, -1).reduce((at, key) =>
+      isPlain(at[key]) ? at[key] : (at[key] = Object.create(null)), whole);
+    inner[keys.at(-1)] = plain(value);
   }
   return whole;
 }
@@ -10710,7 +10700,9 @@ const plugins = {
   },
   computed(about) {
     const jobs = about.key ? { [about.key]: () => about.run() } : about.run() ?? {};
-    for (const [path, job] of Object.entries(jobs)) put(path, newComputed(() => about.guard(job)));
+    for (const [keys, job] of leaves(jobs)) {
+      put(keys.join('.'), newComputed(() => about.guard(job)));
+    }
   },
   effect: (about) => { about.effect(() => { about.run(); }); },
   init: (about) => { timed(about)(); },
@@ -11325,7 +11317,9 @@ function patchElements({ elements = '', selector, mode = 'outer', namespace }) {
     const targets = [...doc.querySelectorAll(document, selector)];
     if (!targets.length) throw new Error(`no element matches ${selector}`);
     const copies = targets.map((_, n) => n ? fresh.map((node) => cloneNode(node, true)) : fresh);
-    targets.forEach((target, n) => patchOne(mode, target, copies[n]));
+    targets.forEach((target, n) => {             // one in another may be gone by then
+      if (isConnected(target)) patchOne(mode, target, copies[n]);
+    });
   } else if (mode === 'outer' || mode === 'replace') {
     for (const node of fresh.filter(isElement)) {
       const id = getAttribute(node, 'id');

@@ -11233,6 +11233,17 @@ class ClientPromises(_Case):
         self.assertEqual(self.stage.requests("/sum")[0].signals, wanted)
         self.now("made", [[3, 6], [30, 60]])
 
+    def test_computed_signals_are_nested_and_removed_as_others_are(self) -> None:
+        self.answers("/s", patch_signals({"gone": None, "f": {"kept": 9}, "a": 3}))
+        self.show(
+            """<i data-signals="{a: 1, f: {x: 1}}" data-computed:gone="$a"
+              data-computed="{f: {kept: () => $a * 2}}"></i>
+            <b id="b" data-on:click="@get('/s')"></b>"""
+        )
+        self.see("own()", {"a": 1, "f": {"x": 1, "kept": 2}, "gone": 1})
+        self.do("byId('b').click()")
+        self.see("own()", {"a": 3, "f": {"x": 1, "kept": 6}})
+
     def test_computed_goes_on_when_its_element_has_left(self) -> None:
         self.show(
             """<i data-signals="{a: 1}"></i><i id="c" data-computed:twice="$a * 2"></i>
@@ -11805,6 +11816,16 @@ class ClientPromises(_Case):
                 self.answers(f"/{mode}", patch_elements("" if mode == "remove" else new, *options))
                 self.do(f"byId('{mode}').click()")
                 self.see(f"[1, 2].map((n) => byId('{mode}' + n).innerHTML)", [result, result])
+
+    def test_a_target_inside_another_target_goes_with_it(self) -> None:
+        self.answers("/s", patch_elements("<p class='t'>new</p>", "selector .t"))
+        self.show(
+            """<div id="d"><div class="t">a<div class="t">b</div></div></div>
+            <b id="b" data-on:click="@get('/s')"></b>"""
+        )
+        self.do("byId('b').click()")
+        self.see("fetches.at(-1)", "finished")
+        self.now("byId('d').textContent", "new")
 
     def test_outer_and_replace_find_their_elements_by_id(self) -> None:
         self.answers("/outer", patch_elements('<p id="a" class="n">A</p>\n<p id="b">B</p>'))
