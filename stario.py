@@ -83,7 +83,7 @@ a live page; each part of act 4 is a room of its own, to be read when it is need
       10034  27. Development: what went wrong, shown where one looks
     10165  ACT 5. The pocket client
       10208  28. The pocket client (JavaScript)
-      11571  29. An app to begin with, and this file as a page
+      11572  29. An app to begin with, and this file as a page
 
 READING PATH
 
@@ -11218,7 +11218,8 @@ function sentWith(call) {
 
 // The form that is to be sent, as a browser sends it: with the button, if it is one of the form's.
 function formOf(el, evt, selector) {
-  const form = selector ? doc.querySelector(document, selector) : closest(el, 'form');
+  const own = localName(el) !== 'form' && el.form;           // as form="edit" says
+  const form = selector ? doc.querySelector(document, selector) : own || closest(el, 'form');
   if (!(form instanceof HTMLFormElement)) throw new Error('there is no form to send');
   const isButton = /^(?:button|input)$/.test(localName(el)) && /^(?:submit|image)$/.test(el.type);
   const button = [evt?.submitter, isButton ? el : null].find((each) => each?.form === form) ?? null;

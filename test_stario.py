@@ -12456,6 +12456,27 @@ class TestPocketClient(ClientPromises, unittest.TestCase):
         self.see("own().done", True)
         self.assertEqual(self.stage.requests("/s")[0].body, "b=2")
 
+    def test_a_select_shows_its_signal_when_a_group_of_options_comes(self) -> None:
+        self.answers("/s", patch_elements("<optgroup id='g'><option>a<option>b</optgroup>"))
+        self.show(
+            """<i data-signals="{s: 'b'}"></i><b id="b" data-on:click="@get('/s')"></b>
+            <select id="s" data-bind="s"><optgroup id="g"><option>a</optgroup></select>"""
+        )
+        self.do("byId('b').click()")
+        self.see("byId('s').options.length", 2)
+        self.see("[byId('s').value, own().s]", ["b", "b"])
+
+    def test_a_button_outside_of_its_form_sends_it(self) -> None:
+        self.answers("/s", patch_signals({"done": True}))
+        self.show(
+            """<form id="f"><input name="form" value="1"></form><form><button id="b" form="f"
+              name="go" value="now" data-on:click="@post('/s', {contentType: 'form'})">
+            </button></form>"""
+        )
+        self.do("byId('b').click()")
+        self.see("own().done", True)
+        self.assertEqual(self.stage.requests("/s")[0].body, "form=1&go=now")
+
     def test_what_the_browser_restores_is_taken_when_a_page_is_shown_again(self) -> None:
         self.show("<input id='i' data-bind='a' value='1'><input data-bind='b' value='2'>")
         self.see("own()", {"a": "1", "b": "2"})
