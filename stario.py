@@ -72,18 +72,18 @@ a live page; each part of act 4 is a room of its own, to be read when it is need
        6993  16. Forms
        7175  17. Behind a proxy
        7256  18. Compression
-       7440  19. Static files
-       7960  20. Telemetry: spans, and the tracers that show them
-       8955  21. Sessions
-       9066  22. What lives as long as the server
-       9147  23. @baked
-       9400  24. ASGI: the same app under another server
-       9637  25. RedisRelay: the same between processes and machines
-       9888  26. Reload: a saved file restarts the app
-      10034  27. Development: what went wrong, shown where one looks
-    10165  ACT 5. The pocket client
-      10208  28. The pocket client (JavaScript)
-      11572  29. An app to begin with, and this file as a page
+       7442  19. Static files
+       7961  20. Telemetry: spans, and the tracers that show them
+       8956  21. Sessions
+       9067  22. What lives as long as the server
+       9148  23. @baked
+       9401  24. ASGI: the same app under another server
+       9638  25. RedisRelay: the same between processes and machines
+       9889  26. Reload: a saved file restarts the app
+      10035  27. Development: what went wrong, shown where one looks
+    10166  ACT 5. The pocket client
+      10209  28. The pocket client (JavaScript)
+      11573  29. An app to begin with, and this file as a page
 
 READING PATH
 
@@ -7306,8 +7306,10 @@ def _compress_stream(
 
 
 _CONTENT_TYPE = re.compile(rb"^content-type: ([^\r]*)", re.MULTILINE)
-# With any of these in its fields an answer goes out as it is.
-_AS_THEY_ARE = (b"content-encoding: ", b"content-range: ", b"no-transform")
+
+
+# An answer with any of these fields is not compressed. (`in` takes ten times as long for bytes.)
+_AS_IT_COMES = re.compile(rb"content-(?:encoding|range): |no-transform")
 
 
 def _coding_for(
@@ -7315,7 +7317,7 @@ def _coding_for(
 ) -> str | None:
     """The coding for an answer with these fields, or None."""
     lines = headers._fields.get("accept-encoding")
-    if lines is None or any(mark in fields for mark in _AS_THEY_ARE):
+    if lines is None or _AS_IT_COMES.search(fields):
         return None
     accepted = ",".join(lines)
     choose = _choose_coding if len(accepted) <= _KEPT_TEXT else _choose_coding.__wrapped__
@@ -7329,7 +7331,7 @@ def _varied(fields: bytes, coding: str | None = None) -> bytes:
         fields = re.sub(rb'(?m)^etag: "', b'etag: W/"', fields)
         fields += b"content-encoding: %b\r\n" % coding.encode()
     line = b"vary: accept-encoding\r\n"
-    return fields if line in fields else fields + line
+    return fields if fields.find(line) >= 0 else fields + line
 
 
 def _gzip(level: int, streaming: bool) -> Compressor:
@@ -7459,6 +7461,7 @@ _IN_MEMORY_TOTAL = 64 * 1024 * 1024  # and of each collection so much in all
 _COPIED = 16 * 1024 * 1024  # of a large file's end, so many bytes are not left to `sendfile`
 _TICK = 50_000_000  # nanoseconds that a file system's clock may need to tell two changes apart
 _AS_IT_IS = ""  # no content coding
+_FOREVER = b"cache-control: public, max-age=31536000, immutable\r\n"
 _HARDEST = CompressionConfig(zstd_level=12, brotli_level=9, gzip_level=9)
 _SIBLINGS = {"zstd": ".zst", "br": ".br", "gzip": ".gz"}
 _FINGERPRINT = re.compile(r"\.[0-9a-f]{16}(?=\.[^./]*\Z|\Z)")
@@ -7754,9 +7757,7 @@ class Assets:
         plain = _FINGERPRINT.sub("", asked, count=1)
         file = await self._find(plain)
         if file is not None and asked == file.fingerprinted and file.steady:
-            return await self._serve(
-                file, w, b"cache-control: public, max-age=31536000, immutable\r\n"
-            )
+            return await self._serve(file, w, _FOREVER)
         # The plain name of a file, which may look like one with a fingerprint; or the fingerprint
         # of an older version that a page still asks for.
         literal = await self._find(asked) if asked != plain else file
@@ -7839,7 +7840,7 @@ def _answer_with(
     compress: bool = False,
 ) -> None:
     """Answer with a file: all of it, a part, or only that the client has it. See also `_Rest`."""
-    request, immutable = w._request, b"immutable" in fields
+    request, immutable = w._request, fields is _FOREVER
     fields = form.fields + fields
     span: tuple[int, int] | None = (0, file.size)
     if status == 200 and request.method in ("GET", "HEAD"):
