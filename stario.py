@@ -59,31 +59,31 @@ a live page; each part of act 4 is a room of its own, to be read when it is need
        1317  6. The answer: status, fields, body
        1776  7. Context and routing
        2315  8. The app
-     2654  ACT 2. On the network
-       2662  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3683  10. The server
-       4416  11. Trying it without a network: the test client
-     4904  ACT 3. Live
-       4948  12. Datastar: attributes and actions
-       5487  13. Streams: events, and staying with a client
-       5999  14. Relay: publish and subscribe
-     6316  ACT 4. For real
-       6322  15. Signals: from JSON to your dataclass
-       6993  16. Forms
-       7175  17. Behind a proxy
-       7256  18. Compression
-       7442  19. Static files
-       7961  20. Telemetry: spans, and the tracers that show them
-       8956  21. Sessions
-       9067  22. What lives as long as the server
-       9148  23. @baked
-       9401  24. ASGI: the same app under another server
-       9638  25. RedisRelay: the same between processes and machines
-       9889  26. Reload: a saved file restarts the app
-      10035  27. Development: what went wrong, shown where one looks
-    10166  ACT 5. The pocket client
-      10209  28. The pocket client (JavaScript)
-      11573  29. An app to begin with, and this file as a page
+     2655  ACT 2. On the network
+       2663  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
+       3623  10. The server
+       4306  11. Trying it without a network: the test client
+     4794  ACT 3. Live
+       4838  12. Datastar: attributes and actions
+       5377  13. Streams: events, and staying with a client
+       5889  14. Relay: publish and subscribe
+     6206  ACT 4. For real
+       6212  15. Signals: from JSON to your dataclass
+       6883  16. Forms
+       7065  17. Behind a proxy
+       7146  18. Compression
+       7332  19. Static files
+       7851  20. Telemetry: spans, and the tracers that show them
+       8846  21. Sessions
+       8957  22. What lives as long as the server
+       9033  23. @baked
+       9286  24. ASGI: the same app under another server
+       9523  25. RedisRelay: the same between processes and machines
+       9774  26. Reload: a saved file restarts the app
+       9922  27. Development: what went wrong, shown where one looks
+    10053  ACT 5. The pocket client
+      10096  28. The pocket client (JavaScript)
+      11460  29. An app to begin with, and this file as a page
 
 READING PATH
 
@@ -96,15 +96,15 @@ Two hours, for who wants to know how it works and not all that it does. These li
      1499-1678   `_RawWriter`  the answer
      1787-1887   `Context`  what a handler gets beside it
      2207-2223   `Router._find`  from a path to a handler
-     2400-2433   `Stario.dispatch`  one request from end to end
-     2961-3097   `_Reader`  bytes to requests
-     3420-3679   `Connection`  one connection, many requests
-     4139-4154   `Server.start`  listening
-     4260-4271   `Server.stop`  ending without losing a request
-     5641-5746   `_EventWriter`  events
-     5834-5895   `_Scope`  how a disconnect reaches a handler
-     5922-5995   `Alive`  staying with a client
-     6164-6268   `Relay`  from one handler to another
+     2493-2524   `Stario.dispatch`  one request from end to end
+     2933-3051   `_Reader`  bytes to requests
+     3367-3619   `Connection`  one connection, many requests
+     4049-4062   `Server.start`  listening
+     4162-4170   `Server.stop`  ending without losing a request
+     5531-5636   `_EventWriter`  events
+     5724-5785   `_Scope`  how a disconnect reaches a handler
+     5812-5885   `Alive`  staying with a client
+     6054-6158   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. Whatever carries requests reaches the rest through one narrow interface, `Carrier`
@@ -2264,7 +2264,7 @@ async def _handle_error(
     for kind in type(exc).__mro__:
         if kind in handlers and not (foreseen and kind is Exception):
             if kind is Exception or not c.app._silent:  # (its own page: no need to log it)
-                c.app._note(c, exc, has_page=True)
+                _note(c, exc, has_page=True)
             w._forget_answer()
             answer = handlers[kind](c, w, exc)
             if answer is not None:
@@ -2338,6 +2338,100 @@ _failures: contextvars.ContextVar[list[BaseException] | None]
 _failures = contextvars.ContextVar("stario_failures", default=None)
 
 
+# -- What a handler raises
+
+
+async def _fail(c: Context, w: Writer, exc: BaseException) -> None:
+    """A handler has raised: answer for it, if there is still an answer to give.
+
+    Whatever it is, `SystemExit` and a cancellation from elsewhere too, it ends this request and
+    nothing else.
+    """
+    exc = _alone(exc)
+    try:
+        if await _handle_error(c.app._errors, c, w, exc):
+            return
+        _note(c, exc)
+    except BaseException as another:  # the error handler's own
+        if _is_stopped(w._carrier, another):
+            raise
+        exc = another
+        _note(c, exc)
+    if c.app.debug and not (isinstance(exc, (HttpException, ClientDisconnected)) or w.completed):
+        _show_error(c, w, exc)
+    if not (w.started or isinstance(exc, ClientDisconnected)):
+        _answer_error(c, w, exc)
+    if not w.completed:
+        w.completed = True
+        w._carrier.abort()
+
+
+def _answer_error(c: Context, w: Writer, exc: BaseException) -> None:
+    w._forget_answer()
+    try:
+        if not isinstance(exc, HttpException):
+            w.text(_phrase(500), 500)
+        elif exc.status_code in _REDIRECTS:
+            w.redirect(exc.detail, exc.status_code)
+        else:
+            w.text(exc.detail, exc.status_code)
+    except Exception as wrong:  # a status, or an address, that no answer can have
+        _report(c, wrong)
+        w.text(_phrase(500), 500)
+
+
+def _note(c: Context, exc: BaseException, has_page: bool = False) -> None:
+    """Tell the developer of an exception: as an error, unless it is an answer or a farewell."""
+    if isinstance(exc, ClientDisconnected):
+        c("client.disconnected")
+    elif isinstance(exc, HttpException):
+        c("http.exception", {"http.response.status_code": exc.status_code, "detail": exc.detail})
+    else:
+        _report(c, exc, has_page)
+
+
+def _report(c: Context, exc: BaseException, has_page: bool = False) -> None:
+    """Tell the developer: by the span, or, where nobody looks at spans, as asyncio does.
+
+    And the test that it happens in, unless the app has a page for it: that is an answer.
+    """
+    in_test = _failures.get()
+    if in_test is not None and not has_page:
+        in_test.append(exc)
+    for sign, hint in _HINTS.items():
+        if isinstance(exc, (TypeError, AttributeError)) and sign in _safe_text(exc):
+            exc.add_note(f"stario: {hint}")
+    if not c.app._silent:
+        c.span.fail(exc)
+    elif in_test is None:
+        _log(f"unhandled exception in {c.req.method} {c.req.path}", exc)
+
+
+def _log(text: str, exc: BaseException) -> None:
+    """As asyncio logs what nobody catches, except that no line begins with a client's text."""
+    loop, text = asyncio.get_running_loop(), _printable(text)
+    if loop.get_exception_handler():
+        loop.call_exception_handler({"message": text, "exception": exc})
+        return
+    logger = logging.getLogger("asyncio")
+    info = (type(exc), exc, exc.__traceback__)
+    record = logger.makeRecord(logger.name, logging.ERROR, "", 0, text, (), info)
+    record.exc_text = "\n    ".join(map(_printable, _stack_of(exc).split("\n")))
+    logger.handle(record)
+
+
+def _complete(c: Context, w: Writer) -> None:
+    """The handler is through: end its stream, or say that there is nothing to say."""
+    if not w.started:
+        c("no answer", {"hint": "the handler sent nothing, so the client got 204 No Content"})
+        w.empty(204)
+        return
+    try:
+        w.end()
+    except StarioError as exc:  # less than its Content-Length
+        _report(c, exc)
+
+
 class Stario(Router):
     """An app: routes, a tracer, and what holds for all requests.
 
@@ -2377,8 +2471,8 @@ class Stario(Router):
     def lifespan(self, manager: Lifespan) -> Lifespan:
         """Open before the first request what is closed after the last: `app.lifespan(database)`.
 
-        `manager(app)` gives an async context manager, as a function with `@asynccontextmanager`
-        does. Several are entered in their order. An exception in it keeps the server from starting.
+        `manager(app)` gives an async context manager. Several are entered in their order. An
+        exception in it keeps the server from starting.
         """
         self._life.lifespans.append(manager)
         return manager
@@ -2386,14 +2480,13 @@ class Stario(Router):
     def background(self, work: Coroutine[Any, Any, T]) -> Future[T]:
         """Start a task that lives as long as the server: `app.background(tick())`.
 
-        Before the server runs it waits for it; a handler starts with it what goes on after the
-        answer. It is traced, and cancelled when the server stops, or by `cancel()` of what this
-        gives back, from any thread.
+        Before the server runs, it waits; in a handler, it goes on after the answer. It is traced,
+        and cancelled when the server stops, or by `cancel()` of what this gives, from any thread.
         """
         if not asyncio.iscoroutine(work):
+            got = type(work).__name__
             raise StarioError(
-                f"background() takes a coroutine, as in app.background(tick()), "
-                f"not a {type(work).__name__}"
+                f"background() takes a coroutine, app.background(tick()), not a {got}"
             )
         return self._life.begin(work)
 
@@ -2404,10 +2497,8 @@ class Stario(Router):
         w = self._writer(carrier, request, self.compression)
         try:
             try:
-                if not self._hosts:
-                    handler = self._find(request) or self._fallback
-                else:
-                    handler = self._find_by_host(request)
+                handler = (self._find_by_host if self._hosts else self._find)(request)
+                handler = handler or self._fallback
                 if not self._silent:
                     _current_step.set((c, c.span))
                 got = await handler(c, w)  # type: ignore[func-returns-value]
@@ -2418,9 +2509,9 @@ class Stario(Router):
             except BaseException as exc:
                 if _is_stopped(carrier, exc):
                     raise
-                await self._failed(c, w, exc)
+                await _fail(c, w, exc)
             if not w.completed:
-                self._complete(c, w)
+                _complete(c, w)
         finally:
             if not w.completed:
                 carrier.abort()  # cancelled: the server could not wait any longer
@@ -2432,12 +2523,9 @@ class Stario(Router):
                 c._span.attributes["http.response.status_code"] = w.status_code
                 c._span.end()
 
-    def _find_by_host(self, request: Request) -> Handler:
-        for router in self._routers_for(request):
-            handler = router._find(request)
-            if handler is not None:
-                return handler
-        return self._fallback
+    def _find_by_host(self, request: Request) -> Handler | None:
+        found = (router._find(request) for router in self._routers_for(request))
+        return next(filter(None, found), None)
 
     def _routers_for(self, request: Request) -> Iterator[Router]:
         """The routers that may answer: those of the request's host, then the app itself."""
@@ -2475,91 +2563,6 @@ class Stario(Router):
             return {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"}
         return {m for router in self._routers_for(request) for m in router._methods(raw_path)}
 
-    async def _failed(self, c: Context, w: Writer, exc: BaseException) -> None:
-        """A handler has raised: answer for it, if there is still an answer to give.
-
-        Whatever it is, `SystemExit` and a cancellation from elsewhere too, it ends this request
-        and nothing else.
-        """
-        exc = _alone(exc)
-        try:
-            if await _handle_error(self._errors, c, w, exc):
-                return
-            self._note(c, exc)
-        except BaseException as another:  # the error handler's own
-            if _is_stopped(w._carrier, another):
-                raise
-            exc = another
-            self._note(c, exc)
-        is_answer = isinstance(exc, (HttpException, ClientDisconnected))
-        if self.debug and not (is_answer or w.completed):
-            _show_error(c, w, exc)
-        if not (w.started or isinstance(exc, ClientDisconnected)):
-            self._answer_error(c, w, exc)
-        if not w.completed:
-            w.completed = True
-            w._carrier.abort()
-
-    def _answer_error(self, c: Context, w: Writer, exc: BaseException) -> None:
-        w._forget_answer()
-        try:
-            if not isinstance(exc, HttpException):
-                w.text(_phrase(500), 500)
-            elif exc.status_code in _REDIRECTS:
-                w.redirect(exc.detail, exc.status_code)
-            else:
-                w.text(exc.detail, exc.status_code)
-        except Exception as wrong:  # a status, or an address, that no answer can have
-            self._report(c, wrong)
-            w.text(_phrase(500), 500)
-
-    def _note(self, c: Context, exc: BaseException, has_page: bool = False) -> None:
-        """Tell the developer of an exception: as an error, unless it is an answer or a farewell."""
-        if isinstance(exc, ClientDisconnected):
-            c("client.disconnected")
-        elif isinstance(exc, HttpException):
-            attributes = {"http.response.status_code": exc.status_code, "detail": exc.detail}
-            c("http.exception", attributes)
-        else:
-            self._report(c, exc, has_page)
-
-    def _report(self, c: Context, exc: BaseException, has_page: bool = False) -> None:
-        """Tell the developer: by the span, or, where nobody looks at spans, as asyncio does.
-
-        And by a test that it happens in, unless the app has a page for it: that is an answer.
-        """
-        in_test = _failures.get()
-        if in_test is not None and not has_page:
-            in_test.append(exc)
-        for sign, hint in _HINTS.items():
-            if isinstance(exc, (TypeError, AttributeError)) and sign in _safe_text(exc):
-                exc.add_note(f"stario: {hint}")
-        if not self._silent:
-            c.span.fail(exc)
-        elif in_test is None:
-            text = _printable(f"unhandled exception in {c.req.method} {c.req.path}")
-            loop = asyncio.get_running_loop()
-            if loop.get_exception_handler():
-                loop.call_exception_handler({"message": text, "exception": exc})
-                return
-            logger = logging.getLogger("asyncio")
-            info = (type(exc), exc, exc.__traceback__)
-            record = logger.makeRecord(logger.name, logging.ERROR, "", 0, text, (), info)
-            # As logging would write it, except that no line begins with a client's text.
-            record.exc_text = "\n    ".join(map(_printable, _stack_of(exc).split("\n")))
-            logger.handle(record)
-
-    def _complete(self, c: Context, w: Writer) -> None:
-        """The handler is through: end its stream, or say that there is nothing to say."""
-        if not w.started:
-            c("no answer", {"hint": "the handler sent nothing, so the client got 204 No Content"})
-            w.empty(204)
-            return
-        try:
-            w.end()
-        except StarioError as exc:  # less than its Content-Length
-            self._report(c, exc)
-
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Serve as an ASGI 3 application: `uvicorn myapp:app`. See part 24."""
         if scope["type"] == "http":
@@ -2583,12 +2586,10 @@ class Stario(Router):
     ) -> None:
         """Serve until a signal says stop. The options are those of `Server`, and the `Limits`.
 
-        With `reload` a saved file restarts the program (part 26). With `debug`, which without a
-        word is on at a terminal and off elsewhere, errors are shown in the browser (part 27).
-
-        What keeps it from starting (a port that is taken, an option that does not exist) ends the
-        program with one sentence: SystemExit. What handlers start with `asyncio.to_thread` runs in
-        threads that do not hold up the program's end.
+        With `reload` a saved file restarts the program (part 26). With `debug`, by default on at
+        a terminal and off elsewhere, errors are shown in the browser (part 27). What keeps it from
+        starting (a port that is taken, an option that does not exist) ends the program with one
+        sentence: SystemExit. Threads of `asyncio.to_thread` do not hold up the program's end.
         """
         try:
             server = Server(self, host, port, workers, **options)
@@ -2661,32 +2662,23 @@ class Stario(Router):
 # ==================================================================================================
 # 9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
 #
-# Theory of operation. A connection has one request under way at a time. What it does with the bytes
-# that come in depends on three things only:
-#
-#     `_body` is set        they belong to a request's body: decode them and feed them to it
-#     `_answering` is true  they belong to later requests: keep them, up to a bound
-#     neither               they are a request's head: parse it and start the handler
-#
-# `_advance` looks at these again and again until nothing more can be done. It is called when bytes
-# have come, when an answer is through, and when there is room for another one. After an answer the
-# connection waits for the rest of the request's body, if need be, and only then turns to the next
-# request. A connection belongs to a `Worker` (10), which has the event loop, the app, the time of
-# its last sweep (`now`), and all the other connections of that loop.
+# Theory of operation. A connection works on one request at a time. Its state (see `_State`) says
+# whether the next bytes are a request's head, some of its body, or wait until it is answered.
+# `_advance` looks at the state and the bytes again and again until nothing more can be done. It is
+# called when bytes have come, when an answer is through, and when there is room for another one.
+# A connection belongs to a `Worker` (part 10), which has the event loop, the app, the time of its
+# last sweep (`now`), and all the other connections of that loop.
 #
 # The rule for everything that comes in: what could be understood in two ways is refused, with 400
 # and a closed connection. Repairing a request is how two servers in a row come to disagree on where
 # it ends, and how one request is smuggled in another.
 #
-# Time. A connection has one `_deadline` for what it is waiting for, and the server's sweep compares
+# Time. A connection has one `_deadline` for what it is waiting for, and the worker's sweep compares
 # it with the clock once a second. So a time-out costs an attribute, not a timer.
 #
-# Speed. Half of what a request costs is spent in two system calls, receiving and sending; the rest
-# is kept small by doing things once. A header block that comes again is recognised by its bytes;
-# request lines, and what the fields for framing say together, are kept by their text; other fields
-# are split up when somebody asks. A body that came with its head is bytes from the start, an answer
-# is one write, and a handler that never waits is through before `_start` returns. Every check and
-# limit holds on these short ways, too: they leave out what has been seen before, byte for byte.
+# Speed. What has been seen before, byte for byte, is not read again: a browser repeats its header
+# block, so the last one is kept. Other fields are split up when somebody asks. A body that came
+# with its head is bytes from the start, and an answer is one write.
 # ==================================================================================================
 
 
@@ -2727,17 +2719,12 @@ _REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/([0-9]
 _ABSOLUTE = re.compile(r"https?://([^/?#@]+)(/[^?#]*)?(\?[^#]*)?", re.IGNORECASE)
 
 
-def _field_lines(repeated: bytes) -> re.Pattern[bytes]:
-    """Header lines (RFC 9112, section 5), with the CRLF before them and the empty line.
-
-    No folding, no blank before the colon, no control characters. (A "+" behind a repetition keeps
-    the match linear: what was taken is not tried again with less.)
-    """
-    line = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]++:[\t\x20-\x7e\x80-\xff]*+\r\n"
-    return re.compile(rb"\r\n(?:" + line + rb")" + repeated + rb"\r\n")
-
-
-_FIELD_LINES = _field_lines(b"*+")
+# Header lines (RFC 9112, section 5), with the CRLF before them and the empty line. No folding, no
+# blank before the colon, no control characters. (A "+" behind a repetition keeps the match linear:
+# what was taken is not tried again with less.)
+_FIELD_LINES = re.compile(
+    rb"\r\n(?:[!#$%&'*+.^_`|~0-9A-Za-z-]++:[\t\x20-\x7e\x80-\xff]*+\r\n)*+\r\n"
+)
 _FRAMING_FIELDS = re.compile(
     rb"\n(host|connection|content-length|transfer-encoding|expect):([^\r]*)", re.IGNORECASE
 )
@@ -2745,33 +2732,20 @@ _LONE_LF = re.compile(rb"[^\r]\n")
 _LINE_SO_FAR = re.compile(rb"[ -~]*+\r?")  # of a request line whose end has not come
 
 
-class _StatusLines(dict[int, bytes]):
-    """Status lines by status, made as they are asked for."""
-
-    def __missing__(self, status: int) -> bytes:
-        line = self[status] = f"HTTP/1.1 {int(status)} {_phrase(status)}\r\n".encode("latin-1")
-        return line
+@lru_cache(maxsize=256)
+def _status_line(status: int) -> bytes:
+    return f"HTTP/1.1 {int(status)} {_phrase(status)}\r\n".encode("latin-1")
 
 
-_status_lines = _StatusLines()
-
-
-_request_lines: dict[bytes, RequestLine] = {}  # kept, since few lines make most requests
-
-
-def _parse_request_line(line: bytes) -> RequestLine:
+@lru_cache(maxsize=256)
+def _request_line(line: bytes) -> RequestLine:
     found = _REQUEST_LINE.fullmatch(line)
     if not found:
         raise HttpException(400, "the request line is malformed")
     method, target, major, minor = found.groups()
     if major != b"1":
         raise HttpException(505, "only HTTP/1.1 and HTTP/1.0 are spoken here")
-    parsed = RequestLine(method.decode("ascii"), target.decode("ascii"), minor == b"0")
-    if len(_request_lines) >= 256:
-        _request_lines.clear()
-    if len(line) <= _KEPT_TEXT:
-        _request_lines[line] = parsed
-    return parsed
+    return RequestLine(method.decode("ascii"), target.decode("ascii"), minor == b"0")
 
 
 # Three fields that say where a request ends and whom it is for: each comes at most once, and as:
@@ -2908,28 +2882,26 @@ class _Chunks:
         """What is in the buffer from `at` on, decoded, and the position up to which it was read."""
         out: list[bytes] = []
         while not self.ended and at < len(buffer):
-            if self.left:
-                at = self._read_data(buffer, at, out)
+            if self.left > 2:
+                data = buffer[at : at + self.left - 2]
+                out.append(data)
+                self.left -= len(data)
+                at += len(data)
                 continue
             end = buffer.find(b"\r\n", at)
+            if self.left and end != at and buffer[at:] != b"\r":
+                raise HttpException(400, "a chunk is longer than its size says")
             if end < 0:
                 self._check_overhead(len(buffer) - at)
                 if _LONE_LF.search(buffer, at):
                     raise HttpException(400, "a line of a chunked body ends in a bare line feed")
                 break
             line, at = buffer[at:end], end + 2
-            self._read_trailer(line) if self._in_trailers else self._read_size(line)
+            if self.left:
+                self.left = 0
+            else:
+                self._read_trailer(line) if self._in_trailers else self._read_size(line)
         return b"".join(out), at
-
-    def _read_data(self, buffer: bytes, at: int, out: list[bytes]) -> int:
-        data = buffer[at : at + self.left]
-        self.left -= len(data)
-        inside = max(0, len(data) + min(0, self.left - 2))  # the last two bytes are CRLF
-        crlf = data[inside:]
-        if crlf and crlf != b"\r\n"[2 - self.left - len(crlf) : 2 - self.left]:
-            raise HttpException(400, "a chunk is longer than its size says")
-        out.append(data[:inside])
-        return at + len(data)
 
     def _read_size(self, line: bytes) -> None:
         found = self._SIZE.fullmatch(line)
@@ -2965,18 +2937,15 @@ class _Reader:
     """
 
     __slots__ = (
-        "_at", "_block", "_field_lines", "_framing", "_headers", "_limits", "_scanned", "buffer",
-        "decoder",
+        "_at", "_block", "_framing", "_headers", "_limits", "_searched", "buffer", "decoder"
     )  # fmt: skip
 
-    def __init__(self, limits: Limits, field_lines: re.Pattern[bytes]) -> None:
+    def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._field_lines = field_lines
         self.buffer = b""  # bytes that have come; empty when all of them have been used
         self._at = 0  # how many of them have been used
-        self._scanned = 0  # where to go on looking for the end of a head
-        # A browser sends the same header block with each request: so the last one is kept, with
-        # the CRLF in front of it and the empty line, and what was read in it.
+        self._searched = 0  # how many of the next head's bytes have been looked at
+        # The last header block, with the CRLF in front of it and the empty line, and what it says.
         self._block = b""
         self._headers = Headers()
         self._framing: _Framing | None = None
@@ -2984,7 +2953,8 @@ class _Reader:
 
     def feed(self, data: bytes) -> None:
         """More bytes have come, behind those that are here."""
-        self.buffer, self._at = self.buffer[self._at :] + data, 0
+        self.buffer = self.buffer[self._at :] + data if self.buffer else data
+        self._at = 0
 
     def waiting(self) -> int:
         """How many bytes have not been used."""
@@ -2998,76 +2968,60 @@ class _Reader:
 
     def head(self) -> tuple[RequestLine, Headers, _Framing] | None:
         """The next request's head, or None if not all of it is here."""
-        buffer, at = self.buffer, self._at
-        limits, headers, framing = self._limits, self._headers, self._framing
+        buffer, at, limits = self.buffer, self._at, self._limits
+        headers, framing = self._headers, self._framing
+        while buffer.startswith(b"\r\n", at):  # tolerated in front (RFC 9112, section 2.2)
+            at += 2
         line_end = buffer.find(b"\r\n", at)
         if framing is not None and buffer.startswith(self._block, line_end):
             end = line_end + len(self._block)
         else:
             framing = None
-            while buffer.startswith(b"\r\n", at):  # tolerated in front (RFC 9112, section 2.2)
-                at += 2
-            line_end = buffer.find(b"\r\n", at)
-            end = self._find_end(at, line_end)
-            if end < 0:
-                self._use(at)
-                self._check_start(at, line_end)
-                return None
+            end = buffer.find(b"\r\n\r\n", at + max(0, self._searched - 3)) + 4
+        if end < 4:
+            self._use(at)
+            self._check_start()
+            return None
         raw_line = buffer[at:line_end]
         if end - at > limits.max_header_bytes:
             raise self._too_large(raw_line)
         if framing is None:
             headers, framing = self._read_block(buffer[line_end:end])
-        line = _request_lines.get(raw_line) or _parse_request_line(raw_line)
+        keep = len(raw_line) <= _KEPT_TEXT
+        line = _request_line(raw_line) if keep else _request_line.__wrapped__(raw_line)
         if len(line.target) > limits.max_target:
             raise HttpException(414, f"the target is longer than {limits.max_target} bytes")
         if not (line.is_plain and framing.ends_here):
             line, headers = _normalised(line, headers, framing)
         self._use(end)
-        self._scanned = 0
+        self._searched = 0
         return line, headers, framing
 
-    def _find_end(self, at: int, line_end: int) -> int:
-        """The end of the header block behind a request line; below 0 if it is not complete."""
-        buffer = self.buffer
-        # Most heads come whole. Of others, no byte is looked at again with each packet.
-        if line_end > at and not self._scanned:
-            found = self._field_lines.match(buffer, line_end)
-            if found:
-                return found.end()
-        end = buffer.find(b"\r\n\r\n", max(at, self._scanned - 3))
-        if end < 0:
-            return end
-        if end + 4 - at > self._limits.max_header_bytes:
-            raise self._too_large(buffer[at:line_end])
-        found = self._field_lines.match(buffer, line_end)
-        if found:
-            return found.end()
-        if _FIELD_LINES.match(buffer, line_end):
-            raise HttpException(431, f"more than {self._limits.max_headers} header fields")
-        raise HttpException(400, "a header line is malformed")
-
-    def _check_start(self, at: int, line_end: int) -> None:
+    def _check_start(self) -> None:
         """Refuse a head that is not complete, if it never can be or has grown too large."""
-        buffer, new = self.buffer, max(self._at, self._scanned - 1)
-        if _LONE_LF.search(buffer, new):
+        start, new = self.buffer[self._at :], max(0, self._searched - 1)
+        line, line_end, _ = start.partition(b"\r\n")
+        if _LONE_LF.search(start, new):
             raise HttpException(400, "a line of the head ends in a bare line feed")
-        if line_end < 0 and not _LINE_SO_FAR.fullmatch(buffer, new):
+        if not (line_end or _LINE_SO_FAR.fullmatch(line, new)):
             raise HttpException(400, "the request line is malformed")
-        if self.waiting() > self._limits.max_header_bytes:
-            raise self._too_large(buffer[self._at :])
-        if line_end >= max(at, self._scanned - 1):  # it has come to its end just now
-            _parse_request_line(buffer[self._at : line_end])
-        self._scanned = self.waiting()  # the next bytes will be put behind these
+        if len(start) > self._limits.max_header_bytes:
+            raise self._too_large(line)
+        if line_end and len(line) >= new:  # it has come to its end just now
+            _request_line.__wrapped__(line)
+        self._searched = len(start)
 
-    def _too_large(self, start: bytes) -> HttpException:
-        line = start.partition(b"\r\n")[0]
+    def _too_large(self, line: bytes) -> HttpException:
         if len(line) > self._limits.max_target + 32:
             return HttpException(414, f"the target is longer than {self._limits.max_target} bytes")
         return HttpException(431, f"the head is larger than {self._limits.max_header_bytes} bytes")
 
     def _read_block(self, block: bytes) -> tuple[Headers, _Framing]:
         """What a header block says. It is kept, unless it is large."""
+        if not _FIELD_LINES.fullmatch(block):
+            raise HttpException(400, "a header line is malformed")
+        if block.count(b"\n") - 2 > self._limits.max_headers:
+            raise HttpException(431, f"more than {self._limits.max_headers} header fields")
         headers = _ReceivedHeaders(block)
         found = tuple(_FRAMING_FIELDS.findall(block))
         if len(block) > _KEPT_HEAD:
@@ -3108,6 +3062,7 @@ class _State(enum.Enum):
 
     | state   | the handler | the next bytes are    | it waits, at most            | and then |
     | ------- | ----------- | --------------------- | ---------------------------- | -------- |
+    | FULL    | -           | a request, refused    | `header_timeout`             | closes   |
     | IDLE    | -           | a request             | `keep_alive_timeout`         | closes   |
     | HEAD    | -           | the rest of a head    | `header_timeout`             | 408      |
     | BODY    | answers     | of its request's body | `body_timeout`               | 408      |
@@ -3116,10 +3071,11 @@ class _State(enum.Enum):
     | CLOSING | -           | dropped               | `_LINGER`                    | resets   |
 
     IDLE -> HEAD -> BODY -> ANSWER -> IDLE is the long way. A head that comes whole skips HEAD, a
-    body that came with it skips BODY, and an answer before the body's end leads to REST. CLOSING
-    follows any of them, and is the last.
+    body that came with it skips BODY, and an answer before the body's end leads to REST. FULL is
+    one connection too many, from its beginning. CLOSING follows any of them, and is the last.
     """
 
+    FULL = 0
     IDLE = 1
     HEAD = 2
     BODY = 3
@@ -3128,15 +3084,15 @@ class _State(enum.Enum):
     CLOSING = 6
 
 
-_IDLE, _HEAD, _BODY, _ANSWER, _REST, _CLOSING = _State
+_FULL, _IDLE, _HEAD, _BODY, _ANSWER, _REST, _CLOSING = _State
 
 
 class _Sender(asyncio.Protocol):
     """A connection's way out: it sends bytes, and knows how many the client has not taken."""
 
     __slots__ = (
-        "_deadline", "_drain_waiters", "_paused_writing", "_sent", "_stalled_since", "_state",
-        "_taken", "_transport", "_worker", "client",
+        "_deadline", "_room", "_sent", "_stalled_since", "_state", "_taken", "_transport",
+        "_worker", "client",
     )  # fmt: skip
 
     def __init__(self, worker: Worker) -> None:
@@ -3144,8 +3100,7 @@ class _Sender(asyncio.Protocol):
         self._state = _IDLE
         self._deadline = worker.now + worker.limits.header_timeout  # of what it waits for
         self._transport: asyncio.Transport = None  # type: ignore[assignment]  # connection_made
-        self._paused_writing = False  # the transport holds as much as it should
-        self._drain_waiters: list[asyncio.Future[None]] | None = None
+        self._room: asyncio.Event | None = None  # awaited while the transport holds enough
         self._sent = 0  # bytes given to the transport so far,
         self._taken = 0  # and those it had got rid of when the sweep last looked:
         self._stalled_since = 0.0  # then
@@ -3161,24 +3116,22 @@ class _Sender(asyncio.Protocol):
 
     def pause_writing(self) -> None:
         """The transport holds as much of our answer as it should."""
-        self._paused_writing = True
+        self._room = self._room or asyncio.Event()
 
     def resume_writing(self) -> None:
         """There is room again."""
-        self._paused_writing = False
-        waiters, self._drain_waiters = self._drain_waiters, None
-        _resolve(waiters or [])
+        room, self._room = self._room, None
+        if room:
+            room.set()
 
     def has_room(self) -> bool:
         """See Carrier."""
-        return not self._paused_writing and not self._is_lost()
+        return not self._room and not self._is_lost()
 
     async def drained(self) -> None:
         """See Carrier."""
-        if self._paused_writing and not self._is_lost():
-            waiter = self._worker.loop.create_future()
-            self._drain_waiters = [*(self._drain_waiters or ()), waiter]
-            await waiter
+        if self._room and not self._is_lost():
+            await self._room.wait()
         if self._is_lost():
             raise ClientDisconnected("the client has gone")
 
@@ -3213,7 +3166,7 @@ class _Sender(asyncio.Protocol):
             try:
                 sent = os.sendfile(descriptor, file.fileno(), offset + done, most)
             except BlockingIOError:
-                self._paused_writing = True
+                self.pause_writing()
                 loop.add_writer(descriptor, self.resume_writing)
                 try:
                     await self.drained()
@@ -3233,11 +3186,7 @@ class _Sender(asyncio.Protocol):
         return done
 
     def check_peer(self, seconds: float) -> None:
-        """See Carrier. Linux tells by TCP_INFO.
-
-        (Its TCP_USER_TIMEOUT would not do: it also ends a connection whose client only reads
-        slowly, and acknowledges, with a window of zero, all the while.)
-        """
+        """See Carrier. Linux tells by TCP_INFO. (TCP_USER_TIMEOUT also ends slow readers.)"""
         connection = self._transport.get_extra_info("socket")
         with suppress(AttributeError, OSError):  # another system, or a Unix socket
             info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 60)
@@ -3249,7 +3198,7 @@ class _Sender(asyncio.Protocol):
     def _check_taken(self, now: float) -> None:
         """Called by the sweep: has the client taken nothing of its answer for too long?"""
         unsent = self._transport.get_write_buffer_size()
-        if unsent == 0 and not self._paused_writing:
+        if unsent == 0 and not self._room:
             self._stalled_since = 0.0
         elif self._sent - unsent != self._taken or not self._stalled_since:
             self._taken = self._sent - unsent
@@ -3266,14 +3215,13 @@ class _Answers(_Sender):
     """Answers as HTTP/1.1 writes them, and what is said of the connection with each."""
 
     __slots__ = (
-        "_busy", "_chunked", "_close_after", "_eof", "_expects", "_http_1_0", "_in",
-        "_paused_reading", "disconnected", "scopes",
+        "_chunked", "_close_after", "_eof", "_expects", "_http_1_0", "_in", "_paused_reading",
+        "disconnected", "scopes",
     )  # fmt: skip
 
     def __init__(self, worker: Worker) -> None:
         super().__init__(worker)
-        self._in = _Reader(worker.limits, worker.field_lines)
-        self._busy = False  # there are too many connections, and this one came last
+        self._in = _Reader(worker.limits)
         self._paused_reading = False
         self._eof = False  # the client has closed its side
         # Of the request that is answered:
@@ -3310,12 +3258,13 @@ class _Answers(_Sender):
         worker.connections.add(cast(Connection, self))
         if worker.stopping:
             self._deadline = worker.idle_deadline
-        self._busy = len(worker.connections) > worker.limits.max_connections
+        if len(worker.connections) > worker.limits.max_connections:
+            self._state = _FULL
 
     def shut_down(self) -> None:
         """The server stops: streams end, requests are answered, idle connections may still ask."""
         self._end_scopes()
-        if self._state is _IDLE:
+        if self._state is _IDLE or self._state is _FULL:
             self._deadline = self._worker.idle_deadline
 
     def answer(self, status: int, fields: bytes, body: bytes) -> None:
@@ -3324,7 +3273,7 @@ class _Answers(_Sender):
         if self._close_after or stopping or self._http_1_0 or self._state is not _ANSWER:
             fields = self._with_connection(fields)
         if self._state is not _CLOSING:  # (one that the client closes takes a write, too)
-            data = b"".join((_status_lines[status], fields, self._worker.date_line, body))
+            data = b"".join((_status_line(status), fields, self._worker.date_line, body))
             self._sent += len(data)
             self._transport.write(data)
         self.finish()
@@ -3337,7 +3286,7 @@ class _Answers(_Sender):
         elif unsized:
             self._close_after = True  # HTTP/1.0: the end of the connection is the end of the body
         fields = self._with_connection(fields)
-        self._write(b"".join((_status_lines[status], fields, self._worker.date_line)))
+        self._write(b"".join((_status_line(status), fields, self._worker.date_line)))
 
     def _with_connection(self, fields: bytes) -> bytes:
         """The fields, and what is to be said of the connection (RFC 9112, section 9.3)."""
@@ -3354,10 +3303,9 @@ class _Answers(_Sender):
 
     def send(self, data: bytes) -> None:
         """See Carrier. One write may be of any size; before many of them, await `drained`."""
-        if self._paused_writing:
-            unsent = self._transport.get_write_buffer_size()
-            if unsent > self._worker.limits.max_buffer:
-                self._cut_off()
+        limit = self._worker.limits.max_buffer
+        if self._room and self._transport.get_write_buffer_size() > limit:
+            self._cut_off()
         self._write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
 
     def finish(self) -> None:
@@ -3380,9 +3328,8 @@ class _Answers(_Sender):
     def _close(self) -> None:
         """Close, so that the client can read what we have sent.
 
-        A socket that is closed while bytes of the client are unread sends a reset, which can
-        destroy the answer on its way. So where more may come: end our side only, and read on for a
-        while.
+        A socket that is closed while bytes are unread sends a reset, which can destroy the answer
+        on its way. So where more may come: end our side only, and read on for a while.
         """
         lost, self._state = self._is_lost(), _CLOSING
         if lost:
@@ -3433,10 +3380,7 @@ class Connection(_Answers):
     def data_received(self, data: bytes) -> None:
         """Bytes have come."""
         if self._state is not _CLOSING:
-            if self._in.buffer:
-                self._in.feed(data)
-            else:
-                self._in.buffer = data
+            self._in.feed(data)
             self._advance()
 
     def eof_received(self) -> bool:
@@ -3467,8 +3411,7 @@ class Connection(_Answers):
     def _fail_body(self, error: Exception) -> None:
         """If a body is under way: the rest will not come, and its handler shall hear of it."""
         if self._state is _BODY:
-            self._state = _ANSWER
-            self._deadline = _NEVER
+            self._enter(_ANSWER)
             self._close_after = True
             self._body.fail(error)
         elif self._state is _REST:
@@ -3477,6 +3420,9 @@ class Connection(_Answers):
 
     def _is_reading_body(self) -> bool:
         return self._state is _BODY or self._state is _REST
+
+    def _enter(self, state: _State, deadline: float = _NEVER) -> None:
+        self._state, self._deadline = state, deadline
 
     # -- Requests
 
@@ -3499,10 +3445,10 @@ class Connection(_Answers):
         state, worker = self._state, self._worker
         if state is _BODY or state is _REST:
             return self._read_body()
-        if not (state is _IDLE or state is _HEAD) or self._paused_writing:
-            return False
-        if self._busy:
+        if state is _FULL:
             raise HttpException(503, "too many connections")
+        if not (state is _IDLE or state is _HEAD) or self._room:
+            return False
         if worker.crowded:
             self._deadline = _NEVER
             worker.waiting.add(self)
@@ -3510,19 +3456,16 @@ class Connection(_Answers):
         head = self._in.head()
         if head is None:
             if state is _IDLE and self._in.buffer:
-                self._state = _HEAD
-                self._deadline = worker.loop.time() + worker.limits.header_timeout
+                self._enter(_HEAD, worker.loop.time() + worker.limits.header_timeout)
             return False
-        line, headers, framing = head
-        self._start(line, headers, framing)
+        self._start(*head)
         # The other requests of a client that goes while it is answered are left.
         return not (self._in.buffer and self._transport.is_closing())
 
     def _start(self, line: RequestLine, headers: Headers, framing: _Framing) -> None:
         """Begin with a request: its handler starts."""
         worker = self._worker
-        self._state = _ANSWER
-        self._deadline = _NEVER
+        self._enter(_ANSWER)
         self._http_1_0 = line.http_1_0
         self._close_after = framing.close or (line.http_1_0 and not framing.keep_alive)
         body: Body | bytes = b"" if framing.ends_here else self._begin_body(framing)
@@ -3562,11 +3505,9 @@ class Connection(_Answers):
             self._give_up_rest()
             return False
         if self._state is _BODY:
-            self._state = _ANSWER
-            self._deadline = _NEVER
+            self._enter(_ANSWER)
         else:
-            self._state = _IDLE
-            self._deadline = self._worker.idle_deadline
+            self._enter(_IDLE, self._worker.idle_deadline)
         body.end()
         return True
 
@@ -3592,7 +3533,7 @@ class Connection(_Answers):
         """See who has to wait: others, for this client's turn, or the client, for room."""
         if more:  # a client that sends a thousand requests at once is not alone
             self._worker.loop.call_soon(self.go_on)
-        elif self._eof and not self._paused_writing and self._state in (_IDLE, _HEAD):
+        elif self._eof and not self._room and self._state in (_FULL, _IDLE, _HEAD):
             self._close()  # what is left is a part of a request, and no more of it will come
         self._regulate()
 
@@ -3644,8 +3585,7 @@ class Connection(_Answers):
             self._state = _REST
             self._give_up_rest()
         else:
-            self._state = _IDLE
-            self._deadline = self._worker.idle_deadline
+            self._enter(_IDLE, self._worker.idle_deadline)
         if (self._in.buffer or self._eof) and not self._advancing:
             # As a call of the loop's own, and not inside the handler that has just answered.
             self._worker.loop.call_soon(self.go_on)
@@ -3667,7 +3607,7 @@ class Connection(_Answers):
         self._check_taken(now)
 
     def _timed_out(self) -> None:
-        if self._state is _IDLE:
+        if self._state is _IDLE or self._state is _FULL:
             self._close()
         elif self._state is _HEAD:
             self._refuse(HttpException(408, "the head did not come in time"))
@@ -3723,8 +3663,7 @@ def _keep(task: asyncio.Task[Any], tasks: set[asyncio.Task[Any]]) -> None:
 class Worker:
     """One event loop's share of the connections.
 
-    Everything here is touched on that loop only; but `stopping` and `deadline` are set by the
-    server, too, on its own.
+    It is touched on that loop only, but for `stopping` and `deadline`, which the server sets, too.
     """
 
     def __init__(
@@ -3747,15 +3686,10 @@ class Worker:
         self.stopping = False  # every answer says "connection: close", streams end
         self.deadline = _NEVER  # when stopping: the time at which all is cut off
         self.ended = False  # its loop is to end
-        # As of the last sweep, which is good enough for time-outs of seconds:
-        self.now = loop.time()
-        self.idle_deadline = self.now + limits.keep_alive_timeout
-        self.date_line = _last_line(time.time())
-        self.field_lines = _field_lines(b"{0,%d}+" % limits.max_headers)
         self.context = contextvars.copy_context()
         times = (time for name, time in dataclasses.asdict(limits).items() if "timeout" in name)
         self._interval = max(0.01, min(1.0, min(times) / 4))
-        self._timer = loop.call_later(self._interval, self._sweep)
+        self._sweep()
 
     def adopt(self, accepted: socket.socket, tls: ssl_module.SSLContext | None) -> None:
         """Take over a connection that has been accepted, if there is any room for it."""
@@ -3788,10 +3722,8 @@ class Worker:
     def _let_go(self, task: asyncio.Task[None]) -> None:
         self.tasks.discard(task)
         # Not as soon as one has ended: all that wait are woken, and that should be worth it.
-        if (
-            self.crowded
-            and len(self.tasks) < len(self.connections) + 0.9 * self.limits.max_handlers
-        ):
+        few = len(self.connections) + 0.9 * self.limits.max_handlers
+        if self.crowded and len(self.tasks) < few:
             self.crowded = False
             waiting, self.waiting = self.waiting, set()
             for connection in waiting:
@@ -3800,21 +3732,19 @@ class Worker:
     def note_refusal(self, client: str, exc: HttpException) -> None:
         """Put into the trace what no handler got to see."""
         if not self.app._silent:
-            attributes = {
-                "http.response.status_code": exc.status_code,
-                "client.address": client,
-                "detail": exc.detail,
-            }
-            self.app.tracer("http.refused", attributes).end()
+            told = {"http.response.status_code": exc.status_code, "detail": exc.detail}
+            self.app.tracer("http.refused", {**told, "client.address": client}).end()
 
     def _sweep(self) -> None:
+        """Note the time, about once a second, and let each connection compare it."""
         self._timer = self.loop.call_later(self._interval, self._sweep)
         now = self.loop.time()
         late = now - self.now - self._interval
         self.now = now
         idle = _FAREWELL if self.stopping else self.limits.keep_alive_timeout
         self.idle_deadline = self.now + idle
-        self.date_line = _last_line(time.time())
+        # The last field of each answer's head, and the end of the head.
+        self.date_line = f"date: {_http_date(time.time())}\r\n\r\n".encode()
         for connection in list(self.connections):
             if late > self._interval:  # a suspended machine, a handler that blocked the loop
                 connection.put_off(late)
@@ -3875,7 +3805,6 @@ class _Threads(ThreadPoolExecutor):
     def __init__(self) -> None:
         super().__init__()
         self._jobs: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._free = threading.Semaphore(0)  # threads that wait for a job
         self._started = 0
 
     def submit(self, call: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
@@ -3889,7 +3818,7 @@ class _Threads(ThreadPoolExecutor):
                 except BaseException as exc:
                     future.set_exception(exc)
 
-        if not self._free.acquire(blocking=False) and self._started < self._max_workers:
+        if self._started < self._max_workers:
             self._started += 1
             threading.Thread(target=self._work, name="stario-thread", daemon=True).start()
         self._jobs.put(job)
@@ -3899,52 +3828,39 @@ class _Threads(ThreadPoolExecutor):
         while job := self._jobs.get():
             job()
             del job  # or what it holds would live until the next one
-            self._free.release()
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Let the threads end that are through. A second call does nothing."""
+        """Let each thread end when it is through."""
         for _ in range(self._started):
             self._jobs.put(None)
-        self._started = 0
-
-
-def _last_line(timestamp: float) -> bytes:
-    """The last field of an answer's head, and the end of the head. Made anew by each sweep."""
-    return f"date: {_http_date(timestamp)}\r\n\r\n".encode("ascii")
 
 
 _LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
+@dataclasses.dataclass
 class _Listener:
     """The sockets that a server listens with: made, given, or inherited."""
 
-    def __init__(
-        self,
-        host: str,
-        port: int,
-        unix_socket: str | None,
-        unix_mode: int,
-        sock: socket.socket | None,
-        reuse_port: bool,
-        backlog: int,
-    ) -> None:
-        self.host = host
-        self.port = port
-        self.unix_socket = unix_socket
-        self._unix_mode = unix_mode
-        self._unix_file: os.stat_result | None = None  # the file that we have made there
-        self._reuse_port = reuse_port
-        self.backlog = backlog
+    host: str
+    port: int
+    unix_socket: str | os.PathLike[str] | None = None
+    unix_mode: int = 0o660
+    sock: socket.socket | None = None
+    reuse_port: bool = False
+    backlog: int = 1024
+
+    def __post_init__(self) -> None:
         self.bound = ""  # the address of the last socket
-        self.sockets = [sock] if sock is not None else []
-        if not isinstance(host, str):
-            raise StarioError(f'host is {host!r}: text is needed, "" for all addresses')
-        if sock is not None and not isinstance(sock, socket.socket):
-            raise StarioError(f"sock is {sock!r}: a socket.socket is needed")
-        if unix_socket and not hasattr(socket, "AF_UNIX"):
+        self._unix_file: os.stat_result | None = None  # the file that we have made there
+        self.sockets = [self.sock] if self.sock is not None else []
+        if not isinstance(self.host, str):
+            raise StarioError(f'host is {self.host!r}: text is needed, "" for all addresses')
+        if self.sock is not None and not isinstance(self.sock, socket.socket):
+            raise StarioError(f"sock is {self.sock!r}: a socket.socket is needed")
+        if self.unix_socket and not hasattr(socket, "AF_UNIX"):
             raise StarioError("this system's Python has no Unix sockets")
-        if reuse_port and not (unix_socket or hasattr(socket, "SO_REUSEPORT")):
+        if self.reuse_port and not (self.unix_socket or hasattr(socket, "SO_REUSEPORT")):
             raise StarioError("reuse_port is not supported on this system")
 
     def open(self) -> None:
@@ -3954,7 +3870,7 @@ class _Listener:
             if self.sockets:
                 self._take_address()
             elif self.unix_socket:
-                self._bind_unix(self.unix_socket)
+                self._bind_unix(os.fspath(self.unix_socket))
             else:
                 self._bind_tcp()
             for listening in self.sockets:
@@ -3962,16 +3878,15 @@ class _Listener:
                 listening.setblocking(False)
         except (OSError, OverflowError, ValueError, StarioError) as exc:
             self.close()
-            reason: object = exc
-            if isinstance(exc, OSError):
-                reason = exc.strerror or exc
-                if exc.errno == errno.EADDRINUSE:
-                    reason = "the port is taken. Stop what runs there, or set port="
+            reason = getattr(exc, "strerror", None) or exc
+            if getattr(exc, "errno", 0) == errno.EADDRINUSE:
+                reason = "the port is taken. Stop what runs there, or set port="
             place = self.unix_socket or f"{self.host}:{self.port}"
             raise StarioError(f"cannot listen on {place}: {reason}") from None
 
     def close(self) -> None:
         """Close the sockets."""
+        self.unlink()
         for opened in self.sockets:
             opened.close()
         self.sockets.clear()
@@ -4006,7 +3921,7 @@ class _Listener:
             self.sockets.append(listening)
             if os.name == "posix":
                 listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            if self._reuse_port:
+            if self.reuse_port:
                 listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             _set_inherited(listening)
             if family == socket.AF_INET6:
@@ -4017,7 +3932,7 @@ class _Listener:
 
     def _bind_unix(self, path: str) -> None:
         """Listen under a name of our own, then give it the path: nobody finds it too early."""
-        _refuse_taken(path, self._reuse_port)
+        _refuse_taken(path, self.reuse_port)
         listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.sockets.append(listening)
         folder, name = os.path.split(path)
@@ -4026,7 +3941,7 @@ class _Listener:
         with suppress(FileNotFoundError):
             os.unlink(own)
         listening.bind(own)
-        os.chmod(own, self._unix_mode)
+        os.chmod(own, self.unix_mode)
         listening.listen(self.backlog)
         self._unix_file = os.stat(own)
         os.replace(own, path)
@@ -4078,15 +3993,10 @@ class Server:
         port: int = 8000,
         workers: int = 1,
         *,
-        unix_socket: str | os.PathLike[str] | None = None,
-        unix_mode: int = 0o660,
-        sock: socket.socket | None = None,
         ssl: ssl_module.SSLContext | None = None,
-        reuse_port: bool = False,
-        backlog: int = 1024,
         graceful_timeout: float = 5.0,
         trusted_proxies: Sequence[str] = (),
-        **limits: Any,
+        **options: Any,
     ) -> None:
         self.app = app
         self._count = workers
@@ -4095,7 +4005,7 @@ class Server:
         self._proxies = TrustedProxies(trusted_proxies) if trusted_proxies else None
         for name, value, least in (
             ("workers", workers, 1),
-            ("backlog", backlog, 0),
+            ("backlog", options.get("backlog", 0), 0),
             ("port", port, 0),
         ):
             if not isinstance(value, int) or value < least:
@@ -4104,15 +4014,15 @@ class Server:
             raise StarioError(f"graceful_timeout is {graceful_timeout!r}: seconds are needed")
         if ssl is not None and not hasattr(ssl, "wrap_bio"):
             raise StarioError(f"ssl is {ssl!r}: an ssl.SSLContext is needed")
-        path = str(unix_socket) if unix_socket is not None else None
-        self._listener = _Listener(host, port, path, unix_mode, sock, reuse_port, backlog)
-        self._limits = _limits(limits)
+        where = {field.name for field in dataclasses.fields(_Listener)} & options.keys()
+        self._listener = _Listener(host, port, **{name: options.pop(name) for name in where})
+        self._limits = _limits(options)
         self._workers: list[Worker] = []
         self._threads: list[threading.Thread] = []
         self._accepting: list[asyncio.Task[None]] = []  # where the loop has no readers
         self._next = 0  # the worker that gets the next connection
         self._stop = asyncio.Event()
-        self._asked = 0.0  # when a signal first asked to stop
+        self._asked = 0.0  # when a signal last asked to stop
 
     @property
     def host(self) -> str:
@@ -4138,39 +4048,33 @@ class Server:
 
     async def start(self) -> None:
         """Listen, and start the workers. Raises StarioError where that cannot be."""
-        self._listener.open()
-        self._lived = self.app._life.lived()
-        try:
-            await self._lived.__aenter__()
-        except BaseException:
-            self._listener.unlink()
-            self._listener.close()
-            raise
-        self._loop = asyncio.get_running_loop()
-        self._workers = [self._worker_on(self._loop)]
-        for number in range(1, self._count):
-            self._workers.append(await self._start_thread(f"stario-{number}"))
+        async with AsyncExitStack() as stack:
+            stack.callback(_forget_signals, self)
+            self._listener.open()
+            stack.callback(self._listener.close)
+            await stack.enter_async_context(self.app._life.lived())
+            self._loop = asyncio.get_running_loop()
+            self._workers = [self._worker_on(self._loop)]
+            for number in range(1, self._count):
+                self._workers.append(await self._start_thread(f"stario-{number}"))
+            self._ending = stack.pop_all()
         for listening in self._listener.sockets:
             self._watch(listening)
 
     def _worker_on(self, loop: asyncio.AbstractEventLoop) -> Worker:
-        limits, count = self._limits, self._count
-        share = dataclasses.replace(
-            limits,
-            max_connections=-(-limits.max_connections // count),
-            max_handlers=-(-limits.max_handlers // count),
-        )
-        return Worker(self.app, loop, share, self._proxies)
+        shared = ("max_connections", "max_handlers")
+        share = {name: -(-getattr(self._limits, name) // self._count) for name in shared}
+        limits = dataclasses.replace(self._limits, **share)
+        return Worker(self.app, loop, limits, self._proxies)
 
     async def _start_thread(self, name: str) -> Worker:
-        """A worker with a thread, in which its loop is made: on Windows a loop of the main thread
-        would take over the main loop's wake-up by signals."""
+        """A worker with a thread. Its loop is made there: on Windows the newest loop of the main
+        thread is the one that signals wake."""
         started: Future[Worker] = Future()
-        make_loop = type(self._loop)
 
         def run() -> None:
             try:
-                loop = make_loop()
+                loop = type(self._loop)()
                 asyncio.set_event_loop(loop)
                 loop.set_default_executor(_Threads())
                 worker = self._worker_on(loop)
@@ -4188,7 +4092,9 @@ class Server:
     # -- Running
 
     def _watch(self, listening: socket.socket) -> None:
-        """Accept what comes."""
+        """Accept what comes, as long as the socket is open."""
+        if listening not in self._listener.sockets:
+            return
         try:
             self._loop.add_reader(listening, self._accept, listening)
         except NotImplementedError:  # Windows' loop
@@ -4206,13 +4112,9 @@ class Server:
             except OSError:
                 # No descriptors or memory left: those who wait stay in the backlog for a moment.
                 self._loop.remove_reader(listening)
-                self._loop.call_later(0.1, self._watch_again, listening)
+                self._loop.call_later(0.1, self._watch, listening)
                 return
             self._deal(accepted)
-
-    def _watch_again(self, listening: socket.socket) -> None:
-        if listening in self._listener.sockets:
-            self._watch(listening)
 
     async def _accept_singly(self, listening: socket.socket) -> None:
         while True:
@@ -4265,17 +4167,13 @@ class Server:
         try:
             await self._stop_workers()
         finally:
-            try:
-                await self._lived.__aexit__(None, None, None)
-            finally:
-                _forget_signals(self)
+            await self._ending.aclose()
 
     def _stop_accepting(self) -> None:
         """Close the listening sockets, when all that waits there has been accepted.
 
-        For their clients those connections stand: the kernel has accepted them, and would reset
-        them. A handshake that is under way in this moment is lost on Linux, unless
-        net.ipv4.tcp_migrate_req is set, or somebody else holds the same socket (LISTEN_FDS).
+        For their clients those connections stand, and the kernel would reset them. (A handshake
+        that is under way in this moment is lost on Linux, unless net.ipv4.tcp_migrate_req is set.)
         """
         self._listener.unlink()  # first, so that nobody comes after the last one
         for task in self._accepting:
@@ -4294,15 +4192,11 @@ class Server:
         self._accepting = []
 
     async def _stop_workers(self) -> None:
-        patience = self._graceful_timeout
-        ends = [
-            asyncio.wrap_future(
-                asyncio.run_coroutine_threadsafe(worker.stop(patience), worker.loop)
-            )
-            for worker in self._workers
-        ]
+        patience, waiting = self._graceful_timeout, set()
+        for worker in self._workers:
+            ends = asyncio.run_coroutine_threadsafe(worker.stop(patience), worker.loop)
+            waiting.add(asyncio.wrap_future(ends))
         deadline = time.monotonic() + patience + 2 * _CLEANUP
-        waiting = set(ends)
         while waiting and time.monotonic() < deadline:
             if not self._graceful_timeout:
                 deadline = min(deadline, time.monotonic() + _CLEANUP)
@@ -4361,8 +4255,7 @@ _INHERITED = {
     "TCP_KEEPIDLE": 15,
     "TCP_KEEPINTVL": 5,
     "TCP_KEEPCNT": 3,
-    # One that does not read gets this much into the kernel, not the megabytes it would like to
-    # take: less memory for each, and less of the past to read before it comes to the newest state.
+    # For one that does not read the kernel keeps this much, not megabytes that grow old.
     "TCP_NOTSENT_LOWAT": _HIGH_WATER,
 }
 
@@ -4398,10 +4291,7 @@ def _refuse_taken(path: str, take_over: bool) -> None:
 
 
 def _inherited_sockets() -> list[socket.socket]:
-    """The sockets that systemd, or whatever speaks its protocol, has opened for us: from 3 on.
-
-    https://www.freedesktop.org/software/systemd/man/latest/sd_listen_fds.html
-    """
+    """The sockets that systemd, or whatever speaks its protocol (sd_listen_fds), has opened."""
     if os.environ.get("LISTEN_PID") != str(os.getpid()):
         return []  # they are another process's
     count = int(os.environ.pop("LISTEN_FDS", "0"))
@@ -9089,28 +8979,23 @@ class _Life:
     async def lived(self) -> AsyncIterator[None]:
         """Enter the lifespans in their order, start what waits; at the end, end it all."""
         if self.loop is not None:
-            raise StarioError(
-                "this app is being served already: make another Stario for this server"
-            )
+            raise StarioError("this app is served already: make another Stario for this server")
         self.loop = asyncio.get_running_loop()
         try:
             async with AsyncExitStack() as stack:
                 for lifespan in self.lifespans:
                     await stack.enter_async_context(lifespan(self.app))
+                stack.push_async_callback(self._end_tasks)
                 while self._waiting:
                     self._waiting.pop(0)()
-                try:
-                    yield
-                finally:
-                    await self._end_tasks()
+                yield
         finally:
             self.loop = None
 
     async def _end_tasks(self) -> None:
-        for task in self.tasks:
-            task.cancel()
+        _cancel(self.tasks)
         if self.tasks:
-            await asyncio.wait(self.tasks, timeout=1.0)  # their cleanup
+            await asyncio.wait(self.tasks, timeout=_CLEANUP)
 
     def begin(self, work: Coroutine[Any, Any, T]) -> Future[T]:
         """Start the work, or let it wait for the server."""
@@ -9968,10 +9853,12 @@ class _Reloader:
         return max(child.wait() for child in self._children)
 
     def _start(self) -> None:
-        descriptors = [] if os.name == "nt" else [opened.fileno() for opened in self._sockets]
-        if os.name == "nt":
-            for opened in self._sockets:
+        descriptors = []
+        for opened in self._sockets:
+            if os.name == "nt":
                 opened.close()
+            else:
+                descriptors.append(opened.fileno())
         names = {**os.environ, _RELOADED: ",".join(map(str, descriptors))}
         command = [sys.executable, *sys.orig_argv[1:]]
         self._children = [child for child in self._children if child.poll() is None]

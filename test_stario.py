@@ -2706,7 +2706,7 @@ class TestConnections(HttpTest):
             peer = await Peer.connect(server.port)
             stop_reading(peer)
             await peer.send(f"GET / HTTP/1.1\r\n{HOST}\r\n" * 1000)
-            await until(lambda: [c for c in connections_of(server) if c._paused_writing])
+            await until(lambda: [c for c in connections_of(server) if c._room])
             self.assertLess(made, 500)
             read_again(peer)
             for _ in range(1000):
@@ -3741,14 +3741,14 @@ class TestFaults(HttpTest):
                 with contextlib.suppress(OSError):
                     while True:
                         held.append(os.dup(source))
-                with patched(server, "_watch_again", lambda listening: again.set()):
+                with patched(server, "_watch", lambda listening: again.set()):
                     waiting.connect(("127.0.0.1", server.port))
                     await within(again.wait())
             finally:
                 for descriptor in (*held, source):
                     os.close(descriptor)
                 resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-            server._watch_again(*server._listener.sockets)
+            server._watch(*server._listener.sockets)
             peer = Peer(*await asyncio.open_connection(sock=waiting))
             self.assertEqual((await within(peer.get("/"))).status, 200)
             await peer.close()
@@ -8197,7 +8197,7 @@ class TestAssets(HttpTest):
                     await peer.send(f"GET {path} HTTP/1.1\r\n{HOST}\r\n")
                     await within(peer.head())
                     stop_reading(peer)
-                    await until(lambda: [c for c in connections_of(server) if c._paused_writing])
+                    await until(lambda: [c for c in connections_of(server) if c._room])
                     if ending == "reset":
                         peer.reset()
                     elif ending == "close":
@@ -8220,7 +8220,7 @@ class TestAssets(HttpTest):
             peer = await Peer.connect(server.port)
             stop_reading(peer)
             await peer.send(f"GET {path} HTTP/1.1\r\n{HOST}\r\n")
-            await until(lambda: [c for c in connections_of(server) if c._paused_writing])
+            await until(lambda: [c for c in connections_of(server) if c._room])
             os.truncate(huge, 1000)
             read_again(peer)
             await within(peer.head())
@@ -8421,8 +8421,7 @@ class TestAssets(HttpTest):
                     await peer.send(f"GET {path} HTTP/1.1\r\n{HOST}Connection: close\r\n\r\n")
                     await until(
                         lambda server=server: (
-                            self.spans.ended
-                            or [c for c in connections_of(server) if c._paused_writing]
+                            self.spans.ended or [c for c in connections_of(server) if c._room]
                         )
                     )
                     with file.open("r+b") as opened:
@@ -12972,7 +12971,8 @@ class TestReadme(unittest.TestCase):
             self.assertEqual(told, field.default, field.name)
 
     def test_every_option_of_the_server_is_told(self) -> None:
-        names = set(inspect.signature(stario.Server).parameters) - {"app", "limits"}
+        names = set(inspect.signature(stario.Server).parameters) - {"app", "options"}
+        names |= stario.ServerOptions.__annotations__.keys()
         for name in names:
             with self.subTest(name=name):
                 self.assertTrue(re.search(rf"\b{name}\b", self.code), name)
