@@ -61,29 +61,29 @@ a live page; each part of act 4 is a room of its own, to be read when it is need
        2315  8. The app
      2655  ACT 2. On the network
        2663  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3623  10. The server
-       4306  11. Trying it without a network: the test client
-     4794  ACT 3. Live
-       4838  12. Datastar: attributes and actions
-       5377  13. Streams: events, and staying with a client
-       5889  14. Relay: publish and subscribe
-     6206  ACT 4. For real
-       6212  15. Signals: from JSON to your dataclass
-       6883  16. Forms
-       7065  17. Behind a proxy
-       7146  18. Compression
-       7332  19. Static files
-       7851  20. Telemetry: spans, and the tracers that show them
-       8846  21. Sessions
-       8957  22. What lives as long as the server
-       9033  23. @baked
-       9286  24. ASGI: the same app under another server
-       9523  25. RedisRelay: the same between processes and machines
-       9774  26. Reload: a saved file restarts the app
-       9922  27. Development: what went wrong, shown where one looks
-    10053  ACT 5. The pocket client
-      10096  28. The pocket client (JavaScript)
-      11460  29. An app to begin with, and this file as a page
+       3616  10. The server
+       4285  11. Trying it without a network: the test client
+     4773  ACT 3. Live
+       4817  12. Datastar: attributes and actions
+       5356  13. Streams: events, and staying with a client
+       5868  14. Relay: publish and subscribe
+     6185  ACT 4. For real
+       6191  15. Signals: from JSON to your dataclass
+       6862  16. Forms
+       7044  17. Behind a proxy
+       7125  18. Compression
+       7311  19. Static files
+       7830  20. Telemetry: spans, and the tracers that show them
+       8825  21. Sessions
+       8936  22. What lives as long as the server
+       9012  23. @baked
+       9265  24. ASGI: the same app under another server
+       9502  25. RedisRelay: the same between processes and machines
+       9753  26. Reload: a saved file restarts the app
+       9901  27. Development: what went wrong, shown where one looks
+    10023  ACT 5. The pocket client
+      10066  28. The pocket client (JavaScript)
+      11430  29. An app to begin with, and this file as a page
 
 READING PATH
 
@@ -97,14 +97,14 @@ Two hours, for who wants to know how it works and not all that it does. These li
      1787-1887   `Context`  what a handler gets beside it
      2207-2223   `Router._find`  from a path to a handler
      2493-2524   `Stario.dispatch`  one request from end to end
-     2933-3051   `_Reader`  bytes to requests
-     3367-3619   `Connection`  one connection, many requests
-     4049-4062   `Server.start`  listening
-     4162-4170   `Server.stop`  ending without losing a request
-     5531-5636   `_EventWriter`  events
-     5724-5785   `_Scope`  how a disconnect reaches a handler
-     5812-5885   `Alive`  staying with a client
-     6054-6158   `Relay`  from one handler to another
+     2933-3050   `_Reader`  bytes to requests
+     3360-3612   `Connection`  one connection, many requests
+     4027-4041   `Server.start`  listening
+     4141-4149   `Server.stop`  ending without losing a request
+     5510-5615   `_EventWriter`  events
+     5703-5764   `_Scope`  how a disconnect reaches a handler
+     5791-5864   `Alive`  staying with a client
+     6033-6137   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. Whatever carries requests reaches the rest through one narrow interface, `Carrier`
@@ -2497,7 +2497,7 @@ class Stario(Router):
         w = self._writer(carrier, request, self.compression)
         try:
             try:
-                handler = (self._find_by_host if self._hosts else self._find)(request)
+                handler = self._find_by_host(request) if self._hosts else self._find(request)
                 handler = handler or self._fallback
                 if not self._silent:
                     _current_step.set((c, c.span))
@@ -2709,7 +2709,7 @@ _ROUNDS = 64  # requests and bodies of one client that are read before others ge
 _KEPT_HEAD = 4096  # bytes of a header block that is worth keeping for the next request
 _FAREWELL = 0.5  # seconds in which an idle connection may still ask when the server stops
 _LINGER = 2.0  # seconds in which a client may read an answer that ended its connection
-_NEVER = float("inf")  # the deadline of who waits for nothing
+_NEVER = float("inf")
 _NETWORK_GONE = {  # what a socket says, besides a ConnectionError, when nobody is there any more
     errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN, errno.ENOTCONN
 }  # fmt: skip
@@ -2953,8 +2953,7 @@ class _Reader:
 
     def feed(self, data: bytes) -> None:
         """More bytes have come, behind those that are here."""
-        self.buffer = self.buffer[self._at :] + data if self.buffer else data
-        self._at = 0
+        self.buffer, self._at = self.buffer[self._at :] + data, 0
 
     def waiting(self) -> int:
         """How many bytes have not been used."""
@@ -2987,8 +2986,8 @@ class _Reader:
             raise self._too_large(raw_line)
         if framing is None:
             headers, framing = self._read_block(buffer[line_end:end])
-        keep = len(raw_line) <= _KEPT_TEXT
-        line = _request_line(raw_line) if keep else _request_line.__wrapped__(raw_line)
+        read = _request_line if len(raw_line) <= _KEPT_TEXT else _request_line.__wrapped__
+        line = read(raw_line)
         if len(line.target) > limits.max_target:
             raise HttpException(414, f"the target is longer than {limits.max_target} bytes")
         if not (line.is_plain and framing.ends_here):
@@ -3215,13 +3214,13 @@ class _Answers(_Sender):
     """Answers as HTTP/1.1 writes them, and what is said of the connection with each."""
 
     __slots__ = (
-        "_chunked", "_close_after", "_eof", "_expects", "_http_1_0", "_in", "_paused_reading",
-        "disconnected", "scopes",
+        "_chunked", "_close_after", "_eof", "_expects", "_http_1_0", "_paused_reading",
+        "_reader", "disconnected", "proxies", "scheme", "scopes",
     )  # fmt: skip
 
     def __init__(self, worker: Worker) -> None:
         super().__init__(worker)
-        self._in = _Reader(worker.limits)
+        self._reader = _Reader(worker.limits)
         self._paused_reading = False
         self._eof = False  # the client has closed its side
         # Of the request that is answered:
@@ -3231,6 +3230,8 @@ class _Answers(_Sender):
         self._close_after = False  # it is the last one of this connection
         self._chunked = False  # it is sent in chunks
         # The rest of what a Carrier has:
+        self.scheme = "http"
+        self.proxies = worker.proxies
         self.scopes: list[_Scope] = []
         self.disconnected = False
 
@@ -3239,21 +3240,13 @@ class _Answers(_Sender):
         """See Carrier."""
         return self._worker.stopping
 
-    @property
-    def scheme(self) -> str:
-        """See Carrier."""
-        return "http" if self._transport.get_extra_info("sslcontext") is None else "https"
-
-    @property
-    def proxies(self) -> TrustedProxies | None:
-        """See Carrier."""
-        return self._worker.proxies
-
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """A client has connected."""
         self._transport = cast(asyncio.Transport, transport)
         peer = transport.get_extra_info("peername")
         self.client = str(peer[0]) if isinstance(peer, tuple) else ""
+        if transport.get_extra_info("sslcontext") is not None:
+            self.scheme = "https"
         worker = self._worker
         worker.connections.add(cast(Connection, self))
         if worker.stopping:
@@ -3273,7 +3266,7 @@ class _Answers(_Sender):
         if self._close_after or stopping or self._http_1_0 or self._state is not _ANSWER:
             fields = self._with_connection(fields)
         if self._state is not _CLOSING:  # (one that the client closes takes a write, too)
-            data = b"".join((_status_line(status), fields, self._worker.date_line, body))
+            data = b"".join((_status_line(status), fields, self._worker.end_of_head, body))
             self._sent += len(data)
             self._transport.write(data)
         self.finish()
@@ -3286,11 +3279,11 @@ class _Answers(_Sender):
         elif unsized:
             self._close_after = True  # HTTP/1.0: the end of the connection is the end of the body
         fields = self._with_connection(fields)
-        self._write(b"".join((_status_line(status), fields, self._worker.date_line)))
+        self._write(b"".join((_status_line(status), fields, self._worker.end_of_head)))
 
     def _with_connection(self, fields: bytes) -> bytes:
         """The fields, and what is to be said of the connection (RFC 9112, section 9.3)."""
-        too_much = self._in.decoder is not None and self._in.decoder.left > _DISCARD_LIMIT
+        too_much = self._reader.decoder is not None and self._reader.decoder.left > _DISCARD_LIMIT
         # With "expect" nobody can tell whether the body will still come.
         if self._worker.stopping or self._expects or too_much:
             self._close_after = True
@@ -3335,7 +3328,7 @@ class _Answers(_Sender):
         if lost:
             return
         self._deadline = self._worker.loop.time() + _LINGER
-        unread, self._in.buffer = self._in.buffer or self._in.decoder, b""
+        unread, self._reader.buffer = self._reader.buffer or self._reader.decoder, b""
         if self._eof or not unread:
             self._transport.close()
             return
@@ -3350,7 +3343,7 @@ class _Answers(_Sender):
             scope.end()
 
     def _look_for_peer(self) -> None:
-        """While nothing is read, a loop does not tell that the client has gone. The system does."""
+        """Where nothing is read, only the system knows that the client has gone."""
         connection = self._transport.get_extra_info("socket")
         if connection is None or not hasattr(select, "poll"):  # Windows
             return
@@ -3380,7 +3373,10 @@ class Connection(_Answers):
     def data_received(self, data: bytes) -> None:
         """Bytes have come."""
         if self._state is not _CLOSING:
-            self._in.feed(data)
+            if self._reader.buffer:
+                self._reader.feed(data)
+            else:
+                self._reader.buffer = data
             self._advance()
 
     def eof_received(self) -> bool:
@@ -3391,7 +3387,7 @@ class Connection(_Answers):
         self._fail_body(ClientDisconnected("the client closed in the middle of its request"))
         self._end_scopes()
         self.go_on()
-        return self._transport.get_extra_info("sslcontext") is None  # TLS has no half-closed state
+        return self.scheme == "http"  # TLS has no half-closed state
 
     def resume_writing(self) -> None:
         """There is room again, for another answer too."""
@@ -3411,7 +3407,7 @@ class Connection(_Answers):
     def _fail_body(self, error: Exception) -> None:
         """If a body is under way: the rest will not come, and its handler shall hear of it."""
         if self._state is _BODY:
-            self._enter(_ANSWER)
+            self._state, self._deadline = _ANSWER, _NEVER
             self._close_after = True
             self._body.fail(error)
         elif self._state is _REST:
@@ -3421,14 +3417,11 @@ class Connection(_Answers):
     def _is_reading_body(self) -> bool:
         return self._state is _BODY or self._state is _REST
 
-    def _enter(self, state: _State, deadline: float = _NEVER) -> None:
-        self._state, self._deadline = state, deadline
-
     # -- Requests
 
     def _advance(self) -> None:
         """Do all that can be done with the bytes that are here."""
-        self._advancing, rounds, reader = True, 0, self._in
+        self._advancing, rounds, reader = True, 0, self._reader
         try:
             while reader.buffer and rounds < _ROUNDS and self._do_next():
                 rounds += 1
@@ -3453,45 +3446,45 @@ class Connection(_Answers):
             self._deadline = _NEVER
             worker.waiting.add(self)
             return False
-        head = self._in.head()
+        head = self._reader.head()
         if head is None:
-            if state is _IDLE and self._in.buffer:
-                self._enter(_HEAD, worker.loop.time() + worker.limits.header_timeout)
+            if state is _IDLE and self._reader.buffer:
+                deadline = worker.loop.time() + worker.limits.header_timeout
+                self._state, self._deadline = _HEAD, deadline
             return False
         self._start(*head)
         # The other requests of a client that goes while it is answered are left.
-        return not (self._in.buffer and self._transport.is_closing())
+        return not (self._reader.buffer and self._transport.is_closing())
 
     def _start(self, line: RequestLine, headers: Headers, framing: _Framing) -> None:
         """Begin with a request: its handler starts."""
         worker = self._worker
-        self._enter(_ANSWER)
+        self._state, self._deadline = _ANSWER, _NEVER
         self._http_1_0 = line.http_1_0
         self._close_after = framing.close or (line.http_1_0 and not framing.keep_alive)
         body: Body | bytes = b"" if framing.ends_here else self._begin_body(framing)
         request = Request(line, headers, body, self)
-        # Each starts in a copy of the server's own context, so that no handler's context variables
-        # reach the next request on its connection.
         handling = worker.app.dispatch(request, self)
+        # A copy of the server's context: no variable of a handler's reaches the next request.
         task = _spawn(handling, worker.loop, worker.context.copy())
         if not task.done():
             worker.keep(task)
 
     def _begin_body(self, framing: _Framing) -> Body | bytes:
-        whole = self._in.whole_body(framing)
+        whole = self._reader.whole_body(framing)
         if whole is not None:
             return whole
         self._state = _BODY
         self._body = body = Body(self._wants_body)
         self._discarded = 0
-        self._expects = bool(framing.expects) and not (self._http_1_0 or self._in.buffer)
+        self._expects = bool(framing.expects) and not (self._http_1_0 or self._reader.buffer)
         if not self._expects:
             self._deadline = self._worker.now + self._worker.limits.body_timeout
         return body
 
     def _read_body(self) -> bool:
         """Feed what has come of a body to it; true if it has come to its end."""
-        body, data = self._body, self._in.body()
+        body, data = self._body, self._reader.body()
         self._expects = False  # it has begun to send without being asked
         if data:
             body.feed(data)
@@ -3501,13 +3494,13 @@ class Connection(_Answers):
             limit = self._worker.loop.time() + self._worker.limits.body_timeout
             if self._deadline != _NEVER:
                 self._deadline = min(limit, self._deadline + len(data) / 1024)
-        if self._in.decoder is not None:
-            self._give_up_rest()
+        if self._reader.decoder is not None:
+            self._close_if_rest_is_large()
             return False
         if self._state is _BODY:
-            self._enter(_ANSWER)
+            self._state, self._deadline = _ANSWER, _NEVER
         else:
-            self._enter(_IDLE, self._worker.idle_deadline)
+            self._state, self._deadline = _IDLE, self._worker.idle_deadline
         body.end()
         return True
 
@@ -3520,12 +3513,12 @@ class Connection(_Answers):
             self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
         if self._deadline == _NEVER:
             self._deadline = self._worker.loop.time() + self._worker.limits.body_timeout
-        self._give_up_rest()
-        self._regulate()
+        self._close_if_rest_is_large()
+        self._pause_or_resume_reading()
 
-    def _give_up_rest(self) -> None:
+    def _close_if_rest_is_large(self) -> None:
         """After the answer, a rest that nobody wants is worth waiting for only if it is small."""
-        unread = self._discarded + (self._in.decoder.left if self._in.decoder else 0)
+        unread = self._discarded + (self._reader.decoder.left if self._reader.decoder else 0)
         if self._state is _REST and self._body.discarding and unread > _DISCARD_LIMIT:
             self._close()
 
@@ -3535,16 +3528,16 @@ class Connection(_Answers):
             self._worker.loop.call_soon(self.go_on)
         elif self._eof and not self._room and self._state in (_FULL, _IDLE, _HEAD):
             self._close()  # what is left is a part of a request, and no more of it will come
-        self._regulate()
+        self._pause_or_resume_reading()
 
-    def _regulate(self) -> None:
+    def _pause_or_resume_reading(self) -> None:
         """Let the client wait while there is enough of it in memory."""
         if self._is_lost():
             return
         if self._is_reading_body():
             full = self._body.buffered >= _HIGH_WATER or self._discarded > _DISCARD_LIMIT
         else:
-            full = self._in.waiting() > max(_HIGH_WATER, self._worker.limits.max_header_bytes)
+            full = self._reader.waiting() > max(_HIGH_WATER, self._worker.limits.max_header_bytes)
         if full and not self._paused_reading:
             self._deadline = _NEVER
             self._transport.pause_reading()
@@ -3583,10 +3576,10 @@ class Connection(_Answers):
             return
         if self._state is _BODY:
             self._state = _REST
-            self._give_up_rest()
+            self._close_if_rest_is_large()
         else:
-            self._enter(_IDLE, self._worker.idle_deadline)
-        if (self._in.buffer or self._eof) and not self._advancing:
+            self._state, self._deadline = _IDLE, self._worker.idle_deadline
+        if (self._reader.buffer or self._eof) and not self._advancing:
             # As a call of the loop's own, and not inside the handler that has just answered.
             self._worker.loop.call_soon(self.go_on)
 
@@ -3712,16 +3705,15 @@ class Worker:
     def keep(self, task: asyncio.Task[None]) -> None:
         """Hold a handler that is under way.
 
-        Each connection has one that answers, and any number that go on after their answer: of
-        these there is a bound, `max_handlers`, for all together.
+        Those that go on after their answer have a bound for all together, `max_handlers`.
         """
         self.tasks.add(task)
-        task.add_done_callback(self._let_go)
+        task.add_done_callback(self._handler_ended)
         self.crowded |= len(self.tasks) >= len(self.connections) + self.limits.max_handlers
 
-    def _let_go(self, task: asyncio.Task[None]) -> None:
+    def _handler_ended(self, task: asyncio.Task[None]) -> None:
         self.tasks.discard(task)
-        # Not as soon as one has ended: all that wait are woken, and that should be worth it.
+        # Not as soon as one has ended: all that wait are woken.
         few = len(self.connections) + 0.9 * self.limits.max_handlers
         if self.crowded and len(self.tasks) < few:
             self.crowded = False
@@ -3743,8 +3735,7 @@ class Worker:
         self.now = now
         idle = _FAREWELL if self.stopping else self.limits.keep_alive_timeout
         self.idle_deadline = self.now + idle
-        # The last field of each answer's head, and the end of the head.
-        self.date_line = f"date: {_http_date(time.time())}\r\n\r\n".encode()
+        self.end_of_head = f"date: {_http_date(time.time())}\r\n\r\n".encode()
         for connection in list(self.connections):
             if late > self._interval:  # a suspended machine, a handler that blocked the loop
                 connection.put_off(late)
@@ -3797,10 +3788,7 @@ def _cancel(tasks: set[asyncio.Task[None]]) -> None:
 
 
 class _Threads(ThreadPoolExecutor):
-    """Threads for `asyncio.to_thread` that nobody waits for when the program ends.
-
-    (Those of ThreadPoolExecutor itself are joined by the interpreter, however long they block.)
-    """
+    """Threads for `asyncio.to_thread`; the interpreter joins those of a ThreadPoolExecutor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -3927,8 +3915,7 @@ class _Listener:
             if family == socket.AF_INET6:
                 listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             listening.bind((address[0], self.port, *address[2:]))
-            # Port 0: the same one for all addresses.
-            self.bound, self.port = listening.getsockname()[:2]
+            self.bound, self.port = listening.getsockname()[:2]  # port 0: one for all addresses
 
     def _bind_unix(self, path: str) -> None:
         """Listen under a name of our own, then give it the path: nobody finds it too early."""
@@ -3999,14 +3986,15 @@ class Server:
         **options: Any,
     ) -> None:
         self.app = app
+        self.host, self.port = host, port  # of the last socket, once it listens
         self._count = workers
         self._ssl = ssl
         self._graceful_timeout = graceful_timeout
         self._proxies = TrustedProxies(trusted_proxies) if trusted_proxies else None
         for name, value, least in (
             ("workers", workers, 1),
-            ("backlog", options.get("backlog", 0), 0),
             ("port", port, 0),
+            ("backlog", options.get("backlog", 0), 0),
         ):
             if not isinstance(value, int) or value < least:
                 raise StarioError(f"{name} is {value!r}: a whole number from {least} up is needed")
@@ -4025,16 +4013,6 @@ class Server:
         self._asked = 0.0  # when a signal last asked to stop
 
     @property
-    def host(self) -> str:
-        """Where it listens: a name, or an address."""
-        return self._listener.host
-
-    @property
-    def port(self) -> int:
-        """Where it listens."""
-        return self._listener.port
-
-    @property
     def url(self) -> str:
         """The address to open, without a slash at its end."""
         if self._listener.unix_socket:
@@ -4051,6 +4029,7 @@ class Server:
         async with AsyncExitStack() as stack:
             stack.callback(_forget_signals, self)
             self._listener.open()
+            self.host, self.port = self._listener.host, self._listener.port
             stack.callback(self._listener.close)
             await stack.enter_async_context(self.app._life.lived())
             self._loop = asyncio.get_running_loop()
@@ -9953,31 +9932,22 @@ def _is_own(filename: str) -> bool:
     return filename != __file__ and not filename.startswith((library, "<frozen"))
 
 
-def _frame_view(frame: traceback.FrameSummary, values: Mapping[str, object]) -> SafeString:
+def _frame_view(frame: types.FrameType, at: int) -> SafeString:
     """A frame: the line with those around it, and the local values."""
-    first = max(1, (frame.lineno or 1) - 3)
-    lines = [
-        f"{'→' if number == frame.lineno else ' '} {number:4} {line.rstrip()}"
-        for number in range(first, (frame.lineno or 1) + 3)
-        if (line := linecache.getline(frame.filename, number))
-    ]
-    shown = [f"  {name} = {_value_line(name, value)}" for name, value in values.items()]
-    head = f"{frame.filename}, line {frame.lineno}, in {frame.name}"
-    return h.Details(
-        {"open": _is_own(frame.filename)}, h.Summary(head), "\n".join([*lines, "", *shown, ""])
-    )
+    filename, lines = frame.f_code.co_filename, []
+    for number in range(max(1, at - 3), at + 3):
+        if line := linecache.getline(filename, number, frame.f_globals):
+            lines.append(f"{'→' if number == at else ' '} {number:4} {line.rstrip()}")
+    values = [f"  {name} = {_value_line(name, value)}" for name, value in frame.f_locals.items()]
+    head = f"{filename}, line {at}, in {frame.f_code.co_name}"
+    text = "\n".join([*lines, "", *values, ""])
+    return h.Details({"open": _is_own(filename)}, h.Summary(head), text)
 
 
 def _error_view(c: Context, exc: BaseException) -> SafeString:
     """An exception, as an element that covers the page."""
-    walked = list(traceback.walk_tb(exc.__traceback__))
-    summary = traceback.StackSummary.extract(iter(walked))
-    frames = [
-        _frame_view(shown, frame.f_locals)
-        for shown, (frame, _) in zip(summary, walked, strict=True)
-    ]
-    own = [i for i, shown in enumerate(summary) if _is_own(shown.filename)]
-    order = [*reversed(own), *(i for i in range(len(frames)) if i not in own)]
+    frames = list(traceback.walk_tb(exc.__traceback__))[::-1]
+    frames.sort(key=lambda entry: not _is_own(entry[0].f_code.co_filename))
     request = [f"{c.req.method} {c.req.url}"]
     request += [f"{name}: {_value_line(name, value)}" for name, value in c.req.headers.items()]
     events = [f"{event.name} {_value_line('', event.attributes)}" for event in c.span.events]
@@ -9986,7 +9956,7 @@ def _error_view(c: Context, exc: BaseException) -> SafeString:
         {"id": "stario-error", "style": _DEBUG_STYLE},
         h.Button({"type": "button", **close}, "×"),
         h.H1("".join(traceback.format_exception_only(exc)).strip()),
-        [frames[i] for i in order],
+        [_frame_view(frame, at) for frame, at in frames],
         h.Details(h.Summary("Request"), "\n".join(request)),
         h.Details(h.Summary("Trace"), "\n".join(events)),
     )

@@ -2684,7 +2684,7 @@ class TestConnections(HttpTest):
             sending = asyncio.ensure_future(peer.send(*requests))
             await until(lambda: [c for c in connections_of(server) if c._paused_reading])
             (connection,) = connections_of(server)
-            self.assertLess(len(connection._in.buffer), 512 * 1024)
+            self.assertLess(len(connection._reader.buffer), 512 * 1024)
             go_on.set()
             for i in range(500):
                 self.assertEqual((await within(peer.answer())).text, f"/{i}")
@@ -2991,7 +2991,7 @@ class TestRepeatedHeads(HttpTest):
         connection = connections_of(self.server)[0]
         await self.peer.send(request[:first])
         await until(
-            lambda: len(connection._in.buffer) == first or connection._state is stario._BODY
+            lambda: len(connection._reader.buffer) == first or connection._state is stario._BODY
         )
         await self.peer.send(request[first:])
 
