@@ -61,29 +61,29 @@ a live page; each part of act 4 is a room of its own, to be read when it is need
        2315  8. The app
      2655  ACT 2. On the network
        2663  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3616  10. The server
-       4285  11. Trying it without a network: the test client
-     4773  ACT 3. Live
-       4817  12. Datastar: attributes and actions
-       5356  13. Streams: events, and staying with a client
-       5868  14. Relay: publish and subscribe
-     6185  ACT 4. For real
-       6191  15. Signals: from JSON to your dataclass
-       6862  16. Forms
-       7044  17. Behind a proxy
-       7125  18. Compression
-       7311  19. Static files
-       7830  20. Telemetry: spans, and the tracers that show them
-       8825  21. Sessions
-       8936  22. What lives as long as the server
-       9012  23. @baked
-       9265  24. ASGI: the same app under another server
-       9502  25. RedisRelay: the same between processes and machines
-       9753  26. Reload: a saved file restarts the app
-       9901  27. Development: what went wrong, shown where one looks
-    10023  ACT 5. The pocket client
-      10066  28. The pocket client (JavaScript)
-      11430  29. An app to begin with, and this file as a page
+       3618  10. The server
+       4287  11. Trying it without a network: the test client
+     4775  ACT 3. Live
+       4819  12. Datastar: attributes and actions
+       5358  13. Streams: events, and staying with a client
+       5870  14. Relay: publish and subscribe
+     6187  ACT 4. For real
+       6193  15. Signals: from JSON to your dataclass
+       6864  16. Forms
+       7046  17. Behind a proxy
+       7127  18. Compression
+       7313  19. Static files
+       7832  20. Telemetry: spans, and the tracers that show them
+       8827  21. Sessions
+       8938  22. What lives as long as the server
+       9014  23. @baked
+       9267  24. ASGI: the same app under another server
+       9504  25. RedisRelay: the same between processes and machines
+       9755  26. Reload: a saved file restarts the app
+       9903  27. Development: what went wrong, shown where one looks
+    10025  ACT 5. The pocket client
+      10068  28. The pocket client (JavaScript)
+      11432  29. An app to begin with, and this file as a page
 
 READING PATH
 
@@ -97,14 +97,14 @@ Two hours, for who wants to know how it works and not all that it does. These li
      1787-1887   `Context`  what a handler gets beside it
      2207-2223   `Router._find`  from a path to a handler
      2493-2524   `Stario.dispatch`  one request from end to end
-     2933-3050   `_Reader`  bytes to requests
-     3360-3612   `Connection`  one connection, many requests
-     4027-4041   `Server.start`  listening
-     4141-4149   `Server.stop`  ending without losing a request
-     5510-5615   `_EventWriter`  events
-     5703-5764   `_Scope`  how a disconnect reaches a handler
-     5791-5864   `Alive`  staying with a client
-     6033-6137   `Relay`  from one handler to another
+     2933-3051   `_Reader`  bytes to requests
+     3361-3614   `Connection`  one connection, many requests
+     4029-4043   `Server.start`  listening
+     4143-4151   `Server.stop`  ending without losing a request
+     5512-5617   `_EventWriter`  events
+     5705-5766   `_Scope`  how a disconnect reaches a handler
+     5793-5866   `Alive`  staying with a client
+     6035-6139   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. Whatever carries requests reaches the rest through one narrow interface, `Carrier`
@@ -2969,13 +2969,14 @@ class _Reader:
         """The next request's head, or None if not all of it is here."""
         buffer, at, limits = self.buffer, self._at, self._limits
         headers, framing = self._headers, self._framing
-        while buffer.startswith(b"\r\n", at):  # tolerated in front (RFC 9112, section 2.2)
-            at += 2
         line_end = buffer.find(b"\r\n", at)
         if framing is not None and buffer.startswith(self._block, line_end):
             end = line_end + len(self._block)
         else:
             framing = None
+            while buffer.startswith(b"\r\n", at):  # tolerated in front (RFC 9112, section 2.2)
+                at += 2
+            line_end = buffer.find(b"\r\n", at)
             end = buffer.find(b"\r\n\r\n", at + max(0, self._searched - 3)) + 4
         if end < 4:
             self._use(at)
@@ -3438,9 +3439,9 @@ class Connection(_Answers):
         state, worker = self._state, self._worker
         if state is _BODY or state is _REST:
             return self._read_body()
-        if state is _FULL:
-            raise HttpException(503, "too many connections")
         if not (state is _IDLE or state is _HEAD) or self._room:
+            if state is _FULL:
+                raise HttpException(503, "too many connections")
             return False
         if worker.crowded:
             self._deadline = _NEVER
@@ -3452,7 +3453,8 @@ class Connection(_Answers):
                 deadline = worker.loop.time() + worker.limits.header_timeout
                 self._state, self._deadline = _HEAD, deadline
             return False
-        self._start(*head)
+        line, headers, framing = head
+        self._start(line, headers, framing)
         # The other requests of a client that goes while it is answered are left.
         return not (self._reader.buffer and self._transport.is_closing())
 
