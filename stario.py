@@ -74,16 +74,16 @@ a live page; each part of act 4 is a room of its own, to be read when it is need
        7127  18. Compression
        7313  19. Static files
        7832  20. Telemetry: spans, and the tracers that show them
-       8827  21. Sessions
-       8938  22. What lives as long as the server
-       9014  23. @baked
-       9267  24. ASGI: the same app under another server
-       9504  25. RedisRelay: the same between processes and machines
-       9755  26. Reload: a saved file restarts the app
-       9903  27. Development: what went wrong, shown where one looks
-    10025  ACT 5. The pocket client
-      10068  28. The pocket client (JavaScript)
-      11432  29. An app to begin with, and this file as a page
+       8799  21. Sessions
+       8910  22. What lives as long as the server
+       8986  23. @baked
+       9239  24. ASGI: the same app under another server
+       9476  25. RedisRelay: the same between processes and machines
+       9727  26. Reload: a saved file restarts the app
+       9875  27. Development: what went wrong, shown where one looks
+     9997  ACT 5. The pocket client
+      10040  28. The pocket client (JavaScript)
+      11404  29. An app to begin with, and this file as a page
 
 READING PATH
 
@@ -7868,11 +7868,9 @@ def _plain_data(value: Any) -> Any:
     if kind is float:
         return value if math.isfinite(value) else _NO_NUMBERS[str(value)]
     if kind in (dict, list, tuple):
-        try:
+        with suppress(Exception):  # it holds itself, NaN, or keys that JSON does not have
             text = json.dumps(value, default=_safe_text, allow_nan=False)
             return json.loads(text) if len(text) <= _LONGEST_TEXT else _safe_text(text)
-        except Exception:  # it holds itself, NaN, or keys that JSON does not have
-            return _safe_text(value)
     return _safe_text(value)
 
 
@@ -7942,7 +7940,7 @@ class Span:
         """Started by `tracer(name)`, `span.step(name)` or `span.root(name)`."""
         self.tracer = tracer
         self.name = name
-        ids = f"{random.getrandbits(192):048x}"
+        ids = random.getrandbits(192).to_bytes(24, "big").hex()
         self.id = ids[:16]
         self.parent_id: str | None = None
         self.trace_id = ids[16:]
@@ -7957,7 +7955,13 @@ class Span:
         self.end_ns = 0
         self.start_ns = time.time_ns()
         if self.sampled:
-            self._tell(tracer.on_start)
+            self._begin()
+
+    def _begin(self) -> None:
+        try:
+            self.tracer.on_start(self)
+        except Exception:
+            _show_mistake()
 
     def __call__(
         self, event: str | BaseException, attributes: Mapping[str, Any] | None = None
@@ -7977,7 +7981,10 @@ class Span:
         if len(self.events) > _EVENTS_KEPT:
             del self.events[:-_EVENTS_KEPT]  # one step, so that threads may do it at once
         if self.sampled:
-            self._tell(self.tracer.on_event, noted)
+            try:
+                self.tracer.on_event(self, noted)
+            except Exception:
+                _show_mistake()
 
     def __setitem__(self, key: str, value: Any) -> None:
         self.attributes[key] = _plain_data(value)
@@ -8009,7 +8016,7 @@ class Span:
         """Mark the span as failed by an exception; the trace shows where that came from, once."""
         if not self.sampled:  # what went wrong is told, whoever asked
             self.sampled = True
-            self._tell(self.tracer.on_start)
+            self._begin()
         if exc.__dict__.get("_traced_in") != self.trace_id:
             self(exc)
         self.error = f"{type(exc).__name__}: {_safe_text(exc)}"
@@ -8019,13 +8026,10 @@ class Span:
         if not self.end_ns:
             self.end_ns = max(time.time_ns(), self.start_ns)
             if self.sampled:
-                self._tell(self.tracer.on_end)
-
-    def _tell(self, moment: Callable[..., object], *more: SpanEvent) -> None:
-        try:
-            moment(self, *more)
-        except Exception:  # a tracer's mistake is shown, and costs no request
-            sys.excepthook(*sys.exc_info())
+                try:
+                    self.tracer.on_end(self)
+                except Exception:
+                    _show_mistake()
 
     def __enter__(self) -> Span:
         return self
@@ -8034,6 +8038,11 @@ class Span:
         if isinstance(exc, Exception):  # a cancellation is no failure
             self.fail(exc)
         self.end()
+
+
+def _show_mistake() -> None:
+    """Of a tracer: it costs no request."""
+    sys.excepthook(*sys.exc_info())
 
 
 class Tracer:
@@ -8107,36 +8116,30 @@ class _LogToSpan(logging.Handler):
             root.setLevel(self._root_level)
 
     def handle(self, record: logging.LogRecord) -> bool:
-        """Take a record without the lock that `logging` would hold meanwhile."""
-        self.emit(record)
-        return True
-
-    def emit(self, record: logging.LogRecord) -> None:
-        """Note it in the span, or pass it on."""
+        """Note a record in the span, or pass it on; without the lock of other handlers."""
         span = _current_step.get()[1]
         if span and span.sampled and record.levelno >= self._from:
             said = {"severity_text": record.levelname, "logger.name": record.name}
-            exc = record.exc_info and record.exc_info[1]
             try:
                 text = record.getMessage()
             except Exception:  # its arguments do not fit its text
                 text = record.msg
+            exc = record.exc_info and record.exc_info[1]
             span(exc or "log", {**said, "body": text})
         elif record.levelno >= (logging.getLogger(record.name).level or self._root_level):
             for handler in self._others or [cast(logging.Handler, logging.lastResort)]:
                 if record.levelno >= handler.level:
                     handler.handle(record)
+        return True
 
 
-# -- Tracers that write to a stream. Whatever thread a span ends on appends what is to be written to
-# one list: that is a single step, and needs no lock. One thread empties the list ten times a second
-# and writes all of it at once, so that a request neither waits for the stream nor hands the
-# interpreter over to another thread. Subclasses say what is put into the list (`_ended`), what
-# becomes of it in the thread (`_take`), and what that comes to as text (`_frame`).
+# -- Tracers that write to a stream. Whatever thread a span ends on appends to one list, which is a
+# single step: no lock, no request that waits for the stream. A thread takes the list ten times a
+# second and writes all of it at once. The list has texts, and calls that the thread is to make:
+# what they touch belongs to the thread alone.
 
 _LONGEST_QUEUE = 20_000  # while the stream takes nothing
-_MANY = 250  # in the queue: these are written without a pause
-_NOT_NOW = _LONGEST_QUEUE + 1  # a length that it never has
+_Queued = str | tuple[Any, ...]  # a text, or a function and its arguments
 
 
 class _StreamTracer(Tracer):
@@ -8159,13 +8162,13 @@ class _StreamTracer(Tracer):
         _stream_tracers.add(self)
 
     def _renew(self) -> None:
-        self._queue: list[str | tuple[Any, ...]] = []
+        self._queue: list[_Queued] = []
         self._lines: list[Any] = []  # to be written next
-        self._wakes_at = 1  # the length of the queue that the thread wants to be woken at
+        self._wakes_at = 1  # the length of the queue at which the thread is to be woken
         self._wake: queue.SimpleQueue[bool] = queue.SimpleQueue()  # True: write what is left, end
         self._writer: threading.Thread | None = None
-        self._starting, self._writing = threading.Lock(), threading.Lock()
-        self._drops, self._seen = count(), 0  # a drop is one step of `count`, so is each look
+        self._started, self._writing = threading.Lock(), threading.Lock()
+        self._drops, self._seen = count(), 0  # `next` is one step, for threads and for looks
         self._lost = 0
 
     def __enter__(self) -> Self:
@@ -8183,21 +8186,18 @@ class _StreamTracer(Tracer):
         """Into the queue."""
         self._put(self._ended(span))
 
-    def _put(self, what: str | tuple[Any, ...]) -> None:
+    def _put(self, what: _Queued) -> None:
         waiting = self._queue
         if self._stream is None or len(waiting) >= _LONGEST_QUEUE:
             next(self._drops)
             return
         waiting.append(what)
         if len(waiting) >= self._wakes_at:
-            self._wakes_at = _NOT_NOW
-            if self._writer is not None:
+            self._wakes_at = _LONGEST_QUEUE
+            if self._started.acquire(blocking=False):
+                self._begin()
+            else:
                 self._wake.put(False)
-            elif self._starting.acquire(blocking=False):
-                try:
-                    self._begin()
-                finally:
-                    self._starting.release()
 
     def _begin(self) -> None:
         self._writer = threading.Thread(target=self._run, name="tracer", daemon=True)
@@ -8205,9 +8205,10 @@ class _StreamTracer(Tracer):
             self._writer.start()
             atexit.register(self._close)
         except RuntimeError:  # the program is at its end, and starts no thread any more
-            self._writer = None
             self._wake.put(True)
             self._run()
+            self._writer = None
+            self._started.release()
 
     def _close(self) -> None:
         """Write what is left, in a second at most. What comes later begins anew."""
@@ -8217,6 +8218,7 @@ class _StreamTracer(Tracer):
         atexit.unregister(self._close)
         self._wake.put(True)
         writer.join(1)
+        self._started.release()
         if writer.is_alive():  # the stream stalls; Python would wait for it, too, when it ends
             sys.stdout = None if sys.stdout is self._stream else sys.stdout
             self._complain(len(self._queue))
@@ -8232,37 +8234,31 @@ class _StreamTracer(Tracer):
         with self._writing:  # one thread after the other
             ending = False
             while not ending:
-                ending = self._wait()
+                with suppress(queue.Empty):
+                    self._wakes_at = 1  # before the look at the queue: what comes after it wakes
+                    if not self._queue:
+                        ending = self._wake.get(timeout=1 if self._lost else self._patience())
+                    self._wakes_at = _LONGEST_QUEUE // 4  # a burst does not wait for the pause
+                    ending = ending or self._wake.get(timeout=self._pause)
+                self._wakes_at = _LONGEST_QUEUE
                 self._write_all(ending)
             self._wakes_at = 1
-
-    def _wait(self) -> bool:
-        """Until something has come, and a little longer. True: that was the end."""
-        ending = False
-        with suppress(queue.Empty):
-            self._wakes_at = 1  # before the look at the queue: what comes after it wakes
-            if not self._queue:
-                ending = self._wake.get(timeout=1 if self._lost else self._patience())
-            self._wakes_at = _MANY
-            ending = ending or self._wake.get(timeout=self._pause)
-        self._wakes_at = _NOT_NOW
-        return ending
 
     def _write_all(self, ending: bool) -> None:
         taken = self._queue[:]
         del self._queue[: len(taken)]
-        steps = next(self._drops)
-        missing, self._lost, self._seen = self._lost + steps - self._seen, 0, steps + 1
+        drops = next(self._drops)
+        missing, self._lost, self._seen = self._lost + drops - self._seen, 0, drops + 1
         if missing:
             lost = Span(Tracer(), "telemetry.lost", {"count": missing}, None)
             lost.end()
             taken.append(self._ended(lost))
         for what in taken:
             try:
-                if type(what) is str:
+                if isinstance(what, str):
                     self._lines.append(what)
                 else:
-                    self._take(*what)
+                    what[0](*what[1:])
             except Exception:  # one thing that cannot be shown costs no other
                 self._lost += 1
         if not self._write(self._frame(ending)):
@@ -8283,12 +8279,8 @@ class _StreamTracer(Tracer):
         """Seconds after which there is something to write, even if nothing comes."""
         return None
 
-    def _ended(self, span: Span) -> str | tuple[Any, ...]:
-        """What is put into the queue for a span that has ended: text, or what `_take` takes."""
-        raise NotImplementedError
-
-    def _take(self, *what: Any) -> None:
-        """One thing from the queue that is no text."""
+    def _ended(self, span: Span) -> _Queued:
+        """What is put into the queue for a span that has ended."""
         raise NotImplementedError
 
     def _frame(self, ending: bool) -> str:
@@ -8315,10 +8307,8 @@ def _write_any(stream: IO[str], text: str) -> None:
         write(stream, text)
     except UnicodeEncodeError:
         encoding = getattr(stream, "encoding", None) or "ascii"
-        write(
-            stream,
-            text.translate(_ASCII_MARKS).encode(encoding, "backslashreplace").decode(encoding),
-        )
+        plain = text.translate(_ASCII_MARKS).encode(encoding, "backslashreplace")
+        write(stream, plain.decode(encoding))
 
 
 class JsonTracer(_StreamTracer):
@@ -8336,42 +8326,41 @@ class JsonTracer(_StreamTracer):
     def on_event(self, span: Span, event: SpanEvent) -> None:
         """Into the queue."""
         noted = {"name": event.name, "time_unix_nano": event.time_ns}
-        self._put((span, _log_json({**noted, "attributes": event.attributes}), False))
+        self._put((self._add_event, span, _log_json({**noted, "attributes": event.attributes})))
 
-    def _ended(self, span: Span) -> str | tuple[Any, ...]:
+    def _ended(self, span: Span) -> _Queued:
         fields = self._fields(span, f'"end_time_unix_nano":{span.end_ns}')
-        return (span, fields, True) if span.events else f"{{{fields}}}\n"
+        return (self._add_line, span, fields) if span.events else f"{{{fields}}}\n"
 
-    def _take(self, span: Span, text: str, ended: bool) -> None:
-        if ended:
-            self._add_line(span, text)
-            return
+    def _add_event(self, span: Span, text: str) -> None:
         events = self._events.setdefault(span, [])
         events.append(text)
         if len(events) == _EVENTS_KEPT:
-            self._add_line(span, self._fields(span, '"partial":true'))
+            self._add_part(span)
 
-    def _frame(self, ending: bool) -> str:
-        for span in list(self._events):
-            self._add_line(span, self._fields(span, '"partial":true'))
-        text = "".join(self._lines)
-        self._lines.clear()
-        return text
+    def _add_part(self, span: Span) -> None:
+        self._add_line(span, self._fields(span, '"partial":true'))
 
     def _add_line(self, span: Span, fields: str) -> None:
         if span in self._events:
             fields += f',"events":[{",".join(self._events.pop(span))}]'
         self._lines.append(f"{{{fields}}}\n")
 
+    def _frame(self, ending: bool) -> str:
+        for span in list(self._events):
+            self._add_part(span)
+        text = "".join(self._lines)
+        self._lines.clear()
+        return text
+
     def _fields(self, span: Span, more: str) -> str:
-        """Of the line of a span all but its events: the greater part needs no encoder."""
+        """Of the line of a span all but its events, without the braces."""
         try:
-            pairs = [f"{_quoted(key)}:{_log_value(v)}" for key, v in span.attributes.items()]
-            attributes = f"{{{','.join(pairs)}}}"
+            attributes = _log_json(span.attributes)
         except Exception:  # something was put into `span.attributes` directly
-            attributes = _log_json(_noted(span.attributes))
+            attributes = _log_json(_noted(dict(span.attributes)))
         text = (
-            f'"name":{_log_value(span.name)},"trace_id":"{span.trace_id}","span_id":"{span.id}",'
+            f'"name":{_log_json(span.name)},"trace_id":"{span.trace_id}","span_id":"{span.id}",'
             f'"start_time_unix_nano":{span.start_ns},{more},"attributes":{attributes}'
         )
         if span.parent_id:
@@ -8385,14 +8374,6 @@ class JsonTracer(_StreamTracer):
 
 
 _log_json = _json_writer(_safe_text)
-_quoted = json.encoder.encode_basestring_ascii
-
-
-def _log_value(value: Any) -> str:
-    """As `_log_json`, but texts and whole numbers take a quarter of the time without an encoder."""
-    if type(value) is str:
-        return _quoted(value)
-    return str(value) if type(value) is int else _log_json(value)
 
 
 # -- For people. A *line* is a list of pieces, each a text and its style. Only when it is written
@@ -8402,7 +8383,6 @@ _Line = list[tuple[str, str]]
 _STYLES = {"bold": 1, "dim": 2, "red": 31, "green": 32, "yellow": 33, "cyan": 36}
 _STATUS_STYLES = {"2": "green", "3": "cyan", "4": "yellow", "5": "red"}
 _ASCII_MARKS = str.maketrans("│─━✗…×", "|-=x.x")
-_START, _EVENT, _END = range(3)
 _LONG = 10**9  # nanoseconds after which an open span is shown in the footer
 _MOST_SHOWN = 20  # trees in a second: the others are summed up
 _MOST_ROWS = 40  # of a tree
@@ -8470,17 +8450,17 @@ class RichTracer(_StreamTracer):
     def on_start(self, span: Span) -> None:
         """Into the queue."""
         if self._live:
-            self._put((_START, span))
+            self._put((self._start, span))
 
     def on_event(self, span: Span, event: SpanEvent) -> None:
         """Into the queue."""
         if self._live:
-            self._put((_EVENT, span, event))
+            self._put((self._note, span, event))
         elif span.end_ns:
             self._put(self._painted(self._late(span, event)))
 
-    def _ended(self, span: Span) -> str | tuple[Any, ...]:
-        return (_END, span) if self._live else self._painted(self._one_line(span))
+    def _ended(self, span: Span) -> _Queued:
+        return (self._end, span) if self._live else self._painted(self._one_line(span))
 
     # -- What the program prints must not meet the footer. So it takes the same way: each of its
     # streams has another `write` for as long as the tracer's thread runs.
@@ -8506,14 +8486,6 @@ class RichTracer(_StreamTracer):
     def _patience(self) -> float | None:
         return 0.25 if self._open or self._summed else None
 
-    def _take(self, moment: int, what: Any, event: SpanEvent | None = None) -> None:
-        if moment == _START:
-            self._start(what)
-        elif event:
-            self._note(what, event)
-        else:
-            self._end(self._open.pop(what.id) if what.id in self._open else _Branch(what, None))
-
     def _start(self, span: Span) -> None:
         parent = self._open.get(span.parent_id or "")
         branch = self._open[span.id] = _Branch(span, parent)
@@ -8532,9 +8504,9 @@ class RichTracer(_StreamTracer):
         if event.name == "exception" and event.time_ns - root.span.start_ns > _LONG:
             self._lines += [self._heading(root.span), *self._row(root.span, 0, event)]
 
-    def _end(self, branch: _Branch) -> None:
+    def _end(self, span: Span) -> None:
         """Show what has ended, with its root, unless that is over, or there is too much of it."""
-        span = branch.span
+        branch = self._open.pop(span.id, None) or _Branch(span, None)
         if branch.root is not branch and branch.root.span.id in self._open:
             return
         durations = self._summed.get(key := (span.name, _outcome(span)))
