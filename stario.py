@@ -74,16 +74,16 @@ a live page; each part of act 4 is a room of its own, to be read when it is need
        7127  18. Compression
        7313  19. Static files
        7832  20. Telemetry: spans, and the tracers that show them
-       8799  21. Sessions
-       8910  22. What lives as long as the server
-       8986  23. @baked
-       9239  24. ASGI: the same app under another server
-       9476  25. RedisRelay: the same between processes and machines
-       9727  26. Reload: a saved file restarts the app
-       9875  27. Development: what went wrong, shown where one looks
-     9997  ACT 5. The pocket client
-      10040  28. The pocket client (JavaScript)
-      11404  29. An app to begin with, and this file as a page
+       8804  21. Sessions
+       8915  22. What lives as long as the server
+       8991  23. @baked
+       9244  24. ASGI: the same app under another server
+       9481  25. RedisRelay: the same between processes and machines
+       9732  26. Reload: a saved file restarts the app
+       9880  27. Development: what went wrong, shown where one looks
+    10002  ACT 5. The pocket client
+      10045  28. The pocket client (JavaScript)
+      11409  29. An app to begin with, and this file as a page
 
 READING PATH
 
@@ -8390,35 +8390,30 @@ _BAR = 12  # columns
 
 
 class _Branch:
-    """A span that is open, and what happened in it, in order: the first of it."""
+    """A span that is open, and what happened in it, in order. A tree keeps its first 40 rows."""
 
     def __init__(self, span: Span, parent: _Branch | None) -> None:
         self.span = span
         self.root: _Branch = parent.root if parent else self
         self.rows: list[SpanEvent | _Branch] = []
-        self.left_out = 0
         # Of a root, for the whole tree:
         self.events = self.steps = 0
         self.last: SpanEvent | None = None
 
     def add(self, row: SpanEvent | _Branch) -> None:
-        if len(self.rows) < _MOST_ROWS:
+        if self.left_out() <= 0:
             self.rows.append(row)
-        else:
-            self.left_out += 1
 
-    def tree(self) -> list[tuple[int, SpanEvent | _Branch]]:
-        """All below it, with the depth of each. No recursion: steps nest as deep as they like."""
-        found: list[tuple[int, SpanEvent | _Branch]] = []
-        waiting: list[tuple[int, SpanEvent | _Branch]] = [(-1, self)]
-        while waiting:
-            depth, row = waiting.pop()
-            found.append((depth, row))
+    def left_out(self) -> int:
+        """How many events and steps the tree has had beyond those that it keeps."""
+        return self.root.events + self.root.steps - _MOST_ROWS
+
+    def tree(self, depth: int = 0) -> Iterator[tuple[int, SpanEvent | _Branch]]:
+        """All below it, with the depth of each."""
+        for row in self.rows:
+            yield depth, row
             if isinstance(row, _Branch):
-                if row.left_out:
-                    waiting.append((depth + 1, SpanEvent(f"and {row.left_out} more", {}, 0)))
-                waiting += [(depth + 1, below) for below in reversed(row.rows)]
-        return found[1:]
+                yield from row.tree(depth + 1)
 
 
 class RichTracer(_StreamTracer):
@@ -8434,11 +8429,12 @@ class RichTracer(_StreamTracer):
 
     def __init__(self, stream: IO[str] | None = None, *, logging_level: int | None = None) -> None:
         super().__init__(stream, logging_level=logging_level)
-        size = _size_of(self._stream)
-        self._live = size is not None and os.environ.get("TERM") != "dumb"
-        wanted = bool(os.environ.get("FORCE_COLOR")) or self._live
-        self._colours = wanted and not os.environ.get("NO_COLOR")
-        self._width = size[0] if size and self._live else 1_000_000
+        self._size = _size_of(self._stream)
+        self._live = self._size is not None and os.environ.get("TERM") != "dumb"
+        coloured = bool(os.environ.get("FORCE_COLOR")) or self._live
+        self._look = _Look(coloured and not os.environ.get("NO_COLOR"))
+        if self._size and self._live:
+            self._look.width = self._size[0]
         self._watched: list[Any] = []  # streams of the program
         self._open: dict[str, _Branch] = {}  # by the span's id
         self._footer: list[_Line] = []  # as it is on the screen
@@ -8457,10 +8453,10 @@ class RichTracer(_StreamTracer):
         if self._live:
             self._put((self._note, span, event))
         elif span.end_ns:
-            self._put(self._painted(self._late(span, event)))
+            self._put(self._look.painted(self._look.late(span, event)))
 
     def _ended(self, span: Span) -> _Queued:
-        return (self._end, span) if self._live else self._painted(self._one_line(span))
+        return (self._end, span) if self._live else self._look.painted(self._look.one_line(span))
 
     # -- What the program prints must not meet the footer. So it takes the same way: each of its
     # streams has another `write` for as long as the tracer's thread runs.
@@ -8484,35 +8480,36 @@ class RichTracer(_StreamTracer):
     # -- What happens
 
     def _patience(self) -> float | None:
-        return 0.25 if self._open or self._summed else None
+        return 0.1 if self._open or self._summed else None
 
     def _start(self, span: Span) -> None:
         parent = self._open.get(span.parent_id or "")
         branch = self._open[span.id] = _Branch(span, parent)
         if parent:
-            parent.add(branch)
             parent.root.steps += 1
+            parent.add(branch)
 
     def _note(self, span: Span, event: SpanEvent) -> None:
         branch = self._open.get(span.id)
         if branch is None:  # it is over, and nothing is kept of it
-            self._lines.append(self._late(span, event))
+            self._lines.append(self._look.late(span, event))
             return
-        branch.add(event)
         root = branch.root
         root.events, root.last = root.events + 1, event
-        if event.name == "exception" and event.time_ns - root.span.start_ns > _LONG:
-            self._lines += [self._heading(root.span), *self._row(root.span, 0, event)]
+        branch.add(event)
+        late = event.time_ns - root.span.start_ns > _LONG or branch.left_out() > 0
+        if event.name == "exception" and late:  # it does not wait for the end
+            self._lines += [self._look.heading(root.span), *self._look.row(root.span, 0, event)]
 
     def _end(self, span: Span) -> None:
         """Show what has ended, with its root, unless that is over, or there is too much of it."""
         branch = self._open.pop(span.id, None) or _Branch(span, None)
-        if branch.root is not branch and branch.root.span.id in self._open:
+        if branch.root.span.id in self._open:
             return
         durations = self._summed.get(key := (span.name, _outcome(span)))
         if self._shown < _MOST_SHOWN or (span.error and durations is None):
             self._shown += 1
-            self._lines += self._tree(branch)
+            self._lines += self._look.tree(branch)
             if span.error:
                 self._summed[key] = durations or []  # others of its kind are counted only
         else:
@@ -8527,10 +8524,14 @@ class RichTracer(_StreamTracer):
             if took:
                 took.sort()
                 times = f"  p50 {_took(took[len(took) // 2])}  max {_took(took[-1])}"
-                line = self._columns(time.time_ns(), name, outcome, f"{len(took):,} x")
+                line = self._look.columns(time.time_ns(), name, outcome, f"{len(took):,} x")
                 self._lines.append([*line, (times, "dim")])
 
-    # -- How it looks
+    # -- The screen. While the footer stands, the cursor is at its beginning, and the terminal has
+    # saved that place (ESC 7). So what a person types, Enter above all, moves the cursor within the
+    # footer; ESC 8 goes back to the place, and what is below it is erased. Where the window has got
+    # another size, that place is wrong, but a terminal moves the cursor along with its line. In a
+    # window that has just become narrower a row is cut, and not wrapped to two (mode 7).
 
     def _frame(self, ending: bool) -> str:
         now = time.monotonic()
@@ -8539,20 +8540,25 @@ class RichTracer(_StreamTracer):
             self._second = now
         roots = [branch for branch in self._open.values() if branch.root is branch]
         if ending:
-            self._lines += [self._heading(root.span) for root in roots]
+            self._lines += [self._look.heading(root.span) for root in roots]
             self._open.clear()
-        columns, height = (self._live and _size_of(self._stream)) or (1_000_000, 0)
-        # Rows of the old footer: a terminal that has become narrower breaks its lines anew.
-        rows = sum(1 + (min(self._width, _cells(line)) - 1) // columns for line in self._footer)
-        self._width = columns
+        size = _size_of(self._stream) if self._live else None
+        moved, self._size = size != self._size, size
+        columns, height = size or (1_000_000, 0)
+        self._look.width = columns
         text = "".join(map(self._written, self._lines))
         self._lines.clear()
         old = self._footer
-        self._footer = [] if ending or self._in_line else self._streams(roots, height // 3)
-        if not text and self._footer == old:
-            return ""
-        up = f"\r\x1b[{rows}A\x1b[J" if rows else ""
-        return up + text + "".join(map(self._written, self._footer))
+        hidden = ending or self._in_line
+        self._footer = [] if hidden else self._look.footer(roots, height // 3)
+        back = ("\r" if moved else "\x1b8") if old else ""
+        if not text and self._footer == old and not moved:
+            return back and f"{back}\x1b7"
+        text = f"{back}\x1b[J{text}" if old else text
+        if self._footer:
+            rows = "".join(map(self._look.painted, self._footer))
+            text += f"\x1b[?7l{rows}\x1b[?7h\x1b[{len(self._footer)}A\x1b7"
+        return text
 
     def _written(self, line: _Line | str) -> str:
         """A line of ours on a line of its own; what was printed just as it is."""
@@ -8560,101 +8566,106 @@ class RichTracer(_StreamTracer):
             self._in_line = not line.endswith("\n")
             return line
         start, self._in_line = "\n" * self._in_line, False
-        return start + self._painted(line)
+        return start + self._look.painted(line)
 
-    def _painted(self, line: _Line) -> str:
-        room, painted = self._width - 1, ""
+
+class _Look:
+    """How spans look: the lines of a tree, of the footer, of a pipe. It knows the width only."""
+
+    def __init__(self, coloured: bool) -> None:
+        self.coloured = coloured
+        self.width = 1_000_000  # columns
+
+    def painted(self, line: _Line) -> str:
+        """A line as it is written: cut to the width, with its colours."""
+        room, painted = self.width - 1, ""
         for piece, style in line:
             text = _fit(piece, room)
             room -= _cells([(text, "")])
-            painted += f"\x1b[{_STYLES[style]}m{text}\x1b[0m" if style and self._colours else text
+            painted += f"\x1b[{_STYLES[style]}m{text}\x1b[0m" if style and self.coloured else text
         return painted + "\n"
 
-    def _streams(self, roots: list[_Branch], most: int) -> list[_Line]:
-        """The footer: a line for each root that is open for long, the oldest first."""
+    def footer(self, roots: list[_Branch], most: int) -> list[_Line]:
+        """A line for each root that is open for long, the oldest first; at most so many."""
         now = time.time_ns()
         long = [root for root in roots if now - root.span.start_ns >= _LONG]
         if not long:
             return []
         shown = long if len(long) < most else long[: max(0, most - 2)]
-        lines: list[_Line] = [[(f"── {len(long)} open ".ljust(self._width - 1, "─"), "dim")]]
+        lines: list[_Line] = [[(f"── {len(long)} open ".ljust(self.width - 1, "─"), "dim")]]
         for root in shown:
             count = f"{root.events:,} event{'s' * (root.events != 1)}"
             last = _event_text(root.last) if root.last else ""
-            title = (_padded(_title(root.span), self._title_width(), self._width // 2), "bold")
+            title = (_padded(_title(root.span), self._title_width(), self.width // 2), "bold")
             open_for = (f"{_took(now - root.span.start_ns):>8}  ", "green")
             lines.append([open_for, title, (f"{count:>13}  ", "dim"), (last, "cyan")])
         if len(shown) < len(long):
             lines.append([(f"{'':10}and {len(long) - len(shown)} more", "dim")])
         return lines
 
-    def _columns(self, time_ns: int, title: str, outcome: tuple[str, str], took: str) -> _Line:
+    def columns(self, time_ns: int, title: str, outcome: tuple[str, str], took: str) -> _Line:
         """What the lines of requests have in common, one under the other."""
-        name = (_padded(title, self._title_width(), max(20, self._width - 30)), "bold")
+        name = (_padded(title, self._title_width(), max(20, self.width - 30)), "bold")
         text, style = outcome
-        return [(f"{_clock(time_ns)}  ", "dim"), name, (f"{text:>7}", style), (f"{took:>9}", "")]
+        clock = f"{_clock(time_ns)}  "
+        return [(clock, "dim"), name, (f"{text:>7}", style), (f"{took:>9}", "")]
 
     def _title_width(self) -> int:
-        return max(20, min(44, self._width - 60))
+        return max(20, min(44, self.width - 60))
 
-    def _heading(self, span: Span) -> _Line:
+    def heading(self, span: Span) -> _Line:
+        """The first line of a tree."""
         took = _took((span.end_ns or time.time_ns()) - span.start_ns)
-        return self._columns(span.start_ns, _title(span), _outcome(span), took)
+        return self.columns(span.start_ns, _title(span), _outcome(span), took)
 
-    def _tree(self, branch: _Branch) -> list[_Line]:
+    def tree(self, branch: _Branch) -> list[_Line]:
         """A line for a root, then one for each event and step. A stream is one line."""
-        span, heading, rows = branch.span, self._heading(branch.span), branch.tree()
+        span, heading = branch.span, self.heading(branch.span)
         if span.end_ns - span.start_ns >= _LONG and not branch.steps and not span.error:
-            heading, rows = [*heading, (f"  {branch.events:,} events", "dim")], []
-        if len(rows) > _MOST_ROWS:
-            left_out = SpanEvent(f"... {len(rows) - _MOST_ROWS} more ...", {}, 0)
-            half = _MOST_ROWS // 2
-            rows = [*rows[:half], (0, left_out), *rows[-half:]]
+            heading.append((f"  {branch.events:,} events", "dim"))
+            return self._with_pairs(heading, 8, span.attributes)
         lines = self._with_pairs(heading, 8, span.attributes)
-        for depth, row in rows:
-            lines += self._row(span, depth, row)
+        for depth, row in branch.tree():
+            lines += self.row(span, depth, row)
+        if branch.left_out() > 0:
+            lines.append([(f"{'':20}and {branch.left_out()} more", "dim")])
         return lines
 
-    def _row(self, root: Span, depth: int, row: SpanEvent | _Branch) -> list[_Line]:
+    def row(self, root: Span, depth: int, row: SpanEvent | _Branch) -> list[_Line]:
         """One thing in a tree: how long after the root's start it came, and what it is."""
         guides = "│ " * min(depth, 15)
         indent, room = 20 + len(guides), max(8, self._title_width() - 10 - len(guides))
+        came_ns = row.span.start_ns if isinstance(row, _Branch) else row.time_ns
+        line = [(f"{_took(came_ns - root.start_ns):>18}  {guides}", "dim")]
         if isinstance(row, _Branch):
             span = row.span
             took = _took(span.end_ns - span.start_ns) if span.end_ns else "open"
-            line = [*_offset(root, span.start_ns), (guides, "dim"), (_padded(span.name, room), "")]
-            line += [(f"{took:>16}  ", ""), *_bar(root, span)]
+            line += [(f"{_padded(span.name, room)}{took:>16}  ", ""), *_bar(root, span)]
             return self._with_pairs(line, indent, span.attributes)
-        line = [*_offset(root, row.time_ns), (guides, "dim")]
         if row.name != "exception":
             line.append((_padded(row.name, room), "cyan"))
             return self._with_pairs(line, indent, row.attributes)
-        width = max(20, self._width - indent - 3)
-        said = [
-            part[at : at + width]
-            for part in _failure(row).split("\n")
-            for at in range(0, len(part), width)
-        ]
-        lines = [
-            [*line, (said[0], "red")],
-            *([(f"{'':{indent + 2}}{part}", "red")] for part in said[1:12]),
-        ]
-        lines += _pairs_below(indent, _pairs(row.attributes))
-        return [*lines, *([(f"{'':20}{guides}  ", "dim"), (frame, "")] for frame in _frames(row))]
+        width = max(20, self.width - indent - 3)
+        first, *rest = re.findall(f".{{1,{width}}}", _failure(row))[:12]
+        below = [(f"{'':{indent + 2}}{part}", "red") for part in rest]
+        frames = [[(f"{'':20}{guides}  ", "dim"), (frame, "")] for frame in _frames(row)]
+        pairs = _pairs_below(indent, _pairs(row.attributes))
+        return [[*line, (first, "red")], *([piece] for piece in below), *pairs, *frames]
 
     def _with_pairs(self, line: _Line, indent: int, attributes: Mapping[str, Any]) -> list[_Line]:
         """A line with the attributes behind it, or, where there is no room for them, below."""
         pairs = _pairs(attributes)
         behind = [piece for key, value in pairs for piece in ((f"  {key}=", "dim"), (value, ""))]
-        if not pairs or _cells([*line, *behind]) < self._width:
+        if not pairs or _cells([*line, *behind]) < self.width:
             return [[*line, *behind]]
         return [line, *_pairs_below(indent, pairs)]
 
-    def _late(self, span: Span, event: SpanEvent) -> _Line:
+    def late(self, span: Span, event: SpanEvent) -> _Line:
+        """An event that came after its span's end."""
         title = f"{_clock(event.time_ns)} {_title(span)}, after its end: "
         return [(title, "dim"), (_event_text(event), "")]
 
-    def _one_line(self, span: Span) -> _Line:
+    def one_line(self, span: Span) -> _Line:
         """A span where there is no terminal, with its newest events."""
         outcome, style = _outcome(span)
         line = [(f"{_clock(span.start_ns)} {span.trace_id[:4]} ", "dim"), (_title(span), "bold")]
@@ -8667,12 +8678,10 @@ class RichTracer(_StreamTracer):
 
 def _size_of(stream: IO[str] | None) -> tuple[int, int] | None:
     """Columns and lines of a terminal; None where there is none."""
-    try:
+    with suppress(OSError, ValueError):  # it is closed, or only looks like one
         if stream is not None and stream.isatty():
             size = os.get_terminal_size(stream.fileno())
             return size.columns or 80, size.lines or 24
-    except (OSError, ValueError):  # it is closed, or only looks like one
-        pass
     return None
 
 
@@ -8725,10 +8734,6 @@ def _took(nanoseconds: int) -> str:
         return f"{seconds * 1000:.{digits}f} ms" if seconds < 1 else f"{seconds:.1f} s"
     minutes, hours = int(seconds) // 60, int(seconds) // 3600
     return f"{hours}h {minutes % 60:02}m" if hours else f"{minutes}m {int(seconds) % 60:02}s"
-
-
-def _offset(root: Span, time_ns: int) -> _Line:
-    return [(f"{_took(time_ns - root.start_ns) if time_ns else '':>18}  ", "dim")]
 
 
 def _bar(root: Span, step: Span) -> _Line:

@@ -8722,9 +8722,6 @@ class Terminal:
         self._master, slave = os.openpty()
         test.addCleanup(os.close, self._master)
         self.resize(80)
-        modes = termios.tcgetattr(slave)
-        modes[3] &= ~termios.ECHO  # what is typed would move the cursor
-        termios.tcsetattr(slave, termios.TCSANOW, modes)
         self._child = subprocess.Popen(
             [sys.executable, "-c", program], cwd=HERE, stdin=slave, stdout=slave, stderr=slave,
             env={**os.environ, **usual, **environment}, preexec_fn=self._take_terminal,
@@ -9071,14 +9068,33 @@ class TestTelemetry(unittest.TestCase):
         self.assertRegex("\n".join(above), r"\d  job +[\d.]+ ms  user=ada\n +[\d.]+ ms  query +.*━")
         self.assertLessEqual(sum("burst" in line for line in above), 22)
         terminal.resize(60)
-        terminal.read_until(
-            lambda: "── 9 open" + "─" * 49 in terminal.text().replace("open ", "open")
-        )
+        terminal.read_until(lambda: re.search("── 9 open ─{49}\x1b", terminal.raw))
         terminal.type("\n")
         self.assertEqual(terminal.wait(), 0)
         self.assertNotIn("── 9 open", terminal.text())
         cursor = terminal.screen.cursor
         self.assertEqual((cursor.x, cursor.attrs.fg), (0, "default"))
+
+    @needs("pyte")
+    def test_what_is_typed_leaves_no_trace_of_the_footer(self) -> None:
+        terminal = Terminal(
+            self,
+            "    stream = tracer('stream')\n"
+            "    print(*range(30), sep='\\n')\n"  # so that the footer is at the end of the screen
+            "    for n in range(6):\n"
+            "        sys.stdin.readline()\n"
+            "        stream('read', {'n': n})\n",
+        )
+        terminal.read_until(lambda: "── 1 open" in terminal.text())
+        for n in range(5):
+            terminal.type("typed\n" if n % 2 else "\n")
+            terminal.read_until(lambda n=n: f"read n={n}" in terminal.text())
+            self.assertEqual(terminal.text().count("── 1 open"), 1, terminal.text())
+            self.assertEqual(terminal.lines()[:-2], [*map(str, range(30))])
+        terminal.type("\n")
+        self.assertEqual(terminal.wait(), 0)
+        self.assertEqual(len(terminal.lines()), 31, terminal.text())
+        self.assertEqual(terminal.screen.cursor.x, 0)
 
     @needs("pyte")
     def test_ctrl_c_and_a_crash_leave_a_clean_prompt_and_the_traceback_last(self) -> None:
