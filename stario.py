@@ -54,57 +54,57 @@ a live page; each part of act 4 is a room of its own, to be read when it is need
       216  ACT 1. A framework
         223  2. Errors
         312  3. HTML: elements are strings
-        676  4. JSON
-        757  5. The request: headers, query, cookies, body
-       1317  6. The answer: status, fields, body
-       1776  7. Context and routing
-       2315  8. The app
-     2655  ACT 2. On the network
-       2663  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3618  10. The server
-       4287  11. Trying it without a network: the test client
-     4775  ACT 3. Live
-       4819  12. Datastar: attributes and actions
-       5358  13. Streams: events, and staying with a client
-       5870  14. Relay: publish and subscribe
-     6187  ACT 4. For real
-       6193  15. Signals: from JSON to your dataclass
-       6864  16. Forms
-       7046  17. Behind a proxy
-       7127  18. Compression
-       7313  19. Static files
-       7832  20. Telemetry: spans, and the tracers that show them
-       8804  21. Sessions
-       8915  22. What lives as long as the server
-       8991  23. @baked
-       9244  24. ASGI: the same app under another server
-       9481  25. RedisRelay: the same between processes and machines
-       9732  26. Reload: a saved file restarts the app
-       9880  27. Development: what went wrong, shown where one looks
-    10002  ACT 5. The pocket client
-      10045  28. The pocket client (JavaScript)
-      11409  29. An app to begin with, and this file as a page
+        663  4. JSON
+        744  5. The request: headers, query, cookies, body
+       1304  6. The answer: status, fields, body
+       1763  7. Context and routing
+       2302  8. The app
+     2642  ACT 2. On the network
+       2650  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
+       3605  10. The server
+       4274  11. Trying it without a network: the test client
+     4762  ACT 3. Live
+       4806  12. Datastar: attributes and actions
+       5329  13. Streams: events, and staying with a client
+       5832  14. Relay: publish and subscribe
+     6149  ACT 4. For real
+       6155  15. Signals: from JSON to your dataclass
+       6826  16. Forms
+       7008  17. Behind a proxy
+       7089  18. Compression
+       7275  19. Static files
+       7794  20. Telemetry: spans, and the tracers that show them
+       8766  21. Sessions
+       8877  22. What lives as long as the server
+       8953  23. @baked
+       9206  24. ASGI: the same app under another server
+       9443  25. RedisRelay: the same between processes and machines
+       9694  26. Reload: a saved file restarts the app
+       9842  27. Development: what went wrong, shown where one looks
+     9964  ACT 5. The pocket client
+      10007  28. The pocket client (JavaScript)
+      11371  29. An app to begin with, and this file as a page
 
 READING PATH
 
 Two hours, for who wants to know how it works and not all that it does. These lines, in this order:
 
       323-336    `SafeString`  an element is a string
-      642-669    `Tags`  `h.P` makes one
-     1067-1271   `Request`  what a client asks for
-     1329-1377   `Carrier`  what brings the answer back
-     1499-1678   `_RawWriter`  the answer
-     1787-1887   `Context`  what a handler gets beside it
-     2207-2223   `Router._find`  from a path to a handler
-     2493-2524   `Stario.dispatch`  one request from end to end
-     2933-3051   `_Reader`  bytes to requests
-     3361-3614   `Connection`  one connection, many requests
-     4029-4043   `Server.start`  listening
-     4143-4151   `Server.stop`  ending without losing a request
-     5512-5617   `_EventWriter`  events
-     5705-5766   `_Scope`  how a disconnect reaches a handler
-     5793-5866   `Alive`  staying with a client
-     6035-6139   `Relay`  from one handler to another
+      629-656    `Tags`  `h.P` makes one
+     1054-1258   `Request`  what a client asks for
+     1316-1364   `Carrier`  what brings the answer back
+     1486-1665   `_RawWriter`  the answer
+     1774-1874   `Context`  what a handler gets beside it
+     2194-2210   `Router._find`  from a path to a handler
+     2480-2511   `Stario.dispatch`  one request from end to end
+     2920-3038   `_Reader`  bytes to requests
+     3348-3601   `Connection`  one connection, many requests
+     4016-4030   `Server.start`  listening
+     4130-4138   `Server.stop`  ending without losing a request
+     5474-5579   `_EventWriter`  events
+     5667-5728   `_Scope`  how a disconnect reaches a handler
+     5755-5828   `Alive`  staying with a client
+     5997-6101   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. Whatever carries requests reaches the rest through one narrow interface, `Carrier`
@@ -368,15 +368,11 @@ Attributes = dict[str, object]
 def _add(parts: Iterable[Any], content: list[str], attributes: Attributes | None) -> None:
     """Add each part to the content, or to the attributes."""
     for part in parts:
-        kind = type(part)  # the usual types exactly: one comparison each
+        kind = type(part)
         if kind is SafeString:
             content.append(part)
         elif kind is str:
             content.append(_escape(part))
-        elif kind is dict and attributes is not None:
-            attributes.update(_merged(attributes, part) if attributes else part)
-        elif kind is int:
-            content.append(f"{part}")
         else:
             _add_other(part, content, attributes)
 
@@ -384,12 +380,14 @@ def _add(parts: Iterable[Any], content: list[str], attributes: Attributes | None
 def _add_other(part: object, content: list[str], attributes: Attributes | None) -> None:
     if part is None or part is True or part is False:
         pass
-    elif type(part) in (list, tuple, types.GeneratorType):  # found without a slow isinstance()
+    elif type(part) is dict and attributes is not None:  # the usual types before slow isinstance()
+        attributes.update(_merged(attributes, part) if attributes else part)
+    elif type(part) in (list, tuple, types.GeneratorType):
         _add(cast("Iterable[Any]", part), content, attributes)
     elif hasattr(part, "__html__"):  # the string types of template libraries, too
         content.append(part.__html__())
     elif isinstance(part, (str, int, float, Decimal)):
-        content.append(_escape(_plain_text(part)))
+        content.append(_escape(_as_text(part)))
     elif isinstance(part, Mapping):
         if attributes is None:
             raise StarioError(
@@ -406,11 +404,11 @@ def _add_other(part: object, content: list[str], attributes: Attributes | None) 
         )
 
 
-def _plain_text(value: str | float | Decimal) -> str:
-    # The own str() of an enum's member may be its name.
+def _as_text(value: object) -> str:
+    """The text of a value: of an enum's member that of its value."""
     if isinstance(value, str):
         return str.__str__(value)
-    return int.__repr__(value) if isinstance(value, int) else str(value)
+    return _as_text(value.value) if isinstance(value, enum.Enum) else str(value)
 
 
 def _hint(value: object) -> str:
@@ -505,7 +503,7 @@ def _value_text(name: str, value: object) -> str:
     if hasattr(value, "__html__"):
         return str(value.__html__())
     if isinstance(value, (str, int, float, Decimal)):
-        return _plain_text(value)
+        return _as_text(value)
     if isinstance(value, Mapping) and name == "class":
         value = [word for word, is_on in value.items() if is_on]
     if isinstance(value, (list, tuple)):
@@ -550,40 +548,28 @@ def _plain_tag(name: str) -> Tag:
     return _element
 
 
-def _void_tag(name: str) -> Tag:
-    """`<br/>`: closes itself, and has no children."""
-
-    def _element(*parts: Any) -> SafeString:
-        attributes, content = _assemble(parts)
-        if content:
-            raise StarioError(f"<{name}> is a void element: it cannot have content ({content!r})")
-        return SafeString(f"<{name}{attributes}/>")
-
-    return _element
-
-
 def _special_tag(name: str) -> Tag:
-    """`<html>`, `<script>`, `<style>`, `<pre>` and `<textarea>` have rules of their own."""
+    """Elements with rules of their own: void ones, and five more."""
     start = "<!doctype html><html" if name == "html" else f"<{name}"  # else: quirks mode
     is_raw = name in ("script", "style")  # the browser does not decode their text
+    is_void = name in _VOID_TAGS.split()
 
     def _element(*parts: Any) -> SafeString:
-        attributes, content = _assemble(map(_trust, parts) if is_raw else parts)
+        attributes: Attributes = {}
+        pieces: list[str] = []
+        _add(map(_trust, parts) if is_raw else parts, pieces, attributes)
+        content = "".join(pieces)
+        if is_void:
+            if content:
+                raise StarioError(f"<{name}> is void: it cannot have content ({content!r})")
+            return SafeString(f"{start}{_attributes(attributes)}/>")
         if is_raw:
             _check_raw(name, content)
         elif name != "html":
             content = _keep_line_feed(content)
-        return SafeString(f"{start}{attributes}>{content}</{name}>")
+        return SafeString(f"{start}{_attributes(attributes)}>{content}</{name}>")
 
     return _element
-
-
-def _assemble(parts: Iterable[object]) -> tuple[str, str]:
-    """The attributes and the content of an element, as HTML."""
-    attributes: Attributes = {}
-    content: list[str] = []
-    _add(parts, content, attributes)
-    return _attributes(attributes), "".join(content)
 
 
 def _trust(part: object) -> object:
@@ -629,8 +615,9 @@ radialGradient rect set stop switch symbol text textPath tspan use view
 _VOID_TAGS = "area base br col embed hr img input link meta param source track wbr"
 _TAG_KINDS = {
     **dict.fromkeys((_HTML_TAGS + _SVG_TAGS).split(), _plain_tag),
-    **dict.fromkeys(_VOID_TAGS.split(), _void_tag),
-    **dict.fromkeys(("html", "pre", "script", "style", "textarea"), _special_tag),
+    **dict.fromkeys(
+        (*_VOID_TAGS.split(), "html", "pre", "script", "style", "textarea"), _special_tag
+    ),
 }
 _TAG_NAMES = {name.lower(): name for name in _TAG_KINDS}
 
@@ -4883,13 +4870,6 @@ def _code(value: object) -> str:
     return str.__str__(value) if isinstance(value, str) else _script_json(value)
 
 
-def _as_text(value: object) -> str:
-    """The text of a value: of an enum's member that of its value."""
-    if isinstance(value, str):
-        return str.__str__(value)
-    return _as_text(value.value) if isinstance(value, enum.Enum) else str(value)
-
-
 def _signal_name(name: str) -> str:
     """The name of a signal, where the client wants a name and no expression."""
     if not isinstance(name, str) or not re.fullmatch(r"[^\s$@;'\"(){}\[\]]+", name):
@@ -4969,20 +4949,11 @@ _FLAGS = ("leading", "notrailing", "noleading", "trailing")
 
 def _attribute_name(start: str, modifiers: Mapping[str, object]) -> str:
     """`data-on:click__once`"""
-    if tuple in map(type, modifiers.values()):  # (1, "leading") == (True, "leading") to a cache
-        return _new_name_with(start, **modifiers)
-    return _name_with(start, **modifiers)
-
-
-def _new_name_with(start: str, /, **modifiers: object) -> str:
     known = Modifiers.__annotations__
     for name in modifiers:
         if name not in known:
             raise StarioError(f"no modifier {name!r}: {_one_of(name, known)}")
     return start + "".join(_modifier(name, modifiers[name]) for name in known if name in modifiers)
-
-
-_name_with = lru_cache(maxsize=512, typed=True)(_new_name_with)  # typed: 1 is not True
 
 
 @lru_cache(maxsize=256)
@@ -5181,15 +5152,15 @@ class RequestOptions(TypedDict, total=False):
     response_overrides: ResponseOverrides
 
 
-_REQUEST_DEFAULTS: dict[str, object] = {
-    "content_type": "json", "retry": "auto", "retry_interval_ms": 1000, "retry_scaler": 2,
-    "retry_max_wait_ms": 30_000, "retry_max_count": 10, "request_cancellation": "auto",
-}  # fmt: skip
-_OPTION_WORDS = {  # what the client knows; another word would do nothing, without a word
+_OPTION_WORDS = {  # what the client knows, its default first; another word would do nothing
     "content_type": ("json", "form"),
     "retry": ("auto", "error", "always", "never"),
     "request_cancellation": ("auto", "cleanup", "disabled"),
 }
+_REQUEST_DEFAULTS: dict[str, object] = {
+    "retry_interval_ms": 1000, "retry_scaler": 2, "retry_max_wait_ms": 30_000,
+    "retry_max_count": 10, **{name: words[0] for name, words in _OPTION_WORDS.items()},
+}  # fmt: skip
 # A value that is a list comes once for each of its items; None is left out.
 Queries = Mapping[str, object] | None
 _PLAIN_URL = re.compile(r"[A-Za-z0-9/_.~?&=%:+,#-]*")
@@ -5406,9 +5377,11 @@ def _one_line(value: object) -> str:
 
 PatchMode = Literal["outer", "inner", "replace", "prepend", "append", "before", "after", "remove"]
 _PATCH_MODES = typing.get_args(PatchMode)
+# Without a selector the client finds an element by its id, or changes nothing. <html>, <head> and
+# <body> are there once.
+_HAS_PLACE = re.compile(r"\s*<(!|(html|head|body)(?![^\s>/])|[a-z][^>]*\sid\s*=)", re.IGNORECASE)
 
-
-_KEPT_CALLS, _KEPT_SIZE = 4, 256 * 1024  # that many calls, of at most so many bytes
+_KEPT_CALLS, _KEPT_SIZE = 4, 256 * 1024  # the last 4, of at most 256 KiB each
 
 
 def _kept(make: Callable[Parameters, T]) -> Callable[Parameters, T]:
@@ -5450,8 +5423,12 @@ def _patch_data(
         raise StarioError(f"no namespace {namespace!r}: html, svg or mathml")
     if not selector and mode not in ("outer", "replace"):
         raise StarioError(f"mode {mode!r} needs a selector: only outer and replace do without")
-    if not selector and html.find(" id=", 0, html.find(">")) < 0 and html:
-        _check_id(html)
+    has_id = html.find(" id=", 0, html.find(">")) > 0  # found sooner than by the expression
+    if html and not selector and not has_id and not _HAS_PLACE.match(html):
+        raise StarioError(
+            f"no place for {html[:60]!r}: give the element an id that the page has, or say "
+            "where with selector= and mode="
+        )
     lines = f"data: selector {_one_line(selector)}\n" if selector else ""
     if mode != "outer":
         lines += f"data: mode {mode}\n"
@@ -5464,21 +5441,6 @@ def _patch_data(
     if html:
         lines += _data(html, "elements ")
     return lines.encode("utf-8", "replace")
-
-
-_FIRST_TAG = re.compile(r"\s*<([a-z!][^\s>/]*)([^>]*)", re.IGNORECASE)
-
-
-def _check_id(html: str) -> None:
-    """Without a selector the client finds an element by its id, or changes nothing."""
-    tag = _FIRST_TAG.match(html)
-    if tag and (tag[1].lower() in ("html", "head", "body") or tag[1].startswith("!")):
-        return  # there is one of each
-    if not tag or not re.search(r"\sid\s*=", tag[2], re.IGNORECASE):
-        raise StarioError(
-            f"no place for {html[:60]!r}: give the element an id that the page has, or say "
-            "where with selector= and mode="
-        )
 
 
 def _signal_data(signals: object, only_if_missing: bool = False) -> bytes:
