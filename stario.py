@@ -54,57 +54,57 @@ a live page; each part of act 4 is a room of its own, to be read when it is need
       216  ACT 1. A framework
         223  2. Errors
         312  3. HTML: elements are strings
-        663  4. JSON
-        744  5. The request: headers, query, cookies, body
-       1304  6. The answer: status, fields, body
-       1763  7. Context and routing
-       2302  8. The app
-     2642  ACT 2. On the network
-       2650  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3605  10. The server
-       4274  11. Trying it without a network: the test client
-     4762  ACT 3. Live
-       4806  12. Datastar: attributes and actions
-       5329  13. Streams: events, and staying with a client
-       5832  14. Relay: publish and subscribe
-     6149  ACT 4. For real
-       6155  15. Signals: from JSON to your dataclass
-       6826  16. Forms
-       7008  17. Behind a proxy
-       7089  18. Compression
-       7275  19. Static files
-       7794  20. Telemetry: spans, and the tracers that show them
-       8766  21. Sessions
-       8877  22. What lives as long as the server
-       8953  23. @baked
-       9206  24. ASGI: the same app under another server
-       9443  25. RedisRelay: the same between processes and machines
-       9694  26. Reload: a saved file restarts the app
-       9842  27. Development: what went wrong, shown where one looks
-     9964  ACT 5. The pocket client
-      10007  28. The pocket client (JavaScript)
-      11371  29. An app to begin with, and this file as a page
+        656  4. JSON
+        737  5. The request: headers, query, cookies, body
+       1297  6. The answer: status, fields, body
+       1756  7. Context and routing
+       2295  8. The app
+     2635  ACT 2. On the network
+       2643  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
+       3598  10. The server
+       4267  11. Trying it without a network: the test client
+     4755  ACT 3. Live
+       4799  12. Datastar: attributes and actions
+       5316  13. Streams: events, and staying with a client
+       5818  14. Relay: publish and subscribe
+     6135  ACT 4. For real
+       6141  15. Signals: from JSON to your dataclass
+       6812  16. Forms
+       6994  17. Behind a proxy
+       7075  18. Compression
+       7261  19. Static files
+       7780  20. Telemetry: spans, and the tracers that show them
+       8752  21. Sessions
+       8863  22. What lives as long as the server
+       8939  23. @baked
+       9192  24. ASGI: the same app under another server
+       9429  25. RedisRelay: the same between processes and machines
+       9680  26. Reload: a saved file restarts the app
+       9828  27. Development: what went wrong, shown where one looks
+     9950  ACT 5. The pocket client
+       9993  28. The pocket client (JavaScript)
+      11357  29. An app to begin with, and this file as a page
 
 READING PATH
 
 Two hours, for who wants to know how it works and not all that it does. These lines, in this order:
 
       323-336    `SafeString`  an element is a string
-      629-656    `Tags`  `h.P` makes one
-     1054-1258   `Request`  what a client asks for
-     1316-1364   `Carrier`  what brings the answer back
-     1486-1665   `_RawWriter`  the answer
-     1774-1874   `Context`  what a handler gets beside it
-     2194-2210   `Router._find`  from a path to a handler
-     2480-2511   `Stario.dispatch`  one request from end to end
-     2920-3038   `_Reader`  bytes to requests
-     3348-3601   `Connection`  one connection, many requests
-     4016-4030   `Server.start`  listening
-     4130-4138   `Server.stop`  ending without losing a request
-     5474-5579   `_EventWriter`  events
-     5667-5728   `_Scope`  how a disconnect reaches a handler
-     5755-5828   `Alive`  staying with a client
-     5997-6101   `Relay`  from one handler to another
+      622-649    `Tags`  `h.P` makes one
+     1047-1251   `Request`  what a client asks for
+     1309-1357   `Carrier`  what brings the answer back
+     1479-1658   `_RawWriter`  the answer
+     1767-1867   `Context`  what a handler gets beside it
+     2187-2203   `Router._find`  from a path to a handler
+     2473-2504   `Stario.dispatch`  one request from end to end
+     2913-3031   `_Reader`  bytes to requests
+     3341-3594   `Connection`  one connection, many requests
+     4009-4023   `Server.start`  listening
+     4123-4131   `Server.stop`  ending without losing a request
+     5460-5565   `_EventWriter`  events
+     5653-5714   `_Scope`  how a disconnect reaches a handler
+     5741-5814   `Alive`  staying with a client
+     5983-6087   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. Whatever carries requests reaches the rest through one narrow interface, `Carrier`
@@ -563,9 +563,12 @@ def _special_tag(name: str) -> Tag:
             if content:
                 raise StarioError(f"<{name}> is void: it cannot have content ({content!r})")
             return SafeString(f"{start}{_attributes(attributes)}/>")
-        if is_raw:
-            _check_raw(name, content)
-        elif name != "html":
+        if is_raw and ("<!--" in content or f"</{name}" in content.lower()):
+            raise StarioError(
+                f"text in <{name}> cannot hold '</{name}' or '<!--', which would end it: "
+                "write '<' as \\u003c in a JavaScript string, as \\3c in CSS"
+            )
+        if name in ("pre", "textarea"):
             content = _keep_line_feed(content)
         return SafeString(f"{start}{_attributes(attributes)}>{content}</{name}>")
 
@@ -579,14 +582,6 @@ def _trust(part: object) -> object:
     if isinstance(part, Iterable) and not isinstance(part, (Mapping, bytes, bytearray, memoryview)):
         return map(_trust, part)
     return part
-
-
-def _check_raw(name: str, content: str) -> None:
-    if "<!--" in content or f"</{name}" in content.lower():
-        raise StarioError(
-            f"text in <{name}> cannot hold '</{name}' or '<!--', which would end it: "
-            "write '<' as \\u003c in a JavaScript string, as \\3c in CSS"
-        )
 
 
 def _keep_line_feed(content: str) -> str:
@@ -615,9 +610,7 @@ radialGradient rect set stop switch symbol text textPath tspan use view
 _VOID_TAGS = "area base br col embed hr img input link meta param source track wbr"
 _TAG_KINDS = {
     **dict.fromkeys((_HTML_TAGS + _SVG_TAGS).split(), _plain_tag),
-    **dict.fromkeys(
-        (*_VOID_TAGS.split(), "html", "pre", "script", "style", "textarea"), _special_tag
-    ),
+    **dict.fromkeys((_VOID_TAGS + " html pre script style textarea").split(), _special_tag),
 }
 _TAG_NAMES = {name.lower(): name for name in _TAG_KINDS}
 
@@ -4853,12 +4846,11 @@ def js(mapping: Mapping[str, object] | None = None, /, **expressions: object) ->
     """A JavaScript object whose values are expressions: `js(total="$a + $b")`."""
     if mapping is not None and not isinstance(mapping, Mapping):
         raise StarioError(f"give a dict from names to expressions in place of {mapping!r}")
-    pairs = {**(mapping or {}), **expressions}
-    return "{" + ", ".join(f"{_key(name)}: {_code(code)}" for name, code in pairs.items()) + "}"
-
-
-def _key(name: str) -> str:
-    return '["__proto__"]' if name == "__proto__" else s(name)
+    pairs = {
+        '["__proto__"]' if name == "__proto__" else s(name): _code(code)
+        for name, code in {**(mapping or {}), **expressions}.items()
+    }
+    return "{" + ", ".join(f"{name}: {code}" for name, code in pairs.items()) + "}"
 
 
 def _code(value: object) -> str:
@@ -4949,6 +4941,8 @@ _FLAGS = ("leading", "notrailing", "noleading", "trailing")
 
 def _attribute_name(start: str, modifiers: Mapping[str, object]) -> str:
     """`data-on:click__once`"""
+    if not modifiers:
+        return start
     known = Modifiers.__annotations__
     for name in modifiers:
         if name not in known:
@@ -5060,12 +5054,7 @@ class DataAttributes:
 
     def on(self, event: str, expression: Expression, **modifiers: Unpack[Modifiers]) -> Attributes:
         """Run the expression at an event: `data.on("click", at.post("/click"), debounce=0.5)`."""
-        name = _event_name(event)
-        return {
-            _attribute_name(name, modifiers) if modifiers else name: (
-                expression if type(expression) is str else _code(expression)
-            )
-        }
+        return {_attribute_name(_event_name(event), modifiers): _code(expression)}
 
     def on_intersect(self, expression: Expression, **modifiers: Unpack[Modifiers]) -> Attributes:
         """Run the expression when the element scrolls into view (or out, with `exit`)."""
@@ -5297,11 +5286,9 @@ def datastar_script(src: str | None = None, *, nonce: str | None = None) -> Safe
     """The `<script>` that brings Datastar into a page: put it into `<head>`.
 
     Without `src` it is the official bundle from its CDN and, where that fails or has not come after
-    a second and a half, the pocket client (28) from this server. Never both: the bundle is fetched
-    as text first, and only what has come in full, and has the right hash, is run. (A script element
-    could not be called back: one that the CDN answers late would run beside the pocket client.)
-    `src` names another copy to load instead, and nothing else. `nonce` is the one of the page's
-    Content-Security-Policy.
+    1.5 seconds, the pocket client (part 28) from this server. Never both: the bundle is fetched as
+    text, and run when it has come in full with the right hash. `src` names another copy to load,
+    and nothing else. `nonce` is the one of the page's Content-Security-Policy.
     """
     attributes = {"type": "module", "nonce": nonce or False}
     if src is not None:
@@ -5447,11 +5434,10 @@ def _signal_data(signals: object, only_if_missing: bool = False) -> bytes:
     """The data lines of `datastar-patch-signals`; a str is JSON already."""
     if isinstance(signals, str):
         text = _as_text(signals)
-        try:
-            is_object = isinstance(_json_decoder.decode(text), dict)
-        except (ValueError, RecursionError):
-            is_object = False
-        if not is_object:
+        decoded = None
+        with suppress(ValueError, RecursionError):
+            decoded = _json_decoder.decode(text)
+        if not isinstance(decoded, dict):
             raise StarioError(f"no JSON object: {text[:60]!r}; give a dict from names to values")
     else:
         text = _signals_json(signals, _json)
