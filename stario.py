@@ -51,60 +51,60 @@ MAP
 After each act something runs, and you may stop there. Acts 1 to 3 are what one has to understand of
 a live page; each part of act 4 is a room of its own, to be read when it is needed.
 
-      216  ACT 1. A framework
-        223  2. Errors
-        312  3. HTML: elements are strings
-        656  4. JSON
-        737  5. The request: headers, query, cookies, body
-       1297  6. The answer: status, fields, body
-       1756  7. Context and routing
-       2295  8. The app
-     2635  ACT 2. On the network
-       2643  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3598  10. The server
-       4267  11. Trying it without a network: the test client
-     4755  ACT 3. Live
-       4799  12. Datastar: attributes and actions
-       5316  13. Streams: events, and staying with a client
-       5818  14. Relay: publish and subscribe
-     6135  ACT 4. For real
-       6141  15. Signals: from JSON to your dataclass
-       6812  16. Forms
-       6994  17. Behind a proxy
-       7075  18. Compression
-       7261  19. Static files
-       7780  20. Telemetry: spans, and the tracers that show them
-       8752  21. Sessions
-       8863  22. What lives as long as the server
-       8939  23. @baked
-       9192  24. ASGI: the same app under another server
-       9429  25. RedisRelay: the same between processes and machines
-       9680  26. Reload: a saved file restarts the app
-       9828  27. Development: what went wrong, shown where one looks
-     9950  ACT 5. The pocket client
-       9993  28. The pocket client (JavaScript)
-      11357  29. An app to begin with, and this file as a page
+      217  ACT 1. A framework
+        224  2. Errors
+        314  3. HTML: elements are strings
+        658  4. JSON
+        739  5. The request: headers, query, cookies, body
+       1299  6. The answer: status, fields, body
+       1758  7. Context and routing
+       2297  8. The app
+     2637  ACT 2. On the network
+       2645  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
+       3600  10. The server
+       4269  11. Trying it without a network: the test client
+     4757  ACT 3. Live
+       4801  12. Datastar: attributes and actions
+       5311  13. Streams: events, and staying with a client
+       5811  14. Relay: publish and subscribe
+     6128  ACT 4. For real
+       6134  15. Signals: from JSON to your dataclass
+       6805  16. Forms
+       6987  17. Behind a proxy
+       7068  18. Compression
+       7254  19. Static files
+       7773  20. Telemetry: spans, and the tracers that show them
+       8745  21. Sessions
+       8856  22. What lives as long as the server
+       8932  23. @baked
+       9185  24. ASGI: the same app under another server
+       9422  25. RedisRelay: the same between processes and machines
+       9673  26. Reload: a saved file restarts the app
+       9821  27. Development: what went wrong, shown where one looks
+     9943  ACT 5. The pocket client
+       9986  28. The pocket client (JavaScript)
+      11350  29. An app to begin with, and this file as a page
 
 READING PATH
 
 Two hours, for who wants to know how it works and not all that it does. These lines, in this order:
 
-      323-336    `SafeString`  an element is a string
-      622-649    `Tags`  `h.P` makes one
-     1047-1251   `Request`  what a client asks for
-     1309-1357   `Carrier`  what brings the answer back
-     1479-1658   `_RawWriter`  the answer
-     1767-1867   `Context`  what a handler gets beside it
-     2187-2203   `Router._find`  from a path to a handler
-     2473-2504   `Stario.dispatch`  one request from end to end
-     2913-3031   `_Reader`  bytes to requests
-     3341-3594   `Connection`  one connection, many requests
-     4009-4023   `Server.start`  listening
-     4123-4131   `Server.stop`  ending without losing a request
-     5460-5565   `_EventWriter`  events
-     5653-5714   `_Scope`  how a disconnect reaches a handler
-     5741-5814   `Alive`  staying with a client
-     5983-6087   `Relay`  from one handler to another
+      325-338    `SafeString`  an element is a string
+      624-651    `Tags`  `h.P` makes one
+     1049-1253   `Request`  what a client asks for
+     1311-1359   `Carrier`  what brings the answer back
+     1481-1660   `_RawWriter`  the answer
+     1769-1869   `Context`  what a handler gets beside it
+     2189-2205   `Router._find`  from a path to a handler
+     2475-2506   `Stario.dispatch`  one request from end to end
+     2915-3033   `_Reader`  bytes to requests
+     3343-3596   `Connection`  one connection, many requests
+     4011-4025   `Server.start`  listening
+     4125-4133   `Server.stop`  ending without losing a request
+     5453-5558   `_EventWriter`  events
+     5646-5707   `_Scope`  how a disconnect reaches a handler
+     5734-5807   `Alive`  staying with a client
+     5976-6080   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. Whatever carries requests reaches the rest through one narrow interface, `Carrier`
@@ -159,6 +159,7 @@ from collections.abc import (
     AsyncIterator,
     Awaitable,
     Callable,
+    Collection,
     Coroutine,
     Generator,
     Iterable,
@@ -270,13 +271,14 @@ class HttpException(Exception):
         return f"{self.status_code}: {self.detail}"
 
 
-def _one_of(word: object, known: Iterable[str]) -> str:
-    """For errors: the words that are known, and the one that was probably meant."""
-    words = list(known)
-    import difflib  # (only for errors: 1 ms of the start)
+def _check_word(what: str, word: object, known: Collection[str]) -> None:
+    """Refuse a word that is not known, and say which one was probably meant."""
+    if word not in known:
+        import difflib  # (only for errors: 1 ms of the start)
 
-    near = difflib.get_close_matches(str(word), words, 1)
-    return f"one of {', '.join(words)}" + (f" ({near[0]!r}?)" if near else "")
+        near = difflib.get_close_matches(str(word), known, 1)
+        meant = f" ({near[0]!r}?)" if near else ""
+        raise StarioError(f"no {what} {word!r}: one of {', '.join(known)}{meant}")
 
 
 _REDIRECTS = frozenset((301, 302, 303, 307, 308))
@@ -4930,8 +4932,7 @@ def _modifier(name: str, value: object) -> str:
         raise StarioError(f"threshold={value!r}: a whole number of percent, 0 to 100")
     first, *flags = value if isinstance(value, tuple) else (value,)
     for flag in flags:
-        if flag not in _FLAGS:
-            raise StarioError(f"{name} has no flag {flag!r}: {_one_of(flag, _FLAGS)}")
+        _check_word(f"flag of {name}", flag, _FLAGS)
     return ".".join((f"__{name}", _duration(name, first), *flags))
 
 
@@ -4945,8 +4946,7 @@ def _attribute_name(start: str, modifiers: Mapping[str, object]) -> str:
         return start
     known = Modifiers.__annotations__
     for name in modifiers:
-        if name not in known:
-            raise StarioError(f"no modifier {name!r}: {_one_of(name, known)}")
+        _check_word("modifier", name, known)
     return start + "".join(_modifier(name, modifiers[name]) for name in known if name in modifiers)
 
 
@@ -5245,9 +5245,7 @@ def _request_options(method: str, options: RequestOptions) -> str:
     written = [f"filterSignals: {names}"] if names else []
     defaults = {**_REQUEST_DEFAULTS, "open_when_hidden": method != "get"}
     for name, value in given.items():
-        if name not in RequestOptions.__annotations__:
-            known = RequestOptions.__annotations__
-            raise StarioError(f"no option {name!r}: {_one_of(name, known)}")
+        _check_word("option", name, RequestOptions.__annotations__)
         if value is None or value == defaults.get(name):
             continue
         written.append(f"{_camel(name.removesuffix('_ms'))}: {_option(name, value)}")
@@ -5262,17 +5260,14 @@ def _camel(name: str) -> str:
 def _option(name: str, value: Any) -> str:
     """An option's value: a word that the client knows, an expression, a number, an object."""
     if name == "response_overrides":
-        known = ResponseOverrides.__annotations__
-        if unknown := [key for key in value if key not in known]:
-            raise StarioError(
-                f"nothing to override is {unknown[0]!r}: {_one_of(unknown[0], known)}"
-            )
+        for key in value:
+            _check_word("override", key, ResponseOverrides.__annotations__)
         return _script_json({_camel(key): item for key, item in value.items()})
     words = _OPTION_WORDS.get(name, ())
     is_code = name == "payload" or (name == "request_cancellation" and value not in words)
     is_bare = isinstance(value, str) and re.fullmatch(r"[\w-]*", value) is not None
-    if words and value not in words and (is_bare or not is_code):
-        raise StarioError(f"{name}={value!r}: {_one_of(value, words)}")
+    if words and (is_bare or not is_code):
+        _check_word(name, value, words)
     if name.startswith("retry_") and (isinstance(value, (bool, str)) or not 0 <= value < math.inf):
         raise StarioError(f"{name}={value!r}: a number, 0 or more")
     return _code(value) if is_code else _script_json(value)
@@ -5404,10 +5399,8 @@ def _patch_data(
     view_transition_selector: str | None = None,
 ) -> bytes:
     """The data lines of `datastar-patch-elements`."""
-    if mode not in _PATCH_MODES:
-        raise StarioError(f"no patch mode {mode!r}: {_one_of(mode, _PATCH_MODES)}")
-    if namespace not in (None, "html", "svg", "mathml"):
-        raise StarioError(f"no namespace {namespace!r}: html, svg or mathml")
+    _check_word("patch mode", mode, _PATCH_MODES)
+    _check_word("namespace", "html" if namespace is None else namespace, ("html", "svg", "mathml"))
     if not selector and mode not in ("outer", "replace"):
         raise StarioError(f"mode {mode!r} needs a selector: only outer and replace do without")
     has_id = html.find(" id=", 0, html.find(">")) > 0  # found sooner than by the expression
