@@ -65,25 +65,25 @@ a live page; each part of act 4 is a room of its own, to be read when it is need
        4269  11. Trying it without a network: the test client
      4757  ACT 3. Live
        4801  12. Datastar: attributes and actions
-       5311  13. Streams: events, and staying with a client
-       5811  14. Relay: publish and subscribe
-     6128  ACT 4. For real
-       6134  15. Signals: from JSON to your dataclass
-       6805  16. Forms
-       6987  17. Behind a proxy
-       7068  18. Compression
-       7254  19. Static files
-       7773  20. Telemetry: spans, and the tracers that show them
-       8745  21. Sessions
-       8856  22. What lives as long as the server
-       8932  23. @baked
-       9185  24. ASGI: the same app under another server
-       9422  25. RedisRelay: the same between processes and machines
-       9673  26. Reload: a saved file restarts the app
-       9821  27. Development: what went wrong, shown where one looks
-     9943  ACT 5. The pocket client
-       9986  28. The pocket client (JavaScript)
-      11350  29. An app to begin with, and this file as a page
+       5310  13. Streams: events, and staying with a client
+       5810  14. Relay: publish and subscribe
+     6127  ACT 4. For real
+       6133  15. Signals: from JSON to your dataclass
+       6804  16. Forms
+       6986  17. Behind a proxy
+       7067  18. Compression
+       7253  19. Static files
+       7772  20. Telemetry: spans, and the tracers that show them
+       8744  21. Sessions
+       8855  22. What lives as long as the server
+       8931  23. @baked
+       9184  24. ASGI: the same app under another server
+       9421  25. RedisRelay: the same between processes and machines
+       9672  26. Reload: a saved file restarts the app
+       9820  27. Development: what went wrong, shown where one looks
+     9942  ACT 5. The pocket client
+       9985  28. The pocket client (JavaScript)
+      11349  29. An app to begin with, and this file as a page
 
 READING PATH
 
@@ -101,10 +101,10 @@ Two hours, for who wants to know how it works and not all that it does. These li
      3343-3596   `Connection`  one connection, many requests
      4011-4025   `Server.start`  listening
      4125-4133   `Server.stop`  ending without losing a request
-     5453-5558   `_EventWriter`  events
-     5646-5707   `_Scope`  how a disconnect reaches a handler
-     5734-5807   `Alive`  staying with a client
-     5976-6080   `Relay`  from one handler to another
+     5452-5557   `_EventWriter`  events
+     5645-5706   `_Scope`  how a disconnect reaches a handler
+     5733-5806   `Alive`  staying with a client
+     5975-6079   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. Whatever carries requests reaches the rest through one narrow interface, `Carrier`
@@ -551,7 +551,7 @@ def _plain_tag(name: str) -> Tag:
 
 
 def _special_tag(name: str) -> Tag:
-    """Elements with rules of their own: void ones, and five more."""
+    """Void elements, and `<html>`, `<script>`, `<style>`, `<pre>`, `<textarea>`."""
     start = "<!doctype html><html" if name == "html" else f"<{name}"  # else: quirks mode
     is_raw = name in ("script", "style")  # the browser does not decode their text
     is_void = name in _VOID_TAGS.split()
@@ -4802,9 +4802,8 @@ class TestClient:
 #
 # Datastar (https://data-star.dev, client 1.0) lets HTML carry behaviour: `data-*` attributes hold
 # JavaScript expressions over *signals* (`$name`), and actions in them (`@get('/x')`) ask the
-# server, which answers with events that patch the page. `data.*` gives the attributes as dicts,
-# ready to be parts of an element; `at.*` gives the actions as strings; the functions at the end
-# write the events.
+# server, which answers with events that patch the page (part 13). `data.*` gives the attributes as
+# dicts, ready to be parts of an element; `at.*` gives the actions as strings.
 #
 # The rule that must hold: text from users never becomes code. It goes in as JSON, ASCII only,
 # where `@`, `$` and `;` are escaped (`\u0040`): before it runs an expression, the client rewrites
@@ -4891,11 +4890,11 @@ class Modifiers(TypedDict, total=False):
     exit: bool  # for on_intersect: when it leaves the view
     half: bool  # for on_intersect: when half of it is visible,
     full: bool  # all of it,
-    threshold: int  # or so many percent
+    threshold: int  # or this many percent of it
     duration: Timing  # for on_interval
-    delay: Duration  # wait so long
-    debounce: Timing  # wait until there has been no event for so long
-    throttle: Timing  # let one event through in so long
+    delay: Duration  # wait this long
+    debounce: Timing  # wait until there has been no event for this long
+    throttle: Timing  # let one event through in this time
     viewtransition: bool
 
 
@@ -5132,7 +5131,7 @@ class RequestOptions(TypedDict, total=False):
     payload: object  # what to send in place of the signals; a str is an expression
     retry: Literal["auto", "error", "always", "never"]  # auto: after a broken connection
     retry_interval_ms: int  # 1000
-    retry_scaler: float  # 2: each wait is so many times the one before
+    retry_scaler: float  # 2: each wait is this many times the one before
     retry_max_wait_ms: int  # 30000
     retry_max_count: int  # 10
     # "auto": a new request of the same URL ends it; "cleanup": the end of its element does, too;
