@@ -61,29 +61,29 @@ a live page; each part of act 4 is a room of its own, to be read when it is need
        2297  8. The app
      2637  ACT 2. On the network
        2645  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3600  10. The server
-       4269  11. Trying it without a network: the test client
-     4757  ACT 3. Live
-       4801  12. Datastar: attributes and actions
-       5310  13. Streams: events, and staying with a client
-       5810  14. Relay: publish and subscribe
-     6127  ACT 4. For real
-       6133  15. Signals: from JSON to your dataclass
-       6804  16. Forms
-       6986  17. Behind a proxy
-       7067  18. Compression
-       7253  19. Static files
-       7772  20. Telemetry: spans, and the tracers that show them
-       8744  21. Sessions
-       8855  22. What lives as long as the server
-       8931  23. @baked
-       9184  24. ASGI: the same app under another server
-       9421  25. RedisRelay: the same between processes and machines
-       9672  26. Reload: a saved file restarts the app
-       9820  27. Development: what went wrong, shown where one looks
-     9942  ACT 5. The pocket client
-       9985  28. The pocket client (JavaScript)
-      11349  29. An app to begin with, and this file as a page
+       3607  10. The server
+       4276  11. Trying it without a network: the test client
+     4764  ACT 3. Live
+       4808  12. Datastar: attributes and actions
+       5317  13. Streams: events, and staying with a client
+       5817  14. Relay: publish and subscribe
+     6134  ACT 4. For real
+       6140  15. Signals: from JSON to your dataclass
+       6811  16. Forms
+       6993  17. Behind a proxy
+       7074  18. Compression
+       7260  19. Static files
+       7779  20. Telemetry: spans, and the tracers that show them
+       8751  21. Sessions
+       8862  22. What lives as long as the server
+       8938  23. @baked
+       9191  24. ASGI: the same app under another server
+       9428  25. RedisRelay: the same between processes and machines
+       9679  26. Reload: a saved file restarts the app
+       9827  27. Development: what went wrong, shown where one looks
+     9949  ACT 5. The pocket client
+       9992  28. The pocket client (JavaScript)
+      11356  29. An app to begin with, and this file as a page
 
 READING PATH
 
@@ -97,14 +97,14 @@ Two hours, for who wants to know how it works and not all that it does. These li
      1769-1869   `Context`  what a handler gets beside it
      2189-2205   `Router._find`  from a path to a handler
      2475-2506   `Stario.dispatch`  one request from end to end
-     2915-3033   `_Reader`  bytes to requests
-     3343-3596   `Connection`  one connection, many requests
-     4011-4025   `Server.start`  listening
-     4125-4133   `Server.stop`  ending without losing a request
-     5452-5557   `_EventWriter`  events
-     5645-5706   `_Scope`  how a disconnect reaches a handler
-     5733-5806   `Alive`  staying with a client
-     5975-6079   `Relay`  from one handler to another
+     2922-3040   `_Reader`  bytes to requests
+     3350-3603   `Connection`  one connection, many requests
+     4018-4032   `Server.start`  listening
+     4132-4140   `Server.stop`  ending without losing a request
+     5459-5564   `_EventWriter`  events
+     5652-5713   `_Scope`  how a disconnect reaches a handler
+     5740-5813   `Alive`  staying with a client
+     5982-6086   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. Whatever carries requests reaches the rest through one narrow interface, `Carrier`
@@ -2849,6 +2849,7 @@ class _Sized:
 class _Chunks:
     """Decodes a chunked body (RFC 9112, section 7.1). `ended` is true behind its last byte."""
 
+    _PLAIN = re.compile(rb"([1-9A-Fa-f][0-9A-Fa-f]{0,14})\r\n")
     _SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})([ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
 
     __slots__ = ("_in_trailers", "_limits", "_overhead", "ended", "left")
@@ -2870,6 +2871,12 @@ class _Chunks:
                 self.left -= len(data)
                 at += len(data)
                 continue
+            if not self._in_trailers and (found := self._PLAIN.match(buffer, at)):
+                end = found.end() + int(found[1], 16)  # a chunk that is here whole: no more steps
+                if buffer.startswith(b"\r\n", end):
+                    out.append(buffer[found.end() : end])
+                    at = end + 2
+                    continue
             end = buffer.find(b"\r\n", at)
             if self.left and end != at and buffer[at:] != b"\r":
                 raise HttpException(400, "a chunk is longer than its size says")
