@@ -56,34 +56,34 @@ a live page; each part of act 4 is a room of its own, to be read when it is need
         314  3. HTML: elements are strings
         658  4. JSON
         739  5. The request: headers, query, cookies, body
-       1299  6. The answer: status, fields, body
-       1758  7. Context and routing
-       2297  8. The app
-     2637  ACT 2. On the network
-       2645  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3607  10. The server
-       4276  11. Trying it without a network: the test client
-     4764  ACT 3. Live
-       4808  12. Datastar: attributes and actions
-       5317  13. Streams: events, and staying with a client
-       5817  14. Relay: publish and subscribe
-     6134  ACT 4. For real
-       6140  15. Signals: from JSON to your dataclass
-       6811  16. Forms
-       6993  17. Behind a proxy
-       7074  18. Compression
-       7260  19. Static files
-       7779  20. Telemetry: spans, and the tracers that show them
-       8751  21. Sessions
-       8862  22. What lives as long as the server
-       8938  23. @baked
-       9191  24. ASGI: the same app under another server
-       9428  25. RedisRelay: the same between processes and machines
-       9679  26. Reload: a saved file restarts the app
-       9827  27. Development: what went wrong, shown where one looks
-     9949  ACT 5. The pocket client
-       9992  28. The pocket client (JavaScript)
-      11356  29. An app to begin with, and this file as a page
+       1289  6. The answer: status, fields, body
+       1748  7. Context and routing
+       2287  8. The app
+     2627  ACT 2. On the network
+       2635  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
+       3597  10. The server
+       4266  11. Trying it without a network: the test client
+     4754  ACT 3. Live
+       4798  12. Datastar: attributes and actions
+       5307  13. Streams: events, and staying with a client
+       5807  14. Relay: publish and subscribe
+     6124  ACT 4. For real
+       6130  15. Signals: from JSON to your dataclass
+       6801  16. Forms
+       6983  17. Behind a proxy
+       7064  18. Compression
+       7250  19. Static files
+       7769  20. Telemetry: spans, and the tracers that show them
+       8741  21. Sessions
+       8852  22. What lives as long as the server
+       8928  23. @baked
+       9181  24. ASGI: the same app under another server
+       9418  25. RedisRelay: the same between processes and machines
+       9669  26. Reload: a saved file restarts the app
+       9817  27. Development: what went wrong, shown where one looks
+     9939  ACT 5. The pocket client
+       9982  28. The pocket client (JavaScript)
+      11346  29. An app to begin with, and this file as a page
 
 READING PATH
 
@@ -91,20 +91,20 @@ Two hours, for who wants to know how it works and not all that it does. These li
 
       325-338    `SafeString`  an element is a string
       624-651    `Tags`  `h.P` makes one
-     1049-1253   `Request`  what a client asks for
-     1311-1359   `Carrier`  what brings the answer back
-     1481-1660   `_RawWriter`  the answer
-     1769-1869   `Context`  what a handler gets beside it
-     2189-2205   `Router._find`  from a path to a handler
-     2475-2506   `Stario.dispatch`  one request from end to end
-     2922-3040   `_Reader`  bytes to requests
-     3350-3603   `Connection`  one connection, many requests
-     4018-4032   `Server.start`  listening
-     4132-4140   `Server.stop`  ending without losing a request
-     5459-5564   `_EventWriter`  events
-     5652-5713   `_Scope`  how a disconnect reaches a handler
-     5740-5813   `Alive`  staying with a client
-     5982-6086   `Relay`  from one handler to another
+     1039-1243   `Request`  what a client asks for
+     1301-1349   `Carrier`  what brings the answer back
+     1471-1650   `_RawWriter`  the answer
+     1759-1859   `Context`  what a handler gets beside it
+     2179-2195   `Router._find`  from a path to a handler
+     2465-2496   `Stario.dispatch`  one request from end to end
+     2912-3030   `_Reader`  bytes to requests
+     3340-3593   `Connection`  one connection, many requests
+     4008-4022   `Server.start`  listening
+     4122-4130   `Server.stop`  ending without losing a request
+     5449-5554   `_EventWriter`  events
+     5642-5703   `_Scope`  how a disconnect reaches a handler
+     5730-5803   `Alive`  staying with a client
+     5972-6076   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. Whatever carries requests reaches the rest through one narrow interface, `Carrier`
@@ -765,11 +765,38 @@ class _Fields:
 
     def getlist(self, name: str) -> list[str]:
         """All values of a name, in order; an empty list where there is none."""
-        return list(self._fields.get(name, ()))
+        return list(self._fields.get(self._fold(name), ()))
 
     def keys(self) -> list[str]:
         """The names, each once."""
         return list(self._fields)
+
+    @typing.overload
+    def get(self, name: str) -> str | None: ...
+
+    @typing.overload
+    def get(self, name: str, default: T) -> str | T: ...
+
+    @typing.overload
+    def get(self, name: str, default: T, type: Callable[[str], T]) -> T: ...
+
+    @typing.overload
+    def get(self, name: str, *, type: Callable[[str], T]) -> T | None: ...
+
+    def get(self, name: str, default: Any = None, type: Callable[[str], Any] | None = None) -> Any:
+        """The first value of a name, or `default`: also where `type` does not take the value.
+
+        `c.req.query.get("start", 0, type=int)`; a bool is true for "true", "on", "yes" and "1".
+        """
+        values = self._fields.get(name) or self._fields.get(self._fold(name))
+        if not values or type is None:
+            return values[0] if values else default
+        if type is bool:
+            return values[0].lower() in ("true", "on", "yes", "1")
+        try:
+            return _finite(values[0]) if type is float else type(values[0])
+        except (ValueError, ArithmeticError):  # (Decimal's error is the second)
+            return default
 
     def __getitem__(self, name: str) -> str:
         """The first value of a name; HttpException(400), which is a KeyError, too, without one."""
@@ -779,7 +806,7 @@ class _Fields:
         return values[0]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._fields
+        return isinstance(name, str) and self._fold(name) in self._fields
 
     def __len__(self) -> int:
         return sum(map(len, self._fields.values()))
@@ -800,45 +827,11 @@ class QueryParams(_Fields):
             fields.setdefault(key, []).append(value)
         super().__init__(fields)
 
-    @typing.overload
-    def get(self, key: str) -> str | None: ...
-
-    @typing.overload
-    def get(self, key: str, default: T) -> str | T: ...
-
-    @typing.overload
-    def get(self, key: str, default: T, type: Callable[[str], T]) -> T: ...
-
-    @typing.overload
-    def get(self, key: str, *, type: Callable[[str], T]) -> T | None: ...
-
-    def get(self, key: str, default: Any = None, type: Callable[[str], Any] | None = None) -> Any:
-        """The first value of a key, or `default`: also where `type` does not take the value.
-
-        `c.req.query.get("start", 0, type=int)`; a bool is true for "true", "on", "yes" and "1".
-        """
-        values = self._fields.get(key)
-        if not values or type is None:
-            return values[0] if values else default
-        if type is bool:
-            return values[0].lower() in ("true", "on", "yes", "1")
-        try:
-            return _finite(values[0]) if type is float else type(values[0])
-        except (ValueError, ArithmeticError):  # (Decimal's error is the second)
-            return default
-
 
 class Headers(_Fields):
     """Header fields: names without regard to case, values as text (RFC 9110, section 5)."""
 
-    def get(self, name: str, default: str | None = None) -> str | None:
-        """The first value of a field, or `default`."""
-        values = self._fields.get(name) or self._fields.get(name.lower())
-        return values[0] if values else default
-
-    def getlist(self, name: str) -> list[str]:
-        """All values of a field, in order; an empty list where there is none."""
-        return super().getlist(name.lower())
+    _fold = staticmethod(str.lower)
 
     def _list(self, name: str) -> list[str]:
         """The last 32 items of a list that may come in several lines (RFC 9110, section 5.3)."""
@@ -847,9 +840,6 @@ class Headers(_Fields):
             return []
         items = ",".join(lines).rsplit(",", 32)
         return [item for text in items[-32:] if (item := text.strip(" \t"))]
-
-    def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and name.lower() in self._fields
 
 
 class ResponseHeaders(Headers):

@@ -1273,6 +1273,10 @@ class TestRequest(AsyncTest):
         self.assertIs(query.get("n", False, type=bool), False)
         headers = stario.Headers({"x-a": ["1", "2"]})
         self.assertEqual((headers["X-A"], headers.keys()), ("1", ["x-a"]))
+        self.assertEqual((headers.get("X-A", 0, type=int), headers.get("x-b", 5, int)), (1, 5))
+        self.assertEqual(
+            (headers.getlist("X-A"), "X-a" in headers, "N" in query), ([*"12"], True, False)
+        )
         for missing in (query, headers):
             with self.assertRaises(KeyError):
                 missing["none"]  # type: ignore[index]
