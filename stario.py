@@ -53,58 +53,58 @@ a live page; each part of act 4 is a room of its own, to be read when it is need
 
       217  ACT 1. A framework
         224  2. Errors
-        314  3. HTML: elements are strings
-        658  4. JSON
-        739  5. The request: headers, query, cookies, body
-       1289  6. The answer: status, fields, body
-       1748  7. Context and routing
-       2287  8. The app
-     2627  ACT 2. On the network
-       2635  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3597  10. The server
-       4266  11. Trying it without a network: the test client
-     4754  ACT 3. Live
-       4798  12. Datastar: attributes and actions
-       5307  13. Streams: events, and staying with a client
-       5807  14. Relay: publish and subscribe
-     6124  ACT 4. For real
-       6130  15. Signals: from JSON to your dataclass
-       6801  16. Forms
-       6983  17. Behind a proxy
-       7064  18. Compression
-       7250  19. Static files
-       7769  20. Telemetry: spans, and the tracers that show them
-       8741  21. Sessions
-       8852  22. What lives as long as the server
-       8928  23. @baked
-       9181  24. ASGI: the same app under another server
-       9418  25. RedisRelay: the same between processes and machines
-       9669  26. Reload: a saved file restarts the app
-       9817  27. Development: what went wrong, shown where one looks
-     9939  ACT 5. The pocket client
-       9982  28. The pocket client (JavaScript)
-      11346  29. An app to begin with, and this file as a page
+        316  3. HTML: elements are strings
+        660  4. JSON
+        741  5. The request: headers, query, cookies, body
+       1293  6. The answer: status, fields, body
+       1758  7. Context and routing
+       2311  8. The app
+     2659  ACT 2. On the network
+       2667  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
+       3629  10. The server
+       4298  11. Trying it without a network: the test client
+     4788  ACT 3. Live
+       4832  12. Datastar: attributes and actions
+       5341  13. Streams: events, and staying with a client
+       5842  14. Relay: publish and subscribe
+     6161  ACT 4. For real
+       6167  15. Signals: from JSON to your dataclass
+       6844  16. Forms
+       7026  17. Behind a proxy
+       7107  18. Compression
+       7293  19. Static files
+       7812  20. Telemetry: spans, and the tracers that show them
+       8784  21. Sessions
+       8895  22. What lives as long as the server
+       8971  23. @baked
+       9224  24. ASGI: the same app under another server
+       9461  25. RedisRelay: the same between processes and machines
+       9712  26. Reload: a saved file restarts the app
+       9860  27. Development: what went wrong, shown where one looks
+     9982  ACT 5. The pocket client
+      10025  28. The pocket client (JavaScript)
+      11389  29. An app to begin with, and this file as a page
 
 READING PATH
 
 Two hours, for who wants to know how it works and not all that it does. These lines, in this order:
 
-      325-338    `SafeString`  an element is a string
-      624-651    `Tags`  `h.P` makes one
-     1039-1243   `Request`  what a client asks for
-     1301-1349   `Carrier`  what brings the answer back
-     1471-1650   `_RawWriter`  the answer
-     1759-1859   `Context`  what a handler gets beside it
-     2179-2195   `Router._find`  from a path to a handler
-     2465-2496   `Stario.dispatch`  one request from end to end
-     2912-3030   `_Reader`  bytes to requests
-     3340-3593   `Connection`  one connection, many requests
-     4008-4022   `Server.start`  listening
-     4122-4130   `Server.stop`  ending without losing a request
-     5449-5554   `_EventWriter`  events
-     5642-5703   `_Scope`  how a disconnect reaches a handler
-     5730-5803   `Alive`  staying with a client
-     5972-6076   `Relay`  from one handler to another
+      327-340    `SafeString`  an element is a string
+      626-653    `Tags`  `h.P` makes one
+     1043-1247   `Request`  what a client asks for
+     1305-1353   `Carrier`  what brings the answer back
+     1481-1660   `_RawWriter`  the answer
+     1769-1869   `Context`  what a handler gets beside it
+     2203-2219   `Router._find`  from a path to a handler
+     2497-2528   `Stario.dispatch`  one request from end to end
+     2944-3062   `_Reader`  bytes to requests
+     3372-3625   `Connection`  one connection, many requests
+     4040-4054   `Server.start`  listening
+     4154-4162   `Server.stop`  ending without losing a request
+     5483-5589   `_EventWriter`  events
+     5677-5738   `_Scope`  how a disconnect reaches a handler
+     5765-5838   `Alive`  staying with a client
+     6007-6113   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. Whatever carries requests reaches the rest through one narrow interface, `Carrier`
@@ -256,8 +256,10 @@ class HttpException(Exception):
     """
 
     def __init__(self, status_code: int, detail: str = "") -> None:
-        """StarioError for what is no status or no text, and for a redirect without an address."""
+        """StarioError for no status of an error, no text, and a redirect without an address."""
         _check_status(status_code)
+        if status_code < 300:
+            raise StarioError(f"{status_code} is no error: answer with w.html, w.json or w.empty")
         if detail and not isinstance(detail, str):
             kind = type(detail).__name__
             raise StarioError(f"an HttpException's detail is text, not {kind}: answer with w.json")
@@ -755,6 +757,8 @@ class _Missing(HttpException, KeyError):
 
 class _Fields:
     """Text under names, where a name may come several times."""
+
+    _fold: Callable[[str], str] = str  # names that are the same become the same
 
     def __init__(self, fields: dict[str, list[str]] | None = None) -> None:
         self._fields = fields if fields is not None else {}  # name -> its values, in order
@@ -1426,9 +1430,15 @@ def _bytes(data: bytes) -> bytes:
     return bytes(data)  # what can still be changed is copied
 
 
+def _check_address(url: object) -> None:
+    if not isinstance(url, str):
+        raise StarioError(f"the address to go to is text, not {url!r}")
+
+
 def _check_target(url: str, status: int) -> None:
     if status not in _REDIRECTS:
         raise StarioError(f"{status} is no redirect: 301, 302, 303, 307 or 308")
+    _check_address(url)
     if _CONTROL.search(url):
         raise StarioError(f"{url!r} cannot be a redirect's target: it holds control characters")
 
@@ -1894,6 +1904,11 @@ def _check_handler(route: str, handler: object) -> None:
 
 def _check_arguments(function: Any, wanted: str) -> None:
     """Raise StarioError where a function cannot be called with these arguments."""
+    if inspect.iscoroutine(function):
+        function.close()
+        raise StarioError(f"{function.__name__} was called: give it without its parentheses")
+    if not callable(function):
+        raise StarioError(f"a function is needed, called with ({wanted}): not {function!r}")
     try:
         inspect.signature(function).bind(*wanted.split(", "))
     except ValueError:
@@ -1912,6 +1927,12 @@ def _wrapped(middleware: Middleware, handler: Handler) -> Handler:
     if not callable(wrapped):
         raise StarioError(f"the middleware {name} gives {wrapped!r}: it has to return a handler")
     return wrapped
+
+
+def _check_order(wanted: str, first: object, second: object, kind: type = object) -> None:
+    """Raise StarioError where text and what belongs to it were swapped, or are something else."""
+    if not (isinstance(first, str) and isinstance(second, kind)):
+        raise StarioError(f"write {wanted}, not with {first!r} and {second!r}")
 
 
 class _Node:
@@ -2074,6 +2095,7 @@ class Router:
         `asset(name, collection=…)` gives a file's fingerprinted name; the collection is called by
         the prefix if you do not name it. A directory that does not exist is a StarioError.
         """
+        _check_order('assets("/static", "directory")', prefix, source)
         name = prefix.strip("/") if collection is None else collection
         self.get(f"{prefix.strip('/')}/*", Assets(source, name), *middleware)
 
@@ -2100,6 +2122,7 @@ class Router:
 
     def mount(self, prefix: str, router: Router) -> None:
         """Take over a router's routes, each under the prefix. Add its routes before."""
+        _check_order('mount("/shop", router)', prefix, router, Router)
         self._check_open()
         router._mounted = True
         prefix = prefix.strip("/")
@@ -2117,6 +2140,7 @@ class Router:
 
         What `*` took is `c.req.subhost`. What the router has no route for goes to the app's own.
         """
+        _check_order('host("api.example.com", router)', pattern, router, Router)
         if "*" in pattern and (not pattern.startswith("*.") or "*" in pattern[1:]):
             raise StarioError(f"no host pattern {pattern!r}: write 'host' or '*.host'")
         if router._hosts:
@@ -2298,11 +2322,14 @@ def _is_stopped(carrier: Carrier, exc: BaseException) -> bool:
     return carrier.shutting_down and bool(cancelled or isinstance(exc, KeyboardInterrupt))
 
 
-_HINTS = {  # what Python says of an `await` too much or too little, and what to do
-    "NoneType can't be used in 'await'": "the methods of a Writer are not awaited: w.html(...)",
-    "'NoneType' object can't be awaited": "the methods of a Writer are not awaited: w.html(...)",
-    "'coroutine' object": "`await` is missing: await c.signals(), await c.req.json()",
-}
+_HINTS = (  # what Python says of an `await` too much or too little, and what to do
+    (r"NoneType.* can't be (used in 'await'|awaited)",
+     "the methods of a Writer are not awaited: w.html(...); nor are c(...) and publish(...)"),
+    (r"\bcoroutine\b", "`await` is missing: await c.signals(), await c.req.json()"),
+    (r"\b(Alive|Subscription|async_generator)\b",
+     "loop over it, `async for item in w.alive(source):`, or write `async with w.alive():`"),
+    (r"_GeneratorContextManager.* asynchronous", "a step is no async one: `with c.step(...):`"),
+)  # fmt: skip
 
 
 # What handlers have raised, for the test client: it raises that in the test.
@@ -2370,8 +2397,8 @@ def _report(c: Context, exc: BaseException, has_page: bool = False) -> None:
     in_test = _failures.get()
     if in_test is not None and not has_page:
         in_test.append(exc)
-    for sign, hint in _HINTS.items():
-        if isinstance(exc, (TypeError, AttributeError)) and sign in _safe_text(exc):
+    for sign, hint in _HINTS:
+        if isinstance(exc, (TypeError, AttributeError)) and re.search(sign, _safe_text(exc)):
             exc.add_note(f"stario: {hint}")
     if not c.app._silent:
         c.span.fail(exc)
@@ -2420,6 +2447,8 @@ class Stario(Router):
         super().__init__()
         if tracer is not None and not isinstance(tracer, Tracer):
             raise StarioError(f"a tracer is needed, not {tracer!r}: `with RichTracer() as tracer:`")
+        if not isinstance(max_body, int):
+            raise StarioError(f"max_body is a number of bytes, not {max_body!r}")
         self.tracer = tracer or Tracer()
         self.compression = compression or CompressionConfig()
         if not isinstance(self.compression, CompressionConfig):
@@ -2446,6 +2475,9 @@ class Stario(Router):
         `manager(app)` gives an async context manager. Several are entered in their order. An
         exception in it keeps the server from starting.
         """
+        _check_arguments(manager, "app")
+        if inspect.isasyncgenfunction(manager):
+            raise StarioError(f"write @contextlib.asynccontextmanager above {manager.__name__}")
         self._life.lifespans.append(manager)
         return manager
 
@@ -4583,6 +4615,8 @@ class TestClient:
         raise_errors: bool = True,
         **limits: Any,
     ) -> None:
+        if not isinstance(app, Stario):
+            raise StarioError(f"TestClient(app) takes a Stario, not {app!r}")
         self.app = app
         self.host = host
         self.timeout = timeout
@@ -5512,6 +5546,7 @@ class _EventWriter(_OneShotWriter):
         self, url: str, *, nonce: str | None = None, **options: Unpack[EventOptions]
     ) -> None:
         """Send the browser to another page. (`nonce` as in `execute`.)"""
+        _check_address(url)
         # A browser skips control characters and blanks before and in a scheme (URL standard, 4.4).
         scheme = re.sub(r"[\x00-\x20]", "", url).partition(":")[0].lower()
         if scheme in ("javascript", "data", "vbscript"):
@@ -6002,6 +6037,8 @@ class Relay(Generic[T]):
         if maxsize < 1:
             raise StarioError("maxsize must be at least 1")
         for pattern in patterns:
+            if not isinstance(pattern, str):
+                raise StarioError(f"a pattern is text, not {pattern!r}: subscribe('a', 'b.*')")
             _place(pattern)
         mailbox = _Mailbox(patterns, maxsize, overflow, self._gaps)
         subscription = Subscription(self, mailbox)
@@ -6669,7 +6706,11 @@ def _reader(kind: Any) -> Reader:
             return _choice_reader(origin)
         if hasattr(origin, "model_validate"):
             return _model_reader(kind)
-    raise StarioError(
+    raise _no_schema(kind)
+
+
+def _no_schema(kind: Any) -> StarioError:
+    return StarioError(
         f"signals cannot be read as {getattr(kind, '__name__', repr(kind))}: a schema is a "
         "dataclass, a TypedDict or a class with model_validate"
     )
@@ -6683,6 +6724,8 @@ def _kept_reader(kind: Any) -> Reader:
     """The reader of a type: always the same (and by its text, since `int | bool == bool | int`)."""
     if dataclasses.is_dataclass(type(kind)):
         raise StarioError(f"signals are read as a class: give {type(kind).__name__}, not one of it")
+    if isinstance(kind, (dict, list, set)):
+        raise _no_schema(kind)
     return _schema_reader(kind, "" if isinstance(kind, type) else repr(kind))
 
 
@@ -8773,7 +8816,7 @@ class Session:
         samesite: Literal["lax", "strict", "none"] = "lax",
     ) -> None:
         self._keys = [k.encode() if isinstance(k, str) else k for k in (key, *older_keys)]
-        if min(map(len, self._keys)) < 16:
+        if any(not isinstance(k, bytes) or len(k) < 16 for k in self._keys):
             raise StarioError(
                 "a session's key needs 16 bytes or more that nobody can guess: make one with "
                 'python -c "import secrets; print(secrets.token_hex())"'

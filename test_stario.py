@@ -827,6 +827,9 @@ class TestMistakes(unittest.TestCase):
         async def short(c: Any) -> None: ...
         async def slow(handler: Any) -> Any: ...
 
+        async def lived(app: Any) -> AsyncIterator[None]:
+            yield
+
         def mount_twice() -> None:
             router, parent = stario.Router(), app()
             router.get("/", _fine)
@@ -851,6 +854,19 @@ class TestMistakes(unittest.TestCase):
             "needs a handler named 'nope'; found: none": lambda: app().url("nope"),
             "compression is a CompressionConfig(...), not": lambda: app(compression=any_),
             "a schema is a dataclass, a TypedDict": lambda: read_signals(Stario, {}),
+            "{'a': 1}: a schema is a dataclass": lambda: read_signals(cast("Any", {"a": 1}), {}),
+            'write mount("/shop", router)': lambda: app().mount(any_, "/x"),  # type: ignore[arg-type]
+            'write host("api.example.com", router)': lambda: app().host("x.y", any_),
+            'write assets("/static", "directory")': lambda: app().assets(any_, "/static"),
+            "called with (handler): not None": lambda: app().get("/", _fine, None),  # type: ignore[arg-type]
+            "called with (c, w, exc): not None": lambda: app().on_error(KeyError, None),  # type: ignore[arg-type]
+            "_fine was called: give": lambda: app().on_error(KeyError, wrong(1, any_)),
+            "asynccontextmanager above lived": lambda: app().lifespan(lived),
+            "200 is no error: answer with w.html": lambda: HttpException(200),
+            "max_body is a number of bytes, not '1'": lambda: app(max_body="1"),  # type: ignore[arg-type]
+            "TestClient(app) takes a Stario, not": lambda: TestClient(any_),
+            "a pattern is text, not ['a']": lambda: Relay[str]().subscribe(["a"]),  # type: ignore[arg-type]
+            "needs 16 bytes or more": lambda: stario.Session(None),  # type: ignore[arg-type]
             "begin with a capital: h.Div": lambda: h.div("x"),
             'attributes are a dict, h.Div({"id": "x"})': lambda: h.Div(id="x"),  # type: ignore[call-arg]
             "here is none to bear them": lambda: stario.render({"id": "x"}),
@@ -879,9 +895,33 @@ class TestMistakes(unittest.TestCase):
         async def awaited(c: Any, w: Any) -> None:
             await w.html(p)
 
+        async def alive(c: Any, w: Any) -> None:
+            await w.alive()
+
+        def stepped(c: Any, w: Any) -> None:
+            with w.alive():
+                pass
+
+        async def step(c: Any, w: Any) -> None:
+            async with c.step("x"):
+                pass
+
+        def measured(c: Any, w: Any) -> None:
+            body = c.req.body()
+            try:
+                len(body)
+            finally:
+                body.close()
+
         return {
             "the methods of a Writer are not awaited": awaited,
             "`await` is missing: await c.signals()": unawaited,
+            "`await` is missing: await": measured,
+            "or write `async with w.alive():`": alive,
+            "`async for item in w.alive(source):`": stepped,
+            "a step is no async one": step,
+            "the address to go to is text, not None": lambda c, w: w.redirect(None),  # type: ignore[arg-type]
+            "to go to is text, not 3": lambda c, w: w.navigate(3),  # type: ignore[arg-type]
             "one of outer, inner, replace": lambda c, w: w.patch(p, mode="iner", selector="#x"),  # type: ignore[arg-type]
             "give the element an id that the page has": lambda c, w: w.patch(p),
             "give a dict from names to values, a dataclass": lambda c, w: w.sync(3),
