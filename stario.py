@@ -69,21 +69,21 @@ a live page; each part of act 4 is a room of its own, to be read when it is need
        5842  14. Relay: publish and subscribe
      6161  ACT 4. For real
        6167  15. Signals: from JSON to your dataclass
-       6844  16. Forms
-       7026  17. Behind a proxy
-       7107  18. Compression
-       7293  19. Static files
-       7812  20. Telemetry: spans, and the tracers that show them
-       8784  21. Sessions
-       8895  22. What lives as long as the server
-       8971  23. @baked
-       9224  24. ASGI: the same app under another server
-       9461  25. RedisRelay: the same between processes and machines
-       9712  26. Reload: a saved file restarts the app
-       9860  27. Development: what went wrong, shown where one looks
-     9982  ACT 5. The pocket client
-      10025  28. The pocket client (JavaScript)
-      11389  29. An app to begin with, and this file as a page
+       6848  16. Forms
+       7030  17. Behind a proxy
+       7111  18. Compression
+       7297  19. Static files
+       7816  20. Telemetry: spans, and the tracers that show them
+       8788  21. Sessions
+       8899  22. What lives as long as the server
+       8975  23. @baked
+       9228  24. ASGI: the same app under another server
+       9465  25. RedisRelay: the same between processes and machines
+       9716  26. Reload: a saved file restarts the app
+       9864  27. Development: what went wrong, shown where one looks
+     9986  ACT 5. The pocket client
+      10029  28. The pocket client (JavaScript)
+      11393  29. An app to begin with, and this file as a page
 
 READING PATH
 
@@ -6275,7 +6275,11 @@ class _Reading:
         self.cause: Exception | None = None
         self.unions = 0  # around the value that is being read
         self.tried: dict[tuple[int, int], _Outcome] = {}  # by union and value: see _union_reader
-        self.trial: _Reading = self if isinstance(self, _Trial) else _Trial()
+
+    @cached_property
+    def trial(self) -> _Reading:
+        """Another one, for what only wants to know whether a value fits."""
+        return _Trial()
 
     def expected(self, what: str, value: object, said: str = "") -> Any:
         """Note that the value here is not what was expected."""
@@ -6336,7 +6340,7 @@ class _Reading:
 
 
 class _Trial(_Reading):
-    """One that only wants to know whether a value fits: nothing is noted."""
+    """One in which nothing is noted."""
 
     def expected(self, what: str, value: object, said: str = "") -> Any:
         """Count it."""
@@ -6601,12 +6605,12 @@ def _union_reader(options: tuple[Any, ...]) -> Reader:
     }
 
     def _read(value: Any, reading: _Reading) -> Any:
-        if type(value) in own:
-            return own[type(value)](value, reading)
         if value is None and is_optional:
             return None
         if len(readers) == 1 and value != "":
             return readers[0](value, reading)
+        if type(value) in own:
+            return own[type(value)](value, reading)
         fitting = taking.get(type(value), readers)
         if not isinstance(value, (list, dict)):
             found = _choose_plain(value, fitting, reading.trial)
