@@ -67,23 +67,23 @@ a live page; each part of act 4 is a room of its own, to be read when it is need
        4832  12. Datastar: attributes and actions
        5341  13. Streams: events, and staying with a client
        5842  14. Relay: publish and subscribe
-     6161  ACT 4. For real
-       6167  15. Signals: from JSON to your dataclass
-       6848  16. Forms
-       7030  17. Behind a proxy
-       7111  18. Compression
-       7297  19. Static files
-       7816  20. Telemetry: spans, and the tracers that show them
-       8788  21. Sessions
-       8899  22. What lives as long as the server
-       8975  23. @baked
-       9228  24. ASGI: the same app under another server
-       9465  25. RedisRelay: the same between processes and machines
-       9716  26. Reload: a saved file restarts the app
-       9864  27. Development: what went wrong, shown where one looks
-     9986  ACT 5. The pocket client
-      10029  28. The pocket client (JavaScript)
-      11393  29. An app to begin with, and this file as a page
+     6159  ACT 4. For real
+       6165  15. Signals: from JSON to your dataclass
+       6846  16. Forms
+       7028  17. Behind a proxy
+       7109  18. Compression
+       7295  19. Static files
+       7814  20. Telemetry: spans, and the tracers that show them
+       8786  21. Sessions
+       8897  22. What lives as long as the server
+       8973  23. @baked
+       9226  24. ASGI: the same app under another server
+       9463  25. RedisRelay: the same between processes and machines
+       9702  26. Reload: a saved file restarts the app
+       9850  27. Development: what went wrong, shown where one looks
+     9972  ACT 5. The pocket client
+      10015  28. The pocket client (JavaScript)
+      11379  29. An app to begin with, and this file as a page
 
 READING PATH
 
@@ -104,7 +104,7 @@ Two hours, for who wants to know how it works and not all that it does. These li
      5483-5589   `_EventWriter`  events
      5677-5738   `_Scope`  how a disconnect reaches a handler
      5765-5838   `Alive`  staying with a client
-     6007-6113   `Relay`  from one handler to another
+     6007-6111   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. Whatever carries requests reaches the rest through one narrow interface, `Carrier`
@@ -6048,7 +6048,7 @@ class Relay(Generic[T]):
     def publish(self, subject: str, data: T = None) -> None:  # type: ignore[assignment]
         """Give a message to everyone who listens to its subject. From any thread; never waits."""
         _check_subject(subject)
-        self._alone(self._deliver, self._listeners, subject, data)
+        self._alone(self._deliver, subject, data)
 
     def _alone(self, step: Callable[..., None], *arguments: Any) -> None:
         """Make a change, `step(to_wake, *arguments)`, with nobody else at the tables and queues.
@@ -6070,10 +6070,8 @@ class Relay(Generic[T]):
         if to_wake:
             _wake(to_wake)
 
-    def _deliver(
-        self, to_wake: ToWake, find: Callable[[str], list[_Mailbox]], subject: str, data: T
-    ) -> None:
-        for mailbox in find(subject):
+    def _deliver(self, to_wake: ToWake, subject: str, data: T) -> None:
+        for mailbox in self._listeners(subject):
             if mailbox.closed:
                 continue
             mailbox.put(subject, data)
@@ -9482,7 +9480,7 @@ async def _end_asgi_streams(app: Stario) -> None:
 
 
 _UNSENT = 10_000  # messages that may wait for a Redis that is there
-_BATCH = 500  # messages that are sent at a time
+_BATCH = 500  # commands that are sent at a time
 _RedisCommand = tuple[str | bytes, ...]
 
 
@@ -9492,7 +9490,7 @@ class RedisRelay(Relay[T]):
     It needs the package `redis`, and Redis 6 or newer. Data is what JSON can hold. At Redis,
     subjects get `prefix` in front, so that several apps can share one.
 
-    While Redis cannot be reached `publish` raises StarioError, or, with `queue=1000`, so many
+    While Redis cannot be reached `publish` raises StarioError; with `queue=1000`, a thousand
     messages wait until it is back. A Redis that says nothing for `timeout` seconds counts as gone.
     `tracer` hears of it: spans `relay.lost` and `relay.back`.
     """
@@ -9511,26 +9509,25 @@ class RedisRelay(Relay[T]):
             from redis.asyncio import ConnectionPool
         except ImportError:
             raise StarioError("RedisRelay needs the package redis: pip install redis") from None
-        times: Any = {"socket_timeout": timeout, "socket_connect_timeout": timeout}
+        options: Any = {"socket_timeout": timeout, "socket_connect_timeout": timeout, "protocol": 3}
         try:
-            pool: Any = ConnectionPool.from_url(url, protocol=3, **times)
+            pool: Any = ConnectionPool.from_url(url, **options)
         except ValueError as exc:
             raise StarioError(f"RedisRelay: {exc}") from None
-        self._connection = pool.make_connection
+        self._new_connection = pool.make_connection
         self._queue = queue
         self._timeout = timeout
-        self._in_front = prefix
+        self._prefix = prefix
         self._tracer = tracer or Tracer()
         # Under the lock:
         self._closed = False
-        self._down = False  # Redis could not be reached when we last tried
-        self._outgoing: deque[_RedisCommand] = deque()  # "PUBLISH", channel, payload
-        self._changed: set[str] = set()  # patterns that have got, or lost, listeners
+        self._connected = False  # there is a connection to send `_outgoing` over
+        self._down = False  # Redis could not be reached, and has not answered since
+        self._outgoing: deque[_RedisCommand] = deque()
         self._loop: asyncio.AbstractEventLoop | None = None  # the thread's, once it is needed
         self._thread: threading.Thread | None = None
         # On the thread's loop:
-        self._work = asyncio.Event()  # there is something in `_outgoing` or `_changed`
-        self._subscribed: dict[bytes, str] = {}  # patterns, by their names at Redis
+        self._work = asyncio.Event()  # there is something in `_outgoing`, or this is closed
 
     # -- In any thread
 
@@ -9540,7 +9537,7 @@ class RedisRelay(Relay[T]):
         Raises StarioError for data that JSON cannot hold, and where Redis is down.
         """
         _check_subject(subject)
-        message = "PUBLISH", _redis_channel(self._in_front + subject), _relay_json(data)
+        message = "PUBLISH", self._channel(subject), _relay_json(data)
         with self._lock:
             waiting = len(self._outgoing)
             if self._closed or waiting >= (self._queue if self._down else _UNSENT):
@@ -9559,19 +9556,38 @@ class RedisRelay(Relay[T]):
 
     def _end(self, to_wake: ToWake) -> None:
         self._closed = True
-        for table in list(self._tables.values()):
-            for mailbox in [mailbox for listeners in table.values() for mailbox in listeners]:
-                self._remove(to_wake, mailbox)
+        tables = self._tables.values()
+        for mailbox in {one for table in tables for those in table.values() for one in those}:
+            self._remove(to_wake, mailbox)
 
     def _add(self, to_wake: ToWake, mailbox: _Mailbox) -> None:
+        for pattern in mailbox.patterns:
+            if not self._listeners_at(pattern):
+                self._tell_redis("SUBSCRIBE", pattern)
         super()._add(to_wake, mailbox)
-        self._changed.update(mailbox.patterns)
         self._nudge()
 
     def _remove(self, to_wake: ToWake, mailbox: _Mailbox) -> None:
-        self._changed.update(mailbox.patterns)
+        patterns = mailbox.patterns
         super()._remove(to_wake, mailbox)
+        for pattern in patterns:
+            if not self._listeners_at(pattern):
+                self._tell_redis("UNSUBSCRIBE", pattern)
         self._nudge()
+
+    def _tell_redis(self, verb: str, pattern: str) -> None:
+        if self._connected:  # else all subscriptions are made when it is
+            self._outgoing.append(self._command(verb, *_place(pattern)))
+
+    def _command(self, verb: str, length: int | None, key: str) -> _RedisCommand:
+        """(UN)SUBSCRIBE to a pattern. Redis knows more than a `*` at the end: that is escaped."""
+        if length is None:
+            return verb, self._channel(key)
+        escaped = re.sub(rb"([\\*?\[\]^-])", rb"\\\1", self._channel(key))
+        return "P" + verb, escaped + b"*"
+
+    def _channel(self, subject: str) -> bytes:
+        return (self._prefix + subject).encode("utf-8", "surrogatepass")
 
     def _nudge(self) -> None:
         """Let the thread know that there is something to do; the first time, start it."""
@@ -9595,7 +9611,7 @@ class RedisRelay(Relay[T]):
         pause = 0.05
         while not self._closed or (self._outgoing and not self._down):
             try:
-                await self._talk()
+                await self._talk(self._new_connection())
             except Exception as exc:  # whatever it is: this thread must not end of it
                 if not self._down:
                     reason = exc.exceptions[0] if isinstance(exc, ExceptionGroup) else exc
@@ -9604,94 +9620,70 @@ class RedisRelay(Relay[T]):
                 await asyncio.sleep(pause * random.uniform(0.5, 1))
                 pause = min(2.0, pause * 2)
 
-    async def _talk(self) -> None:
+    async def _talk(self, connection: Any) -> None:
         """One connection, from its beginning to its end."""
-        connection = self._connection()
         try:
             await connection.connect()
-            self._subscribed.clear()
-            with self._lock:
-                for length, table in self._tables.items():
-                    self._changed.update(key if length is None else f"{key}*" for key in table)
             async with asyncio.TaskGroup() as group:
                 hearing = group.create_task(self._hear(connection))
-                # Its answer means that all before it has been done: then we are back.
-                await self._send(connection, [*self._subscriptions(), ("PING",)])
-                while not self._closed or self._outgoing:
-                    # Taken first, sent last: who subscribed before a message of it hears it.
-                    batch = self._next_batch()
-                    await self._send(connection, [*self._subscriptions(), *batch])
+                commands = self._first_commands()
+                while commands:
+                    await connection.send_packed_command(connection.pack_commands(commands))
+                    commands = await self._next_commands()
                 hearing.cancel()
         finally:
+            with self._lock:
+                self._connected = False
+                for _ in range(len(self._outgoing)):  # messages stay, subscriptions are made anew
+                    if (command := self._outgoing.popleft())[0] == "PUBLISH":
+                        self._outgoing.append(command)
             await connection.disconnect(nowait=True)
 
-    async def _send(self, connection: Any, commands: list[_RedisCommand]) -> None:
-        """Send these, or wait until there are some. After half of the time-out, ask for a word."""
-        if not commands:
-            try:
+    def _first_commands(self) -> list[_RedisCommand]:
+        """Subscribe to all patterns. The answer to PING then means that this has been done."""
+        with self._lock:
+            self._connected = True
+            places = [(n, key) for n, table in list(self._tables.items()) for key in list(table)]
+        return [*(self._command("SUBSCRIBE", *place) for place in places), ("PING",)]
+
+    async def _next_commands(self) -> list[_RedisCommand]:
+        """What waits to be sent, or a PING after half of the time-out; at the end, nothing."""
+        self._work.clear()
+        if not (self._outgoing or self._closed):
+            with suppress(TimeoutError):
                 await asyncio.wait_for(self._work.wait(), self._timeout / 2)
-                self._work.clear()  # and then look what there is
-                return
-            except TimeoutError:
-                commands = [("PING",)]
-        await connection.send_packed_command(connection.pack_commands(commands))
-
-    def _subscriptions(self) -> Iterator[_RedisCommand]:
-        """The commands after which Redis sends what is listened to here, and nothing else."""
         with self._lock:
-            changed, self._changed = self._changed, set()
-            wanted = {pattern for pattern in changed if self._listeners_at(pattern)}
-        for pattern in changed:
-            channel = _redis_channel(self._in_front + pattern)
-            kind = "PSUBSCRIBE" if "*" in pattern else "SUBSCRIBE"
-            if pattern not in wanted and self._subscribed.pop(channel, None) is not None:
-                yield kind.replace("SUB", "UNSUB"), channel
-            elif pattern in wanted and channel not in self._subscribed:
-                self._subscribed[channel] = pattern
-                yield kind, channel
-
-    def _next_batch(self) -> list[_RedisCommand]:
-        with self._lock:
-            return [self._outgoing.popleft() for _ in range(min(_BATCH, len(self._outgoing)))]
+            batch = [self._outgoing.popleft() for _ in range(min(_BATCH, len(self._outgoing)))]
+        return batch if batch or self._closed else [("PING",)]
 
     async def _hear(self, connection: Any) -> None:
-        """Take what Redis sends: messages, how many heard ours, answers to PING."""
+        """Take what Redis sends: messages, how many heard ours, answers to PING.
+
+        A message comes once for each of our patterns that fits, and nothing comes in between. The
+        first counts; what comes by another pattern, with the same channel and data, is its copy.
+        """
+        pattern, content = None, None  # of the last message that counted
         while True:
-            message = await connection.read_response(timeout=self._timeout, push_request=True)
-            if message is None:
+            answer = await connection.read_response(timeout=self._timeout, push_request=True)
+            if answer is None:
                 raise TimeoutError(f"no word from Redis for {self._timeout} seconds")
-            if message == b"PONG" and self._down:
+            if answer == b"PONG" and self._down:
                 self._down = False
                 self._gaps += 1
                 self._tracer("relay.back").end()
-            elif isinstance(message, list) and message[0] in (b"message", b"pmessage"):
-                try:
-                    self._heard(message[1], message[-2], message[-1])
-                except ValueError as exc:  # none of us can have published it
-                    self._tracer("relay.unreadable", {"reason": f"{exc}"}).end()
+            if not (isinstance(answer, list) and answer[0] in (b"message", b"pmessage")):
+                content = None
+            elif answer[-2:] != content or answer[1] == pattern:
+                pattern, content = answer[1], answer[-2:]
+                self._heard(*content)
 
-    def _heard(self, via: bytes, channel: bytes, payload: bytes) -> None:
-        """Deliver a message that one of our subscriptions at Redis, `via`, has brought."""
-        subject = channel.decode("utf-8", "surrogatepass")[len(self._in_front) :]
-        find = functools.partial(self._listeners_via, self._subscribed.get(via, ""))
-        self._alone(self._deliver, find, subject, json.loads(payload))
-
-    def _listeners_via(self, pattern: str, subject: str) -> list[_Mailbox]:
-        """Who hears a message that comes by this pattern.
-
-        Other patterns of a mailbox may bring it, too: the first of them that fits counts.
-        """
-        return [
-            mailbox
-            for mailbox in self._listeners_at(pattern)
-            if len(mailbox.patterns) == 1
-            or pattern == next((one for one in mailbox.patterns if _fits(one, subject)), None)
-        ]
-
-
-def _fits(pattern: str, subject: str) -> bool:
-    length, key = _place(pattern)
-    return subject[:length] == key
+    def _heard(self, channel: bytes, payload: bytes) -> None:
+        """Deliver a message."""
+        try:
+            subject = channel.decode("utf-8", "surrogatepass")[len(self._prefix) :]
+            self._alone(self._deliver, subject, json.loads(payload))
+        except ValueError as exc:  # none of us can have published it
+            self._tracer("relay.unreadable", {"reason": f"{exc}"}).end()
 
 
 def _relay_json(data: object) -> bytes:
@@ -9704,12 +9696,6 @@ def _relay_json(data: object) -> bytes:
         "a RedisRelay carries what JSON can hold and gives back unchanged: no tuples, no keys but"
         f" text, no NaN, no objects. Here it is a {type(data).__name__}"
     )
-
-
-def _redis_channel(name: str) -> bytes:
-    """A name at Redis, whose patterns know more than a `*` at the end: the rest is escaped."""
-    channel = name.encode("utf-8", "surrogatepass")
-    return re.sub(rb"([\\*?\[\]^-])(?!\Z)", rb"\\\1", channel) if name.endswith("*") else channel
 
 
 # ==================================================================================================
