@@ -51,60 +51,60 @@ MAP
 After each act something runs, and you may stop there. Acts 1 to 3 are what one has to understand of
 a live page; each part of act 4 is a room of its own, to be read when it is needed.
 
-      217  ACT 1. A framework
-        224  2. Errors
-        316  3. HTML: elements are strings
-        660  4. JSON
-        741  5. The request: headers, query, cookies, body
-       1293  6. The answer: status, fields, body
-       1758  7. Context and routing
-       2311  8. The app
-     2659  ACT 2. On the network
-       2667  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3629  10. The server
-       4298  11. Trying it without a network: the test client
-     4788  ACT 3. Live
-       4832  12. Datastar: attributes and actions
-       5341  13. Streams: events, and staying with a client
-       5842  14. Relay: publish and subscribe
-     6159  ACT 4. For real
-       6165  15. Signals: from JSON to your dataclass
-       6846  16. Forms
-       7028  17. Behind a proxy
-       7109  18. Compression
-       7295  19. Static files
-       7814  20. Telemetry: spans, and the tracers that show them
-       8786  21. Sessions
-       8897  22. What lives as long as the server
-       8973  23. @baked
-       9226  24. ASGI: the same app under another server
-       9463  25. RedisRelay: the same between processes and machines
-       9702  26. Reload: a saved file restarts the app
-       9850  27. Development: what went wrong, shown where one looks
-     9972  ACT 5. The pocket client
-      10015  28. The pocket client (JavaScript)
-      11379  29. An app to begin with, and this file as a page
+      216  ACT 1. A framework
+        223  2. Errors
+        315  3. HTML: elements are strings
+        659  4. JSON
+        740  5. The request: headers, query, cookies, body
+       1292  6. The answer: status, fields, body
+       1771  7. Context and routing
+       2324  8. The app
+     2671  ACT 2. On the network
+       2679  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
+       3633  10. The server
+       4302  11. Trying it without a network: the test client
+     4792  ACT 3. Live
+       4836  12. Datastar: attributes and actions
+       5345  13. Streams: events, and staying with a client
+       5845  14. Relay: publish and subscribe
+     6162  ACT 4. For real
+       6168  15. Signals: from JSON to your dataclass
+       6849  16. Forms
+       7031  17. Behind a proxy
+       7112  18. Compression
+       7298  19. Static files
+       7817  20. Telemetry: spans, and the tracers that show them
+       8789  21. Sessions
+       8900  22. What lives as long as the server
+       8976  23. @baked
+       9229  24. ASGI: the same app under another server
+       9449  25. RedisRelay: the same between processes and machines
+       9688  26. Reload: a saved file restarts the app
+       9836  27. Development: what went wrong, shown where one looks
+     9958  ACT 5. The pocket client
+      10001  28. The pocket client (JavaScript)
+      11365  29. An app to begin with, and this file as a page
 
 READING PATH
 
 Two hours, for who wants to know how it works and not all that it does. These lines, in this order:
 
-      327-340    `SafeString`  an element is a string
-      626-653    `Tags`  `h.P` makes one
-     1043-1247   `Request`  what a client asks for
-     1305-1353   `Carrier`  what brings the answer back
-     1481-1660   `_RawWriter`  the answer
-     1769-1869   `Context`  what a handler gets beside it
-     2203-2219   `Router._find`  from a path to a handler
-     2497-2528   `Stario.dispatch`  one request from end to end
-     2944-3062   `_Reader`  bytes to requests
-     3372-3625   `Connection`  one connection, many requests
-     4040-4054   `Server.start`  listening
-     4154-4162   `Server.stop`  ending without losing a request
-     5483-5589   `_EventWriter`  events
-     5677-5738   `_Scope`  how a disconnect reaches a handler
-     5765-5838   `Alive`  staying with a client
-     6007-6111   `Relay`  from one handler to another
+      326-339    `SafeString`  an element is a string
+      625-652    `Tags`  `h.P` makes one
+     1042-1246   `Request`  what a client asks for
+     1304-1378   `Carrier`  what brings the answer back
+     1494-1673   `_RawWriter`  the answer
+     1782-1882   `Context`  what a handler gets beside it
+     2216-2232   `Router._find`  from a path to a handler
+     2510-2541   `Stario.dispatch`  one request from end to end
+     2956-3074   `_Reader`  bytes to requests
+     3376-3629   `Connection`  one connection, many requests
+     4044-4058   `Server.start`  listening
+     4158-4166   `Server.stop`  ending without losing a request
+     5487-5593   `_EventWriter`  events
+     5681-5742   `_Scope`  how a disconnect reaches a handler
+     5769-5841   `Alive`  staying with a client
+     6010-6114   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. Whatever carries requests reaches the rest through one narrow interface, `Carrier`
@@ -189,7 +189,6 @@ from typing import (
     Literal,
     NamedTuple,
     ParamSpec,
-    Protocol,
     Self,
     TypedDict,
     TypeVar,
@@ -1302,67 +1301,81 @@ _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _FILE_PIECE = 1024 * 1024  # bytes of a file that are sent at a time
 
 
-class Carrier(Protocol):
+class Carrier:
     """What brings the bytes of one answer to its client. `fields` are lines, `name: value\\r\\n`.
 
-    Every method but the two that are awaited returns at once; what cannot be sent yet is kept. Once
+    A carrier has the five methods that raise NotImplementedError here, and may do better than the
+    others. All return at once but the two that are awaited; what cannot be sent yet is kept. Once
     the client has gone, bytes are dropped without an error.
     """
 
+    __slots__ = ()
+
     scopes: list[_Scope]  # to be ended when the client has gone, and when the server stops
-    disconnected: bool  # the client has gone
-    client: str  # the peer's address, or nothing where it has none
+    disconnected = False  # the client has gone
+    client = ""  # the peer's address, or nothing where it has none
 
     @property
     def scheme(self) -> str:
         """How the peer speaks with us: "http" or "https"."""
+        return "http"
 
     @property
     def proxies(self) -> TrustedProxies | None:
         """Which peers may speak for others."""
+        return None
 
     @property
     def shutting_down(self) -> bool:
         """Whether the server wants its streams to end."""
-
-    def answer(self, status: int, fields: bytes, body: bytes) -> None:
-        """A whole answer. Its fields say how long the body is, if there is one."""
+        return False
 
     def begin(self, status: int, fields: bytes, unsized: bool) -> None:
         """The head of an answer; `unsized`: a body follows whose length the fields do not tell."""
+        raise NotImplementedError
 
     def send(self, data: bytes) -> None:
         """More of the body."""
+        raise NotImplementedError
 
     def finish(self) -> None:
         """The answer is complete."""
+        raise NotImplementedError
 
     def abort(self) -> None:
         """The answer cannot be completed: let the client see that it is cut off."""
-
-    def has_room(self) -> bool:
-        """Whether nothing waits for the client beyond what buffers hold anyway."""
+        raise NotImplementedError
 
     async def drained(self) -> None:
-        """Wait until there is room. Raises ClientDisconnected if the client goes."""
+        """Wait until the client has taken what buffers do not hold anyway.
+
+        Raises ClientDisconnected if it goes.
+        """
+        raise NotImplementedError
+
+    def answer(self, status: int, fields: bytes, body: bytes) -> None:
+        """A whole answer. Its fields say how long the body is, if there is one."""
+        self.begin(status, fields, unsized=False)
+        self.send(body)
+        self.finish()
 
     async def send_file(self, file: IO[bytes], offset: int, count: int) -> None:
         """More of the body, from a file. Raises ClientDisconnected if the client goes."""
+        file.seek(offset)
+        while count:
+            await self.drained()
+            data = file.read(min(count, _FILE_PIECE))
+            if not data:
+                raise StarioError(f"{file.name} has become shorter while it was sent")
+            self.send(data)
+            count -= len(data)
 
     def check_peer(self, seconds: float) -> None:
         """Give the client up if it has acknowledged nothing for `seconds`, if that can be told."""
 
-
-async def _read_and_send(carrier: Carrier, file: IO[bytes], offset: int, count: int) -> None:
-    """`Carrier.send_file`, for those who know no better way."""
-    file.seek(offset)
-    while count:
-        await carrier.drained()
-        data = file.read(min(count, _FILE_PIECE))
-        if not data:
-            raise StarioError(f"{file.name} has become shorter while it was sent")
-        carrier.send(data)
-        count -= len(data)
+    def _end_scopes(self) -> None:
+        for scope in self.scopes:
+            scope.end()
 
 
 _COMPRESSIBLE = re.compile(
@@ -2638,9 +2651,8 @@ class Stario(Router):
 # -- Act 1 runs: an app, a request, and a carrier that prints what it is given. What a carrier has
 # to have is in `Carrier` (part 6).
 #
-#     class Printing:
-#         scopes, client, scheme, proxies = [], "", "http", None
-#         disconnected = shutting_down = False
+#     class Printing(Carrier):
+#         scopes = []
 #
 #         def answer(self, status: int, fields: bytes, body: bytes) -> None:
 #             print(status, body.decode())
@@ -3098,7 +3110,7 @@ class _State(enum.Enum):
 _FULL, _IDLE, _HEAD, _BODY, _ANSWER, _REST, _CLOSING = _State
 
 
-class _Sender(asyncio.Protocol):
+class _Sender(Carrier, asyncio.Protocol):
     """A connection's way out: it sends bytes, and knows how many the client has not taken."""
 
     __slots__ = (
@@ -3135,10 +3147,6 @@ class _Sender(asyncio.Protocol):
         if room:
             room.set()
 
-    def has_room(self) -> bool:
-        """See Carrier."""
-        return not self._room and not self._is_lost()
-
     async def drained(self) -> None:
         """See Carrier."""
         if self._room and not self._is_lost():
@@ -3164,7 +3172,7 @@ class _Sender(asyncio.Protocol):
                     transport.set_write_buffer_limits(_HIGH_WATER)
                     _set_unsent(connection, _HIGH_WATER)
             offset, count = offset + sent, count - sent
-        await _read_and_send(cast(Carrier, self), file, offset, count)
+        await super().send_file(file, offset, count)
 
     async def _send_by_system(
         self, descriptor: int, file: IO[bytes], offset: int, count: int
@@ -3349,10 +3357,6 @@ class _Answers(_Sender):
                 self._transport.write_eof()
         if self._paused_reading:
             self._transport.resume_reading()
-
-    def _end_scopes(self) -> None:
-        for scope in self.scopes:
-            scope.end()
 
     def _look_for_peer(self) -> None:
         """Where nothing is read, only the system knows that the client has gone."""
@@ -5799,8 +5803,7 @@ class Alive(Generic[T]):
 
     async def _next(self) -> T:
         carrier = self._writer._carrier
-        if not carrier.has_room():
-            await carrier.drained()
+        await carrier.drained()
         if time.monotonic() - self._turn > _TURN:
             await asyncio.sleep(0)
             self._turn = time.monotonic()
@@ -9247,33 +9250,33 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 
-class _AsgiExchange:
+class _AsgiExchange(Carrier):
     """The Carrier of one request that comes by ASGI. It lives on one loop."""
 
+    scheme = "http"
+    shutting_down = False
+
     def __init__(self, scope: Message, send: Send) -> None:
-        self.scopes: list[_Scope] = []
+        self.scopes = []
         self.client = str((scope.get("client") or ("",))[0])
         self.scheme = str(scope.get("scheme", "http"))
-        self.proxies: TrustedProxies | None = None  # whom to trust is told to the server
-        self.disconnected = False
-        self.shutting_down = False
         self.wanted = asyncio.Event()  # there is room for more of the body
         self.body = Body(self.wanted.set)
+        self._outgoing: deque[Message | None] = deque()  # None: that is all
+        self._filled = asyncio.Event()
         self._send = send
-        self._outgoing: deque[Message] = deque()
         self._unsent = 0  # bytes of the body that the server has not taken
-        self._finished = False  # nothing more will be put into `_outgoing`
+        self._taken = asyncio.Event()  # it has taken something, or will never
+        self._finished = False  # the handler has nothing more to send
         self._aborted = False
-        self._changed = asyncio.Event()  # there is something to send, or no need to wait for it
-        self._taken = asyncio.Event()  # the server has taken something, or will never
 
     # -- The handler's side
 
     def answer(self, status: int, fields: bytes, body: bytes) -> None:
         """See Carrier."""
         self.begin(status, fields, unsized=False)
-        self.send(body)
-        self.finish()
+        self._put({"type": "http.response.body", "body": body, "more_body": False})
+        self._finished = True
 
     def begin(self, status: int, fields: bytes, unsized: bool) -> None:
         """See Carrier. How the length is told is the server's to say."""
@@ -9283,62 +9286,54 @@ class _AsgiExchange:
     def send(self, data: bytes) -> None:
         """See Carrier."""
         self._put({"type": "http.response.body", "body": data, "more_body": True})
-        self._unsent += len(data)
         if self._unsent > _ASGI_BUFFER:  # whoever writes does not wait for the client
             self.abort()
             self.leave()
 
     def finish(self) -> None:
         """See Carrier."""
-        if not (self._outgoing and "body" in self._outgoing[-1]):
-            self._put({"type": "http.response.body", "body": b""})
-        if self._outgoing:
-            self._outgoing[-1]["more_body"] = False
+        self._put({"type": "http.response.body", "more_body": False})
         self._finished = True
 
     def abort(self) -> None:
         """See Carrier."""
         self._finished = self._aborted = True
 
-    def has_room(self) -> bool:
-        """See Carrier."""
-        return self._unsent < _HIGH_WATER and not self.disconnected
-
     async def drained(self) -> None:
         """See Carrier."""
-        while not self.has_room():
-            if self.disconnected:
-                raise ClientDisconnected("the client has gone")
+        while self._unsent >= _HIGH_WATER and not self.disconnected:
             self._taken.clear()
             await self._taken.wait()
-
-    async def send_file(self, file: IO[bytes], offset: int, count: int) -> None:
-        """See Carrier."""
-        await _read_and_send(self, file, offset, count)
-
-    def check_peer(self, seconds: float) -> None:
-        """See Carrier. Only the server sees the connection."""
+        if self.disconnected:
+            raise ClientDisconnected("the client has gone")
 
     def _put(self, message: Message) -> None:
         if not self.disconnected:
+            self._unsent += len(message.get("body", b""))
             self._outgoing.append(message)
-            self._changed.set()
+            self._filled.set()
+
+    def end(self) -> None:
+        """The handler has ended."""
+        self._outgoing.append(None)
+        self._filled.set()
 
     # -- The server's side
 
-    async def pass_on(self, handling: asyncio.Task[None]) -> None:
-        """Send what the handler writes until it has ended and all is sent."""
-        handling.add_done_callback(lambda _: self._changed.set())
-        while self._outgoing or not handling.done():
+    async def pass_on(self) -> None:
+        """Send what the handler writes, until it has ended and all is sent."""
+        while True:
             if not self._outgoing:
-                self._changed.clear()
-                await self._changed.wait()
-                continue
+                self._filled.clear()
+                await self._filled.wait()
             message = self._outgoing.popleft()
-            try:
-                await self._send(message)
-            except OSError:  # what a server may raise when the client has gone
-                self.leave()
+            if message is None:
+                break
+            if not self.disconnected:
+                try:
+                    await self._send(message)
+                except OSError:  # what a server may raise when the client has gone
+                    self.leave()
             self._unsent -= len(message.get("body", b""))
             self._taken.set()
         if self._aborted and not self.disconnected:
@@ -9363,10 +9358,8 @@ class _AsgiExchange:
     def leave(self) -> None:
         """The client has gone: nothing more is taken, and no more of a body will come."""
         self.disconnected = True
-        self._outgoing.clear()
         if not self.body.ended:
             self.body.fail(ClientDisconnected("the client left before its request was complete"))
-        self._changed.set()
         self._taken.set()
         self._end_scopes()
 
@@ -9374,10 +9367,6 @@ class _AsgiExchange:
         """The server stops: streams end."""
         self.shutting_down = True
         self._end_scopes()
-
-    def _end_scopes(self) -> None:
-        for scope in self.scopes:
-            scope.end()
 
 
 _asgi_handlers: dict[asyncio.Task[None], tuple[Stario, _AsgiExchange]] = {}  # under way
@@ -9388,13 +9377,13 @@ async def _serve_asgi(app: Stario, scope: Message, receive: Receive, send: Send)
     loop, exchange = asyncio.get_running_loop(), _AsgiExchange(scope, send)
     handling = _spawn(_handle_asgi(app, scope, exchange), loop)
     if handling.done():
-        await exchange.pass_on(handling)
+        await exchange.pass_on()
         return
     _asgi_handlers[handling] = app, exchange
     handling.add_done_callback(_asgi_handlers.pop)
     listening = loop.create_task(exchange.listen(receive))
     try:
-        await exchange.pass_on(handling)
+        await exchange.pass_on()
     finally:
         listening.cancel()
         if not handling.done():  # the server has cancelled us
@@ -9405,12 +9394,12 @@ async def _serve_asgi(app: Stario, scope: Message, receive: Receive, send: Send)
 
 async def _handle_asgi(app: Stario, scope: Message, exchange: _AsgiExchange) -> None:
     try:
-        request = _asgi_request(scope, exchange)
+        await app.dispatch(_asgi_request(scope, exchange), exchange)
     except HttpException as exc:
         text = exc.detail.encode()
         exchange.answer(exc.status_code, _TEXT[0] + _length_line(len(text)), text)
-    else:
-        await app.dispatch(request, exchange)
+    finally:
+        exchange.end()
 
 
 def _asgi_request(scope: Message, exchange: _AsgiExchange) -> Request:
@@ -9432,29 +9421,26 @@ def _asgi_request(scope: Message, exchange: _AsgiExchange) -> Request:
 async def _live_asgi(app: Stario, receive: Receive, send: Send) -> None:
     """From the server's start to its end (ASGI's lifespan protocol)."""
     await receive()
+    stage = "startup"
     try:
         async with app._life.lived():
             await send({"type": "lifespan.startup.complete"})
+            stage = "shutdown"
             await receive()
             await _end_asgi_streams(app)
     except Exception as exc:
         reason = f"{type(exc).__name__}: {exc}"
-        started = app._life.loop is not None
-        kind = "shutdown" if started else "startup"
-        await send({"type": f"lifespan.{kind}.failed", "message": reason})
+        await send({"type": f"lifespan.{stage}.failed", "message": reason})
         raise
     await send({"type": "lifespan.shutdown.complete"})
 
 
 async def _end_asgi_streams(app: Stario) -> None:
-    loop = asyncio.get_running_loop()
-    own = {
-        task: exchange
-        for task, (its_app, exchange) in list(_asgi_handlers.items())
-        if its_app is app and task.get_loop() is loop
-    }
-    for exchange in own.values():
-        exchange.shut_down()
+    loop, own = asyncio.get_running_loop(), []
+    for task, (its_app, exchange) in list(_asgi_handlers.items()):
+        if its_app is app and task.get_loop() is loop:
+            exchange.shut_down()
+            own.append(task)
     if own:
         await asyncio.wait(own, timeout=_ASGI_GRACE)
 

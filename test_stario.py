@@ -84,6 +84,7 @@ from urllib.parse import parse_qs, quote, urlencode, urljoin, urlsplit
 import stario
 from stario import (
     POCKET_CLIENT,
+    Carrier,
     ClientDisconnected,
     CompressionConfig,
     Connection,
@@ -170,17 +171,12 @@ def needs(*names: str) -> Callable[[Any], Any]:
     return unittest.skip(f"needs {', '.join(missing)}")
 
 
-class Kept:
+class Kept(Carrier):
     """A carrier that keeps the bytes of its answer."""
 
-    client, scheme, proxies, disconnected, shutting_down = "", "http", None, False, False
-
     def __init__(self) -> None:
-        self.scopes: list[Any] = []
+        self.scopes = []
         self.kept = b""
-
-    def answer(self, status: int, fields: bytes, body: bytes) -> None:
-        self.kept += fields + body
 
     def begin(self, status: int, fields: bytes, unsized: bool) -> None:
         self.kept += fields
@@ -192,14 +188,7 @@ class Kept:
 
     def abort(self) -> None: ...
 
-    def has_room(self) -> bool:
-        return True
-
     async def drained(self) -> None: ...
-
-    async def send_file(self, file: Any, offset: int, count: int) -> None: ...
-
-    def check_peer(self, seconds: float) -> None: ...
 
 
 @dataclass
@@ -10024,18 +10013,19 @@ class TestAsgi(StreamTest):
         self.ready, self.ended = asyncio.Event(), asyncio.Event()
 
     async def test_work_after_an_early_answer_is_done(self) -> None:
-        answered = asyncio.Event()
-
         async def early(c: Context, w: Writer) -> None:
             w.empty()
-            await answered.wait()
+            await go_on.wait()
             self.log.append(f"worked {w.disconnected}")
 
+        go_on = asyncio.Event()
         server = AsgiServer(self.app(early))
         await until(lambda: len(server.sent) == 2)
         self.assertEqual(self.log, [])
-        answered.set()
         server.gone.set()  # servers say so once the answer is through
+        for _ in range(5):
+            await asyncio.sleep(0)
+        go_on.set()
         await within(server.task)
         self.assertEqual(self.log, ["worked False"])
 
@@ -14337,6 +14327,30 @@ def main() -> int:
         print(f"skipped {test}: {reason}")
     print(f"{result.passed} passed, {failed} failed, {len(result.skipped)} skipped", flush=True)
     return 1 if failed else 0
+
+    async def test_a_life_that_fails_is_told_for_what_it_was(self) -> None:
+        for stage in ("startup", "shutdown"):
+
+            @asynccontextmanager
+            async def life(app: Stario, stage: str = stage) -> AsyncIterator[None]:
+                if stage == "startup":
+                    raise LookupError("no database")
+                yield
+                raise LookupError("no database")
+
+            app, said = Stario(), list[dict[str, str]]()
+            app.lifespan(life)
+
+            async def receive() -> dict[str, str]:
+                return {}
+
+            async def send(message: dict[str, str], said: Any = said) -> None:
+                said.append(message)
+
+            with self.assertRaises(LookupError):
+                await app({"type": "lifespan"}, receive, send)
+            failed = {"type": f"lifespan.{stage}.failed", "message": "LookupError: no database"}
+            self.assertEqual(said[-1], failed)
 
 
 if __name__ == "__main__":
