@@ -63,27 +63,27 @@ a live page; each part of act 4 is a room of its own, to be read when it is need
        2679  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
        3633  10. The server
        4302  11. Trying it without a network: the test client
-     4792  ACT 3. Live
-       4836  12. Datastar: attributes and actions
-       5345  13. Streams: events, and staying with a client
-       5845  14. Relay: publish and subscribe
-     6162  ACT 4. For real
-       6168  15. Signals: from JSON to your dataclass
-       6849  16. Forms
-       7031  17. Behind a proxy
-       7112  18. Compression
-       7298  19. Static files
-       7817  20. Telemetry: spans, and the tracers that show them
-       8789  21. Sessions
-       8900  22. What lives as long as the server
-       8976  23. @baked
-       9229  24. ASGI: the same app under another server
-       9449  25. RedisRelay: the same between processes and machines
-       9688  26. Reload: a saved file restarts the app
-       9836  27. Development: what went wrong, shown where one looks
-     9958  ACT 5. The pocket client
-      10001  28. The pocket client (JavaScript)
-      11365  29. An app to begin with, and this file as a page
+     4771  ACT 3. Live
+       4815  12. Datastar: attributes and actions
+       5324  13. Streams: events, and staying with a client
+       5824  14. Relay: publish and subscribe
+     6141  ACT 4. For real
+       6147  15. Signals: from JSON to your dataclass
+       6828  16. Forms
+       7010  17. Behind a proxy
+       7091  18. Compression
+       7277  19. Static files
+       7796  20. Telemetry: spans, and the tracers that show them
+       8768  21. Sessions
+       8879  22. What lives as long as the server
+       8955  23. @baked
+       9208  24. ASGI: the same app under another server
+       9428  25. RedisRelay: the same between processes and machines
+       9667  26. Reload: a saved file restarts the app
+       9815  27. Development: what went wrong, shown where one looks
+     9937  ACT 5. The pocket client
+       9980  28. The pocket client (JavaScript)
+      11344  29. An app to begin with, and this file as a page
 
 READING PATH
 
@@ -101,10 +101,10 @@ Two hours, for who wants to know how it works and not all that it does. These li
      3376-3629   `Connection`  one connection, many requests
      4044-4058   `Server.start`  listening
      4158-4166   `Server.stop`  ending without losing a request
-     5487-5593   `_EventWriter`  events
-     5681-5742   `_Scope`  how a disconnect reaches a handler
-     5769-5841   `Alive`  staying with a client
-     6010-6114   `Relay`  from one handler to another
+     5466-5572   `_EventWriter`  events
+     5660-5721   `_Scope`  how a disconnect reaches a handler
+     5748-5820   `Alive`  staying with a client
+     5989-6093   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. Whatever carries requests reaches the rest through one narrow interface, `Carrier`
@@ -4307,108 +4307,6 @@ def _inherited_sockets() -> list[socket.socket]:
 # ==================================================================================================
 
 
-class _Exchange:
-    """One request to the app, and its answer."""
-
-    status = 0  # until the head of the answer has come
-    headers = Headers()
-
-    def __init__(self, client: TestClient, name: str, timeout: float) -> None:
-        self.name = name  # of the request, for messages
-        self.timeout = timeout
-        self.failures: list[BaseException] = []  # of its handler
-        loop = asyncio.get_running_loop()
-        self.worker = Worker(client.app, loop, client.limits)
-        if client.raise_errors:
-            self.worker.context.run(_failures.set, self.failures)
-
-    async def send(self, head: str, body: bytes) -> None:
-        """Connect, and send the request."""
-        ours, theirs = socket.socketpair()
-        theirs.setblocking(False)
-        self.worker.adopt(theirs, None)
-        self.reader, self.writer = await asyncio.open_connection(sock=ours, limit=_HIGH_WATER)
-        self.writer.write(head.encode("latin-1") + body)
-        no_body = head.startswith("HEAD ")
-        self.head = asyncio.get_running_loop().create_task(self._read_head(no_body))
-
-    async def _read_head(self, no_body: bool) -> None:
-        status = 100
-        while status < 200:  # before the answer may come "100 Continue"
-            block = await self.reader.readuntil(b"\r\n\r\n")
-            line, _, fields = block.partition(b"\r\n")
-            status = int(line.split()[1])
-        self.headers = Headers(_split_fields(fields))
-        self.pieces = self._pieces(no_body or status in _BODILESS)
-        self.status = status
-
-    async def _pieces(self, no_body: bool) -> AsyncIterator[bytes]:
-        """The body as it comes, without its framing."""
-        length = self.headers.get("content-length")
-        if no_body:
-            return
-        if "transfer-encoding" in self.headers:
-            while size := int(await self.reader.readuntil(b"\r\n"), 16):
-                yield (await self.reader.readexactly(size + 2))[:-2]
-        elif length is not None:
-            yield await self.reader.readexactly(int(length))
-        else:  # HTTP/1.0, or what was refused
-            yield await self.reader.read(-1)
-
-    @asynccontextmanager
-    async def awaiting(self, what: str) -> AsyncIterator[None]:
-        """Wait for this, within the time limit, and say what it was if it does not come."""
-        try:
-            async with asyncio.timeout(self.timeout):
-                yield
-        except TimeoutError:
-            message = f"{self.name}: {what} did not come within {self.timeout:g} s"
-            raise TimeoutError(message) from None
-        except (EOFError, ConnectionError):
-            self.raise_failure()
-            raise ClientDisconnected(f"{self.name}: the answer broke off") from None
-
-    async def settle(self) -> None:
-        """Let the handler come to its first bytes, or to where it waits."""
-        async with self.awaiting("the start of its handler"):
-            while not (self.worker.tasks or self.head.done()):
-                await asyncio.sleep(0)
-        for _ in range(20):
-            if not self.head.done():
-                await asyncio.sleep(0)
-
-    async def shut_down(self) -> None:
-        """The server stops, and the handler ends."""
-        self.worker.stopping = True
-        for connection in self.worker.connections:
-            connection.shut_down()
-        await self.over()
-        await self.close()
-
-    async def close(self) -> None:
-        """The client goes, and the handler ends."""
-        self.head.cancel()
-        self.writer.close()
-        try:
-            await self.over()
-        finally:
-            await self.worker.stop(0.0)
-
-    async def over(self) -> None:
-        """Wait until the handler has ended."""
-        async with self.awaiting("the end of its handler"):
-            while self.worker.tasks:
-                await asyncio.wait(self.worker.tasks)
-
-    def raise_failure(self) -> None:
-        """The test fails where its handler has failed."""
-        failure = self.failures[0] if self.failures else None
-        if isinstance(failure, Exception):
-            raise failure
-        if failure is not None:  # it would end the test, or the test's task, and not fail it
-            raise RuntimeError(f"{self.name}: its handler raised {failure!r}") from failure
-
-
 class TestResponse(NamedTuple):
     """An answer: `status`, `headers`, `cookies` (those it sets), `body`, `text`, `json()`."""
 
@@ -4475,54 +4373,6 @@ def _parse_event(block: str) -> ServerEvent | None:
     )
 
 
-class TestStream:
-    """An answer under way: `status`, `headers`, and, with `async for`, its events."""
-
-    __test__ = False
-
-    def __init__(self, exchange: _Exchange) -> None:
-        self._exchange = exchange
-        self._bytes = b""
-        self._last: ServerEvent | None = None
-
-    @property
-    def status(self) -> int:
-        """The status of the answer; 0 as long as it has not begun."""
-        return self._exchange.status
-
-    @property
-    def headers(self) -> Headers:
-        """The header fields of the answer."""
-        return self._exchange.headers
-
-    def __aiter__(self) -> TestStream:
-        return self
-
-    async def __anext__(self) -> ServerEvent:
-        after = f" after {self._last}" if self._last else ""
-        async with self._exchange.awaiting(f"the next event{after}"):
-            event = await self._next()
-        if event is None:
-            self._exchange.raise_failure()
-            raise StopAsyncIteration
-        self._last = event
-        return event
-
-    async def _next(self) -> ServerEvent | None:
-        await asyncio.shield(self._exchange.head)
-        while True:
-            block, found, rest = self._bytes.partition(b"\n\n")
-            if not found:
-                piece = await anext(self._exchange.pieces, None)
-                if piece is None:
-                    return None
-                self._bytes += piece
-            else:
-                self._bytes = rest
-                if event := _parse_event(block.decode("utf-8")):
-                    return event
-
-
 class _Jar:
     """When the client's cookies end, and which paths they are for (RFC 6265, section 5)."""
 
@@ -4575,19 +4425,13 @@ def _multipart(
     form: Mapping[str, object], files: Mapping[str, tuple[str, bytes]]
 ) -> tuple[bytes, str]:
     """A form with files as a body, and its content type (RFC 7578)."""
-    boundary = os.urandom(16).hex()
+    boundary, body = os.urandom(16).hex(), b""
     parts = [(f'"{name}"', str(value).encode("utf-8", "replace")) for name, value in form.items()]
     parts += [(f'"{name}"; filename="{file[0]}"', file[1]) for name, file in files.items()]
-    lines = [
-        f"--{boundary}\r\ncontent-disposition: form-data; name={name}\r\n\r\n".encode(
-            "utf-8", "replace"
-        )
-        + content
-        + b"\r\n"
-        for name, content in parts
-    ]
-    body = b"".join(lines) + f"--{boundary}--\r\n".encode()
-    return body, f"multipart/form-data; boundary={boundary}"
+    for name, content in parts:
+        head = f"--{boundary}\r\ncontent-disposition: form-data; name={name}\r\n\r\n"
+        body += head.encode("utf-8", "replace") + content + b"\r\n"
+    return body + f"--{boundary}--\r\n".encode(), f"multipart/form-data; boundary={boundary}"
 
 
 def _plain_sent(value: object) -> object:
@@ -4596,6 +4440,141 @@ def _plain_sent(value: object) -> object:
 
 
 _encode_sent = _json_writer(_plain_sent, ascii_only=False)
+
+
+class TestStream:
+    """An answer under way: `status`, `headers`, and, with `async for`, its events.
+
+    (TestClient has one for each request, and reads it to its end if it is no stream.)
+    """
+
+    __test__ = False  # pytest: this is no test case
+
+    status = 0  # as long as the answer has not begun
+    headers = Headers()
+
+    def __init__(self, client: TestClient, name: str, timeout: float) -> None:
+        self._name = name  # of the request, for messages
+        self._timeout = timeout
+        self._failures: list[BaseException] = []  # of its handler
+        self._bytes = b""  # of the next event
+        self._last: ServerEvent | None = None
+        loop = asyncio.get_running_loop()
+        self._worker = Worker(client.app, loop, client.limits)
+        if client.raise_errors:
+            self._worker.context.run(_failures.set, self._failures)
+
+    def __aiter__(self) -> TestStream:
+        return self
+
+    async def __anext__(self) -> ServerEvent:
+        after = f" after {self._last}" if self._last else ""
+        async with self._awaiting(f"the next event{after}"):
+            event = await self._next()
+        if event is None:
+            self._raise_failure()
+            raise StopAsyncIteration
+        self._last = event
+        return event
+
+    async def _next(self) -> ServerEvent | None:
+        await asyncio.shield(self._head)
+        while True:
+            block, found, rest = self._bytes.partition(b"\n\n")
+            if found:
+                self._bytes = rest
+                if event := _parse_event(block.decode("utf-8")):
+                    return event
+            elif piece := await anext(self._pieces, None):
+                self._bytes += piece
+            else:
+                return None
+
+    async def _send(self, head: str, body: bytes) -> None:
+        """Connect, and send the request."""
+        ours, theirs = socket.socketpair()
+        theirs.setblocking(False)
+        self._worker.adopt(theirs, None)
+        self._reader, self._writer = await asyncio.open_connection(sock=ours, limit=_HIGH_WATER)
+        self._writer.write(head.encode("latin-1") + body)
+        no_body = head.startswith("HEAD ")
+        self._head = asyncio.get_running_loop().create_task(self._read_head(no_body))
+
+    async def _read_head(self, no_body: bool) -> None:
+        status = 100
+        while status < 200:  # before the answer may come "100 Continue"
+            block = await self._reader.readuntil(b"\r\n\r\n")
+            line, _, fields = block.partition(b"\r\n")
+            status = int(line.split()[1])
+        self.headers = Headers(_split_fields(fields))
+        self._pieces = self._body(no_body or status in _BODILESS)
+        self.status = status
+
+    async def _body(self, no_body: bool) -> AsyncIterator[bytes]:
+        """The body as it comes, without its framing."""
+        length = self.headers.get("content-length")
+        if no_body:
+            return
+        if "transfer-encoding" in self.headers:
+            while size := int(await self._reader.readuntil(b"\r\n"), 16):
+                yield (await self._reader.readexactly(size + 2))[:-2]
+        elif length is not None:
+            yield await self._reader.readexactly(int(length))
+        else:  # HTTP/1.0, or what was refused
+            yield await self._reader.read(-1)
+
+    @asynccontextmanager
+    async def _awaiting(self, what: str) -> AsyncIterator[None]:
+        """Wait for this, within the time limit, and say what it was if it does not come."""
+        try:
+            async with asyncio.timeout(self._timeout):
+                yield
+        except TimeoutError:
+            message = f"{self._name}: {what} did not come within {self._timeout:g} s"
+            raise TimeoutError(message) from None
+        except (EOFError, ConnectionError):
+            self._raise_failure()
+            raise ClientDisconnected(f"{self._name}: the answer broke off") from None
+
+    async def _settle(self) -> None:
+        """Let the handler come to its first bytes, or to where it waits."""
+        async with self._awaiting("the start of its handler"):
+            while not (self._worker.tasks or self._head.done()):
+                await asyncio.sleep(0)
+        for _ in range(20):
+            if not self._head.done():
+                await asyncio.sleep(0)
+
+    async def _shut_down(self) -> None:
+        """The server stops, and the handler ends."""
+        self._worker.stopping = True
+        for connection in self._worker.connections:
+            connection.shut_down()
+        await self._over()
+        await self._close()
+
+    async def _close(self) -> None:
+        """The client goes, and the handler ends."""
+        self._head.cancel()
+        self._writer.close()
+        try:
+            await self._over()
+        finally:
+            await self._worker.stop(0.0)
+
+    async def _over(self) -> None:
+        """Wait until the handler has ended."""
+        async with self._awaiting("the end of its handler"):
+            while self._worker.tasks:
+                await asyncio.wait(self._worker.tasks)
+
+    def _raise_failure(self) -> None:
+        """The test fails where its handler has failed."""
+        failure = self._failures[0] if self._failures else None
+        if isinstance(failure, Exception):
+            raise failure
+        if failure is not None:  # it would end the test, or the test's task, and not fail it
+            raise RuntimeError(f"{self._name}: its handler raised {failure!r}") from failure
 
 
 class TestClient:
@@ -4629,7 +4608,7 @@ class TestClient:
         self.cookies: dict[str, str] = {}
         self._jar = _Jar(self.cookies)
         self._lived: AbstractAsyncContextManager[None]
-        self._left: list[_Exchange] = []  # answered with wait=False
+        self._left: list[TestStream] = []  # answered with wait=False
 
     async def __aenter__(self) -> TestClient:
         # An app that is being served, too, is in its lifespans already.
@@ -4640,13 +4619,13 @@ class TestClient:
 
     async def __aexit__(self, kind: type[BaseException] | None, *exc: object) -> None:
         try:
-            for exchange in self._left:
-                await exchange.shut_down()
+            for stream in self._left:
+                await stream._shut_down()
         finally:
             await self._lived.__aexit__(None, None, None)
-        for exchange in self._left:
+        for stream in self._left:
             if kind is None:
-                exchange.raise_failure()
+                stream._raise_failure()
 
     async def get(self, path: str, **options: Any) -> TestResponse:
         """GET a path. Options: see `request`."""
@@ -4702,21 +4681,21 @@ class TestClient:
     async def _request(
         self, method: str, path: str, wait: bool, options: dict[str, Any]
     ) -> TestResponse:
-        exchange = await self._send(method, path, **options)
+        stream = await self._send(method, path, **options)
         try:
-            async with exchange.awaiting("its answer"):
-                await exchange.head
-                body = b"".join([piece async for piece in exchange.pieces])
+            async with stream._awaiting("its answer"):
+                await stream._head
+                body = b"".join([piece async for piece in stream._pieces])
             if wait:
-                await exchange.over()
-                exchange.raise_failure()
+                await stream._over()
+                stream._raise_failure()
         finally:
             if wait:
-                await exchange.close()
+                await stream._close()
             else:
-                self._left.append(exchange)
-        set_cookies = self._jar.take(exchange.headers)
-        return TestResponse(exchange.status, exchange.headers, body, set_cookies)
+                self._left.append(stream)
+        set_cookies = self._jar.take(stream.headers)
+        return TestResponse(stream.status, stream.headers, body, set_cookies)
 
     @asynccontextmanager
     async def stream(self, method: str, path: str, **options: Any) -> AsyncIterator[TestStream]:
@@ -4724,14 +4703,14 @@ class TestClient:
 
         Options: see `request`. The block is left when the handler has ended.
         """
-        exchange = await self._send(method, path, **options)
+        stream = await self._send(method, path, **options)
         try:
-            await exchange.settle()
-            self._jar.take(exchange.headers)
-            yield TestStream(exchange)
+            await stream._settle()
+            self._jar.take(stream.headers)
+            yield stream
         finally:
-            await exchange.close()
-        exchange.raise_failure()
+            await stream._close()
+        stream._raise_failure()
 
     async def _send(
         self,
@@ -4745,7 +4724,7 @@ class TestClient:
         files: Mapping[str, tuple[str, bytes]] | None = None,
         body: bytes = b"",
         timeout: float | None = None,
-    ) -> _Exchange:
+    ) -> TestStream:
         fields = {"host": self.host}
         if cookies := self._jar.header(path):
             fields["cookie"] = cookies
@@ -4773,9 +4752,9 @@ class TestClient:
         for name, value in fields.items():
             sent = value.encode("utf-8" if name in _UTF_8_FIELDS else "latin-1", "replace")
             lines.append(f"{name}: {sent.decode('latin-1')}")
-        exchange = _Exchange(self, f"{method} {path}", timeout or self.timeout)
-        await exchange.send("\r\n".join([*lines, "", ""]), body)
-        return exchange
+        stream = TestStream(self, f"{method} {path}", timeout or self.timeout)
+        await stream._send("\r\n".join([*lines, "", ""]), body)
+        return stream
 
 
 # -- Act 2 runs: the same app, in a browser with `asyncio.run(app.serve())`, and in a test.
