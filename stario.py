@@ -63,27 +63,27 @@ a live page; each part of act 4 is a room of its own, to be read when it is need
        2679  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
        3633  10. The server
        4302  11. Trying it without a network: the test client
-     4771  ACT 3. Live
-       4815  12. Datastar: attributes and actions
-       5324  13. Streams: events, and staying with a client
-       5824  14. Relay: publish and subscribe
-     6141  ACT 4. For real
-       6147  15. Signals: from JSON to your dataclass
-       6828  16. Forms
-       7010  17. Behind a proxy
-       7091  18. Compression
-       7277  19. Static files
-       7796  20. Telemetry: spans, and the tracers that show them
-       8768  21. Sessions
-       8879  22. What lives as long as the server
-       8955  23. @baked
-       9208  24. ASGI: the same app under another server
-       9428  25. RedisRelay: the same between processes and machines
-       9667  26. Reload: a saved file restarts the app
-       9815  27. Development: what went wrong, shown where one looks
-     9937  ACT 5. The pocket client
-       9980  28. The pocket client (JavaScript)
-      11344  29. An app to begin with, and this file as a page
+     4743  ACT 3. Live
+       4787  12. Datastar: attributes and actions
+       5296  13. Streams: events, and staying with a client
+       5796  14. Relay: publish and subscribe
+     6113  ACT 4. For real
+       6119  15. Signals: from JSON to your dataclass
+       6800  16. Forms
+       6982  17. Behind a proxy
+       7063  18. Compression
+       7249  19. Static files
+       7768  20. Telemetry: spans, and the tracers that show them
+       8740  21. Sessions
+       8851  22. What lives as long as the server
+       8927  23. @baked
+       9180  24. ASGI: the same app under another server
+       9400  25. RedisRelay: the same between processes and machines
+       9639  26. Reload: a saved file restarts the app
+       9787  27. Development: what went wrong, shown where one looks
+     9909  ACT 5. The pocket client
+       9952  28. The pocket client (JavaScript)
+      11316  29. An app to begin with, and this file as a page
 
 READING PATH
 
@@ -101,10 +101,10 @@ Two hours, for who wants to know how it works and not all that it does. These li
      3376-3629   `Connection`  one connection, many requests
      4044-4058   `Server.start`  listening
      4158-4166   `Server.stop`  ending without losing a request
-     5466-5572   `_EventWriter`  events
-     5660-5721   `_Scope`  how a disconnect reaches a handler
-     5748-5820   `Alive`  staying with a client
-     5989-6093   `Relay`  from one handler to another
+     5438-5544   `_EventWriter`  events
+     5632-5693   `_Scope`  how a disconnect reaches a handler
+     5720-5792   `Alive`  staying with a client
+     5961-6065   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. Whatever carries requests reaches the rest through one narrow interface, `Carrier`
@@ -4339,11 +4339,7 @@ class ServerEvent(NamedTuple):
     @property
     def fields(self) -> dict[str, str]:
         """A Datastar event's data: `elements`, `selector`, `mode`, `signals`, ..."""
-        found: dict[str, list[str]] = {}
-        for line in self.data.split("\n"):
-            name, _, value = line.partition(" ")
-            found.setdefault(name, []).append(value)
-        return {name: "\n".join(values) for name, values in found.items()}
+        return {name: "\n".join(lines) for name, lines in _named_lines(self.data, " ").items()}
 
     @property
     def elements(self) -> str:
@@ -4356,21 +4352,24 @@ class ServerEvent(NamedTuple):
         return json.loads(self.fields.get("signals", "{}"))
 
 
+def _named_lines(text: str, separator: str) -> dict[str, list[str]]:
+    """What stands behind each name at the beginning of lines."""
+    found: dict[str, list[str]] = {}
+    for line in text.split("\n"):
+        name, *value = re.split(separator, line, maxsplit=1)
+        found.setdefault(name, []).append("".join(value))
+    return found
+
+
 def _parse_event(block: str) -> ServerEvent | None:
     """One event's lines (HTML standard, 9.2.6); None for a comment."""
-    found: dict[str, list[str]] = {}
-    for line in block.split("\n"):
-        name, _, value = line.partition(":")
-        found.setdefault(name, []).append(value.removeprefix(" "))
+    found = _named_lines(block, ": ?")
     if "event" not in found and "data" not in found:
         return None
     last = {name: values[-1] for name, values in found.items()}
-    return ServerEvent(
-        last.get("event", "message"),
-        "\n".join(found.get("data", [])),
-        last.get("id"),
-        int(last["retry"]) if "retry" in last else None,
-    )
+    retry = int(last["retry"]) if "retry" in last else None
+    data = "\n".join(found.get("data", []))
+    return ServerEvent(last.get("event", "message"), data, last.get("id"), retry)
 
 
 class _Jar:
@@ -4395,30 +4394,24 @@ class _Jar:
 
     def take(self, headers: Headers) -> dict[str, str]:
         """Keep what an answer sets; gives that."""
+        from email.utils import parsedate_to_datetime
+
         found: dict[str, str] = {}
         for line in headers.getlist("set-cookie"):
             pair, *rest = line.split(";")
             name, _, value = pair.partition("=")
-            attributes = {key.strip().lower(): text for key, _, text in _partitions(rest)}
+            parts = (attribute.partition("=") for attribute in rest)
+            attributes = {key.strip().lower(): text for key, _, text in parts}
             end = _NEVER
             if "max-age" in attributes:
                 end = time.time() + int(attributes["max-age"])
             elif "expires" in attributes:
-                end = _timestamp(attributes["expires"])
+                end = parsedate_to_datetime(attributes["expires"]).timestamp()
             found[name] = self._cookies[name] = unquote(value)
             self._rules[name] = end, attributes.get("path", "/")
             if end <= time.time():
                 del self._cookies[name]
         return found
-
-
-def _timestamp(http_date: str) -> float:
-    parsed = datetime.strptime(http_date, "%a, %d %b %Y %H:%M:%S GMT")
-    return parsed.replace(tzinfo=timezone.utc).timestamp()
-
-
-def _partitions(items: Iterable[str]) -> Iterator[tuple[str, str, str]]:
-    return (item.partition("=") for item in items)
 
 
 def _multipart(
@@ -4627,56 +4620,35 @@ class TestClient:
             if kind is None:
                 stream._raise_failure()
 
-    async def get(self, path: str, **options: Any) -> TestResponse:
-        """GET a path. Options: see `request`."""
-        return await self.request("GET", path, **options)
-
-    async def post(self, path: str, **options: Any) -> TestResponse:
-        """POST to a path. Options: see `request`."""
-        return await self.request("POST", path, **options)
-
-    async def put(self, path: str, **options: Any) -> TestResponse:
-        """PUT to a path. Options: see `request`."""
-        return await self.request("PUT", path, **options)
-
-    async def patch(self, path: str, **options: Any) -> TestResponse:
-        """PATCH a path. Options: see `request`."""
-        return await self.request("PATCH", path, **options)
-
-    async def delete(self, path: str, **options: Any) -> TestResponse:
-        """DELETE a path. Options: see `request`."""
-        return await self.request("DELETE", path, **options)
-
     async def request(
         self, method: str, path: str, *, wait: bool = True, follow: bool = False, **options: Any
     ) -> TestResponse:
-        """Send a request and give its answer.
+        """Send a request and give its answer. `get`, `post` and so on are the same, by a method.
 
         Options: `signals` (as Datastar sends them; a dict, a dataclass, a model), `json`, `form` (a
         dict), `files` (`{"field": ("name.txt", b"...")}`), `body` (bytes), `headers` and `timeout`;
         `follow=True` goes where a redirect leads. Raises ClientDisconnected if the answer breaks
         off.
         """
-        answer = await self._request(method, path, wait, options)
-        hops = 0
-        while (
-            follow and 300 <= answer.status < 400 and (location := answer.headers.get("location"))
-        ):
-            hops += 1
-            if hops > 20:
-                raise StarioError(f"{method} {path}: more than 20 redirects")
-            base = f"http://{self.host}"
-            target = urlsplit(urljoin(base + path, location))
+        for _ in range(20):
+            answer = await self._request(method, path, wait, options)
+            location = answer.headers.get("location") if 300 <= answer.status < 400 else None
+            if not (follow and location):
+                return answer
+            target = urlsplit(urljoin(f"http://{self.host}{path}", location))
             if target.netloc != self.host:
-                break
+                return answer
             path = (target.path or "/") + (f"?{target.query}" if target.query else "")
             if answer.status == 303 or (answer.status in (301, 302) and method == "POST"):
                 method = "GET"
-                options = {
-                    name: options[name] for name in ("headers", "timeout") if name in options
-                }
-            answer = await self._request(method, path, wait, options)
-        return answer
+                options = {name: options[name] for name in options.keys() & {"headers", "timeout"}}
+        raise StarioError(f"{method} {path}: more than 20 redirects")
+
+    get = functools.partialmethod(request, "GET")
+    post = functools.partialmethod(request, "POST")
+    put = functools.partialmethod(request, "PUT")
+    patch = functools.partialmethod(request, "PATCH")
+    delete = functools.partialmethod(request, "DELETE")
 
     async def _request(
         self, method: str, path: str, wait: bool, options: dict[str, Any]

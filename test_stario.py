@@ -5059,6 +5059,19 @@ class TestTheTestClient(AsyncTest):
             with self.assertRaisesRegex(StarioError, "GET /loop: more than 20 redirects"):
                 await client.get("/loop", follow=True)
 
+    async def test_an_event_is_taken_apart_and_its_blanks_are_kept(self) -> None:
+        async def show(c: Context, w: Writer) -> None:
+            w.patch(SafeString("<pre id='x'>\n  two: blanks\n</pre>"), id="7", retry=900)
+            w.event("plain", "a: b\n c")
+
+        app = Stario()
+        app.get("/", show)
+        async with TestClient(app) as client, client.stream("GET", "/") as events:
+            first, second = [event async for event in events]
+        self.assertEqual(first.elements, "<pre id='x'>\n  two: blanks\n</pre>")
+        self.assertEqual((first.id, first.retry), ("7", 900))
+        self.assertEqual((second.event, second.data, second.id), ("plain", "a: b\n c", None))
+
     async def test_files_and_signals_of_a_dataclass_are_sent(self) -> None:
         async def upload(c: Context, w: Writer) -> None:
             form = await c.req.form()
