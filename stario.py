@@ -57,33 +57,33 @@ a live page; each part of act 4 is a room of its own, to be read when it is need
         659  4. JSON
         740  5. The request: headers, query, cookies, body
        1292  6. The answer: status, fields, body
-       1771  7. Context and routing
-       2324  8. The app
-     2671  ACT 2. On the network
-       2679  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3633  10. The server
-       4302  11. Trying it without a network: the test client
-     4743  ACT 3. Live
-       4787  12. Datastar: attributes and actions
-       5296  13. Streams: events, and staying with a client
-       5796  14. Relay: publish and subscribe
-     6113  ACT 4. For real
-       6119  15. Signals: from JSON to your dataclass
-       6800  16. Forms
-       6982  17. Behind a proxy
-       7063  18. Compression
-       7249  19. Static files
-       7768  20. Telemetry: spans, and the tracers that show them
-       8740  21. Sessions
-       8851  22. What lives as long as the server
-       8927  23. @baked
-       9180  24. ASGI: the same app under another server
-       9400  25. RedisRelay: the same between processes and machines
-       9639  26. Reload: a saved file restarts the app
-       9787  27. Development: what went wrong, shown where one looks
-     9909  ACT 5. The pocket client
-       9952  28. The pocket client (JavaScript)
-      11316  29. An app to begin with, and this file as a page
+       1763  7. Context and routing
+       2316  8. The app
+     2663  ACT 2. On the network
+       2671  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
+       3625  10. The server
+       4294  11. Trying it without a network: the test client
+     4735  ACT 3. Live
+       4779  12. Datastar: attributes and actions
+       5288  13. Streams: events, and staying with a client
+       5788  14. Relay: publish and subscribe
+     6105  ACT 4. For real
+       6111  15. Signals: from JSON to your dataclass
+       6792  16. Forms
+       6974  17. Behind a proxy
+       7055  18. Compression
+       7241  19. Static files
+       7760  20. Telemetry: spans, and the tracers that show them
+       8732  21. Sessions
+       8843  22. What lives as long as the server
+       8919  23. @baked
+       9172  24. ASGI: the same app under another server
+       9392  25. RedisRelay: the same between processes and machines
+       9631  26. Reload: a saved file restarts the app
+       9779  27. Development: what went wrong, shown where one looks
+     9901  ACT 5. The pocket client
+       9944  28. The pocket client (JavaScript)
+      11308  29. An app to begin with, and this file as a page
 
 READING PATH
 
@@ -92,19 +92,19 @@ Two hours, for who wants to know how it works and not all that it does. These li
       326-339    `SafeString`  an element is a string
       625-652    `Tags`  `h.P` makes one
      1042-1246   `Request`  what a client asks for
-     1304-1378   `Carrier`  what brings the answer back
-     1494-1673   `_RawWriter`  the answer
-     1782-1882   `Context`  what a handler gets beside it
-     2216-2232   `Router._find`  from a path to a handler
-     2510-2541   `Stario.dispatch`  one request from end to end
-     2956-3074   `_Reader`  bytes to requests
-     3376-3629   `Connection`  one connection, many requests
-     4044-4058   `Server.start`  listening
-     4158-4166   `Server.stop`  ending without losing a request
-     5438-5544   `_EventWriter`  events
-     5632-5693   `_Scope`  how a disconnect reaches a handler
-     5720-5792   `Alive`  staying with a client
-     5961-6065   `Relay`  from one handler to another
+     1304-1370   `Carrier`  what brings the answer back
+     1486-1665   `_RawWriter`  the answer
+     1774-1874   `Context`  what a handler gets beside it
+     2208-2224   `Router._find`  from a path to a handler
+     2502-2533   `Stario.dispatch`  one request from end to end
+     2948-3066   `_Reader`  bytes to requests
+     3368-3621   `Connection`  one connection, many requests
+     4036-4050   `Server.start`  listening
+     4150-4158   `Server.stop`  ending without losing a request
+     5430-5536   `_EventWriter`  events
+     5624-5685   `_Scope`  how a disconnect reaches a handler
+     5712-5784   `Alive`  staying with a client
+     5953-6057   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. Whatever carries requests reaches the rest through one narrow interface, `Carrier`
@@ -1314,16 +1314,8 @@ class Carrier:
     scopes: list[_Scope]  # to be ended when the client has gone, and when the server stops
     disconnected = False  # the client has gone
     client = ""  # the peer's address, or nothing where it has none
-
-    @property
-    def scheme(self) -> str:
-        """How the peer speaks with us: "http" or "https"."""
-        return "http"
-
-    @property
-    def proxies(self) -> TrustedProxies | None:
-        """Which peers may speak for others."""
-        return None
+    scheme = "http"  # or "https": how the peer speaks with us
+    proxies: TrustedProxies | None = None  # the peers that may speak for others
 
     @property
     def shutting_down(self) -> bool:
