@@ -62,28 +62,28 @@ a live page; each part of act 4 is a room of its own, to be read when it is need
      2663  ACT 2. On the network
        2671  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
        3625  10. The server
-       4294  11. Trying it without a network: the test client
-     4735  ACT 3. Live
-       4779  12. Datastar: attributes and actions
-       5288  13. Streams: events, and staying with a client
-       5788  14. Relay: publish and subscribe
-     6105  ACT 4. For real
-       6111  15. Signals: from JSON to your dataclass
-       6792  16. Forms
-       6974  17. Behind a proxy
-       7055  18. Compression
-       7241  19. Static files
-       7760  20. Telemetry: spans, and the tracers that show them
-       8732  21. Sessions
-       8843  22. What lives as long as the server
-       8919  23. @baked
-       9172  24. ASGI: the same app under another server
-       9392  25. RedisRelay: the same between processes and machines
-       9631  26. Reload: a saved file restarts the app
-       9779  27. Development: what went wrong, shown where one looks
-     9901  ACT 5. The pocket client
-       9944  28. The pocket client (JavaScript)
-      11308  29. An app to begin with, and this file as a page
+       4295  11. Trying it without a network: the test client
+     4736  ACT 3. Live
+       4780  12. Datastar: attributes and actions
+       5289  13. Streams: events, and staying with a client
+       5789  14. Relay: publish and subscribe
+     6106  ACT 4. For real
+       6112  15. Signals: from JSON to your dataclass
+       6793  16. Forms
+       6975  17. Behind a proxy
+       7056  18. Compression
+       7242  19. Static files
+       7761  20. Telemetry: spans, and the tracers that show them
+       8733  21. Sessions
+       8844  22. What lives as long as the server
+       8920  23. @baked
+       9173  24. ASGI: the same app under another server
+       9393  25. RedisRelay: the same between processes and machines
+       9632  26. Reload: a saved file restarts the app
+       9780  27. Development: what went wrong, shown where one looks
+     9902  ACT 5. The pocket client
+       9945  28. The pocket client (JavaScript)
+      11309  29. An app to begin with, and this file as a page
 
 READING PATH
 
@@ -99,12 +99,12 @@ Two hours, for who wants to know how it works and not all that it does. These li
      2502-2533   `Stario.dispatch`  one request from end to end
      2948-3066   `_Reader`  bytes to requests
      3368-3621   `Connection`  one connection, many requests
-     4036-4050   `Server.start`  listening
-     4150-4158   `Server.stop`  ending without losing a request
-     5430-5536   `_EventWriter`  events
-     5624-5685   `_Scope`  how a disconnect reaches a handler
-     5712-5784   `Alive`  staying with a client
-     5953-6057   `Relay`  from one handler to another
+     4037-4051   `Server.start`  listening
+     4151-4159   `Server.stop`  ending without losing a request
+     5431-5537   `_EventWriter`  events
+     5625-5686   `_Scope`  how a disconnect reaches a handler
+     5713-5785   `Alive`  staying with a client
+     5954-6058   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. Whatever carries requests reaches the rest through one narrow interface, `Carrier`
@@ -3691,6 +3691,7 @@ class Worker:
         self.context = contextvars.copy_context()
         times = (time for name, time in dataclasses.asdict(limits).items() if "timeout" in name)
         self._interval = max(0.01, min(1.0, min(times) / 4))
+        self.now = loop.time()  # of the last sweep
         self._sweep()
 
     def adopt(self, accepted: socket.socket, tls: ssl_module.SSLContext | None) -> None:
