@@ -44,67 +44,70 @@ handler has published it (14). An event is some lines of text and an empty line:
     data: elements <h1 id="title">Hello, Grace</h1>
 
 Datastar (12) is the JavaScript in the page that asks for the stream, and puts each element in the
-place of the one with its id. Part 28 is a small one that comes with this file.
+place of the one with its id. Part 30 is a small one that comes with this file.
 
 MAP
 
 After each act something runs, and you may stop there. Acts 1 to 3 are what one has to understand of
 a live page; each part of act 4 is a room of its own, to be read when it is needed.
 
-      216  ACT 1. A framework
-        223  2. Errors
-        315  3. HTML: elements are strings
-        659  4. JSON
-        740  5. The request: headers, query, cookies, body
-       1292  6. The answer: status, fields, body
-       1763  7. Context and routing
-       2316  8. The app
-     2663  ACT 2. On the network
-       2671  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3625  10. The server
-       4295  11. Trying it without a network: the test client
-     4736  ACT 3. Live
-       4780  12. Datastar: attributes and actions
-       5289  13. Streams: events, and staying with a client
-       5789  14. Relay: publish and subscribe
-     6106  ACT 4. For real
-       6112  15. Signals: from JSON to your dataclass
-       6793  16. Forms
-       6975  17. Behind a proxy
-       7056  18. Compression
-       7242  19. Static files
-       7761  20. Telemetry: spans, and the tracers that show them
-       8733  21. Sessions
-       8844  22. What lives as long as the server
-       8920  23. @baked
-       9173  24. ASGI: the same app under another server
-       9393  25. RedisRelay: the same between processes and machines
-       9632  26. Reload: a saved file restarts the app
-       9780  27. Development: what went wrong, shown where one looks
-     9902  ACT 5. The pocket client
-       9945  28. The pocket client (JavaScript)
-      11309  29. An app to begin with, and this file as a page
+      220  ACT 1. A framework
+        227  2. Errors
+        325  3. HTML: elements are strings
+        669  4. JSON
+        767  5. The request: headers, query, cookies, body
+       1317  6. The answer: status, fields, body
+       1792  7. Context and routing
+       2348  8. The app
+     2699  ACT 2. On the network
+       2707  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
+       3661  10. The server
+       4331  11. Trying it without a network: the test client [testclient]
+     4772  ACT 3. Live
+       4816  12. Datastar: attributes and actions
+       5328  13. Streams: events, and staying with a client
+       5828  14. Relay: publish and subscribe
+     6145  ACT 4. For real
+       6151  15. Signals: from JSON to your dataclass
+       6832  16. Forms [forms]
+       6999  17. Behind a proxy
+       7080  18. Compression [compression]
+       7269  19. Static files [assets]
+       7786  20. Telemetry: spans, and who hears of them
+       8279  21. JsonTracer: for log collectors [json]
+       8349  22. RichTracer: for people [rich]
+       8769  23. Sessions [sessions]
+       8880  24. What lives as long as the server
+       8956  25. @baked
+       9209  26. ASGI: the same app under another server [asgi]
+       9429  27. RedisRelay: the same between processes and machines [redis]
+       9668  28. Reload: a saved file restarts the app [reload]
+       9825  29. Development: what went wrong, shown where one looks [development]
+     9944  ACT 5. The pocket client
+       9987  30. The pocket client (JavaScript) [client]
+      11340  31. This file as a page [read]
+      11554  32. An app to begin with
 
 READING PATH
 
 Two hours, for who wants to know how it works and not all that it does. These lines, in this order:
 
-      326-339    `SafeString`  an element is a string
-      625-652    `Tags`  `h.P` makes one
-     1042-1246   `Request`  what a client asks for
-     1304-1370   `Carrier`  what brings the answer back
-     1486-1665   `_RawWriter`  the answer
-     1774-1874   `Context`  what a handler gets beside it
-     2208-2224   `Router._find`  from a path to a handler
-     2502-2533   `Stario.dispatch`  one request from end to end
-     2948-3066   `_Reader`  bytes to requests
-     3368-3621   `Connection`  one connection, many requests
-     4037-4051   `Server.start`  listening
-     4151-4159   `Server.stop`  ending without losing a request
-     5431-5537   `_EventWriter`  events
-     5625-5686   `_Scope`  how a disconnect reaches a handler
-     5713-5785   `Alive`  staying with a client
-     5954-6058   `Relay`  from one handler to another
+      336-349    `SafeString`  an element is a string
+      635-662    `Tags`  `h.P` makes one
+     1069-1273   `Request`  what a client asks for
+     1329-1395   `Carrier`  what brings the answer back
+     1511-1694   `_RawWriter`  the answer
+     1803-1903   `Context`  what a handler gets beside it
+     2240-2256   `Router._find`  from a path to a handler
+     2539-2570   `Stario.dispatch`  one request from end to end
+     2984-3102   `_Reader`  bytes to requests
+     3404-3657   `Connection`  one connection, many requests
+     4073-4087   `Server.start`  listening
+     4187-4195   `Server.stop`  ending without losing a request
+     5470-5576   `_EventWriter`  events
+     5664-5725   `_Scope`  how a disconnect reaches a handler
+     5752-5824   `Alive`  staying with a client
+     5993-6097   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. Whatever carries requests reaches the rest through one narrow interface, `Carrier`
@@ -118,6 +121,7 @@ import sys
 if sys.version_info < (3, 11):  # noqa: UP036 - whoever tries an older one reads it here
     raise ImportError(f"stario needs Python 3.11 or newer, and this is {sys.version.split()[0]}")
 
+import ast
 import asyncio
 import atexit
 import base64
@@ -241,6 +245,12 @@ class StarioError(Exception):
             frame = frame.f_back
         if frame is not None:
             self.add_note(f"at {frame.f_code.co_filename}:{frame.f_lineno}")
+
+
+def _is_own(filename: str) -> bool:
+    """Whether a file is the program's own: not this one, Python's, or an installed package's."""
+    library = os.path.dirname(os.__file__)
+    return filename != __file__ and not filename.startswith((library, "<frozen"))
 
 
 class ClientDisconnected(Exception):
@@ -734,6 +744,23 @@ def _finite(text: str) -> float:
 
 
 _json_decoder = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)
+
+
+def _parse_json(text: str | bytes) -> Any:
+    """JSON in UTF-8 (RFC 8259). Half a surrogate pair, which is no text, becomes `?`."""
+    try:
+        plain = (text if isinstance(text, str) else text.decode()).strip("\ufeff \t\r\n")
+        value, end = _json_decoder.raw_decode(plain)  # `decode` takes twice as long
+        if end < len(plain):
+            raise ValueError(f"{plain[end:][:20]!r} follows its end")
+        if "\\u" in plain and _ESCAPED_SURROGATE.search(plain):
+            value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
+        return value
+    except (ValueError, RecursionError) as exc:  # UnicodeDecodeError is a ValueError
+        raise HttpException(400, f"this is not JSON: {exc}") from None
+
+
+_ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 # ==================================================================================================
@@ -1258,6 +1285,21 @@ def _split_host(host: str) -> tuple[str, str]:
     return name.lower().removesuffix("."), port
 
 
+_PARAMETER = re.compile(r';\s*+([^\s=;"]++)\s*+=\s*+(?:"((?:[^"\\]++|\\.)*+)"|([^;]*+))')
+
+
+def _parameters(value: str) -> dict[str, str]:
+    """The parameters of a header value such as `form-data; name="a"; filename="b.txt"`.
+
+    Browsers write a quote in a file name as %22, and a backslash as it is; so only `\\"` and `\\\\`
+    are undone here.
+    """
+    return {
+        name.lower(): re.sub(r'\\(["\\])', r"\1", quoted) if quoted else plain.strip()
+        for name, quoted, plain in _PARAMETER.findall(value)
+    }
+
+
 _BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
 
 
@@ -1269,23 +1311,6 @@ def _decode_path(raw: str) -> str:
         return unquote_to_bytes(raw).decode("utf-8")
     except UnicodeDecodeError:
         raise HttpException(400, "the path is not UTF-8") from None
-
-
-def _parse_json(text: str | bytes) -> Any:
-    """JSON in UTF-8 (RFC 8259). Half a surrogate pair, which is no text, becomes `?`."""
-    try:
-        plain = (text if isinstance(text, str) else text.decode()).strip("\ufeff \t\r\n")
-        value, end = _json_decoder.raw_decode(plain)  # `decode` takes twice as long
-        if end < len(plain):
-            raise ValueError(f"{plain[end:][:20]!r} follows its end")
-        if "\\u" in plain and _ESCAPED_SURROGATE.search(plain):
-            value = json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
-        return value
-    except (ValueError, RecursionError) as exc:  # UnicodeDecodeError is a ValueError
-        raise HttpException(400, f"this is not JSON: {exc}") from None
-
-
-_ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 # ==================================================================================================
@@ -1489,7 +1514,9 @@ class _RawWriter:
     Writer is told in four steps: this, answers in one shot, streams of events, and `alive`.
     """
 
-    def __init__(self, carrier: Carrier, request: Request, compression: CompressionConfig) -> None:
+    def __init__(
+        self, carrier: Carrier, request: Request, compression: CompressionConfig | None
+    ) -> None:
         self._status = 0
         self.started = False
         self.completed = False
@@ -1603,8 +1630,9 @@ class _RawWriter:
         fields, compressible = content
         if self._headers is not None:
             fields = self._own_fields(fields)
-        if compressible and len(body) >= self._compression.min_size:
-            fields, body = _compress(self._compression, self._request.headers, fields, body)
+        config = self._compression
+        if compressible and config is not None and len(body) >= config.min_size:
+            fields, body = _compress(config, self._request.headers, fields, body)
         if status in _BODILESS:
             body = b""
         else:
@@ -1621,8 +1649,9 @@ class _RawWriter:
         has_body = status not in _BODILESS and self._request.method != "HEAD"
         compressor = None
         if length is None:
-            headers = self._request.headers
-            fields, compressor = _compress_stream(self._compression, headers, fields)
+            if self._compression is not None:
+                headers = self._request.headers
+                fields, compressor = _compress_stream(self._compression, headers, fields)
         elif status != 204:  # which has no Content-Length (RFC 9110, section 8.6)
             fields += _length_line(length)
         if has_body:
@@ -1789,7 +1818,7 @@ class Context:
 
     @property
     def session(self) -> dict[str, Any]:
-        """What the browser keeps for you in a signed cookie: see `Session` (part 21)."""
+        """What the browser keeps for you in a signed cookie: see `Session` (part 23)."""
         if "session" not in self.state:
             raise StarioError("there is no c.session: add app.use(Session(key)) before the routes")
         return cast("dict[str, Any]", self.state["session"])
@@ -1995,6 +2024,9 @@ def _filled(segment: str, params: dict[str, Any]) -> str:
     if _converted(named[2] or _ANY, text) is None:
         raise StarioError(f"{named[1]}={text!r} does not fit {segment}")
     return quote(text, safe="", errors="replace")
+
+
+_collections: dict[str, Assets] = {}  # of files, by name (part 19)
 
 
 class Router:
@@ -2455,17 +2487,22 @@ class Stario(Router):
         if not isinstance(max_body, int):
             raise StarioError(f"max_body is a number of bytes, not {max_body!r}")
         self.tracer = tracer or Tracer()
-        self.compression = compression or CompressionConfig()
-        if not isinstance(self.compression, CompressionConfig):
+        self.compression = compression or self._compression
+        if compression is not None and not isinstance(compression, CompressionConfig):
             raise StarioError(f"compression is a CompressionConfig(...), not {compression!r}")
         self.max_body = max_body
         self._silent = type(self.tracer) is Tracer  # nobody looks at the spans: make none
         self._life = _Life(self)
         self._fallback: Handler = self._no_route
-        self._add("GET", "/_stario/*", _collections["_stario"])  # the pocket client, see part 28
+        if self._pocket is not None:
+            self._add("GET", "/_stario/*", self._pocket)
 
-    debug = False  # for development: show what goes wrong (part 27)
-    _writer: type[Writer]  # set where it is complete, or by development (part 27)
+    # Later parts put themselves here; a copy of the file without one of them works without it.
+    _compression: CompressionConfig | None = None  # part 18
+    _pocket: Assets | None = None  # part 30
+    _develops = False  # part 29
+    debug = False  # for development: show what goes wrong (part 29)
+    _writer: type[Writer]  # set where it is complete, or by development (part 29)
 
     def use(self, *middleware: Middleware) -> None:
         """Wrap every route that follows, and the answers where there is no route."""
@@ -2573,7 +2610,7 @@ class Stario(Router):
         return {m for router in self._routers_for(request) for m in router._methods(raw_path)}
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Serve as an ASGI 3 application: `uvicorn myapp:app`. See part 24."""
+        """Serve as an ASGI 3 application: `uvicorn myapp:app`. See part 26."""
         if scope["type"] == "http":
             await _serve_asgi(self, scope, receive, send)
         elif scope["type"] == "lifespan":
@@ -2595,20 +2632,19 @@ class Stario(Router):
     ) -> None:
         """Serve until a signal says stop. The options are those of `Server`, and the `Limits`.
 
-        With `reload` a saved file restarts the program (part 26). With `debug`, by default on at
-        a terminal and off elsewhere, errors are shown in the browser (part 27). What keeps it from
+        With `reload` a saved file restarts the program (part 28). With `debug`, by default on at
+        a terminal and off elsewhere, errors are shown in the browser (part 29). What keeps it from
         starting (a port that is taken, an option that does not exist) ends the program with one
         sentence: SystemExit. Threads of `asyncio.to_thread` do not hold up the program's end.
         """
         try:
             server = Server(self, host, port, workers, **options)
-            if reload and _RELOADED in os.environ:
-                _join_reloading(self, server)
-            elif reload:
-                server._listener.open()
-                raise SystemExit(_Reloader(server).run())
+            if reload:
+                _reload(self, server)
             asyncio.get_running_loop().set_default_executor(_Threads())
-            self.debug = sys.stdout is not None and sys.stdout.isatty() if debug is None else debug
+            if debug is None:
+                debug = self._develops and sys.stdout is not None and sys.stdout.isatty()
+            self.debug = debug
             await server.start()
             if self.debug:
                 _Watchdog()
@@ -4292,7 +4328,7 @@ def _inherited_sockets() -> list[socket.socket]:
 
 
 # ==================================================================================================
-# 11. Trying it without a network: the test client
+# 11. Trying it without a network: the test client [testclient]
 #
 # Each request gets a pair of connected sockets: at one end the server's own connection (9), with a
 # worker for itself (10), at the other this client. So an answer is what the server answers, byte by
@@ -5259,13 +5295,16 @@ def datastar_script(src: str | None = None, *, nonce: str | None = None) -> Safe
     """The `<script>` that brings Datastar into a page: put it into `<head>`.
 
     Without `src` it is the official bundle from its CDN and, where that fails or has not come after
-    1.5 seconds, the pocket client (part 28) from this server. Never both: the bundle is fetched as
+    1.5 seconds, the pocket client (part 30) from this server. Never both: the bundle is fetched as
     text, and run when it has come in full with the right hash. `src` names another copy to load,
     and nothing else. `nonce` is the one of the page's Content-Security-Policy.
     """
     attributes = {"type": "module", "nonce": nonce or False}
     if src is not None:
         return h.Script(attributes, {"src": src})
+    if Stario._pocket is None:  # left out of this copy
+        attributes |= {"integrity": DATASTAR_INTEGRITY, "crossorigin": "anonymous"}
+        return h.Script(attributes, {"src": DATASTAR_URL})
     pocket = "/_stario/" + asset("pocket.js", collection="_stario")  # part 19
     return h.Script(
         attributes,
@@ -6790,7 +6829,7 @@ def read_signals(schema: type[T], signals: object) -> T:
 
 
 # ==================================================================================================
-# 16. Forms
+# 16. Forms [forms]
 #
 # A form comes as one of two types. `application/x-www-form-urlencoded` is a query string. In
 # `multipart/form-data` (RFC 7578) each field is a part with a head of its own, and may be a file.
@@ -6956,21 +6995,6 @@ def _decode_text(content: bytes, charset: str) -> str:
     raise HttpException(400, f"the form has an unknown charset: {charset[:40]!r}")
 
 
-_PARAMETER = re.compile(r';\s*+([^\s=;"]++)\s*+=\s*+(?:"((?:[^"\\]++|\\.)*+)"|([^;]*+))')
-
-
-def _parameters(value: str) -> dict[str, str]:
-    """The parameters of a header value such as `form-data; name="a"; filename="b.txt"`.
-
-    Browsers write a quote in a file name as %22, and a backslash as it is; so only `\\"` and `\\\\`
-    are undone here.
-    """
-    return {
-        name.lower(): re.sub(r'\\(["\\])', r"\1", quoted) if quoted else plain.strip()
-        for name, quoted, plain in _PARAMETER.findall(value)
-    }
-
-
 # ==================================================================================================
 # 17. Behind a proxy
 #
@@ -7053,7 +7077,7 @@ def _address(text: str) -> str:
 
 
 # ==================================================================================================
-# 18. Compression
+# 18. Compression [compression]
 #
 # The door is `_compress` for a whole answer and `_compress_stream` for one that comes in pieces. A
 # compressor is a pair of functions: one takes bytes and gives what can be sent now (everything: a
@@ -7238,8 +7262,11 @@ def _choose_coding(accepted: str, config: CompressionConfig, streaming: bool = F
 _WEIGHT = re.compile(r"\s*(?:q=\s*(0(?:\.\d{0,3})?|1(?:\.0{0,3})?)\s*)?")
 
 
+Stario._compression = CompressionConfig()  # what an app does unless it is told otherwise
+
+
 # ==================================================================================================
-# 19. Static files
+# 19. Static files [assets]
 #
 # Each file is known by a name with a fingerprint of its contents, `style.3f2a….css`. Such a name
 # can be cached forever, because other contents have another name; the plain name redirects to it.
@@ -7406,9 +7433,6 @@ def _file_error(exc: OSError, w: _RawWriter) -> Exception:
     return exc
 
 
-_collections: dict[str, Assets] = {}
-
-
 def asset(name: str, collection: str = "static") -> str:
     """The address of a file behind its prefix: `asset("style.css")` gives `style.<hash>.css`.
 
@@ -7572,7 +7596,8 @@ class Assets:
     async def _serve(self, file: _File, w: Writer, caching: bytes) -> None:
         headers, config, coding = w._request.headers, w._compression, _AS_IT_IS
         # Who asks for a part means a part of the file as it is.
-        if file.compressible and file.size >= config.min_size and "range" not in headers:
+        is_part = "range" in headers
+        if config and file.compressible and file.size >= config.min_size and not is_part:
             coding = _coding_for(config, headers, b"") or _AS_IT_IS
         form = file.forms.get(coding)
         if form is None:
@@ -7758,7 +7783,7 @@ def _range(request: Request, size: int, etag: str) -> tuple[int, int] | None:
 
 
 # ==================================================================================================
-# 20. Telemetry: spans, and the tracers that show them
+# 20. Telemetry: spans, and who hears of them
 #
 # A *span* is a piece of work with a beginning and an end: a request, a database query, a job. It
 # has attributes (what it is about), events (what happened in it) and a parent; all spans of one
@@ -8230,6 +8255,9 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_begin_anew)
 
 
+_ASCII_MARKS = str.maketrans("│─━✗…×", "|-=x.x")
+
+
 def _write_any(stream: IO[str], text: str) -> None:
     write = type(stream).write  # its own: RichTracer puts another in its place, see there
     try:
@@ -8238,6 +8266,18 @@ def _write_any(stream: IO[str], text: str) -> None:
         encoding = getattr(stream, "encoding", None) or "ascii"
         plain = text.translate(_ASCII_MARKS).encode(encoding, "backslashreplace")
         write(stream, plain.decode(encoding))
+
+
+def _printable(text: str) -> str:
+    # A client chooses paths and signals: what it sends must not move the cursor of a terminal.
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+# ==================================================================================================
+# 21. JsonTracer: for log collectors [json]
+# ==================================================================================================
 
 
 class JsonTracer(_StreamTracer):
@@ -8305,13 +8345,16 @@ class JsonTracer(_StreamTracer):
 _log_json = _json_writer(_safe_text)
 
 
-# -- For people. A *line* is a list of pieces, each a text and its style. Only when it is written
-# does it become one string, cut to the width of the terminal.
+# ==================================================================================================
+# 22. RichTracer: for people [rich]
+#
+# A *line* is a list of pieces, each a text and its style. Only when it is written does it become
+# one string, cut to the width of the terminal.
+# ==================================================================================================
 
 _Line = list[tuple[str, str]]
 _STYLES = {"bold": 1, "dim": 2, "red": 31, "green": 32, "yellow": 33, "cyan": 36}
 _STATUS_STYLES = {"2": "green", "3": "cyan", "4": "yellow", "5": "red"}
-_ASCII_MARKS = str.maketrans("│─━✗…×", "|-=x.x")
 _LONG = 10**9  # nanoseconds after which an open span is shown in the footer
 _MOST_SHOWN = 20  # trees in a second: the others are summed up
 _MOST_ROWS = 40  # of a tree
@@ -8614,13 +8657,6 @@ def _size_of(stream: IO[str] | None) -> tuple[int, int] | None:
     return None
 
 
-def _printable(text: str) -> str:
-    # A client chooses paths and signals: what it sends must not move the cursor of a terminal.
-    if text.isprintable():
-        return text
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
-
-
 def _cells(line: _Line) -> int:
     """How many columns of a terminal a line takes."""
     text = _printable("".join(piece for piece, _ in line))
@@ -8730,7 +8766,7 @@ _MOST_FRAMES = 8
 
 
 # ==================================================================================================
-# 21. Sessions
+# 23. Sessions [sessions]
 #
 # A session is a dict that stays with one browser: `c.session["user"] = 7`. It lives in a cookie,
 # as JSON with a signature (HMAC-SHA256, RFC 2104). So the server keeps nothing, and every process
@@ -8841,7 +8877,7 @@ def _session_json(session: dict[str, Any]) -> str:
 
 
 # ==================================================================================================
-# 22. What lives as long as the server
+# 24. What lives as long as the server
 #
 # A database handle is opened before the first request and closed after the last: a lifespan. A
 # clock ticks, a long job goes on after its request has been answered: background work. Both start
@@ -8917,7 +8953,7 @@ class _Life:
 
 
 # ==================================================================================================
-# 23. @baked
+# 25. @baked
 #
 # A view is called with blanks for its arguments. Where they have come to stand its text has holes,
 # and each call fills them. Of
@@ -9170,7 +9206,7 @@ def _attribute(name: str, value: object) -> str:
 
 
 # ==================================================================================================
-# 24. ASGI: the same app under another server
+# 26. ASGI: the same app under another server [asgi]
 #
 # ASGI (https://asgi.readthedocs.io) is how Python's servers call an app: one `await app(scope,
 # receive, send)` for each request. `scope` is its head; each `await receive()` gives some of its
@@ -9390,7 +9426,7 @@ async def _end_asgi_streams(app: Stario) -> None:
 
 
 # ==================================================================================================
-# 25. RedisRelay: the same between processes and machines
+# 27. RedisRelay: the same between processes and machines [redis]
 #
 # A RedisRelay is a Relay whose messages take the way through Redis (or Valkey). A pattern that
 # somebody here listens to is subscribed once at Redis.
@@ -9629,7 +9665,7 @@ def _relay_json(data: object) -> bytes:
 
 
 # ==================================================================================================
-# 26. Reload: a saved file restarts the app
+# 28. Reload: a saved file restarts the app [reload]
 #
 # `serve(reload=True)` starts the program a second time, as a child, and watches the files. The
 # parent opens the sockets and keeps them, so that a browser waits and is never refused while one
@@ -9755,6 +9791,15 @@ listen();
 """
 
 
+def _reload(app: Stario, server: Server) -> None:
+    """Become the parent, which does not return, or one of its children."""
+    if _RELOADED in os.environ:
+        _join_reloading(app, server)
+    else:
+        server._listener.open()
+        raise SystemExit(_Reloader(server).run())
+
+
 def _join_reloading(app: Stario, server: Server) -> None:
     """In a child: use the parent's sockets, and tell the pages which version this is."""
     global _FAREWELL
@@ -9777,7 +9822,7 @@ def _join_reloading(app: Stario, server: Server) -> None:
 
 
 # ==================================================================================================
-# 27. Development: what went wrong, shown where one looks
+# 29. Development: what went wrong, shown where one looks [development]
 #
 # With `serve(debug=True)`, which is the default at a terminal, an exception's answer is a page that
 # shows it: the program's own frames first, with their lines and values, then the request. To a
@@ -9803,12 +9848,6 @@ def _value_line(name: object, value: object) -> str:
     except Exception as exc:
         text = f"(its repr raises {type(exc).__name__})"
     return text if len(text) <= 120 else text[:119] + "…"
-
-
-def _is_own(filename: str) -> bool:
-    """Whether a file is the program's own: not this one, Python's, or an installed package's."""
-    library = os.path.dirname(os.__file__)
-    return filename != __file__ and not filename.startswith((library, "<frozen"))
 
 
 def _frame_view(frame: types.FrameType, at: int) -> SafeString:
@@ -9883,6 +9922,9 @@ class _Watchdog:
             print(f"stario: the event loop is blocked for over 100 ms at {where}", file=sys.stderr)
 
 
+Stario._develops = True
+
+
 # -- Act 4 runs: what a browser sends, checked against a dataclass.
 #
 #     @dataclasses.dataclass
@@ -9942,7 +9984,7 @@ class _Watchdog:
 # ==================================================================================================
 
 # ==================================================================================================
-# 28. The pocket client (JavaScript)
+# 30. The pocket client (JavaScript) [client]
 # ==================================================================================================
 
 
@@ -11291,27 +11333,15 @@ if (doc.readyState(document) !== 'loading') setTimeout(startPage);
 else addEventListener(document, 'DOMContentLoaded', () => setTimeout(startPage), { once: true });
 """
 
-Assets({"pocket.js": POCKET_CLIENT}, "_stario")  # for the route that each app has
-
-
-# -- Act 5 runs: a page whose text follows its input, without a request.
-#
-#     async def page(c: Context, w: Writer) -> None:
-#         field = h.Input(data.bind("name"), {"placeholder": "Your name"})
-#         w.html(h.Html(h.Head(datastar_script()), h.Body(field, h.P(data.text("$name")))))
-#
-#     app = Stario()
-#     app.get("/", page)
-#     # GET / -> <!doctype html><html><head><script type="module">
+Stario._pocket = Assets({"pocket.js": POCKET_CLIENT}, "_stario")
 
 
 # ==================================================================================================
-# 29. An app to begin with, and this file as a page
+# 31. This file as a page [read]
 #
-# `python stario.py` runs the app below: a counter and a clock that all tabs share. With `--read` it
-# serves this file as a page: what explains stands beside what it explains, a name leads to where it
-# is defined, and an example runs where it stands. An example is code in a comment; its last line
-# is a request, and what the answer begins with:
+# What explains stands beside what it explains, a name leads to where it is defined, and an example
+# runs where it stands. An example is code in a comment; its last line is a request, and what the
+# answer begins with:
 #
 #     async def hello(c: Context, w: Writer) -> None:
 #         w.html(h.P("Hello, ", c.req.query.get("name", "world")))
@@ -11320,40 +11350,6 @@ Assets({"pocket.js": POCKET_CLIENT}, "_stario")  # for the route that each app h
 #     app.get("/", hello)
 #     # GET /?name=you -> <p>Hello, you</p>
 # ==================================================================================================
-
-
-def _first_app() -> Stario:
-    """The app that `python stario.py` runs."""
-    relay, clicks = Relay[None](), Counter[str]()
-
-    def view() -> SafeString:
-        button = h.Button(data.on("click", at.post("/click")), f"{clicks['all']} clicks")
-        stay = data.init(at.get("/live", retry="always"))
-        return h.Main({"id": "main"}, stay, h.H1(time.strftime("%H:%M:%S")), button)
-
-    async def page(c: Context, w: Writer) -> None:
-        w.html(h.Html(h.Head(h.Title("Stario"), datastar_script()), h.Body(view())))
-
-    async def live(c: Context, w: Writer) -> None:
-        async for _ in w.alive(relay.subscribe("*", overflow="latest")):
-            w.patch(view())
-
-    async def click(c: Context, w: Writer) -> None:
-        w.empty()
-        clicks["all"] += 1
-        relay.publish("click", None)
-
-    async def tick() -> None:
-        while True:
-            relay.publish("tick", None)
-            await asyncio.sleep(1 - time.time() % 1)
-
-    app = Stario()
-    app.get("/", page)
-    app.get("/live", live)
-    app.post("/click", click)
-    app.background(tick())
-    return app
 
 
 class _Row(NamedTuple):
@@ -11554,6 +11550,124 @@ def _book_app() -> Stario:
     return app
 
 
+# ==================================================================================================
+# 32. An app to begin with
+#
+# `python stario.py` runs this app: a counter and a clock that all tabs share. `--read` serves this
+# file as a page (part 31). `--without assets,client` prints it without these parts.
+# ==================================================================================================
+
+
+def _first_app() -> Stario:
+    """The app that `python stario.py` runs."""
+    relay, clicks = Relay[None](), Counter[str]()
+
+    def view() -> SafeString:
+        button = h.Button(data.on("click", at.post("/click")), f"{clicks['all']} clicks")
+        stay = data.init(at.get("/live", retry="always"))
+        return h.Main({"id": "main"}, stay, h.H1(time.strftime("%H:%M:%S")), button)
+
+    async def page(c: Context, w: Writer) -> None:
+        w.html(h.Html(h.Head(h.Title("Stario"), datastar_script()), h.Body(view())))
+
+    async def live(c: Context, w: Writer) -> None:
+        async for _ in w.alive(relay.subscribe("*", overflow="latest")):
+            w.patch(view())
+
+    async def click(c: Context, w: Writer) -> None:
+        w.empty()
+        clicks["all"] += 1
+        relay.publish("click", None)
+
+    async def tick() -> None:
+        while True:
+            relay.publish("tick", None)
+            await asyncio.sleep(1 - time.time() % 1)
+
+    app = Stario()
+    app.get("/", page)
+    app.get("/live", live)
+    app.post("/click", click)
+    app.background(tick())
+    return app
+
+
+# -- Act 5 runs: a page whose text follows its input, without a request.
+#
+#     async def page(c: Context, w: Writer) -> None:
+#         field = h.Input(data.bind("name"), {"placeholder": "Your name"})
+#         w.html(h.Html(h.Head(datastar_script()), h.Body(field, h.P(data.text("$name")))))
+#
+#     app = Stario()
+#     app.get("/", page)
+#     # GET / -> <!doctype html><html><head><script type="module">
+
+
+_LEFT_OUT = '''
+class _LeftOut:
+    """Stands for a name that was left out of this copy."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        raise StarioError(f"{self._name} was left out of this copy")
+
+    def __call__(self, *arguments: object, **options: object) -> Any:
+        raise StarioError(f"{self._name} was left out of this copy")
+
+    def __instancecheck__(self, value: object) -> bool:
+        return False
+
+
+'''
+
+
+def _defined(part: str) -> Iterator[str]:
+    """The names that some code defines at its top."""
+    for node in ast.parse(part).body:
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
+            yield node.name
+        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
+            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+            inner = [n for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)]
+            yield from (name.id for name in inner if isinstance(name.ctx, ast.Store))
+
+
+def _without(rooms: set[str]) -> str:
+    """The text of this file without these parts. Those that can go have a [name] in their title.
+
+    SystemExit if another such part, or the import of the copy, needs one of them. Elsewhere what is
+    gone gives a StarioError when it is called.
+    """
+    text = inspect.getsource(sys.modules[__name__])
+    parts = re.split(r"^(?=# ={90,}\n# (?:ACT )?\d+\. )", text, flags=re.MULTILINE)
+    found = [re.match(r".*\n# .*\[(\w+)\]\n", part) for part in parts]
+    titles = [title[1] if title else "" for title in found]
+    if unknown := rooms - set(titles) | rooms & {""}:
+        known = ", ".join(filter(None, titles))
+        raise SystemExit(f"--without {','.join(sorted(unknown))}: what can go is {known}")
+    gone: dict[str, str] = {}
+    for part, title in zip(parts, titles, strict=True):
+        if title in rooms:
+            gone |= dict.fromkeys(_defined(part), title)
+    for part, title in zip(parts, titles, strict=True):
+        for node in ast.walk(ast.parse(part)) if title and title not in rooms else ():
+            if isinstance(node, ast.Name) and node.id in gone:
+                raise SystemExit(f"--without {gone[node.id]}: {title} needs {node.id}")
+    kept = [part for part, title in zip(parts, titles, strict=True) if title not in rooms]
+    stubs = [f'{name} = _LeftOut("{name}")\n' for name in gone]
+    copy = "".join([*kept[:3], _LEFT_OUT.lstrip(), *stubs, "\n\n", *kept[3:]])
+    copy = re.sub(r"\nMAP\n.*?\nREADING PATH\n.*?\n\n(?=\S)", "", copy, count=1, flags=re.DOTALL)
+    module = sys.modules["copy"] = types.ModuleType("copy")
+    module.__file__ = __file__
+    try:
+        exec(compile(copy, "copy", "exec"), module.__dict__)
+    except StarioError as exc:
+        raise SystemExit(f"--without: {exc}, but importing the rest needs it") from None
+    return copy
+
+
 __all__ = [
     "DATASTAR_URL",
     "POCKET_CLIENT",
@@ -11612,8 +11726,12 @@ __all__ = [
 async def _main() -> None:
     options = argparse.ArgumentParser(description="Stario in one file: an app to begin with.")
     options.add_argument("--read", action="store_true", help="show this file as a page instead")
+    options.add_argument("--without", metavar="ROOMS", help="write this file without these parts")
     options.add_argument("--port", type=int, default=8000)
     chosen = options.parse_args()
+    if chosen.without is not None:
+        print(_without(set(chosen.without.split(","))), end="")
+        return
     app = _book_app() if chosen.read else _first_app()
     async with app.running(port=chosen.port) as server:
         print(f"Open {server.url} in two tabs. Ctrl-C ends it.")

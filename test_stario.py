@@ -9352,11 +9352,11 @@ class TestTelemetry(unittest.TestCase):
         self.assertNotIn("status", request)
 
 
-# -- 21. Sessions
+# -- 23. Sessions
 
 
 class TestSession(AsyncTest):
-    """Part 21: a dict that stays with one browser."""
+    """Part 23: a dict that stays with one browser."""
 
     KEY = "k" * 16
 
@@ -9511,11 +9511,11 @@ class TestSession(AsyncTest):
         self.assertIn("app.use(Session(key))", "".join(logs.output))
 
 
-# -- 22. What lives as long as the server
+# -- 24. What lives as long as the server
 
 
 class TestLife(AsyncTest):
-    """Part 22: what lives as long as the server."""
+    """Part 24: what lives as long as the server."""
 
     async def test_lifespans_are_entered_in_order_before_requests_and_left_after_them(self) -> None:
         log: list[str] = []
@@ -9670,11 +9670,11 @@ class TestLife(AsyncTest):
             pass
 
 
-# -- 23. @baked
+# -- 25. @baked
 
 
 class TestBaked(unittest.TestCase):
-    """Part 23: views that are called once."""
+    """Part 25: views that are called once."""
 
     VALUES: ClassVar[tuple[object, ...]] = (
         "text", "", "\n\nx", '<a b="&amp;">\r', None, True, False, 0, 1, 1.0, Decimal("1.50"), [],
@@ -9874,7 +9874,7 @@ class TestBaked(unittest.TestCase):
         self.assertEqual(pages, [f"<p>{number}</p>" for number in range(64)])
 
 
-# -- 24. ASGI
+# -- 26. ASGI
 
 
 class AsgiServer:
@@ -9915,7 +9915,7 @@ class AsgiServer:
 
 
 class TestAsgi(StreamTest):
-    """Part 24: what a server does, and what it sees of the app."""
+    """Part 26: what a server does, and what it sees of the app."""
 
     async def asked(self, app: Stario, path: str = "/", *pieces: bytes, **scope: Any) -> AsgiServer:
         server = AsgiServer(app, path, *pieces, **scope)
@@ -10076,6 +10076,30 @@ class TestAsgi(StreamTest):
         await within(living)
         self.assertEqual((said[1:], self.log[1:]), (["lifespan.shutdown.complete"], ["closed"]))
 
+    async def test_a_life_that_fails_is_told_for_what_it_was(self) -> None:
+        for stage in ("startup", "shutdown"):
+
+            @asynccontextmanager
+            async def life(app: Stario, stage: str = stage) -> AsyncIterator[None]:
+                if stage == "startup":
+                    raise LookupError("no database")
+                yield
+                raise LookupError("no database")
+
+            app, said = Stario(), list[dict[str, str]]()
+            app.lifespan(life)
+
+            async def receive() -> dict[str, str]:
+                return {}
+
+            async def send(message: dict[str, str], said: Any = said) -> None:
+                said.append(message)
+
+            with self.assertRaises(LookupError):
+                await app({"type": "lifespan"}, receive, send)
+            failed = {"type": f"lifespan.{stage}.failed", "message": "LookupError: no database"}
+            self.assertEqual(said[-1], failed)
+
 
 @needs("starlette")
 class TestUnderStarlette(AsyncTest):
@@ -10124,7 +10148,7 @@ class TestUnderFastapi(AsyncTest):
             self.assertEqual(json.loads(server.body), wanted)
 
 
-# -- 25. RedisRelay
+# -- 27. RedisRelay
 
 
 def interrupted(place: int, between: Callable[[], object], work: Callable[[], Any]) -> Any:
@@ -10206,7 +10230,11 @@ class Redis:
             return connection.recv(65536).decode()
 
 
-class NotedRelay(stario.RedisRelay[Any]):
+# (a copy without RedisRelay is tested, too)
+AnyRedisRelay: Any = stario.RedisRelay[Any] if isinstance(stario.RedisRelay, type) else object
+
+
+class NotedRelay(AnyRedisRelay):  # type: ignore[misc]
     """It says when all that was published has come back from Redis."""
 
     def __init__(self, url: str, **options: Any) -> None:
@@ -10256,7 +10284,7 @@ class TestRedisRelayIsARelay(RedisTest, RelayPromises):
 
 @needs("redis", "redis-server")
 class TestRedisRelay(RedisTest):
-    """Part 25: between processes, and when Redis goes away."""
+    """Part 27: between processes, and when Redis goes away."""
 
     def setUp(self) -> None:
         self.spans = Spans()
@@ -10485,11 +10513,11 @@ class TestWithoutRedis(unittest.TestCase):
             stario.RedisRelay("redis://localhost")
 
 
-# -- 26. Reload
+# -- 28. Reload
 
 
 class TestReload(AsyncTest):
-    """Part 26: a saved file restarts the app."""
+    """Part 28: a saved file restarts the app."""
 
     PROGRAM = """
         import asyncio
@@ -10617,7 +10645,7 @@ class TestReload(AsyncTest):
             await Peer.connect(self.port)
 
 
-# -- 27. Development
+# -- 29. Development
 
 
 def _open_files() -> int:
@@ -10649,7 +10677,7 @@ stario.Stario.serve = once
 
 
 class TestDevelopment(AsyncTest):
-    """Part 27: what went wrong, shown where one looks; and nowhere else."""
+    """Part 29: what went wrong, shown where one looks; and nowhere else."""
 
     def app(self, *, debug: bool) -> Stario:
         async def broken(c: Context, w: Writer) -> None:
@@ -10751,7 +10779,7 @@ class TestDevelopment(AsyncTest):
         self.assertIn("ignored", [event.name for span in spans.ended for event in span.events])
 
 
-# -- 28. The pocket client, and the official one
+# -- 30. The pocket client, and the official one
 
 
 CHROMIUM = os.environ.get("STARIO_CHROMIUM", "/usr/bin/chromium")
@@ -12759,11 +12787,11 @@ class TestPocketClient(ClientPromises, unittest.TestCase):
         self.assertLess(after["JSHeapUsedSize"], before["JSHeapUsedSize"] * 1.15)
 
 
-# -- 29. An app to begin with, and the file as a page
+# -- 31 and 32. The file as a page, an app to begin with
 
 
 class TestReadingPage(AsyncTest):
-    """Part 29: what `python stario.py` runs."""
+    """Part 31: what `python stario.py` runs."""
 
     def run_file(self, *arguments: str) -> tuple[subprocess.Popen[str], str]:
         """Run the file itself on a free port; gives the process and the address it prints."""
@@ -12849,6 +12877,112 @@ class TestReadingPage(AsyncTest):
         answer = await within(peer.get(run[1], method="POST"))
         self.assertIn(f'<pre id="out-{run[2]}">200', answer.text)
         self.assertEqual((await within(peer.get("/run?line=1", method="POST"))).status, 404)
+
+
+class TestWithout(unittest.TestCase):
+    """Part 32: a copy of the file without some of its parts."""
+
+    # What can go, and what has to go with it.
+    ROOMS = (
+        "testclient,read", "forms", "assets,client", "compression,assets,client", "json", "rich",
+        "sessions", "asgi", "redis", "reload", "development", "client", "read",
+    )  # fmt: skip
+
+    def copy(self, rooms: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, stario.__file__, "--without", rooms],
+            capture_output=True, text=True, encoding="utf-8", check=False,
+        )  # fmt: skip
+
+    def check(self, rooms: str, *classes: str) -> None:
+        """Run these tests against a copy, with Tiles beside it."""
+        with tempfile.TemporaryDirectory() as folder:
+            done = self.copy(rooms)
+            self.assertEqual((done.stderr, done.returncode), ("", 0))
+            Path(folder, "stario.py").write_text(done.stdout, encoding="utf-8")
+            for name in ("test_stario.py", "tiles_app.py"):
+                shutil.copy(Path(__file__).parent / name, folder)
+            ran = subprocess.run(
+                [sys.executable, "test_stario.py", *classes],
+                cwd=folder, capture_output=True, text=True, check=False, timeout=300,
+            )  # fmt: skip
+            self.assertRegex(ran.stdout, r"[1-9]\d* passed, 0 failed", ran.stderr[-2000:])
+
+    def module(self, rooms: str) -> Any:
+        module = types.ModuleType("without")
+        module.__file__ = stario.__file__
+        with mock.patch.dict(sys.modules, {"without": module}):
+            exec(self.copy(rooms).stdout, module.__dict__)
+        return module
+
+    def test_each_room_can_go_and_the_rest_still_works(self) -> None:
+        async def page_and_event(s: Any) -> tuple[str, bytes]:
+            async def page(c: Any, w: Any) -> None:
+                w.html(s.h.Html(s.h.Head(s.datastar_script()), s.h.Body(s.h.P("Hello"))))
+
+            async def live(c: Any, w: Any) -> None:
+                async for _ in w.alive(every=0.01):
+                    w.patch(s.h.P({"id": "p"}, "Hello"))
+
+            app = s.Stario()
+            app.get("/", page)
+            app.get("/live", live)
+            async with connected(app) as peer:
+                text = (await within(peer.get("/"))).text
+                await peer.send(GET.replace("GET / ", "GET /live "))
+                await within(peer.head())
+                return text, await within(peer.chunk())
+
+        for rooms in self.ROOMS:
+            with self.subTest(rooms):
+                text, event = asyncio.run(page_and_event(self.module(rooms)))
+                self.assertIn("<p>Hello</p>", text)
+                self.assertIn(b'data: elements <p id="p">Hello</p>', event)
+
+    def test_tiles_runs_without_all_that_it_does_not_use(self) -> None:
+        used = {"assets", "client", "compression", "json", "rich"}
+        rooms = {room for rooms in self.ROOMS for room in rooms.split(",")} - used
+        self.check(",".join(sorted(rooms)), "TestTiles")
+
+    def test_all_of_them_can_go(self) -> None:
+        """What remains is tested by all tests of these classes that need no part that has gone."""
+        rooms = {room for rooms in self.ROOMS for room in rooms.split(",")}
+        self.check(
+            ",".join(sorted(rooms)), "TestHtml", "TestRouting", "TestSignals", "TestRelay",
+            "TestRequestLine", "TestConnections", "TestBeginnings",
+        )  # fmt: skip
+
+    def test_the_readme_names_what_can_go_and_what_goes_with_it(self) -> None:
+        table = README.read_text(encoding="utf-8").partition("| what goes with it |")[2]
+        told: dict[str, set[str]] = {}
+        for line in table.partition("\n\n")[0].split("\n")[2:]:
+            names, _, others = line.strip("|").split("|")
+            for name in re.findall(r"`(\w+)`", names):
+                told[name] = {name, *re.findall(r"`(\w+)`", others)}
+        self.assertEqual(told, {rooms.split(",")[0]: set(rooms.split(",")) for rooms in self.ROOMS})
+
+    def test_what_another_part_needs_is_refused_by_name(self) -> None:
+        for rooms, reason in (
+            ("assets", "client needs Assets"),
+            ("compression", "assets needs CompressionConfig"),
+            ("testclient", "read needs Test"),
+            ("router", "--without router: what can go is testclient, forms,"),
+            ("", "what can go is"),
+        ):
+            with self.subTest(rooms):
+                done = self.copy(rooms)
+                self.assertEqual((done.stdout, done.returncode), ("", 1))
+                self.assertIn(reason, done.stderr)
+                self.assertNotIn("Traceback", done.stderr)
+
+    def test_what_has_gone_says_so_when_it_is_asked_for(self) -> None:
+        module = self.module("rich,sessions,redis,compression,assets,client")
+        for name in ("RichTracer", "Session", "RedisRelay"):
+            with self.subTest(name), self.assertRaises(module.StarioError) as raised:
+                getattr(module, name)("")
+            self.assertIn(f"{name} was left out of this copy", str(raised.exception))
+        with self.assertRaisesRegex(module.StarioError, "CompressionConfig"):
+            module.Stario(compression=9)
 
 
 # -- The README, and type checkers
@@ -13487,6 +13621,8 @@ class Tiles:
         assert self.process.stdout is not None
         self.first_line = self.process.stdout.readline()
         found = re.search(r"http://127\.0\.0\.1:(\d+)", self.first_line)
+        if not (port or found):
+            raise AssertionError(f"it did not start: {self.first_line}{self.process.stdout.read()}")
         self.port = port or (int(found[1]) if found else 0)
         # Its log is read on, or the pipe would fill up and stop it.
         self.lines: list[str] = []
@@ -14317,6 +14453,20 @@ class _Result(unittest.TextTestResult):
         super().addSuccess(test)
         self.passed += 1
 
+    def addError(self, test: unittest.TestCase, err: Any) -> None:
+        """In a copy of the file without some of its parts, their tests are skipped."""
+        reason = re.fullmatch(r"(\w+ was left out of this copy)(?s:.*)", str(err[1]))
+        if reason and isinstance(err[1], StarioError):
+            self.addSkip(test, reason[1])
+        else:
+            super().addError(test, err)
+
+    def addSubTest(self, test: Any, subtest: Any, err: Any) -> None:
+        if err is None or issubclass(err[0], test.failureException):
+            super().addSubTest(test, subtest, err)
+        else:
+            self.addError(subtest, err)
+
 
 def load_tests(loader: unittest.TestLoader, tests: Any, pattern: object) -> unittest.TestSuite:
     """Only classes called Test…: the others are what several of them share."""
@@ -14340,30 +14490,6 @@ def main() -> int:
         print(f"skipped {test}: {reason}")
     print(f"{result.passed} passed, {failed} failed, {len(result.skipped)} skipped", flush=True)
     return 1 if failed else 0
-
-    async def test_a_life_that_fails_is_told_for_what_it_was(self) -> None:
-        for stage in ("startup", "shutdown"):
-
-            @asynccontextmanager
-            async def life(app: Stario, stage: str = stage) -> AsyncIterator[None]:
-                if stage == "startup":
-                    raise LookupError("no database")
-                yield
-                raise LookupError("no database")
-
-            app, said = Stario(), list[dict[str, str]]()
-            app.lifespan(life)
-
-            async def receive() -> dict[str, str]:
-                return {}
-
-            async def send(message: dict[str, str], said: Any = said) -> None:
-                said.append(message)
-
-            with self.assertRaises(LookupError):
-                await app({"type": "lifespan"}, receive, send)
-            failed = {"type": f"lifespan.{stage}.failed", "message": "LookupError: no database"}
-            self.assertEqual(said[-1], failed)
 
 
 if __name__ == "__main__":
