@@ -85,8 +85,8 @@ a live page; each part of act 4 is a room of its own, to be read when it is need
        9825  29. Development: what went wrong, shown where one looks [development]
      9944  ACT 5. The pocket client
        9987  30. The pocket client (JavaScript) [client]
-      11340  31. This file as a page [read]
-      11554  32. An app to begin with
+      11337  31. This file as a page [read]
+      11551  32. An app to begin with
 
 READING PATH
 
@@ -10820,7 +10820,6 @@ function leave(el) {
 }
 
 function update(records) {
-  const again = new Set();           // keepers that have to write again
   const selects = new Set();         // their options came or went
   const ofChildren = records.filter(({ type }) => type === 'childList');
   for (const { removedNodes } of ofChildren) {
@@ -10839,13 +10838,11 @@ function update(records) {
     const part = name ?? '#text';
     const { wrote, attributes } = owners.get(el) ?? {};
     if (wrote?.has(part) && wrote.get(part) !== present(el, part)) {
-      for (const { keeper } of attributes.values()) if (keeper) again.add(keeper);
+      for (const { keeper } of attributes.values()) {
+        if (keeper) due.add(Object.assign(keeper, { ranAt: 0 }));    // as if it had never run
+      }
     }
     if (/^(?:select|optgroup|option)$/.test(localName(el))) selects.add(closest(el, 'select'));
-  }
-  for (const keeper of again) {
-    keeper.ranAt = 0;
-    due.add(keeper);
   }
   for (const select of selects) if (!told.has(select)) owners.get(select)?.bind?.show(true);
 }
@@ -10903,8 +10900,8 @@ async function request(call) {
   call.emit = (type, argsRaw = {}) => tell('datastar-fetch', { type, el: about.el, argsRaw });
   call.receive = (type, came) => inTurn(type, () => {
     if (cancel === 'cleanup' && own.signal.aborted) return;
-    if (!came.script) call.emit(type, came);
-    receive(type, came);
+    if (type !== 'text/javascript') call.emit(type, came);
+    apply[type]?.(came);
   }, came);
   about.owner.requests++;
   call.emit('started');
@@ -11080,12 +11077,12 @@ function transition(job, selector) {
   return updateCallbackDone;
 }
 
-function receive(type, args) {
-  const { signals, onlyIfMissing = false, script } = args;
-  if (type === 'datastar-patch-signals') merge(JSON.parse(signals), `${onlyIfMissing}` === 'true');
-  else if (type === 'datastar-patch-elements') patchElements(args);
-  else if (script) (0, eval)(script);            // in the page's scope, as a script runs
-}
+const apply = {
+  'datastar-patch-signals': ({ signals, onlyIfMissing = false }) =>
+    merge(JSON.parse(signals), `${onlyIfMissing}` === 'true'),
+  'datastar-patch-elements': patchElements,
+  'text/javascript': ({ script }) => (0, eval)(script),    // in the page's scope, as a script runs
+};
 
 // ---- Elements: patches, and the morph ----
 
