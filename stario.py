@@ -85,8 +85,8 @@ a live page; each part of act 4 is a room of its own, to be read when it is need
        9825  29. Development: what went wrong, shown where one looks [development]
      9944  ACT 5. The pocket client
        9987  30. The pocket client (JavaScript) [client]
-      11337  31. This file as a page [read]
-      11551  32. An app to begin with
+      11339  31. This file as a page [read]
+      11553  32. An app to begin with
 
 READING PATH
 
@@ -10038,11 +10038,12 @@ const due = new Set();       // effects to look at when the last of them ends
 
 class Cell {
   value = undefined;
-  changedAt = 0;
+  changedAt = 0;             // by the clock
   readers = new Set();
 }
 
-// A computed signal is read, and reads. It is worked out when somebody asks.
+// A reader is a job and what it has read. An effect is about an attribute. A computed signal is
+// read, and reads: it is worked out when somebody asks.
 const newReader = (job, about) => ({ job, about, cells: new Set(), ranAt: 0 });
 const newComputed = (job) => Object.assign(new Cell(), newReader(job), { stale: true });
 
@@ -10872,7 +10873,8 @@ const actions = {
   toggleAll: (about, evt, args) => setEach(args()[0], (old) => !old),
 };
 
-// What does not work before a request is under way is the expression's error.
+// A call is a request with all its attempts. `given` are its arguments for the first one; those
+// after it ask `args` anew. An error before it is under way is the expression's.
 for (const method of ['GET', 'POST', 'PUT', 'PATCH', 'DELETE', 'QUERY']) {
   actions[method.toLowerCase()] = (about, evt, args) => {
     const given = args();
