@@ -19,16 +19,17 @@ Copy this file into your project, under any name. The smallest app:
 ACT 0. The life of a request
 
 A browser opens a connection to this app. The server (part 10) accepts it. The browser sends bytes;
-each line of them ends with "\r\n":
+each line of them ends with "\r\n". (Numbers in brackets are those of the parts.)
 
     GET /?name=Ada HTTP/1.1
     host: localhost:8000
 
 The first line is the request line: method, target, version. Header fields follow, one on a line,
-each a name and a value. An empty line ends the head. The connection (9) finds where the request
-ends, and makes a `Request` (5) of it. `dispatch` (8) takes that through the app: the router (7)
-finds the handler of `/`, and calls it with a `Context` and a `Writer`. The handler builds an
-element (3) and gives it to the writer (6), which answers:
+each a name and a value. All this is the head; an empty line ends it, and a body may follow. The
+connection (9) finds where the request ends, and makes a `Request` (5) of it. `dispatch` (8) takes
+that through the app: the router (7) finds the handler of `/`, the function that you wrote for it,
+and `dispatch` calls it with a `Context`, which has the request, and a `Writer` for the answer. The
+handler builds an HTML element (3) and gives it to the writer (6), which answers:
 
     HTTP/1.1 200 OK
     content-type: text/html; charset=utf-8
@@ -36,82 +37,84 @@ element (3) and gives it to the writer (6), which answers:
 
     <h1>Hello, Ada</h1>
 
-A page that changes while one looks at it asks for a second answer, which has no end: a stream of
-events (13). The handler stays, and writes an event whenever there is news; mostly because another
-handler has published it (14). An event is some lines of text and an empty line:
+A page that changes while one looks at it sends a second request. Its answer has no end: it is a
+stream of events (13). The handler does not return, but writes an event whenever something changes.
+Mostly that is what another handler has published through the relay (14). An event is some lines of
+text and an empty line:
 
     event: datastar-patch-elements
     data: elements <h1 id="title">Hello, Grace</h1>
 
 Datastar (12) is the JavaScript in the page that asks for the stream, and puts each element in the
-place of the one with its id. Part 30 is a small one that comes with this file.
+place of the one with the same id. Part 30 is a small replacement for it that comes with this file.
 
 MAP
 
 After each act something runs, and you may stop there. Acts 1 to 3 are what one has to understand of
-a live page; each part of act 4 is a room of its own, to be read when it is needed.
+a live page; each part of act 4 can be read alone, when it is needed. A part with a name in square
+brackets can be left out of your copy: `python stario.py --without assets,client >mine.py`.
 
-      220  ACT 1. A framework
-        227  2. Errors
-        325  3. HTML: elements are strings
-        669  4. JSON
-        767  5. The request: headers, query, cookies, body
-       1317  6. The answer: status, fields, body
-       1792  7. Context and routing
-       2348  8. The app
-     2699  ACT 2. On the network
-       2707  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3661  10. The server
-       4331  11. Trying it without a network: the test client [testclient]
-     4772  ACT 3. Live
-       4816  12. Datastar: attributes and actions
-       5328  13. Streams: events, and staying with a client
-       5828  14. Relay: publish and subscribe
-     6145  ACT 4. For real
-       6151  15. Signals: from JSON to your dataclass
-       6832  16. Forms [forms]
-       6999  17. Behind a proxy
-       7080  18. Compression [compression]
-       7269  19. Static files [assets]
-       7786  20. Telemetry: spans, and who hears of them
-       8279  21. JsonTracer: for log collectors [json]
-       8349  22. RichTracer: for people [rich]
-       8769  23. Sessions [sessions]
-       8880  24. What lives as long as the server
-       8956  25. @baked
-       9209  26. ASGI: the same app under another server [asgi]
-       9429  27. RedisRelay: the same between processes and machines [redis]
-       9668  28. Reload: a saved file restarts the app [reload]
-       9825  29. Development: what went wrong, shown where one looks [development]
-     9944  ACT 5. The pocket client
-       9987  30. The pocket client (JavaScript) [client]
-      11339  31. This file as a page [read]
-      11553  32. An app to begin with
+      223  ACT 1. A framework
+        231  2. Errors
+        334  3. HTML: elements are strings
+        692  4. JSON
+        798  5. The request: headers, query, cookies, body
+       1360  6. The answer: status, fields, body
+       1835  7. Context and routing
+       2391  8. The app
+     2742  ACT 2. On the network
+       2750  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
+       3704  10. The server
+       4374  11. Trying it without a network: the test client [testclient]
+     4815  ACT 3. Live
+       4859  12. Datastar: attributes and actions
+       5371  13. Streams: events, and staying with a client
+       5871  14. Relay: publish and subscribe
+     6188  ACT 4. For real
+       6194  15. Signals: from JSON to your dataclass
+       6875  16. Forms [forms]
+       7042  17. Behind a proxy
+       7123  18. Compression [compression]
+       7312  19. Static files [assets]
+       7829  20. Telemetry: spans, and who hears of them
+       8322  21. JsonTracer: for log collectors [json]
+       8392  22. RichTracer: for people [rich]
+       8812  23. Sessions [sessions]
+       8923  24. What lives as long as the server
+       8999  25. @baked
+       9252  26. ASGI: the same app under another server [asgi]
+       9472  27. RedisRelay: the same between processes and machines [redis]
+       9711  28. Reload: a saved file restarts the app [reload]
+       9868  29. Development: what went wrong, shown where one looks [development]
+     9987  ACT 5. The pocket client
+      10030  30. The pocket client (JavaScript) [client]
+      11382  31. This file as a page [read]
+      11596  32. An app to begin with
 
 READING PATH
 
-Two hours, for who wants to know how it works and not all that it does. These lines, in this order:
+Two hours, for a reader who wants to know how it works, not all that it does. Read in this order:
 
-      336-349    `SafeString`  an element is a string
-      635-662    `Tags`  `h.P` makes one
-     1069-1273   `Request`  what a client asks for
-     1329-1395   `Carrier`  what brings the answer back
-     1511-1694   `_RawWriter`  the answer
-     1803-1903   `Context`  what a handler gets beside it
-     2240-2256   `Router._find`  from a path to a handler
-     2539-2570   `Stario.dispatch`  one request from end to end
-     2984-3102   `_Reader`  bytes to requests
-     3404-3657   `Connection`  one connection, many requests
-     4073-4087   `Server.start`  listening
-     4187-4195   `Server.stop`  ending without losing a request
-     5470-5576   `_EventWriter`  events
-     5664-5725   `_Scope`  how a disconnect reaches a handler
-     5752-5824   `Alive`  staying with a client
-     5993-6097   `Relay`  from one handler to another
+      345-358    `SafeString`  an element is a string
+      657-685    `Tags`  `h.P` makes one
+     1107-1314   `Request`  what a client asks for
+     1372-1438   `Carrier`  what brings the answer back
+     1554-1737   `_RawWriter`  the answer
+     1846-1946   `Context`  what a handler gets beside it
+     2283-2299   `Router._find`  from a path to a handler
+     2582-2613   `Stario.dispatch`  one request from end to end
+     3027-3145   `_Reader`  bytes to requests
+     3447-3700   `Connection`  one connection, many requests
+     4116-4130   `Server.start`  listening
+     4230-4238   `Server.stop`  ending without losing a request
+     5513-5619   `_EventWriter`  events
+     5707-5768   `_Scope`  how a disconnect reaches a handler
+     5795-5867   `Alive`  staying with a client
+     6036-6140   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
-any framework. Whatever carries requests reaches the rest through one narrow interface, `Carrier`
-(6): the HTTP/1.1 connection and ASGI are two carriers.
+any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
+more of it than that class says: a connection (9) is one, another server's request (26) is one.
 """
 
 from __future__ import annotations
@@ -219,15 +222,16 @@ T = TypeVar("T")
 # ==================================================================================================
 # ACT 1. A framework
 #
-# What a framework is without a network: a function from a request to an answer. At its end an app
-# answers to a carrier of ten lines, which prints what it is given.
+# What a framework is without a network: a function from a request to an answer. Whatever brings the
+# request and takes the answer is a *carrier*. In act 2 that is a connection; at the end of this act
+# it is a class of a few lines that prints what it is given.
 # ==================================================================================================
 
 # ==================================================================================================
 # 2. Errors
 #
-# Two families. A StarioError tells the developer that the framework was used wrongly, and what to
-# write instead. An HttpException tells the client: raise one anywhere in a handler, and it becomes
+# Two kinds. A StarioError tells the developer that the framework was used wrongly, and what to
+# write instead. An HttpException is for the client: raise one anywhere in a handler, and it becomes
 # the answer.
 # ==================================================================================================
 
@@ -235,7 +239,8 @@ T = TypeVar("T")
 class StarioError(Exception):
     """The framework was used in a way that cannot work; the message says what to do instead.
 
-    A traceback ends with the line of the program that did it: most of its frames are of this file.
+    Most frames of its traceback are in this file. So a note below it says which line of your own
+    code called: `at /home/ada/app.py:12`.
     """
 
     def __init__(self, *arguments: object) -> None:
@@ -254,7 +259,10 @@ def _is_own(filename: str) -> bool:
 
 
 class ClientDisconnected(Exception):
-    """The client has gone. Raised where a handler waits for it; nobody needs to catch it."""
+    """The client has gone. Raised where a handler waits to read from it, or to send to it.
+
+    Nobody needs to catch it.
+    """
 
 
 class HttpException(Exception):
@@ -265,7 +273,7 @@ class HttpException(Exception):
     """
 
     def __init__(self, status_code: int, detail: str = "") -> None:
-        """StarioError for no status of an error, no text, and a redirect without an address."""
+        """StarioError: a status below 300, a detail that is not text, a redirect to nowhere."""
         _check_status(status_code)
         if status_code < 300:
             raise StarioError(f"{status_code} is no error: answer with w.html, w.json or w.empty")
@@ -285,7 +293,7 @@ class HttpException(Exception):
 def _check_word(what: str, word: object, known: Collection[str]) -> None:
     """Refuse a word that is not known, and say which one was probably meant."""
     if word not in known:
-        import difflib  # (only for errors: 1 ms of the start)
+        import difflib  # (here, since it takes 1 ms, and only an error needs it)
 
         near = difflib.get_close_matches(str(word), known, 1)
         meant = f" ({near[0]!r}?)" if near else ""
@@ -300,13 +308,14 @@ def _check_status(status: object) -> None:
         raise StarioError(f"{status!r} is no status of an answer: 200 to 599 are")
 
 
-def _alone(exc: BaseException) -> BaseException:
-    """What a TaskGroup hands on as a group is often one exception, or several answers: the first.
+def _ungrouped(exc: BaseException) -> BaseException:
+    """The exception inside of an ExceptionGroup, as if the handler itself had raised it.
 
-    So it is treated as if the handler had raised it itself.
+    asyncio's TaskGroup raises such a group even where only one thing has failed. A group of several
+    is left as it is, unless all of them are HttpExceptions: then the first one is the answer.
     """
     while isinstance(exc, BaseExceptionGroup):
-        inside = [_alone(inner) for inner in exc.exceptions]
+        inside = [_ungrouped(inner) for inner in exc.exceptions]
         if len(inside) > 1 and not all(isinstance(inner, HttpException) for inner in inside):
             break
         exc = inside[0]
@@ -327,9 +336,9 @@ def _phrase(status: int) -> str:
 # `h.P("a < b")` is the string `<p>a &lt; b</p>`, marked as safe by its type. So there is no tree to
 # build and then to walk: an element can be kept, compared, cached and joined as the text it is, and
 # what does not change can be built once, as a module constant. The rule that must hold: a plain str
-# is text and gets escaped, a SafeString is HTML and does not, and only this part and the developer
-# (by name) turn one into the other. The value of an attribute is text for the browser, which
-# decodes it once: there all is escaped, a SafeString too.
+# is text and gets escaped, a SafeString is HTML and does not. Only the functions of this part turn
+# text into HTML, and whoever writes `SafeString(text)`. The value of an attribute is text to the
+# browser, which decodes it once: so everything is escaped there, even a SafeString.
 # ==================================================================================================
 
 
@@ -350,8 +359,8 @@ class SafeString(str):
 
 
 def _escape(text: str) -> str:
-    # Looking is cheaper than replacing, and most text has none of these. A carriage return has to
-    # be a reference: browsers turn a bare one into a line feed while they read.
+    # Most text has none of these, and to look takes half of the time of replacing. A carriage
+    # return is written as a reference: browsers turn a bare one into a line feed.
     if "&" in text or "<" in text or ">" in text or "\r" in text:
         text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
         return text.replace("\r", "&#13;") if "\r" in text else text
@@ -372,8 +381,8 @@ def render(*parts: object) -> SafeString:
     return SafeString("".join(content))
 
 
-# -- Content. `attributes` takes the dicts among the parts of an element: where no element is to
-# bear them, as in `render()`, it is None.
+# -- Content. The parts of an element are added to two things: `content`, a list of pieces of HTML,
+# and `attributes`, a dict. Where there is no element, as in `render()`, `attributes` is None.
 
 Attributes = dict[str, object]
 
@@ -391,9 +400,10 @@ def _add(parts: Iterable[Any], content: list[str], attributes: Attributes | None
 
 
 def _add_other(part: object, content: list[str], attributes: Attributes | None) -> None:
+    """Add a part that is neither a plain str nor a SafeString."""
     if part is None or part is True or part is False:
         pass
-    elif type(part) is dict and attributes is not None:  # the usual types before slow isinstance()
+    elif type(part) is dict and attributes is not None:  # isinstance() below takes 9 times as long
         attributes.update(_merged(attributes, part) if attributes else part)
     elif type(part) in (list, tuple, types.GeneratorType):
         _add(cast("Iterable[Any]", part), content, attributes)
@@ -418,14 +428,14 @@ def _add_other(part: object, content: list[str], attributes: Attributes | None) 
 
 
 def _as_text(value: object) -> str:
-    """The text of a value: of an enum's member that of its value."""
+    """A value as text. A member of an enum is written as its value."""
     if isinstance(value, str):
         return str.__str__(value)
     return _as_text(value.value) if isinstance(value, enum.Enum) else str(value)
 
 
 def _hint(value: object) -> str:
-    """What else to say of a value that cannot be written."""
+    """For an error message: what was probably forgotten."""
     if isinstance(value, Awaitable):
         return " (await it first)"
     return " (call it)" if inspect.isfunction(value) or inspect.ismethod(value) else ""
@@ -433,6 +443,7 @@ def _hint(value: object) -> str:
 
 # -- Attributes
 
+# The names of attributes that Datastar (part 12) acts on: `data-on:click`, `data-signals`.
 _DATASTAR_NAME = re.compile(
     "data-((attr|bind|class|computed|effect|indicator|init|on|ref|show|signals|style|text)(:|__|$)"
     "|on-(intersect|interval|signal-patch))"
@@ -440,8 +451,10 @@ _DATASTAR_NAME = re.compile(
 
 
 def _merged(first: Mapping[str, object], more: Mapping[str, object]) -> dict[str, object]:
-    """Attributes of two dicts: the later one wins. Only what Datastar runs is never left out: of
-    two handlers of one event, or two sets of signals, one would vanish without a word.
+    """Attributes of two dicts: the later value of a name wins.
+
+    StarioError where Datastar would act on both values, two click handlers for example: one of
+    them would be lost, and nobody would notice.
     """
     merged = {**first, **more}
     if len(merged) < len(first) + len(more):  # a name is in both
@@ -455,7 +468,7 @@ def _merged(first: Mapping[str, object], more: Mapping[str, object]) -> dict[str
 
 
 _BAD_NAME = re.compile(r"""[\s"'<>/=\x00-\x1f\x7f-\x9f]""")
-_known_names: set[object] = set()  # found to be right: at most 512, of up to 64 characters
+_known_names: set[object] = set()  # names found to be right: at most 512, each of 64 characters
 
 
 def _check_name(name: object) -> None:
@@ -472,7 +485,7 @@ def _check_name(name: object) -> None:
 
 
 def _attributes(attributes: Mapping[str, object]) -> str:
-    """Write a dict as ` name="value" bare`."""
+    """Write a dict as ` name="value" bare`: a bare name is for True and None, False is left out."""
     text = ""
     for name in attributes:  # (a fifth faster than items(), with Python 3.13)
         if name not in _known_names:
@@ -488,6 +501,8 @@ def _attributes(attributes: Mapping[str, object]) -> str:
 
 
 def _other_attribute(name: str, value: object) -> str:
+    """An attribute whose value is no plain str. `{"data": {"id": 1}}` gives ` data-id="1"`."""
+    # `@baked` (part 25) calls a view with blanks for its arguments. A blank leaves a mark here.
     is_baking = _baking.get() and not isinstance(value, str)
     if is_baking and (mark := _carried(_attribute, name, value, is_html=True)):
         return mark
@@ -512,7 +527,7 @@ def _style(properties: Mapping[str, object]) -> str:
 
 
 def _value_text(name: str, value: object) -> str:
-    """The value of an attribute, of any kind, as text that is still to be escaped."""
+    """The value of an attribute as text, before it is escaped."""
     if hasattr(value, "__html__"):
         return str(value.__html__())
     if isinstance(value, (str, int, float, Decimal)):
@@ -528,17 +543,19 @@ def _value_text(name: str, value: object) -> str:
     )
 
 
-# -- Factories. `h.P` is a function: called, it gives an element with these parts (dicts are
-# attributes, later wins; all else is content). Uncalled, as in `h.Div(h.Br)`, it is the empty one.
+# -- Factories. `h.P` is a function. A call of it gives an element with these parts: dicts are its
+# attributes, all else is content. Without a call, as in `h.Div(h.Br)`, it is the empty element.
 
 Tag = Callable[..., SafeString]
 
 
 def _plain_tag(name: str) -> Tag:
+    """A factory for an element without rules of its own."""
     start, bare, end = f"<{name}", f"<{name}>", f"</{name}>"
 
     def _element(*parts: Any) -> SafeString:
-        # The loop of `_add` once more: pages are made of this function, and a call costs a third.
+        # The loop of `_add` once more: a page calls this function for each element, and with a call
+        # of `_add` it takes a third longer.
         attributes: Attributes | None = None
         pieces: list[str] = [bare]
         for part in parts:
@@ -552,7 +569,8 @@ def _plain_tag(name: str) -> Tag:
             elif kind is int:
                 pieces.append(f"{part}")
             elif part is not None:
-                _add_other(part, pieces, attributes := dict(attributes or {}))
+                attributes = dict(attributes or {})  # a copy: this one may be the caller's
+                _add_other(part, pieces, attributes)
         if attributes:
             pieces[0] = f"{start}{_attributes(attributes)}>"
         pieces.append(end)
@@ -562,8 +580,12 @@ def _plain_tag(name: str) -> Tag:
 
 
 def _special_tag(name: str) -> Tag:
-    """Void elements, and `<html>`, `<script>`, `<style>`, `<pre>`, `<textarea>`."""
-    start = "<!doctype html><html" if name == "html" else f"<{name}"  # else: quirks mode
+    """A factory for `<html>`, `<script>`, `<style>`, `<pre>`, `<textarea>` or a void element.
+
+    A void element, such as `<br/>`, has no content and no end tag.
+    """
+    # Without a doctype a browser lays a page out as in the 1990s ("quirks mode").
+    start = "<!doctype html><html" if name == "html" else f"<{name}"
     is_raw = name in ("script", "style")  # the browser does not decode their text
     is_void = name in _VOID_TAGS.split()
 
@@ -589,7 +611,7 @@ def _special_tag(name: str) -> Tag:
 
 
 def _trust(part: object) -> object:
-    """Text of a script or a style, of any kind, goes in as it is."""
+    """A part of a script or a style, in which text is not escaped."""
     if isinstance(part, str):
         return SafeString(str.__str__(part))
     if isinstance(part, Iterable) and not isinstance(part, (Mapping, bytes, bytearray, memoryview)):
@@ -655,7 +677,8 @@ class Tags:
         factory = _TAG_KINDS.get(name, _plain_tag)(name)
         setattr(factory, "__html__", factory)  # noqa: B010 - what an uncalled factory stands for
         factory.__name__ = name
-        # How Python's own error begins for `h.Div(id="x")`. (To take `**wrong` costs each call 5%.)
+        # For `h.Div(id="x")` Python raises a TypeError that begins with this name, so it tells what
+        # to write. (A parameter `**wrong`, to raise a better one, makes each call 5% slower.)
         call = f"h.{_cap_words(name)}"
         factory.__qualname__ = f'attributes are a dict, {call}({{"id": "x"}}): {call}'
         factory.__doc__ = f"A <{name}> element with these parts: see part 3 of the file."
@@ -668,16 +691,17 @@ h = Tags()
 # ==================================================================================================
 # 4. JSON
 #
-# Answers, signals and events are written as JSON. What JSON lacks (a dataclass, a date, a set) goes
-# as the nearest thing that it has; a number that is none (NaN, Infinity) is refused in both ways.
+# Answers, signals (part 15) and events (part 13) carry JSON. What JSON lacks is written as the
+# nearest thing that it has: a dataclass as an object, a date as text, a set as an array. NaN and
+# Infinity are no numbers of JSON: they are neither written nor read.
 # ==================================================================================================
 
 
-def _plain(value: object) -> object:
-    """For json.dumps: what JSON lacks, as the nearest thing that it has."""
+def _json_default(value: object) -> object:
+    """What JSON lacks, as the nearest thing that it has: the `default` of json.dumps."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    if hasattr(value, "model_dump"):
+    if hasattr(value, "model_dump"):  # a model of Pydantic's
         return value.model_dump(mode="json")
     if isinstance(value, (date, time_of_day)):
         return value.isoformat()
@@ -693,28 +717,31 @@ def _plain(value: object) -> object:
 
 
 def _json_writer(default: Callable[[Any], object], ascii_only: bool = True) -> Callable[[Any], str]:
-    """`json.dumps` with these options, without blanks, NaN and Infinity.
+    """A `json.dumps` with these options, without blanks, NaN and Infinity.
 
-    To make its encoder is most of the cost of a small value, so here it is made once. It does not
-    look for values that hold themselves (they end in a RecursionError), and so has no state.
+    json.dumps makes an encoder at each call, and takes 4 times as long for a dict of two items.
+    Here it is made once, and without its search for values that hold themselves. So it keeps
+    nothing between calls, and threads can share it; such a value ends in a RecursionError.
     """
     encoder = json.encoder
     escape = encoder.encode_basestring_ascii if ascii_only else encoder.encode_basestring
+    # The arguments after `escape`: indent, two separators, sort_keys, skipkeys, allow_nan.
     encode = encoder.c_make_encoder(  # type: ignore[attr-defined]
         None, default, escape, None, ":", ",", False, False, False
     )
     return lambda value: "".join(encode(value, 0))
 
 
-_encode_json = _json_writer(_plain, ascii_only=False)
-_encode_script = _json_writer(_plain)
+_encode_json = _json_writer(_json_default, ascii_only=False)
+_encode_script = _json_writer(_json_default)  # in ASCII only, for JavaScript within HTML (part 12)
 
 
 def _json(value: object, encode: Callable[[object], str] = _encode_json) -> str:
+    """A value as JSON. StarioError where it cannot be."""
     try:
         try:
             return encode(value)
-        except TypeError:  # perhaps a date as a key, for which nobody asks `_plain`
+        except TypeError:  # perhaps a date is a key, and `default` is called for values only
             return encode(_with_plain_keys(value))
     except RecursionError as exc:
         raise StarioError("JSON cannot hold what holds itself, or is nested so deeply") from exc
@@ -724,21 +751,21 @@ def _json(value: object, encode: Callable[[object], str] = _encode_json) -> str:
 
 def _with_plain_keys(value: object) -> object:
     if isinstance(value, Mapping):
-        names = [name if isinstance(name, _JSON_TYPES) else _plain(name) for name in value]
+        names = [name if isinstance(name, _JSON_TYPES) else _json_default(name) for name in value]
         items = map(_with_plain_keys, value.values())
         return dict(zip(names, items, strict=True))
     if isinstance(value, (list, tuple)):
         return [_with_plain_keys(item) for item in value]
-    return value if isinstance(value, _JSON_TYPES) else _with_plain_keys(_plain(value))
+    return value if isinstance(value, _JSON_TYPES) else _with_plain_keys(_json_default(value))
 
 
 _JSON_TYPES = (str, int, float, types.NoneType)
 
 
 def _finite(text: str) -> float:
-    """A number of JSON. NaN and Infinity are none (RFC 8259, section 6), and 1e999 would be one."""
+    """A number of JSON: not NaN or Infinity (RFC 8259, section 6), which 1e999 would become."""
     number = float(text)
-    if number - number != 0:
+    if not math.isfinite(number):
         raise ValueError(f"{text[:20]} is no finite number")
     return number
 
@@ -747,10 +774,14 @@ _json_decoder = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)
 
 
 def _parse_json(text: str | bytes) -> Any:
-    """JSON in UTF-8 (RFC 8259). Half a surrogate pair, which is no text, becomes `?`."""
+    """The value of JSON in UTF-8 (RFC 8259); HttpException(400) where it is not JSON.
+
+    JSON may escape an emoji as two halves, `\\ud83d\\ude00`. One half alone is no text: it becomes
+    `?`.
+    """
     try:
         plain = (text if isinstance(text, str) else text.decode()).strip("\ufeff \t\r\n")
-        value, end = _json_decoder.raw_decode(plain)  # `decode` takes twice as long
+        value, end = _json_decoder.raw_decode(plain)  # for two items `decode` takes 3 times as long
         if end < len(plain):
             raise ValueError(f"{plain[end:][:20]!r} follows its end")
         if "\\u" in plain and _ESCAPED_SURROGATE.search(plain):
@@ -772,25 +803,25 @@ _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 # ==================================================================================================
 
 
-_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # RFC 9110, section 5.6.2
-_BAD_VALUE = re.compile(r"[^\t\x20-\x7e\x80-\xff]")  # section 5.5
-_SURROGATE = re.compile("[\ud800-\udfff]")
+_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # a name (RFC 9110, section 5.6.2)
+_BAD_VALUE = re.compile(r"[^\t\x20-\x7e\x80-\xff]")  # what no value has (section 5.5)
+_SURROGATE = re.compile("[\ud800-\udfff]")  # half of an emoji: see `_parse_json`
 
 
 class _Missing(HttpException, KeyError):
-    """The client has left out what the handler takes for granted."""
+    """The client has left out what the handler asks for with `[name]`."""
 
 
 class _Fields:
     """Text under names, where a name may come several times."""
 
-    _fold: Callable[[str], str] = str  # names that are the same become the same
+    _fold: Callable[[str], str] = str  # a name as it is kept: for header fields, in lower case
 
     def __init__(self, fields: dict[str, list[str]] | None = None) -> None:
         self._fields = fields if fields is not None else {}  # name -> its values, in order
 
     def items(self) -> list[tuple[str, str]]:
-        """All fields as pairs; a name that came twice is there twice."""
+        """All fields as pairs of name and value; a name that came twice is in two of them."""
         return [(name, value) for name, values in self._fields.items() for value in values]
 
     def getlist(self, name: str) -> list[str]:
@@ -814,7 +845,7 @@ class _Fields:
     def get(self, name: str, *, type: Callable[[str], T]) -> T | None: ...
 
     def get(self, name: str, default: Any = None, type: Callable[[str], Any] | None = None) -> Any:
-        """The first value of a name, or `default`: also where `type` does not take the value.
+        """The first value of a name. `default` where there is none, or `type` refuses it.
 
         `c.req.query.get("start", 0, type=int)`; a bool is true for "true", "on", "yes" and "1".
         """
@@ -864,7 +895,10 @@ class Headers(_Fields):
     _fold = staticmethod(str.lower)
 
     def _list(self, name: str) -> list[str]:
-        """The last 32 items of a list that may come in several lines (RFC 9110, section 5.3)."""
+        """The items of a field that is a list, `a, b`, over all its lines (RFC 9110, section 5.3).
+
+        Only the last 32, so that a client cannot make it long. Proxies add theirs at the end.
+        """
         lines = self._fields.get(name)
         if lines is None:
             return []
@@ -883,7 +917,7 @@ class ResponseHeaders(Headers):
     def __init__(self) -> None:
         super().__init__()
         self.sent = False
-        self.before_sending: Callable[[], None] | None = None  # a last chance to add some
+        self.before_sending: Callable[[], None] | None = None  # may add some: sessions (part 23) do
 
     def set(self, name: str | bytes, value: str | bytes | int) -> ResponseHeaders:
         """Make this the only value of the field."""
@@ -925,6 +959,7 @@ class ResponseHeaders(Headers):
 
     @property
     def _unsent(self) -> dict[str, list[str]]:
+        """The fields, to be changed. StarioError once they have been sent."""
         if self.sent:
             raise StarioError("the headers have been sent: set them before the first write")
         return self._fields
@@ -935,7 +970,7 @@ def _text(value: str | bytes) -> str:
 
 
 def _field(name: str | bytes, value: str | bytes | int) -> tuple[str, str]:
-    """Check a header field and bring it into the form in which it is kept."""
+    """Check a header field; give its name in lower case, and its value as text."""
     if not isinstance(value, (str, bytes, int)):
         raise StarioError(f"the value of {name!r} is text, not {type(value).__name__}")
     key = _text(name).lower()
@@ -956,6 +991,7 @@ _MAX_FORM_FIELDS = 1000
 
 
 def _parse_pairs(text: str) -> list[tuple[str, str]]:
+    """`a=1&b=x+y` as `[("a", "1"), ("b", "x y")]`."""
     if "%" not in text and "+" not in text and text.count("&") < _MAX_FORM_FIELDS:
         parts = [pair.partition("=") for pair in text.split("&") if pair]  # nothing to decode
         return [(name, value) for name, _, value in parts]
@@ -965,10 +1001,10 @@ def _parse_pairs(text: str) -> list[tuple[str, str]]:
         raise HttpException(400, f"more than {_MAX_FORM_FIELDS} parameters") from None
 
 
-# -- asyncio in six lines. A body comes in pieces, so whoever reads it has to wait. `async def`
-# makes a coroutine function. A call of it makes a *coroutine*, which runs when it is awaited or
-# made a *task*; `await` gives the thread to other tasks until what it waits for is there. The
-# *event loop* is what runs whichever task can go on.
+# -- asyncio in short. A body comes in pieces, so whoever reads it has to wait. A call of an `async
+# def` function runs nothing: it makes a *coroutine*. That runs when it is awaited, or when it is
+# made a *task*, which runs beside the others. The *event loop* runs one task at a time, until its
+# next `await` that has to wait; then it runs another one that can go on.
 #
 #     async def visitor(name):
 #         await asyncio.sleep(1)   # others run meanwhile
@@ -979,28 +1015,30 @@ def _parse_pairs(text: str) -> list[tuple[str, str]]:
 #
 #     asyncio.run(main())          # makes an event loop, and runs it until main() is done
 #
-# A *future* is a result that is not there yet: `await future` waits for it, and
-# `future.set_result()` wakes who waits. Between two awaits nothing else runs on the loop, so no
-# locks are needed there.
+# A *future* stands for a result to come: `await future` waits for it, and `future.set_result()`
+# ends the wait. To *cancel* a task raises CancelledError at the `await` where it waits. Between two
+# awaits nothing else runs on the loop, so no locks are needed there.
 
 
 class Body:
     """The body of one request, on its way from the carrier that receives it to the handler.
 
     The carrier calls `feed` and `end`, or `fail`; the handler's side calls `read`, and `discard`
-    when it is done. `wanted` is the carrier's: it is called when there is room for more.
+    when it is done. The carrier stops reading from the network while `buffered` is large, and goes
+    on when the body calls `want_more`. So a client that sends faster than the handler reads has to
+    wait, and fills no memory: that is called *backpressure*.
     """
 
-    __slots__ = ("_chunks", "_error", "_waiter", "buffered", "discarding", "ended", "wanted")
+    __slots__ = ("_chunks", "_error", "_waiter", "buffered", "discarding", "ended", "want_more")
 
-    def __init__(self, wanted: Callable[[], None] = lambda: None) -> None:
-        self.wanted = wanted
+    def __init__(self, want_more: Callable[[], None] = lambda: None) -> None:
+        self.want_more = want_more
         self.buffered = 0  # bytes that nobody has read yet
         self.discarding = False  # nobody will read any more
         self.ended = False
         self._chunks: list[bytes] = []
         self._error: Exception | None = None
-        self._waiter: asyncio.Future[None] | None = None
+        self._waiter: asyncio.Future[None] | None = None  # what `read` waits for
 
     def feed(self, chunk: bytes) -> None:
         """The next bytes have come."""
@@ -1015,19 +1053,19 @@ class Body:
         self._wake()
 
     def fail(self, error: Exception) -> None:
-        """The rest will not come: who reads on gets this error."""
+        """The rest will not come: `read` raises this error after what has come."""
         self._error = self._error or error
         self._wake()
 
     async def read(self) -> bytes:
-        """What has come since the last call, at least a byte; at the end, nothing."""
+        """Wait for bytes, and give all that have come since the last call; at the end, b""."""
         while not self._chunks:
             if self._error:
                 raise self._error
             if self.ended:
                 return b""
             self._waiter = asyncio.get_running_loop().create_future()
-            self.wanted()
+            self.want_more()
             await self._waiter
         data = b"".join(self._chunks)
         self._chunks.clear()
@@ -1040,7 +1078,7 @@ class Body:
         self._chunks.clear()
         self.buffered = 0
         if not self.ended:
-            self.wanted()
+            self.want_more()
 
     def _wake(self) -> None:
         waiter, self._waiter = self._waiter, None
@@ -1062,17 +1100,17 @@ class RequestLine:
         self.http_1_0 = http_1_0
         self.raw_path, _, self.query_string = target.partition("?")
         self.path = _decode_path(self.raw_path) if "%" in self.raw_path else self.raw_path
-        # HTTP/1.1, a path and no fragment: there is nothing to be looked at twice.
+        # HTTP/1.1, a path, no fragment: the usual case, which needs no more checks (part 9).
         self.is_plain = target.startswith("/") and "#" not in target and not http_1_0
 
 
 class Request:
     """What a client asks for: `c.req`.
 
-    `route` is the route as it was written, `params` are the path's parameters, `tail` is what a
-    catch-all took, `subhost` what `*` took in a host pattern. `max_body` (bytes) can be raised for
-    one request before its body is read. `root_path` is where another app has mounted this one
-    ("/live"), or nothing.
+    From the router (part 7): `route` is the route as it was written (`/users/{id}`), `params` are
+    the path's parameters, `tail` is what `*` took in a path, `subhost` in a host. `max_body`
+    (bytes) can be raised for one request before its body is read. `root_path` is where another app
+    has mounted this one ("/live"), or empty.
     """
 
     root_path = ""
@@ -1090,11 +1128,11 @@ class Request:
         self.tail = ""
         self.subhost = ""
         self.max_body = 0
-        self._body = body
-        self._body_read: bytes | None = None
-        self._streamed = False  # by `stream()`, or sorted as a form: nobody has it as a whole
-        self._received = 0  # bytes that were taken from the body
-        self._unread = b""  # what a cancelled read had taken
+        self._body = body  # where it comes from
+        self._body_read: bytes | None = None  # all of it, once `body()` has been called
+        self._streamed = False  # it was given out in chunks, and kept by nobody
+        self._received = 0  # bytes that were taken from `_body`
+        self._unread = b""  # taken, but to be given again: a read was cancelled
         self._carrier = carrier
         self._query: QueryParams | None = None
 
@@ -1114,7 +1152,8 @@ class Request:
     def cookies(self) -> dict[str, str]:
         """The cookies by name (RFC 6265, section 4.2), percent-decoded; the first one counts.
 
-        Around a name nothing but blanks and tabs goes: any subdomain may set `\\xa0__Host-id`.
+        Only blanks and tabs around a name are dropped. `str.strip()` would drop more, and take
+        `\\xa0__Host-id`, which any subdomain may set, for `__Host-id`, which only this host may.
         """
         cookies: dict[str, str] = {}
         for pair in ";".join(self.headers.getlist("cookie")).split(";"):
@@ -1128,6 +1167,7 @@ class Request:
 
     @cached_property
     def _asked(self) -> _Asked:
+        """Client, scheme and host: the connection's, or what a trusted proxy (part 17) tells."""
         carrier = self._carrier
         seen = _Asked(carrier.client, carrier.scheme, self.headers.get("host") or "")
         proxies = carrier.proxies
@@ -1137,8 +1177,9 @@ class Request:
     def client(self) -> str:
         """The client's address ("127.0.0.1"), empty where it has none (a Unix socket).
 
-        This, `scheme`, `host` and `url` are what a proxy says of its client, if it is one of
-        `serve(trusted_proxies=…)`. HttpException(400) where what it says can be read in two ways.
+        A proxy is a server that passes requests on. If one of `serve(trusted_proxies=…)` has sent
+        this request, then this, `scheme`, `host` and `url` are of its own client, as the proxy
+        tells. HttpException(400) where what it tells can be read in two ways.
         """
         carrier = self._carrier
         return carrier.client if carrier.proxies is None else self._asked.client
@@ -1172,7 +1213,7 @@ class Request:
     _form_reader: _MultipartReader | None = None  # of a cancelled read
 
     async def stream(self) -> AsyncIterator[bytes]:
-        """The body in chunks as they come; while nobody takes them, the client has to wait.
+        """The body in chunks as they come, with backpressure (see `Body`).
 
         Raises HttpException: 413 beyond `max_body` bytes, 408 if the client stalls, 400 if what it
         sends is malformed; ClientDisconnected if it goes; StarioError the second time.
@@ -1186,7 +1227,7 @@ class Request:
                 self._body.discard()
 
     def _begin(self) -> None:
-        """Give the body piece by piece, which can be done once, or as often as it is at hand."""
+        """Before reading in pieces: once from the client, as often as one likes after `body()`."""
         if self._body_read is not None:
             self._unread = self._body_read
         elif self._streamed:
@@ -1273,6 +1314,8 @@ class Request:
         return reader.form()
 
 
+# A name or an IPv6 address, and a port (RFC 3986, section 3.2). `++` and `*+` never try again with
+# less, so that no text takes long.
 _HOST = re.compile(
     r"(?:\[[0-9A-Fa-f:.]++\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})*+)(?::[0-9]*+)?"
 )
@@ -2232,7 +2275,7 @@ class Router:
             try:
                 await handler(c, w)
             except Exception as exc:
-                if not await _handle_error(self._errors, c, w, _alone(exc)):
+                if not await _handle_error(self._errors, c, w, _ungrouped(exc)):
                     raise
 
         return _guarded
@@ -2383,7 +2426,7 @@ async def _fail(c: Context, w: Writer, exc: BaseException) -> None:
     Whatever it is, `SystemExit` and a cancellation from elsewhere too, it ends this request and
     nothing else.
     """
-    exc = _alone(exc)
+    exc = _ungrouped(exc)
     try:
         if await _handle_error(c.app._errors, c, w, exc):
             return
@@ -4458,7 +4501,7 @@ def _multipart(
 
 def _plain_sent(value: object) -> object:
     """A browser sends a file among signals in base64, and a schema reads it as bytes."""
-    return base64.b64encode(value).decode() if isinstance(value, bytes) else _plain(value)
+    return base64.b64encode(value).decode() if isinstance(value, bytes) else _json_default(value)
 
 
 _encode_sent = _json_writer(_plain_sent, ascii_only=False)
@@ -5836,7 +5879,7 @@ class Alive(Generic[T]):
 # loop is woken. It keeps out other threads, but not this one: the garbage collector and signal
 # handlers may run code of ours between any two bytecodes, and a subscription that is collected
 # closes itself. So a change that comes in the middle of another one waits until that one is done
-# (`Relay._alone`).
+# (`Relay._ungrouped`).
 # ==================================================================================================
 
 
@@ -5933,7 +5976,7 @@ class Subscription(Generic[T]):
     def close(self) -> None:
         """Take no more messages, from any thread. A waiting reader gets the queued ones first."""
         if self._mailbox.patterns:
-            self._relay._alone(self._relay._remove, self._mailbox)
+            self._relay._ungrouped(self._relay._remove, self._mailbox)
 
     async def __anext__(self) -> tuple[str, T]:
         mailbox, lock = self._mailbox, self._relay._lock
@@ -6028,15 +6071,15 @@ class Relay(Generic[T]):
             _place(pattern)
         mailbox = _Mailbox(patterns, maxsize, overflow, self._gaps)
         subscription = Subscription(self, mailbox)
-        self._alone(self._add, mailbox)
+        self._ungrouped(self._add, mailbox)
         return subscription
 
     def publish(self, subject: str, data: T = None) -> None:  # type: ignore[assignment]
         """Give a message to everyone who listens to its subject. From any thread; never waits."""
         _check_subject(subject)
-        self._alone(self._deliver, subject, data)
+        self._ungrouped(self._deliver, subject, data)
 
-    def _alone(self, step: Callable[..., None], *arguments: Any) -> None:
+    def _ungrouped(self, step: Callable[..., None], *arguments: Any) -> None:
         """Make a change, `step(to_wake, *arguments)`, with nobody else at the tables and queues.
 
         In the middle of another change of this thread it is left to that one. (So nothing comes
@@ -9515,7 +9558,7 @@ class RedisRelay(Relay[T]):
     def close(self) -> None:
         """Send what waits, for a second at most, end all subscriptions, and let go of Redis."""
         atexit.unregister(self.close)
-        self._alone(self._end)
+        self._ungrouped(self._end)
         if self._thread is not None:
             self._nudge()
             self._thread.join(1.0)
@@ -9647,7 +9690,7 @@ class RedisRelay(Relay[T]):
         """Deliver a message."""
         try:
             subject = channel.decode("utf-8", "surrogatepass")[len(self._prefix) :]
-            self._alone(self._deliver, subject, json.loads(payload))
+            self._ungrouped(self._deliver, subject, json.loads(payload))
         except ValueError as exc:  # none of us can have published it
             self._tracer("relay.unreadable", {"reason": f"{exc}"}).end()
 
