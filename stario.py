@@ -64,32 +64,32 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        2391  8. The app
      2742  ACT 2. On the network
        2750  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3704  10. The server
-       4374  11. Trying it without a network: the test client [testclient]
-     4815  ACT 3. Live
-       4859  12. Datastar: attributes and actions
-       5371  13. Streams: events, and staying with a client
-       5871  14. Relay: publish and subscribe
-     6188  ACT 4. For real
-       6194  15. Signals: from JSON to your dataclass
-       6875  16. Forms [forms]
-       7042  17. Behind a proxy
-       7123  18. Compression [compression]
-       7312  19. Static files [assets]
-       7829  20. Telemetry: spans, and who hears of them
-       8322  21. JsonTracer: for log collectors [json]
-       8392  22. RichTracer: for people [rich]
-       8812  23. Sessions [sessions]
-       8923  24. What lives as long as the server
-       8999  25. @baked
-       9252  26. ASGI: the same app under another server [asgi]
-       9472  27. RedisRelay: the same between processes and machines [redis]
-       9711  28. Reload: a saved file restarts the app [reload]
-       9868  29. Development: what went wrong, shown where one looks [development]
-     9987  ACT 5. The pocket client
-      10030  30. The pocket client (JavaScript) [client]
-      11382  31. This file as a page [read]
-      11596  32. An app to begin with
+       3742  10. The server
+       4412  11. Trying it without a network: the test client [testclient]
+     4853  ACT 3. Live
+       4897  12. Datastar: attributes and actions
+       5409  13. Streams: events, and staying with a client
+       5909  14. Relay: publish and subscribe
+     6226  ACT 4. For real
+       6232  15. Signals: from JSON to your dataclass
+       6913  16. Forms [forms]
+       7080  17. Behind a proxy
+       7161  18. Compression [compression]
+       7350  19. Static files [assets]
+       7867  20. Telemetry: spans, and who hears of them
+       8360  21. JsonTracer: for log collectors [json]
+       8430  22. RichTracer: for people [rich]
+       8850  23. Sessions [sessions]
+       8961  24. What lives as long as the server
+       9037  25. @baked
+       9290  26. ASGI: the same app under another server [asgi]
+       9510  27. RedisRelay: the same between processes and machines [redis]
+       9749  28. Reload: a saved file restarts the app [reload]
+       9906  29. Development: what went wrong, shown where one looks [development]
+    10025  ACT 5. The pocket client
+      10068  30. The pocket client (JavaScript) [client]
+      11420  31. This file as a page [read]
+      11634  32. An app to begin with
 
 READING PATH
 
@@ -103,14 +103,14 @@ Two hours, for a reader who wants to know how it works, not all that it does. Re
      1846-1946   `Context`  what a handler gets beside it
      2283-2299   `Router._find`  from a path to a handler
      2582-2613   `Stario.dispatch`  one request from end to end
-     3027-3145   `_Reader`  bytes to requests
-     3447-3700   `Connection`  one connection, many requests
-     4116-4130   `Server.start`  listening
-     4230-4238   `Server.stop`  ending without losing a request
-     5513-5619   `_EventWriter`  events
-     5707-5768   `_Scope`  how a disconnect reaches a handler
-     5795-5867   `Alive`  staying with a client
-     6036-6140   `Relay`  from one handler to another
+     3045-3165   `_Reader`  bytes to requests
+     3484-3738   `Connection`  one connection, many requests
+     4154-4168   `Server.start`  listening
+     4268-4276   `Server.stop`  ending without losing a request
+     5551-5657   `_EventWriter`  events
+     5745-5806   `_Scope`  how a disconnect reaches a handler
+     5833-5905   `Alive`  staying with a client
+     6074-6178   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -2741,31 +2741,38 @@ class Stario(Router):
 # ==================================================================================================
 # ACT 2. On the network
 #
-# The same app behind a socket. Bytes become requests, answers become bytes; many connections share
-# a thread, and the whole stops without losing a request. At its end the app runs in a browser, and
-# in a test.
+# The same app behind a socket: bytes become requests, answers become bytes. One event loop serves
+# many connections, and a server that stops answers every request that has come. At its end the app
+# runs in a browser, and in a test.
 # ==================================================================================================
 
 # ==================================================================================================
 # 9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
 #
+# Words. A *head* is the first line, the header fields and the empty line. *Framing* tells where a
+# message ends. A body's length stands in the head (`content-length: 5`), or the body comes in
+# *chunks*, each behind its length in hexadecimal, the last one of length 0:
+#
+#     transfer-encoding: chunked\r\n\r\n5\r\nHello\r\n6\r\n, Ada!\r\n0\r\n\r\n
+#
+# A connection stays open for the next request (*keep-alive*), unless a head says
+# `connection: close`. A client may send its next request before it has its answer (*pipelining*).
+#
 # Theory of operation. A connection works on one request at a time. Its state (see `_State`) says
-# whether the next bytes are a request's head, some of its body, or wait until it is answered.
-# `_advance` looks at the state and the bytes again and again until nothing more can be done. It is
-# called when bytes have come, when an answer is through, and when there is room for another one.
-# A connection belongs to a `Worker` (part 10), which has the event loop, the app, the time of its
-# last sweep (`now`), and all the other connections of that loop.
+# what the next bytes are: a request's head, some of its body, or bytes to keep until it is
+# answered. `_advance` reads on until bytes or state allow no more. It is called when bytes have
+# come, when an answer is complete, and when the client has taken earlier answers. A connection
+# belongs to a `Worker` (part 10): an event loop, the app, and all connections of that loop.
 #
 # The rule for everything that comes in: what could be understood in two ways is refused, with 400
-# and a closed connection. Repairing a request is how two servers in a row come to disagree on where
-# it ends, and how one request is smuggled in another.
+# and a closed connection. Where a proxy and a server disagree on where a request ends, its last
+# bytes pass the proxy as a body and reach the server as a request of their own (*smuggling*).
 #
-# Time. A connection has one `_deadline` for what it is waiting for, and the worker's sweep compares
-# it with the clock once a second. So a time-out costs an attribute, not a timer.
+# Time. A connection has one `_deadline`, the end of what it is waiting for. About once a second the
+# worker looks at all of them: the *sweep*. So a time limit is an attribute, and no timer.
 #
-# Speed. What has been seen before, byte for byte, is not read again: a browser repeats its header
-# block, so the last one is kept. Other fields are split up when somebody asks. A body that came
-# with its head is bytes from the start, and an answer is one write.
+# What has been read before, byte for byte, is not read again: a browser repeats its header block,
+# so the last one is kept. Header fields are split up when somebody asks for one.
 # ==================================================================================================
 
 
@@ -2776,39 +2783,44 @@ class Limits:
     Times are in seconds, sizes in bytes.
     """
 
-    header_timeout: float = 10.0  # for a request's head in whole; then 408
-    body_timeout: float = 30.0  # for a body that stalls; then 408. A kilobyte buys a second
+    header_timeout: float = 10.0  # for a whole head; then 408 (Request Timeout)
+    body_timeout: float = 30.0  # without a body's next bytes; then 408 (see `_read_body`)
     keep_alive_timeout: float = 75.0  # for the next request on an idle connection; then closed
     write_timeout: float = 30.0  # for a client that takes nothing of its answer; then cut off
-    max_header_bytes: int = 32 * 1024  # a head, and the trailers of a body; beyond: 431
+    max_header_bytes: int = 32 * 1024  # of a head, and of the trailers of a body; beyond: 431
     max_headers: int = 100  # fields in a head; beyond: 431
-    max_target: int = 32 * 1024  # its target (a GET has its signals there); beyond: 414
-    max_buffer: int = 16 * 1024 * 1024  # of an answer that a client does not take; then cut off
+    max_target: int = 32 * 1024  # of the target (a GET's signals are in it); beyond: 414
+    max_buffer: int = 16 * 1024 * 1024  # bytes of an answer that wait for the client; then cut off
     max_connections: int = 10_000  # at once; beyond: 503
-    max_handlers: int = 1000  # more than there are connections; then the next request waits
+    max_handlers: int = 1000  # above one per connection; beyond: requests wait
 
 
-_HIGH_WATER = 64 * 1024  # bytes kept of a body, or of later requests, before the client has to wait
-_DISCARD_LIMIT = 256 * 1024  # bytes of an unread body that are worth a connection
-_TOLD_BUSY = 100  # connections beyond the limit that still get an answer, 503
-_ACCEPTED = 64  # connections that are accepted before others get their turn
-_ROUNDS = 64  # requests and bodies of one client that are read before others get their turn
-_KEPT_HEAD = 4096  # bytes of a header block that is worth keeping for the next request
-_FAREWELL = 0.5  # seconds in which an idle connection may still ask when the server stops
+_HIGH_WATER = 64 * 1024  # bytes kept of a body, or of later requests, before reading is paused
+_DISCARD_LIMIT = 256 * 1024  # bytes of an unread body; with more the connection is closed
+_MAX_EXCESS = 100  # connections above `max_connections` that are answered, 503; more are closed
+_ACCEPT_BATCH = 64  # connections that are accepted before the loop runs other tasks
+_READ_BATCH = 64  # requests and pieces of bodies of one client, read before the loop runs others
+_KEPT_HEAD = 4096  # bytes: a larger header block is not kept for the next request
+_IDLE_GRACE = 0.5  # seconds in which an idle connection may still ask when the server stops
 _LINGER = 2.0  # seconds in which a client may read an answer that ended its connection
 _NEVER = float("inf")
-_NETWORK_GONE = {  # what a socket says, besides a ConnectionError, when nobody is there any more
+_NETWORK_GONE = {  # errors of a socket whose client is gone, beside ConnectionError
     errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN, errno.ENOTCONN
 }  # fmt: skip
-_RESET = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)  # SO_LINGER: on, for no time
+_RESET = struct.pack(
+    "hh" if os.name == "nt" else "ii", 1, 0
+)  # for SO_LINGER, on and 0 seconds: closing sends a reset
 
 _REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/([0-9])\.([0-9])")
 _ABSOLUTE = re.compile(r"https?://([^/?#@]+)(/[^?#]*)?(\?[^#]*)?", re.IGNORECASE)
 
 
-# Header lines (RFC 9112, section 5), with the CRLF before them and the empty line. No folding, no
-# blank before the colon, no control characters. (A "+" behind a repetition keeps the match linear:
-# what was taken is not tried again with less.)
+# A *header block* (RFC 9112, section 5) begins with the line break before the first field:
+#
+#     b"\r\nhost: a.example\r\naccept: */*\r\n\r\n"
+#
+# No field over two lines, no blank before the colon, no control characters. (`*+` never gives back
+# what it has matched, so that the time of a match grows only with the length.)
 _FIELD_LINES = re.compile(
     rb"\r\n(?:[!#$%&'*+.^_`|~0-9A-Za-z-]++:[\t\x20-\x7e\x80-\xff]*+\r\n)*+\r\n"
 )
@@ -2816,7 +2828,7 @@ _FRAMING_FIELDS = re.compile(
     rb"\n(host|connection|content-length|transfer-encoding|expect):([^\r]*)", re.IGNORECASE
 )
 _LONE_LF = re.compile(rb"[^\r]\n")
-_LINE_SO_FAR = re.compile(rb"[ -~]*+\r?")  # of a request line whose end has not come
+_LINE_SO_FAR = re.compile(rb"[ -~]*+\r?")  # a request line whose end has not come
 
 
 @lru_cache(maxsize=256)
@@ -2825,7 +2837,7 @@ def _status_line(status: int) -> bytes:
 
 
 @lru_cache(maxsize=256)
-def _request_line(line: bytes) -> RequestLine:
+def _parse_request_line(line: bytes) -> RequestLine:
     found = _REQUEST_LINE.fullmatch(line)
     if not found:
         raise HttpException(400, "the request line is malformed")
@@ -2835,8 +2847,8 @@ def _request_line(line: bytes) -> RequestLine:
     return RequestLine(method.decode("ascii"), target.decode("ascii"), minor == b"0")
 
 
-# Three fields that say where a request ends and whom it is for: each comes at most once, and as:
-_ONCE = {
+# Fields that say where a request ends and whom it is for: at most one of each, in this form.
+_SINGLE_FIELDS = {
     "content-length": (re.compile("[0-9]{1,18}"), "Content-Length is not one decimal number"),
     "transfer-encoding": (re.compile("(?i:chunked)"), "Transfer-Encoding is not exactly 'chunked'"),
     "host": (_HOST, "Host is not one valid host"),
@@ -2844,7 +2856,7 @@ _ONCE = {
 
 
 class _Framing:
-    """What a header block says of its request: where it ends, for whom it is, what comes after."""
+    """What a header block says of a request's end, and of the connection after it."""
 
     __slots__ = ("chunked", "close", "ends_here", "expects", "has_host", "keep_alive", "length")
 
@@ -2855,8 +2867,8 @@ class _Framing:
             values = fields.setdefault(raw.decode("ascii").lower(), [])
             values.append(value.decode("latin-1").strip(" \t"))
         for name, values in fields.items():
-            if name in _ONCE:
-                pattern, wrong = _ONCE[name]
+            if name in _SINGLE_FIELDS:
+                pattern, wrong = _SINGLE_FIELDS[name]
                 if len(values) > 1 or not pattern.fullmatch(values[0]):
                     raise HttpException(400, wrong)
         self.length = int(fields["content-length"][0]) if "content-length" in fields else 0
@@ -2869,16 +2881,16 @@ class _Framing:
         self.keep_alive = "keep-alive" in options
         self.expects = ",".join(fields.get("expect", ())).lower()
         self.has_host = "host" in fields
-        # A request of HTTP/1.1 that ends with its head.
+        # The request ends with its head: no body follows.
         self.ends_here = self.has_host and not (self.length or self.chunked or self.expects)
 
 
-# Kept, since these few fields are the same in most requests, whatever else differs in their heads.
-_framing = lru_cache(maxsize=256)(_Framing)
+# A cache: these few fields are the same in most requests, whatever else their heads have.
+_kept_framing = lru_cache(maxsize=256)(_Framing)
 
 
 class _ReceivedHeaders(Headers):
-    """Headers that are split up when somebody asks for one of them: many handlers never do."""
+    """Headers that are split up when a handler asks for one of them."""
 
     def __init__(self, block: bytes) -> None:
         self._block = block
@@ -2888,8 +2900,8 @@ class _ReceivedHeaders(Headers):
         return _split_fields(self._block)
 
 
-# What browsers send in UTF-8, whatever is usual for fields (HTML standard, 9.2.4, and cookies that
-# a script has set).
+# Fields are latin-1, but browsers send these in UTF-8 (HTML standard, 9.2.4; cookies set by a
+# script).
 _UTF_8_FIELDS = {"cookie", "last-event-id"}
 
 
@@ -2908,7 +2920,10 @@ def _split_fields(block: bytes) -> dict[str, list[str]]:
 def _normalised(
     line: RequestLine, headers: Headers, framing: _Framing
 ) -> tuple[RequestLine, Headers]:
-    """See that line and head go together; they come back as an ordinary request has them."""
+    """What is rare: checks line and head against each other, and takes the host out of a target.
+
+    `GET http://a.example/x` becomes a request for `/x` with `host: a.example`.
+    """
     if line.http_1_0 and framing.chunked:
         raise HttpException(400, "Transfer-Encoding in HTTP/1.0")
     if not (line.http_1_0 or framing.has_host):
@@ -2919,13 +2934,13 @@ def _normalised(
         raise HttpException(400, "a target has no fragment")
     if line.target.startswith("/") or (line.target == "*" and line.method == "OPTIONS"):
         return line, headers
-    # The other forms of a target (RFC 9112, section 3.2).
+    # CONNECT's target is `host:port`; any other is a whole URL (RFC 9112, section 3.2).
     if line.method == "CONNECT":
         raise HttpException(501, "this is no proxy: CONNECT is not supported")
     found = _ABSOLUTE.fullmatch(line.target)
     if not found or not _HOST.fullmatch(found[1]):
         raise HttpException(400, "the target is malformed")
-    # What the target says goes before the Host field (section 3.2.2).
+    # The target's host counts, not the Host field (section 3.2.2).
     headers = Headers({**headers._fields, "host": [found[1]]})
     target = (found[2] or "/") + (found[3] or "")
     return RequestLine(line.method, target, line.http_1_0), headers
@@ -2945,14 +2960,17 @@ class _Sized:
         return self.left == 0
 
     def decode(self, buffer: bytes, at: int) -> tuple[bytes, int]:
-        """What is in the buffer from `at` on, and the position up to which it was read."""
+        """The body's bytes in the buffer from `at` on, and the position behind them."""
         data = buffer[at : at + self.left]
         self.left -= len(data)
         return data, at + len(data)
 
 
 class _Chunks:
-    """Decodes a chunked body (RFC 9112, section 7.1). `ended` is true behind its last byte."""
+    """Decodes a chunked body (RFC 9112, section 7.1): sizes, chunks, and trailers at its end.
+
+    A size may have an extension (`5;name=value`); a *trailer* is a field behind the last chunk.
+    """
 
     _PLAIN = re.compile(rb"([1-9A-Fa-f][0-9A-Fa-f]{0,14})\r\n")
     _SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})([ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
@@ -2961,23 +2979,23 @@ class _Chunks:
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self.left = 0  # bytes to come of the chunk under way, its CRLF included
+        self.left = 0  # bytes to come of this chunk, with the line break behind it
         self._overhead = 0  # bytes of extensions and trailers so far
         self._in_trailers = False  # the last chunk has come
         self.ended = False
 
     def decode(self, buffer: bytes, at: int) -> tuple[bytes, int]:
-        """What is in the buffer from `at` on, decoded, and the position up to which it was read."""
+        """The body's bytes in the buffer from `at` on, and the position behind what was read."""
         out: list[bytes] = []
         while not self.ended and at < len(buffer):
-            if self.left > 2:
+            if self.left > 2:  # inside a chunk
                 data = buffer[at : at + self.left - 2]
                 out.append(data)
                 self.left -= len(data)
                 at += len(data)
                 continue
             if not self._in_trailers and (found := self._PLAIN.match(buffer, at)):
-                end = found.end() + int(found[1], 16)  # a chunk that is here whole: no more steps
+                end = found.end() + int(found[1], 16)  # if the chunk is here as a whole
                 if buffer.startswith(b"\r\n", end):
                     out.append(buffer[found.end() : end])
                     at = end + 2
@@ -3001,11 +3019,11 @@ class _Chunks:
         found = self._SIZE.fullmatch(line)
         if not found:
             raise HttpException(400, "a chunk's size is malformed")
-        # Extensions are allowed, and ignored, but not as a way to send us bytes without end.
+        # Extensions are ignored, but bounded: a client could send nothing else for ever.
         self._overhead += len(found[2] or b"")
         self._check_overhead()
         size = int(found[1], 16)
-        self.left = size and size + 2
+        self.left = size + 2 if size else 0
         self._in_trailers = not size
 
     def _read_trailer(self, line: bytes) -> None:
@@ -3014,9 +3032,9 @@ class _Chunks:
             return
         self._overhead += len(line)
         self._check_overhead()
-        # Framing is for the head (RFC 9110, section 6.5.1); others might heed it here, too.
-        framed = b"\r\n%b\r\n\r\n" % line
-        if not _FIELD_LINES.fullmatch(framed) or _FRAMING_FIELDS.search(framed):
+        # A trailer must not change the framing (RFC 9110, section 6.5.1): a proxy may heed it.
+        block = b"\r\n%b\r\n\r\n" % line
+        if not _FIELD_LINES.fullmatch(block) or _FRAMING_FIELDS.search(block):
             raise HttpException(400, "a trailer of the body is malformed")
 
     def _check_overhead(self, more: int = 0) -> None:
@@ -3025,9 +3043,9 @@ class _Chunks:
 
 
 class _Reader:
-    """Bytes of one client as they come, read as heads and bodies. Knows of no socket, and no time.
+    """Reads heads and bodies from a client's bytes, in whatever pieces they come.
 
-    Whatever is wrong is an HttpException; what was wrong then still counts as unread.
+    It knows of no socket and no time. What is malformed raises HttpException, and stays unread.
     """
 
     __slots__ = (
@@ -3036,25 +3054,25 @@ class _Reader:
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self.buffer = b""  # bytes that have come; empty when all of them have been used
-        self._at = 0  # how many of them have been used
-        self._searched = 0  # how many of the next head's bytes have been looked at
-        # The last header block, with the CRLF in front of it and the empty line, and what it says.
+        self.buffer = b""  # what has come; emptied when all of it has been read
+        self._at = 0  # up to where the buffer has been read
+        self._searched = 0  # bytes of an incomplete head that were searched for its end
+        # The last header block, and what was read from it.
         self._block = b""
         self._headers = Headers()
         self._framing: _Framing | None = None
-        self.decoder: _Sized | _Chunks | None = None  # of the body that is coming in
+        self.decoder: _Sized | _Chunks | None = None  # while a body is coming in
 
     def feed(self, data: bytes) -> None:
-        """More bytes have come, behind those that are here."""
+        """Add bytes that have come."""
         self.buffer, self._at = self.buffer[self._at :] + data, 0
 
     def waiting(self) -> int:
-        """How many bytes have not been used."""
+        """How many bytes are unread."""
         return len(self.buffer) - self._at
 
     def _use(self, upto: int) -> None:
-        """The buffer has been used up to this position."""
+        """The buffer has been read up to this position."""
         self._at = upto
         if upto >= len(self.buffer):
             self.buffer, self._at = b"", 0
@@ -3068,7 +3086,7 @@ class _Reader:
             end = line_end + len(self._block)
         else:
             framing = None
-            while buffer.startswith(b"\r\n", at):  # tolerated in front (RFC 9112, section 2.2)
+            while buffer.startswith(b"\r\n", at):  # allowed in front (RFC 9112, section 2.2)
                 at += 2
             line_end = buffer.find(b"\r\n", at)
             end = buffer.find(b"\r\n\r\n", at + max(0, self._searched - 3)) + 4
@@ -3081,7 +3099,9 @@ class _Reader:
             raise self._too_large(raw_line)
         if framing is None:
             headers, framing = self._read_block(buffer[line_end:end])
-        read = _request_line if len(raw_line) <= _KEPT_TEXT else _request_line.__wrapped__
+        read = (
+            _parse_request_line if len(raw_line) <= _KEPT_TEXT else _parse_request_line.__wrapped__
+        )
         line = read(raw_line)
         if len(line.target) > limits.max_target:
             raise HttpException(414, f"the target is longer than {limits.max_target} bytes")
@@ -3092,7 +3112,7 @@ class _Reader:
         return line, headers, framing
 
     def _check_start(self) -> None:
-        """Refuse a head that is not complete, if it never can be or has grown too large."""
+        """Refuse an incomplete head at once if it is malformed or too large already."""
         start, new = self.buffer[self._at :], max(0, self._searched - 1)
         line, line_end, _ = start.partition(b"\r\n")
         if _LONE_LF.search(start, new):
@@ -3101,8 +3121,8 @@ class _Reader:
             raise HttpException(400, "the request line is malformed")
         if len(start) > self._limits.max_header_bytes:
             raise self._too_large(line)
-        if line_end and len(line) >= new:  # it has come to its end just now
-            _request_line.__wrapped__(line)
+        if line_end and len(line) >= new:  # the first time that it is complete
+            _parse_request_line.__wrapped__(line)
         self._searched = len(start)
 
     def _too_large(self, line: bytes) -> HttpException:
@@ -3111,7 +3131,7 @@ class _Reader:
         return HttpException(431, f"the head is larger than {self._limits.max_header_bytes} bytes")
 
     def _read_block(self, block: bytes) -> tuple[Headers, _Framing]:
-        """What a header block says. It is kept, unless it is large."""
+        """Read a header block, and keep it for the next request unless it is large."""
         if not _FIELD_LINES.fullmatch(block):
             raise HttpException(400, "a header line is malformed")
         if block.count(b"\n") - 2 > self._limits.max_headers:
@@ -3122,11 +3142,11 @@ class _Reader:
             return headers, _Framing(found)
         self._block, self._headers = block, headers
         keep = sum(len(value) for _, value in found) <= _KEPT_TEXT
-        self._framing = (_framing if keep else _Framing)(found)
+        self._framing = (_kept_framing if keep else _Framing)(found)
         return headers, self._framing
 
     def whole_body(self, framing: _Framing) -> bytes | None:
-        """The body, if all of it came with the head; if not, `body` reads it."""
+        """The body if all of it is here; if not, None, and `body` reads it piece by piece."""
         at, upto = self._at, self._at + framing.length
         if upto <= len(self.buffer) and not framing.chunked:
             whole = self.buffer[at:upto]
@@ -3136,7 +3156,7 @@ class _Reader:
         return None
 
     def body(self) -> bytes:
-        """What has come of the body. At its end there is no `decoder` any more."""
+        """What has come of the body. At the body's end `decoder` becomes None."""
         assert self.decoder is not None
         data, upto = self.decoder.decode(self.buffer, self._at)
         self._use(upto)
@@ -3145,8 +3165,23 @@ class _Reader:
         return data
 
 
-def _set_unsent(connection: socket.socket, size: int) -> None:
-    """Bound what the kernel takes of us that is not on its way yet. 0: its own bound."""
+# -- From here on there is a socket. In asyncio a *transport* owns it, and calls the methods of a
+# *protocol*, which is the connection:
+#
+#     connection_made(transport)      # once, at first
+#     data_received(b"GET / HTT")     # for each piece that comes, of any size
+#     eof_received()                  # the client sends no more
+#     connection_lost(exc)            # once, at last
+#
+# `transport.write(data)` returns at once: the transport keeps what the kernel does not take. When
+# it keeps more than `_HIGH_WATER` bytes it calls `pause_writing`, and when few are left
+# `resume_writing`. A handler that writes much awaits `drained`, which lasts from the one to the
+# other: a client that reads slowly slows the handler down. That is *backpressure*. The other way
+# round, `transport.pause_reading()` slows down a client that sends too much.
+
+
+def _limit_unsent(connection: socket.socket, size: int) -> None:
+    """Let the kernel take `size` bytes at most that it cannot send yet. 0: as many as it likes."""
     with suppress(AttributeError, OSError):  # Windows, or a Unix socket
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, size)
 
@@ -3156,7 +3191,7 @@ class _State(enum.Enum):
 
     | state   | the handler | the next bytes are    | it waits, at most            | and then |
     | ------- | ----------- | --------------------- | ---------------------------- | -------- |
-    | FULL    | -           | a request, refused    | `header_timeout`             | closes   |
+    | EXCESS  | -           | refused with 503      | `header_timeout`             | closes   |
     | IDLE    | -           | a request             | `keep_alive_timeout`         | closes   |
     | HEAD    | -           | the rest of a head    | `header_timeout`             | 408      |
     | BODY    | answers     | of its request's body | `body_timeout`               | 408      |
@@ -3164,12 +3199,12 @@ class _State(enum.Enum):
     | REST    | has answered| of its request's body | `body_timeout`               | closes   |
     | CLOSING | -           | dropped               | `_LINGER`                    | resets   |
 
-    IDLE -> HEAD -> BODY -> ANSWER -> IDLE is the long way. A head that comes whole skips HEAD, a
-    body that came with it skips BODY, and an answer before the body's end leads to REST. FULL is
-    one connection too many, from its beginning. CLOSING follows any of them, and is the last.
+    A request may pass through IDLE, HEAD, BODY, ANSWER and IDLE again. A head that comes whole
+    skips HEAD, a body that comes with it skips BODY. REST is the rest of a body whose request is
+    answered already. A connection above `max_connections` begins in EXCESS. CLOSING is the last.
     """
 
-    FULL = 0
+    EXCESS = 0
     IDLE = 1
     HEAD = 2
     BODY = 3
@@ -3178,26 +3213,27 @@ class _State(enum.Enum):
     CLOSING = 6
 
 
-_FULL, _IDLE, _HEAD, _BODY, _ANSWER, _REST, _CLOSING = _State
+_EXCESS, _IDLE, _HEAD, _BODY, _ANSWER, _REST, _CLOSING = _State
 
 
 class _Sender(Carrier, asyncio.Protocol):
-    """A connection's way out: it sends bytes, and knows how many the client has not taken."""
+    """A connection's sending side: it writes bytes, and knows how many the client has not taken."""
 
     __slots__ = (
-        "_deadline", "_room", "_sent", "_stalled_since", "_state", "_taken", "_transport",
+        "_deadline", "_paused_writing", "_sent", "_stalled_since", "_state", "_taken", "_transport",
         "_worker", "client",
     )  # fmt: skip
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
         self._state = _IDLE
-        self._deadline = worker.now + worker.limits.header_timeout  # of what it waits for
+        self._deadline = worker.now + worker.limits.header_timeout  # time of the loop's clock
         self._transport: asyncio.Transport = None  # type: ignore[assignment]  # connection_made
-        self._room: asyncio.Event | None = None  # awaited while the transport holds enough
-        self._sent = 0  # bytes given to the transport so far,
-        self._taken = 0  # and those it had got rid of when the sweep last looked:
-        self._stalled_since = 0.0  # then
+        # From pause_writing to resume_writing an event, which is set by the latter; else None.
+        self._paused_writing: asyncio.Event | None = None
+        self._sent = 0  # bytes given to the transport
+        self._taken = 0  # how many of them had left it when the sweep last saw that some had,
+        self._stalled_since = 0.0  # and the time of that; 0.0 while nothing waits
         self.client = ""  # the peer's address
 
     def _is_lost(self) -> bool:
@@ -3209,31 +3245,31 @@ class _Sender(Carrier, asyncio.Protocol):
             self._transport.write(data)
 
     def pause_writing(self) -> None:
-        """The transport holds as much of our answer as it should."""
-        self._room = self._room or asyncio.Event()
+        """The transport holds more than `_HIGH_WATER` bytes of our answer."""
+        self._paused_writing = self._paused_writing or asyncio.Event()
 
     def resume_writing(self) -> None:
-        """There is room again."""
-        room, self._room = self._room, None
-        if room:
-            room.set()
+        """The client has taken most of what the transport held."""
+        paused, self._paused_writing = self._paused_writing, None
+        if paused:
+            paused.set()
 
     async def drained(self) -> None:
         """See Carrier."""
-        if self._room and not self._is_lost():
-            await self._room.wait()
+        if self._paused_writing and not self._is_lost():
+            await self._paused_writing.wait()
         if self._is_lost():
             raise ClientDisconnected("the client has gone")
 
     async def send_file(self, file: IO[bytes], offset: int, count: int) -> None:
         """See Carrier. The kernel copies from file to socket, where it can and there is no TLS."""
-        await self.drained()  # or the client has gone
+        await self.drained()  # raises if the client has gone
         transport = self._transport
         connection = transport.get_extra_info("socket")
         if hasattr(os, "sendfile") and transport.get_extra_info("sslcontext") is None:
-            transport.set_write_buffer_limits(0)  # so that `drained` waits until all has gone
-            _set_unsent(connection, 0)  # no limit: a file is not old by the time it is read
-            # A descriptor of our own: the transport may close its one while we wait for it.
+            transport.set_write_buffer_limits(0)  # `drained` waits until the transport is empty
+            _limit_unsent(connection, 0)
+            # A descriptor of our own: the transport may close its own while we wait.
             descriptor = os.dup(connection.fileno())
             try:
                 sent = await self._send_by_system(descriptor, file, offset, count)
@@ -3241,14 +3277,14 @@ class _Sender(Carrier, asyncio.Protocol):
                 os.close(descriptor)
                 if not self._is_lost():
                     transport.set_write_buffer_limits(_HIGH_WATER)
-                    _set_unsent(connection, _HIGH_WATER)
+                    _limit_unsent(connection, _HIGH_WATER)
             offset, count = offset + sent, count - sent
         await super().send_file(file, offset, count)
 
     async def _send_by_system(
         self, descriptor: int, file: IO[bytes], offset: int, count: int
     ) -> int:
-        """Gives how many bytes were sent: not all if the file's system has no `sendfile`."""
+        """Send by os.sendfile. Returns how many bytes: fewer where this file cannot be sent so."""
         loop, done = self._worker.loop, 0
         while done < count:
             await self.drained()
@@ -3256,7 +3292,7 @@ class _Sender(Carrier, asyncio.Protocol):
             try:
                 sent = os.sendfile(descriptor, file.fileno(), offset + done, most)
             except BlockingIOError:
-                self.pause_writing()
+                self.pause_writing()  # until the kernel has room again
                 loop.add_writer(descriptor, self.resume_writing)
                 try:
                     await self.drained()
@@ -3271,24 +3307,24 @@ class _Sender(Carrier, asyncio.Protocol):
                 raise  # an error of the disk
             if not sent:
                 raise StarioError(f"{file.name} has become shorter while it was sent")
-            self._sent += sent  # the sweep sees by this that the client takes it
+            self._sent += sent  # for `_check_taken`
             done += sent
         return done
 
     def check_peer(self, seconds: float) -> None:
-        """See Carrier. Linux tells by TCP_INFO. (TCP_USER_TIMEOUT also ends slow readers.)"""
+        """See Carrier. Linux tells, by TCP_INFO. (TCP_USER_TIMEOUT would end slow readers too.)"""
         connection = self._transport.get_extra_info("socket")
         with suppress(AttributeError, OSError):  # another system, or a Unix socket
             info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 60)
-            # Of linux/tcp.h: tcpi_retransmits, sent again in vain so far, and tcpi_last_ack_recv.
-            in_vain, silent_ms = info[2], int.from_bytes(info[56:60], sys.byteorder)
-            if in_vain and silent_ms >= seconds * 1000:
+            # linux/tcp.h: tcpi_retransmits (sent again without an answer), tcpi_last_ack_recv.
+            repeats, silent_ms = info[2], int.from_bytes(info[56:60], sys.byteorder)
+            if repeats and silent_ms >= seconds * 1000:
                 self._transport.abort()
 
     def _check_taken(self, now: float) -> None:
-        """Called by the sweep: has the client taken nothing of its answer for too long?"""
+        """Cut the client off if it has taken none of its answer for `write_timeout`."""
         unsent = self._transport.get_write_buffer_size()
-        if unsent == 0 and not self._room:
+        if unsent == 0 and not self._paused_writing:
             self._stalled_since = 0.0
         elif self._sent - unsent != self._taken or not self._stalled_since:
             self._taken = self._sent - unsent
@@ -3302,7 +3338,7 @@ class _Sender(Carrier, asyncio.Protocol):
 
 
 class _Answers(_Sender):
-    """Answers as HTTP/1.1 writes them, and what is said of the connection with each."""
+    """Answers as HTTP/1.1 writes them, each with what its head says of the connection."""
 
     __slots__ = (
         "_chunked", "_close_after", "_eof", "_expects", "_http_1_0", "_paused_reading",
@@ -3313,14 +3349,14 @@ class _Answers(_Sender):
         super().__init__(worker)
         self._reader = _Reader(worker.limits)
         self._paused_reading = False
-        self._eof = False  # the client has closed its side
+        self._eof = False  # the client has closed its side (it may still read)
         # Of the request that is answered:
         self._http_1_0 = False
-        self._expects = False  # the client waits for "100 Continue"
+        self._expects = False  # the client sends its body only after "100 Continue"
         # Of its answer:
         self._close_after = False  # it is the last one of this connection
         self._chunked = False  # it is sent in chunks
-        # The rest of what a Carrier has:
+        # As every Carrier has them; a scope is a handler's wait that can be ended (part 13):
         self.scheme = "http"
         self.proxies = worker.proxies
         self.scopes: list[_Scope] = []
@@ -3343,12 +3379,12 @@ class _Answers(_Sender):
         if worker.stopping:
             self._deadline = worker.idle_deadline
         if len(worker.connections) > worker.limits.max_connections:
-            self._state = _FULL
+            self._state = _EXCESS
 
     def shut_down(self) -> None:
         """The server stops: streams end, requests are answered, idle connections may still ask."""
         self._end_scopes()
-        if self._state is _IDLE or self._state is _FULL:
+        if self._state is _IDLE or self._state is _EXCESS:
             self._deadline = self._worker.idle_deadline
 
     def answer(self, status: int, fields: bytes, body: bytes) -> None:
@@ -3356,7 +3392,7 @@ class _Answers(_Sender):
         stopping = self._worker.stopping
         if self._close_after or stopping or self._http_1_0 or self._state is not _ANSWER:
             fields = self._with_connection(fields)
-        if self._state is not _CLOSING:  # (one that the client closes takes a write, too)
+        if self._state is not _CLOSING:
             data = b"".join((_status_line(status), fields, self._worker.end_of_head, body))
             self._sent += len(data)
             self._transport.write(data)
@@ -3373,9 +3409,9 @@ class _Answers(_Sender):
         self._write(b"".join((_status_line(status), fields, self._worker.end_of_head)))
 
     def _with_connection(self, fields: bytes) -> bytes:
-        """The fields, and what is to be said of the connection (RFC 9112, section 9.3)."""
+        """Add the field `connection`, and settle whether it stays open (RFC 9112, section 9.3)."""
         too_much = self._reader.decoder is not None and self._reader.decoder.left > _DISCARD_LIMIT
-        # With "expect" nobody can tell whether the body will still come.
+        # A client that still waits for "100 Continue" may send its body now, or never.
         if self._worker.stopping or self._expects or too_much:
             self._close_after = True
         self._expects = False
@@ -3386,18 +3422,18 @@ class _Answers(_Sender):
         return fields
 
     def send(self, data: bytes) -> None:
-        """See Carrier. One write may be of any size; before many of them, await `drained`."""
+        """See Carrier. A client that leaves more than `max_buffer` bytes waiting is cut off."""
         limit = self._worker.limits.max_buffer
-        if self._room and self._transport.get_write_buffer_size() > limit:
+        if self._paused_writing and self._transport.get_write_buffer_size() > limit:
             self._cut_off()
         self._write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
 
     def finish(self) -> None:
-        """See Carrier. What follows is up to the Connection."""
+        """See Carrier. Connection does it, since the next request may follow."""
         raise NotImplementedError
 
     def abort(self) -> None:
-        """See Carrier. Where the connection's end is the end of the body, only a reset tells."""
+        """See Carrier. In HTTP/1.0 a body ends with the connection: a reset tells of a fault."""
         lost, self._state = self._is_lost(), _CLOSING
         if lost:
             return
@@ -3410,10 +3446,11 @@ class _Answers(_Sender):
             self._transport.close()
 
     def _close(self) -> None:
-        """Close, so that the client can read what we have sent.
+        """Close in a way that the client can still read its answer.
 
-        A socket that is closed while bytes are unread sends a reset, which can destroy the answer
-        on its way. So where more may come: end our side only, and read on for a while.
+        A socket that is closed while bytes are unread sends a reset, and the client's kernel may
+        then drop an answer that it has not read. So where more may come, close our side only, and
+        read on for `_LINGER` seconds.
         """
         lost, self._state = self._is_lost(), _CLOSING
         if lost:
@@ -3423,23 +3460,23 @@ class _Answers(_Sender):
         if self._eof or not unread:
             self._transport.close()
             return
-        if self._transport.can_write_eof():  # TLS cannot: there the client reads "close", and goes
+        if self._transport.can_write_eof():  # (TLS cannot; its client goes by `connection: close`)
             with suppress(OSError):  # it has gone already
                 self._transport.write_eof()
         if self._paused_reading:
             self._transport.resume_reading()
 
-    def _look_for_peer(self) -> None:
-        """Where nothing is read, only the system knows that the client has gone."""
+    def _poll_peer(self) -> None:
+        """While reading is paused no callback tells that the client has gone: ask the system."""
         connection = self._transport.get_extra_info("socket")
         if connection is None or not hasattr(select, "poll"):  # Windows
             return
-        poll, half = select.poll(), getattr(select, "POLLRDHUP", 0)  # (that one is Linux's)
+        poll, half = select.poll(), getattr(select, "POLLRDHUP", 0)  # closed its side (Linux)
         poll.register(connection.fileno(), half)
         found = poll.poll(0)
         if found and found[0][1] & ~half:  # it has reset the connection
             self._transport.abort()
-        elif found and not self.disconnected:  # behind what is unread it has closed its side
+        elif found and not self.disconnected:
             self.disconnected = True
             self._end_scopes()
 
@@ -3451,11 +3488,11 @@ class Connection(_Answers):
 
     def __init__(self, worker: Worker) -> None:
         super().__init__(worker)
-        self._advancing = False  # `_advance` is at work
-        self._body = Body()  # in BODY and REST the one that is coming in
-        self._discarded = 0  # bytes of it that nobody wanted
+        self._advancing = False  # `_advance` runs; what it calls must not start it again
+        self._body = Body()  # in BODY and REST: the one that is coming in
+        self._discarded = 0  # bytes of it that were dropped unread
 
-    # -- What the transport tells
+    # -- What the transport calls
 
     def data_received(self, data: bytes) -> None:
         """Bytes have come."""
@@ -3469,7 +3506,7 @@ class Connection(_Answers):
     def eof_received(self) -> bool:
         """The client will send no more. It may still be reading: what it asked for is answered."""
         if self._state is _CLOSING:
-            return False  # it has read our last answer, or never will
+            return False  # it has read our answer, or never will: the transport closes
         self._eof = self.disconnected = True
         self._fail_body(ClientDisconnected("the client closed in the middle of its request"))
         self._end_scopes()
@@ -3477,12 +3514,12 @@ class Connection(_Answers):
         return self.scheme == "http"  # TLS has no half-closed state
 
     def resume_writing(self) -> None:
-        """There is room again, for another answer too."""
+        """There is room again: for this answer, or for the next request's."""
         super().resume_writing()
         self._worker.loop.call_soon(self.go_on)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """It has gone, or we have closed: wake everybody who waits for it."""
+        """The connection is closed: wake whoever waits for it."""
         self._worker.connections.discard(self)
         self._worker.waiting.discard(self)
         self._fail_body(ClientDisconnected("the client left before its request was complete"))
@@ -3492,7 +3529,7 @@ class Connection(_Answers):
         super().resume_writing()
 
     def _fail_body(self, error: Exception) -> None:
-        """If a body is under way: the rest will not come, and its handler shall hear of it."""
+        """If a body is coming in, its rest will not come: its reader gets the error."""
         if self._state is _BODY:
             self._state, self._deadline = _ANSWER, _NEVER
             self._close_after = True
@@ -3510,23 +3547,23 @@ class Connection(_Answers):
         """Do all that can be done with the bytes that are here."""
         self._advancing, rounds, reader = True, 0, self._reader
         try:
-            while reader.buffer and rounds < _ROUNDS and self._do_next():
+            while reader.buffer and rounds < _READ_BATCH and self._do_next():
                 rounds += 1
         except HttpException as exc:
             self._refuse(exc)
         finally:
             self._advancing = False
-        # After most packets, a request and all of it, nothing is left to do.
+        # Most often a whole request has come, and nothing else has to be done.
         if reader.buffer or reader.decoder or self._eof or self._paused_reading:
-            self._wait_for_more(rounds == _ROUNDS)
+            self._wait_for_more(rounds == _READ_BATCH)
 
     def _do_next(self) -> bool:
         """Read the next request's head, or some of a body; false if that must wait."""
         state, worker = self._state, self._worker
         if state is _BODY or state is _REST:
             return self._read_body()
-        if not (state is _IDLE or state is _HEAD) or self._room:
-            if state is _FULL:
+        if not (state is _IDLE or state is _HEAD) or self._paused_writing:
+            if state is _EXCESS:
                 raise HttpException(503, "too many connections")
             return False
         if worker.crowded:
@@ -3541,11 +3578,11 @@ class Connection(_Answers):
             return False
         line, headers, framing = head
         self._start(line, headers, framing)
-        # The other requests of a client that goes while it is answered are left.
+        # The requests that follow are left if the client has gone meanwhile.
         return not (self._reader.buffer and self._transport.is_closing())
 
     def _start(self, line: RequestLine, headers: Headers, framing: _Framing) -> None:
-        """Begin with a request: its handler starts."""
+        """Start the handler of a request."""
         worker = self._worker
         self._state, self._deadline = _ANSWER, _NEVER
         self._http_1_0 = line.http_1_0
@@ -3553,10 +3590,10 @@ class Connection(_Answers):
         body: Body | bytes = b"" if framing.ends_here else self._begin_body(framing)
         request = Request(line, headers, body, self)
         handling = worker.app.dispatch(request, self)
-        # A copy of the server's context: no variable of a handler's reaches the next request.
+        # In a copy of the context variables: what a handler sets there ends with its request.
         task = _spawn(handling, worker.loop, worker.context.copy())
         if not task.done():
-            worker.keep(task)
+            worker.track(task)
 
     def _begin_body(self, framing: _Framing) -> Body | bytes:
         whole = self._reader.whole_body(framing)
@@ -3571,14 +3608,15 @@ class Connection(_Answers):
         return body
 
     def _read_body(self) -> bool:
-        """Feed what has come of a body to it; true if it has come to its end."""
+        """Hand on what has come of a body; true at its end."""
         body, data = self._body, self._reader.body()
-        self._expects = False  # it has begun to send without being asked
+        self._expects = False  # it sends without waiting
         if data:
             body.feed(data)
             if body.discarding:
                 self._discarded += len(data)
-            # A kilobyte buys a second, up to the whole time-out: trickling does not pay.
+            # Each kilobyte moves the deadline by a second, to `body_timeout` from now at most: so
+            # a client cannot hold a handler for ever with a byte now and then.
             limit = self._worker.loop.time() + self._worker.limits.body_timeout
             if self._deadline != _NEVER:
                 self._deadline = min(limit, self._deadline + len(data) / 1024)
@@ -3593,7 +3631,7 @@ class Connection(_Answers):
         return True
 
     def _wants_body(self) -> None:
-        """Somebody reads the body, or has given it up: let the rest come."""
+        """Called by the body when its reader waits for more, or has given it up."""
         if not self._is_reading_body() or self._is_lost():
             return
         if self._expects and not self._body.discarding:
@@ -3605,21 +3643,21 @@ class Connection(_Answers):
         self._pause_or_resume_reading()
 
     def _close_if_rest_is_large(self) -> None:
-        """After the answer, a rest that nobody wants is worth waiting for only if it is small."""
+        """After the answer, read an unwanted rest of a body only if it is small."""
         unread = self._discarded + (self._reader.decoder.left if self._reader.decoder else 0)
         if self._state is _REST and self._body.discarding and unread > _DISCARD_LIMIT:
             self._close()
 
-    def _wait_for_more(self, more: bool) -> None:
-        """See who has to wait: others, for this client's turn, or the client, for room."""
-        if more:  # a client that sends a thousand requests at once is not alone
+    def _wait_for_more(self, batch_full: bool) -> None:
+        """After `_advance`: go on later, close, or pause reading."""
+        if batch_full:  # more can be read, but other clients come first
             self._worker.loop.call_soon(self.go_on)
-        elif self._eof and not self._room and self._state in (_FULL, _IDLE, _HEAD):
-            self._close()  # what is left is a part of a request, and no more of it will come
+        elif self._eof and not self._paused_writing and self._state in (_EXCESS, _IDLE, _HEAD):
+            self._close()  # what is left is a part of a request whose rest will not come
         self._pause_or_resume_reading()
 
     def _pause_or_resume_reading(self) -> None:
-        """Let the client wait while there is enough of it in memory."""
+        """Read no more while enough unread bytes are in memory (backpressure)."""
         if self._is_lost():
             return
         if self._is_reading_body():
@@ -3634,12 +3672,12 @@ class Connection(_Answers):
         self._paused_reading = full
 
     def go_on(self) -> None:
-        """Something that it waited for has come: see what can be done now."""
+        """Advance, after what it waited for has come: room, a handler's end, another loop turn."""
         if not (self._advancing or self._is_lost()):
             self._advance()
 
     def _refuse(self, exc: HttpException) -> None:
-        """Refuse what cannot be understood, and close: nobody knows where the next one begins."""
+        """Refuse a malformed request, and close: where the next one begins is not known."""
         self._worker.note_refusal(self.client, exc)
         self._close_after = True
         if self._is_reading_body():
@@ -3668,33 +3706,33 @@ class Connection(_Answers):
         else:
             self._state, self._deadline = _IDLE, self._worker.idle_deadline
         if (self._reader.buffer or self._eof) and not self._advancing:
-            # As a call of the loop's own, and not inside the handler that has just answered.
+            # Not at once: that would be inside the handler that has just answered.
             self._worker.loop.call_soon(self.go_on)
 
     # -- Time, and the end
 
-    def put_off(self, seconds: float) -> None:
-        """For so long the server stood still: that counts for no client."""
+    def extend_deadlines(self, seconds: float) -> None:
+        """Give the client `seconds` more: for so long the server itself stood still."""
         self._deadline += seconds
         self._stalled_since += seconds if self._stalled_since else 0.0
 
     def check(self, now: float) -> None:
-        """Called by the sweep about once a second: has the client taken too long?"""
+        """Called by the sweep, about once a second: act if the client has taken too long."""
         if now >= self._deadline:
             self._deadline = _NEVER
             self._timed_out()
         if self._paused_reading and self._state is not _CLOSING:
-            self._look_for_peer()
+            self._poll_peer()
         self._check_taken(now)
 
     def _timed_out(self) -> None:
-        if self._state is _IDLE or self._state is _FULL:
+        if self._state is _IDLE or self._state is _EXCESS:
             self._close()
         elif self._state is _HEAD:
             self._refuse(HttpException(408, "the head did not come in time"))
         elif self._state is not _CLOSING:
             self._refuse(HttpException(408, "the body did not come in time"))
-        elif self._transport.get_write_buffer_size():  # the client is still at our answer
+        elif self._transport.get_write_buffer_size():  # the client is still reading our answer
             self._deadline = self._worker.now + _LINGER
         else:
             self._transport.abort()
@@ -3775,12 +3813,12 @@ class Worker:
 
     def adopt(self, accepted: socket.socket, tls: ssl_module.SSLContext | None) -> None:
         """Take over a connection that has been accepted, if there is any room for it."""
-        if len(self.connections) + len(self.arriving) >= self.limits.max_connections + _TOLD_BUSY:
+        if len(self.connections) + len(self.arriving) >= self.limits.max_connections + _MAX_EXCESS:
             accepted.close()
             return
-        _keep(self.loop.create_task(self._adopt(accepted, tls)), self.arriving)
+        _keep(self.loop.create_task(self._connect(accepted, tls)), self.arriving)
 
-    async def _adopt(self, accepted: socket.socket, tls: ssl_module.SSLContext | None) -> None:
+    async def _connect(self, accepted: socket.socket, tls: ssl_module.SSLContext | None) -> None:
         try:
             await self.loop.connect_accepted_socket(
                 lambda: Connection(self),
@@ -3791,7 +3829,7 @@ class Worker:
         except (OSError, asyncio.CancelledError):  # no TLS after all, or gone already
             accepted.close()
 
-    def keep(self, task: asyncio.Task[None]) -> None:
+    def track(self, task: asyncio.Task[None]) -> None:
         """Hold a handler that is under way.
 
         Those that go on after their answer have a bound for all together, `max_handlers`.
@@ -3822,12 +3860,12 @@ class Worker:
         now = self.loop.time()
         late = now - self.now - self._interval
         self.now = now
-        idle = _FAREWELL if self.stopping else self.limits.keep_alive_timeout
+        idle = _IDLE_GRACE if self.stopping else self.limits.keep_alive_timeout
         self.idle_deadline = self.now + idle
         self.end_of_head = f"date: {_http_date(time.time())}\r\n\r\n".encode()
         for connection in list(self.connections):
             if late > self._interval:  # a suspended machine, a handler that blocked the loop
-                connection.put_off(late)
+                connection.extend_deadlines(late)
             connection.check(self.now)
 
     async def stop(self, graceful_timeout: float) -> None:
@@ -3992,7 +4030,7 @@ class _Listener:
         found = socket.getaddrinfo(
             self.host or None, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
-        found = [entry for entry in found if _is_here(entry[0], entry[4])] or found
+        found = [entry for entry in found if _is_local(entry[0], entry[4])] or found
         for family, kind, protocol, _, address in dict.fromkeys(found):
             listening = socket.socket(family, kind, protocol)
             self.sockets.append(listening)
@@ -4170,7 +4208,7 @@ class Server:
 
     def _accept(self, listening: socket.socket) -> None:
         """Accept the connections that wait, and deal them out."""
-        for _ in range(_ACCEPTED):  # the next ones come when others had their share of the loop
+        for _ in range(_ACCEPT_BATCH):  # the next ones come when others had their share of the loop
             try:
                 accepted, _address = listening.accept()
             except BlockingIOError:
@@ -4289,33 +4327,33 @@ def _limits(options: dict[str, Any]) -> Limits:
 # -- Signals are the process's: they stop every server that waits for one. What was done about them
 # before is put back when the last of these servers has stopped.
 
-_waiting: list[Server] = []  # touched in the main thread only
-_before: dict[int, Any] = {}  # what was done about these signals
+_awaiting_signal: list[Server] = []  # touched in the main thread only
+_earlier_handlers: dict[int, Any] = {}  # what was done about these signals
 
 
 def _heed_signals(server: Server) -> None:
-    if threading.current_thread() is not threading.main_thread() or server in _waiting:
+    if threading.current_thread() is not threading.main_thread() or server in _awaiting_signal:
         return  # only the main thread can have signals
-    _waiting.append(server)
+    _awaiting_signal.append(server)
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
         number = getattr(signal, name, None)
         before = number and signal.getsignal(number)
         ignored = name == "SIGHUP" and before == signal.SIG_IGN  # by nohup
-        if number and number not in _before and before is not None and not ignored:
-            _before[number] = before
+        if number and number not in _earlier_handlers and before is not None and not ignored:
+            _earlier_handlers[number] = before
             signal.signal(number, _on_signal)
 
 
 def _on_signal(number: int, frame: object) -> None:
-    for server in list(_waiting):
+    for server in list(_awaiting_signal):
         server._signalled(number)
 
 
 def _forget_signals(server: Server) -> None:
-    if server in _waiting:
-        _waiting.remove(server)
-        while _before and not _waiting:
-            signal.signal(*_before.popitem())
+    if server in _awaiting_signal:
+        _awaiting_signal.remove(server)
+        while _earlier_handlers and not _awaiting_signal:
+            signal.signal(*_earlier_handlers.popitem())
 
 
 _INHERITED = {
@@ -4336,7 +4374,7 @@ def _set_inherited(listening: socket.socket) -> None:
             listening.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
 
-def _is_here(family: int, address: tuple[Any, ...]) -> bool:
+def _is_local(family: int, address: tuple[Any, ...]) -> bool:
     """Whether this machine has the address: in containers, `localhost` often lacks its IPv6 one."""
     with suppress(OSError), socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.bind((address[0], 0, *address[2:]))
@@ -4615,7 +4653,7 @@ class TestStream:
         self._worker.stopping = True
         for connection in self._worker.connections:
             connection.shut_down()
-        await self._over()
+        await self._wait_for_handler()
         await self._close()
 
     async def _close(self) -> None:
@@ -4623,11 +4661,11 @@ class TestStream:
         self._head.cancel()
         self._writer.close()
         try:
-            await self._over()
+            await self._wait_for_handler()
         finally:
             await self._worker.stop(0.0)
 
-    async def _over(self) -> None:
+    async def _wait_for_handler(self) -> None:
         """Wait until the handler has ended."""
         async with self._awaiting("the end of its handler"):
             while self._worker.tasks:
@@ -4673,7 +4711,7 @@ class TestClient:
         self.cookies: dict[str, str] = {}
         self._jar = _Jar(self.cookies)
         self._lived: AbstractAsyncContextManager[None]
-        self._left: list[TestStream] = []  # answered with wait=False
+        self._unfinished: list[TestStream] = []  # answered with wait=False
 
     async def __aenter__(self) -> TestClient:
         # An app that is being served, too, is in its lifespans already.
@@ -4684,11 +4722,11 @@ class TestClient:
 
     async def __aexit__(self, kind: type[BaseException] | None, *exc: object) -> None:
         try:
-            for stream in self._left:
+            for stream in self._unfinished:
                 await stream._shut_down()
         finally:
             await self._lived.__aexit__(None, None, None)
-        for stream in self._left:
+        for stream in self._unfinished:
             if kind is None:
                 stream._raise_failure()
 
@@ -4731,13 +4769,13 @@ class TestClient:
                 await stream._head
                 body = b"".join([piece async for piece in stream._pieces])
             if wait:
-                await stream._over()
+                await stream._wait_for_handler()
                 stream._raise_failure()
         finally:
             if wait:
                 await stream._close()
             else:
-                self._left.append(stream)
+                self._unfinished.append(stream)
         set_cookies = self._jar.take(stream.headers)
         return TestResponse(stream.status, stream.headers, body, set_cookies)
 
@@ -9845,8 +9883,8 @@ def _reload(app: Stario, server: Server) -> None:
 
 def _join_reloading(app: Stario, server: Server) -> None:
     """In a child: use the parent's sockets, and tell the pages which version this is."""
-    global _FAREWELL
-    _FAREWELL = 0.0  # who asks on an old connection shall not get an old page
+    global _IDLE_GRACE
+    _IDLE_GRACE = 0.0  # who asks on an old connection shall not get an old page
     descriptors = os.environ[_RELOADED].split(",")
     inherited = [socket.socket(fileno=int(number)) for number in descriptors if number]
     server._listener.sockets += inherited

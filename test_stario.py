@@ -1613,7 +1613,7 @@ class TestWriter(AsyncTest):
         async def handler(c: Context, w: Writer) -> None:
             w.respond(b"x" * 1000, c.req.headers["x-type"])
 
-        caches = [stario._choose_coding, stario._content, stario._framing]
+        caches = [stario._choose_coding, stario._content, stario._kept_framing]
         for long in (False, True):
             sizes = [cache.cache_info().currsize for cache in caches]
             more = f"{uuid.uuid4()}" + "x" * 1000 * long
@@ -2744,7 +2744,7 @@ class TestConnections(HttpTest):
             peer = await Peer.connect(server.port)
             stop_reading(peer)
             await peer.send(f"GET / HTTP/1.1\r\n{HOST}\r\n" * 1000)
-            await until(lambda: [c for c in connections_of(server) if c._room])
+            await until(lambda: [c for c in connections_of(server) if c._paused_writing])
             self.assertLess(made, 500)
             read_again(peer)
             for _ in range(1000):
@@ -3097,11 +3097,11 @@ class TestRepeatedHeads(HttpTest):
         self.assertEqual(said, ["the "] * 4)
 
     async def test_a_huge_block_is_not_kept(self) -> None:
-        known = stario._framing.cache_info().currsize
+        known = stario._kept_framing.cache_info().currsize
         async with echo_app().running() as server:
             peer = await Peer.connect(server.port)
             self.assertEqual((await peer.get("/", accept="x" * 5000, expect="x")).status, 417)
-            self.assertEqual(stario._framing.cache_info().currsize, known)
+            self.assertEqual(stario._kept_framing.cache_info().currsize, known)
             await peer.close()
 
     async def test_the_same_head_brings_another_body(self) -> None:
@@ -3578,7 +3578,7 @@ class TestLimits(HttpTest):
         self.assertEqual(self.spans.refusals(), [503, 503])
 
     async def test_far_too_many_connections_are_closed_unheard(self) -> None:
-        with mock.patch("stario._TOLD_BUSY", 1):
+        with mock.patch("stario._MAX_EXCESS", 1):
             async with self.app.running(max_connections=1) as server:
                 first = await Peer.connect(server.port)
                 self.assertEqual((await within(first.get("/"))).status, 200)
@@ -4091,7 +4091,7 @@ class TestTls(HttpTest):
 
     async def test_clients_that_idle_hold_up_no_stop(self) -> None:
         with (
-            mock.patch.object(stario, "_FAREWELL", 0.05),
+            mock.patch.object(stario, "_IDLE_GRACE", 0.05),
             mock.patch.object(stario, "_LINGER", 0.1),
         ):
             server = Server(echo_app(), port=0, ssl=self.server_side, graceful_timeout=600)
@@ -4122,7 +4122,7 @@ class TestTls(HttpTest):
             "header_timeout": 1000.0,
             "max_connections": 2,
         }
-        with mock.patch("stario._TOLD_BUSY", 0):
+        with mock.patch("stario._MAX_EXCESS", 0):
             async with echo_app().running(**options) as server:
                 silent = [await Peer.connect(server.port) for _ in range(2)]
                 await until(lambda: len(server._workers[0].arriving) == 2)
@@ -4492,7 +4492,7 @@ class TestStopping(StreamTest):
                     self.assertTrue(client.recv(1000).startswith(b"HTTP/1.1 200 "))
 
     async def test_a_client_that_says_nothing_holds_nothing_up(self) -> None:
-        with mock.patch.object(stario, "_FAREWELL", 0.05):
+        with mock.patch.object(stario, "_IDLE_GRACE", 0.05):
             server = Server(self.app(self.hello), port=0, graceful_timeout=600)
             await server.start()
             peer = await Peer.connect(server.port)
@@ -4581,7 +4581,7 @@ class TestStopping(StreamTest):
 class TestSignalHandlers(StreamTest):
     async def serving(self, *servers: Stario) -> list[asyncio.Task[None]]:
         tasks = [asyncio.create_task(app.serve(port=0)) for app in servers]
-        await until(lambda: len(stario._waiting) == len(servers))
+        await until(lambda: len(stario._awaiting_signal) == len(servers))
         return tasks
 
     async def test_a_signal_stops_all_servers_and_handlers_are_put_back(self) -> None:
@@ -4607,7 +4607,7 @@ class TestSignalHandlers(StreamTest):
             await within(first)
         os.kill(os.getpid(), signal.SIGTERM)
         await within(second)
-        self.assertEqual(stario._before, {})
+        self.assertEqual(stario._earlier_handlers, {})
 
     async def test_nohup_is_heeded(self) -> None:
         before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
@@ -8252,7 +8252,7 @@ class TestAssets(HttpTest):
                     await peer.send(f"GET {path} HTTP/1.1\r\n{HOST}\r\n")
                     await within(peer.head())
                     stop_reading(peer)
-                    await until(lambda: [c for c in connections_of(server) if c._room])
+                    await until(lambda: [c for c in connections_of(server) if c._paused_writing])
                     if ending == "reset":
                         peer.reset()
                     elif ending == "close":
@@ -8275,7 +8275,7 @@ class TestAssets(HttpTest):
             peer = await Peer.connect(server.port)
             stop_reading(peer)
             await peer.send(f"GET {path} HTTP/1.1\r\n{HOST}\r\n")
-            await until(lambda: [c for c in connections_of(server) if c._room])
+            await until(lambda: [c for c in connections_of(server) if c._paused_writing])
             os.truncate(huge, 1000)
             read_again(peer)
             await within(peer.head())
@@ -8476,7 +8476,8 @@ class TestAssets(HttpTest):
                     await peer.send(f"GET {path} HTTP/1.1\r\n{HOST}Connection: close\r\n\r\n")
                     await until(
                         lambda server=server: (
-                            self.spans.ended or [c for c in connections_of(server) if c._room]
+                            self.spans.ended
+                            or [c for c in connections_of(server) if c._paused_writing]
                         )
                     )
                     with file.open("r+b") as opened:
