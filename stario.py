@@ -76,20 +76,20 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        7080  17. Behind a proxy
        7161  18. Compression [compression]
        7350  19. Static files [assets]
-       7867  20. Telemetry: spans, and who hears of them
-       8360  21. JsonTracer: for log collectors [json]
-       8430  22. RichTracer: for people [rich]
-       8850  23. Sessions [sessions]
-       8961  24. What lives as long as the server
-       9037  25. @baked
-       9290  26. ASGI: the same app under another server [asgi]
-       9510  27. RedisRelay: the same between processes and machines [redis]
-       9749  28. Reload: a saved file restarts the app [reload]
-       9906  29. Development: what went wrong, shown where one looks [development]
-    10025  ACT 5. The pocket client
-      10068  30. The pocket client (JavaScript) [client]
-      11420  31. This file as a page [read]
-      11634  32. An app to begin with
+       7887  20. Telemetry: spans, and who hears of them
+       8380  21. JsonTracer: for log collectors [json]
+       8450  22. RichTracer: for people [rich]
+       8906  23. Sessions [sessions]
+       9017  24. What lives as long as the server
+       9093  25. @baked
+       9347  26. ASGI: the same app under another server [asgi]
+       9567  27. RedisRelay: the same between processes and machines [redis]
+       9806  28. Reload: a saved file restarts the app [reload]
+       9963  29. Development: what went wrong, shown where one looks [development]
+    10082  ACT 5. The pocket client
+      10125  30. The pocket client (JavaScript) [client]
+      11477  31. This file as a page [read]
+      11691  32. An app to begin with
 
 READING PATH
 
@@ -7349,42 +7349,47 @@ Stario._compression = CompressionConfig()  # what an app does unless it is told 
 # ==================================================================================================
 # 19. Static files [assets]
 #
-# Each file is known by a name with a fingerprint of its contents, `style.3f2a….css`. Such a name
-# can be cached forever, because other contents have another name; the plain name redirects to it.
-# Pages ask `asset("style.css")` for the name. Small files are kept in memory, compressed once for
-# each coding; large ones are sent as they are.
+# Each file has a second name, with a *fingerprint*: 16 digits of the SHA-256 of its contents. A
+# browser may keep what it gets by that name for ever, because other contents have another name. The
+# plain name redirects to it, and `asset("style.css")` gives it to a page:
 #
-# Files change while they are served. Two rules hold all the same. What comes under an address that
-# may be cached for ever has the contents of that address, whole, or it is cut off. And no answer
-# leaves the directory, or shows what is hidden in it, whatever a name or a link says. An address of
-# a version that is gone gets the present one, not to be cached; not a redirect, since a log that
-# grows between any two requests would make the client run after it.
+#     GET /static/style.css                  307 location: ./style.3f2a91c04be7d658.css
+#     GET /static/style.3f2a91c04be7d658.css 200 cache-control: public, max-age=31536000, immutable
+#
+# Files up to 256 KiB are kept in memory, compressed once for each content coding (part 18). Larger
+# ones are read when they are sent, and are not compressed.
+#
+# Files change while they are served. Two rules hold all the same. An answer that may be kept for
+# ever has all the contents that its name stands for, or is cut off. And nothing is served from
+# outside of the directory, or from a file or folder whose name begins with a dot, whatever a name
+# or a symbolic link says. An old fingerprint gets the present file, with `no-cache`. A redirect
+# would not end: a log that is written to has a new name again when the client asks for it.
 #
 # What is left out: listings of directories, and several ranges at once.
 # ==================================================================================================
 
 
-_IN_MEMORY = 256 * 1024  # files up to this size, in bytes, are kept in memory,
-_IN_MEMORY_TOTAL = 64 * 1024 * 1024  # and of each collection so much in all
-_COPIED = 16 * 1024 * 1024  # of a large file's end, so many bytes are not left to `sendfile`
-_TICK = 50_000_000  # nanoseconds that a file system's clock may need to tell two changes apart
-_AS_IT_IS = ""  # no content coding
+_IN_MEMORY = 256 * 1024  # bytes: files up to this size are kept in memory
+_IN_MEMORY_TOTAL = 64 * 1024 * 1024  # bytes that one collection keeps in memory
+_COPIED = 16 * 1024 * 1024  # bytes at the end of a large file that are not left to `sendfile`
+_TICK = 50_000_000  # nanoseconds: a file system may give two changes within them the same time
+_IDENTITY = ""  # no content coding
 _FOREVER = b"cache-control: public, max-age=31536000, immutable\r\n"
-_HARDEST = CompressionConfig(zstd_level=12, brotli_level=9, gzip_level=9)
-_SIBLINGS = {"zstd": ".zst", "br": ".br", "gzip": ".gz"}
+_COMPRESSED_ONCE = CompressionConfig(zstd_level=12, brotli_level=9, gzip_level=9)
+_SUFFIX_OF_CODING = {"zstd": ".zst", "br": ".br", "gzip": ".gz"}
 _FINGERPRINT = re.compile(r"\.[0-9a-f]{16}(?=\.[^./]*\Z|\Z)")
-# Windows has other names for a file that has one already: `a.txt::$DATA`, `A~1.TXT`, `a.txt.`; and
-# names that are devices in each directory.
+# On Windows a file has more than one name: `a.txt::$DATA`, `A~1.TXT`, `a.txt.`; and some names are
+# devices in every directory.
 _OTHER_NAME = re.compile(
     r'[<>:"|?*]|[. ]\Z|~\d|\A(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[\d¹²³]) *(\.|\Z)', re.I
 )
-# What an operating system says where there is no such file, or none for us.
+# Errors of the operating system that mean: no such file, or none that we may read.
 _ABSENT = {
     errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP,
     errno.ENAMETOOLONG, errno.EINVAL, errno.ENXIO,
 }  # fmt: skip
-# Types that Python's own table lacks, at least that of 3.11. A compressed file is a file of that
-# kind: to say what is in it is for Content-Encoding, and would have browsers unpack a download.
+# Types that Python's own table lacks, at least that of 3.11. `x.tar.gz` is of the type gzip: with
+# the type of what is in it, and `content-encoding: gzip`, a browser would unpack the download.
 _SUFFIXES = """
     text/javascript js mjs cjs | text/plain log | text/markdown md | text/calendar ics |
     application/xml xml | application/json map | application/ld+json jsonld |
@@ -7401,7 +7406,7 @@ _TYPES = {"." + end: kind for kind, *ends in map(str.split, _SUFFIXES.split("|")
 
 @lru_cache(maxsize=256)
 def _content_type(suffix: str) -> str:
-    """By a file's suffix. The machine's own table is asked last: any program may change it."""
+    """A file's type by its suffix. The machine's own table comes last: other programs change it."""
     kind = _TYPES.get(suffix)
     if kind is None:
         import mimetypes
@@ -7413,10 +7418,11 @@ def _content_type(suffix: str) -> str:
 
 
 def _stamp(found: os.stat_result) -> tuple[int, ...]:
-    """What tells the versions of a file apart.
+    """What tells the versions of a file apart, without reading it.
 
-    Builds that can be repeated give all files one time, and often one size; but a file that takes
-    another's place has an inode of its own, and one that is written to a new time of change.
+    Size and time of modification are not enough: reproducible builds give all files one time, and
+    often one size. But a file that replaces another has an inode of its own, and whoever writes to
+    a file changes its `ctime`.
     """
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
@@ -7424,16 +7430,19 @@ def _stamp(found: os.stat_result) -> tuple[int, ...]:
 class _Representation(NamedTuple):
     """A file in one content coding (RFC 9110, section 3.2)."""
 
-    etag: str
-    fields: bytes
+    etag: str  # its name: a client that has a copy asks with it whether that is still right
+    fields: bytes  # of the answer
     body: bytes | None  # None: large, to be read when it is sent
 
 
 class _File:
-    """One version of a file: its fingerprint, and its contents unless it is large."""
+    """One version of a file: its fingerprint, and its contents unless it is large.
+
+    `start` is its first two bytes.
+    """
 
     stamp: tuple[int, ...] = ()
-    steady = True  # nothing was written while it was read
+    steady = True  # nobody wrote to it while it was read
 
     def __init__(self, name: str, digest: str, data: bytes | None, start: bytes) -> None:
         stem, suffix = os.path.splitext(name)
@@ -7444,25 +7453,25 @@ class _File:
         self.fingerprinted = f"{stem}.{digest}{suffix}"
         self.content_type = _content_type(suffix.lower())
         # A `.svgz` is the one compressed file that browsers want unpacked.
-        self.packed = suffix.lower() == ".svgz" and start == b"\x1f\x8b"
+        self.is_svgz = suffix.lower() == ".svgz" and start == b"\x1f\x8b"
         self.compressible = data is not None and _is_compressible(self.content_type)
-        self.compressible &= not self.packed
-        self.forms: dict[str, _Representation] = {}  # by coding
-        self.encode(_AS_IT_IS, data)
+        self.compressible &= not self.is_svgz
+        self.representations: dict[str, _Representation] = {}  # by coding
+        self.encode(_IDENTITY, data)
 
     def encode(self, coding: str, body: bytes | None) -> _Representation:
         """Keep the contents in a coding."""
         etag = f'"{self.digest}-{coding}"' if coding else f'"{self.digest}"'
-        shown = "gzip" if self.packed else coding
+        shown = "gzip" if self.is_svgz else coding
         fields = (
             f"etag: {etag}\r\nx-content-type-options: nosniff\r\naccept-ranges: bytes\r\n"
             f"content-type: {self.content_type}\r\n"
         )
         fields += f"content-encoding: {shown}\r\n" if shown else ""
         fields += "vary: accept-encoding\r\n" if self.compressible else ""
-        form = _Representation(etag, fields.encode("latin-1", "replace"), body)
-        self.forms[coding] = form
-        return form
+        representation = _Representation(etag, fields.encode("latin-1", "replace"), body)
+        self.representations[coding] = representation
+        return representation
 
 
 def _file_of(name: str, data: bytes) -> _File:
@@ -7470,9 +7479,10 @@ def _file_of(name: str, data: bytes) -> _File:
 
 
 def _read_version(name: str, opened: IO[bytes], *, by_contents: bool = True) -> _File:
-    """The version that an open file holds. One that is small and being written is read again.
+    """Read an open file. One that is written to meanwhile is read again, three times at most.
 
-    Without `by_contents` a large file is not read: the stamp has to tell its version.
+    Of a large file only the fingerprint is kept. Without `by_contents` it is not read at all: its
+    fingerprint is made of its stamp.
     """
     for _ in range(3):
         before = os.fstat(opened.fileno())
@@ -7493,9 +7503,9 @@ def _read_version(name: str, opened: IO[bytes], *, by_contents: bool = True) -> 
 
 
 def _open_regular(path: str) -> IO[bytes]:
-    """Open a file for reading; what is no regular file is not waited for, and not found."""
+    """Open a regular file. A pipe or a device counts as missing, and nobody waits for it."""
     nonblocking = getattr(os, "O_NONBLOCK", 0)
-    # Without a buffer: what is read is what is there now.
+    # Without a buffer, so that each `read` sees the file as it is then.
     opened = open(  # noqa: SIM115
         path, "rb", buffering=0, opener=lambda path, flags: os.open(path, flags | nonblocking)
     )
@@ -7515,9 +7525,9 @@ def _file_error(exc: OSError, w: _RawWriter) -> Exception:
 
 
 def asset(name: str, collection: str = "static") -> str:
-    """The address of a file behind its prefix: `asset("style.css")` gives `style.<hash>.css`.
+    """A file's fingerprinted name: `"/static/" + asset("style.css")` is its address.
 
-    What cannot stand in an address is escaped. The file is read when it is first asked for, and
+    What cannot stand in a URL is escaped. The file is read when it is first asked for, and
     again when it has changed. Raises StarioError for a file, or a collection, that `app.assets` has
     not been given.
     """
@@ -7536,9 +7546,9 @@ class Assets:
         self, source: str | os.PathLike[str] | Mapping[str, str | bytes], collection: str
     ) -> None:
         self._files: dict[str, _File] = {}
-        # Those whose contents are in memory, in the order they were read; changed under the lock.
+        # The files whose contents are in memory, the oldest first; changed under the lock.
         self._small: OrderedDict[str, _File] = OrderedDict()
-        self._held = 0  # bytes of these
+        self._held = 0  # bytes that they take
         self._lock = threading.RLock()
         self._under_way: dict[object, asyncio.Task[Any]] = {}
         self._root: str | None = None
@@ -7556,11 +7566,11 @@ class Assets:
 
     def file(self, name: str) -> _File | None:
         """The file of this plain name, as it is now; None if there is none to be served."""
-        return self._known(name) or self._load(name)
+        return self._current(name) or self._load(name)
 
     async def _find(self, name: str) -> _File | None:
-        """As `file`, but what is large is read in a thread."""
-        known = self._known(name)
+        """As `file`, but a large one is read in a thread, so that others do not wait for it."""
+        known = self._current(name)
         if known is None and self._root is not None:
             with suppress(OSError, ValueError):  # `_load` looks closer
                 if os.stat(f"{self._root}/{name}").st_size > _IN_MEMORY:
@@ -7568,16 +7578,16 @@ class Assets:
         return known or self._load(name)
 
     async def _once(self, key: object, work: Callable[[], T]) -> T:
-        """Do work in a thread, once for all on this loop who ask for it at the same time."""
+        """Do work in a thread. Who asks for the same meanwhile, on this loop, gets its result."""
         mark = key, asyncio.get_running_loop()
         task = self._under_way.get(mark)
         if task is None:
             task = self._under_way[mark] = asyncio.create_task(asyncio.to_thread(work))
             task.add_done_callback(lambda _: self._under_way.pop(mark))
-        return cast(T, await asyncio.shield(task))  # who leaves does not cancel it for the others
+        return cast(T, await asyncio.shield(task))  # a client that leaves does not cancel it
 
-    def _known(self, name: str) -> _File | None:
-        """The version in hand, if it is the one that this name leads to now."""
+    def _current(self, name: str) -> _File | None:
+        """What was read before, if the file has not changed since."""
         known = self._files.get(name)
         if known is None or self._root is None:
             return known
@@ -7587,6 +7597,7 @@ class Assets:
             return None
 
     def _load(self, name: str) -> _File | None:
+        """Read the file, and keep it if later changes will show in its stamp."""
         now = time.time_ns()
         try:
             with self.open(name) as opened:
@@ -7596,17 +7607,17 @@ class Assets:
                 raise
             self._forget(name)
             return None
-        # Of two changes within one tick of the file system's clock the second does not show.
+        # A change that follows another within `_TICK` may leave the stamp as it is.
         if found.steady and now - max(found.stamp[-2:]) > _TICK:
             self._keep(found)
         return found
 
     def open(self, name: str) -> IO[bytes]:
-        """Open a file of the directory. FileNotFoundError for what is not to be served, too."""
+        """Open a file of the directory. What must not be served is a FileNotFoundError, too."""
         for _ in range(3):
             path = self._resolve(name)
             opened = _open_regular(path)
-            # A link may have taken the place of the file, or of a folder on the way, meanwhile.
+            # Meanwhile the file, or a folder above it, may have been replaced by a link.
             with suppress(OSError):
                 same = os.path.samestat(os.lstat(path), os.fstat(opened.fileno()))
                 if same and self._resolve(name) == path:
@@ -7626,7 +7637,7 @@ class Assets:
         path = os.path.realpath(os.path.join(root, name), strict=True)
         if os.path.commonpath((root, path)) != root:
             raise FileNotFoundError(errno.ENOENT, "a link that leaves the directory", name)
-        # Two dots begin the folders of a mounted ConfigMap, which its links lead to.
+        # The links of a ConfigMap that Kubernetes mounts lead to folders that begin with two dots.
         for part in os.path.relpath(path, root).split(os.sep):
             if part[0] == "." and part[:2] != "..":
                 raise FileNotFoundError(errno.ENOENT, "a link to a hidden file", name)
@@ -7638,7 +7649,7 @@ class Assets:
             self._files[found.name] = found
             if found.data is not None:
                 self._small[found.name] = found
-                self._held += found.size + 1024  # (what a _File costs)
+                self._held += found.size + 1024  # about what a _File takes besides
             while self._held > _IN_MEMORY_TOTAL and self._small:
                 self._forget(next(iter(self._small)))
 
@@ -7659,12 +7670,13 @@ class Assets:
             raise _file_error(exc, w) from None
 
     async def _answer(self, asked: str, w: Writer) -> None:
+        """Serve for ever, redirect to the fingerprinted name, or serve without caching."""
         plain = _FINGERPRINT.sub("", asked, count=1)
         file = await self._find(plain)
         if file is not None and asked == file.fingerprinted and file.steady:
             return await self._serve(file, w, _FOREVER)
-        # The plain name of a file, which may look like one with a fingerprint; or the fingerprint
-        # of an older version that a page still asks for.
+        # It is the plain name of a file, which may look like one with a fingerprint; or it has the
+        # fingerprint of an older version.
         literal = await self._find(asked) if asked != plain else file
         if literal is not None and literal.steady:
             w.headers.set("cache-control", "no-cache")
@@ -7675,32 +7687,32 @@ class Assets:
         await self._serve(file, w, b"cache-control: no-cache\r\n")
 
     async def _serve(self, file: _File, w: Writer, caching: bytes) -> None:
-        headers, config, coding = w._request.headers, w._compression, _AS_IT_IS
-        # Who asks for a part means a part of the file as it is.
+        headers, config, coding = w._request.headers, w._compression, _IDENTITY
+        # A range counts the bytes of the file, not those of a compressed copy.
         is_part = "range" in headers
         if config and file.compressible and file.size >= config.min_size and not is_part:
-            coding = _coding_for(config, headers, b"") or _AS_IT_IS
-        form = file.forms.get(coding)
-        if form is None:
+            coding = _coding_for(config, headers, b"") or _IDENTITY
+        representation = file.representations.get(coding)
+        if representation is None:
             key = (file.name, file.digest, coding)
-            form = await self._once(key, lambda: self._encode(file, coding))
-        opened = self.open(file.name) if form.body is None else None
-        _answer_with(w, file, form, caching, opened)
+            representation = await self._once(key, lambda: self._encode(file, coding))
+        opened = self.open(file.name) if representation.body is None else None
+        _answer_with(w, file, representation, caching, opened)
 
     def _encode(self, file: _File, coding: str) -> _Representation:
         """Compress a file, or take the copy beside it (`style.css.br`), if it holds the same."""
-        with suppress(Exception):  # whatever is wrong with the copy: we can compress, too
-            with self.open(file.name + _SIBLINGS[coding]) as opened:
+        with suppress(Exception):  # if anything is wrong with the copy, we compress
+            with self.open(file.name + _SUFFIX_OF_CODING[coding]) as opened:
                 body = opened.read(2 * _IN_MEMORY)
             if _decoded(coding, body, file.size + 1) == file.data:
                 return file.encode(coding, body)
-        compress, finish = _compressor(coding, _HARDEST)
+        compress, finish = _compressor(coding, _COMPRESSED_ONCE)
         return file.encode(coding, compress(file.data or b"") + finish())
 
 
 def _decoded(coding: str, body: bytes, most: int) -> bytes:
-    """What was compressed, if it is whole. Beyond `most` bytes nobody needs to see what comes."""
-    decoder: Any = zlib.decompressobj(31)
+    """Decompress; nothing if the data is cut off. Stops when there are more than `most` bytes."""
+    decoder: Any = zlib.decompressobj(31)  # 31 is gzip
     if coding == "br":
         import brotli
 
@@ -7715,7 +7727,7 @@ def _decoded(coding: str, body: bytes, most: int) -> bytes:
         decoder = zstd.ZstdDecompressor()
     decode = decoder.process if coding == "br" else decoder.decompress
     found = b""
-    for start in range(0, len(body), 256):  # in small steps: a few bytes may become very many
+    for start in range(0, len(body), 256):  # in small steps: data may grow a thousandfold
         found += decode(body[start : start + 256])
         if len(found) > most:
             break
@@ -7724,7 +7736,10 @@ def _decoded(coding: str, body: bytes, most: int) -> bytes:
 
 
 class _Rest:
-    """The rest of an answer: sent where it is awaited, or else when the handler has ended."""
+    """What is still to be sent of a large file: the value of `w.file(...)`.
+
+    A handler may await it. If none does, `dispatch` (part 8) does, when the handler has ended.
+    """
 
     def __init__(self, work: Callable[[], Coroutine[Any, Any, None]] | None = None) -> None:
         self._work = work
@@ -7738,26 +7753,29 @@ class _Rest:
 def _answer_with(
     w: _OneShotWriter,
     file: _File,
-    form: _Representation,
+    representation: _Representation,
     fields: bytes,
     opened: IO[bytes] | None = None,
     *,
     status: int = 200,
     compress: bool = False,
 ) -> None:
-    """Answer with a file: all of it, a part, or only that the client has it. See also `_Rest`."""
+    """Answer with a file (200) or a part of it (206), or without: 304, 412, 416.
+
+    Of one that is `opened`, because it is large, only the head is sent; the rest is a `_Rest`.
+    """
     request, immutable = w._request, fields is _FOREVER
-    fields = form.fields + fields
+    fields = representation.fields + fields
     span: tuple[int, int] | None = (0, file.size)
     if status == 200 and request.method in ("GET", "HEAD"):
-        if _is_known(request, form.etag):
+        if _has_copy(request, representation.etag):
             return w._answer(304, (fields, False), b"")
-        span = _range(request, file.size, form.etag)
+        span = _range(request, file.size, representation.etag)
     if span is None:
         outside = b"content-range: bytes */%d\r\ncache-control: no-store\r\n" % file.size
         return w._answer(416, (outside, False), b"")
     start, stop = span
-    body = form.body or b""
+    body = representation.body or b""
     if span != (0, file.size):
         status, compress, body = 206, False, body[start:stop]
         fields += b"content-range: bytes %d-%d/%d\r\n" % (start, stop - 1, file.size)
@@ -7770,19 +7788,20 @@ def _answer_with(
 async def _send_pieces(
     w: _RawWriter, file: _File, opened: IO[bytes], start: int, stop: int, immutable: bool
 ) -> None:
-    """Send a part of a large file, and let the client see that it is cut off if it changes.
+    """Send a part of a large file. If the file changes meanwhile, the answer is cut off.
 
-    `sendfile` hands the kernel's own pages to the network, and these change with the file until the
-    client has them. So the last 16 MiB are copied: more than is ever on the way. Once the last byte
-    can be sent, the client has all that went by `sendfile`; and before that, we look.
+    With `sendfile` the kernel sends the file's pages from its own memory. Until the client has
+    them, a change of the file changes them, too. So the last 16 MiB are read and written by us:
+    more than the network holds on the way. When the last piece is written, the client has all that
+    `sendfile` has sent; and before each piece is written the file's stamp is compared.
     """
     with opened:
         if w._request.method == "HEAD":
             start = stop
-        by_system = stop - start - _COPIED
-        if by_system > 0:
-            await w.send_file(opened, start, by_system)
-            start += by_system
+        by_sendfile = stop - start - _COPIED
+        if by_sendfile > 0:
+            await w.send_file(opened, start, by_sendfile)
+            start += by_sendfile
         while start < stop:
             await w.drain()
             opened.seek(start)
@@ -7798,7 +7817,7 @@ async def _send_pieces(
 def _answer_download(
     w: _OneShotWriter, source: str | os.PathLike[str] | bytes, filename: str | None, status: int
 ) -> None:
-    """See Writer.file."""
+    """Answer with a file that is in no collection: `w.file(...)`."""
     fields = b"cache-control: no-cache\r\n"
     if filename is not None:
         fields += _disposition(filename)
@@ -7811,15 +7830,15 @@ def _answer_download(
             file = _read_version(name, opened, by_contents=False)
     except OSError as exc:
         raise _file_error(exc, w) from None
-    form = file.forms[_AS_IT_IS]
+    representation = file.representations[_IDENTITY]
     if opened is not None and file.data is not None:
         opened.close()
         opened = None
-    _answer_with(w, file, form, fields, opened, status=status, compress=file.compressible)
+    _answer_with(w, file, representation, fields, opened, status=status, compress=file.compressible)
 
 
 def _disposition(filename: str) -> bytes:
-    """Tell the client to save what comes, under this name (RFC 6266 and 8187)."""
+    """The header field that has a browser save the answer under this name (RFC 6266 and 8187)."""
     if _CONTROL.search(filename):
         raise StarioError(f"{filename!r} cannot be a file's name: it holds control characters")
     plain = re.sub(r'[^ -~]|["\\%/]', "_", filename)
@@ -7829,10 +7848,10 @@ def _disposition(filename: str) -> bytes:
     return line.encode("ascii") + b"\r\n"
 
 
-def _is_known(request: Request, etag: str) -> bool:
-    """Whether the client has this version already (RFC 9110, section 13.1.2).
+def _has_copy(request: Request, etag: str) -> bool:
+    """Whether the client has this version already (`If-None-Match`, RFC 9110, section 13.1.2).
 
-    If it wants to go on with another version only (13.1.1), that is a 412.
+    HttpException(412) if it wants another version only (`If-Match`, section 13.1.1).
     """
     wanted, known = request.headers._list("if-match"), request.headers._list("if-none-match")
     if wanted and etag not in wanted and "*" not in wanted:
@@ -7844,9 +7863,10 @@ _RANGE = re.compile("bytes=([0-9]{0,18})-([0-9]{0,18})")
 
 
 def _range(request: Request, size: int, etag: str) -> tuple[int, int] | None:
-    """Start and stop of the bytes that are asked for (RFC 9110, section 14.2); None: outside.
+    """Start and stop of the bytes that are asked for, `range: bytes=0-99` (RFC 9110, section 14.2).
 
-    A range of another version, one of another form, or several at once: the whole file.
+    None if the file has no such bytes. A range of another version (`If-Range`), several at once,
+    and what is no range give the whole file.
     """
     whole = (0, size)
     asked = _RANGE.fullmatch(request.headers.get("range") or "")
@@ -7855,11 +7875,11 @@ def _range(request: Request, size: int, etag: str) -> tuple[int, int] | None:
     if request.headers.get("if-range") not in (None, etag):
         return whole
     first, last = asked.groups()
-    if not first:  # the last so many bytes
+    if not first:  # "bytes=-500": the last 500
         return (max(0, size - int(last)), size) if int(last) and size else None
     start, stop = int(first), min(int(last) + 1, size) if last else size
     if last and int(last) < start:
-        return whole  # not a range at all
+        return whole  # it ends before it starts
     return (start, stop) if start < size else None
 
 
@@ -8272,7 +8292,7 @@ class _StreamTracer(Tracer):
                 with suppress(queue.Empty):
                     self._wakes_at = 1  # before the look at the queue: what comes after it wakes
                     if not self._queue:
-                        ending = self._wake.get(timeout=1 if self._lost else self._patience())
+                        ending = self._wake.get(timeout=1 if self._lost else self._longest_wait())
                     self._wakes_at = _LONGEST_QUEUE // 4  # a burst does not wait for the pause
                     ending = ending or self._wake.get(timeout=self._pause)
                 self._wakes_at = _LONGEST_QUEUE
@@ -8296,7 +8316,7 @@ class _StreamTracer(Tracer):
                     what[0](*what[1:])
             except Exception:  # one thing that cannot be shown costs no other
                 self._lost += 1
-        if not self._write(self._frame(ending)):
+        if not self._write(self._compose(ending)):
             self._lost += missing + len(taken) - bool(missing)
         if ending and self._lost:
             self._complain(self._lost)
@@ -8310,7 +8330,7 @@ class _StreamTracer(Tracer):
             return False
         return True
 
-    def _patience(self) -> float | None:
+    def _longest_wait(self) -> float | None:
         """Seconds after which there is something to write, even if nothing comes."""
         return None
 
@@ -8318,7 +8338,7 @@ class _StreamTracer(Tracer):
         """What is put into the queue for a span that has ended."""
         raise NotImplementedError
 
-    def _frame(self, ending: bool) -> str:
+    def _compose(self, ending: bool) -> str:
         """What is to be written, now that all that had come has been taken."""
         raise NotImplementedError
 
@@ -8396,7 +8416,7 @@ class JsonTracer(_StreamTracer):
             fields += f',"events":[{",".join(self._events.pop(span))}]'
         self._lines.append(f"{{{fields}}}\n")
 
-    def _frame(self, ending: bool) -> str:
+    def _compose(self, ending: bool) -> str:
         for span in list(self._events):
             self._add_part(span)
         text = "".join(self._lines)
@@ -8429,21 +8449,32 @@ _log_json = _json_writer(_safe_text)
 # ==================================================================================================
 # 22. RichTracer: for people [rich]
 #
-# A *line* is a list of pieces, each a text and its style. Only when it is written does it become
-# one string, cut to the width of the terminal.
+# It prints each request as a small tree when that has ended: below it its events and its steps
+# (child spans), with the time since its start; a step has its duration, and a bar that shows where
+# in the request it lay. A *footer* at the lower edge of the terminal shows what is still open.
+#
+#     09:48:02  POST /buy                               200   5.1 ms
+#                0.51 ms  stock.checked               left=3
+#                0.56 ms  query                               4.3 ms  ─━━━━━━━━━━━  table=orders
+#     ── 1 open ────────────────────────────────────────────────────────────────────────────────
+#       12.4 s  GET /subscribe                         31 events  tile.painted
+#
+# The tracer keeps the trees and the screen; `_Look` makes lines of them. A *line* is a list of
+# pieces, each a text and its style. It becomes one string, cut to the terminal's width, when it is
+# written.
 # ==================================================================================================
 
 _Line = list[tuple[str, str]]
 _STYLES = {"bold": 1, "dim": 2, "red": 31, "green": 32, "yellow": 33, "cyan": 36}
 _STATUS_STYLES = {"2": "green", "3": "cyan", "4": "yellow", "5": "red"}
 _LONG = 10**9  # nanoseconds after which an open span is shown in the footer
-_MOST_SHOWN = 20  # trees in a second: the others are summed up
-_MOST_ROWS = 40  # of a tree
-_BAR = 12  # columns
+_MOST_SHOWN = 20  # trees in a second; of more, only numbers are shown
+_MOST_ROWS = 40  # rows of a tree
+_BAR = 12  # columns of a bar
 
 
 class _Branch:
-    """A span that is open, and what happened in it, in order. A tree keeps its first 40 rows."""
+    """An open span, with its events and steps in order: its rows. A tree keeps the first 40."""
 
     def __init__(self, span: Span, parent: _Branch | None) -> None:
         self.span = span
@@ -8474,8 +8505,9 @@ class RichTracer(_StreamTracer):
 
     What is open for longer than a second, above all streams, has a line in a footer, which stays
     below all else; what the program prints goes above it. When more than twenty requests end in a
-    second, the others are summed up. Where there is no terminal (a pipe, TERM=dumb), each span is
-    one line of plain text. NO_COLOR and FORCE_COLOR are heeded.
+    second, the others are one line for each kind: how many, median and longest duration. Where
+    there is no terminal (a pipe, TERM=dumb), each span is one line of plain text. NO_COLOR and
+    FORCE_COLOR are heeded.
     """
 
     _pause = 0.05
@@ -8488,12 +8520,13 @@ class RichTracer(_StreamTracer):
         self._look = _Look(coloured and not os.environ.get("NO_COLOR"))
         if self._size and self._live:
             self._look.width = self._size[0]
-        self._watched: list[Any] = []  # streams of the program
+        self._replaced: list[Any] = []  # the streams that have another `write`
         self._open: dict[str, _Branch] = {}  # by the span's id
         self._footer: list[_Line] = []  # as it is on the screen
-        self._in_line = False  # what was printed last has no line feed yet
-        self._shown, self._second = 0, 0.0  # how many trees, in the second that began then
-        # What was not shown: by its name and outcome, the nanoseconds that it took.
+        self._in_line = False  # the last text had no line feed at its end
+        self._second = 0.0  # when the present second began, on the monotonic clock
+        self._shown = 0  # trees that were shown in it
+        # The durations, in nanoseconds, of those that were not shown, by name and outcome.
         self._summed: dict[tuple[str, tuple[str, str]], list[int]] = {}
 
     def on_start(self, span: Span) -> None:
@@ -8511,28 +8544,28 @@ class RichTracer(_StreamTracer):
     def _ended(self, span: Span) -> _Queued:
         return (self._end, span) if self._live else self._look.painted(self._look.one_line(span))
 
-    # -- What the program prints must not meet the footer. So it takes the same way: each of its
-    # streams has another `write` for as long as the tracer's thread runs.
+    # -- What the program prints must not run into the footer. So it goes into the queue, too: while
+    # the tracer's thread runs, `sys.stdout.write` and `sys.stderr.write` are replaced.
 
     def _begin(self) -> None:
         for stream in (sys.stdout, sys.stderr) if self._live else ():
             if _size_of(stream) and "write" not in vars(stream):
                 stream.write = self._print  # type: ignore[method-assign]
-                self._watched.append(stream)
+                self._replaced.append(stream)
         super()._begin()
 
     def _close(self) -> None:
-        while self._watched:
-            del self._watched.pop().write
+        while self._replaced:
+            del self._replaced.pop().write
         super()._close()
 
     def _print(self, text: str) -> int:
         self._put(text)
         return len(text)
 
-    # -- What happens
+    # -- In the tracer's thread: what happens to spans
 
-    def _patience(self) -> float | None:
+    def _longest_wait(self) -> float | None:
         return 0.1 if self._open or self._summed else None
 
     def _start(self, span: Span) -> None:
@@ -8544,18 +8577,21 @@ class RichTracer(_StreamTracer):
 
     def _note(self, span: Span, event: SpanEvent) -> None:
         branch = self._open.get(span.id)
-        if branch is None:  # it is over, and nothing is kept of it
+        if branch is None:  # the span has ended, and its tree is gone
             self._lines.append(self._look.late(span, event))
             return
         root = branch.root
         root.events, root.last = root.events + 1, event
         branch.add(event)
         late = event.time_ns - root.span.start_ns > _LONG or branch.left_out() > 0
-        if event.name == "exception" and late:  # it does not wait for the end
+        if event.name == "exception" and late:  # shown now: the tree is far off, or has no room
             self._lines += [self._look.heading(root.span), *self._look.row(root.span, 0, event)]
 
     def _end(self, span: Span) -> None:
-        """Show what has ended, with its root, unless that is over, or there is too much of it."""
+        """Show the tree of a root that has ended, or count it if this second has had many.
+
+        A step is shown with its root, or by itself if that has ended before.
+        """
         branch = self._open.pop(span.id, None) or _Branch(span, None)
         if branch.root.span.id in self._open:
             return
@@ -8564,29 +8600,41 @@ class RichTracer(_StreamTracer):
             self._shown += 1
             self._lines += self._look.tree(branch)
             if span.error:
-                self._summed[key] = durations or []  # others of its kind are counted only
+                self._summed[key] = durations or []  # the next that fail like it are counted only
         else:
             self._summed.setdefault(key, []).append(span.end_ns - span.start_ns)
 
     def _sum_up(self) -> None:
-        """Tell of what was not shown: how many of each kind, and how long they took."""
+        """For each kind that was not shown, one line: how many, and how long they took.
+
+        While more than twenty a second are counted, no tree is shown.
+        """
         summed, self._summed = self._summed, {}
-        burst = sum(map(len, summed.values())) > _MOST_SHOWN  # then none is shown until it is over
+        burst = sum(map(len, summed.values())) > _MOST_SHOWN
         self._shown = _MOST_SHOWN if burst else 0
         for (name, outcome), took in sorted(summed.items(), key=lambda entry: -len(entry[1])):
             if took:
                 took.sort()
-                times = f"  p50 {_took(took[len(took) // 2])}  max {_took(took[-1])}"
+                times = (
+                    f"  p50 {_duration_text(took[len(took) // 2])}  max {_duration_text(took[-1])}"
+                )
                 line = self._look.columns(time.time_ns(), name, outcome, f"{len(took):,} x")
                 self._lines.append([*line, (times, "dim")])
 
-    # -- The screen. While the footer stands, the cursor is at its beginning, and the terminal has
-    # saved that place (ESC 7). So what a person types, Enter above all, moves the cursor within the
-    # footer; ESC 8 goes back to the place, and what is below it is erased. Where the window has got
-    # another size, that place is wrong, but a terminal moves the cursor along with its line. In a
-    # window that has just become narrower a row is cut, and not wrapped to two (mode 7).
+    # -- The screen. A terminal obeys codes that begin with the character ESC (`\x1b`):
+    #
+    #     ESC 7, ESC 8        save the place of the cursor; go back there
+    #     ESC [J              erase all from the cursor on
+    #     ESC [3A             go up three lines
+    #     ESC [?7l, ESC [?7h  cut lines that are too long; wrap them again
+    #
+    # After the footer is written the cursor goes up to its first line, and that place is saved. So
+    # what a person types, Enter above all, stays within the footer. To write more, the cursor goes
+    # back to the place, the footer is erased, and it is written again below the new lines. When the
+    # window's size has changed, the saved place is wrong, but the terminal has moved the cursor
+    # along with its line.
 
-    def _frame(self, ending: bool) -> str:
+    def _compose(self, ending: bool) -> str:
         now = time.monotonic()
         if now - self._second >= 1 or ending:
             self._sum_up()
@@ -8602,7 +8650,7 @@ class RichTracer(_StreamTracer):
         text = "".join(map(self._written, self._lines))
         self._lines.clear()
         old = self._footer
-        hidden = ending or self._in_line
+        hidden = ending or self._in_line  # (the footer would be in the middle of a line)
         self._footer = [] if hidden else self._look.footer(roots, height // 3)
         back = ("\r" if moved else "\x1b8") if old else ""
         if not text and self._footer == old and not moved:
@@ -8614,7 +8662,7 @@ class RichTracer(_StreamTracer):
         return text
 
     def _written(self, line: _Line | str) -> str:
-        """A line of ours on a line of its own; what was printed just as it is."""
+        """What the program printed as it is; a line of ours on a line of its own."""
         if isinstance(line, str):
             self._in_line = not line.endswith("\n")
             return line
@@ -8623,7 +8671,7 @@ class RichTracer(_StreamTracer):
 
 
 class _Look:
-    """How spans look: the lines of a tree, of the footer, of a pipe. It knows the width only."""
+    """How spans look: the lines of trees and of the footer. It keeps nothing but the width."""
 
     def __init__(self, coloured: bool) -> None:
         self.coloured = coloured
@@ -8639,7 +8687,7 @@ class _Look:
         return painted + "\n"
 
     def footer(self, roots: list[_Branch], most: int) -> list[_Line]:
-        """A line for each root that is open for long, the oldest first; at most so many."""
+        """A line for each root that is open for long, the oldest first; `most` lines at most."""
         now = time.time_ns()
         long = [root for root in roots if now - root.span.start_ns >= _LONG]
         if not long:
@@ -8650,14 +8698,14 @@ class _Look:
             count = f"{root.events:,} event{'s' * (root.events != 1)}"
             last = _event_text(root.last) if root.last else ""
             title = (_padded(_title(root.span), self._title_width(), self.width // 2), "bold")
-            open_for = (f"{_took(now - root.span.start_ns):>8}  ", "green")
+            open_for = (f"{_duration_text(now - root.span.start_ns):>8}  ", "green")
             lines.append([open_for, title, (f"{count:>13}  ", "dim"), (last, "cyan")])
         if len(shown) < len(long):
             lines.append([(f"{'':10}and {len(long) - len(shown)} more", "dim")])
         return lines
 
     def columns(self, time_ns: int, title: str, outcome: tuple[str, str], took: str) -> _Line:
-        """What the lines of requests have in common, one under the other."""
+        """Time, title, outcome and duration, each below that of the line before."""
         name = (_padded(title, self._title_width(), max(20, self.width - 30)), "bold")
         text, style = outcome
         clock = f"{_clock(time_ns)}  "
@@ -8668,11 +8716,13 @@ class _Look:
 
     def heading(self, span: Span) -> _Line:
         """The first line of a tree."""
-        took = _took((span.end_ns or time.time_ns()) - span.start_ns)
+        took = _duration_text((span.end_ns or time.time_ns()) - span.start_ns)
         return self.columns(span.start_ns, _title(span), _outcome(span), took)
 
     def tree(self, branch: _Branch) -> list[_Line]:
-        """A line for a root, then one for each event and step. A stream is one line."""
+        """A line for a root, then one for each event and step. A long one without steps is one
+        line: that is a stream.
+        """
         span, heading = branch.span, self.heading(branch.span)
         if span.end_ns - span.start_ns >= _LONG and not branch.steps and not span.error:
             heading.append((f"  {branch.events:,} events", "dim"))
@@ -8685,14 +8735,14 @@ class _Look:
         return lines
 
     def row(self, root: Span, depth: int, row: SpanEvent | _Branch) -> list[_Line]:
-        """One thing in a tree: how long after the root's start it came, and what it is."""
+        """An event or a step of a tree: the time since the root's start, and what it is."""
         guides = "│ " * min(depth, 15)
         indent, room = 20 + len(guides), max(8, self._title_width() - 10 - len(guides))
         came_ns = row.span.start_ns if isinstance(row, _Branch) else row.time_ns
-        line = [(f"{_took(came_ns - root.start_ns):>18}  {guides}", "dim")]
+        line = [(f"{_duration_text(came_ns - root.start_ns):>18}  {guides}", "dim")]
         if isinstance(row, _Branch):
             span = row.span
-            took = _took(span.end_ns - span.start_ns) if span.end_ns else "open"
+            took = _duration_text(span.end_ns - span.start_ns) if span.end_ns else "open"
             line += [(f"{_padded(span.name, room)}{took:>16}  ", ""), *_bar(root, span)]
             return self._with_pairs(line, indent, span.attributes)
         if row.name != "exception":
@@ -8722,10 +8772,15 @@ class _Look:
         """A span where there is no terminal, with its newest events."""
         outcome, style = _outcome(span)
         line = [(f"{_clock(span.start_ns)} {span.trace_id[:4]} ", "dim"), (_title(span), "bold")]
-        line += [(f" {outcome}".rstrip(), style), (f" {_took(span.end_ns - span.start_ns)}", "")]
+        line += [
+            (f" {outcome}".rstrip(), style),
+            (f" {_duration_text(span.end_ns - span.start_ns)}", ""),
+        ]
         line += [(f" {key}={value}", "") for key, value in _pairs(span.attributes)]
         for event in span.events[-_MOST_SHOWN:]:
-            line.append((f" | {_took(event.time_ns - span.start_ns)} {_event_text(event)}", ""))
+            line.append(
+                (f" | {_duration_text(event.time_ns - span.start_ns)} {_event_text(event)}", "")
+            )
         return line
 
 
@@ -8745,9 +8800,10 @@ def _cells(line: _Line) -> int:
 
 
 def _char_cells(char: str) -> int:
+    """0 for an accent that joins the letter before it, 2 for Chinese characters and the like."""
     if char < "\u0300" or "\u2010" <= char < "\u2600":
         return 1
-    import unicodedata  # few programs get here
+    import unicodedata  # few programs need it
 
     return 0 if unicodedata.combining(char) else 1 + (unicodedata.east_asian_width(char) in "WF")
 
@@ -8773,7 +8829,7 @@ def _clock(time_ns: int) -> str:
     return datetime.fromtimestamp(time_ns / 1e9).strftime("%H:%M:%S")
 
 
-def _took(nanoseconds: int) -> str:
+def _duration_text(nanoseconds: int) -> str:
     seconds = nanoseconds / 1e9
     if seconds < 60:
         digits = 2 if seconds < 0.001 else 1
@@ -8783,7 +8839,7 @@ def _took(nanoseconds: int) -> str:
 
 
 def _bar(root: Span, step: Span) -> _Line:
-    """When in the root's time the step had its own."""
+    """A bar as long as the root took, bold where the step ran: `──━━━───────`."""
     start, end = root.start_ns, root.end_ns or time.time_ns()
     times = step.start_ns, step.end_ns or end
     a, b = (max(0, min(_BAR - 1, (at - start) * _BAR // max(1, end - start))) for at in times)
@@ -8797,14 +8853,14 @@ def _title(span: Span) -> str:
 
 
 def _outcome(span: Span) -> tuple[str, str]:
-    """What became of it, and the style of that."""
+    """The status of the answer, or "failed", and its style."""
     status = str(span.attributes.get("http.response.status_code") or "")
     style = "red" if span.error else _STATUS_STYLES.get(status[:1], "")
     return status or "failed" * bool(span.error), style
 
 
 def _pairs(attributes: Mapping[str, Any]) -> list[tuple[str, str]]:
-    """Attributes as text, without those that the line of a request says anyway."""
+    """Attributes as text, without those that other columns show."""
     return [
         (key, value if type(value) is str else json.dumps(value, default=_safe_text))
         for key, value in list(attributes.items())
@@ -8818,7 +8874,7 @@ def _pairs_below(indent: int, pairs: list[tuple[str, str]]) -> list[_Line]:
 
 
 def _event_text(event: SpanEvent) -> str:
-    """An event in the middle of a line; an exception with the place where it came from."""
+    """An event in one line; of an exception also where it was raised."""
     if event.name == "exception":
         return " < ".join([_failure(event), *_frames(event)])
     return " ".join([event.name, *(f"{key}={value}" for key, value in _pairs(event.attributes))])
@@ -8830,7 +8886,7 @@ def _failure(event: SpanEvent) -> str:
 
 
 def _frames(event: SpanEvent) -> list[str]:
-    """The frames of an exception in the user's own code: first where it happened."""
+    """The frames of an exception in the program's own code, the innermost first."""
     found = _FRAME.findall(str(event.attributes.get("exception.stacktrace", "")))
     own = [f for f in found if not f[0].startswith(_OTHER_CODE) and "-packages" not in f[0]]
     shown = [
@@ -9036,36 +9092,40 @@ class _Life:
 # ==================================================================================================
 # 25. @baked
 #
-# A view is called with blanks for its arguments. Where they have come to stand its text has holes,
-# and each call fills them. Of
+# A row of a table is built by the same steps each time, and only a few values in it differ. So
+# `@baked` calls the view once, with *blanks* in place of its arguments, and finds in the text that
+# it gives where they have ended up: its *holes*. Then it writes a function that fills these. Of
 #
 #     @baked
 #     def line(name: str, number: int) -> SafeString:
 #         return h.Li({"id": f"line-{number}"}, name)
 #
-# remains this function, in which `_quote` and `_filling` write by the rules of their place:
+# it makes this function (`_quote` escapes for an attribute, `_filling` for content):
 #
 #     def line(name, number):
 #         first = _quote(f"{number}")
 #         second = _filling(name)
 #         return SafeString(f'<li id="line-{first}">{second}</li>')
 #
-# The rule that must hold: it gives what the view gives, to the byte, or there is a StarioError
-# before it gives anything. So a blank bears nothing but to be put somewhere, and the first call
-# compares both functions for values of all kinds.
+# A hole is found by the *mark* that a blank gives as its text, `"<b41f9….0>"`. Escaping changes it,
+# which tells where it stands: in content it begins with `"&lt;`, in an attribute with `&quot;&lt;`.
+#
+# The rule that must hold: the function gives what the view gives, to the byte, or the first call is
+# a StarioError. So a blank can be put somewhere, and refuses all else (`if name:`), and the first
+# call compares the two functions for values of many types.
 # ==================================================================================================
 
 
 Parameters = ParamSpec("Parameters")
 _PROBES = (None, True, False, 7, 0.5, "", ' aA <Be> & "c"\r\n', (), SafeString("<i>"))
-# What has become of the `"<` of a mark tells how its place escapes.
-_PLACES = {'"<': None, '"&lt;': _escape, "&quot;&lt;": _quote}
-# The views that are being called with blanks here, the innermost first.
+# How the beginning of a mark looks in the text, and the function that escapes there.
+_ESCAPE_OF = {'"<': None, '"&lt;': _escape, "&quot;&lt;": _quote}
+# The views that this task is calling with blanks, the innermost first.
 _baking: contextvars.ContextVar[tuple[_Bake, ...]] = contextvars.ContextVar("baking", default=())
 
 
 def baked(view: Callable[Parameters, SafeString]) -> Callable[Parameters, SafeString]:
-    """Call this view only at first, and fill its arguments into its text from then on: much faster.
+    """Build this view's element once; from then on, only fill the arguments into its text.
 
         @baked
         def row(name: str, price: float) -> SafeString:
@@ -9073,15 +9133,15 @@ def baked(view: Callable[Parameters, SafeString]) -> Callable[Parameters, SafeSt
 
     An argument may be content, an attribute's value (also within its list or dict), a part of one
     (`f"row-{id}"`, `"mailto:" + email`), or in the URL and the queries of an action. Whatever else
-    is done with it (deciding by it!) is a StarioError at the first call, which names the argument.
-    What is no argument stays as it is at the first call.
+    is done with it (`if name:` above all) is a StarioError at the first call, which names the
+    argument. Globals and the like keep the values that they have at the first call.
     """
 
     def first(*args: object, **kwargs: object) -> object:
-        if call.__code__ is stub:  # else another thread was faster
+        if call.__code__ is stub:  # else another thread has done it meanwhile
             code = _Bake(view, names).code_of_view(args, kwargs)
             call.__defaults__, call.__kwdefaults__ = view.__defaults__, view.__kwdefaults__
-            call.__code__ = code  # now nothing is between the view and its caller
+            call.__code__ = code  # from now on a call runs this, and not `first`
         return call(*args, **kwargs)
 
     names = {"first": first}
@@ -9092,23 +9152,20 @@ def baked(view: Callable[Parameters, SafeString]) -> Callable[Parameters, SafeSt
 
 
 class _Bake:
-    """A view that is being called with blanks.
-
-    A hole in its text is known by a mark, such as `"<b41f9….0>"`, that nobody can guess.
-    """
+    """One view, from the call with blanks to the code that fills its holes."""
 
     def __init__(self, view: Any, names: dict[str, Any]) -> None:
         self.view = view
-        self.names = names  # of the objects that the code needs: its globals
-        self.token = "b" + os.urandom(12).hex()
-        # By the number in its mark: the argument, code for what is filled in, whether this is HTML.
+        self.names = names  # the code's globals: the objects that it needs, by name
+        self.token = "b" + os.urandom(12).hex()  # in each mark, so that no text can forge one
+        # By the number in a mark: the argument, code for what is filled in, whether that is HTML.
         self.holes: list[tuple[str, str, bool]] = []
-        self.found: set[int] = set()  # the holes that have come into the page
-        self.lines: list[str] = []  # of the code
-        self.refusal: StarioError | None = None  # kept, should the view catch it
+        self.found: set[int] = set()  # the holes that are in the page
+        self.lines: list[str] = []  # the code's
+        self.refusal: StarioError | None = None  # raised again if the view catches it
 
     def code_of_view(self, args: Iterable[object], kwargs: dict[str, object]) -> types.CodeType:
-        """Code that fills the holes, found to do what the view does."""
+        """Code that fills the holes, after it has been compared with the view."""
         signature = inspect.signature(self.view, follow_wrapped=False)
         given = signature.bind(*args, **kwargs)
         given.apply_defaults()
@@ -9178,7 +9235,7 @@ class _Bake:
         return name
 
     def code(self, value: object, met: list[str]) -> str:
-        """Code for a value; `met` takes the names of arguments whose blanks are in it."""
+        """Code for a value. The arguments whose blanks are in it are added to `met`."""
         if isinstance(value, _Blank):
             met.append(value._argument)
             return value._code
@@ -9192,13 +9249,13 @@ class _Bake:
         return self.name(value)
 
     def text(self, text: str, met: list[str], is_page: bool = False) -> str:
-        """An f-string for a text in which marks may be. Variables have what fills them."""
+        """An f-string for a text, with a variable in place of each mark."""
 
         def fill(mark: re.Match[str]) -> str:
-            number, escape = int(mark[2]), _PLACES[mark[1]]
+            number, escape = int(mark[2]), _ESCAPE_OF[mark[1]]
             argument, code, is_html = self.holes[number]
             if is_page and not is_html and escape is None:
-                return mark[0]  # HTML that the view made by hand, which nothing escapes
+                return mark[0]  # no hole: the view has written HTML by hand, and escapes nothing
             self.found.add(number)
             met.append(argument)
             variable = f"{self.token}{len(self.lines)}"
@@ -9211,7 +9268,7 @@ class _Bake:
 
 
 class _Blank:
-    """What a view gets in place of an argument: it can be put somewhere, and nothing else."""
+    """What a view gets in place of an argument. `code` gives its value: `name`, `('#' + name)`."""
 
     __slots__ = ("_argument", "_bake", "_code")
 
@@ -9220,7 +9277,7 @@ class _Blank:
 
     @staticmethod
     def of(bake: _Bake, argument: str, code: str) -> _Blank:
-        """A blank for what this code will give. Python's own errors name it by its type."""
+        """A blank of a type named after its argument, since Python's own errors name types."""
         kind = type(f"argument {argument}", (_Blank,), {"__slots__": ()})
         return cast(_Blank, kind(bake, argument, code))
 
@@ -9263,7 +9320,7 @@ def _outcome_of(view: Callable[..., object], given: inspect.BoundArguments) -> o
 
 
 def _carried(function: Callable[..., str], *values: object, is_html: bool = False) -> str | None:
-    """A mark for what this function will give, if there are blanks among its arguments."""
+    """A mark for what this function will give, if there are blanks in its arguments; or None."""
     if not (bakes := _baking.get()):
         return None
     bake, met = bakes[0], list[str]()
@@ -9272,7 +9329,7 @@ def _carried(function: Callable[..., str], *values: object, is_html: bool = Fals
 
 
 def _filling(value: object) -> str:
-    """What a blank that is content is filled with."""
+    """What is filled into a hole in content."""
     kind = type(value)
     if kind is str:
         return _escape(cast(str, value))
@@ -9282,7 +9339,7 @@ def _filling(value: object) -> str:
 
 
 def _attribute(name: str, value: object) -> str:
-    """What a blank that is an attribute's value is filled with: no value, no attribute."""
+    """What is filled in for an attribute whose value is a blank: None leaves all of it out."""
     return f' {name}="{_quote(value)}"' if type(value) is str else _attributes({name: value})
 
 
