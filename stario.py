@@ -4852,12 +4852,16 @@ class TestClient:
 # ==================================================================================================
 # ACT 3. Live
 #
-# One click, followed from a button to another tab. Both tabs have loaded this page, and each has
-# asked for a stream when it came:
+# One click, followed from a button to another tab. Two tabs show this page. `data-init` is run when
+# a page has loaded, so each tab has asked for `/live`, and waits for more of that answer:
 #
 #     <main data-init="@get('/live')">
 #       <button data-on:click="@post('/click')">+1</button> <b id="count">0</b>
 #     </main>
+#
+# The app behind it:
+#
+#     clicks, relay = 0, Relay()
 #
 #     async def live(c: Context, w: Writer) -> None:
 #         async for _ in w.alive(relay.subscribe("clicks")):
@@ -4869,8 +4873,9 @@ class TestClient:
 #         relay.publish("clicks", None)
 #         w.empty()
 #
-# 1. The attributes are written by Python (12). In the browser Datastar reads them: a click on the
-#    button runs `@post('/click')`, which sends a request as any other:
+# 1. Python has written the attributes (12), and Datastar in the browser obeys them: a click on the
+#    button runs `@post('/click')`, which sends a request like any other. Its body holds the values
+#    that the page keeps under names, its *signals*. This page has none:
 #
 #     POST /click HTTP/1.1
 #     datastar-request: true
@@ -4878,45 +4883,50 @@ class TestClient:
 #
 #     {}
 #
-# 2. The handler `click` counts, publishes, and answers that there is nothing to show (204).
-# 3. The relay (14) puts the message into the mailbox of each subscription. The handler `live` of
-#    the other tab waits for it inside `alive` (13), and goes on.
-# 4. It writes an event into its answer, which has been open since the page came:
+# 2. The handler `click` counts, publishes a message, and answers that there is nothing to show: 204.
+# 3. The relay (14) puts the message into the queue of each subscription. For each tab one call of
+#    `live` waits inside `alive` (13) for a message. It wakes, and the body of its loop runs.
+# 4. It writes an event into its answer, which has been open since the page was loaded:
 #
 #     event: datastar-patch-elements
 #     data: elements <b id="count">1</b>
 #
-# 5. Datastar in the other tab finds the element with the id `count`, and morphs it into the new
-#    one.
+# 5. Datastar in both tabs finds the element with the id `count`, and *morphs* it into the new one:
+#    it changes only what differs, so that the focus and what somebody is typing stay.
 #
-# When the tab is closed, its connection breaks. The handler `live` is told inside `alive`: the loop
-# ends, and the code after it runs.
+# When a tab is closed, its connection breaks. `alive` ends the loop of that tab's handler, and the
+# code after the loop runs.
 # ==================================================================================================
 
 # ==================================================================================================
 # 12. Datastar: attributes and actions
 #
-# Datastar (https://data-star.dev, client 1.0) lets HTML carry behaviour: `data-*` attributes hold
-# JavaScript expressions over *signals* (`$name`), and actions in them (`@get('/x')`) ask the
-# server, which answers with events that patch the page (part 13). `data.*` gives the attributes as
-# dicts, ready to be parts of an element; `at.*` gives the actions as strings.
+# Datastar (https://data-star.dev, client 1.0) is the JavaScript in the page: the *client*. It reads
+# `data-*` attributes, which hold JavaScript expressions. In them `$name` is a signal, a value that
+# the page keeps; whatever shows a signal is shown anew when it changes. And `@get('/x')` is an
+# action: it asks the server, which answers with events that patch the page (part 13).
 #
-# The rule that must hold: text from users never becomes code. It goes in as JSON, ASCII only,
-# where `@`, `$` and `;` are escaped (`\u0040`): before it runs an expression, the client rewrites
-# `$name` and `@name(` and splits at `;` with regular expressions that look into strings, too. And
-# `<`, `>` and `&`, so that it can stand in a script, of HTML (which `<!--` would end) or of SVG
-# (where `&quot` is decoded). What is given as an *expression* (a str) is code, the developer's own;
-# what is not text (True, 3, a list) is written in JavaScript.
+# `data.*` gives attributes as dicts, to put into an element; `at.*` gives actions as strings:
+#
+#     h.Button(data.on("click", at.post("/click")), "+1")
+#     # <button data-on:click="@post('/click')">+1</button>
+#
+# The rule that must hold: text from users never becomes code. A str given as an *expression* is the
+# developer's own code. All other values are written as JSON, ASCII only, and with escapes in place
+# of the six characters `@ $ ; < > &`: `s("$5")` is `"\u00245"`. The first three, because the client
+# rewrites `$name` and `@name(` and splits at `;` before it runs an expression, inside strings, too.
+# The others, because the text may stand in a `<script>`: in HTML `<!--` or `</script` would end it,
+# and in SVG `&quot;` would be decoded to a quote.
 # ==================================================================================================
 
 
 def _script_json(value: object) -> str:
-    """JSON that can stand in an expression: see the rule above."""
+    """JSON that can stand in an expression, with the escapes of the rule above."""
     text = _json(value, _encode_script)
     for letter, escape in _ESCAPES:
         if letter in text:
             text = text.replace(letter, escape)
-    if "__proto__" in text:  # a name like others, but not in the braces of JavaScript
+    if "__proto__" in text:  # `{"__proto__": x}` sets a prototype; in brackets it is a name
         text = re.sub(r'([{,])"__proto__":', r'\1["__proto__"]:', text)
     return text
 
@@ -4925,6 +4935,7 @@ _ESCAPES = [(letter, f"\\u{ord(letter):04x}") for letter in "@$;<>&"]
 
 
 def _signals_json(signals: object, write: Callable[[object], str]) -> str:
+    """Signals as a JSON object, by `_json` or `_script_json`."""
     text = write(signals)
     if not text.startswith("{"):
         raise StarioError(
@@ -4954,7 +4965,7 @@ def _code(value: object) -> str:
     """A value where an expression is meant: a str is one, and True is `true`."""
     if type(value) is str:
         return value
-    if _baking.get() and (mark := _carried(_code, value)):
+    if _baking.get() and (mark := _carried(_code, value)):  # a blank of @baked (part 25)
         return mark
     return str.__str__(value) if isinstance(value, str) else _script_json(value)
 
@@ -4973,16 +4984,19 @@ Expression = str | bool | int | float  # JavaScript; what is no text is written 
 
 
 class Modifiers(TypedDict, total=False):
-    """What can be said of an event handler. The client's names, in the order of its reference."""
+    """When and how an event runs its expression: keywords of `data.on` and others like it.
 
-    once: bool
-    passive: bool
-    capture: bool
-    window: bool
-    document: bool
-    outside: bool
-    prevent: bool
-    stop: bool
+    Each is written behind the attribute's name: `data-on:click__once`.
+    """
+
+    once: bool  # the first event only
+    passive: bool  # it never prevents the browser's own reaction, so scrolling need not wait
+    capture: bool  # before the elements inside get the event
+    window: bool  # events anywhere in the window,
+    document: bool  # in the document,
+    outside: bool  # or outside of this element
+    prevent: bool  # the browser's own reaction: a form is not sent, a link not followed
+    stop: bool  # the elements around do not get the event
     exit: bool  # for on_intersect: when it leaves the view
     half: bool  # for on_intersect: when half of it is visible,
     full: bool  # all of it,
@@ -4991,16 +5005,16 @@ class Modifiers(TypedDict, total=False):
     delay: Duration  # wait this long
     debounce: Timing  # wait until there has been no event for this long
     throttle: Timing  # let one event through in this time
-    viewtransition: bool
+    viewtransition: bool  # animate what it changes (the browser's View Transition API)
 
 
 def _duration(name: str, value: Duration) -> str:
-    # The client separates a modifier's tags by dots, so "1.5s" cannot be written: milliseconds.
+    """`2s` for 2, `500ms` for 0.5: a dot would begin the next flag, so there is no `0.5s`."""
     if isinstance(value, str) and re.fullmatch(r"\d{1,9}(ms|s)", value):
         return value
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
         raise StarioError(f"{name}={value!r} is no duration: write seconds (0.5), or '500ms'")
-    if value >= (1000 if name == "duration" else 100):
+    if value >= (1000 if name == "duration" else 100):  # hardly seconds
         raise StarioError(
             f"{name}={value!r} is {value} seconds. Milliseconds meant? Write {value / 1000:g}, or "
             f"'{value}s' if it is right"
@@ -5032,11 +5046,12 @@ def _modifier(name: str, value: object) -> str:
 
 
 _MODIFIERS_WITH_VALUE = ("threshold", "duration", "delay", "debounce", "throttle")
+# Whether the event at the beginning (leading) or at the end (trailing) of the time counts.
 _FLAGS = ("leading", "notrailing", "noleading", "trailing")
 
 
 def _attribute_name(start: str, modifiers: Mapping[str, object]) -> str:
-    """`data-on:click__once`"""
+    """`data-on:click__once` for `data-on:click` and `{"once": True}`."""
     if not modifiers:
         return start
     known = Modifiers.__annotations__
@@ -5048,7 +5063,7 @@ def _attribute_name(start: str, modifiers: Mapping[str, object]) -> str:
 @lru_cache(maxsize=256)
 def _event_name(event: str) -> str:
     """`data-on:user-saved__case.camel`: the client turns `user-saved` back into `userSaved`."""
-    if not isinstance(event, str) or not 0 < len(event) <= 100:  # (and so no cache of long ones)
+    if not isinstance(event, str) or not 0 < len(event) <= 100:  # (the cache holds short ones)
         raise StarioError(f"{str(event)[:60]!r} is no event's name: one of at most 100 characters")
     if event.lower() in ("onclick", "onsubmit", "oninput", "onchange", "onkeydown"):
         raise StarioError(f"no event {event!r}: without 'on', {event[2:].lower()!r}")
@@ -5058,10 +5073,10 @@ def _event_name(event: str) -> str:
 
 
 def _regex(pattern: str | re.Pattern[str]) -> str:
-    """A regular expression literal, in which nothing ends it, and the client rewrites nothing."""
+    """A JavaScript literal, `/^user\\./i`: what would end it or be rewritten is escaped."""
     text, flags = pattern, ""
     if isinstance(pattern, re.Pattern):
-        text = re.sub(r"^\(\?[aimsux]+\)", "", pattern.pattern)  # they are in its flags, too
+        text = re.sub(r"^\(\?[aimsux]+\)", "", pattern.pattern)  # `(?i)`: also in its flags
         flags = "".join(letter for flag, letter in _REGEX_FLAGS.items() if pattern.flags & flag)
         if pattern.flags & re.VERBOSE:
             raise StarioError("a browser knows no re.VERBOSE: write the pattern without it")
@@ -5069,7 +5084,8 @@ def _regex(pattern: str | re.Pattern[str]) -> str:
 
 
 _REGEX_FLAGS = {re.IGNORECASE: "i", re.MULTILINE: "m", re.DOTALL: "s"}
-# A pair with a backslash, `$` in front of what could be a name, and single characters.
+# What has to be looked at: a backslash and the character after it, `$` in front of what could be a
+# signal's name, and the characters that would end the literal or be rewritten.
 _REGEX_SPECIAL = re.compile(r"\\[\s\S]?|\$(?=[\w-])|[/@;\n\r\u2028\u2029]")
 
 
@@ -5081,7 +5097,7 @@ def _regex_escape(found: re.Match[str]) -> str:
 
 
 def _filter(include: Pattern, exclude: Pattern) -> str | None:
-    """The client's object for "the signals whose names match", or None for all of them."""
+    """`{include: /^user/, exclude: /id$/}`, or None for all signals."""
     given = {"include": include, "exclude": exclude}
     parts = [f"{name}: {_regex(value)}" for name, value in given.items() if value is not None]
     return "{" + ", ".join(parts) + "}" if parts else None
@@ -5135,7 +5151,7 @@ class DataAttributes:
         return {"data-style": js(styles)}
 
     def computed(self, signals: Mapping[str, Expression]) -> Attributes:
-        """Signals that follow from others: `{"total": "$price * $count"}`."""
+        """Signals that are computed from others: `{"total": "$price * $count"}`."""
         pairs = {_signal_name(name): f"() => ({_code(code)})" for name, code in signals.items()}
         return {"data-computed": js(pairs)}
 
@@ -5175,7 +5191,7 @@ class DataAttributes:
         return attributes
 
     def indicator(self, signal: str) -> Attributes:
-        """Set the signal to true while a request of this element is under way."""
+        """Set the signal to true while a request that this element has sent is unanswered."""
         return {"data-indicator": _signal_name(signal)}
 
     def ref(self, signal: str) -> Attributes:
@@ -5193,7 +5209,7 @@ class DataAttributes:
     def json_signals(
         self, *, include: Pattern = None, exclude: Pattern = None, terse: bool = False
     ) -> Attributes:
-        """Show all signals (or those whose names match) as JSON: for debugging."""
+        """Show all signals (or those whose names match) as JSON, `terse` in one line: to debug."""
         name = "data-json-signals__terse" if terse else "data-json-signals"
         return {name: _filter(include, exclude) or True}
 
@@ -5206,7 +5222,7 @@ data = DataAttributes()
 
 
 class ResponseOverrides(TypedDict, total=False):
-    """What the client does with an answer that is no stream, in place of what its headers say."""
+    """Where an answer goes that is no stream of events, whatever its `datastar-*` fields say."""
 
     selector: str
     mode: str
@@ -5225,18 +5241,21 @@ class RequestOptions(TypedDict, total=False):
     headers: Mapping[str, str]  # more request headers
     open_when_hidden: bool  # keep the stream while the tab is hidden (False for GET)
     payload: object  # what to send in place of the signals; a str is an expression
-    retry: Literal["auto", "error", "always", "never"]  # auto: after a broken connection
-    retry_interval_ms: int  # 1000
-    retry_scaler: float  # 2: each wait is this many times the one before
-    retry_max_wait_ms: int  # 30000
-    retry_max_count: int  # 10
-    # "auto": a new request of the same URL ends it; "cleanup": the end of its element does, too;
-    # "disabled"; or an expression for an AbortController: `$controller`, `window.controller`
+    # When to ask again. "auto": the connection broke; "error": or the status was 4xx or 5xx;
+    # "always": or the stream ended as it should; "never".
+    retry: Literal["auto", "error", "always", "never"]
+    retry_interval_ms: int  # before the first try (1000)
+    retry_scaler: float  # each wait is this many times the one before (2),
+    retry_max_wait_ms: int  # and at most this long (30000)
+    retry_max_count: int  # tries before it gives up (10)
+    # What ends the request. "auto": the next request with its method and URL; "cleanup": or its
+    # element leaves the page; "disabled": nothing. Anything else is an expression that gives an
+    # AbortController: `$controller`, `window.controller`.
     request_cancellation: str
     response_overrides: ResponseOverrides
 
 
-_OPTION_WORDS = {  # what the client knows, its default first; another word would do nothing
+_OPTION_WORDS = {  # the words that the client knows, its default first
     "content_type": ("json", "form"),
     "retry": ("auto", "error", "always", "never"),
     "request_cancellation": ("auto", "cleanup", "disabled"),
@@ -5245,7 +5264,7 @@ _REQUEST_DEFAULTS: dict[str, object] = {
     "retry_interval_ms": 1000, "retry_scaler": 2, "retry_max_wait_ms": 30_000,
     "retry_max_count": 10, **{name: words[0] for name, words in _OPTION_WORDS.items()},
 }  # fmt: skip
-# A value that is a list comes once for each of its items; None is left out.
+# Parameters for a URL. A list as a value is written once for each of its items; None is left out.
 Queries = Mapping[str, object] | None
 _PLAIN_URL = re.compile(r"[A-Za-z0-9/_.~?&=%:+,#-]*")
 
@@ -5307,12 +5326,12 @@ def _request(method: str, url: str, queries: Queries, options: RequestOptions) -
         for text in (str(value),) if kind is str or kind is int else _texts(name, value):
             pairs += (name, text)
             size += len(text)
-    # Views are rendered often: the short ones are kept. A long text of a user's hardly comes twice.
-    return (_known_action if size < 256 else _action)(method, url, written, *pairs)
+    # A view writes the same actions at each call, so they are cached; long ones hardly come twice.
+    return (_cached_action if size < 256 else _action)(method, url, written, *pairs)
 
 
 def _texts(name: str, value: object) -> list[str]:
-    """The values of a query: of a list one for each item."""
+    """The texts of one query parameter: several for a list, none for None."""
     if isinstance(value, (list, tuple, set, frozenset)):
         return [text for item in value for text in _texts(name, item)]
     if isinstance(value, (Mapping, bytes)):
@@ -5321,16 +5340,17 @@ def _texts(name: str, value: object) -> list[str]:
 
 
 def _action(method: str, url: str, options: str, *pairs: str) -> str:
+    """`@post('/click?cellId=3', {retry: "never"})`"""
     if pairs:
         queries = zip(pairs[::2], pairs[1::2], strict=True)
-        url, mark, fragment = url.partition("#")
+        url, number_sign, fragment = url.partition("#")
         url += ("&" if "?" in url else "?") + urlencode(list(queries), errors="replace")
-        url += mark + fragment
+        url += number_sign + fragment
     address = f"'{url}'" if _PLAIN_URL.fullmatch(url) else s(url)
     return f"@{method}({address}{options})"
 
 
-_known_action = lru_cache(maxsize=2048)(_action)
+_cached_action = lru_cache(maxsize=2048)(_action)
 
 
 def _request_options(method: str, options: RequestOptions) -> str:
@@ -5360,8 +5380,8 @@ def _option(name: str, value: Any) -> str:
         return _script_json({_camel(key): item for key, item in value.items()})
     words = _OPTION_WORDS.get(name, ())
     is_code = name == "payload" or (name == "request_cancellation" and value not in words)
-    is_bare = isinstance(value, str) and re.fullmatch(r"[\w-]*", value) is not None
-    if words and (is_bare or not is_code):
+    is_word = isinstance(value, str) and re.fullmatch(r"[\w-]*", value) is not None
+    if words and (is_word or not is_code):  # (a lone word that is not known is no expression)
         _check_word(name, value, words)
     if name.startswith("retry_") and (isinstance(value, (bool, str)) or not 0 <= value < math.inf):
         raise StarioError(f"{name}={value!r}: a number, 0 or more")
@@ -5377,13 +5397,13 @@ def datastar_script(src: str | None = None, *, nonce: str | None = None) -> Safe
 
     Without `src` it is the official bundle from its CDN and, where that fails or has not come after
     1.5 seconds, the pocket client (part 30) from this server. Never both: the bundle is fetched as
-    text, and run when it has come in full with the right hash. `src` names another copy to load,
+    text, and run when it has come in full and has the right hash. `src` names another copy to load,
     and nothing else. `nonce` is the one of the page's Content-Security-Policy.
     """
     attributes = {"type": "module", "nonce": nonce or False}
     if src is not None:
         return h.Script(attributes, {"src": src})
-    if Stario._pocket is None:  # left out of this copy
+    if Stario._pocket is None:  # this copy of the file has no pocket client
         attributes |= {"integrity": DATASTAR_INTEGRITY, "crossorigin": "anonymous"}
         return h.Script(attributes, {"src": DATASTAR_URL})
     pocket = "/_stario/" + asset("pocket.js", collection="_stario")  # part 19
