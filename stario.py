@@ -67,29 +67,29 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        3742  10. The server
        4412  11. Trying it without a network: the test client [testclient]
      4853  ACT 3. Live
-       4897  12. Datastar: attributes and actions
-       5409  13. Streams: events, and staying with a client
-       5909  14. Relay: publish and subscribe
-     6226  ACT 4. For real
-       6232  15. Signals: from JSON to your dataclass
-       6913  16. Forms [forms]
-       7080  17. Behind a proxy
-       7161  18. Compression [compression]
-       7350  19. Static files [assets]
-       7887  20. Telemetry: spans, and who hears of them
-       8380  21. JsonTracer: for log collectors [json]
-       8450  22. RichTracer: for people [rich]
-       8906  23. Sessions [sessions]
-       9017  24. What lives as long as the server
-       9093  25. @baked
-       9347  26. ASGI: the same app under another server [asgi]
-       9567  27. RedisRelay: the same between processes and machines [redis]
-       9806  28. Reload: a saved file restarts the app [reload]
-       9963  29. Development: what went wrong, shown where one looks [development]
-    10082  ACT 5. The pocket client
-      10125  30. The pocket client (JavaScript) [client]
-      11477  31. This file as a page [read]
-      11691  32. An app to begin with
+       4902  12. Datastar: attributes and actions
+       5429  13. Streams: events, and staying with a client
+       5952  14. Relay: publish and subscribe
+     6275  ACT 4. For real
+       6281  15. Signals: from JSON to your dataclass
+       6962  16. Forms [forms]
+       7129  17. Behind a proxy
+       7210  18. Compression [compression]
+       7399  19. Static files [assets]
+       7936  20. Telemetry: spans, and who hears of them
+       8429  21. JsonTracer: for log collectors [json]
+       8499  22. RichTracer: for people [rich]
+       8955  23. Sessions [sessions]
+       9066  24. What lives as long as the server
+       9142  25. @baked
+       9396  26. ASGI: the same app under another server [asgi]
+       9616  27. RedisRelay: the same between processes and machines [redis]
+       9855  28. Reload: a saved file restarts the app [reload]
+      10012  29. Development: what went wrong, shown where one looks [development]
+    10131  ACT 5. The pocket client
+      10174  30. The pocket client (JavaScript) [client]
+      11526  31. This file as a page [read]
+      11740  32. An app to begin with
 
 READING PATH
 
@@ -107,10 +107,10 @@ Two hours, for a reader who wants to know how it works, not all that it does. Re
      3484-3738   `Connection`  one connection, many requests
      4154-4168   `Server.start`  listening
      4268-4276   `Server.stop`  ending without losing a request
-     5551-5657   `_EventWriter`  events
-     5745-5806   `_Scope`  how a disconnect reaches a handler
-     5833-5905   `Alive`  staying with a client
-     6074-6178   `Relay`  from one handler to another
+     5580-5691   `_EventWriter`  events
+     5780-5849   `_Scope`  how a disconnect reaches a handler
+     5876-5948   `Alive`  staying with a client
+     6123-6227   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -4883,7 +4883,7 @@ class TestClient:
 #
 #     {}
 #
-# 2. The handler `click` counts, publishes a message, and answers that there is nothing to show: 204.
+# 2. The handler `click` counts, publishes a message, and answers 204: there is nothing to show.
 # 3. The relay (14) puts the message into the queue of each subscription. For each tab one call of
 #    `live` waits inside `alive` (13) for a message. It wakes, and the body of its loop runs.
 # 4. It writes an event into its answer, which has been open since the page was loaded:
@@ -5429,14 +5429,20 @@ await import(client);
 # 13. Streams: events, and staying with a client
 #
 # A stream is an answer without an end. Its body is *events* (HTML standard, section 9.2.5), each
-# some lines of text. The handler writes them, and waits inside `alive` for what comes next.
+# some lines of text. The handler writes them, and waits inside `alive` for what comes next:
 #
-# How a disconnect travels. The carrier learns of it first (the socket is closed, or a heartbeat
-# gets no answer), or of the server's wish to stop, and ends its `scopes`. An `alive` that is
-# waiting is one of them. It cancels the handler's task, the way `asyncio.timeout` does; the
-# cancellation surfaces where the handler waits, inside `alive`, which knows it for its own and
-# swallows just that one. So the loop ends as if the source had run dry, and the code after it runs.
-# A handler that is busy in the loop's body is not touched: it finds out when it comes back for the
+#     async for subject, message in w.alive(relay.subscribe("chat")):  # waits here
+#         w.patch(h.P({"id": "last"}, message))
+#     print("the tab is closed, or the server stops")
+#
+# How a disconnect travels:
+# 1. The carrier learns that the client has gone: its socket is closed, or it has not acknowledged a
+#    heartbeat, the comment that is sent when there is no news. Or it learns that the server stops.
+# 2. It ends its *scopes*. A scope is a stretch of a handler that may be interrupted: here one wait
+#    of the loop. It cancels the handler's task; asyncio raises CancelledError where the task waits.
+# 3. The scope catches the error, which is its own, and the loop ends as if its source had ended.
+#
+# A handler that waits in the loop's body is not interrupted: its loop ends when it asks for the
 # next item.
 # ==================================================================================================
 
@@ -5449,7 +5455,7 @@ _LINE_BREAK = re.compile(r"\r\n|\r|\n")
 
 
 def _sse(event: str, data: bytes, id: str | None = None, retry: int | None = None) -> bytes:
-    """One event of a stream (HTML standard, 9.2.5); `data` is lines, each with its `data: `."""
+    """The bytes of one event; `data` are whole lines, as `_data_lines` writes them."""
     head = f"event: {event}\n"
     if id is not None:
         head += f"id: {_one_line(id)}\n"
@@ -5460,9 +5466,9 @@ def _sse(event: str, data: bytes, id: str | None = None, retry: int | None = Non
     return b"%b%b\n" % (head.encode("utf-8", "replace"), data)
 
 
-def _data(text: str, key: str = "") -> str:
-    """Text as the data lines of an event; each begins with `key`."""
-    # Most HTML is one line; the check is several times cheaper than the search.
+def _data_lines(text: str, key: str = "") -> str:
+    """Text as the data lines of an event, each with `key`: `data: elements <p>Hello</p>`."""
+    # Most HTML is one line, and the expression takes 20 microseconds for 2,000 characters.
     if "\n" in text or "\r" in text:
         text = _LINE_BREAK.sub(f"\ndata: {key}", text)
     return f"data: {key}{text}\n"
@@ -5477,18 +5483,18 @@ def _one_line(value: object) -> str:
 
 PatchMode = Literal["outer", "inner", "replace", "prepend", "append", "before", "after", "remove"]
 _PATCH_MODES = typing.get_args(PatchMode)
-# Without a selector the client finds an element by its id, or changes nothing. <html>, <head> and
-# <body> are there once.
+# HTML whose first element the client finds without a selector: by its id, or since a page has only
+# one <html>, <head> and <body>. What it does not find changes nothing.
 _HAS_PLACE = re.compile(r"\s*<(!|(html|head|body)(?![^\s>/])|[a-z][^>]*\sid\s*=)", re.IGNORECASE)
 
-_KEPT_CALLS, _KEPT_SIZE = 4, 256 * 1024  # the last 4, of at most 256 KiB each
+_CACHED_CALLS, _CACHED_SIZE = 4, 256 * 1024  # the last 4, of at most 256 KiB each
 
 
-def _kept(make: Callable[Parameters, T]) -> Callable[Parameters, T]:
-    """`make`, with its last results kept: what goes to a thousand streams is made once.
+def _cache_last(make: Callable[Parameters, T]) -> Callable[Parameters, T]:
+    """A decorator that keeps the last results: what goes to a thousand streams is made once.
 
-    The first argument is text or bytes. It is compared: `lru_cache` would hash it, which takes
-    ten times as long where each stream has a view of its own.
+    The first argument is text or bytes. It is compared, where `lru_cache` would hash it: mostly
+    the lengths differ, so what is sent to one stream only is not read through for the cache.
     """
     calls: tuple[tuple[object, T], ...] = ()  # replaced as a whole, so threads may share it
 
@@ -5500,14 +5506,14 @@ def _kept(make: Callable[Parameters, T]) -> Callable[Parameters, T]:
             if known == asked:
                 return result
         result = make(*arguments, **options)
-        if len(cast("str | bytes", arguments[0])) <= _KEPT_SIZE:
-            calls = ((asked, result), *calls[: _KEPT_CALLS - 1])
+        if len(cast("str | bytes", arguments[0])) <= _CACHED_SIZE:
+            calls = ((asked, result), *calls[: _CACHED_CALLS - 1])
         return result
 
     return give
 
 
-@_kept
+@_cache_last
 def _patch_data(
     html: str,
     mode: PatchMode = "outer",
@@ -5521,7 +5527,7 @@ def _patch_data(
     _check_word("namespace", "html" if namespace is None else namespace, ("html", "svg", "mathml"))
     if not selector and mode not in ("outer", "replace"):
         raise StarioError(f"mode {mode!r} needs a selector: only outer and replace do without")
-    has_id = html.find(" id=", 0, html.find(">")) > 0  # found sooner than by the expression
+    has_id = html.find(" id=", 0, html.find(">")) > 0  # the usual case: no expression needed
     if html and not selector and not has_id and not _HAS_PLACE.match(html):
         raise StarioError(
             f"no place for {html[:60]!r}: give the element an id that the page has, or say "
@@ -5537,7 +5543,7 @@ def _patch_data(
     if view_transition_selector:
         lines += f"data: viewTransitionSelector {_one_line(view_transition_selector)}\n"
     if html:
-        lines += _data(html, "elements ")
+        lines += _data_lines(html, "elements ")
     return lines.encode("utf-8", "replace")
 
 
@@ -5553,23 +5559,26 @@ def _signal_data(signals: object, only_if_missing: bool = False) -> bytes:
     else:
         text = _signals_json(signals, _json)
     lines = "data: onlyIfMissing true\n" if only_if_missing else ""
-    return (lines + _data(text, "signals ")).encode("utf-8", "replace")
+    return (lines + _data_lines(text, "signals ")).encode("utf-8", "replace")
 
 
-_SSE_FIELDS = (  # proxies must neither keep a stream nor wait for its end: nginx reads the last one
+_SSE_FIELDS = (  # proxies must neither store a stream nor hold it back (the last one is for nginx)
     b"content-type: text/event-stream\r\ncache-control: no-cache\r\nx-accel-buffering: no\r\n"
 )
 
 
 class EventOptions(TypedDict, total=False):
-    """What every event takes: `id` comes back as `last-event-id`, `retry` is in milliseconds."""
+    """What every event takes: for when the connection breaks, and the client asks again.
+
+    `id` comes back in its request as `last-event-id`; `retry` is how many milliseconds it waits.
+    """
 
     id: str | None
     retry: int | None
 
 
 class _EventWriter(_OneShotWriter):
-    """Streams of events. The first one sends the headers."""
+    """Streams of events. The first event sends the headers, too."""
 
     def patch(
         self,
@@ -5584,9 +5593,11 @@ class _EventWriter(_OneShotWriter):
     ) -> None:
         """Patch elements into the page: by their ids, or into what `selector` finds.
 
-        Modes: outer, inner, replace, prepend, append, before, after, remove; without a selector
-        only outer and replace. `view_transition_selector` is where a view transition takes place
-        (client 1.0.3 and later). https://data-star.dev/reference/sse_events
+        Modes: `outer` morphs the element that is found, `inner` its content, `replace` puts a new
+        one there; `prepend` and `append` add inside of it, `before` and `after` beside it; `remove`
+        removes it. Without a selector only outer and replace. `use_view_transition` animates the
+        change, within `view_transition_selector` (client 1.0.3 and later).
+        https://data-star.dev/reference/sse_events
         """
         html = node if type(node) is SafeString else render(node)
         data = _patch_data(
@@ -5608,7 +5619,10 @@ class _EventWriter(_OneShotWriter):
     def sync(
         self, signals: object, *, only_if_missing: bool = False, **options: Unpack[EventOptions]
     ) -> None:
-        """Merge signals into the page's: a dict, a dataclass, a model, or JSON. None removes."""
+        """Set signals of the page: a dict, a dataclass, what has `model_dump`, or JSON text.
+
+        The others stay. A value of None removes its signal.
+        """
         data = _signal_data(signals, only_if_missing)
         self._send_event("datastar-patch-signals", data, **options)
 
@@ -5639,7 +5653,7 @@ class _EventWriter(_OneShotWriter):
         scheme = re.sub(r"[\x00-\x20]", "", url).partition(":")[0].lower()
         if scheme in ("javascript", "data", "vbscript"):
             raise StarioError(f"{url[:60]!r} is a program, no page: navigate goes to pages only")
-        # By a timer, so that the rest of this event's work is done before the page goes.
+        # By a timer: first the client finishes what it does for this event.
         script = f"setTimeout(() => {{ window.location = {_script_json(url)} }})"
         self.execute(script, nonce=nonce, **options)
 
@@ -5660,7 +5674,7 @@ class _EventWriter(_OneShotWriter):
         """Send a plain server-sent event (HTML standard, 9.2), for a client other than Datastar."""
         if not isinstance(data, str):
             raise StarioError(f"an event's data is text, not {type(data).__name__}: json.dumps it")
-        self._send_event(_one_line(name), _data(data).encode("utf-8", "replace"), **options)
+        self._send_event(_one_line(name), _data_lines(data).encode("utf-8", "replace"), **options)
 
     def _send_event(
         self, name: str, data: bytes, id: str | None = None, retry: int | None = None
@@ -5681,7 +5695,7 @@ class Writer(_EventWriter):
     """The answer to one request: `w`. Each handler gets one, and answers through it.
 
     `status_code` is 0 until something is sent; `started` says whether the headers have gone out,
-    `completed` whether the answer is through.
+    `completed` whether the answer is complete.
     """
 
     _timer: asyncio.TimerHandle | None = None  # the next heartbeat
@@ -5705,12 +5719,13 @@ class Writer(_EventWriter):
     ) -> Alive[Any]:
         """Stay with the client until it goes, the server stops, or the source ends.
 
-        `async for item in w.alive(source)` yields what the source does, `w.alive(every=0.5)` ticks,
-        now and then every half second. `async for _ in w.alive()` comes back when its body has
-        written or waited, and otherwise four times a second; `async with w.alive()` interrupts its
-        block instead. The code after it runs unless the body raises. Before each item it waits
-        until the client has taken what was written. While a stream of events is silent, a comment
-        is sent every `heartbeat` seconds.
+        `async for item in w.alive(source)` yields the items of the source. `w.alive(every=0.5)`
+        yields None, at once and then every half second. `async for _ in w.alive()` runs its body
+        again and again: at once if the body has written or waited, else after a quarter of a
+        second. These end only between two rounds; `async with w.alive()` interrupts its block. The
+        code after them runs unless the body raises. Before each item `alive` waits until the
+        client has taken what was written. While a stream of events is silent, a comment is sent
+        every `heartbeat` seconds.
         """
         if every is not None:
             if source is not None or every <= 0:
@@ -5724,15 +5739,15 @@ class Writer(_EventWriter):
         return Alive(self, source, heartbeat)
 
     def _is_over(self) -> bool:
-        """Whether a stream has nobody to go on for: HEAD asked only for its head."""
+        """Whether nobody takes more of the stream. (HEAD asks only for the head of the answer.)"""
         carrier = self._carrier
         return carrier.disconnected or carrier.shutting_down or self._request.method == "HEAD"
 
     def _start_heartbeat(self, seconds: float | None) -> None:
         self._stop_heartbeat()
         if seconds:
-            # asyncio keeps a cancelled timer until it would have been due, and with it its context.
-            # In one of its own it does not hold the request of a stream that has ended.
+            # asyncio keeps a cancelled timer until it would have been due, and a timer keeps its
+            # context variables. With an empty context the request of an ended stream can be freed.
             self._timer = asyncio.get_running_loop().call_later(
                 seconds, self._beat, seconds, self._writes, context=contextvars.Context()
             )
@@ -5743,14 +5758,14 @@ class Writer(_EventWriter):
             self._timer = None
 
     def _beat(self, seconds: float, writes: int) -> None:
-        """Send a comment if nothing was written since the last beat; it shows dead peers, too."""
+        """Send a comment if nothing was written since there were `writes`; check the peer, too."""
         if self.completed or self._carrier.disconnected:
             self._timer = None
             return
         self._carrier.check_peer(seconds)
         accepted = ",".join(self._request.headers.getlist("accept"))
         if not self.started and "text/event-stream" in accepted:
-            self._begin_events()  # the client, and proxies on the way, wait for a sign of life
+            self._begin_events()  # else the client, or a proxy before it, may give up
         if self._sse and self._writes == writes:
             self.write(b":\n\n")
         self._start_heartbeat(seconds)
@@ -5759,75 +5774,83 @@ class Writer(_EventWriter):
 Stario._writer = Writer
 
 
-_CLEANUP = 1.0  # seconds for the code after an `alive` before one around it is interrupted, too
+_CLEANUP = 1.0  # seconds for the code after an inner `alive`; then a loop around it ends, too
 
 
 class _Scope:
     """A stretch of a handler that ends when the client goes or the server stops.
 
-    It interrupts by cancelling the task and swallows that one cancellation, by the same count that
-    `asyncio.timeout` keeps: if anybody else has cancelled the task meanwhile, theirs goes on.
-    Where scopes of one task are nested, the innermost takes the cancellation, so that the code
-    after it runs. A block around it is interrupted at its next await; a loop around it waits for
-    that code, which stands in its source, for a second.
+    `task.cancel()` makes the task's await raise CancelledError, and adds one to the number that
+    `task.cancelling()` gives; `task.uncancel()` takes one away. A scope interrupts by `cancel` and,
+    when the error reaches `__exit__`, takes its one away. If the number is then what it was at the
+    beginning, nobody else has cancelled the task, and the error is swallowed. (`asyncio.timeout`
+    counts in the same way.)
+
+    Scopes of one task may be nested: a loop in an `async with` block, or a loop whose source loops
+    itself. One of them cancels, and the innermost swallows the error, so that the code after it
+    runs. Then a block around it is interrupted at its next await. A loop around it is given
+    `_CLEANUP` seconds, because the code that has to run belongs to its source.
     """
 
-    __slots__ = ("_before", "_interrupting", "_is_block", "_open", "_task", "_told", "_writer")
+    __slots__ = (
+        "_cancels_before", "_entered", "_interrupting", "_is_block", "_is_ending", "_task",
+        "_writer",
+    )  # fmt: skip
 
     def __init__(self, writer: Writer, is_block: bool = False) -> None:
         self._writer = writer
-        self._is_block = is_block
-        self._open = writer._carrier.scopes  # all of the connection, this one while it is entered
-        self._told = False  # its end has been called for
-        self._interrupting = False  # it has cancelled the task, and no scope has taken that yet
+        self._is_block = is_block  # of `async with`
+        self._entered = writer._carrier.scopes  # all scopes of the answer that are entered now
+        self._is_ending = False  # `end` has been called
+        self._interrupting = False  # it has cancelled the task, and no scope has swallowed that yet
 
     def __enter__(self) -> None:
         task = asyncio.current_task()
         if task is None:
             raise StarioError("alive() works inside a task only")
         self._task = task
-        self._before = task.cancelling()
-        self._open.append(self)
+        self._cancels_before = task.cancelling()
+        self._entered.append(self)
         if self._writer._is_over():
             self.end()
 
     def end(self) -> None:
         """End it soon. Called by the carrier; a second call does nothing."""
-        # Not at once but as a call of the loop's own: then the task is waiting somewhere, never
-        # running, so the cancellation surfaces in the scope and not somewhere after it.
-        if not self._told:
-            self._told = True
+        # Not at once, but as a call of the event loop: then the task does not run but waits. If the
+        # scope is still entered then, the error comes up inside of it, and not somewhere after it.
+        if not self._is_ending:
+            self._is_ending = True
             self._task.get_loop().call_soon(self._interrupt)
 
     def _interrupt(self) -> None:
-        """Cancel the task where it waits now, unless the stretch is over, or this has been done."""
-        if self in self._open and not any(scope._interrupting for scope in self._of_task()):
+        """Cancel the task, unless this scope is left, or another one has just done so."""
+        if self in self._entered and not any(scope._interrupting for scope in self._of_task()):
             self._interrupting = True
             self._task.cancel()
 
     def _of_task(self) -> list[_Scope]:
-        return [scope for scope in self._open if scope._task is self._task]
+        return [scope for scope in self._entered if scope._task is self._task]
 
     def __exit__(self, kind: type[BaseException] | None, *exc: object) -> bool:
-        self._open.remove(self)
+        self._entered.remove(self)
         if kind is not asyncio.CancelledError and not self._interrupting:
             return False
         around = self._of_task()
         interrupting = [scope for scope in (self, *around) if scope._interrupting]
-        if not interrupting:
+        if not interrupting:  # the error is somebody else's
             return False
-        interrupting[0]._interrupting = False
+        interrupting[0]._interrupting = False  # it is swallowed here; those around are next
         loop = self._task.get_loop()
         for scope in around:
             if scope._is_block:
                 loop.call_soon(scope._interrupt)
             else:
                 loop.call_later(_CLEANUP, scope._interrupt)
-        return self._task.uncancel() <= self._before and kind is asyncio.CancelledError
+        return self._task.uncancel() <= self._cancels_before and kind is asyncio.CancelledError
 
 
 async def _ticks(seconds: float) -> AsyncIterator[None]:
-    """Now, and then every so many seconds. A tick that nobody was there for is left out."""
+    """Yield now, and then every `seconds`. What passes while the loop's body runs is skipped."""
     loop = asyncio.get_running_loop()
     due = loop.time()
     while True:
@@ -5836,24 +5859,24 @@ async def _ticks(seconds: float) -> AsyncIterator[None]:
         await asyncio.sleep(due - loop.time())
 
 
-async def _returns(writer: Writer) -> AsyncIterator[None]:
-    """Back at once as long as the loop's body writes or waits, else in a quarter of a second."""
+async def _paced_rounds(writer: Writer) -> AsyncIterator[None]:
+    """The source of `w.alive()`: see there. It keeps `async for ...: pass` from being busy."""
     loop = asyncio.get_running_loop()
     while True:
         writes, waited = writer._writes, asyncio.Event()
-        loop.call_soon(waited.set)
+        loop.call_soon(waited.set)  # it is called only if the body awaits something
         yield
         busy = waited.is_set() or writer._writes != writes
         await asyncio.sleep(0 if busy else 0.25)
 
 
-_TURN = 0.005  # seconds after which a loop over a source that always has something lets others in
+_LONGEST_RUN = 0.005  # seconds; then a loop that never had to wait lets other tasks run
 
 
 class Alive(Generic[T]):
     """What `w.alive()` gives: to loop over with `async for`, or to enter with `async with`."""
 
-    _open = False
+    _open = False  # for `__del__`, if `__init__` raises
 
     def __init__(
         self, writer: Writer, source: AsyncIterable[T] | None, heartbeat: float | None
@@ -5861,12 +5884,12 @@ class Alive(Generic[T]):
         if writer.completed:
             raise StarioError("the answer is complete: there is nothing to keep alive")
         self._writer = writer
-        self._block: _Scope | None = None  # of `async with`: what covers the waits of a loop, too
+        self._block: _Scope | None = None  # of `async with`; a loop in it needs no other scope
         self._iterator = aiter(
-            cast(AsyncIterable[T], _returns(writer)) if source is None else source
+            cast(AsyncIterable[T], _paced_rounds(writer)) if source is None else source
         )
-        self._open = True
-        self._turn = time.monotonic()  # when others were last let in
+        self._open = True  # the source has not been closed
+        self._runs_since = time.monotonic()  # when other tasks were last let in
         writer._start_heartbeat(heartbeat)
 
     def __aiter__(self) -> Alive[T]:
@@ -5881,16 +5904,16 @@ class Alive(Generic[T]):
                     return await self._next()
             except (StopAsyncIteration, ClientDisconnected):
                 pass
-        # Here the source has run dry, or the scope above was interrupted.
+        # Here the source has ended, or the scope above was interrupted.
         await self.aclose()
         raise StopAsyncIteration
 
     async def _next(self) -> T:
-        carrier = self._writer._carrier
-        await carrier.drained()
-        if time.monotonic() - self._turn > _TURN:
+        # Backpressure: a slow client slows down its handler, and no bytes pile up in memory.
+        await self._writer._carrier.drained()
+        if time.monotonic() - self._runs_since > _LONGEST_RUN:
             await asyncio.sleep(0)
-            self._turn = time.monotonic()
+            self._runs_since = time.monotonic()
         return await anext(self._iterator)
 
     async def __aenter__(self) -> Alive[T]:
@@ -5906,11 +5929,11 @@ class Alive(Generic[T]):
 
     async def aclose(self) -> None:
         """Close the source. A second call does nothing."""
-        if aclose := self._let_go():
+        if aclose := self._close_source():
             await aclose()
 
-    def _let_go(self) -> Callable[[], Coroutine[Any, Any, None]] | None:
-        """Close a subscription, or give what closes another source, if there is any."""
+    def _close_source(self) -> Callable[[], Coroutine[Any, Any, None]] | None:
+        """Close a subscription at once. Of other sources, give `aclose` for the caller to await."""
         # The heartbeat goes on: the handler may send more, or wait in an `alive` around this one.
         was_open, self._open = self._open, False
         if was_open and isinstance(self._iterator, _Messages):
@@ -5918,9 +5941,9 @@ class Alive(Generic[T]):
         return getattr(self._iterator, "aclose", None) if was_open else None
 
     def __del__(self) -> None:
-        # `break`, or an exception of the loop's body: nothing but this tells an async iterator. In
-        # CPython it comes as soon as the loop lets go.
-        if aclose := self._let_go():
+        # After `break`, or an exception in the loop's body: Python tells an async iterator nothing
+        # but that nobody refers to it any more. CPython does so as soon as the loop is left.
+        if aclose := self._close_source():
             with suppress(RuntimeError):  # no loop runs any more
                 _keep(_spawn(aclose(), asyncio.get_running_loop()), _closing)
 
@@ -5932,23 +5955,29 @@ class Alive(Generic[T]):
 # exists from the moment `subscribe()` returns, and has a bounded queue of its own: a reader that
 # falls behind loses messages by a rule that it chose, and never costs more than its queue.
 #
-# Publishers and subscribers may be in different threads, with different event loops. One lock
-# guards every table and queue of a relay; it is held for a few dict operations, and never while a
-# loop is woken. It keeps out other threads, but not this one: the garbage collector and signal
-# handlers may run code of ours between any two bytecodes, and a subscription that is collected
-# closes itself. So a change that comes in the middle of another one waits until that one is done
-# (`Relay._ungrouped`).
+#     messages = relay.subscribe("room.*")
+#     relay.publish("room.1", "hello")
+#     print(await anext(messages))  # ('room.1', 'hello')
+#
+# Publishers and readers may be in different threads, with different event loops. One lock guards
+# the tables and queues of a relay. It is held for a few dict operations, and never while a loop is
+# woken. It keeps other threads out, but not its own (an RLock can be taken again by the thread that
+# has it): between any two steps of this code Python may run a signal handler, or collect a
+# subscription, which then closes itself. So a change that comes in the middle of another one waits
+# until that one is done (`Relay._change`).
 # ==================================================================================================
 
 
-ToWake = dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]]  # readers, by their loops
-Overflow = Literal["oldest", "latest", "close"]  # what gives way when too many messages wait
+ToWake = dict[
+    asyncio.AbstractEventLoop, list[asyncio.Future[None]]
+]  # what readers wait for, by loop
+Overflow = Literal["oldest", "latest", "close"]  # the rule for a full queue: see `subscribe`
 
 
 class _Mailbox:
     """The relay's side of a subscription. Everything is touched only under the relay's lock.
 
-    It does not refer to the Subscription: one that nobody holds any more is collected, and closes.
+    It does not refer to the Subscription, so that one that nobody uses any more is collected.
     """
 
     __slots__ = (
@@ -5966,16 +5995,16 @@ class _Mailbox:
             OrderedDict() if overflow == "latest" else deque()
         )
         self.dropped = 0
-        self.gaps_before = gaps  # the relay's gaps when this was made
+        self.gaps_before = gaps  # how often a RedisRelay (part 27) had been cut off by then
         self.closed = False
-        self.waiter: asyncio.Future[None] | None = None  # the reader, if it is waiting
+        self.waiter: asyncio.Future[None] | None = None  # what the reader awaits, if it waits
         self.loop: asyncio.AbstractEventLoop | None = None  # the reader's loop, while it waits
 
     def put(self, subject: str, data: Any) -> None:
         """Queue a message, by the overflow rule."""
         queue = self.queue
         if isinstance(queue, OrderedDict):
-            if queue.pop(subject, self) is not self:
+            if queue.pop(subject, self) is not self:  # (`self` stands for "nothing there")
                 self.dropped += 1
             queue[subject] = (subject, data)
         else:
@@ -5987,7 +6016,7 @@ class _Mailbox:
             queue.popitem(last=False)
         elif self.overflow == "oldest":
             queue.popleft()
-        else:
+        else:  # "close": the message that does not fit is lost, and `_deliver` sees `closed`
             queue.pop()
             self.closed = True
 
@@ -5996,8 +6025,8 @@ class _Mailbox:
         queue = self.queue
         return queue.popitem(last=False)[1] if isinstance(queue, OrderedDict) else queue.popleft()
 
-    def call(self, to_wake: ToWake) -> None:
-        """Put the reader, if one waits, among those who are to be woken."""
+    def move_waiter(self, to_wake: ToWake) -> None:
+        """Hand the reader's future, if it waits, to those that are to be resolved."""
         waiter, self.waiter = self.waiter, None
         if waiter is not None and self.loop is not None:
             to_wake.setdefault(self.loop, []).append(waiter)
@@ -6034,7 +6063,7 @@ class Subscription(Generic[T]):
     def close(self) -> None:
         """Take no more messages, from any thread. A waiting reader gets the queued ones first."""
         if self._mailbox.patterns:
-            self._relay._ungrouped(self._relay._remove, self._mailbox)
+            self._relay._change(self._relay._remove, self._mailbox)
 
     async def __anext__(self) -> tuple[str, T]:
         mailbox, lock = self._mailbox, self._relay._lock
@@ -6049,7 +6078,7 @@ class Subscription(Generic[T]):
                     raise StarioError("a subscription has one reader; subscribe once for each")
                 mailbox.loop = asyncio.get_running_loop()
                 waiter = mailbox.waiter = mailbox.loop.create_future()
-                if mailbox.queue or mailbox.closed:  # since we looked, and nobody was to be woken
+                if mailbox.queue or mailbox.closed:  # a signal handler has changed it since
                     mailbox.waiter = None
                     continue
             try:
@@ -6071,7 +6100,7 @@ class Subscription(Generic[T]):
 
 
 class _Messages(Generic[T]):
-    """What `async for` holds while it runs: letting go of it closes the subscription."""
+    """What `async for` holds while it runs. When it lets go, `__del__` closes the subscription."""
 
     __slots__ = ("_subscription",)
 
@@ -6102,11 +6131,11 @@ class Relay(Generic[T]):
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        # "room.*" stands in table 5 as "room.", "*" in table 0 as "", "room.1" in table None, which
-        # is for whole subjects. So the length of a subject costs nothing, nor do its dots.
+        # One table for each length of prefix: "room.*" is the key "room." of table 5, "*" is "" of
+        # table 0. Table None is for whole subjects. To publish takes one look into each table.
         self._tables: dict[int | None, dict[str, dict[_Mailbox, None]]] = {}
-        self._busy = False  # a change is under way
-        self._later: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()  # changes to do
+        self._is_changing = False  # a step is being run
+        self._steps: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()  # to be run
 
     def subscribe(
         self, *patterns: str, maxsize: int = 1000, overflow: Overflow = "oldest"
@@ -6126,34 +6155,34 @@ class Relay(Generic[T]):
         for pattern in patterns:
             if not isinstance(pattern, str):
                 raise StarioError(f"a pattern is text, not {pattern!r}: subscribe('a', 'b.*')")
-            _place(pattern)
+            _table_and_key(pattern)
         mailbox = _Mailbox(patterns, maxsize, overflow, self._gaps)
         subscription = Subscription(self, mailbox)
-        self._ungrouped(self._add, mailbox)
+        self._change(self._add, mailbox)
         return subscription
 
     def publish(self, subject: str, data: T = None) -> None:  # type: ignore[assignment]
         """Give a message to everyone who listens to its subject. From any thread; never waits."""
         _check_subject(subject)
-        self._ungrouped(self._deliver, subject, data)
+        self._change(self._deliver, subject, data)
 
-    def _ungrouped(self, step: Callable[..., None], *arguments: Any) -> None:
-        """Make a change, `step(to_wake, *arguments)`, with nobody else at the tables and queues.
+    def _change(self, step: Callable[..., None], *arguments: Any) -> None:
+        """Change tables and queues by `step(to_wake, *arguments)`; then wake the readers.
 
-        In the middle of another change of this thread it is left to that one. (So nothing comes
-        between the two lines of a step, and none has to be written as if something could.)
+        If this thread is in the middle of another step, that one's call of this function runs both,
+        one after the other. So no step sees what another one has half done.
         """
         to_wake: ToWake = {}
         with self._lock:
-            self._later.append((step, arguments))
-            while self._later and not self._busy:
-                self._busy = True
+            self._steps.append((step, arguments))
+            while self._steps and not self._is_changing:
+                self._is_changing = True
                 try:
-                    while self._later:
-                        step, arguments = self._later.popleft()
+                    while self._steps:
+                        step, arguments = self._steps.popleft()
                         step(to_wake, *arguments)
                 finally:
-                    self._busy = False  # what comes now does its own change, or is seen above
+                    self._is_changing = False  # a step added just before is seen by the outer loop
         if to_wake:
             _wake(to_wake)
 
@@ -6164,10 +6193,10 @@ class Relay(Generic[T]):
             mailbox.put(subject, data)
             if mailbox.closed:  # the rule was "close"
                 self._remove(to_wake, mailbox)
-            mailbox.call(to_wake)
+            mailbox.move_waiter(to_wake)
 
     def _listeners(self, subject: str) -> list[_Mailbox]:
-        """The mailboxes a subject goes to, each once, in a list that is safe from changes."""
+        """The mailboxes a subject goes to, each once, in a list of their own."""
         found = [table.get(subject[:length]) for length, table in self._tables.items()]
         listeners = [mailboxes for mailboxes in found if mailboxes]
         if len(listeners) < 2:
@@ -6176,20 +6205,20 @@ class Relay(Generic[T]):
 
     def _listeners_at(self, pattern: str) -> dict[_Mailbox, None]:
         """Who listens by this pattern. (A dict serves as an ordered set.)"""
-        length, key = _place(pattern)
+        length, key = _table_and_key(pattern)
         return self._tables.get(length, {}).get(key, {})
 
     def _add(self, to_wake: ToWake, mailbox: _Mailbox) -> None:
         for pattern in mailbox.patterns:
-            length, key = _place(pattern)
+            length, key = _table_and_key(pattern)
             self._tables.setdefault(length, {}).setdefault(key, {})[mailbox] = None
 
     def _remove(self, to_wake: ToWake, mailbox: _Mailbox) -> None:
         mailbox.closed = True
-        mailbox.call(to_wake)
+        mailbox.move_waiter(to_wake)
         patterns, mailbox.patterns = mailbox.patterns, ()
         for pattern in patterns:
-            length, key = _place(pattern)
+            length, key = _table_and_key(pattern)
             table = self._tables.get(length, {})
             table.get(key, {}).pop(mailbox, None)
             if not table.get(key):
@@ -6198,8 +6227,8 @@ class Relay(Generic[T]):
                 self._tables.pop(length, None)
 
 
-def _place(pattern: str) -> tuple[int | None, str]:
-    """How much of a subject a pattern looks at (None: all of it), and what that has to be."""
+def _table_and_key(pattern: str) -> tuple[int | None, str]:
+    """Where a pattern stands: `(5, "room.")` for `room.*`, `(None, "room.1")` for `room.1`."""
     if "*" not in pattern:
         return None, pattern
     if not (pattern == "*" or pattern.endswith(".*")) or "*" in pattern[:-1]:
@@ -6208,13 +6237,13 @@ def _place(pattern: str) -> tuple[int | None, str]:
 
 
 def _check_subject(subject: str) -> None:
-    """Text of a user's may be part of a subject; a `*` would make a pattern of it."""
+    """Refuse a `*`: it may come from a user's text, and would make a pattern of the subject."""
     if "*" in subject:
         raise StarioError(f"{subject!r} cannot be published: only patterns have a '*'")
 
 
 def _wake(to_wake: ToWake) -> None:
-    """Resolve futures: those of this thread's loop at once, others by one call into their loop."""
+    """Resolve futures: of this thread's loop at once, of others by one call that the loop makes."""
     here = asyncio._get_running_loop()
     for loop, waiters in to_wake.items():
         if loop is here:
@@ -6230,10 +6259,10 @@ def _resolve(waiters: list[asyncio.Future[None]]) -> None:
             waiter.set_result(None)
 
 
-# -- Act 3 runs: a stream whose handler is told when the client goes. Tiles is made of no more.
+# -- Act 3 runs: a stream of one event. Without `break` it would go on until the client goes.
 #
 #     async def live(c: Context, w: Writer) -> None:
-#         async for second in w.alive(every=0.01):
+#         async for _ in w.alive(every=0.01):
 #             w.patch(h.B({"id": "clock"}, "tick"))
 #             break
 #
@@ -7288,7 +7317,7 @@ def _gzip(level: int, streaming: bool) -> Compressor:
     return compress, finish
 
 
-@_kept
+@_cache_last
 def _deflated(data: bytes, window: bytes, level: int) -> tuple[bytes, bytes]:
     """A piece of a stream that ended with `window` so far, and what it ends with now."""
     coder = zlib.compressobj(level, zlib.DEFLATED, -15, zdict=window)
@@ -9673,7 +9702,7 @@ class RedisRelay(Relay[T]):
     def close(self) -> None:
         """Send what waits, for a second at most, end all subscriptions, and let go of Redis."""
         atexit.unregister(self.close)
-        self._ungrouped(self._end)
+        self._change(self._end)
         if self._thread is not None:
             self._nudge()
             self._thread.join(1.0)
@@ -9701,7 +9730,7 @@ class RedisRelay(Relay[T]):
 
     def _tell_redis(self, verb: str, pattern: str) -> None:
         if self._connected:  # else all subscriptions are made when it is
-            self._outgoing.append(self._command(verb, *_place(pattern)))
+            self._outgoing.append(self._command(verb, *_table_and_key(pattern)))
 
     def _command(self, verb: str, length: int | None, key: str) -> _RedisCommand:
         """(UN)SUBSCRIBE to a pattern. Redis knows more than a `*` at the end: that is escaped."""
@@ -9805,7 +9834,7 @@ class RedisRelay(Relay[T]):
         """Deliver a message."""
         try:
             subject = channel.decode("utf-8", "surrogatepass")[len(self._prefix) :]
-            self._ungrouped(self._deliver, subject, json.loads(payload))
+            self._change(self._deliver, subject, json.loads(payload))
         except ValueError as exc:  # none of us can have published it
             self._tracer("relay.unreadable", {"reason": f"{exc}"}).end()
 

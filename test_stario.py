@@ -5508,7 +5508,7 @@ class TestBuildersWriteWhatWasMeant(unittest.TestCase):
         plain = [stream() for _ in range(50)]
         gzip = [stream(accept_encoding="gzip") for _ in range(50)]
         with (
-            mock.patch.object(stario, "_data", wraps=stario._data) as made,
+            mock.patch.object(stario, "_data_lines", wraps=stario._data_lines) as made,
             mock.patch.object(stario.zlib, "compressobj", wraps=zlib.compressobj) as compressed,
         ):
             for number in range(3):
