@@ -60,36 +60,36 @@ brackets can be left out of your copy: `python stario.py --without assets,client
         692  4. JSON
         798  5. The request: headers, query, cookies, body
        1360  6. The answer: status, fields, body
-       1835  7. Context and routing
-       2391  8. The app
-     2742  ACT 2. On the network
-       2750  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3742  10. The server
-       4412  11. Trying it without a network: the test client [testclient]
-     4853  ACT 3. Live
-       4902  12. Datastar: attributes and actions
-       5429  13. Streams: events, and staying with a client
-       5952  14. Relay: publish and subscribe
-     6275  ACT 4. For real
-       6281  15. Signals: from JSON to your dataclass
-       6962  16. Forms [forms]
-       7129  17. Behind a proxy
-       7210  18. Compression [compression]
-       7399  19. Static files [assets]
-       7936  20. Telemetry: spans, and who hears of them
-       8429  21. JsonTracer: for log collectors [json]
-       8499  22. RichTracer: for people [rich]
-       8955  23. Sessions [sessions]
-       9066  24. What lives as long as the server
-       9142  25. @baked
-       9396  26. ASGI: the same app under another server [asgi]
-       9616  27. RedisRelay: the same between processes and machines [redis]
-       9855  28. Reload: a saved file restarts the app [reload]
-      10012  29. Development: what went wrong, shown where one looks [development]
-    10131  ACT 5. The pocket client
-      10174  30. The pocket client (JavaScript) [client]
-      11526  31. This file as a page [read]
-      11740  32. An app to begin with
+       1842  7. Context and routing
+       2415  8. The app
+     2767  ACT 2. On the network
+       2775  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
+       3767  10. The server
+       4437  11. Trying it without a network: the test client [testclient]
+     4878  ACT 3. Live
+       4927  12. Datastar: attributes and actions
+       5454  13. Streams: events, and staying with a client
+       5977  14. Relay: publish and subscribe
+     6300  ACT 4. For real
+       6306  15. Signals: from JSON to your dataclass
+       6987  16. Forms [forms]
+       7154  17. Behind a proxy
+       7235  18. Compression [compression]
+       7424  19. Static files [assets]
+       7961  20. Telemetry: spans, and who hears of them
+       8454  21. JsonTracer: for log collectors [json]
+       8524  22. RichTracer: for people [rich]
+       8980  23. Sessions [sessions]
+       9091  24. What lives as long as the server
+       9167  25. @baked
+       9421  26. ASGI: the same app under another server [asgi]
+       9641  27. RedisRelay: the same between processes and machines [redis]
+       9880  28. Reload: a saved file restarts the app [reload]
+      10037  29. Development: what went wrong, shown where one looks [development]
+    10156  ACT 5. The pocket client
+      10199  30. The pocket client (JavaScript) [client]
+      11551  31. This file as a page [read]
+      11765  32. An app to begin with
 
 READING PATH
 
@@ -98,19 +98,19 @@ Two hours, for a reader who wants to know how it works, not all that it does. Re
       345-358    `SafeString`  an element is a string
       657-685    `Tags`  `h.P` makes one
      1107-1314   `Request`  what a client asks for
-     1372-1438   `Carrier`  what brings the answer back
-     1554-1737   `_RawWriter`  the answer
-     1846-1946   `Context`  what a handler gets beside it
-     2283-2299   `Router._find`  from a path to a handler
-     2582-2613   `Stario.dispatch`  one request from end to end
-     3045-3165   `_Reader`  bytes to requests
-     3484-3738   `Connection`  one connection, many requests
-     4154-4168   `Server.start`  listening
-     4268-4276   `Server.stop`  ending without losing a request
-     5580-5691   `_EventWriter`  events
-     5780-5849   `_Scope`  how a disconnect reaches a handler
-     5876-5948   `Alive`  staying with a client
-     6123-6227   `Relay`  from one handler to another
+     1371-1439   `Carrier`  what brings the answer back
+     1557-1743   `_RawWriter`  the answer
+     1860-1964   `Context`  what a handler gets beside it
+     2304-2320   `Router._find`  from a path to a handler
+     2607-2638   `Stario.dispatch`  one request from end to end
+     3070-3190   `_Reader`  bytes to requests
+     3509-3763   `Connection`  one connection, many requests
+     4179-4193   `Server.start`  listening
+     4293-4301   `Server.stop`  ending without losing a request
+     5605-5716   `_EventWriter`  events
+     5805-5874   `_Scope`  how a disconnect reaches a handler
+     5901-5973   `Alive`  staying with a client
+     6148-6252   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -1359,10 +1359,9 @@ def _decode_path(raw: str) -> str:
 # ==================================================================================================
 # 6. The answer: status, fields, body
 #
-# A handler answers through a Writer: with one shot (`html`, `json`, `redirect`, ...) or with a
-# stream of events (part 13), and may go on working after either. The Writer knows HTTP's meaning
-# (status, fields, what has a body); whatever carries the bytes is a `Carrier`. Here it is told as
-# far as an answer in one shot.
+# A handler answers through a Writer: in one shot, which is one call (`html`, `json`, `redirect`),
+# or with a stream of events (part 13). It may go on working after either. The Writer knows what
+# HTTP means (status, fields, which answers have a body); the bytes are sent by a `Carrier`.
 # ==================================================================================================
 
 
@@ -1372,18 +1371,20 @@ _FILE_PIECE = 1024 * 1024  # bytes of a file that are sent at a time
 class Carrier:
     """What brings the bytes of one answer to its client. `fields` are lines, `name: value\\r\\n`.
 
-    A carrier has the five methods that raise NotImplementedError here, and may do better than the
-    others. All return at once but the two that are awaited; what cannot be sent yet is kept. Once
-    the client has gone, bytes are dropped without an error.
+    A carrier must have `scopes` and the five methods that raise NotImplementedError here; it may
+    replace the others. (With an `answer` of its own, it needs no more for answers in one shot.)
+    Only the two `async` methods wait: what cannot be sent yet is kept in a buffer. Once the client
+    has gone, bytes are dropped without an error.
     """
 
     __slots__ = ()
 
-    scopes: list[_Scope]  # to be ended when the client has gone, and when the server stops
+    # Where handlers stay with the client (part 13): they end when it goes, or the server stops.
+    scopes: list[_Scope]
     disconnected = False  # the client has gone
-    client = ""  # the peer's address, or nothing where it has none
-    scheme = "http"  # or "https": how the peer speaks with us
-    proxies: TrustedProxies | None = None  # the peers that may speak for others
+    client = ""  # the address of the other end, or empty where it has none
+    scheme = "http"  # or "https": how the other end speaks with us
+    proxies: TrustedProxies | None = None  # which other ends may speak for their clients (part 17)
 
     @property
     def shutting_down(self) -> bool:
@@ -1407,7 +1408,7 @@ class Carrier:
         raise NotImplementedError
 
     async def drained(self) -> None:
-        """Wait until the client has taken what buffers do not hold anyway.
+        """Wait until the buffer has room, because the client has taken enough of what was sent.
 
         Raises ClientDisconnected if it goes.
         """
@@ -1431,7 +1432,7 @@ class Carrier:
             count -= len(data)
 
     def check_peer(self, seconds: float) -> None:
-        """Give the client up if it has acknowledged nothing for `seconds`, if that can be told."""
+        """Abort if the client has acknowledged no bytes for `seconds`. (Not all can know that.)"""
 
     def _end_scopes(self) -> None:
         for scope in self.scopes:
@@ -1464,11 +1465,12 @@ Content = tuple[bytes, bool]  # header fields, and whether what they describe ma
 
 @lru_cache(maxsize=512)
 def _content(content_type: str) -> Content:
+    """`image/png` as `(b"content-type: image/png\\r\\n", False)`."""
     _, text = _field("content-type", content_type)
     return f"content-type: {text}\r\n".encode("latin-1"), _is_compressible(content_type)
 
 
-@lru_cache(maxsize=1024)  # (to format bytes takes several times as long as to look them up)
+@lru_cache(maxsize=1024)  # (to format the line takes 3 times as long as to find it here)
 def _length_line(length: int) -> bytes:
     return b"content-length: %d\r\n" % length
 
@@ -1477,19 +1479,20 @@ _HTML, _TEXT = _content("text/html; charset=utf-8"), _content("text/plain; chars
 _JSON = _content("application/json")
 
 
-# Fields that tell how the answer travels: the Writer and its carrier alone can say these rightly.
+# Fields that tell how the answer travels. Only the Writer and its carrier know that; what a handler
+# sets is left out.
 _CARRIER_FIELDS = (
     "content-length", "transfer-encoding", "connection", "keep-alive", "upgrade", "trailer", "date",
 )  # fmt: skip
 _BODILESS = frozenset((204, 304))
-# What a handler sets for its answer, and an error's answer in its place must not have.
-_DESCRIPTIONS = (
+# Fields that describe one answer. If an error's answer takes its place, they are removed.
+_DESCRIBING_FIELDS = (
     "content-type", "content-length", "content-encoding", "content-disposition", "content-language",
     "content-location", "content-range", "content-digest", "repr-digest", "etag", "last-modified",
     "accept-ranges", "age", "cache-control", "cdn-cache-control", "expires", "pragma", "location",
     "refresh", "link",
 )  # fmt: skip
-_KEPT_TEXT = 256  # characters of a client's text that are worth keeping beyond its request
+_KEPT_TEXT = 256  # longest text, in characters, that goes into a cache: so a cache stays small
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 _REDIRECT_SAFE = "!#$%&'()*+,-./:;=?@[]_~"
 _COOKIE_SAFE = "!#$&'()*+-./:<=>?@[]^_`{|}~"  # RFC 6265, section 4.1.1, but for "%"
@@ -1544,7 +1547,7 @@ class CookieOptions(TypedDict, total=False):
 
 
 def _ascii_domain(domain: str) -> str:
-    """As it stands in DNS (IDNA)."""
+    """A domain in the ASCII that DNS knows (IDNA): `bücher.de` is `xn--bcher-kva.de`."""
     try:
         return domain.removeprefix(".").encode("idna").decode("ascii")
     except UnicodeError:
@@ -1554,7 +1557,8 @@ def _ascii_domain(domain: str) -> str:
 class _RawWriter:
     """An answer as HTTP has it: a status, header fields, and a body in pieces.
 
-    Writer is told in four steps: this, answers in one shot, streams of events, and `alive`.
+    `started`: the head has been sent. `completed`: the answer is at its end. The class Writer has
+    four layers: this, answers in one shot, and then (part 13) streams of events, and `alive`.
     """
 
     def __init__(
@@ -1568,9 +1572,9 @@ class _RawWriter:
         self._compression = compression
         self._headers: ResponseHeaders | None = None
         self._compressor: Compressor | None = None
-        self._remaining: int | None = None  # bytes still due of a declared Content-Length
-        self._sse = False  # this is a stream of events
-        self._writes = 0  # pieces of the body so far
+        self._remaining: int | None = None  # bytes still due, if a Content-Length was given
+        self._sse = False  # this is a stream of events (part 13)
+        self._writes = 0  # pieces of the body so far: shows whether anything was written meanwhile
 
     @property
     def headers(self) -> ResponseHeaders:
@@ -1620,7 +1624,7 @@ class _RawWriter:
         return self
 
     def end(self, data: bytes | None = None) -> None:
-        """Complete the answer, with some last bytes if you like. Once it is complete, nothing."""
+        """Complete the answer, with some last bytes if you like. A second call does nothing."""
         if data is not None:
             data = _bytes(data)
             if not self.started and "content-length" not in self.headers:
@@ -1655,20 +1659,21 @@ class _RawWriter:
         """Wait until the client has taken what was sent. Raises ClientDisconnected if it goes."""
         await self._carrier.drained()
 
-    # -- Inside. Every answer starts here, and either goes out whole or begins.
+    # -- Inside. Every answer passes `_start`. It is sent whole (`_answer`), or its head goes first
+    # (`_begin`).
 
     def _start(self, status: int) -> None:
         if self.started:
             raise StarioError("this request has been answered already: a Writer answers once")
         _check_status(status)
         if self._headers is not None and (last_chance := self._headers.before_sending):
-            self._headers.before_sending = None  # if it fails, the error's answer goes without it
+            self._headers.before_sending = None  # if it fails, the error's answer does not call it
             last_chance()
         self.started = True
         self._status = status
 
     def _answer(self, status: int, content: Content, body: bytes) -> None:
-        """Answer at once. What the handler has set itself goes before these fields."""
+        """Send a whole answer. A field that the handler has set replaces that of `content`."""
         self._start(status)
         fields, compressible = content
         if self._headers is not None:
@@ -1716,6 +1721,7 @@ class _RawWriter:
         return "\r\n".join([*defaults, *own, ""]).encode("latin-1")
 
     def _send(self, data: bytes) -> None:
+        """Send a piece of the body, if this answer has one; never more than its Content-Length."""
         self._writes += 1
         if self._request.method == "HEAD" or not data:
             return
@@ -1731,16 +1737,16 @@ class _RawWriter:
         self._carrier.send(data)
 
     def _forget_answer(self) -> None:
-        """The answer has failed before it began: what described it goes, what all have stays."""
+        """Remove what described an answer that failed before it began. Cookies, say, stay."""
         if self._headers is not None and not self.started:
-            for name in _DESCRIPTIONS:
+            for name in _DESCRIBING_FIELDS:
                 self._headers.remove(name)
 
 
 class _OneShotWriter(_RawWriter):
     """Answers in one shot, and the cookies that go with any answer."""
 
-    _rest: _Rest | None = None  # of a file
+    _rest: _Rest | None = None  # what is still to be sent of a large file (part 19)
 
     def respond(self, body: bytes, content_type: str, status: int = 200) -> None:
         """Answer with these bytes. A second answer is a StarioError."""
@@ -1775,16 +1781,17 @@ class _OneShotWriter(_RawWriter):
         filename: str | None = None,
         status: int = 200,
     ) -> Awaitable[None]:
-        """Answer with a file, or with bytes as one: type, validators, parts (RFC 9110, section 14).
+        """Answer with a file, or with bytes as one. Its type, `etag` and date are told.
 
-        With `filename` the client saves it under that name; its ending tells the type. A path that
-        leads to no file is a 404. What is large is sent when the handler has ended, or by `await`.
+        The client may ask for a part of it (RFC 9110, section 14). With `filename` it saves the
+        file under that name, whose ending tells the type. A path that leads to no file is a 404. A
+        large file is sent after the handler has ended, or by `await w.file(...)`.
         """
         _answer_download(self, source, filename, status)  # part 19
         return self._rest or _Rest()
 
     def _redirect(self, url: str, status: int) -> None:
-        """A redirect of HTTP's own, for Datastar, too: what was asked for is found elsewhere."""
+        """A redirect by status and `location`, also for Datastar (`redirect`: see part 13)."""
         _check_target(url, status)
         # A backslash is a slash to browsers: "/\evil.com" would leave the site.
         location = quote(url.replace("\\", "%5C"), safe=_REDIRECT_SAFE, errors="replace")
@@ -1834,19 +1841,28 @@ class _OneShotWriter(_RawWriter):
 # ==================================================================================================
 # 7. Context and routing
 #
-# A handler is `async def handler(c, w)`, and a middleware is a function from a handler to a
-# handler. A router keeps its routes in a tree of path segments. The rule of matching: at each
-# segment an exact name goes before a parameter (one with a type before one without), and that
-# before a catch-all, in whatever order the routes were added; only routes that have the method
-# count, and if there are none but the path is known, the answer is 405. Paths are split at `/`
+# A handler is `async def handler(c, w)`. A middleware is a function from a handler to a handler:
+#
+#     def logged(handler):
+#         async def inner(c, w):
+#             print(c.req.path)
+#             await handler(c, w)
+#         return inner
+#
+# A router keeps its routes in a tree of path segments, the texts between two `/`. Where several
+# routes fit a path, the order in which they were added does not count: `/users/me` wins over
+# `/users/{id:int}`, that over `/users/{name}`, and that over the catch-all `/users/*`. Only routes
+# with the request's method count; if only others fit, the answer is 405. Paths are split at `/`
 # first and decoded after, so that an escaped `/` stays inside its segment.
 # ==================================================================================================
 
 
 class Context:
-    """Everything about one request: `c`. Called, it notes an event; indexed, it sets an attribute.
+    """Everything about one request: `c`. `app` is the Stario that serves it, `req` the request.
 
-    `app` is the Stario that serves it, `req` the request.
+    A request is recorded in a *span* (part 20): a name, a beginning, an end, attributes, events.
+    `c["user"] = 7` sets an attribute, `c("mail sent", {"to": 7})` notes an event. An app without a
+    tracer, which is what spans are given to, is *silent*: it makes none.
     """
 
     def __init__(self, app: Stario, req: Request) -> None:
@@ -1868,8 +1884,8 @@ class Context:
 
     @property
     def span(self) -> Span:
-        """The request's span."""
-        if self._span is None:  # a silent app hardly ever comes here
+        """The request's span. (Where somebody asks a silent app for it, it makes one.)"""
+        if self._span is None:
             req = self.req
             attributes = {"http.request.method": req.method, "url.path": req.path}
             if req.client:
@@ -1877,33 +1893,34 @@ class Context:
             if req.route:
                 attributes["http.route"] = req.route
             name = f"{req.method} {req.route}".rstrip()
-            caller = _caller_of(req.headers.getlist("traceparent"))
+            caller = _caller_of(req.headers.getlist("traceparent"))  # a span of another program's
             self._span = Span(self.app.tracer, name, attributes, caller)
         return self._span
 
     def __call__(
         self, event: str | BaseException, attributes: Mapping[str, Any] | None = None
     ) -> None:
-        """Note an event, or an exception, in the span of the step, or else the request's."""
+        """Note an event, or an exception, in the span of the current step, else the request's."""
         if not self.app._silent:
             self._current()(event, attributes)
 
     def __setitem__(self, key: str, value: Any) -> None:
         if self.app._silent:
-            self._unseen[key] = value
+            self._untraced[key] = value
         else:
             self._current()[key] = value
 
     def __getitem__(self, key: str) -> Any:
-        return self._unseen[key] if self.app._silent else self._current()[key]
+        return self._untraced[key] if self.app._silent else self._current()[key]
 
     @cached_property
-    def _unseen(self) -> dict[str, Any]:
+    def _untraced(self) -> dict[str, Any]:
+        """The attributes, where the app is silent."""
         return {}
 
     @contextmanager
     def step(self, name: str, attributes: Mapping[str, Any] | None = None) -> Iterator[Span]:
-        """Trace a part of the work in a child span. Tasks that are started inside belong to it."""
+        """Record a part of the work in a child span. Tasks that are started inside belong to it."""
         if self.app._silent:
             yield _unseen
             return
@@ -1916,6 +1933,7 @@ class Context:
                 _current_step.set((self, outer))
 
     def _current(self) -> Span:
+        """The span of the step that this task is in: a ContextVar has a value for each task."""
         context, span = _current_step.get()
         return span if context is self and span is not None else self.span
 
@@ -1947,12 +1965,12 @@ class Context:
 
 
 Handler = Callable[[Context, "Writer"], Awaitable[None]]
-_NO_HANDLER: Any = None  # so that `@app.get("/")` can be told what to write instead
+_NO_HANDLER: Any = None  # given by `@app.get("/")`, which is told what to write instead
 Middleware = Callable[[Handler], Handler]
 ErrorHandler = Callable[[Context, "Writer", Any], Awaitable[None] | None]
 
 
-# -- What cannot work is refused where it is written, and not at a visitor's request.
+# -- What cannot work is refused when the route is added, not when it is asked for.
 
 
 def _check_handler(route: str, handler: object) -> None:
@@ -1973,7 +1991,7 @@ def _check_handler(route: str, handler: object) -> None:
     plain = getattr(plain, "__func__", plain)  # a method is a function and its object
     if not inspect.isfunction(plain):
         plain = type(plain).__call__
-    is_lambda = getattr(plain, "__name__", "") == "<lambda>"  # it may give what another one does
+    is_lambda = getattr(plain, "__name__", "") == "<lambda>"  # it may return a coroutine
     if inspect.isfunction(plain) and not (is_lambda or inspect.iscoroutinefunction(plain)):
         raise StarioError(f"{route}: write `async def {plain.__name__}(c, w)`, without a yield")
     _check_arguments(handler, "c, w")
@@ -1996,6 +2014,7 @@ def _check_arguments(function: Any, wanted: str) -> None:
 
 
 def _wrapped(middleware: Middleware, handler: Handler) -> Handler:
+    """The handler within a middleware. StarioError where that is none."""
     name = getattr(middleware, "__name__", repr(middleware))
     _check_arguments(middleware, "handler")
     if inspect.iscoroutinefunction(middleware):
@@ -2007,7 +2026,7 @@ def _wrapped(middleware: Middleware, handler: Handler) -> Handler:
 
 
 def _check_order(wanted: str, first: object, second: object, kind: type = object) -> None:
-    """Raise StarioError where text and what belongs to it were swapped, or are something else."""
+    """Raise StarioError unless the first is text and the second of that kind: `wanted` is shown."""
     if not (isinstance(first, str) and isinstance(second, kind)):
         raise StarioError(f"write {wanted}, not with {first!r} and {second!r}")
 
@@ -2017,8 +2036,8 @@ class _Node:
 
     def __init__(self) -> None:
         self.children: dict[str, _Node] = {}  # by the segment's text
-        self.parameters: dict[str, _Node] = {}  # one segment that its type fits: the strict first
-        self.catch_all: _Node | None = None  # all that is left, even nothing
+        self.parameters: dict[str, _Node] = {}  # by type, in the order in which they are tried
+        self.catch_all: _Node | None = None  # for all segments that follow, even none
         self.routes: dict[str, Handler] = {}  # by method
         self.names: list[str] = []  # of the parameters on the way here
         self.shape = ""  # the path as it was written
@@ -2034,7 +2053,7 @@ class _Node:
 # What is found for a path: a node, what the parameters on the way took, and what the catch-all did.
 _Match = tuple[_Node, list[Any], str]
 _PARAMETER_SEGMENT = re.compile(r"\{([A-Za-z_]\w*)(?::(\w+))?\}")
-_NO_SEGMENT = re.compile(r"[{}*<>?#]|^:\w")  # other frameworks' parameters among them
+_NO_SEGMENT = re.compile(r"[{}*<>?#]|^:\w")  # `<id>` and `:id` are parameters elsewhere
 
 
 # The types of parameters, in the order in which they are tried: their form, and what they become.
@@ -2048,7 +2067,7 @@ _ANY = "str"  # a parameter without a type; it is tried last
 
 
 def _converted(kind: str, segment: str) -> Any:
-    """A segment as the type says, or None where it does not fit."""
+    """A segment converted to a type, or None where it does not fit."""
     if kind == _ANY:
         return segment or None
     pattern, convert = _PATH_TYPES[kind]
@@ -2057,7 +2076,7 @@ def _converted(kind: str, segment: str) -> Any:
 
 
 def _filled(segment: str, params: dict[str, Any]) -> str:
-    """A segment of a route with its parameter, which is taken out of `params`."""
+    """For `url`: a segment with the value of its parameter, which is removed from `params`."""
     if segment == "*":
         return quote(str(params.pop("tail", "")), errors="replace")
     named = _PARAMETER_SEGMENT.fullmatch(segment)
@@ -2086,7 +2105,7 @@ class Router:
         self._middleware: list[Middleware] = []
         self._errors: dict[type[Exception], ErrorHandler] = {}
         self._hosts: list[tuple[str, Router]] = []
-        self._mounted = False
+        self._mounted = False  # its routes have been copied: it can have no more
 
     def get(self, path: str, handler: Handler = _NO_HANDLER, *middleware: Middleware) -> None:
         """Answer GET (and HEAD) at a path: `/users`, `/users/{id}` or `/files/*`."""
@@ -2188,9 +2207,10 @@ class Router:
     def on_error(self, exception_type: type[Exception], handler: ErrorHandler) -> None:
         """Let `handler(c, w, exc)`, sync or async, answer for exceptions of this type.
 
-        The nearest type in the exception's line wins; `Exception` stands for what nobody has
-        foreseen, and so neither for HttpException nor for ClientDisconnected. A redirect is no
-        error. The exception has been traced by then. Answer only if not `w.started`.
+        Of several, the one for the exception's own class wins, else for its nearest base class. A
+        handler for `Exception` is for faults: it gets neither an HttpException nor a
+        ClientDisconnected. A redirect is no error. The exception has been recorded by then. Answer
+        only if not `w.started`.
         """
         if not (isinstance(exception_type, type) and issubclass(exception_type, Exception)):
             raise StarioError(
@@ -2239,6 +2259,7 @@ class Router:
             raise StarioError("this router is mounted already: add its routes before you mount it")
 
     def _add(self, method: str, path: str, handler: Handler) -> None:
+        """Put a route into the tree. StarioError where it cannot be told from one that is there."""
         node, names = self._tree, []
         segments = path.split("/")[1:]
         for i, segment in enumerate(segments):
@@ -2281,8 +2302,8 @@ class Router:
         return _guarded
 
     def _find(self, request: Request) -> Handler | None:
-        """The handler for a request, and its parameters into the request; None: there is none."""
-        # Most requests are for a path without parameters, and spelt as the route is.
+        """The handler for a request, or None. Route and parameters are put into the request."""
+        # First the routes without parameters, if the path is written exactly as the route is.
         routes = self._exact.get(request.raw_path)
         if routes is not None and request.method in routes:
             request.route = request.raw_path
@@ -2300,7 +2321,7 @@ class Router:
 
     def _matches(self, raw_path: str) -> Iterator[_Match]:
         """All nodes with routes that a path fits, the most specific first."""
-        if not raw_path.startswith("/"):  # OPTIONS *
+        if not raw_path.startswith("/"):  # of `OPTIONS *`
             return iter(())
         segments = raw_path.split("/")[1:]
         if "%" in raw_path:
@@ -2308,12 +2329,13 @@ class Router:
         return _walk(self._tree, segments, 0, [])
 
     def _methods(self, raw_path: str) -> set[str]:
-        """The methods that a path is there for."""
+        """The methods that a path has routes for."""
         methods = {method for node, _, _ in self._matches(raw_path) for method in node.routes}
         return methods | {"HEAD"} if "GET" in methods else methods
 
 
 def _walk(node: _Node, segments: list[str], at_segment: int, values: list[Any]) -> Iterator[_Match]:
+    """Go on from a node, which stands before a segment: what fits, the most specific first."""
     if at_segment == len(segments):
         if node.routes:
             yield node, values, ""
@@ -2333,14 +2355,14 @@ def _walk(node: _Node, segments: list[str], at_segment: int, values: list[Any]) 
 async def _handle_error(
     handlers: Mapping[type[Exception], ErrorHandler], c: Context, w: Writer, exc: BaseException
 ) -> bool:
-    """Give an exception to the handler of the nearest type in its line; False: there is none."""
+    """Give an exception to the `on_error` handler for it; False where there is none."""
     if isinstance(exc, HttpException) and exc.status_code < 400:
         return False
     foreseen = isinstance(exc, (HttpException, ClientDisconnected))
     for kind in type(exc).__mro__:
         if kind in handlers and not (foreseen and kind is Exception):
-            if kind is Exception or not c.app._silent:  # (its own page: no need to log it)
-                _note(c, exc, has_page=True)
+            if kind is Exception or not c.app._silent:  # a silent app logs no foreseen type
+                _note(c, exc, is_handled=True)
             w._forget_answer()
             answer = handlers[kind](c, w, exc)
             if answer is not None:
@@ -2354,11 +2376,13 @@ _PORTS = {"http": "80", "https": "443"}
 
 
 def same_origin(handler: Handler) -> Handler:
-    """Middleware: refuse with 403 what other sites make a browser send (CSRF).
+    """Middleware: refuse with 403 what other sites make a browser send.
 
-    Safe methods pass. For others the browser's own word counts: `Sec-Fetch-Site` (Fetch Metadata),
-    or, from one too old for that, `Origin` against the address that was asked for. What sends
-    neither is no browser, and passes: it carries nobody's cookies.
+    A form on another site can be sent to yours, and the browser adds your cookies to it: that is
+    CSRF, cross-site request forgery. Safe methods (GET) pass. For others the browser tells in
+    `Sec-Fetch-Site` (Fetch Metadata) where the request comes from; an old one tells in `Origin`,
+    which is compared with the address that was asked for. What sends neither is no browser, and
+    passes: it carries nobody's cookies.
     """
 
     async def _guarded(c: Context, w: Writer) -> None:
@@ -2376,7 +2400,7 @@ def same_origin(handler: Handler) -> Handler:
 
 
 def _is_own_origin(origin: str, request: Request) -> bool:
-    """Whether an origin (RFC 6454, "null" for nobody's) is the one that was asked."""
+    """Whether an origin, `https://a.org` or `null` (RFC 6454), is that of the request's address."""
     scheme, _, place = origin.lower().partition("://")
     if scheme not in _PORTS or not place:
         return False
@@ -2390,13 +2414,14 @@ def _is_own_origin(origin: str, request: Request) -> bool:
 # ==================================================================================================
 # 8. The app
 #
-# A Stario is a router with a tracer. `dispatch` takes one request through it: context, handler,
-# errors, the end of the answer. It is all that a carrier ever calls.
+# A Stario is a router with a tracer (part 20), to which it gives its spans. `dispatch` takes one
+# request through it: context, handler, errors, the end of the answer. It is all that a carrier ever
+# calls.
 # ==================================================================================================
 
 
 def _is_stopped(carrier: Carrier, exc: BaseException) -> bool:
-    """Whether it is the server that ends a handler, or who presses Ctrl-C while it stops."""
+    """Whether the server, which is stopping, ends this handler: cancelled, or by Ctrl-C again."""
     task = asyncio.current_task()
     cancelled = isinstance(exc, asyncio.CancelledError) and task is not None and task.cancelling()
     return carrier.shutting_down and bool(cancelled or isinstance(exc, KeyboardInterrupt))
@@ -2412,7 +2437,7 @@ _HINTS = (  # what Python says of an `await` too much or too little, and what to
 )  # fmt: skip
 
 
-# What handlers have raised, for the test client: it raises that in the test.
+# What handlers have raised. The test client (part 11) sets a list, and raises what it finds there.
 _failures: contextvars.ContextVar[list[BaseException] | None]
 _failures = contextvars.ContextVar("stario_failures", default=None)
 
@@ -2459,23 +2484,23 @@ def _answer_error(c: Context, w: Writer, exc: BaseException) -> None:
         w.text(_phrase(500), 500)
 
 
-def _note(c: Context, exc: BaseException, has_page: bool = False) -> None:
-    """Tell the developer of an exception: as an error, unless it is an answer or a farewell."""
+def _note(c: Context, exc: BaseException, is_handled: bool = False) -> None:
+    """Record an exception: as an error, or, if it is no fault of the program's, as an event."""
     if isinstance(exc, ClientDisconnected):
         c("client.disconnected")
     elif isinstance(exc, HttpException):
         c("http.exception", {"http.response.status_code": exc.status_code, "detail": exc.detail})
     else:
-        _report(c, exc, has_page)
+        _report(c, exc, is_handled)
 
 
-def _report(c: Context, exc: BaseException, has_page: bool = False) -> None:
-    """Tell the developer: by the span, or, where nobody looks at spans, as asyncio does.
+def _report(c: Context, exc: BaseException, is_handled: bool = False) -> None:
+    """Tell the developer of a fault: in the span, or, if the app is silent, in asyncio's log.
 
-    And the test that it happens in, unless the app has a page for it: that is an answer.
+    In a test, it is raised there instead of logged, unless an `on_error` handler answers for it.
     """
     in_test = _failures.get()
-    if in_test is not None and not has_page:
+    if in_test is not None and not is_handled:
         in_test.append(exc)
     for sign, hint in _HINTS:
         if isinstance(exc, (TypeError, AttributeError)) and re.search(sign, _safe_text(exc)):
@@ -2487,7 +2512,7 @@ def _report(c: Context, exc: BaseException, has_page: bool = False) -> None:
 
 
 def _log(text: str, exc: BaseException) -> None:
-    """As asyncio logs what nobody catches, except that no line begins with a client's text."""
+    """Log as asyncio does. Text of a client's never begins a line, so it cannot forge an entry."""
     loop, text = asyncio.get_running_loop(), _printable(text)
     if loop.get_exception_handler():
         loop.call_exception_handler({"message": text, "exception": exc})
@@ -2500,7 +2525,7 @@ def _log(text: str, exc: BaseException) -> None:
 
 
 def _complete(c: Context, w: Writer) -> None:
-    """The handler is through: end its stream, or say that there is nothing to say."""
+    """The handler has returned: complete its answer, or answer 204 where it gave none."""
     if not w.started:
         c("no answer", {"hint": "the handler sent nothing, so the client got 204 No Content"})
         w.empty(204)
@@ -2512,9 +2537,9 @@ def _complete(c: Context, w: Writer) -> None:
 
 
 class Stario(Router):
-    """An app: routes, a tracer, and what holds for all requests.
+    """An app: routes, a tracer, and the settings for all requests.
 
-    Without a tracer it is silent. `max_body` is the largest request body in bytes.
+    Without a tracer it is silent (see `Context`). `max_body` is the largest request body in bytes.
     """
 
     def __init__(
@@ -2534,16 +2559,16 @@ class Stario(Router):
         if compression is not None and not isinstance(compression, CompressionConfig):
             raise StarioError(f"compression is a CompressionConfig(...), not {compression!r}")
         self.max_body = max_body
-        self._silent = type(self.tracer) is Tracer  # nobody looks at the spans: make none
-        self._life = _Life(self)
-        self._fallback: Handler = self._no_route
+        self._silent = type(self.tracer) is Tracer  # the base class, which does nothing
+        self._life = _Life(self)  # lifespans and background tasks (part 24)
+        self._fallback: Handler = self._no_route  # with the app's middleware around it
         if self._pocket is not None:
             self._add("GET", "/_stario/*", self._pocket)
 
-    # Later parts put themselves here; a copy of the file without one of them works without it.
-    _compression: CompressionConfig | None = None  # part 18
-    _pocket: Assets | None = None  # part 30
-    _develops = False  # part 29
+    # Set by later parts, each of which can be left out of a copy of this file.
+    _compression: CompressionConfig | None = None  # the default (part 18)
+    _pocket: Assets | None = None  # the pocket client's file (part 30)
+    _develops = False  # `debug` is possible (part 29)
     debug = False  # for development: show what goes wrong (part 29)
     _writer: type[Writer]  # set where it is complete, or by development (part 29)
 
@@ -2555,7 +2580,7 @@ class Stario(Router):
             self._fallback = _wrapped(wrap, self._fallback)
 
     def lifespan(self, manager: Lifespan) -> Lifespan:
-        """Open before the first request what is closed after the last: `app.lifespan(database)`.
+        """Add what is opened before the first request and closed after the last, as a database is.
 
         `manager(app)` gives an async context manager. Several are entered in their order. An
         exception in it keeps the server from starting.
@@ -2569,8 +2594,8 @@ class Stario(Router):
     def background(self, work: Coroutine[Any, Any, T]) -> Future[T]:
         """Start a task that lives as long as the server: `app.background(tick())`.
 
-        Before the server runs, it waits; in a handler, it goes on after the answer. It is traced,
-        and cancelled when the server stops, or by `cancel()` of what this gives, from any thread.
+        If the server does not run yet, the task starts with it. It has a span of its own, and is
+        cancelled when the server stops, or by `cancel()` of what this gives, from any thread.
         """
         if not asyncio.iscoroutine(work):
             got = type(work).__name__
@@ -2605,7 +2630,7 @@ class Stario(Router):
             if not w.completed:
                 carrier.abort()  # cancelled: the server could not wait any longer
             if w._timer is not None:
-                w._stop_heartbeat()
+                w._stop_heartbeat()  # (part 13)
             if type(request._body) is Body:
                 request._body.discard()
             if c._span is not None:
@@ -2630,7 +2655,7 @@ class Stario(Router):
         yield self
 
     async def _no_route(self, c: Context, w: Writer) -> None:
-        """Answer where no route does: OPTIONS, 405, the way to the path without its slash, 404."""
+        """Answer where no route does: OPTIONS, 405, 404, and 308 from `/x/` to a route `/x`."""
         request = c.req
         methods = self._methods_for(request, request.raw_path)
         if methods:
@@ -2653,7 +2678,7 @@ class Stario(Router):
         return {m for router in self._routers_for(request) for m in router._methods(raw_path)}
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Serve as an ASGI 3 application: `uvicorn myapp:app`. See part 26."""
+        """Serve under another server through ASGI 3 (part 26): `uvicorn myapp:app`."""
         if scope["type"] == "http":
             await _serve_asgi(self, scope, receive, send)
         elif scope["type"] == "lifespan":
@@ -2673,7 +2698,7 @@ class Stario(Router):
         debug: bool | None = None,
         **options: Unpack[ServerOptions],
     ) -> None:
-        """Serve until a signal says stop. The options are those of `Server`, and the `Limits`.
+        """Serve until SIGINT (Ctrl-C) or SIGTERM. The options are those of `Server` and `Limits`.
 
         With `reload` a saved file restarts the program (part 28). With `debug`, by default on at
         a terminal and off elsewhere, errors are shown in the browser (part 29). What keeps it from
@@ -2719,8 +2744,7 @@ class Stario(Router):
             await server.stop()
 
 
-# -- Act 1 runs: an app, a request, and a carrier that prints what it is given. What a carrier has
-# to have is in `Carrier` (part 6).
+# -- Act 1 runs: an app, a request, and a carrier (part 6) that prints what it is given.
 #
 #     class Printing(Carrier):
 #         scopes = []
@@ -2733,8 +2757,9 @@ class Stario(Router):
 #
 #     app = Stario()
 #     app.get("/", hello)
-#     request = Request(RequestLine("GET", "/?name=you"), Headers({}), b"", Printing())
-#     asyncio.run(app.dispatch(request, Printing()))
+#     carrier = Printing()
+#     request = Request(RequestLine("GET", "/?name=you"), Headers({}), b"", carrier)
+#     asyncio.run(app.dispatch(request, carrier))
 #     # prints 200 <p>Hello, you</p>
 
 
