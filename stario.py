@@ -56,61 +56,61 @@ brackets can be left out of your copy: `python stario.py --without assets,client
 
       223  ACT 1. A framework
         231  2. Errors
-        334  3. HTML: elements are strings
-        692  4. JSON
-        798  5. The request: headers, query, cookies, body
-       1360  6. The answer: status, fields, body
-       1842  7. Context and routing
-       2415  8. The app
-     2767  ACT 2. On the network
-       2775  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3767  10. The server
-       4437  11. Trying it without a network: the test client [testclient]
-     4878  ACT 3. Live
-       4927  12. Datastar: attributes and actions
-       5454  13. Streams: events, and staying with a client
-       5977  14. Relay: publish and subscribe
-     6300  ACT 4. For real
-       6306  15. Signals: from JSON to your dataclass
-       6987  16. Forms [forms]
-       7154  17. Behind a proxy
-       7235  18. Compression [compression]
-       7424  19. Static files [assets]
-       7961  20. Telemetry: spans, and who hears of them
-       8454  21. JsonTracer: for log collectors [json]
-       8524  22. RichTracer: for people [rich]
-       8980  23. Sessions [sessions]
-       9091  24. What lives as long as the server
-       9167  25. @baked
-       9421  26. ASGI: the same app under another server [asgi]
-       9641  27. RedisRelay: the same between processes and machines [redis]
-       9880  28. Reload: a saved file restarts the app [reload]
-      10037  29. Development: what went wrong, shown where one looks [development]
-    10156  ACT 5. The pocket client
-      10199  30. The pocket client (JavaScript) [client]
-      11551  31. This file as a page [read]
-      11765  32. An app to begin with
+        335  3. HTML: elements are strings
+        694  4. JSON
+        800  5. The request: headers, query, cookies, body
+       1362  6. The answer: status, fields, body
+       1845  7. Context and routing
+       2420  8. The app
+     2775  ACT 2. On the network
+       2783  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
+       3775  10. The server
+       4445  11. Trying it without a network: the test client [testclient]
+     4886  ACT 3. Live
+       4935  12. Datastar: attributes and actions
+       5462  13. Streams: events, and staying with a client
+       5985  14. Relay: publish and subscribe
+     6308  ACT 4. For real
+       6314  15. Signals: from JSON to your dataclass
+       6995  16. Forms [forms]
+       7162  17. Behind a proxy
+       7243  18. Compression [compression]
+       7432  19. Static files [assets]
+       7969  20. Telemetry: spans, and who hears of them
+       8462  21. JsonTracer: for log collectors [json]
+       8532  22. RichTracer: for people [rich]
+       8988  23. Sessions [sessions]
+       9099  24. What lives as long as the server
+       9175  25. @baked
+       9429  26. ASGI: the same app under another server [asgi]
+       9649  27. RedisRelay: the same between processes and machines [redis]
+       9888  28. Reload: a saved file restarts the app [reload]
+      10045  29. Development: what went wrong, shown where one looks [development]
+    10164  ACT 5. The pocket client
+      10207  30. The pocket client (JavaScript) [client]
+      11559  31. This file as a page [read]
+      11773  32. An app to begin with
 
 READING PATH
 
 Two hours, for a reader who wants to know how it works, not all that it does. Read in this order:
 
-      345-358    `SafeString`  an element is a string
-      657-685    `Tags`  `h.P` makes one
-     1107-1314   `Request`  what a client asks for
-     1371-1439   `Carrier`  what brings the answer back
-     1557-1743   `_RawWriter`  the answer
-     1860-1964   `Context`  what a handler gets beside it
-     2304-2320   `Router._find`  from a path to a handler
-     2607-2638   `Stario.dispatch`  one request from end to end
-     3070-3190   `_Reader`  bytes to requests
-     3509-3763   `Connection`  one connection, many requests
-     4179-4193   `Server.start`  listening
-     4293-4301   `Server.stop`  ending without losing a request
-     5605-5716   `_EventWriter`  events
-     5805-5874   `_Scope`  how a disconnect reaches a handler
-     5901-5973   `Alive`  staying with a client
-     6148-6252   `Relay`  from one handler to another
+      346-359    `SafeString`  an element is a string
+      659-687    `Tags`  `h.P` makes one
+     1109-1316   `Request`  what a client asks for
+     1373-1441   `Carrier`  what brings the answer back
+     1560-1746   `_RawWriter`  the answer
+     1863-1968   `Context`  what a handler gets beside it
+     2308-2324   `Router._find`  from a path to a handler
+     2612-2646   `Stario.dispatch`  one request from end to end
+     3078-3198   `_Reader`  bytes to requests
+     3517-3771   `Connection`  one connection, many requests
+     4187-4201   `Server.start`  listening
+     4301-4309   `Server.stop`  ending without losing a request
+     5613-5724   `_EventWriter`  events
+     5813-5882   `_Scope`  how a disconnect reaches a handler
+     5909-5981   `Alive`  staying with a client
+     6156-6260   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -304,6 +304,7 @@ _REDIRECTS = frozenset((301, 302, 303, 307, 308))
 
 
 def _check_status(status: object) -> None:
+    """StarioError for no status of an answer; up to 999 is let through, for a program's own."""
     if not isinstance(status, int) or not 200 <= status <= 999:
         raise StarioError(f"{status!r} is no status of an answer: 200 to 599 are")
 
@@ -359,6 +360,7 @@ class SafeString(str):
 
 
 def _escape(text: str) -> str:
+    """`a < b & c` as `a &lt; b &amp; c`."""
     # Most text has none of these, and to look takes half of the time of replacing. A carriage
     # return is written as a reference: browsers turn a bare one into a line feed.
     if "&" in text or "<" in text or ">" in text or "\r" in text:
@@ -1127,7 +1129,7 @@ class Request:
         self.route = ""
         self.tail = ""
         self.subhost = ""
-        self.max_body = 0
+        self.max_body = 0  # until `dispatch` (part 8) says
         self._body = body  # where it comes from
         self._body_read: bytes | None = None  # all of it, once `body()` has been called
         self._streamed = False  # it was given out in chunks, and kept by nobody
@@ -1206,11 +1208,11 @@ class Request:
 
     @property
     def is_datastar(self) -> bool:
-        """Whether Datastar sent it: the answer is for a script, and not a page of its own."""
+        """Whether Datastar (part 12) sent it, from within a page that is open already."""
         return self.headers.get("datastar-request") == "true"
 
-    _form: Form | None = None  # once it has been read
-    _form_reader: _MultipartReader | None = None  # of a cancelled read
+    _form: Form | None = None  # once it has been read (part 16)
+    _form_reader: _MultipartReader | None = None  # of a cancelled read, which goes on with it
 
     async def stream(self) -> AsyncIterator[bytes]:
         """The body in chunks as they come, with backpressure (see `Body`).
@@ -1439,6 +1441,7 @@ class Carrier:
             scope.end()
 
 
+# Types of content that compression (part 18) makes smaller: images and films mostly are compressed.
 _COMPRESSIBLE = re.compile(
     r"text/|application/(json|[\w.-]+\+(json|xml|yaml)\b|(x-)?(javascript|ndjson|yaml|toml|sh|tar)"
     r"|json-seq|jsonl(ines)?|xml|xml-dtd|wasm|graphql|sql|rtf|postscript|x-www-form-urlencoded"
@@ -1571,7 +1574,7 @@ class _RawWriter:
         self._request = request
         self._compression = compression
         self._headers: ResponseHeaders | None = None
-        self._compressor: Compressor | None = None
+        self._compressor: Compressor | None = None  # to compress more, and to finish (part 18)
         self._remaining: int | None = None  # bytes still due, if a Content-Length was given
         self._sse = False  # this is a stream of events (part 13)
         self._writes = 0  # pieces of the body so far: shows whether anything was written meanwhile
@@ -1922,7 +1925,7 @@ class Context:
     def step(self, name: str, attributes: Mapping[str, Any] | None = None) -> Iterator[Span]:
         """Record a part of the work in a child span. Tasks that are started inside belong to it."""
         if self.app._silent:
-            yield _unseen
+            yield _unseen  # a span that ignores all it is told (part 20)
             return
         outer = self._current()
         with outer.step(name, attributes) as span:
@@ -1946,8 +1949,9 @@ class Context:
     async def signals(self, schema: type[Any] | None = None) -> Any:
         """The signals that Datastar sent: checked against `schema`, or as a dict.
 
-        GET and DELETE carry them in the query, all others in the JSON body. Raises SignalsError
-        (422 with all that does not fit, 400 where it is no JSON).
+        Signals are the values that a page keeps (part 15). GET and DELETE carry them in the query,
+        all others in the JSON body. Raises SignalsError (422 with all that does not fit, 400 where
+        it is no JSON).
         https://data-star.dev/reference/actions
         """
         text: str | bytes
@@ -1964,7 +1968,7 @@ class Context:
         return found if schema is None else read_signals(schema, found)
 
 
-Handler = Callable[[Context, "Writer"], Awaitable[None]]
+Handler = Callable[[Context, "Writer"], Awaitable[None]]  # (Writer is complete in part 13)
 _NO_HANDLER: Any = None  # given by `@app.get("/")`, which is told what to write instead
 Middleware = Callable[[Handler], Handler]
 ErrorHandler = Callable[[Context, "Writer", Any], Awaitable[None] | None]
@@ -1985,7 +1989,7 @@ def _check_handler(route: str, handler: object) -> None:
     if isinstance(handler, type) or not callable(handler):
         wanted = "the handler is an `async def handler(c, w)`"
         raise StarioError(f"{route}: {wanted}, not {handler!r}")
-    plain = inspect.unwrap(handler)
+    plain = inspect.unwrap(handler)  # the function behind decorators, partials and objects
     while isinstance(plain, functools.partial):
         plain = inspect.unwrap(plain.func)
     plain = getattr(plain, "__func__", plain)  # a method is a function and its object
@@ -2050,13 +2054,13 @@ class _Node:
         return self.parameters[kind]
 
 
-# What is found for a path: a node, what the parameters on the way took, and what the catch-all did.
+# What is found for a path: a node, the values of the parameters, the text that a catch-all took.
 _Match = tuple[_Node, list[Any], str]
 _PARAMETER_SEGMENT = re.compile(r"\{([A-Za-z_]\w*)(?::(\w+))?\}")
 _NO_SEGMENT = re.compile(r"[{}*<>?#]|^:\w")  # `<id>` and `:id` are parameters elsewhere
 
 
-# The types of parameters, in the order in which they are tried: their form, and what they become.
+# The types of parameters, in the order in which they are tried: what fits, and what converts it.
 _PATH_TYPES: dict[str, tuple[re.Pattern[str], Callable[[str], Any]]] = {
     "int": (re.compile(r"-?[0-9]{1,1000}"), int),
     "float": (re.compile(r"-?[0-9]{1,1000}(\.[0-9]{1,1000})?"), _finite),
@@ -2229,7 +2233,7 @@ class Router:
         for method, path, handler, name in router._routes:
             full = prefix if path == "/" else prefix + path
             self._handle(method, full, router._with_errors(handler), name)
-        for pattern, hosted in router._hosts:
+        for pattern, hosted in router._hosts:  # they become hosts of this router
             inner = Router()
             inner._errors = router._errors
             inner.mount(prefix, hosted)
@@ -2247,7 +2251,7 @@ class Router:
             raise StarioError("a router for a host cannot have hosts itself: give them to the app")
         self._check_open()
         pattern = pattern.lower().removesuffix(".")
-        inner = Router()
+        inner = Router()  # a copy, with this router's middleware around each route
         inner._middleware = self._middleware
         inner.mount("/", router)
         self._hosts.append((pattern, inner))
@@ -2268,7 +2272,7 @@ class Router:
                 node.catch_all = node = node.catch_all or _Node()
             elif named and (kind := named[2] or _ANY) in (*_PATH_TYPES, _ANY):
                 names.append(named[1])
-                node = node.parameter(_ANY if kind == _ANY else kind)
+                node = node.parameter(kind)
             elif _NO_SEGMENT.search(segment):
                 raise StarioError(
                     f"{path!r}: a parameter is a whole segment, '{{name}}' or '{{id:int}}' (or "
@@ -2345,7 +2349,7 @@ def _walk(node: _Node, segments: list[str], at_segment: int, values: list[Any]) 
         if child is not None:
             yield from _walk(child, segments, at_segment + 1, values)
         for kind, behind in node.parameters.items():
-            value = (segment or None) if kind is _ANY else _converted(kind, segment)
+            value = _converted(kind, segment)
             if value is not None:
                 yield from _walk(behind, segments, at_segment + 1, [*values, value])
     if node.catch_all is not None:
@@ -2361,7 +2365,8 @@ async def _handle_error(
     foreseen = isinstance(exc, (HttpException, ClientDisconnected))
     for kind in type(exc).__mro__:
         if kind in handlers and not (foreseen and kind is Exception):
-            if kind is Exception or not c.app._silent:  # a silent app logs no foreseen type
+            # A silent app logs only what a handler for all of `Exception` gets.
+            if kind is Exception or not c.app._silent:
                 _note(c, exc, is_handled=True)
             w._forget_answer()
             answer = handlers[kind](c, w, exc)
@@ -2427,7 +2432,7 @@ def _is_stopped(carrier: Carrier, exc: BaseException) -> bool:
     return carrier.shutting_down and bool(cancelled or isinstance(exc, KeyboardInterrupt))
 
 
-_HINTS = (  # what Python says of an `await` too much or too little, and what to do
+_HINTS = (  # what Python says where an `await` is missing or too much, and what to write instead
     (r"NoneType.* can't be (used in 'await'|awaited)",
      "the methods of a Writer are not awaited: w.html(...); nor are c(...) and publish(...)"),
     (r"\bcoroutine\b", "`await` is missing: await c.signals(), await c.req.json()"),
@@ -2456,7 +2461,7 @@ async def _fail(c: Context, w: Writer, exc: BaseException) -> None:
         if await _handle_error(c.app._errors, c, w, exc):
             return
         _note(c, exc)
-    except BaseException as another:  # the error handler's own
+    except BaseException as another:  # the error handler itself has failed
         if _is_stopped(w._carrier, another):
             raise
         exc = another
@@ -2605,7 +2610,10 @@ class Stario(Router):
         return self._life.begin(work)
 
     async def dispatch(self, request: Request, carrier: Carrier) -> None:
-        """Take one request from its carrier to its handler, and its answer back. Raises nothing."""
+        """Take one request from its carrier to its handler, and its answer back.
+
+        Raises nothing, unless the server, which is stopping, cancels it.
+        """
         request.max_body = self.max_body
         c = Context(self, request)
         w = self._writer(carrier, request, self.compression)
@@ -2618,7 +2626,7 @@ class Stario(Router):
                 got = await handler(c, w)  # type: ignore[func-returns-value]
                 if got is not None:
                     c("ignored", {"returned": got, "hint": "a handler answers by w, not by return"})
-                if w._rest is not None:
+                if w._rest is not None:  # of a large file
                     await w._rest
             except BaseException as exc:
                 if _is_stopped(carrier, exc):
@@ -2632,7 +2640,7 @@ class Stario(Router):
             if w._timer is not None:
                 w._stop_heartbeat()  # (part 13)
             if type(request._body) is Body:
-                request._body.discard()
+                request._body.discard()  # what the handler has not read
             if c._span is not None:
                 c._span.attributes["http.response.status_code"] = w.status_code
                 c._span.end()
@@ -2698,7 +2706,7 @@ class Stario(Router):
         debug: bool | None = None,
         **options: Unpack[ServerOptions],
     ) -> None:
-        """Serve until SIGINT (Ctrl-C) or SIGTERM. The options are those of `Server` and `Limits`.
+        """Serve until SIGINT (Ctrl-C) or SIGTERM. Options: see `Server` (part 10), `Limits` (9).
 
         With `reload` a saved file restarts the program (part 28). With `debug`, by default on at
         a terminal and off elsewhere, errors are shown in the browser (part 29). What keeps it from
