@@ -72,24 +72,24 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        5985  14. Relay: publish and subscribe
      6308  ACT 4. For real
        6314  15. Signals: from JSON to your dataclass
-       6995  16. Forms [forms]
-       7162  17. Behind a proxy
-       7243  18. Compression [compression]
-       7432  19. Static files [assets]
-       7969  20. Telemetry: spans, and who hears of them
-       8462  21. JsonTracer: for log collectors [json]
-       8532  22. RichTracer: for people [rich]
-       8988  23. Sessions [sessions]
-       9099  24. What lives as long as the server
-       9175  25. @baked
-       9429  26. ASGI: the same app under another server [asgi]
-       9649  27. RedisRelay: the same between processes and machines [redis]
-       9888  28. Reload: a saved file restarts the app [reload]
-      10045  29. Development: what went wrong, shown where one looks [development]
-    10164  ACT 5. The pocket client
-      10207  30. The pocket client (JavaScript) [client]
-      11559  31. This file as a page [read]
-      11773  32. An app to begin with
+       7028  16. Forms [forms]
+       7195  17. Behind a proxy
+       7276  18. Compression [compression]
+       7465  19. Static files [assets]
+       8002  20. Telemetry: spans, and who hears of them
+       8495  21. JsonTracer: for log collectors [json]
+       8565  22. RichTracer: for people [rich]
+       9021  23. Sessions [sessions]
+       9132  24. What lives as long as the server
+       9208  25. @baked
+       9462  26. ASGI: the same app under another server [asgi]
+       9682  27. RedisRelay: the same between processes and machines [redis]
+       9921  28. Reload: a saved file restarts the app [reload]
+      10078  29. Development: what went wrong, shown where one looks [development]
+    10197  ACT 5. The pocket client
+      10240  30. The pocket client (JavaScript) [client]
+      11592  31. This file as a page [read]
+      11806  32. An app to begin with
 
 READING PATH
 
@@ -6313,22 +6313,38 @@ def _resolve(waiters: list[asyncio.Future[None]]) -> None:
 # ==================================================================================================
 # 15. Signals: from JSON to your dataclass
 #
-# The browser sends all its signals with every request. `read_signals(schema, signals)` takes those
-# that the schema names and checks each against its type. Two rules must hold: a handler gets values
-# of the types that it asked for, or the client gets one list of what is wrong; and reading costs
-# what the signals are long, whatever the schema.
+# The browser sends all its signals with every request. A *schema* is a class whose annotated fields
+# say which of them a handler wants:
 #
-# A schema is compiled once into *readers*, one for each type in it. A reader is a function from a
-# value to that value as its type says. What does not fit it notes in the `_Reading`, and gives
-# `_WRONG`; the notes are put into words at the end.
+#     @dataclass
+#     class Order:
+#         name: str
+#         weeks: int
+#         paid: bool = False
 #
-# HTML inputs know only text, so text that spells a number or a truth value is taken for one where
-# the schema wants one. Nothing is converted the other way round: a number never becomes text.
+#     read_signals(Order, {"name": "Ada", "weeks": "3", "theme": "dark"})
+#     # Order(name='Ada', weeks=3, paid=False)
+#     read_signals(Order, {"name": 7, "paid": "maybe"})
+#     # SignalsError, whose `detail` is:
+#     # name: expected text, got 7
+#     # weeks: is missing
+#     # paid: expected true or false, got "maybe"
+#
+# HTML inputs give only text, so "3" becomes a number where the schema wants one. Nothing is
+# converted the other way round: a number never becomes text.
+#
+# Two rules must hold. A handler gets values of the types that it asked for, or the client gets one
+# list of all that is wrong. And the time to read grows with the size of the signals, not faster,
+# whatever the schema: else a small request could keep the server busy.
+#
+# A schema is compiled once into *readers*, one for each type in it. A reader is a function: it
+# takes a value and gives it as its type says. If the value does not fit, it adds a note to the
+# `_Reading` and gives `_WRONG`. The notes are put into words at the end.
 # ==================================================================================================
 
 
 class Problem(str):
-    """What is wrong with one field of the signals: a sentence that has its parts, too.
+    """What is wrong with one field of the signals: a str, `"weeks: is missing"`, with its parts.
 
     `field` is the path of the field (`"pets[0].age"`), `expected` and `got` are in words.
     """
@@ -6346,9 +6362,9 @@ class Problem(str):
 class SignalsError(HttpException):
     """The signals of a request do not fit their schema (422), or are no JSON (400).
 
-    `problems` has one `Problem` for each field that is wrong, of the first twenty; `more` says how
-    many are left out (at least: beyond 10,000 problems nobody reads on); `detail` is all of that as
-    text, a line for each.
+    `problems` has one `Problem` for each field that is wrong, twenty at most; `more` says how many
+    were found beside these (reading stops after 10,000); `detail` is all of that as text, a line
+    for each.
     """
 
     def __init__(self, problems: Sequence[str], status_code: int = 422, more: int = 0) -> None:
@@ -6359,28 +6375,27 @@ class SignalsError(HttpException):
         super().__init__(status_code, "\n".join([*self.problems, *rest]))
 
 
-_MOST_COUNTED = 10_000  # problems: then the reading of signals stops
-
-
-_MOST_PROBLEMS = 20  # told in one answer
-_SHOWN = 60  # characters of a path or a value in it
+_MOST_COUNTED = 10_000  # problems; after more than these the reading stops
+_MOST_PROBLEMS = 20  # that are listed in an answer
+_SHOWN = 60  # characters of a path or a value in a problem
 _WRONG: Any = object()  # what a reader gives for a value that does not fit
-_MISSING = object()  # what came for a field that did not come
-# What a dataclass or a model raises over values that it does not like: a ValueError on purpose,
-# the others by chance (`self.stop < self.start` where one of them is None).
+_MISSING = object()  # in place of a value that did not come
+# What a dataclass (in `__post_init__`) or a model raises for values that it refuses: a ValueError
+# on purpose, the others by accident (`self.stop < self.start` where one of them is None).
 _REJECTIONS = (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, AssertionError)
 
 # Where a value is: the place that holds it, and its name there; None for the signals as a whole.
+# `pets[0].age` is (((None, "pets"), 0), "age").
 _Place = tuple[Any, str | int] | None
-# A problem: its place, what was expected, what came, and what to say in place of these two.
+# A problem: its place, what was expected, what came, and a message to show in place of these two.
 _Note = tuple[_Place, str, object, str]
 
 
 def _in_words(note: _Note) -> Problem:
-    place, expected, value, said = note
+    place, expected, value, message = note
     path, got = _cut(_path_text(place)), _shown(value)
-    where = path if path or said else "the signals"
-    sentence = _cut(" ".join(said.split()), 200) or f"expected {expected}, got {got}"
+    where = path if path or message else "the signals"
+    sentence = _cut(" ".join(message.split()), 200) or f"expected {expected}, got {got}"
     return Problem(f"{where}: {sentence}" if where else sentence, path, expected, got)
 
 
@@ -6395,7 +6410,7 @@ def _path_text(place: _Place) -> str:
 
 
 def _shown(value: object) -> str:
-    """The beginning of a value as JSON, of which so many pieces are more than is shown."""
+    """The beginning of a value as JSON. (61 pieces of it are at least 61 characters: enough.)"""
     if value is _MISSING:
         return "nothing"
     return _cut("".join(islice(_SHOWING.iterencode(value), _SHOWN + 1)))
@@ -6409,29 +6424,29 @@ def _cut(text: str, length: int = _SHOWN) -> str:
 
 
 class _Enough(Exception):
-    """So much is wrong that the rest does not matter."""
+    """More than `_MOST_COUNTED` problems were found: stop reading."""
 
 
 class _Reading:
-    """One reading of one set of signals: where it is, and what was wrong so far."""
+    """The state of one call of `read_signals`: where it is, and what was wrong so far."""
 
     def __init__(self) -> None:
         self.place: _Place = None  # of the value that is being read
         self.notes: list[_Note] = []  # the first problems
         self.count = 0  # of all problems
         self.cause: Exception | None = None
-        self.unions = 0  # around the value that is being read
+        self.union_depth = 0  # in how many unions the value is that is being read
         self.tried: dict[tuple[int, int], _Outcome] = {}  # by union and value: see _union_reader
 
     @cached_property
     def trial(self) -> _Reading:
-        """Another one, for what only wants to know whether a value fits."""
+        """A reading to try a value with: only whether it fits is of interest."""
         return _Trial()
 
-    def expected(self, what: str, value: object, said: str = "") -> Any:
+    def expected(self, what: str, value: object, message: str = "") -> Any:
         """Note that the value here is not what was expected."""
         if len(self.notes) < _MOST_PROBLEMS:
-            self.notes.append((self.place, what, value, said))
+            self.notes.append((self.place, what, value, message))
         self._add(1)
         return _WRONG
 
@@ -6441,18 +6456,18 @@ class _Reading:
             raise _Enough
 
     def rejected(self, exc: Exception) -> Any:
-        """Note what a dataclass or a model has against its values."""
+        """Note why a dataclass or a model has refused its values."""
         self.cause = exc
         if not callable(errors := getattr(exc, "errors", None)):
-            said = str(exc) if isinstance(exc, (ValueError, AssertionError)) else ""
-            return self.expected("", _MISSING, said or "the values do not fit together")
+            message = str(exc) if isinstance(exc, (ValueError, AssertionError)) else ""
+            return self.expected("", _MISSING, message or "the values do not fit together")
         here = self.place
         for error in errors():  # pydantic's list, one for each field
             for name in error.get("loc", ()):
                 self.place = self.place, name
             value = _MISSING if error.get("type") == "missing" else error.get("input", _MISSING)
-            said = error.get("msg") or str(exc)
-            self.expected(said, value, said)
+            message = error.get("msg") or str(exc)
+            self.expected(message, value, message)
             self.place = here
         return _WRONG
 
@@ -6466,7 +6481,7 @@ class _Reading:
         return found if self.count == before else _WRONG
 
     def attempt(self, read: Reader, value: object) -> _Outcome:
-        """Read a value, and keep what is wrong with it apart."""
+        """Read a value, but give what is wrong with it instead of noting it."""
         before = self.notes, self.count, self.place
         self.notes, self.count = [], 0
         try:
@@ -6478,7 +6493,7 @@ class _Reading:
         return outcome
 
     def accept(self, outcome: _Outcome) -> Any:
-        """Go on with what came of an attempt."""
+        """Take the outcome of an attempt: note what was wrong, and give the value."""
         found, notes, count = outcome
         if count:
             self.notes = (self.notes + notes)[:_MOST_PROBLEMS]
@@ -6487,9 +6502,9 @@ class _Reading:
 
 
 class _Trial(_Reading):
-    """One in which nothing is noted."""
+    """A reading that counts problems and keeps no notes."""
 
-    def expected(self, what: str, value: object, said: str = "") -> Any:
+    def expected(self, what: str, value: object, message: str = "") -> Any:
         """Count it."""
         self.count += 1
         return _WRONG
@@ -6504,7 +6519,7 @@ _Outcome = tuple[Any, list[_Note], int]  # a value or `_WRONG`, the first proble
 _PLAIN = (str, int, float, bool, types.NoneType)
 _TRUE = frozenset(("true", "on", "yes", "1"))
 _FALSE = frozenset(("false", "off", "no", "0", ""))
-_HUGE = 10**400  # to print a whole number costs the square of its digits
+_HUGE = 10**400  # to print a number of twice as many digits takes four times as long
 # int() and float() would take "1_000", "nan" and Arabic digits as well.
 _WHOLE = re.compile(r"[+-]?\d{1,400}", re.ASCII)
 _NUMBER = re.compile(r"[+-]?(\d{1,400}(\.\d{0,400})?|\.\d{1,400})([eE][+-]?\d{1,5})?", re.ASCII)
@@ -6564,7 +6579,7 @@ def _read_decimal(value: Any, reading: _Reading) -> Any:
 
 
 def _text_reader(name: str, least: int, make: Callable[[str], Any]) -> Reader:
-    """Types that are written as text in JSON, of at least so many characters."""
+    """A type that is text in JSON: `make` parses it, of `least` to 100 characters."""
     words = f"a {name} as text"
 
     def _read(value: Any, reading: _Reading) -> Any:
@@ -6579,7 +6594,7 @@ def _text_reader(name: str, least: int, make: Callable[[str], Any]) -> Reader:
 
 
 def _read_bytes(value: Any, reading: _Reading) -> Any:
-    """A file that a field is bound to: the client sends its contents in base64."""
+    """The contents of a file input: the client sends them as base64."""
     if isinstance(value, str) and len(value) % 4 == 0:
         with suppress(ValueError):
             return base64.b64decode(value, validate=True)
@@ -6588,7 +6603,7 @@ def _read_bytes(value: Any, reading: _Reading) -> Any:
 
 def _make_uuid(text: str) -> UUID:
     found = UUID(text)
-    if found.hex != text.replace("-", "").lower():  # it takes braces, and "0x1", as well
+    if found.hex != text.replace("-", "").lower():  # UUID() takes braces, and "0x1", as well
         raise ValueError
     return found
 
@@ -6611,16 +6626,16 @@ _READERS: dict[Any, Reader] = {
 
 
 def _choice_reader(choices: Iterable[Any]) -> Reader:
-    """`Literal` and enums: the value itself (1 is not True), or else the text that spells it."""
+    """`Literal` and enums: one of the choices (1 is not True), or else its text: "1" for 1."""
     pairs = [(item.value if isinstance(item, enum.Enum) else item, item) for item in choices]
-    same = {(type(value), value): item for value, item in pairs if type(value) in _PLAIN}
-    spelt = {str(value): item for value, item in pairs}
+    by_value = {(type(value), value): item for value, item in pairs if type(value) in _PLAIN}
+    by_text = {str(value): item for value, item in pairs}
     words = _cut("one of " + ", ".join(_shown(value) for value, _ in pairs), 200)
 
     def _read(value: Any, reading: _Reading) -> Any:
-        found = same.get((type(value), value), _WRONG) if type(value) in _PLAIN else _WRONG
+        found = by_value.get((type(value), value), _WRONG) if type(value) in _PLAIN else _WRONG
         if found is _WRONG and isinstance(value, str):
-            found = spelt.get(value, _WRONG)
+            found = by_text.get(value, _WRONG)
         return reading.expected(words, value) if found is _WRONG else found
 
     return _read
@@ -6630,10 +6645,9 @@ def _choice_reader(choices: Iterable[Any]) -> Reader:
 
 
 class _Field(str):
-    """What a form or a query has under one name: its first value, or, for a list, all of them."""
+    """The values of one name in a form or a query: the first as a str, all of them in `values`."""
 
     def __new__(cls, values: list[str]) -> _Field:
-        """One that knows all of them."""
         field = super().__new__(cls, values[0])
         field.values = values
         return field
@@ -6655,7 +6669,7 @@ def _list_reader(make: Any, kinds: Sequence[Any], is_fixed: bool = False) -> Rea
         items = reading.read_each(zip(count(), value, each))
         if items is _WRONG or make is list:
             return items
-        if make is not tuple and not _is_hashable(items):
+        if make is not tuple and not _can_be_hashed(items):
             return reading.expected("a list of plain values of many kinds", value)
         return make(items)
 
@@ -6663,6 +6677,7 @@ def _list_reader(make: Any, kinds: Sequence[Any], is_fixed: bool = False) -> Rea
 
 
 def _dict_reader(key_kind: Any = str, kind: Any = Any) -> Reader:
+    """An object with any names: names and values have a type each."""
     read_key, reader = _reader(key_kind), _reader(kind)
 
     def _read(value: Any, reading: _Reading) -> Any:
@@ -6672,19 +6687,21 @@ def _dict_reader(key_kind: Any = str, kind: Any = Any) -> Reader:
         items = reading.read_each(zip(value, value.values(), repeat(reader)))
         if keys is _WRONG or items is _WRONG:
             return _WRONG
-        if key_kind is not str and not _is_hashable(keys):
+        if key_kind is not str and not _can_be_hashed(keys):
             return reading.expected("an object with names of many kinds", value)
         return dict(zip(keys, items, strict=True))
 
     return _read
 
 
-def _is_hashable(items: Iterable[Any]) -> bool:
-    """Whether a set of these costs what they are long. The hash of a number is known to all: of
-    40,000 whole numbers with the same one, each would be compared with all that came before.
+def _can_be_hashed(items: Iterable[Any]) -> bool:
+    """Whether these can be put into a set, and in a time that grows with their number.
+
+    How Python hashes numbers is no secret. A client could send 40,000 different ones with the same
+    hash, and a set would compare each with all before it. So at most 20 may share one.
     """
-    first: dict[int, Any] = {}
-    alike: list[Any] = []  # have the hash of another one
+    first: dict[int, Any] = {}  # by hash
+    alike: list[Any] = []  # other items with a hash that is in `first`
     try:
         for item in items:
             known = first.setdefault(hash(item), item)
@@ -6698,7 +6715,7 @@ def _is_hashable(items: Iterable[Any]) -> bool:
 
 
 def _fields_reader(schema: Any) -> Reader:
-    """A dataclass or a TypedDict: each field from the signal of its name."""
+    """A dataclass or a TypedDict: each field is read from the signal of its name."""
     make, fields = typing.get_origin(schema) or schema, _fields_of(schema)
 
     def _read(value: Any, reading: _Reading) -> Any:
@@ -6724,6 +6741,8 @@ def _fields_reader(schema: Any) -> Reader:
 
 
 def _model_reader(model: Any) -> Reader:
+    """A class that checks the values itself, by `model_validate`, as pydantic's do."""
+
     def _read(value: Any, reading: _Reading) -> Any:
         try:
             return model.model_validate(value)
@@ -6734,20 +6753,23 @@ def _model_reader(model: Any) -> Reader:
 
 
 def _union_reader(options: tuple[Any, ...]) -> Reader:
-    """The first type that fits. A value that is of one of them already stays as it is: "1" is text
-    for `int | str`.
+    """`A | B`: the first type that fits. A value that has one of the types already stays as it is:
+    "1" stays text for `int | str`.
 
-    Only types that may take a value are tried: an object is never tried as a date. Types that hold
-    each other could be tried 2 to the power of their depth. So inside of a union the outcome for a
-    value that holds others is remembered, until the outermost one has decided.
+    Only types that can take the value are tried: an object is never tried as a date. If A and B
+    both hold `A | B`, each level of the value is tried twice for each try of the level around it:
+    twenty levels, a million times. So inside of a union the outcome for a value that holds others
+    is kept, until the outermost union is done.
     """
     kinds = [kind for kind in map(_bare, options) if kind is not types.NoneType]
     readers = [_reader(kind) for kind in kinds]
     words = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds)
     is_optional = len(kinds) < len(options)
-    own = {kind: _READERS[kind] for kind in kinds if kind in (str, int, float, bool)}
-    taking = {
-        came: [read for kind, read in zip(kinds, readers, strict=True) if came in _taken_by(kind)]
+    exact = {kind: _READERS[kind] for kind in kinds if kind in (str, int, float, bool)}
+    readers_for = {  # those that can take a value, by the value's type
+        came: [
+            read for kind, read in zip(kinds, readers, strict=True) if came in _json_types_of(kind)
+        ]
         for came in (*_PLAIN, list, dict)
     }
 
@@ -6756,9 +6778,9 @@ def _union_reader(options: tuple[Any, ...]) -> Reader:
             return None
         if len(readers) == 1 and value != "":
             return readers[0](value, reading)
-        if type(value) in own:
-            return own[type(value)](value, reading)
-        fitting = taking.get(type(value), readers)
+        if type(value) in exact:
+            return exact[type(value)](value, reading)
+        fitting = readers_for.get(type(value), readers)
         if not isinstance(value, (list, dict)):
             found = _choose_plain(value, fitting, reading.trial)
             return reading.expected(words, value) if found is _WRONG else found
@@ -6767,41 +6789,44 @@ def _union_reader(options: tuple[Any, ...]) -> Reader:
         key = id(_read), id(value)
         if key in reading.tried:
             return reading.accept(reading.tried[key])
-        reading.unions += 1
+        reading.union_depth += 1
         outcome = _choose(value, fitting, reading)
-        reading.unions -= 1
-        if not reading.unions:
+        reading.union_depth -= 1
+        if not reading.union_depth:
             reading.tried.clear()
         elif _is_deep(value):
             reading.tried[key] = outcome
         return reading.accept(outcome)
 
+    # `fitting` are the readers that can take the value.
     def _choose_plain(value: Any, fitting: list[Reader], trial: _Reading) -> Any:
         first = _WRONG
         for read in fitting:
             found = read(value, trial)
-            if found is value:
+            if found is value:  # nothing had to be converted
                 return found
             first = found if first is _WRONG else first
-        # An input that was left empty.
+        # An input that was left empty is None, if that is allowed, and neither False nor an error.
         is_empty = value == "" and is_optional and (first is _WRONG or first is False)
         return None if is_empty else first
 
     def _choose(value: Any, fitting: list[Reader], reading: _Reading) -> _Outcome:
-        nearly = []  # fit, but for something in them: that says more than what does not fit at all
+        # Outcomes where the value has the right shape, and what is wrong is inside of it. If there
+        # is one, it is the type that was meant, and its problems are the ones to show.
+        nearly = []
         for read in fitting:
             outcome = found, notes, _ = reading.attempt(read, value)
             if found is not _WRONG:
                 return outcome
-            place, _, _, said = notes[0]
-            nearly += [outcome] if said or place is not reading.place else []
+            place, _, _, message = notes[0]
+            nearly += [outcome] if message or place is not reading.place else []
         return nearly[0] if len(nearly) == 1 else (_WRONG, [(reading.place, words, value, "")], 1)
 
     return _read
 
 
-def _taken_by(kind: Any) -> tuple[Any, ...]:
-    """The types of what a type's reader may take (of a form: any)."""
+def _json_types_of(kind: Any) -> tuple[Any, ...]:
+    """The types of parsed JSON that a type's reader can take: `(list,)` for `set[int]`."""
     origin = typing.get_origin(kind) or kind
     if origin in _SHAPES:
         return (list,)
@@ -6816,7 +6841,7 @@ def _taken_by(kind: Any) -> tuple[Any, ...]:
 
 
 def _is_deep(value: Any) -> bool:
-    """Whether a value holds lists or objects: what does not is quickly read again."""
+    """Whether a list or an object holds others. One that does not is quickly read again."""
     items = value.values() if isinstance(value, dict) else value
     return isinstance(value, (dict, list)) and any(type(item) in (dict, list) for item in items)
 
@@ -6833,7 +6858,7 @@ _QUALIFIERS: set[Any] = {
 
 
 def _reader(kind: Any) -> Reader:
-    """Compile a type. (What is in a dataclass, when the first one comes: it may hold itself.)"""
+    """Compile a type. (The fields of a dataclass are compiled later: see `_schema_reader`.)"""
     kind = _bare(kind)
     origin, arguments = typing.get_origin(kind) or kind, typing.get_args(kind)
     if origin in _READERS:
@@ -6851,7 +6876,7 @@ def _reader(kind: Any) -> Reader:
     if isinstance(kind, TypeVar):
         return _reader(kind.__bound__ or Any)
     if hasattr(origin, "__value__") or _is_record(origin):
-        return _kept_reader(kind)
+        return _cached_reader(kind)
     if isinstance(origin, type):
         if issubclass(origin, enum.Enum):
             return _choice_reader(origin)
@@ -6871,8 +6896,11 @@ def _is_record(origin: Any) -> bool:
     return dataclasses.is_dataclass(origin) or typing.is_typeddict(origin)
 
 
-def _kept_reader(kind: Any) -> Reader:
-    """The reader of a type: always the same (and by its text, since `int | bool == bool | int`)."""
+def _cached_reader(kind: Any) -> Reader:
+    """The reader of a schema, which is compiled once.
+
+    Generic schemas are told apart by their text, too: `Page[int | bool] == Page[bool | int]`.
+    """
     if dataclasses.is_dataclass(type(kind)):
         raise StarioError(f"signals are read as a class: give {type(kind).__name__}, not one of it")
     if isinstance(kind, (dict, list, set)):
@@ -6882,8 +6910,11 @@ def _kept_reader(kind: Any) -> Reader:
 
 @lru_cache(maxsize=1024)
 def _schema_reader(schema: Any, text: str) -> Reader:
+    """A reader that is compiled at its first call. Before that, a schema that holds itself
+    (`class Node: children: list[Node]`) would be compiled without end.
+    """
     origin = typing.get_origin(schema) or schema
-    made: Reader | None = None  # when it is first needed: a schema may hold itself
+    made: Reader | None = None
 
     def _read(value: Any, reading: _Reading) -> Any:
         nonlocal made
@@ -6898,7 +6929,7 @@ def _schema_reader(schema: Any, text: str) -> Reader:
 
 
 def _bare(kind: Any) -> Any:
-    """A type without what only says something of it: `Annotated`, `Required`, a new name."""
+    """The type inside of `Annotated[...]`, `Required[...]`, `NewType` and the like."""
     while True:
         if typing.get_origin(kind) in _QUALIFIERS:
             kind = typing.get_args(kind)[0]
@@ -6911,7 +6942,7 @@ def _bare(kind: Any) -> Any:
 
 
 def _bind(kind: Any, generic: Any) -> Any:
-    """A type with what type variables stand for in another: `list[T]` in `Page[int]`."""
+    """A type with its type variables filled in: `list[T]` in `Page[int]` is `list[int]`."""
     if isinstance(kind, dataclasses.InitVar):
         kind = kind.type
     origin, given = typing.get_origin(generic), typing.get_args(generic)
@@ -6924,7 +6955,7 @@ def _bind(kind: Any, generic: Any) -> Any:
 
 
 def _hints_of(schema: Any) -> dict[str, Any]:
-    """The types of the fields of `Page[int]`, those that it has from `Base[T]` included."""
+    """The types of the fields of a schema, by name: also of `Page[int]`, and of its bases."""
     origin = typing.get_origin(schema) or schema
     found: dict[str, Any] = {}
     for base in origin.__dict__.get("__orig_bases__", origin.__bases__):
@@ -6937,7 +6968,7 @@ def _hints_of(schema: Any) -> dict[str, Any]:
 
 
 def _fields_of(schema: Any) -> list[tuple[str, Reader, bool]]:
-    """Name, reader and whether it must be there, for each field."""
+    """For each field its name, its reader, and whether it is required."""
     origin = typing.get_origin(schema) or schema
     try:
         hints = _hints_of(schema)
@@ -6951,7 +6982,7 @@ def _fields_of(schema: Any) -> list[tuple[str, Reader, bool]]:
         needed = {name: _is_required(origin, name, kind) for name, kind in hints.items()}
     else:
         needed = {
-            field.name: field.default is field.default_factory is missing
+            field.name: field.default is missing and field.default_factory is missing
             for field in origin.__dataclass_fields__.values()  # (fields() leaves out InitVar)
             if field.init
             and typing.ClassVar not in (hints[field.name], typing.get_origin(hints[field.name]))
@@ -6960,7 +6991,9 @@ def _fields_of(schema: Any) -> list[tuple[str, Reader, bool]]:
 
 
 def _is_required(schema: Any, name: str, kind: Any) -> bool:
-    """Whether a TypedDict needs a key, which it does not know where annotations are postponed."""
+    """Whether a TypedDict requires a key. `from __future__ import annotations` hides `NotRequired`
+    from `__required_keys__`, so the annotation is looked at first.
+    """
     while (origin := typing.get_origin(kind)) in _QUALIFIERS:
         if origin in (typing.Required, typing.NotRequired):
             return origin is typing.Required
@@ -6979,7 +7012,7 @@ def read_signals(schema: type[T], signals: object) -> T:
     if find_all:  # a Form or QueryParams: a name may come several times
         signals = {name: _Field(find_all(name)) for name in cast("Iterable[str]", signals)}
     try:
-        found = _kept_reader(schema)(signals, reading)
+        found = _cached_reader(schema)(signals, reading)
     except _Enough:
         found = _WRONG
     except RecursionError:

@@ -7146,6 +7146,19 @@ class TestSignals(unittest.TestCase):
         "size": "1", "word": "2", "maybe": "", "unknown": [1],
     }  # fmt: skip
 
+    def test_the_sample_in_the_banner_is_true(self) -> None:
+        source = Path(stario.__file__).read_text(encoding="utf-8")
+        banner = source.partition("\n# 15. Signals")[2].partition("\n# =====")[0]
+        sample = re.findall(r"^#     (.*\n)", banner + "\n", re.MULTILINE)
+        code = [line for line in sample if line[0] != "#"]
+        told = [line.removeprefix("# ") for line in sample if line[0] == "#"]
+        names: dict[str, Any] = {**vars(stario), "dataclass": dataclass}
+        exec("".join(code[:-2]), names)
+        self.assertEqual(repr(eval(code[-2], names)) + "\n", told[0])
+        with self.assertRaises(SignalsError) as caught:
+            eval(code[-1], names)
+        self.assertEqual(caught.exception.detail + "\n", "".join(told[2:]))
+
     def test_values_get_the_types_of_the_schema(self) -> None:
         found = read_signals(Everything, self.GOOD)
         self.assertEqual(
