@@ -73,23 +73,23 @@ brackets can be left out of your copy: `python stario.py --without assets,client
      6308  ACT 4. For real
        6314  15. Signals: from JSON to your dataclass
        7028  16. Forms [forms]
-       7195  17. Behind a proxy
-       7276  18. Compression [compression]
-       7465  19. Static files [assets]
-       8002  20. Telemetry: spans, and who hears of them
-       8495  21. JsonTracer: for log collectors [json]
-       8565  22. RichTracer: for people [rich]
-       9021  23. Sessions [sessions]
-       9132  24. What lives as long as the server
-       9208  25. @baked
-       9462  26. ASGI: the same app under another server [asgi]
-       9682  27. RedisRelay: the same between processes and machines [redis]
-       9921  28. Reload: a saved file restarts the app [reload]
-      10078  29. Development: what went wrong, shown where one looks [development]
-    10197  ACT 5. The pocket client
-      10240  30. The pocket client (JavaScript) [client]
-      11592  31. This file as a page [read]
-      11806  32. An app to begin with
+       7204  17. Behind a proxy
+       7293  18. Compression [compression]
+       7491  19. Static files [assets]
+       8028  20. Telemetry: spans, and who hears of them
+       8543  21. JsonTracer: for log collectors [json]
+       8618  22. RichTracer: for people [rich]
+       9074  23. Sessions [sessions]
+       9185  24. What lives as long as the server
+       9261  25. @baked
+       9515  26. ASGI: the same app under another server [asgi]
+       9735  27. RedisRelay: the same between processes and machines [redis]
+       9974  28. Reload: a saved file restarts the app [reload]
+      10131  29. Development: what went wrong, shown where one looks [development]
+    10250  ACT 5. The pocket client
+      10293  30. The pocket client (JavaScript) [client]
+      11645  31. This file as a page [read]
+      11859  32. An app to begin with
 
 READING PATH
 
@@ -7027,9 +7027,18 @@ def read_signals(schema: type[T], signals: object) -> T:
 # ==================================================================================================
 # 16. Forms [forms]
 #
-# A form comes as one of two types. `application/x-www-form-urlencoded` is a query string. In
-# `multipart/form-data` (RFC 7578) each field is a part with a head of its own, and may be a file.
-# Its parts are sorted while their bytes come; files beyond 1 MiB go to disk.
+# A form comes as one of two types. `application/x-www-form-urlencoded` is read like a query string
+# (part 5). In `multipart/form-data` (RFC 7578) each field is a *part* with a head of its own, and
+# may be a file. The content-type of the request names the `boundary` between parts, here `X`:
+#
+#     --X
+#     content-disposition: form-data; name="photo"; filename="cat.png"
+#     content-type: image/png
+#
+#     ...the bytes of the file
+#     --X--
+#
+# The bytes go to their part as they come; a part beyond 1 MiB goes to disk.
 # ==================================================================================================
 
 
@@ -7080,12 +7089,12 @@ class _Part(NamedTuple):
 
 
 class _MultipartReader:
-    """Sorts the bytes of multipart/form-data (RFC 7578) into parts, as they come.
+    """Takes multipart/form-data (RFC 7578) apart, as its bytes come.
 
     A delimiter is a line of its own: `--boundary`, or `--boundary--` after the last part (RFC 2046,
-    section 5.1.1). A line that only begins like one is content. What may be the beginning of a
-    delimiter is held back until its end has come; all else goes into a file, which is on disk if
-    it is large.
+    section 5.1.1). A line that only begins like one is content. The last bytes that have come may
+    be the beginning of a delimiter, so they wait for the next; all before them is written to the
+    part's file.
     """
 
     def __init__(self, content_type: str) -> None:
@@ -7095,29 +7104,29 @@ class _MultipartReader:
         line = b"\r\n--%b(--)?[ \t]{0,99}(?=\r\n)" % re.escape(boundary)
         self._delimiter = re.compile(line)
         self._longest = len(boundary) + 107  # bytes of a delimiter, with the line ends around it
-        self._buffer, self._at = b"\r\n", 0  # what has come, and how far it is sorted
+        self._buffer, self._at = b"\r\n", 0  # what has come, and up to where it is done
         self._parts: list[_Part] = []
         self._in_head = self._complete = False
 
     def feed(self, data: bytes) -> None:
-        """Sort these bytes. HttpException(400) if they are no form."""
+        """Take these bytes. HttpException(400) if they are no form."""
         self._buffer += data
         while not self._complete and (self._take_head() if self._in_head else self._take_content()):
             pass
         self._buffer, self._at = self._buffer[self._at :], 0
 
     def _take_content(self) -> bool:
-        """Move content to its part; False: the delimiter after it has not come yet."""
+        """Move content to its part. False if the delimiter after it has not come yet."""
         found = self._delimiter.search(self._buffer, self._at)
         end = found.start() if found else max(self._at, len(self._buffer) - self._longest)
-        if self._parts:  # (what stands before the first delimiter means nothing)
+        if self._parts:  # (text before the first delimiter is no content)
             self._parts[-1].file.write(self._buffer[self._at : end])
         self._at = found.end() if found else end
         self._in_head, self._complete = found is not None, bool(found and found[1])
         return found is not None
 
     def _take_head(self) -> bool:
-        """Begin the next part; False: its head has not come in whole."""
+        """Begin the next part. False if its head has not come completely."""
         start = self._at
         end = self._buffer.find(b"\r\n\r\n", start, start + _MAX_PART_HEAD)
         if end < 0 and len(self._buffer) - start < _MAX_PART_HEAD:
@@ -7156,8 +7165,8 @@ _FORM_FILE_IN_MEMORY = 1024 * 1024  # bytes of a part; a larger one goes to disk
 
 @lru_cache(maxsize=1)
 def _form_contents() -> Callable[[int], IO[bytes]]:
-    """The class of a part's contents: in memory, or on disk beyond so many bytes."""
-    from tempfile import SpooledTemporaryFile  # for those who have forms: it imports a lot
+    """The class of a part's file. Called with a number of bytes; beyond them it is on disk."""
+    from tempfile import SpooledTemporaryFile  # imported here, since it imports a lot
 
     class _FormContents(SpooledTemporaryFile[bytes]):
         def __del__(self) -> None:  # when nothing refers to it any more
@@ -7167,7 +7176,7 @@ def _form_contents() -> Callable[[int], IO[bytes]]:
 
 
 def _read_part_head(head: bytes) -> _Part:
-    """A part, with its contents still to come."""
+    """A part that has no contents yet."""
     lines = (line.partition(":") for line in head.decode("utf-8", "replace").split("\r\n"))
     fields = {name.strip(" \t").lower(): value.strip(" \t") for name, _, value in lines}
     disposition = _parameters(fields.get("content-disposition", ""))
@@ -7194,22 +7203,30 @@ def _decode_text(content: bytes, charset: str) -> str:
 # ==================================================================================================
 # 17. Behind a proxy
 #
-# The peer is the proxy then, and the client is who the proxy says it is. Anybody can send these
-# fields, so they are read only from peers that are trusted, and from the right: each proxy adds its
-# own peer at the end, and what stands left of the first one that is not trusted is hearsay.
+# A proxy (nginx, a load balancer) takes requests and passes them on to us. It is the *peer* of our
+# connection, and tells in a header field who the client is. Each proxy adds its own peer on the
+# right; here nginx at 10.0.0.2 had the request from a proxy at 10.0.0.1, and that from 203.0.113.9:
+#
+#     x-forwarded-for: 198.51.100.7, 203.0.113.9, 10.0.0.1
+#
+# Anybody can send this field. So it is read only if the peer is trusted, and from the right, past
+# trusted proxies. If these are the two, 203.0.113.9 is the client: that is what a trusted proxy has
+# seen. What stands left of it the client may have made up.
 # ==================================================================================================
 
 
 class _Asked(NamedTuple):
+    """Who sent a request, by which scheme, to which host."""
+
     client: str
     scheme: str
     host: str
 
 
 class TrustedProxies:
-    """The proxies that may say for whom they ask: addresses, networks, "unix" for a Unix socket.
+    """The proxies that are trusted: addresses, networks, "unix" for whoever uses a Unix socket.
 
-    Read are `Forwarded` (RFC 7239), or else `X-Forwarded-For`, `-Proto` and `-Host`.
+    It reads `Forwarded` (RFC 7239), or else `X-Forwarded-For`, `-Proto` and `-Host`.
     """
 
     def __init__(self, proxies: Sequence[str]) -> None:
@@ -7224,7 +7241,7 @@ class TrustedProxies:
             raise StarioError(f"trusted_proxies: {exc}; {wanted}") from None
 
     def trust(self, peer: str) -> bool:
-        """Whether this peer may speak for others."""
+        """Whether this peer is a trusted proxy."""
         if peer in ("", "unix"):
             return self._unix
         try:
@@ -7235,7 +7252,7 @@ class TrustedProxies:
         return any(address in network for network in self._networks)
 
     def asked(self, headers: Headers, seen: _Asked) -> _Asked:
-        """Who asks whom, if our peer's word counts. Raises HttpException(400)."""
+        """What the header says instead of `seen`, if the peer is trusted. HttpException(400)."""
         if not self.trust(seen.client):
             return seen
         lists = {name: headers._list(f"x-forwarded-{name}") for name in ("for", "proto", "host")}
@@ -7245,7 +7262,7 @@ class TrustedProxies:
             if x_for and self._nearest(x_for)[0] != self._nearest(lists["for"])[0]:
                 raise HttpException(400, "Forwarded and X-Forwarded-For name different clients")
         client, hop = self._nearest(lists["for"])
-        # What the same hop has said; the first, if not all of them say it.
+        # What the proxy that saw this client has added; the first one, if some have added nothing.
         scheme, host = (
             values[-1 - hop] if len(values) > hop else next(iter(values), "")
             for values in (lists["proto"], lists["host"])
@@ -7256,7 +7273,7 @@ class TrustedProxies:
         return _Asked(client or seen.client, scheme, host or seen.host)
 
     def _nearest(self, clients: list[str]) -> tuple[str, int]:
-        """The last one that is no proxy of ours, and how many stand behind it."""
+        """From the right, the first address that is no trusted proxy; how many stand behind it."""
         found, hop = "", 0
         for hop, text in enumerate(reversed(clients)):  # noqa: B007
             found = _address(text)
@@ -7275,10 +7292,19 @@ def _address(text: str) -> str:
 # ==================================================================================================
 # 18. Compression [compression]
 #
-# The door is `_compress` for a whole answer and `_compress_stream` for one that comes in pieces. A
-# compressor is a pair of functions: one takes bytes and gives what can be sent now (everything: a
-# stream is flushed at each event), one gives the end of the stream. Streams get small windows,
-# since each open stream keeps its compressor's memory.
+# A client says what it can decode, and how gladly; the answer says how it was compressed. These
+# names are *content codings*; `br` is Brotli:
+#
+#     accept-encoding: gzip, br;q=0.8, zstd        in the request
+#     content-encoding: zstd                       in the answer
+#     vary: accept-encoding                        for caches: other clients may get other bytes
+#
+# `_compress` is called for a whole answer, `_compress_stream` for one that comes in pieces. A
+# `Compressor` is a pair of functions. The first takes bytes and gives all that can be decoded so
+# far, so that an event does not wait for the next one. The second gives the end.
+#
+# Compressing means to refer back to what was sent before. How far back is the *window*; both sides
+# keep it in memory. Streams get a small one, since thousands of them may be open.
 # ==================================================================================================
 
 
@@ -7328,8 +7354,8 @@ def _compress_stream(
 _CONTENT_TYPE = re.compile(rb"^content-type: ([^\r]*)", re.MULTILINE)
 
 
-# An answer with any of these fields is not compressed. (`in` takes ten times as long for bytes.)
-_AS_IT_COMES = re.compile(rb"content-(?:encoding|range): |no-transform")
+# An answer with any of these fields is not compressed. (A pattern is a tenth of the time of `in`.)
+_UNCOMPRESSED = re.compile(rb"content-(?:encoding|range): |no-transform")
 
 
 def _coding_for(
@@ -7337,7 +7363,7 @@ def _coding_for(
 ) -> str | None:
     """The coding for an answer with these fields, or None."""
     lines = headers._fields.get("accept-encoding")
-    if lines is None or _AS_IT_COMES.search(fields):
+    if lines is None or _UNCOMPRESSED.search(fields):
         return None
     accepted = ",".join(lines)
     choose = _choose_coding if len(accepted) <= _KEPT_TEXT else _choose_coding.__wrapped__
@@ -7345,7 +7371,7 @@ def _coding_for(
 
 
 def _varied(fields: bytes, coding: str | None = None) -> bytes:
-    """The fields of an answer that the client's Accept-Encoding has decided about."""
+    """The fields of an answer, with its coding, and with the note that it depends on the client."""
     if coding:
         # A strong ETag promises the same bytes (RFC 9110, section 8.8.1), which these are not.
         fields = re.sub(rb'(?m)^etag: "', b'etag: W/"', fields)
@@ -7355,21 +7381,21 @@ def _varied(fields: bytes, coding: str | None = None) -> bytes:
 
 
 def _gzip(level: int, streaming: bool) -> Compressor:
-    """gzip (RFC 1952), of which hardly anything is kept between two pieces of a stream.
+    """gzip (RFC 1952). Between two pieces of a stream no compressor is kept, only the last bytes.
 
-    There each piece gets a compressor of its own, with the end of what was sent before as
-    dictionary: the client's window holds the same. So an open stream costs what it last sent, up to
-    16 kB, and not the 50 kB of a zlib compressor (120 for zstd, 500 for brotli). And what goes to
-    many streams that have sent the same before is compressed once.
+    Each piece gets a compressor of its own, whose dictionary is the end of what was sent before:
+    the client has that in its window. So an open stream keeps what it last sent, up to 16 kB, and
+    not the 50 kB of a zlib compressor (120 for zstd, 500 for brotli). And a piece that many streams
+    send after the same bytes is compressed once (`_kept`).
     """
     if not streaming:
         coder = zlib.compressobj(level, zlib.DEFLATED, 31)  # 31 is gzip with a window of 32 kB
         return coder.compress, coder.flush
     window, checksum, size = b"", 0, 0
-    header = b"\x1f\x8b\x08\0\0\0\0\0\0\xff"
+    header = b"\x1f\x8b\x08\0\0\0\0\0\0\xff"  # deflate; no name, no time, no system
 
     def compress(data: bytes) -> bytes:
-        """One piece, complete: the client can decode it as it comes."""
+        """One piece, which the client can decode without the next."""
         nonlocal window, checksum, size, header
         checksum, size = zlib.crc32(data, checksum), size + len(data)
         block, window = _deflated(data, window, level)
@@ -7385,7 +7411,7 @@ def _gzip(level: int, streaming: bool) -> Compressor:
 
 @_cache_last
 def _deflated(data: bytes, window: bytes, level: int) -> tuple[bytes, bytes]:
-    """A piece of a stream that ended with `window` so far, and what it ends with now."""
+    """A piece of a stream, compressed, and the stream's window after it."""
     coder = zlib.compressobj(level, zlib.DEFLATED, -15, zdict=window)
     block = coder.compress(data) + coder.flush(zlib.Z_SYNC_FLUSH)
     return block, (window + data)[-16 * 1024 :]
@@ -7419,7 +7445,7 @@ def _zstd_package(level: int, streaming: bool) -> Compressor:
 
 @lru_cache(maxsize=1)
 def _compressors() -> dict[str, Callable[[int, bool], Compressor]]:
-    """What this Python can do, by content coding. Tried out: a package may be there and broken."""
+    """What this Python can do, by content coding. Each is tried: a package may be broken."""
     found: dict[str, Callable[[int, bool], Compressor]] = {"gzip": _gzip}
     for coding, make in (("zstd", _zstd_library), ("zstd", _zstd_package), ("br", _brotli)):
         if coding not in found:
@@ -7440,7 +7466,7 @@ def _level(config: CompressionConfig, coding: str) -> int:
 @lru_cache(maxsize=512)
 def _choose_coding(accepted: str, config: CompressionConfig, streaming: bool = False) -> str | None:
     """The content coding to use for an Accept-Encoding (RFC 9110, section 12.5.3), or None."""
-    # Of those that a client likes alike, the best; for a stream, the one that costs least memory.
+    # Where a client gives two the same weight: the smaller answer, or for a stream less memory.
     preference = ("gzip", "zstd", "br") if streaming else ("zstd", "br", "gzip")
     weights: dict[str, float] = {}
     for item in accepted.lower().split(","):
@@ -8002,15 +8028,22 @@ def _range(request: Request, size: int, etag: str) -> tuple[int, int] | None:
 # 20. Telemetry: spans, and who hears of them
 #
 # A *span* is a piece of work with a beginning and an end: a request, a database query, a job. It
-# has attributes (what it is about), events (what happened in it) and a parent; all spans of one
-# piece of work share a trace id. A *tracer* is told of three moments, and shows them as it likes:
-# a span starts, an event happens in it, it ends. Override these three and it is your own.
+# has attributes (what it is about), events (what happened in it) and a parent. Spans that have one
+# ancestor in common are a *trace*, and share its id. In a handler:
 #
-# Three rules hold. A tracer hears of every event at once, and a span keeps only the newest hundred:
-# a stream that is open for a week loses nothing and costs no memory. What is noted becomes plain
-# data there and then (`_noted`), so that no tracer meets an object that changes or fails later. And
-# the two tracers below only put what they hear into a queue: one thread takes it out, keeps all
-# their state to itself, and writes. No request waits for a stream, and no lock is needed.
+#     c["user"] = 7                                # an attribute of the request's span
+#     c("stock.checked", {"left": 3})              # an event in it
+#     with c.step("query", {"table": "orders"}):   # a child span
+#         ...
+#
+# A *tracer* is told of three moments, and shows them as it likes: a span starts, an event happens
+# in it, it ends. Override these three methods, and it is your own.
+#
+# Three rules hold. A tracer hears of every event at once, and a span keeps only the newest hundred,
+# so that a stream which is open for a week does not fill the memory. Attributes are turned into
+# plain data when they are noted (`_noted`), so that no tracer meets an object that changes or fails
+# later. And the two tracers below only put what they hear into a queue: one thread takes it out,
+# has all their state to itself, and writes. So no request waits for a slow terminal or a full pipe.
 # ==================================================================================================
 
 
@@ -8045,7 +8078,7 @@ def _plain_data(value: Any) -> Any:
 
 
 def _safe_text(value: object) -> str:
-    """A value's text, whatever its `__str__` does, and not too much of it."""
+    """A value's text, cut if it is long; its `__str__` may fail."""
     try:
         text = str(value)
     except Exception as exc:
@@ -8054,7 +8087,7 @@ def _safe_text(value: object) -> str:
 
 
 def _stack_of(exc: BaseException) -> str:
-    """The traceback. Of a very long one the end: that is where it happened."""
+    """The traceback; of a very long one the end, where the exception was raised."""
     try:
         text = "".join(traceback.format_exception(exc, limit=-_EVENTS_KEPT))
     except Exception:  # its own methods fail
@@ -8071,7 +8104,7 @@ class SpanEvent(NamedTuple):
 
 
 class _Caller(NamedTuple):
-    """The span of another program that a request came from."""
+    """The span of another program that has sent us this request."""
 
     trace_id: str
     id: str
@@ -8084,7 +8117,10 @@ _TRACEPARENT = re.compile(
 
 
 def _caller_of(fields: Sequence[str]) -> _Caller | None:
-    """Whom `traceparent` names; None if it is missing, there twice, or not well-formed."""
+    """The caller that `traceparent` names: `00-<trace id>-<span id>-01`, where 01 means sampled.
+
+    None if the field is missing, there twice, or malformed.
+    """
     found = _TRACEPARENT.fullmatch(fields[0]) if len(fields) == 1 else None
     if found is None or (found[1] == "00" and found[5]):  # only later versions may say more
         return None
@@ -8095,8 +8131,9 @@ class Span:
     """A piece of work, from `start_ns` to `end_ns` (nanoseconds since 1970; 0 while it runs).
 
     Call it to note an event, index it to set an attribute, use it in `with` to end it. Ids are hex,
-    in the lengths of W3C Trace Context: 16 digits for a span, 32 for a trace. Where `sampled` is
-    False (the caller's wish), tracers do not hear of it, unless it fails.
+    as W3C Trace Context has them: 16 digits for a span, 32 for a trace. Tracers hear of a span
+    whose `sampled` is False only if it fails. (A caller decides that for its whole trace: programs
+    with many requests record only some.)
     """
 
     __slots__ = (
@@ -8184,7 +8221,7 @@ class Span:
 
     def fail(self, exc: BaseException) -> None:
         """Mark the span as failed by an exception; the trace shows where that came from, once."""
-        if not self.sampled:  # what went wrong is told, whoever asked
+        if not self.sampled:  # failures are always told
             self.sampled = True
             self._begin()
         if exc.__dict__.get("_traced_in") != self.trace_id:
@@ -8211,7 +8248,7 @@ class Span:
 
 
 def _show_mistake() -> None:
-    """Of a tracer: it costs no request."""
+    """Print the exception of a tracer on standard error; the request goes on."""
     sys.excepthook(*sys.exc_info())
 
 
@@ -8242,7 +8279,7 @@ class Tracer:
 
 
 class _UnseenSpan(Span):
-    """What `c.step` gives in an app without a tracer: one for all, that keeps nothing."""
+    """What `c.step` gives in an app without a tracer: one span for all, which keeps nothing."""
 
     __slots__ = ()
 
@@ -8259,16 +8296,16 @@ class _UnseenSpan(Span):
 
 _unseen = _UnseenSpan(Tracer(), "unseen", {}, _Caller("f" * 32, "f" * 16, False))
 
-# Whose step the task works in (a Context), and its span. Tasks inherit it, and so do the threads of
-# `asyncio.to_thread`.
+# The Context that this task works for, and the span of its present step. Tasks that it starts
+# inherit it, and so do the threads of `asyncio.to_thread`.
 _current_step: contextvars.ContextVar[tuple[object, Span | None]] = contextvars.ContextVar(
     "stario_step", default=(None, None)
 )
 
 
 class _LogToSpan(logging.Handler):
-    """Stands in for the handlers of the root logger, and makes events of what is logged in a span.
-    They get the rest: nothing is printed twice.
+    """Replaces the handlers of the root logger. A record that is logged in a span becomes an event
+    of it; the others go to those handlers.
     """
 
     def __init__(self, level: int) -> None:
@@ -8286,7 +8323,7 @@ class _LogToSpan(logging.Handler):
             root.setLevel(self._root_level)
 
     def handle(self, record: logging.LogRecord) -> bool:
-        """Note a record in the span, or pass it on; without the lock of other handlers."""
+        """Note a record in the span, or pass it on. Overrides what would take a lock around it."""
         span = _current_step.get()[1]
         if span and span.sampled and record.levelno >= self._from:
             said = {"severity_text": record.levelname, "logger.name": record.name}
@@ -8303,12 +8340,19 @@ class _LogToSpan(logging.Handler):
         return True
 
 
-# -- Tracers that write to a stream. Whatever thread a span ends on appends to one list, which is a
-# single step: no lock, no request that waits for the stream. A thread takes the list ten times a
-# second and writes all of it at once. The list has texts, and calls that the thread is to make:
-# what they touch belongs to the thread alone.
+# -- Tracers that write to a stream (a file, a terminal). Any thread appends to one list; in Python
+# that is a single step, so it needs no lock. A thread of the tracer's takes the list ten times a
+# second, and writes all of it at once. The list has texts, and functions that this thread is to
+# call: what they touch belongs to it alone.
+#
+# The thread sleeps while there is nothing to do. `_put` wakes it when the queue has `_wakes_at`
+# entries, a number that the thread sets:
+#
+#     it waits for the first entry             1
+#     it waits for more, for `_pause` seconds  5,000
+#     it writes                                20,000, which is never
 
-_LONGEST_QUEUE = 20_000  # while the stream takes nothing
+_LONGEST_QUEUE = 20_000  # entries; more are dropped, and counted
 _Queued = str | tuple[Any, ...]  # a text, or a function and its arguments
 
 
@@ -8319,7 +8363,7 @@ class _StreamTracer(Tracer):
     number is told when something can be written again, or else at the end, on standard error.
     """
 
-    _pause = 0.1  # seconds in which more may come: SIGKILL takes no more than that along
+    _pause = 0.1  # seconds to wait for more before writing; a killed program loses no more
 
     def __init__(self, stream: IO[str] | None = None, *, logging_level: int | None = None) -> None:
         """`stream` is standard output by default. With a `logging_level`, what the program logs
@@ -8334,12 +8378,15 @@ class _StreamTracer(Tracer):
     def _renew(self) -> None:
         self._queue: list[_Queued] = []
         self._lines: list[Any] = []  # to be written next
-        self._wakes_at = 1  # the length of the queue at which the thread is to be woken
+        self._wakes_at = 1
         self._wake: queue.SimpleQueue[bool] = queue.SimpleQueue()  # True: write what is left, end
         self._writer: threading.Thread | None = None
-        self._started, self._writing = threading.Lock(), threading.Lock()
-        self._drops, self._seen = count(), 0  # `next` is one step, for threads and for looks
-        self._lost = 0
+        self._started = threading.Lock()  # held while there is a thread
+        self._writing = threading.Lock()  # held by the thread: the next one waits for its end
+        # What `_put` has dropped. `next` adds one in a single step, for any thread; to read the
+        # counter adds one, too, which `_seen` makes up for.
+        self._drops, self._seen = count(), 0
+        self._lost = 0  # what could not be written, as far as it has not been told
 
     def __enter__(self) -> Self:
         if self._logging_level is not None and self._logging is None:
@@ -8365,11 +8412,11 @@ class _StreamTracer(Tracer):
         if len(waiting) >= self._wakes_at:
             self._wakes_at = _LONGEST_QUEUE
             if self._started.acquire(blocking=False):
-                self._begin()
+                self._start_thread()
             else:
                 self._wake.put(False)
 
-    def _begin(self) -> None:
+    def _start_thread(self) -> None:
         self._writer = threading.Thread(target=self._run, name="tracer", daemon=True)
         try:
             self._writer.start()
@@ -8394,27 +8441,28 @@ class _StreamTracer(Tracer):
             self._complain(len(self._queue))
 
     def _complain(self, lost: int) -> None:
-        """On standard error, whose locks others may hold, and without waiting for that, either."""
+        """Tell it on standard error. Another thread does it, since that may stall as well."""
         text = f"stario: {lost} spans and events could not be written\n".encode()
         thread = threading.Thread(target=os.write, args=(2, text), daemon=True)
         thread.start()
         thread.join(0.2)
 
     def _run(self) -> None:
-        with self._writing:  # one thread after the other
+        with self._writing:
             ending = False
             while not ending:
                 with suppress(queue.Empty):
-                    self._wakes_at = 1  # before the look at the queue: what comes after it wakes
+                    self._wakes_at = 1  # set before the queue is looked at, so that none is missed
                     if not self._queue:
                         ending = self._wake.get(timeout=1 if self._lost else self._longest_wait())
-                    self._wakes_at = _LONGEST_QUEUE // 4  # a burst does not wait for the pause
+                    self._wakes_at = _LONGEST_QUEUE // 4
                     ending = ending or self._wake.get(timeout=self._pause)
                 self._wakes_at = _LONGEST_QUEUE
                 self._write_all(ending)
             self._wakes_at = 1
 
     def _write_all(self, ending: bool) -> None:
+        """Take what is in the queue, and write it."""
         taken = self._queue[:]
         del self._queue[: len(taken)]
         drops = next(self._drops)
@@ -8429,7 +8477,7 @@ class _StreamTracer(Tracer):
                     self._lines.append(what)
                 else:
                     what[0](*what[1:])
-            except Exception:  # one thing that cannot be shown costs no other
+            except Exception:  # it cannot be shown; the others can
                 self._lost += 1
         if not self._write(self._compose(ending)):
             self._lost += missing + len(taken) - bool(missing)
@@ -8441,7 +8489,7 @@ class _StreamTracer(Tracer):
             if text and self._stream is not None:
                 _write_any(self._stream, text)
                 self._stream.flush()
-        except Exception:  # it is full, closed, or a stream of somebody's own that fails
+        except Exception:  # the disk is full, the stream is closed, or its own `write` fails
             return False
         return True
 
@@ -8454,7 +8502,7 @@ class _StreamTracer(Tracer):
         raise NotImplementedError
 
     def _compose(self, ending: bool) -> str:
-        """What is to be written, now that all that had come has been taken."""
+        """The text to be written, now that `_lines` has all that came."""
         raise NotImplementedError
 
 
@@ -8462,7 +8510,7 @@ _stream_tracers: weakref.WeakSet[_StreamTracer] = weakref.WeakSet()
 
 
 def _begin_anew() -> None:
-    """In a fork: it has neither its parent's thread, nor its parent's lines to write."""
+    """In a forked process: the thread stayed in the parent, and writes what had come there."""
     for tracer in _stream_tracers:
         tracer._renew()
 
@@ -8475,7 +8523,7 @@ _ASCII_MARKS = str.maketrans("│─━✗…×", "|-=x.x")
 
 
 def _write_any(stream: IO[str], text: str) -> None:
-    write = type(stream).write  # its own: RichTracer puts another in its place, see there
+    write = type(stream).write  # the class's, since RichTracer (part 22) replaces the stream's
     try:
         write(stream, text)
     except UnicodeEncodeError:
@@ -8485,7 +8533,7 @@ def _write_any(stream: IO[str], text: str) -> None:
 
 
 def _printable(text: str) -> str:
-    # A client chooses paths and signals: what it sends must not move the cursor of a terminal.
+    # Clients choose paths and signals: control characters in them would move the cursor.
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
@@ -8493,6 +8541,11 @@ def _printable(text: str) -> str:
 
 # ==================================================================================================
 # 21. JsonTracer: for log collectors [json]
+#
+# A log collector reads what programs print, one JSON object on a line, and finds spans by trace id:
+#
+#     {"name":"POST /buy","trace_id":"0c10…","span_id":"5b1e…","start_time_unix_nano":17955…,
+#      "end_time_unix_nano":17955…,"attributes":{"http.request.method":"POST", …},"events":[…]}
 # ==================================================================================================
 
 
@@ -8506,7 +8559,7 @@ class JsonTracer(_StreamTracer):
 
     def __init__(self, stream: IO[str] | None = None, *, logging_level: int | None = None) -> None:
         super().__init__(stream, logging_level=logging_level)
-        self._events: dict[Span, list[str]] = {}  # that have not been written
+        self._events: dict[Span, list[str]] = {}  # those that have not been written, as JSON
 
     def on_event(self, span: Span, event: SpanEvent) -> None:
         """Into the queue."""
@@ -8539,7 +8592,7 @@ class JsonTracer(_StreamTracer):
         return text
 
     def _fields(self, span: Span, more: str) -> str:
-        """Of the line of a span all but its events, without the braces."""
+        """The line of a span, without its events and the braces around it."""
         try:
             attributes = _log_json(span.attributes)
         except Exception:  # something was put into `span.attributes` directly
@@ -8662,12 +8715,12 @@ class RichTracer(_StreamTracer):
     # -- What the program prints must not run into the footer. So it goes into the queue, too: while
     # the tracer's thread runs, `sys.stdout.write` and `sys.stderr.write` are replaced.
 
-    def _begin(self) -> None:
+    def _start_thread(self) -> None:
         for stream in (sys.stdout, sys.stderr) if self._live else ():
             if _size_of(stream) and "write" not in vars(stream):
                 stream.write = self._print  # type: ignore[method-assign]
                 self._replaced.append(stream)
-        super()._begin()
+        super()._start_thread()
 
     def _close(self) -> None:
         while self._replaced:
