@@ -57,60 +57,60 @@ brackets can be left out of your copy: `python stario.py --without assets,client
       223  ACT 1. A framework
         231  2. Errors
         335  3. HTML: elements are strings
-        694  4. JSON
-        800  5. The request: headers, query, cookies, body
-       1362  6. The answer: status, fields, body
-       1845  7. Context and routing
-       2420  8. The app
-     2775  ACT 2. On the network
-       2783  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3775  10. The server
-       4445  11. Trying it without a network: the test client [testclient]
-     4886  ACT 3. Live
-       4935  12. Datastar: attributes and actions
-       5462  13. Streams: events, and staying with a client
-       5985  14. Relay: publish and subscribe
-     6308  ACT 4. For real
-       6314  15. Signals: from JSON to your dataclass
-       7028  16. Forms [forms]
-       7204  17. Behind a proxy
-       7293  18. Compression [compression]
-       7491  19. Static files [assets]
-       8028  20. Telemetry: spans, and who hears of them
-       8543  21. JsonTracer: for log collectors [json]
-       8618  22. RichTracer: for people [rich]
-       9074  23. Sessions [sessions]
-       9185  24. What lives as long as the server
-       9261  25. @baked
-       9515  26. ASGI: the same app under another server [asgi]
-       9735  27. RedisRelay: the same between processes and machines [redis]
-       9974  28. Reload: a saved file restarts the app [reload]
-      10131  29. Development: what went wrong, shown where one looks [development]
-    10250  ACT 5. The pocket client
-      10293  30. The pocket client (JavaScript) [client]
-      11645  31. This file as a page [read]
-      11859  32. An app to begin with
+        695  4. JSON
+        801  5. The request: headers, query, cookies, body
+       1364  6. The answer: status, fields, body
+       1848  7. Context and routing
+       2423  8. The app
+     2780  ACT 2. On the network
+       2788  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
+       3780  10. The server
+       4450  11. Trying it without a network: the test client [testclient]
+     4891  ACT 3. Live
+       4940  12. Datastar: attributes and actions
+       5467  13. Streams: events, and staying with a client
+       5990  14. Relay: publish and subscribe
+     6313  ACT 4. For real
+       6319  15. Signals: from JSON to your dataclass
+       7033  16. Forms [forms]
+       7209  17. Behind a proxy
+       7298  18. Compression [compression]
+       7496  19. Static files [assets]
+       8033  20. Telemetry: spans, and who hears of them
+       8548  21. JsonTracer: for log collectors [json]
+       8623  22. RichTracer: for people [rich]
+       9079  23. Sessions [sessions]
+       9190  24. What lives as long as the server
+       9266  25. @baked
+       9520  26. ASGI: the same app under another server [asgi]
+       9740  27. RedisRelay: the same between processes and machines [redis]
+       9979  28. Reload: a saved file restarts the app [reload]
+      10136  29. Development: what went wrong, shown where one looks [development]
+    10255  ACT 5. The pocket client
+      10298  30. The pocket client (JavaScript) [client]
+      11650  31. This file as a page [read]
+      11864  32. An app to begin with
 
 READING PATH
 
 Two hours, for a reader who wants to know how it works, not all that it does. Read in this order:
 
       346-359    `SafeString`  an element is a string
-      659-687    `Tags`  `h.P` makes one
-     1109-1316   `Request`  what a client asks for
-     1373-1441   `Carrier`  what brings the answer back
-     1560-1746   `_RawWriter`  the answer
-     1863-1968   `Context`  what a handler gets beside it
-     2308-2324   `Router._find`  from a path to a handler
-     2612-2646   `Stario.dispatch`  one request from end to end
-     3078-3198   `_Reader`  bytes to requests
-     3517-3771   `Connection`  one connection, many requests
-     4187-4201   `Server.start`  listening
-     4301-4309   `Server.stop`  ending without losing a request
-     5613-5724   `_EventWriter`  events
-     5813-5882   `_Scope`  how a disconnect reaches a handler
-     5909-5981   `Alive`  staying with a client
-     6156-6260   `Relay`  from one handler to another
+      660-688    `Tags`  `h.P` makes one
+     1110-1317   `Request`  what a client asks for
+     1375-1443   `Carrier`  what brings the answer back
+     1563-1749   `_RawWriter`  the answer
+     1866-1971   `Context`  what a handler gets beside it
+     2311-2327   `Router._find`  from a path to a handler
+     2615-2649   `Stario.dispatch`  one request from end to end
+     3083-3203   `_Reader`  bytes to requests
+     3522-3776   `Connection`  one connection, many requests
+     4192-4206   `Server.start`  listening
+     4306-4314   `Server.stop`  ending without losing a request
+     5618-5729   `_EventWriter`  events
+     5818-5887   `_Scope`  how a disconnect reaches a handler
+     5914-5986   `Alive`  staying with a client
+     6161-6265   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -546,7 +546,8 @@ def _value_text(name: str, value: object) -> str:
 
 
 # -- Factories. `h.P` is a function. A call of it gives an element with these parts: dicts are its
-# attributes, all else is content. Without a call, as in `h.Div(h.Br)`, it is the empty element.
+# attributes, all else is content. `h.P({"id": "x"}, "Hello, ", h.B("Ada"))` is the string
+# `<p id="x">Hello, <b>Ada</b></p>`. Without a call, as in `h.Div(h.Br)`, it is the empty element.
 
 Tag = Callable[..., SafeString]
 
@@ -815,7 +816,7 @@ class _Missing(HttpException, KeyError):
 
 
 class _Fields:
-    """Text under names, where a name may come several times."""
+    """Text under names. A name may come several times, as `tag` does in `?tag=a&tag=b`."""
 
     _fold: Callable[[str], str] = str  # a name as it is kept: for header fields, in lower case
 
@@ -1132,9 +1133,9 @@ class Request:
         self.max_body = 0  # until `dispatch` (part 8) says
         self._body = body  # where it comes from
         self._body_read: bytes | None = None  # all of it, once `body()` has been called
-        self._streamed = False  # it was given out in chunks, and kept by nobody
+        self._begun = False  # somebody reads from `_body`, or has read: nobody else can
         self._received = 0  # bytes that were taken from `_body`
-        self._unread = b""  # taken, but to be given again: a read was cancelled
+        self._unread = b""  # what `_read` gives first: kept by `body()`, or by a cancelled read
         self._carrier = carrier
         self._query: QueryParams | None = None
 
@@ -1232,12 +1233,12 @@ class Request:
         """Before reading in pieces: once from the client, as often as one likes after `body()`."""
         if self._body_read is not None:
             self._unread = self._body_read
-        elif self._streamed:
+        elif self._begun:
             raise StarioError(
                 "the body comes only once: it was streamed, or another task reads it, or it failed"
             )
         else:
-            self._streamed = True
+            self._begun = True
 
     async def _read(self) -> bytes:
         """The next bytes of the body; at its end, nothing."""
@@ -1255,7 +1256,7 @@ class Request:
 
     def _check_size(self, size: int) -> None:
         if size > self.max_body:
-            self._streamed = True
+            self._begun = True
             if isinstance(self._body, Body):
                 self._body.discard()
             raise HttpException(413, f"the body is larger than {self.max_body} bytes")
@@ -1265,7 +1266,7 @@ class Request:
 
         This, `json`, `form` and `c.signals` go on where a call was cancelled, by a timeout say.
         """
-        if isinstance(self._body, bytes) and not self._streamed and self._body_read is None:
+        if isinstance(self._body, bytes) and not self._begun and self._body_read is None:
             self._check_size(len(self._body))
             self._body_read, self._body = self._body, b""
         if self._body_read is None:
@@ -1275,7 +1276,7 @@ class Request:
                 while chunk := await self._read():
                     chunks.append(chunk)
             except asyncio.CancelledError:
-                self._unread, self._streamed = b"".join(chunks), False
+                self._unread, self._begun = b"".join(chunks), False
                 raise
             self._body_read = b"".join(chunks)
         return self._body_read
@@ -1325,6 +1326,7 @@ _HOST = re.compile(
 
 def _split_host(host: str) -> tuple[str, str]:
     """Host and port of a Host field. `example.com.` is the same host, in its absolute form."""
+    # The colon before the port stands behind the brackets of an IPv6 address: `[::1]:8000`.
     end = host.rfind(":", host.find("]") + 1)
     name, port = (host[:end], host[end + 1 :]) if end >= 0 else (host, "")
     return name.lower().removesuffix("."), port
@@ -1497,8 +1499,9 @@ _DESCRIBING_FIELDS = (
 )  # fmt: skip
 _KEPT_TEXT = 256  # longest text, in characters, that goes into a cache: so a cache stays small
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+# What is not percent-encoded: in an address, and in a cookie's value (RFC 6265, section 4.1.1).
 _REDIRECT_SAFE = "!#$%&'()*+,-./:;=?@[]_~"
-_COOKIE_SAFE = "!#$&'()*+-./:<=>?@[]^_`{|}~"  # RFC 6265, section 4.1.1, but for "%"
+_COOKIE_SAFE = "!#$&'()*+-./:<=>?@[]^_`{|}~"
 
 
 def _bytes(data: bytes) -> bytes:
@@ -2752,7 +2755,9 @@ class Stario(Router):
             await server.stop()
 
 
-# -- Act 1 runs: an app, a request, and a carrier (part 6) that prints what it is given.
+# -- Act 1 runs: an app, a request, and a carrier (part 6) that prints what it is given. `dispatch`
+# asks the router for the handler of `/`, and calls it. `w.html` makes a status, fields and a body,
+# and gives them to the carrier's `answer`.
 #
 #     class Printing(Carrier):
 #         scopes = []
