@@ -70,26 +70,26 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        4940  12. Datastar: attributes and actions
        5467  13. Streams: events, and staying with a client
        5990  14. Relay: publish and subscribe
-     6313  ACT 4. For real
-       6319  15. Signals: from JSON to your dataclass
-       7033  16. Forms [forms]
-       7209  17. Behind a proxy
-       7298  18. Compression [compression]
-       7496  19. Static files [assets]
-       8033  20. Telemetry: spans, and who hears of them
-       8548  21. JsonTracer: for log collectors [json]
-       8623  22. RichTracer: for people [rich]
-       9079  23. Sessions [sessions]
-       9190  24. What lives as long as the server
-       9266  25. @baked
-       9520  26. ASGI: the same app under another server [asgi]
-       9740  27. RedisRelay: the same between processes and machines [redis]
-       9979  28. Reload: a saved file restarts the app [reload]
-      10136  29. Development: what went wrong, shown where one looks [development]
-    10255  ACT 5. The pocket client
-      10298  30. The pocket client (JavaScript) [client]
-      11650  31. This file as a page [read]
-      11864  32. An app to begin with
+     6315  ACT 4. For real
+       6321  15. Signals: from JSON to your dataclass
+       7038  16. Forms [forms]
+       7214  17. Behind a proxy
+       7303  18. Compression [compression]
+       7501  19. Static files [assets]
+       8038  20. Telemetry: spans, and who hears of them
+       8553  21. JsonTracer: for log collectors [json]
+       8628  22. RichTracer: for people [rich]
+       9084  23. Sessions [sessions]
+       9195  24. What lives as long as the server
+       9271  25. @baked
+       9525  26. ASGI: the same app under another server [asgi]
+       9745  27. RedisRelay: the same between processes and machines [redis]
+       9984  28. Reload: a saved file restarts the app [reload]
+      10141  29. Development: what went wrong, shown where one looks [development]
+    10260  ACT 5. The pocket client
+      10303  30. The pocket client (JavaScript) [client]
+      11655  31. This file as a page [read]
+      11869  32. An app to begin with
 
 READING PATH
 
@@ -110,7 +110,7 @@ Two hours, for a reader who wants to know how it works, not all that it does. Re
      5618-5729   `_EventWriter`  events
      5818-5887   `_Scope`  how a disconnect reaches a handler
      5914-5986   `Alive`  staying with a client
-     6161-6265   `Relay`  from one handler to another
+     6160-6267   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -5480,8 +5480,8 @@ await import(client);
 #    of the loop. It cancels the handler's task; asyncio raises CancelledError where the task waits.
 # 3. The scope catches the error, which is its own, and the loop ends as if its source had ended.
 #
-# A handler that waits in the loop's body is not interrupted: its loop ends when it asks for the
-# next item.
+# While the loop's body runs or waits, it is not interrupted: the loop ends when it asks for the
+# next item. The block of `async with w.alive()` is one scope, and is interrupted at any await.
 # ==================================================================================================
 
 
@@ -5898,7 +5898,7 @@ async def _ticks(seconds: float) -> AsyncIterator[None]:
 
 
 async def _paced_rounds(writer: Writer) -> AsyncIterator[None]:
-    """The source of `w.alive()`: see there. It keeps `async for ...: pass` from being busy."""
+    """The source of `w.alive()`. A body that does nothing is run four times a second only."""
     loop = asyncio.get_running_loop()
     while True:
         writes, waited = writer._writes, asyncio.Event()
@@ -6006,9 +6006,8 @@ class Alive(Generic[T]):
 # ==================================================================================================
 
 
-ToWake = dict[
-    asyncio.AbstractEventLoop, list[asyncio.Future[None]]
-]  # what readers wait for, by loop
+# The futures that readers wait for, by event loop: the readers that a change has news for.
+ToWake = dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]]
 Overflow = Literal["oldest", "latest", "close"]  # the rule for a full queue: see `subscribe`
 
 
@@ -6033,7 +6032,7 @@ class _Mailbox:
             OrderedDict() if overflow == "latest" else deque()
         )
         self.dropped = 0
-        self.gaps_before = gaps  # how often a RedisRelay (part 27) had been cut off by then
+        self.gaps_before = gaps  # of the relay, when this was made
         self.closed = False
         self.waiter: asyncio.Future[None] | None = None  # what the reader awaits, if it waits
         self.loop: asyncio.AbstractEventLoop | None = None  # the reader's loop, while it waits
@@ -6107,7 +6106,7 @@ class Subscription(Generic[T]):
         mailbox, lock = self._mailbox, self._relay._lock
         while True:
             with lock:
-                closed = mailbox.closed  # before the queue: what came before the end is read
+                closed = mailbox.closed  # looked at first, so that no message is missed
                 if mailbox.queue:
                     return cast("tuple[str, T]", mailbox.take())
                 if closed:
@@ -6162,10 +6161,10 @@ class Relay(Generic[T]):
     """Publish and subscribe within one process, from any thread. `Relay[str]()` carries text.
 
     Patterns: `room.1` is that subject, `room.*` all that begin with `room.`, `*` everything.
-    Publishing costs in proportion to who listens to the subject, not to who else is connected.
+    The time to publish grows with the number of subscriptions that fit the subject, not of others.
     """
 
-    _gaps = 0
+    _gaps = 0  # how often a RedisRelay (part 27) has been cut off
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
@@ -6225,6 +6224,7 @@ class Relay(Generic[T]):
             _wake(to_wake)
 
     def _deliver(self, to_wake: ToWake, subject: str, data: T) -> None:
+        """A step (of `_change`): put a message into the mailboxes of those who listen."""
         for mailbox in self._listeners(subject):
             if mailbox.closed:
                 continue
@@ -6247,11 +6247,13 @@ class Relay(Generic[T]):
         return self._tables.get(length, {}).get(key, {})
 
     def _add(self, to_wake: ToWake, mailbox: _Mailbox) -> None:
+        """A step: put a mailbox into the tables."""
         for pattern in mailbox.patterns:
             length, key = _table_and_key(pattern)
             self._tables.setdefault(length, {}).setdefault(key, {})[mailbox] = None
 
     def _remove(self, to_wake: ToWake, mailbox: _Mailbox) -> None:
+        """A step: close a mailbox, and take it out of the tables."""
         mailbox.closed = True
         mailbox.move_waiter(to_wake)
         patterns, mailbox.patterns = mailbox.patterns, ()
@@ -6344,7 +6346,9 @@ def _resolve(waiters: list[asyncio.Future[None]]) -> None:
 #
 # A schema is compiled once into *readers*, one for each type in it. A reader is a function: it
 # takes a value and gives it as its type says. If the value does not fit, it adds a note to the
-# `_Reading` and gives `_WRONG`. The notes are put into words at the end.
+# `_Reading` and gives `_WRONG`. The notes are put into words at the end. Below, notes come first,
+# then the readers of plain values and of values that hold others, then `_reader`, which makes the
+# reader of a type.
 # ==================================================================================================
 
 
@@ -6397,6 +6401,7 @@ _Note = tuple[_Place, str, object, str]
 
 
 def _in_words(note: _Note) -> Problem:
+    """`pets[0].age: expected a whole number, got "x"`"""
     place, expected, value, message = note
     path, got = _cut(_path_text(place)), _shown(value)
     where = path if path or message else "the signals"
@@ -6439,7 +6444,7 @@ class _Reading:
         self.place: _Place = None  # of the value that is being read
         self.notes: list[_Note] = []  # the first problems
         self.count = 0  # of all problems
-        self.cause: Exception | None = None
+        self.cause: Exception | None = None  # what a dataclass or a model has raised
         self.union_depth = 0  # in how many unions the value is that is being read
         self.tried: dict[tuple[int, int], _Outcome] = {}  # by union and value: see _union_reader
 
@@ -6661,7 +6666,7 @@ class _Field(str):
 
 
 def _list_reader(make: Any, kinds: Sequence[Any], is_fixed: bool = False) -> Reader:
-    """A list of any length, or a tuple with a type for each item."""
+    """A list, made into a list, set or tuple by `make`; if `is_fixed`, a type for each item."""
     readers = [_reader(kind) for kind in kinds]
     words = f"a list of {len(readers)}" if is_fixed else "a list"
 
