@@ -2845,9 +2845,8 @@ _NEVER = float("inf")
 _NETWORK_GONE = {  # errors of a socket whose client is gone, beside ConnectionError
     errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN, errno.ENOTCONN
 }  # fmt: skip
-_RESET = struct.pack(
-    "hh" if os.name == "nt" else "ii", 1, 0
-)  # for SO_LINGER, on and 0 seconds: closing sends a reset
+# For SO_LINGER, on and 0 seconds: a close sends a reset.
+_RESET = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)
 
 _REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/([0-9])\.([0-9])")
 _ABSOLUTE = re.compile(r"https?://([^/?#@]+)(/[^?#]*)?(\?[^#]*)?", re.IGNORECASE)
@@ -3039,6 +3038,7 @@ class _Chunks:
                     at = end + 2
                     continue
             end = buffer.find(b"\r\n", at)
+            # Behind a chunk (`left` is 1 or 2) only its line break may follow.
             if self.left and end != at and buffer[at:] != b"\r":
                 raise HttpException(400, "a chunk is longer than its size says")
             if end < 0:
@@ -3128,7 +3128,7 @@ class _Reader:
                 at += 2
             line_end = buffer.find(b"\r\n", at)
             end = buffer.find(b"\r\n\r\n", at + max(0, self._searched - 3)) + 4
-        if end < 4:
+        if end < 4:  # find() gave -1
             self._use(at)
             self._check_start()
             return None
@@ -3137,9 +3137,8 @@ class _Reader:
             raise self._too_large(raw_line)
         if framing is None:
             headers, framing = self._read_block(buffer[line_end:end])
-        read = (
-            _parse_request_line if len(raw_line) <= _KEPT_TEXT else _parse_request_line.__wrapped__
-        )
+        keep = len(raw_line) <= _KEPT_TEXT
+        read = _parse_request_line if keep else _parse_request_line.__wrapped__
         line = read(raw_line)
         if len(line.target) > limits.max_target:
             raise HttpException(414, f"the target is longer than {limits.max_target} bytes")
@@ -3151,7 +3150,8 @@ class _Reader:
 
     def _check_start(self) -> None:
         """Refuse an incomplete head at once if it is malformed or too large already."""
-        start, new = self.buffer[self._at :], max(0, self._searched - 1)
+        start = self.buffer[self._at :]
+        new = max(0, self._searched - 1)  # what was checked already is not checked again
         line, line_end, _ = start.partition(b"\r\n")
         if _LONE_LF.search(start, new):
             raise HttpException(400, "a line of the head ends in a bare line feed")
@@ -3600,9 +3600,9 @@ class Connection(_Answers):
         state, worker = self._state, self._worker
         if state is _BODY or state is _REST:
             return self._read_body()
+        if state is _EXCESS:
+            raise HttpException(503, "too many connections")
         if not (state is _IDLE or state is _HEAD) or self._paused_writing:
-            if state is _EXCESS:
-                raise HttpException(503, "too many connections")
             return False
         if worker.crowded:
             self._deadline = _NEVER
@@ -3779,14 +3779,16 @@ class Connection(_Answers):
 # ==================================================================================================
 # 10. The server
 #
-# The server accepts connections on the caller's event loop and deals them out, in turn, to its
-# workers: one on that same loop, and `workers - 1` in threads with a loop of their own. They share
-# memory, so what handlers keep in variables is there for all of them.
+# A server *listens* on a socket: the kernel completes connections there, and keeps them in a queue
+# (the *backlog*) until they are *accepted*, each as a socket of its own. The server accepts on the
+# caller's event loop, and hands each connection to one of its workers in turn: one on that same
+# loop, and `workers - 1` in threads with a loop of their own. They share memory, so what handlers
+# keep in variables is there for all of them.
 #
 # A server that stops must not lose a request. From then on each answer says that its connection
-# ends; what waits in the listening sockets' queues is accepted before they close; a connection
-# without a request has half a second in which one is still answered; streams are told to end. All
-# of it is bounded by `graceful_timeout`, whatever a client, a thread or a worker does.
+# ends; the connections in the backlog are accepted before the sockets close; an idle connection is
+# read for `_IDLE_GRACE` seconds more; streams are told to end. After `graceful_timeout` seconds all
+# that is left is cut off.
 # ==================================================================================================
 
 
@@ -3798,29 +3800,29 @@ def _spawn(
     loop: asyncio.AbstractEventLoop,
     context: contextvars.Context | None = None,
 ) -> asyncio.Task[T]:
-    """A task of its own for a coroutine.
+    """Make a task of a coroutine.
 
-    From Python 3.12 on it starts at once, and one that never has to wait is done when this returns,
-    without another turn of the loop. (Given no name, a task would put one together.)
+    From Python 3.12 on it runs at once, up to its first wait, and not only when the loop comes to
+    it: a handler that never waits is done when this returns. (A task without a name makes one up.)
     """
     if _EAGER:
         return asyncio.Task(coroutine, loop=loop, name="stario", context=context, eager_start=True)  # type: ignore[call-arg]
     return loop.create_task(coroutine, name="stario", context=context)
 
 
-_closing: set[asyncio.Task[Any]] = set()  # tasks that close what an `alive` has left
+_closing: set[asyncio.Task[Any]] = set()  # tasks that close the source of an `alive` (part 13)
 
 
 def _keep(task: asyncio.Task[Any], tasks: set[asyncio.Task[Any]]) -> None:
-    """A loop refers to its tasks only weakly, so somebody has to keep those that are under way."""
+    """Refer to a task until it has ended: a loop's own reference to it is only a weak one."""
     tasks.add(task)
     task.add_done_callback(tasks.discard)
 
 
 class Worker:
-    """One event loop's share of the connections.
+    """An event loop, its share of the connections, and the handlers that run for them.
 
-    It is touched on that loop only, but for `stopping` and `deadline`, which the server sets, too.
+    Only that loop's thread uses it. The server sets `stopping` and `deadline` from its own thread.
     """
 
     def __init__(
@@ -3830,27 +3832,27 @@ class Worker:
         limits: Limits,
         proxies: TrustedProxies | None = None,
     ) -> None:
-        """With its share of the server's limits."""
+        """`limits` are for this worker alone: its share of the server's."""
         self.app = app
         self.proxies = proxies
         self.loop = loop
         self.limits = limits
         self.connections: set[Connection] = set()
-        self.arriving: set[asyncio.Task[None]] = set()  # accepted; before a connection comes TLS
+        self.arriving: set[asyncio.Task[None]] = set()  # accepted, in their TLS handshake
         self.tasks: set[asyncio.Task[None]] = set()  # handlers under way
-        self.crowded = False  # there are as many of them as may be
-        self.waiting: set[Connection] = set()  # for some of them to end
+        self.crowded = False  # they are as many as `max_handlers` allows
+        self.waiting: set[Connection] = set()  # to start one, until it is no longer crowded
         self.stopping = False  # every answer says "connection: close", streams end
-        self.deadline = _NEVER  # when stopping: the time at which all is cut off
+        self.deadline = _NEVER  # when stopping: all is cut off then (the loop's clock)
         self.ended = False  # its loop is to end
         self.context = contextvars.copy_context()
         times = (time for name, time in dataclasses.asdict(limits).items() if "timeout" in name)
         self._interval = max(0.01, min(1.0, min(times) / 4))
-        self.now = loop.time()  # of the last sweep
+        self.now = loop.time()  # the time of the last sweep
         self._sweep()
 
     def adopt(self, accepted: socket.socket, tls: ssl_module.SSLContext | None) -> None:
-        """Take over a connection that has been accepted, if there is any room for it."""
+        """Make a Connection of an accepted socket, unless there are far too many already."""
         if len(self.connections) + len(self.arriving) >= self.limits.max_connections + _MAX_EXCESS:
             accepted.close()
             return
@@ -3864,13 +3866,14 @@ class Worker:
                 ssl=tls,
                 ssl_handshake_timeout=self.limits.header_timeout if tls else None,
             )
-        except (OSError, asyncio.CancelledError):  # no TLS after all, or gone already
+        except (OSError, asyncio.CancelledError):  # no TLS, or the client has gone
             accepted.close()
 
     def track(self, task: asyncio.Task[None]) -> None:
-        """Hold a handler that is under way.
+        """Keep a handler's task until it ends.
 
-        Those that go on after their answer have a bound for all together, `max_handlers`.
+        A handler may go on after its answer, while its connection brings the next request. So
+        their number is bounded: one for each connection, and `max_handlers` more.
         """
         self.tasks.add(task)
         task.add_done_callback(self._handler_ended)
@@ -3878,7 +3881,7 @@ class Worker:
 
     def _handler_ended(self, task: asyncio.Task[None]) -> None:
         self.tasks.discard(task)
-        # Not as soon as one has ended: all that wait are woken.
+        # Only when a tenth is free, since all that wait are woken then.
         few = len(self.connections) + 0.9 * self.limits.max_handlers
         if self.crowded and len(self.tasks) < few:
             self.crowded = False
@@ -3887,22 +3890,23 @@ class Worker:
                 self.loop.call_soon(connection.go_on)
 
     def note_refusal(self, client: str, exc: HttpException) -> None:
-        """Put into the trace what no handler got to see."""
+        """Trace a request that was refused before a handler saw it."""
         if not self.app._silent:
             told = {"http.response.status_code": exc.status_code, "detail": exc.detail}
             self.app.tracer("http.refused", {**told, "client.address": client}).end()
 
     def _sweep(self) -> None:
-        """Note the time, about once a second, and let each connection compare it."""
+        """About once a second: note the time, and let each connection compare its deadline."""
         self._timer = self.loop.call_later(self._interval, self._sweep)
         now = self.loop.time()
         late = now - self.now - self._interval
         self.now = now
         idle = _IDLE_GRACE if self.stopping else self.limits.keep_alive_timeout
         self.idle_deadline = self.now + idle
+        # What every answer's head ends with: its last field, and the empty line.
         self.end_of_head = f"date: {_http_date(time.time())}\r\n\r\n".encode()
         for connection in list(self.connections):
-            if late > self._interval:  # a suspended machine, a handler that blocked the loop
+            if late > self._interval:  # the machine was suspended, or a handler blocked the loop
                 connection.extend_deadlines(late)
             connection.check(self.now)
 
@@ -3920,18 +3924,18 @@ class Worker:
             self.tasks or self.connections or self.arriving
         ) and self.loop.time() < self.deadline:
             await asyncio.sleep(0.01)
-            if self.loop.time() >= start + _LINGER:  # nobody waits longer for a TLS greeting
+            if self.loop.time() >= start + _LINGER:  # a TLS handshake gets no longer
                 _cancel(self.arriving)
         _cancel(self.tasks | self.arriving)
         for connection in list(self.connections):
             connection._transport.abort()
         if under_way := self.tasks | self.arriving:
             await asyncio.wait(under_way, timeout=_CLEANUP)
-        await asyncio.sleep(0)  # for connection_lost
+        await asyncio.sleep(0)  # let the loop call connection_lost
         self._timer.cancel()
 
     def run(self) -> None:
-        """A worker's thread: run its loop, whatever is raised there, until the worker has ended."""
+        """The main function of a worker's thread: run its loop until `end` is called."""
         while not self.ended:
             try:
                 self.loop.run_forever()
@@ -3942,7 +3946,7 @@ class Worker:
         self.loop.close()
 
     def end(self) -> None:
-        """Let its thread end."""
+        """Stop its loop, and so its thread."""
         self.ended = True
         self.loop.stop()
 
@@ -3953,7 +3957,10 @@ def _cancel(tasks: set[asyncio.Task[None]]) -> None:
 
 
 class _Threads(ThreadPoolExecutor):
-    """Threads for `asyncio.to_thread`; the interpreter joins those of a ThreadPoolExecutor."""
+    """A thread pool for `asyncio.to_thread` that does not hold up the end of the program.
+
+    (When Python exits, it waits for the threads of a plain ThreadPoolExecutor.)
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -3980,20 +3987,20 @@ class _Threads(ThreadPoolExecutor):
     def _work(self) -> None:
         while job := self._jobs.get():
             job()
-            del job  # or what it holds would live until the next one
+            del job  # else its objects would live until the next job
 
     def shutdown(self, wait: bool = True, *, cancel_futures: bool = False) -> None:
-        """Let each thread end when it is through."""
+        """Let each thread end after the jobs that are queued."""
         for _ in range(self._started):
             self._jobs.put(None)
 
 
-_LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+_LOOPBACK = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # for "all addresses", one that can be opened
 
 
 @dataclasses.dataclass
 class _Listener:
-    """The sockets that a server listens with: made, given, or inherited."""
+    """The sockets that a server listens on: its own, given ones, or inherited from systemd."""
 
     host: str
     port: int
@@ -4005,7 +4012,7 @@ class _Listener:
 
     def __post_init__(self) -> None:
         self.bound = ""  # the address of the last socket
-        self._unix_file: os.stat_result | None = None  # the file that we have made there
+        self._unix_file: os.stat_result | None = None  # the Unix socket's file, once it is ours
         self.sockets = [self.sock] if self.sock is not None else []
         if not isinstance(self.host, str):
             raise StarioError(f'host is {self.host!r}: text is needed, "" for all addresses')
@@ -4017,7 +4024,7 @@ class _Listener:
             raise StarioError("reuse_port is not supported on this system")
 
     def open(self) -> None:
-        """Listen. Raises StarioError where that cannot be."""
+        """Listen. Raises StarioError with the reason if that fails."""
         try:
             self.sockets += [] if self.sockets else _inherited_sockets()
             if self.sockets:
@@ -4045,14 +4052,14 @@ class _Listener:
         self.sockets.clear()
 
     def unlink(self) -> None:
-        """Remove the file of a Unix socket, unless it is a successor's by now."""
+        """Remove the file of a Unix socket, unless another server has replaced it."""
         if self._unix_file and self.unix_socket:
             with suppress(OSError):
                 if os.path.samestat(self._unix_file, os.stat(self.unix_socket)):
                     os.unlink(self.unix_socket)
 
     def _take_address(self) -> None:
-        """Say where the sockets are that we were given."""
+        """Take host and port, or the path, from a socket that was given or inherited."""
         for given in self.sockets:
             if given.type != socket.SOCK_STREAM:
                 raise StarioError(f"{given!r} is no stream socket")
@@ -4080,15 +4087,15 @@ class _Listener:
             if family == socket.AF_INET6:
                 listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             listening.bind((address[0], self.port, *address[2:]))
-            self.bound, self.port = listening.getsockname()[:2]  # port 0: one for all addresses
+            self.bound, self.port = listening.getsockname()[:2]  # port 0: the first one's for all
 
     def _bind_unix(self, path: str) -> None:
-        """Listen under a name of our own, then give it the path: nobody finds it too early."""
+        """Listen under a temporary name, then rename: the path never leads to a deaf socket."""
         _refuse_taken(path, self.reuse_port)
         listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.sockets.append(listening)
         folder, name = os.path.split(path)
-        # As long as the path, of which systems take about a hundred bytes.
+        # No longer than the path itself: systems allow about 100 bytes.
         own = os.path.join(folder, f".{os.getpid()}".ljust(len(os.fsencode(name)), "_"))
         with suppress(FileNotFoundError):
             os.unlink(own)
@@ -4126,15 +4133,15 @@ class Server:
     """A server for an app: `await start()`, `await stop()`; `url` and `port` say where it is.
 
     - `host`, `port`: where to listen; port 0 takes a free one
-    - `workers`: event loops, each in a thread of its own but the first
-    - `unix_socket`: a path to listen at instead, with `unix_mode` as its permissions
-    - `sock`: a socket to listen with instead. So are those that systemd hands over (LISTEN_FDS)
+    - `workers`: how many event loops; each but the first runs in a thread of its own
+    - `unix_socket`: a path to listen on instead, with `unix_mode` as its permissions
+    - `sock`: a socket to listen on instead. Sockets from systemd (LISTEN_FDS) are used unasked
     - `ssl`: an `ssl.SSLContext`, for HTTPS
     - `reuse_port`: listen where another process may do so, too: on a port by SO_REUSEPORT; a Unix
       socket's path is taken over, and the other server keeps what has connected already
-    - `backlog`: connections that wait to be accepted
+    - `backlog`: how many connections may wait to be accepted
     - `graceful_timeout`: seconds that requests under way get when the server stops
-    - `trusted_proxies`: who may say for whom it asks; see TrustedProxies
+    - `trusted_proxies`: proxies whose word on the client is believed; see TrustedProxies (part 17)
     - the fields of `Limits`
     """
 
@@ -4172,8 +4179,8 @@ class Server:
         self._limits = _limits(options)
         self._workers: list[Worker] = []
         self._threads: list[threading.Thread] = []
-        self._accepting: list[asyncio.Task[None]] = []  # where the loop has no readers
-        self._next = 0  # the worker that gets the next connection
+        self._accepting: list[asyncio.Task[None]] = []  # on Windows, see `_watch`
+        self._next = 0  # index of the worker that gets the next connection
         self._stop = asyncio.Event()
         self._asked = 0.0  # when a signal last asked to stop
 
@@ -4182,7 +4189,6 @@ class Server:
         """The address to open, without a slash at its end."""
         if self._listener.unix_socket:
             return f"unix:{self._listener.unix_socket}"
-        # "All addresses" is none to open.
         host = _LOOPBACK.get(self._listener.bound, self.host)
         host = f"[{host}]" if ":" in host else host
         return f"{'https' if self._ssl else 'http'}://{host}:{self.port}"
@@ -4190,7 +4196,7 @@ class Server:
     # -- Starting
 
     async def start(self) -> None:
-        """Listen, and start the workers. Raises StarioError where that cannot be."""
+        """Listen, and start the workers. Raises StarioError with the reason if that fails."""
         async with AsyncExitStack() as stack:
             stack.callback(_forget_signals, self)
             self._listener.open()
@@ -4212,8 +4218,10 @@ class Server:
         return Worker(self.app, loop, limits, self._proxies)
 
     async def _start_thread(self, name: str) -> Worker:
-        """A worker with a thread. Its loop is made there: on Windows the newest loop of the main
-        thread is the one that signals wake."""
+        """Start a thread with a worker. Its loop is made in that thread.
+
+        (Made in the main thread, on Windows, it would be the one that signals wake.)
+        """
         started: Future[Worker] = Future()
 
         def run() -> None:
@@ -4236,17 +4244,17 @@ class Server:
     # -- Running
 
     def _watch(self, listening: socket.socket) -> None:
-        """Accept what comes, as long as the socket is open."""
+        """Have the loop call `_accept` whenever connections wait in the backlog."""
         if listening not in self._listener.sockets:
             return
         try:
             self._loop.add_reader(listening, self._accept, listening)
-        except NotImplementedError:  # Windows' loop
+        except NotImplementedError:  # Windows' loop has no add_reader
             self._accepting.append(self._loop.create_task(self._accept_singly(listening)))
 
     def _accept(self, listening: socket.socket) -> None:
-        """Accept the connections that wait, and deal them out."""
-        for _ in range(_ACCEPT_BATCH):  # the next ones come when others had their share of the loop
+        """Accept the connections that wait, and hand them to the workers."""
+        for _ in range(_ACCEPT_BATCH):
             try:
                 accepted, _address = listening.accept()
             except BlockingIOError:
@@ -4254,7 +4262,7 @@ class Server:
             except ConnectionError:  # the client has gone meanwhile
                 continue
             except OSError:
-                # No descriptors or memory left: those who wait stay in the backlog for a moment.
+                # No file descriptors or memory left: leave them in the backlog for a moment.
                 self._loop.remove_reader(listening)
                 self._loop.call_later(0.1, self._watch, listening)
                 return
@@ -4284,21 +4292,21 @@ class Server:
     async def wait_for_signal(self) -> None:
         """Wait for Ctrl-C, SIGTERM, the terminal's end (SIGHUP), or Ctrl-Break (SIGBREAK).
 
-        Another one, while the server stops, ends its patience: requests are cancelled, and the
-        next one, or one that the event loop is too busy to see, ends the process.
+        A second signal, while the server stops, cancels the requests. A third one ends the process,
+        and so does the second if the event loop is blocked.
         """
         _heed_signals(self)
         await self._stop.wait()
 
     def _signalled(self, number: int) -> None:
-        """A signal has come. (Within a moment it is the same one: a terminal sends it twice.)"""
+        """A signal has come. (A second one within 0.1 s is the same: terminals send it twice.)"""
         now = time.monotonic()
         if not self._asked:
             self._asked = now
             self._loop.call_soon_threadsafe(self._stop.set)
         elif now - self._asked > 0.1:
             if not self._stop.is_set() or not self._graceful_timeout:
-                os._exit(128 + number)  # (process 1 of a container ends by no signal of its own)
+                os._exit(128 + number)  # (process 1 of a container could not kill itself)
             self._asked, self._graceful_timeout = now, 0.0
             for worker in self._workers:
                 worker.deadline = 0.0
@@ -4306,7 +4314,7 @@ class Server:
     async def stop(self) -> None:
         """Accept no more, end the streams, let requests finish within `graceful_timeout`."""
         for worker in self._workers:
-            worker.stopping = True  # from now on every answer tells that its connection ends
+            worker.stopping = True  # every answer says `connection: close` from now on
         self._stop_accepting()
         try:
             await self._stop_workers()
@@ -4314,12 +4322,12 @@ class Server:
             await self._ending.aclose()
 
     def _stop_accepting(self) -> None:
-        """Close the listening sockets, when all that waits there has been accepted.
+        """Accept what is in the backlog, then close the listening sockets.
 
-        For their clients those connections stand, and the kernel would reset them. (A handshake
-        that is under way in this moment is lost on Linux, unless net.ipv4.tcp_migrate_req is set.)
+        To their clients those connections are open already, and a close would reset them. (A TCP
+        handshake that is under way is lost on Linux, unless net.ipv4.tcp_migrate_req is set.)
         """
-        self._listener.unlink()  # first, so that nobody comes after the last one
+        self._listener.unlink()  # first, so that no more clients come
         for task in self._accepting:
             task.cancel()
         for listening in self._listener.sockets:
@@ -4349,7 +4357,7 @@ class Server:
             worker.loop.call_soon_threadsafe(worker.end)
         while any(thread.is_alive() for thread in self._threads) and time.monotonic() < deadline:
             await asyncio.sleep(0.005)
-        self._workers, self._threads = [], []  # a blocked thread ends with the process
+        self._workers, self._threads = [], []  # (a blocked thread ends with the process)
 
 
 def _limits(options: dict[str, Any]) -> Limits:
@@ -4362,16 +4370,16 @@ def _limits(options: dict[str, Any]) -> Limits:
     return Limits(**options)
 
 
-# -- Signals are the process's: they stop every server that waits for one. What was done about them
-# before is put back when the last of these servers has stopped.
+# -- Signals (Ctrl-C is one) are sent to the process, so one stops every server that waits for it.
+# When the last of these servers has stopped, the program's earlier signal handlers are put back.
 
-_awaiting_signal: list[Server] = []  # touched in the main thread only
-_earlier_handlers: dict[int, Any] = {}  # what was done about these signals
+_awaiting_signal: list[Server] = []  # used by the main thread only
+_earlier_handlers: dict[int, Any] = {}  # by signal number
 
 
 def _heed_signals(server: Server) -> None:
     if threading.current_thread() is not threading.main_thread() or server in _awaiting_signal:
-        return  # only the main thread can have signals
+        return  # Python allows signal handlers in the main thread only
     _awaiting_signal.append(server)
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
         number = getattr(signal, name, None)
@@ -4395,11 +4403,12 @@ def _forget_signals(server: Server) -> None:
 
 
 _INHERITED = {
-    # A client that vanishes while nothing is sent to it, as in a long poll, shows in 30 seconds.
+    # The kernel asks a silent client after 15 s, then every 5 s; without an answer it gives up
+    # after 30 s. So a client that has vanished shows, even where nothing is sent to it.
     "TCP_KEEPIDLE": 15,
     "TCP_KEEPINTVL": 5,
     "TCP_KEEPCNT": 3,
-    # For one that does not read the kernel keeps this much, not megabytes that grow old.
+    # For a client that does not read the kernel keeps this many bytes, and not megabytes.
     "TCP_NOTSENT_LOWAT": _HIGH_WATER,
 }
 
@@ -4413,7 +4422,7 @@ def _set_inherited(listening: socket.socket) -> None:
 
 
 def _is_local(family: int, address: tuple[Any, ...]) -> bool:
-    """Whether this machine has the address: in containers, `localhost` often lacks its IPv6 one."""
+    """Whether this machine has the address. (In containers `localhost` often lacks ::1.)"""
     with suppress(OSError), socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.bind((address[0], 0, *address[2:]))
         return True
@@ -4428,7 +4437,7 @@ def _refuse_taken(path: str, take_over: bool) -> None:
     except FileNotFoundError:
         return
     with suppress(ConnectionRefusedError), socket.socket(socket.AF_UNIX) as probe:
-        probe.settimeout(1.0)  # one that hangs would let us wait for ever
+        probe.settimeout(1.0)  # the other server may hang
         if not take_over:
             probe.connect(path)
             raise StarioError("another server is listening there")
@@ -4437,9 +4446,9 @@ def _refuse_taken(path: str, take_over: bool) -> None:
 def _inherited_sockets() -> list[socket.socket]:
     """The sockets that systemd, or whatever speaks its protocol (sd_listen_fds), has opened."""
     if os.environ.get("LISTEN_PID") != str(os.getpid()):
-        return []  # they are another process's
+        return []  # none, or they are meant for another process
     count = int(os.environ.pop("LISTEN_FDS", "0"))
-    del os.environ["LISTEN_PID"]  # for the programs that we start
+    del os.environ["LISTEN_PID"]  # programs that we start shall not take them for theirs
     sockets = [socket.socket(fileno=descriptor) for descriptor in range(3, 3 + count)]
     for inherited in sockets:
         inherited.set_inheritable(False)
@@ -4449,9 +4458,9 @@ def _inherited_sockets() -> list[socket.socket]:
 # ==================================================================================================
 # 11. Trying it without a network: the test client [testclient]
 #
-# Each request gets a pair of connected sockets: at one end the server's own connection (9), with a
-# worker for itself (10), at the other this client. So an answer is what the server answers, byte by
-# byte. All of it runs in the loop of the test: no port, no thread.
+# Each request of a TestClient gets a pair of connected sockets: at one end the server's own
+# connection (9) with a worker of its own (10), at the other this client. So a test sees the bytes
+# that a browser would. All of it runs in the test's event loop: no port, no thread.
 # ==================================================================================================
 
 
@@ -4501,7 +4510,7 @@ class ServerEvent(NamedTuple):
 
 
 def _named_lines(text: str, separator: str) -> dict[str, list[str]]:
-    """What stands behind each name at the beginning of lines."""
+    """Lines such as `data: hello` by their names: `{"data": ["hello"]}`."""
     found: dict[str, list[str]] = {}
     for line in text.split("\n"):
         name, *value = re.split(separator, line, maxsplit=1)
@@ -4521,7 +4530,7 @@ def _parse_event(block: str) -> ServerEvent | None:
 
 
 class _Jar:
-    """When the client's cookies end, and which paths they are for (RFC 6265, section 5)."""
+    """The client's cookies: until when, and for which paths, each is sent (RFC 6265, section 5)."""
 
     def __init__(self, cookies: dict[str, str]) -> None:
         self._cookies = cookies
@@ -4541,7 +4550,7 @@ class _Jar:
         return "; ".join(sent)
 
     def take(self, headers: Headers) -> dict[str, str]:
-        """Keep what an answer sets; gives that."""
+        """Keep the cookies that an answer sets, and return them."""
         from email.utils import parsedate_to_datetime
 
         found: dict[str, str] = {}
@@ -4576,7 +4585,7 @@ def _multipart(
 
 
 def _plain_sent(value: object) -> object:
-    """A browser sends a file among signals in base64, and a schema reads it as bytes."""
+    """As Datastar sends signals: bytes, the contents of a file, go as base64."""
     return base64.b64encode(value).decode() if isinstance(value, bytes) else _json_default(value)
 
 
@@ -4591,14 +4600,14 @@ class TestStream:
 
     __test__ = False  # pytest: this is no test case
 
-    status = 0  # as long as the answer has not begun
+    status = 0  # 0 until the answer begins
     headers = Headers()
 
     def __init__(self, client: TestClient, name: str, timeout: float) -> None:
         self._name = name  # of the request, for messages
         self._timeout = timeout
         self._failures: list[BaseException] = []  # of its handler
-        self._bytes = b""  # of the next event
+        self._bytes = b""  # of the body, not parsed as an event yet
         self._last: ServerEvent | None = None
         loop = asyncio.get_running_loop()
         self._worker = Worker(client.app, loop, client.limits)
@@ -4643,7 +4652,7 @@ class TestStream:
 
     async def _read_head(self, no_body: bool) -> None:
         status = 100
-        while status < 200:  # before the answer may come "100 Continue"
+        while status < 200:  # "100 Continue" may come before the answer
             block = await self._reader.readuntil(b"\r\n\r\n")
             line, _, fields = block.partition(b"\r\n")
             status = int(line.split()[1])
@@ -4666,7 +4675,7 @@ class TestStream:
 
     @asynccontextmanager
     async def _awaiting(self, what: str) -> AsyncIterator[None]:
-        """Wait for this, within the time limit, and say what it was if it does not come."""
+        """Bound the block by the time limit; a failure in it says what was awaited."""
         try:
             async with asyncio.timeout(self._timeout):
                 yield
@@ -4678,11 +4687,11 @@ class TestStream:
             raise ClientDisconnected(f"{self._name}: the answer broke off") from None
 
     async def _settle(self) -> None:
-        """Let the handler come to its first bytes, or to where it waits."""
+        """Let the handler run to its first bytes, or to where it waits."""
         async with self._awaiting("the start of its handler"):
             while not (self._worker.tasks or self._head.done()):
                 await asyncio.sleep(0)
-        for _ in range(20):
+        for _ in range(20):  # turns of the loop: more than a handler needs to send its head
             if not self._head.done():
                 await asyncio.sleep(0)
 
@@ -4710,11 +4719,11 @@ class TestStream:
                 await asyncio.wait(self._worker.tasks)
 
     def _raise_failure(self) -> None:
-        """The test fails where its handler has failed."""
+        """Raise in the test what the handler has raised."""
         failure = self._failures[0] if self._failures else None
         if isinstance(failure, Exception):
             raise failure
-        if failure is not None:  # it would end the test, or the test's task, and not fail it
+        if failure is not None:  # SystemExit or a cancellation would end the test, not fail it
             raise RuntimeError(f"{self._name}: its handler raised {failure!r}") from failure
 
 
@@ -4723,8 +4732,8 @@ class TestClient:
 
     `cookies` is its jar: answers change it, requests send it. A request returns when its handler
     has ended, with all that it does after its answer; with `wait=False` when the answer is there.
-    What a handler raises is raised in the test; with `raise_errors=False` it is what it is for a
-    browser, an answer with status 500. What takes longer than `timeout` seconds is a TimeoutError
+    What a handler raises is raised in the test; with `raise_errors=False` it is answered with 500,
+    as to a browser. What takes longer than `timeout` seconds is a TimeoutError
     that says what was awaited. Other options are those of `Limits`.
     """
 
@@ -4752,7 +4761,7 @@ class TestClient:
         self._unfinished: list[TestStream] = []  # answered with wait=False
 
     async def __aenter__(self) -> TestClient:
-        # An app that is being served, too, is in its lifespans already.
+        # If a server runs the app already, its lifespans (part 24) have begun.
         life = self.app._life
         self._lived = life.lived() if life.loop is None else nullcontext()
         await self._lived.__aenter__()
@@ -4884,6 +4893,12 @@ class TestClient:
 #
 #     app = Stario()
 #     app.get("/", hello)
+#
+#     async def test_hello() -> None:
+#         async with TestClient(app) as client:
+#             answer = await client.get("/?name=you")
+#             assert answer.text == "<p>Hello, you</p>"
+#
 #     # GET /?name=you -> <p>Hello, you</p>
 
 

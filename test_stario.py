@@ -527,6 +527,13 @@ class TestFile(unittest.TestCase):
         self.assertEqual(done.stderr, "")
         self.assertEqual(done.stdout.strip(), code.rpartition("# prints ")[2].strip())
 
+    def test_the_test_in_act_2_passes(self) -> None:
+        rows = stario._rows(Path(stario.__file__).read_text(encoding="utf-8"))
+        code = [stario._example_code(row) for row in rows if "def test_hello" in str(row.prose)]
+        names = dict(vars(stario))
+        exec(code[0], names)
+        asyncio.run(names["test_hello"]())
+
     def test_the_bytes_of_act_0_are_what_goes_over_the_wire(self) -> None:
         async def home(c: Context, w: Writer) -> None:
             w.html(h.H1("Hello, ", c.req.query.get("name", "world")))
