@@ -3240,6 +3240,7 @@ class _State(enum.Enum):
     A request may pass through IDLE, HEAD, BODY, ANSWER and IDLE again. A head that comes whole
     skips HEAD, a body that comes with it skips BODY. REST is the rest of a body whose request is
     answered already. A connection above `max_connections` begins in EXCESS. CLOSING is the last.
+    While it is not the client who has to act, `_deadline` is `_NEVER`.
     """
 
     EXCESS = 0
@@ -3255,7 +3256,10 @@ _EXCESS, _IDLE, _HEAD, _BODY, _ANSWER, _REST, _CLOSING = _State
 
 
 class _Sender(Carrier, asyncio.Protocol):
-    """A connection's sending side: it writes bytes, and knows how many the client has not taken."""
+    """A connection's sending side: it writes bytes, and knows how many the client has not taken.
+
+    A connection is told in three steps: this, answers, and requests.
+    """
 
     __slots__ = (
         "_deadline", "_paused_writing", "_sent", "_stalled_since", "_state", "_taken", "_transport",
@@ -3265,13 +3269,13 @@ class _Sender(Carrier, asyncio.Protocol):
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
         self._state = _IDLE
-        self._deadline = worker.now + worker.limits.header_timeout  # time of the loop's clock
+        self._deadline = worker.now + worker.limits.header_timeout  # by the loop's clock
         self._transport: asyncio.Transport = None  # type: ignore[assignment]  # connection_made
-        # From pause_writing to resume_writing an event, which is set by the latter; else None.
+        # Between pause_writing and resume_writing: an event that the latter sets. Else None.
         self._paused_writing: asyncio.Event | None = None
         self._sent = 0  # bytes given to the transport
-        self._taken = 0  # how many of them had left it when the sweep last saw that some had,
-        self._stalled_since = 0.0  # and the time of that; 0.0 while nothing waits
+        self._taken = 0  # how many of them had left it when the sweep last saw progress
+        self._stalled_since = 0.0  # when that was; 0.0 while nothing waits
         self.client = ""  # the peer's address
 
     def _is_lost(self) -> bool:
@@ -3306,7 +3310,7 @@ class _Sender(Carrier, asyncio.Protocol):
         connection = transport.get_extra_info("socket")
         if hasattr(os, "sendfile") and transport.get_extra_info("sslcontext") is None:
             transport.set_write_buffer_limits(0)  # `drained` waits until the transport is empty
-            _limit_unsent(connection, 0)
+            _limit_unsent(connection, 0)  # (a limit keeps events fresh; a file does not age)
             # A descriptor of our own: the transport may close its own while we wait.
             descriptor = os.dup(connection.fileno())
             try:
@@ -3392,7 +3396,7 @@ class _Answers(_Sender):
         self._http_1_0 = False
         self._expects = False  # the client sends its body only after "100 Continue"
         # Of its answer:
-        self._close_after = False  # it is the last one of this connection
+        self._close_after = False  # with it the connection ends
         self._chunked = False  # it is sent in chunks
         # As every Carrier has them; a scope is a handler's wait that can be ended (part 13):
         self.scheme = "http"
@@ -3603,7 +3607,7 @@ class Connection(_Answers):
         if state is _EXCESS:
             raise HttpException(503, "too many connections")
         if not (state is _IDLE or state is _HEAD) or self._paused_writing:
-            return False
+            return False  # the answer before is not complete, or not taken
         if worker.crowded:
             self._deadline = _NEVER
             worker.waiting.add(self)
@@ -3710,7 +3714,7 @@ class Connection(_Answers):
         self._paused_reading = full
 
     def go_on(self) -> None:
-        """Advance, after what it waited for has come: room, a handler's end, another loop turn."""
+        """Advance again, when what the connection waited for has come."""
         if not (self._advancing or self._is_lost()):
             self._advance()
 
@@ -3845,9 +3849,9 @@ class Worker:
         self.stopping = False  # every answer says "connection: close", streams end
         self.deadline = _NEVER  # when stopping: all is cut off then (the loop's clock)
         self.ended = False  # its loop is to end
-        self.context = contextvars.copy_context()
+        self.context = contextvars.copy_context()  # each handler gets a copy of it
         times = (time for name, time in dataclasses.asdict(limits).items() if "timeout" in name)
-        self._interval = max(0.01, min(1.0, min(times) / 4))
+        self._interval = max(0.01, min(1.0, min(times) / 4))  # seconds from sweep to sweep
         self.now = loop.time()  # the time of the last sweep
         self._sweep()
 
@@ -3899,7 +3903,7 @@ class Worker:
         """About once a second: note the time, and let each connection compare its deadline."""
         self._timer = self.loop.call_later(self._interval, self._sweep)
         now = self.loop.time()
-        late = now - self.now - self._interval
+        late = now - self.now - self._interval  # seconds that this sweep is late
         self.now = now
         idle = _IDLE_GRACE if self.stopping else self.limits.keep_alive_timeout
         self.idle_deadline = self.now + idle
@@ -3930,7 +3934,7 @@ class Worker:
         for connection in list(self.connections):
             connection._transport.abort()
         if under_way := self.tasks | self.arriving:
-            await asyncio.wait(under_way, timeout=_CLEANUP)
+            await asyncio.wait(under_way, timeout=_CLEANUP)  # (part 13) for their `finally`
         await asyncio.sleep(0)  # let the loop call connection_lost
         self._timer.cancel()
 
@@ -4026,7 +4030,7 @@ class _Listener:
     def open(self) -> None:
         """Listen. Raises StarioError with the reason if that fails."""
         try:
-            self.sockets += [] if self.sockets else _inherited_sockets()
+            self.sockets += [] if self.sockets else _systemd_sockets()
             if self.sockets:
                 self._take_address()
             elif self.unix_socket:
@@ -4063,7 +4067,7 @@ class _Listener:
         for given in self.sockets:
             if given.type != socket.SOCK_STREAM:
                 raise StarioError(f"{given!r} is no stream socket")
-            _set_inherited(given)
+            _set_options(given)
         address = self.sockets[0].getsockname()
         if isinstance(address, tuple):
             self.host, self.port = address[:2]
@@ -4083,7 +4087,7 @@ class _Listener:
                 listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if self.reuse_port:
                 listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
-            _set_inherited(listening)
+            _set_options(listening)
             if family == socket.AF_INET6:
                 listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             listening.bind((address[0], self.port, *address[2:]))
@@ -4197,7 +4201,7 @@ class Server:
 
     async def start(self) -> None:
         """Listen, and start the workers. Raises StarioError with the reason if that fails."""
-        async with AsyncExitStack() as stack:
+        async with AsyncExitStack() as stack:  # undone by `stop`, or here if a step fails
             stack.callback(_forget_signals, self)
             self._listener.open()
             self.host, self.port = self._listener.host, self._listener.port
@@ -4212,6 +4216,7 @@ class Server:
             self._watch(listening)
 
     def _worker_on(self, loop: asyncio.AbstractEventLoop) -> Worker:
+        """A worker for a loop, with its share, rounded up, of the limits for all workers."""
         shared = ("max_connections", "max_handlers")
         share = {name: -(-getattr(self._limits, name) // self._count) for name in shared}
         limits = dataclasses.replace(self._limits, **share)
@@ -4344,11 +4349,11 @@ class Server:
         self._accepting = []
 
     async def _stop_workers(self) -> None:
-        patience, waiting = self._graceful_timeout, set()
+        grace, waiting = self._graceful_timeout, set()
         for worker in self._workers:
-            ends = asyncio.run_coroutine_threadsafe(worker.stop(patience), worker.loop)
+            ends = asyncio.run_coroutine_threadsafe(worker.stop(grace), worker.loop)
             waiting.add(asyncio.wrap_future(ends))
-        deadline = time.monotonic() + patience + 2 * _CLEANUP
+        deadline = time.monotonic() + grace + 2 * _CLEANUP
         while waiting and time.monotonic() < deadline:
             if not self._graceful_timeout:
                 deadline = min(deadline, time.monotonic() + _CLEANUP)
@@ -4402,7 +4407,7 @@ def _forget_signals(server: Server) -> None:
             signal.signal(*_earlier_handlers.popitem())
 
 
-_INHERITED = {
+_SOCKET_OPTIONS = {
     # The kernel asks a silent client after 15 s, then every 5 s; without an answer it gives up
     # after 30 s. So a client that has vanished shows, even where nothing is sent to it.
     "TCP_KEEPIDLE": 15,
@@ -4413,10 +4418,10 @@ _INHERITED = {
 }
 
 
-def _set_inherited(listening: socket.socket) -> None:
-    """Set what accepted connections inherit from the socket that listens."""
+def _set_options(listening: socket.socket) -> None:
+    """Set the options of a listening socket; the sockets that it accepts have them, too."""
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in _INHERITED.items():
+    for name, value in _SOCKET_OPTIONS.items():
         with suppress(AttributeError, OSError):  # not on this system
             listening.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
 
@@ -4443,7 +4448,7 @@ def _refuse_taken(path: str, take_over: bool) -> None:
             raise StarioError("another server is listening there")
 
 
-def _inherited_sockets() -> list[socket.socket]:
+def _systemd_sockets() -> list[socket.socket]:
     """The sockets that systemd, or whatever speaks its protocol (sd_listen_fds), has opened."""
     if os.environ.get("LISTEN_PID") != str(os.getpid()):
         return []  # none, or they are meant for another process
