@@ -64,32 +64,32 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        2423  8. The app
      2780  ACT 2. On the network
        2788  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3780  10. The server
-       4450  11. Trying it without a network: the test client [testclient]
-     4891  ACT 3. Live
-       4940  12. Datastar: attributes and actions
-       5467  13. Streams: events, and staying with a client
-       5990  14. Relay: publish and subscribe
-     6315  ACT 4. For real
-       6321  15. Signals: from JSON to your dataclass
-       7038  16. Forms [forms]
-       7214  17. Behind a proxy
-       7303  18. Compression [compression]
-       7501  19. Static files [assets]
-       8038  20. Telemetry: spans, and who hears of them
-       8553  21. JsonTracer: for log collectors [json]
-       8628  22. RichTracer: for people [rich]
-       9084  23. Sessions [sessions]
-       9195  24. What lives as long as the server
-       9271  25. @baked
-       9525  26. ASGI: the same app under another server [asgi]
-       9745  27. RedisRelay: the same between processes and machines [redis]
-       9984  28. Reload: a saved file restarts the app [reload]
-      10141  29. Development: what went wrong, shown where one looks [development]
-    10260  ACT 5. The pocket client
-      10303  30. The pocket client (JavaScript) [client]
-      11655  31. This file as a page [read]
-      11869  32. An app to begin with
+       3784  10. The server
+       4464  11. Trying it without a network: the test client [testclient]
+     4911  ACT 3. Live
+       4960  12. Datastar: attributes and actions
+       5487  13. Streams: events, and staying with a client
+       6010  14. Relay: publish and subscribe
+     6335  ACT 4. For real
+       6341  15. Signals: from JSON to your dataclass
+       7058  16. Forms [forms]
+       7234  17. Behind a proxy
+       7323  18. Compression [compression]
+       7521  19. Static files [assets]
+       8058  20. Telemetry: spans, and who hears of them
+       8573  21. JsonTracer: for log collectors [json]
+       8648  22. RichTracer: for people [rich]
+       9104  23. Sessions [sessions]
+       9215  24. What lives as long as the server
+       9291  25. @baked
+       9545  26. ASGI: the same app under another server [asgi]
+       9765  27. RedisRelay: the same between processes and machines [redis]
+      10004  28. Reload: a saved file restarts the app [reload]
+      10161  29. Development: what went wrong, shown where one looks [development]
+    10280  ACT 5. The pocket client
+      10323  30. The pocket client (JavaScript) [client]
+      11675  31. This file as a page [read]
+      11889  32. An app to begin with
 
 READING PATH
 
@@ -104,13 +104,13 @@ Two hours, for a reader who wants to know how it works, not all that it does. Re
      2311-2327   `Router._find`  from a path to a handler
      2615-2649   `Stario.dispatch`  one request from end to end
      3083-3203   `_Reader`  bytes to requests
-     3522-3776   `Connection`  one connection, many requests
-     4192-4206   `Server.start`  listening
-     4306-4314   `Server.stop`  ending without losing a request
-     5618-5729   `_EventWriter`  events
-     5818-5887   `_Scope`  how a disconnect reaches a handler
-     5914-5986   `Alive`  staying with a client
-     6160-6267   `Relay`  from one handler to another
+     3526-3780   `Connection`  one connection, many requests
+     4202-4216   `Server.start`  listening
+     4319-4327   `Server.stop`  ending without losing a request
+     5638-5749   `_EventWriter`  events
+     5838-5907   `_Scope`  how a disconnect reaches a handler
+     5934-6006   `Alive`  staying with a client
+     6180-6287   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -2845,7 +2845,7 @@ _NEVER = float("inf")
 _NETWORK_GONE = {  # errors of a socket whose client is gone, beside ConnectionError
     errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN, errno.ENOTCONN
 }  # fmt: skip
-# For SO_LINGER, on and 0 seconds: a close sends a reset.
+# For SO_LINGER, on and 0 seconds: a close sends a *reset*, which is an error to the client, no end.
 _RESET = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)
 
 _REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/([0-9])\.([0-9])")
@@ -3137,7 +3137,7 @@ class _Reader:
             raise self._too_large(raw_line)
         if framing is None:
             headers, framing = self._read_block(buffer[line_end:end])
-        keep = len(raw_line) <= _KEPT_TEXT
+        keep = len(raw_line) <= _KEPT_TEXT  # (`__wrapped__` is the function without its cache)
         read = _parse_request_line if keep else _parse_request_line.__wrapped__
         line = read(raw_line)
         if len(line.target) > limits.max_target:
@@ -3906,7 +3906,7 @@ class Worker:
         late = now - self.now - self._interval  # seconds that this sweep is late
         self.now = now
         idle = _IDLE_GRACE if self.stopping else self.limits.keep_alive_timeout
-        self.idle_deadline = self.now + idle
+        self.idle_deadline = self.now + idle  # of a connection that becomes idle now
         # What every answer's head ends with: its last field, and the empty line.
         self.end_of_head = f"date: {_http_date(time.time())}\r\n\r\n".encode()
         for connection in list(self.connections):
