@@ -56,61 +56,61 @@ brackets can be left out of your copy: `python stario.py --without assets,client
 
       223  ACT 1. A framework
         231  2. Errors
-        335  3. HTML: elements are strings
-        695  4. JSON
-        801  5. The request: headers, query, cookies, body
-       1364  6. The answer: status, fields, body
-       1848  7. Context and routing
-       2423  8. The app
-     2780  ACT 2. On the network
-       2788  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3784  10. The server
-       4464  11. Trying it without a network: the test client [testclient]
-     4911  ACT 3. Live
-       4960  12. Datastar: attributes and actions
-       5487  13. Streams: events, and staying with a client
-       6010  14. Relay: publish and subscribe
-     6335  ACT 4. For real
-       6341  15. Signals: from JSON to your dataclass
-       7058  16. Forms [forms]
-       7234  17. Behind a proxy
-       7323  18. Compression [compression]
-       7521  19. Static files [assets]
-       8058  20. Telemetry: spans, and who hears of them
-       8573  21. JsonTracer: for log collectors [json]
-       8648  22. RichTracer: for people [rich]
-       9104  23. Sessions [sessions]
-       9215  24. What lives as long as the server
-       9291  25. @baked
-       9545  26. ASGI: the same app under another server [asgi]
-       9765  27. RedisRelay: the same between processes and machines [redis]
-      10004  28. Reload: a saved file restarts the app [reload]
-      10161  29. Development: what went wrong, shown where one looks [development]
-    10280  ACT 5. The pocket client
-      10323  30. The pocket client (JavaScript) [client]
-      11675  31. This file as a page [read]
-      11889  32. An app to begin with
+        338  3. HTML: elements are strings
+        698  4. JSON
+        804  5. The request: headers, query, cookies, body
+       1367  6. The answer: status, fields, body
+       1851  7. Context and routing
+       2426  8. The app
+     2783  ACT 2. On the network
+       2791  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
+       3787  10. The server
+       4467  11. Trying it without a network: the test client [testclient]
+     4914  ACT 3. Live
+       4963  12. Datastar: attributes and actions
+       5490  13. Streams: events, and staying with a client
+       6013  14. Relay: publish and subscribe
+     6338  ACT 4. For real
+       6344  15. Signals: from JSON to your dataclass
+       7066  16. Forms [forms]
+       7242  17. Behind a proxy
+       7331  18. Compression [compression]
+       7529  19. Static files [assets]
+       8066  20. Telemetry: spans, and who hears of them
+       8581  21. JsonTracer: for log collectors [json]
+       8656  22. RichTracer: for people [rich]
+       9111  23. Sessions [sessions]
+       9222  24. What lives as long as the server
+       9298  25. @baked
+       9552  26. ASGI: the same app under another server [asgi]
+       9772  27. RedisRelay: the same between processes and machines [redis]
+      10011  28. Reload: a saved file restarts the app [reload]
+      10168  29. Development: what went wrong, shown where one looks [development]
+    10287  ACT 5. The pocket client
+      10330  30. The pocket client (JavaScript) [client]
+      11682  31. This file as a page [read]
+      11896  32. An app to begin with
 
 READING PATH
 
 Two hours, for a reader who wants to know how it works, not all that it does. Read in this order:
 
-      346-359    `SafeString`  an element is a string
-      660-688    `Tags`  `h.P` makes one
-     1110-1317   `Request`  what a client asks for
-     1375-1443   `Carrier`  what brings the answer back
-     1563-1749   `_RawWriter`  the answer
-     1866-1971   `Context`  what a handler gets beside it
-     2311-2327   `Router._find`  from a path to a handler
-     2615-2649   `Stario.dispatch`  one request from end to end
-     3083-3203   `_Reader`  bytes to requests
-     3526-3780   `Connection`  one connection, many requests
-     4202-4216   `Server.start`  listening
-     4319-4327   `Server.stop`  ending without losing a request
-     5638-5749   `_EventWriter`  events
-     5838-5907   `_Scope`  how a disconnect reaches a handler
-     5934-6006   `Alive`  staying with a client
-     6180-6287   `Relay`  from one handler to another
+      349-362    `SafeString`  an element is a string
+      663-691    `Tags`  `h.P` makes one
+     1113-1320   `Request`  what a client asks for
+     1378-1446   `Carrier`  what brings the answer back
+     1566-1752   `_RawWriter`  the answer
+     1869-1974   `Context`  what a handler gets beside it
+     2314-2330   `Router._find`  from a path to a handler
+     2618-2652   `Stario.dispatch`  one request from end to end
+     3086-3206   `_Reader`  bytes to requests
+     3534-3783   `Connection`  one connection, many requests
+     4205-4219   `Server.start`  listening
+     4322-4330   `Server.stop`  ending without losing a request
+     5641-5752   `_EventWriter`  events
+     5841-5910   `_Scope`  how a disconnect reaches a handler
+     5937-6009   `Alive`  staying with a client
+     6183-6290   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -254,8 +254,11 @@ class StarioError(Exception):
 
 def _is_own(filename: str) -> bool:
     """Whether a file is the program's own: not this one, Python's, or an installed package's."""
-    library = os.path.dirname(os.__file__)
-    return filename != __file__ and not filename.startswith((library, "<frozen"))
+    return not filename.startswith(_OTHER_CODE)
+
+
+# (in a program that was frozen into one file there is no __file__)
+_OTHER_CODE = (os.path.dirname(os.__file__), _is_own.__code__.co_filename, "<frozen")
 
 
 class ClientDisconnected(Exception):
@@ -3363,6 +3366,11 @@ class _Sender(Carrier, asyncio.Protocol):
             if repeats and silent_ms >= seconds * 1000:
                 self._transport.abort()
 
+    def extend_deadlines(self, seconds: float) -> None:
+        """Give the client `seconds` more: for so long the server itself stood still."""
+        self._deadline += seconds
+        self._stalled_since += seconds if self._stalled_since else 0.0
+
     def _check_taken(self, now: float) -> None:
         """Cut the client off if it has taken none of its answer for `write_timeout`."""
         unsent = self._transport.get_write_buffer_size()
@@ -3752,11 +3760,6 @@ class Connection(_Answers):
             self._worker.loop.call_soon(self.go_on)
 
     # -- Time, and the end
-
-    def extend_deadlines(self, seconds: float) -> None:
-        """Give the client `seconds` more: for so long the server itself stood still."""
-        self._deadline += seconds
-        self._stalled_since += seconds if self._stalled_since else 0.0
 
     def check(self, now: float) -> None:
         """Called by the sweep, about once a second: act if the client has taken too long."""
@@ -6782,6 +6785,33 @@ def _model_reader(model: Any) -> Reader:
     return _read
 
 
+def _choose_plain(value: Any, fitting: list[Reader], is_optional: bool, trial: _Reading) -> Any:
+    """What the first type makes of a plain value; a type that leaves it as it is goes first."""
+    first = _WRONG
+    for read in fitting:
+        found = read(value, trial)
+        if found is value:  # nothing had to be converted
+            return found
+        first = found if first is _WRONG else first
+    # An input that was left empty is None, if that is allowed, and neither False nor an error.
+    is_empty = value == "" and is_optional and (first is _WRONG or first is False)
+    return None if is_empty else first
+
+
+def _choose(value: Any, fitting: list[Reader], words: str, reading: _Reading) -> _Outcome:
+    """What the first type that fits makes of a list or an object."""
+    # Outcomes where the value has the right shape, and what is wrong is inside of it. If there
+    # is one, it is the type that was meant, and its problems are the ones to show.
+    nearly = []
+    for read in fitting:
+        outcome = found, notes, _ = reading.attempt(read, value)
+        if found is not _WRONG:
+            return outcome
+        place, _, _, message = notes[0]
+        nearly += [outcome] if message or place is not reading.place else []
+    return nearly[0] if len(nearly) == 1 else (_WRONG, [(reading.place, words, value, "")], 1)
+
+
 def _union_reader(options: tuple[Any, ...]) -> Reader:
     """`A | B`: the first type that fits. A value that has one of the types already stays as it is:
     "1" stays text for `int | str`.
@@ -6812,7 +6842,7 @@ def _union_reader(options: tuple[Any, ...]) -> Reader:
             return exact[type(value)](value, reading)
         fitting = readers_for.get(type(value), readers)
         if not isinstance(value, (list, dict)):
-            found = _choose_plain(value, fitting, reading.trial)
+            found = _choose_plain(value, fitting, is_optional, reading.trial)
             return reading.expected(words, value) if found is _WRONG else found
         if len(fitting) == 1:
             return fitting[0](value, reading)
@@ -6820,7 +6850,7 @@ def _union_reader(options: tuple[Any, ...]) -> Reader:
         if key in reading.tried:
             return reading.accept(reading.tried[key])
         reading.union_depth += 1
-        outcome = _choose(value, fitting, reading)
+        outcome = _choose(value, fitting, words, reading)
         reading.union_depth -= 1
         if not reading.union_depth:
             reading.tried.clear()
@@ -6829,28 +6859,6 @@ def _union_reader(options: tuple[Any, ...]) -> Reader:
         return reading.accept(outcome)
 
     # `fitting` are the readers that can take the value.
-    def _choose_plain(value: Any, fitting: list[Reader], trial: _Reading) -> Any:
-        first = _WRONG
-        for read in fitting:
-            found = read(value, trial)
-            if found is value:  # nothing had to be converted
-                return found
-            first = found if first is _WRONG else first
-        # An input that was left empty is None, if that is allowed, and neither False nor an error.
-        is_empty = value == "" and is_optional and (first is _WRONG or first is False)
-        return None if is_empty else first
-
-    def _choose(value: Any, fitting: list[Reader], reading: _Reading) -> _Outcome:
-        # Outcomes where the value has the right shape, and what is wrong is inside of it. If there
-        # is one, it is the type that was meant, and its problems are the ones to show.
-        nearly = []
-        for read in fitting:
-            outcome = found, notes, _ = reading.attempt(read, value)
-            if found is not _WRONG:
-                return outcome
-            place, _, _, message = notes[0]
-            nearly += [outcome] if message or place is not reading.place else []
-        return nearly[0] if len(nearly) == 1 else (_WRONG, [(reading.place, words, value, "")], 1)
 
     return _read
 
@@ -9096,7 +9104,6 @@ def _frames(event: SpanEvent) -> list[str]:
 
 
 _FRAME = re.compile(r'File "([^"\n]+)", line (\d+)(?:, in ([^\n]+))?(?:\n[ |]*(?!File ")([^\n]+))?')
-_OTHER_CODE = (os.path.dirname(os.__file__), __file__, "<frozen")
 _MOST_FRAMES = 8
 
 
@@ -11995,7 +12002,6 @@ def _without(rooms: set[str]) -> str:
     copy = "".join([*kept[:3], _LEFT_OUT.lstrip(), *stubs, "\n\n", *kept[3:]])
     copy = re.sub(r"\nMAP\n.*?\nREADING PATH\n.*?\n\n(?=\S)", "", copy, count=1, flags=re.DOTALL)
     module = sys.modules["copy"] = types.ModuleType("copy")
-    module.__file__ = __file__
     try:
         exec(compile(copy, "copy", "exec"), module.__dict__)
     except StarioError as exc:

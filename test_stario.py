@@ -53,6 +53,10 @@ import unittest
 import unittest.mock
 import uuid
 import weakref
+<<<<<<< test_stario.py
+=======
+import zipfile
+>>>>>>> /tmp/vt.py
 import zlib
 from collections import ChainMap, Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
@@ -473,6 +477,70 @@ class TestFile(unittest.TestCase):
             )  # fmt: skip
             self.assertEqual((done.returncode, done.stdout, done.stderr), (0, "", ""))
 
+<<<<<<< test_stario.py
+=======
+    def python(self, folder: str, code: str, *options: str) -> None:
+        """Run a program in a folder: it has to say nothing, and to end well."""
+        done = subprocess.run(
+            [sys.executable, "-W", "error", *options, "-c", textwrap.dedent(code)],
+            cwd=folder, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        self.assertEqual((done.stdout, done.stderr, done.returncode), ("", "", 0))
+
+    SERVES = """
+        import asyncio, urllib.request
+        def check(s):
+            async def page(c, w): w.html(s.h.P("Hello"))
+            async def wrong(c, w): w.html(s.h.P(b"bytes"))
+            async def main():
+                app = s.Stario(s.RichTracer())
+                app.get("/", page)
+                app.get("/wrong", wrong)
+                async with app.running() as server:
+                    answer = await asyncio.to_thread(urllib.request.urlopen, server.url)
+                    assert answer.read() == b"<p>Hello</p>"
+                    try: await asyncio.to_thread(urllib.request.urlopen, server.url + "/wrong")
+                    except urllib.error.HTTPError as exc: assert exc.close() or exc.code == 500
+            asyncio.run(main())
+        """
+
+    def test_it_runs_zipped_frozen_optimised_and_without_a_standard_output(self) -> None:
+        serves = textwrap.dedent(self.SERVES)
+        quiet = "import sys; sys.stdout = None\n"
+        with tempfile.TemporaryDirectory() as folder:
+            with zipfile.ZipFile(Path(folder, "app.zip"), "w") as archive:
+                archive.writestr("vendor/__init__.py", "")
+                archive.write(stario.__file__, "vendor/stario.py")
+            imports = "import sys; sys.path.insert(0, 'app.zip'); import vendor.stario as s\n"
+            self.python(folder, quiet + imports + serves + "check(s)")
+            shutil.copy(stario.__file__, folder)
+            self.python(folder, quiet + "import stario\n" + serves + "check(stario)", "-O")
+            # As a program that was frozen has it: no file, and no source to be read.
+            frozen = """
+                import types
+                s = sys.modules["frozen"] = types.ModuleType("frozen")
+                with open("stario.py", encoding="utf-8") as file:
+                    exec(compile(file.read(), "frozen/stario.py", "exec"), s.__dict__)
+                """
+            self.python(folder, quiet + textwrap.dedent(frozen) + serves + "check(s)")
+
+    def test_two_copies_in_one_process_do_not_disturb_each_other(self) -> None:
+        with tempfile.TemporaryDirectory() as folder:
+            text = Path(stario.__file__).read_text(encoding="utf-8")
+            for name in ("one", "_other"):
+                Path(folder, f"{name}.py").write_text(
+                    text + f"\nNAME = {name!r}\n", encoding="utf-8"
+                )
+            code = """
+                import sys; sys.stdout = None
+                import one, _other
+                check(one); check(_other)
+                assert one.h.Div(_other.h.P("<")) == "<div><p>&lt;</p></div>"
+                assert one.asset("pocket.js", "_stario") == _other.asset("pocket.js", "_stario")
+                """
+            self.python(folder, textwrap.dedent(self.SERVES) + textwrap.dedent(code))
+
+>>>>>>> /tmp/vt.py
     def test_no_name_at_the_top_is_given_twice(self) -> None:
         """The second one would be what the functions between the two get."""
         names: list[str] = []
@@ -527,6 +595,7 @@ class TestFile(unittest.TestCase):
         self.assertEqual(done.stderr, "")
         self.assertEqual(done.stdout.strip(), code.rpartition("# prints ")[2].strip())
 
+<<<<<<< test_stario.py
     def test_the_test_in_act_2_passes(self) -> None:
         rows = stario._rows(Path(stario.__file__).read_text(encoding="utf-8"))
         code = [stario._example_code(row) for row in rows if "def test_hello" in str(row.prose)]
@@ -534,6 +603,8 @@ class TestFile(unittest.TestCase):
         exec(code[0], names)
         asyncio.run(names["test_hello"]())
 
+=======
+>>>>>>> /tmp/vt.py
     def test_the_bytes_of_act_0_are_what_goes_over_the_wire(self) -> None:
         async def home(c: Context, w: Writer) -> None:
             w.html(h.H1("Hello, ", c.req.query.get("name", "world")))
@@ -6564,7 +6635,11 @@ VANISHING = """
 
     async def main():
         lo("up")
+<<<<<<< test_stario.py
         stario._SOCKET_OPTIONS.update(TCP_KEEPIDLE=1, TCP_KEEPINTVL=1, TCP_KEEPCNT=2)
+=======
+        stario._INHERITED.update(TCP_KEEPIDLE=1, TCP_KEEPINTVL=1, TCP_KEEPCNT=2)
+>>>>>>> /tmp/vt.py
         app = Stario()
         app.get("/stream", stream)
         app.get("/long-poll", long_poll)
@@ -7153,6 +7228,7 @@ class TestSignals(unittest.TestCase):
         "size": "1", "word": "2", "maybe": "", "unknown": [1],
     }  # fmt: skip
 
+<<<<<<< test_stario.py
     def test_the_sample_in_the_banner_is_true(self) -> None:
         source = Path(stario.__file__).read_text(encoding="utf-8")
         banner = source.partition("\n# 15. Signals")[2].partition("\n# =====")[0]
@@ -7166,6 +7242,8 @@ class TestSignals(unittest.TestCase):
             eval(code[-1], names)
         self.assertEqual(caught.exception.detail + "\n", "".join(told[2:]))
 
+=======
+>>>>>>> /tmp/vt.py
     def test_values_get_the_types_of_the_schema(self) -> None:
         found = read_signals(Everything, self.GOOD)
         self.assertEqual(
@@ -12931,7 +13009,10 @@ class TestWithout(unittest.TestCase):
 
     def module(self, rooms: str) -> Any:
         module = types.ModuleType("without")
+<<<<<<< test_stario.py
         module.__file__ = stario.__file__
+=======
+>>>>>>> /tmp/vt.py
         with mock.patch.dict(sys.modules, {"without": module}):
             exec(self.copy(rooms).stdout, module.__dict__)
         return module
