@@ -53,10 +53,7 @@ import unittest
 import unittest.mock
 import uuid
 import weakref
-<<<<<<< test_stario.py
-=======
 import zipfile
->>>>>>> /tmp/vt.py
 import zlib
 from collections import ChainMap, Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
@@ -477,8 +474,6 @@ class TestFile(unittest.TestCase):
             )  # fmt: skip
             self.assertEqual((done.returncode, done.stdout, done.stderr), (0, "", ""))
 
-<<<<<<< test_stario.py
-=======
     def python(self, folder: str, code: str, *options: str) -> None:
         """Run a program in a folder: it has to say nothing, and to end well."""
         done = subprocess.run(
@@ -540,7 +535,6 @@ class TestFile(unittest.TestCase):
                 """
             self.python(folder, textwrap.dedent(self.SERVES) + textwrap.dedent(code))
 
->>>>>>> /tmp/vt.py
     def test_no_name_at_the_top_is_given_twice(self) -> None:
         """The second one would be what the functions between the two get."""
         names: list[str] = []
@@ -595,7 +589,6 @@ class TestFile(unittest.TestCase):
         self.assertEqual(done.stderr, "")
         self.assertEqual(done.stdout.strip(), code.rpartition("# prints ")[2].strip())
 
-<<<<<<< test_stario.py
     def test_the_test_in_act_2_passes(self) -> None:
         rows = stario._rows(Path(stario.__file__).read_text(encoding="utf-8"))
         code = [stario._example_code(row) for row in rows if "def test_hello" in str(row.prose)]
@@ -603,8 +596,6 @@ class TestFile(unittest.TestCase):
         exec(code[0], names)
         asyncio.run(names["test_hello"]())
 
-=======
->>>>>>> /tmp/vt.py
     def test_the_bytes_of_act_0_are_what_goes_over_the_wire(self) -> None:
         async def home(c: Context, w: Writer) -> None:
             w.html(h.H1("Hello, ", c.req.query.get("name", "world")))
@@ -6635,11 +6626,8 @@ VANISHING = """
 
     async def main():
         lo("up")
-<<<<<<< test_stario.py
         stario._SOCKET_OPTIONS.update(TCP_KEEPIDLE=1, TCP_KEEPINTVL=1, TCP_KEEPCNT=2)
-=======
         stario._INHERITED.update(TCP_KEEPIDLE=1, TCP_KEEPINTVL=1, TCP_KEEPCNT=2)
->>>>>>> /tmp/vt.py
         app = Stario()
         app.get("/stream", stream)
         app.get("/long-poll", long_poll)
@@ -7228,7 +7216,6 @@ class TestSignals(unittest.TestCase):
         "size": "1", "word": "2", "maybe": "", "unknown": [1],
     }  # fmt: skip
 
-<<<<<<< test_stario.py
     def test_the_sample_in_the_banner_is_true(self) -> None:
         source = Path(stario.__file__).read_text(encoding="utf-8")
         banner = source.partition("\n# 15. Signals")[2].partition("\n# =====")[0]
@@ -7242,8 +7229,6 @@ class TestSignals(unittest.TestCase):
             eval(code[-1], names)
         self.assertEqual(caught.exception.detail + "\n", "".join(told[2:]))
 
-=======
->>>>>>> /tmp/vt.py
     def test_values_get_the_types_of_the_schema(self) -> None:
         found = read_signals(Everything, self.GOOD)
         self.assertEqual(
@@ -13009,10 +12994,6 @@ class TestWithout(unittest.TestCase):
 
     def module(self, rooms: str) -> Any:
         module = types.ModuleType("without")
-<<<<<<< test_stario.py
-        module.__file__ = stario.__file__
-=======
->>>>>>> /tmp/vt.py
         with mock.patch.dict(sys.modules, {"without": module}):
             exec(self.copy(rooms).stdout, module.__dict__)
         return module
