@@ -81,15 +81,15 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        8656  22. RichTracer: for people [rich]
        9111  23. Sessions [sessions]
        9222  24. What lives as long as the server
-       9298  25. @baked
-       9552  26. ASGI: the same app under another server [asgi]
-       9772  27. RedisRelay: the same between processes and machines [redis]
-      10011  28. Reload: a saved file restarts the app [reload]
-      10168  29. Development: what went wrong, shown where one looks [development]
-    10287  ACT 5. The pocket client
-      10330  30. The pocket client (JavaScript) [client]
-      11682  31. This file as a page [read]
-      11896  32. An app to begin with
+       9312  25. @baked
+       9566  26. ASGI: the same app under another server [asgi]
+       9787  27. RedisRelay: the same between processes and machines [redis]
+      10028  28. Reload: a saved file restarts the app [reload]
+      10186  29. Development: what went wrong, shown where one looks [development]
+    10310  ACT 5. The pocket client
+      10353  30. The pocket client (JavaScript) [client]
+      11705  31. This file as a page [read]
+      11919  32. An app to begin with
 
 READING PATH
 
@@ -9111,14 +9111,14 @@ _MOST_FRAMES = 8
 # 23. Sessions [sessions]
 #
 # A session is a dict that stays with one browser: `c.session["user"] = 7`. It lives in a cookie,
-# as JSON with a signature (HMAC-SHA256, RFC 2104). So the server keeps nothing, and every process
-# that knows the key can read it:
+# as JSON with a signature (HMAC-SHA256, RFC 2104): a checksum that only who has the key can make.
+# So the server keeps nothing, and every process that has the key can read the session:
 #
 #     session=eyJ1c2VyIjo3fQ.1764180000.kq0h…      JSON in base64 . seconds since 1970 . signature
 #
-# The rule that must hold: the browser can read the session, but only a text that this key has
-# signed is one. What it leaves out: a session cannot be ended from the server's side before its
-# time (a copy of the cookie stays good), and 4,096 bytes are all that a cookie holds.
+# The rule that must hold: the browser can read the session, but cannot change it. What is left out:
+# the server cannot end a session before its time (a copy of the cookie stays good), and a cookie
+# holds no more than 4,096 bytes.
 # ==================================================================================================
 
 
@@ -9127,11 +9127,11 @@ class Session:
 
     - `key`: a secret of 16 bytes or more that stays the same over restarts. Make one with
       `python -c "import secrets; print(secrets.token_hex())"`, and keep it out of the code.
-      Several are a rotation: the first signs, all are accepted.
-    - `max_age`: seconds after which a session that nothing changes is empty again
+      To change it, give the new one before the old one: the first signs, all are accepted.
+    - `max_age`: seconds after which a session that is not used is empty again
     - `name`: the cookie's; over HTTPS it gets the prefix `__Host-`, which lets no other host set it
 
-    A cookie that was tampered with is an empty session, and the event `session.refused`.
+    A cookie whose signature is wrong gives an empty session, and the event `session.refused`.
     """
 
     def __init__(
@@ -9165,7 +9165,7 @@ class Session:
                 text = _session_json(session)
                 if session or kept != "{}":
                     w.headers.add("vary", "cookie")  # caches must not show it to others
-                if text != kept or age > self._max_age / 2:
+                if text != kept or age > self._max_age / 2:  # used, so it lasts on
                     self._write(w, name, text if session else "")
                 kept = text
 
@@ -9180,7 +9180,7 @@ class Session:
         return _with_session
 
     def _read(self, c: Context, cookie: str | None) -> tuple[str, float]:
-        """The JSON of a session, and its age in seconds: that of an empty one if it is not good."""
+        """The session's JSON and its age in seconds; `{}` if the cookie is missing, bad or old."""
         if not cookie:
             return "{}", 0
         payload, _, signature = cookie.rpartition(".")
@@ -9221,9 +9221,19 @@ def _session_json(session: dict[str, Any]) -> str:
 # ==================================================================================================
 # 24. What lives as long as the server
 #
-# A database handle is opened before the first request and closed after the last: a lifespan. A
-# clock ticks, a long job goes on after its request has been answered: background work. Both start
-# and end with the server, on the event loop that `serve` was called on.
+# A *lifespan* is what has to be there for all requests, such as a database connection: an async
+# context manager, entered before the first and left after the last. *Background* work has no
+# request that waits for it: a clock that ticks, a long job. Both start and end with the server, on
+# the event loop that `serve` was called on.
+#
+#     @asynccontextmanager
+#     async def database(app: Stario) -> AsyncIterator[None]:
+#         db.open("notes.db")
+#         yield
+#         db.close()
+#
+#     app.lifespan(database)
+#     app.background(tick())
 # ==================================================================================================
 
 
@@ -9238,11 +9248,11 @@ class _Life:
         self.lifespans: list[Lifespan] = []
         self.loop: asyncio.AbstractEventLoop | None = None  # of the server, while there is one
         self.tasks: set[asyncio.Task[None]] = set()
-        self._waiting: list[Callable[[], None]] = []  # what was asked for before the server started
+        self._waiting: list[Callable[[], None]] = []  # to be called when the server starts
 
     @asynccontextmanager
     async def lived(self) -> AsyncIterator[None]:
-        """Enter the lifespans in their order, start what waits; at the end, end it all."""
+        """Enter the lifespans in their order, and start what waits. At the end, end all of it."""
         if self.loop is not None:
             raise StarioError("this app is served already: make another Stario for this server")
         self.loop = asyncio.get_running_loop()
@@ -9263,7 +9273,11 @@ class _Life:
             await asyncio.wait(self.tasks, timeout=_CLEANUP)
 
     def begin(self, work: Coroutine[Any, Any, T]) -> Future[T]:
-        """Start the work, or let it wait for the server."""
+        """Start the work now, or when the server starts. Any thread may call this.
+
+        So it gives no `asyncio.Task`, but a `concurrent.futures.Future`, which any thread may wait
+        for or cancel.
+        """
         handle: Future[T] = Future()
 
         def start() -> None:
@@ -9279,9 +9293,9 @@ class _Life:
         return handle
 
     async def _watch(self, work: Coroutine[Any, Any, T], handle: Future[T]) -> None:
-        """Do the work in a span of its own, and see to it that somebody hears of its failure."""
+        """Do the work in a span of its own, which shows its failure; without a tracer, log that."""
         name = getattr(work, "__qualname__", "background")
-        with suppress(InvalidStateError):  # the handle was cancelled in this very moment
+        with suppress(InvalidStateError):  # it was cancelled meanwhile
             try:
                 with self.app.tracer(name):
                     handle.set_result(await work)
@@ -9557,16 +9571,17 @@ def _attribute(name: str, value: object) -> str:
 # lasts as long as the client needs to take it. So `uvicorn myapp:app` serves a Stario, and
 # `Mount("/live", app)` puts one into a Starlette or FastAPI app.
 #
-# Three tasks work on a request. One runs the handler, which writes without waiting. The server's
-# own task passes on what was written. The third receives. When the server cancels its task (that is
-# how it stops), the handler hears of it as of a disconnect, and gets `_ASGI_GRACE` seconds.
+# Three tasks work on a request. One runs the handler; what it writes goes into a queue. The task
+# that the server has started passes the queue on (`pass_on`). The third receives (`listen`). When
+# the server stops it cancels its task; to the handler that is a disconnect, after which it has
+# `_ASGI_GRACE` seconds.
 #
 # To leave it out, delete this part and `Stario.__call__`.
 # ==================================================================================================
 
 
 _ASGI_GRACE = 5.0  # seconds for a handler whose server has stopped
-_ASGI_BUFFER = 16 * 1024 * 1024  # bytes written and not taken: then the client is cut off
+_ASGI_BUFFER = 16 * 1024 * 1024  # bytes that may wait for the client; with more it is cut off
 
 Message = dict[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -9583,14 +9598,14 @@ class _AsgiExchange(Carrier):
         self.scopes = []
         self.client = str((scope.get("client") or ("",))[0])
         self.scheme = str(scope.get("scheme", "http"))
-        self.wanted = asyncio.Event()  # there is room for more of the body
-        self.body = Body(self.wanted.set)
-        self._outgoing: deque[Message | None] = deque()  # None: that is all
-        self._filled = asyncio.Event()
+        self._wanted = asyncio.Event()  # there is room for more of the body
+        self.body = Body(self._wanted.set)
+        self._outgoing: deque[Message | None] = deque()  # None comes last
+        self._filled = asyncio.Event()  # there is something in it
         self._send = send
         self._unsent = 0  # bytes of the body that the server has not taken
-        self._taken = asyncio.Event()  # it has taken something, or will never
-        self._finished = False  # the handler has nothing more to send
+        self._taken = asyncio.Event()  # it has taken something, or the client has gone
+        self._finished = False  # the answer is complete, or it was aborted:
         self._aborted = False
 
     # -- The handler's side
@@ -9602,16 +9617,16 @@ class _AsgiExchange(Carrier):
         self._finished = True
 
     def begin(self, status: int, fields: bytes, unsized: bool) -> None:
-        """See Carrier. How the length is told is the server's to say."""
+        """See Carrier. `unsized` means nothing here: the server decides how a body ends."""
         lines = [tuple(line.split(b": ", 1)) for line in fields.split(b"\r\n") if line]
         self._put({"type": "http.response.start", "status": status, "headers": lines})
 
     def send(self, data: bytes) -> None:
         """See Carrier."""
         self._put({"type": "http.response.body", "body": data, "more_body": True})
-        if self._unsent > _ASGI_BUFFER:  # whoever writes does not wait for the client
+        if self._unsent > _ASGI_BUFFER:  # the handler writes faster than the client reads
             self.abort()
-            self.leave()
+            self.disconnect()
 
     def finish(self) -> None:
         """See Carrier."""
@@ -9656,30 +9671,30 @@ class _AsgiExchange(Carrier):
                 try:
                     await self._send(message)
                 except OSError:  # what a server may raise when the client has gone
-                    self.leave()
+                    self.disconnect()
             self._unsent -= len(message.get("body", b""))
             self._taken.set()
         if self._aborted and not self.disconnected:
             raise ClientDisconnected("the answer was not completed, so the connection has to close")
 
     async def listen(self, receive: Receive) -> None:
-        """Receive the body, never much more than is wanted, and then the client's going away."""
+        """Receive the body, no faster than the handler reads it, and then the disconnect."""
         while True:
             if self.body.buffered >= _HIGH_WATER:
-                self.wanted.clear()
-                await self.wanted.wait()
+                self._wanted.clear()
+                await self._wanted.wait()
             message = await receive()
             if message["type"] == "http.disconnect":
-                if not self._finished:  # else it tells no more than that the answer is through
-                    self.leave()
+                if not self._finished:  # (after the answer it tells nothing)
+                    self.disconnect()
                 return
             if chunk := message.get("body"):
                 self.body.feed(chunk)
             if not message.get("more_body"):
                 self.body.end()
 
-    def leave(self) -> None:
-        """The client has gone: nothing more is taken, and no more of a body will come."""
+    def disconnect(self) -> None:
+        """The client has gone: nothing more is sent, and no more of a body will come."""
         self.disconnected = True
         if not self.body.ended:
             self.body.fail(ClientDisconnected("the client left before its request was complete"))
@@ -9711,7 +9726,7 @@ async def _serve_asgi(app: Stario, scope: Message, receive: Receive, send: Send)
         listening.cancel()
         if not handling.done():  # the server has cancelled us
             exchange.shut_down()
-            exchange.leave()
+            exchange.disconnect()
             loop.call_later(_ASGI_GRACE, handling.cancel)
 
 
@@ -9771,25 +9786,27 @@ async def _end_asgi_streams(app: Stario) -> None:
 # ==================================================================================================
 # 27. RedisRelay: the same between processes and machines [redis]
 #
-# A RedisRelay is a Relay whose messages take the way through Redis (or Valkey). A pattern that
-# somebody here listens to is subscribed once at Redis.
+# Redis is a server that, among other things, passes messages on: PUBLISH sends one to a channel,
+# SUBSCRIBE asks for those of a channel, PSUBSCRIBE for those of all that fit a pattern. A
+# RedisRelay is a Relay (part 14) whose messages go through Redis, or Valkey, to all processes. A
+# pattern with subscriptions in this process is subscribed once at Redis.
 #
 #     publish("room.1", x)  ->  _outgoing  ->  PUBLISH stario:room.1 "x"  ->  Redis
 #     subscriptions  <-  Relay._deliver  <-  one message for each pattern that fits  <-  Redis
 #
 # A thread with an event loop of its own talks to Redis, over one connection, for all loops of the
-# process; so `publish` and `subscribe` work from any thread and never wait. Redis takes what comes
-# over a connection in its order: who subscribes and then publishes hears it.
+# process. So `publish` and `subscribe` work in any thread, and never wait. Redis reads commands in
+# the order in which they are sent, so whoever subscribes and then publishes hears that.
 #
-# Redis keeps nothing for those who are away. What is published while the connection is broken is
-# missed: every subscription then counts a gap, and whoever shows state reads it anew.
+# Redis keeps nothing for later. What is published while the connection is broken is missed: every
+# subscription then counts one more in its `gaps`, and a handler that shows state reads it anew.
 #
 # To leave it out, delete this part.
 # ==================================================================================================
 
 
-_UNSENT = 10_000  # messages that may wait for a Redis that is there
-_BATCH = 500  # commands that are sent at a time
+_UNSENT = 10_000  # messages that may wait to be sent, while Redis answers
+_BATCH = 500  # commands that are sent at once
 _RedisCommand = tuple[str | bytes, ...]
 
 
@@ -9831,7 +9848,7 @@ class RedisRelay(Relay[T]):
         # Under the lock:
         self._closed = False
         self._connected = False  # there is a connection to send `_outgoing` over
-        self._down = False  # Redis could not be reached, and has not answered since
+        self._down = False  # it could not be reached, and nothing has come from it since
         self._outgoing: deque[_RedisCommand] = deque()
         self._loop: asyncio.AbstractEventLoop | None = None  # the thread's, once it is needed
         self._thread: threading.Thread | None = None
@@ -9841,7 +9858,7 @@ class RedisRelay(Relay[T]):
     # -- In any thread
 
     def publish(self, subject: str, data: T = None) -> None:  # type: ignore[assignment]
-        """Hand a message to Redis, for everyone who listens to its subject. Never waits.
+        """Hand a message to Redis, for all subscriptions to its subject. Never waits.
 
         Raises StarioError for data that JSON cannot hold, and where Redis is down.
         """
@@ -9885,11 +9902,11 @@ class RedisRelay(Relay[T]):
         self._nudge()
 
     def _tell_redis(self, verb: str, pattern: str) -> None:
-        if self._connected:  # else all subscriptions are made when it is
+        if self._connected:  # else `_first_commands` makes all subscriptions
             self._outgoing.append(self._command(verb, *_table_and_key(pattern)))
 
     def _command(self, verb: str, length: int | None, key: str) -> _RedisCommand:
-        """(UN)SUBSCRIBE to a pattern. Redis knows more than a `*` at the end: that is escaped."""
+        """(UN)SUBSCRIBE to a pattern. Redis has more of them, `?` and `[a]`: these are escaped."""
         if length is None:
             return verb, self._channel(key)
         escaped = re.sub(rb"([\\*?\[\]^-])", rb"\\\1", self._channel(key))
@@ -9921,7 +9938,7 @@ class RedisRelay(Relay[T]):
         while not self._closed or (self._outgoing and not self._down):
             try:
                 await self._talk(self._new_connection())
-            except Exception as exc:  # whatever it is: this thread must not end of it
+            except Exception as exc:  # whatever it is, the thread goes on
                 if not self._down:
                     reason = exc.exceptions[0] if isinstance(exc, ExceptionGroup) else exc
                     self._tracer("relay.lost", {"reason": f"{reason}"}).end()
@@ -9966,12 +9983,12 @@ class RedisRelay(Relay[T]):
         return batch if batch or self._closed else [("PING",)]
 
     async def _hear(self, connection: Any) -> None:
-        """Take what Redis sends: messages, how many heard ours, answers to PING.
+        """Take what Redis sends: messages, answers to PING, and for each PUBLISH how many got it.
 
         A message comes once for each of our patterns that fits, and nothing comes in between. The
-        first counts; what comes by another pattern, with the same channel and data, is its copy.
+        first is delivered. One with the same channel and data by another pattern is its copy.
         """
-        pattern, content = None, None  # of the last message that counted
+        pattern, content = None, None  # of the last message that was delivered
         while True:
             answer = await connection.read_response(timeout=self._timeout, push_request=True)
             if answer is None:
@@ -9991,12 +10008,12 @@ class RedisRelay(Relay[T]):
         try:
             subject = channel.decode("utf-8", "surrogatepass")[len(self._prefix) :]
             self._change(self._deliver, subject, json.loads(payload))
-        except ValueError as exc:  # none of us can have published it
+        except ValueError as exc:  # another program has published it
             self._tracer("relay.unreadable", {"reason": f"{exc}"}).end()
 
 
 def _relay_json(data: object) -> bytes:
-    """Data as JSON, if it comes back from there as it was."""
+    """Data as JSON. StarioError if reading it again would not give the same."""
     with suppress(TypeError, ValueError, RecursionError):
         text = json.dumps(data, allow_nan=False, separators=(",", ":"))
         if json.loads(text) == data:
@@ -10010,20 +10027,21 @@ def _relay_json(data: object) -> bytes:
 # ==================================================================================================
 # 28. Reload: a saved file restarts the app [reload]
 #
-# `serve(reload=True)` starts the program a second time, as a child, and watches the files. The
-# parent opens the sockets and keeps them, so that a browser waits and is never refused while one
-# child goes and the next one comes. A page asks its child by an event stream of its own which
-# version it is, and loads itself anew when another child answers. Windows cannot hand sockets
-# over: there each child opens its own.
+# `serve(reload=True)` starts the program a second time, as a child process, and watches the files.
+# When one is saved, the child is ended and another is started. The parent opens the listening
+# sockets and keeps them, so that between two children a browser waits, and is not refused. A
+# script in each page holds an event stream open, on which the child tells its process id; when that
+# is another one, the page loads itself anew. On Windows sockets cannot be handed over: there each
+# child opens its own.
 # ==================================================================================================
 
 
-_RELOADED = "STARIO_RELOADED"  # in a child's environment: the descriptors of the sockets
-_LOOK_EVERY = 0.2  # seconds
+_RELOADED = "STARIO_RELOADED"  # this variable gives a child the descriptors of the sockets: 3,4
+_LOOK_EVERY = 0.2  # seconds between two looks at the files
 
 
 def _watched_folders() -> set[str]:
-    """Where the program's own modules lie, and its assets."""
+    """The folders of the program's own modules, and of its assets."""
     own = set()
     for module in list(sys.modules.values()):
         path = os.path.abspath(getattr(module, "__file__", None) or os.__file__)
@@ -10035,7 +10053,7 @@ def _watched_folders() -> set[str]:
 
 
 def _times(folders: set[str]) -> dict[str, int]:
-    """When each file was changed."""
+    """When each file in them was changed, by path."""
     times = {}
     for folder in folders:
         with suppress(OSError), os.scandir(folder) as entries:
@@ -10047,7 +10065,7 @@ def _times(folders: set[str]) -> dict[str, int]:
 
 
 def _compiles(paths: Iterable[str]) -> bool:
-    """Whether these files can be Python; says why if not."""
+    """Whether these files are valid Python; prints the error if not."""
     for path in paths:
         try:
             if path.endswith(".py"):
@@ -10062,7 +10080,7 @@ def _compiles(paths: Iterable[str]) -> bool:
 
 
 class _Reloader:
-    """The parent: keeps the sockets, and one child that is alive."""
+    """The parent. It keeps the sockets, the newest child, and older ones that are still ending."""
 
     def __init__(self, server: Server) -> None:
         self._sockets = server._listener.sockets
@@ -10110,7 +10128,7 @@ class _Reloader:
 
 
 class _ReloadingWriter(Writer):
-    """Adds to each page the script that loads it anew."""
+    """The writer of a child: adds to each page the script that loads it anew."""
 
     def html(self, node: object, status: int = 200) -> None:
         """Answer with a page."""
@@ -10135,7 +10153,7 @@ listen();
 
 
 def _reload(app: Stario, server: Server) -> None:
-    """Become the parent, which does not return, or one of its children."""
+    """Become the parent, which does not return; in a child, use its sockets."""
     if _RELOADED in os.environ:
         _join_reloading(app, server)
     else:
@@ -10146,7 +10164,7 @@ def _reload(app: Stario, server: Server) -> None:
 def _join_reloading(app: Stario, server: Server) -> None:
     """In a child: use the parent's sockets, and tell the pages which version this is."""
     global _IDLE_GRACE
-    _IDLE_GRACE = 0.0  # who asks on an old connection shall not get an old page
+    _IDLE_GRACE = 0.0  # stopping, a child closes idle connections at once: no old page comes by one
     descriptors = os.environ[_RELOADED].split(",")
     inherited = [socket.socket(fileno=int(number)) for number in descriptors if number]
     server._listener.sockets += inherited
@@ -10167,11 +10185,12 @@ def _join_reloading(app: Stario, server: Server) -> None:
 # ==================================================================================================
 # 29. Development: what went wrong, shown where one looks [development]
 #
-# With `serve(debug=True)`, which is the default at a terminal, an exception's answer is a page that
-# shows it: the program's own frames first, with their lines and values, then the request. To a
-# request of Datastar's it comes as a patch over the open page. And a handler that keeps an event
-# loop from its other work for more than 100 ms is named, with the line where it was. The rule that
-# must hold: without `debug` nothing of this leaves the server.
+# With `serve(debug=True)`, the default at a terminal, a handler's exception is answered with a page
+# that shows it: the frames of the program's own code first, with their lines and values, then the
+# request. If Datastar made the request, the page comes as a patch over the open one. And a handler
+# that blocks the event loop for more than 100 ms (with `time.sleep`, or a long computation) is told
+# on standard error, with the line where it was. The rule that must hold: without `debug` nothing of
+# this leaves the server.
 # ==================================================================================================
 
 
@@ -10194,7 +10213,7 @@ def _value_line(name: object, value: object) -> str:
 
 
 def _frame_view(frame: types.FrameType, at: int) -> SafeString:
-    """A frame: the line with those around it, and the local values."""
+    """A frame of the traceback: the lines around line `at`, and the local variables."""
     filename, lines = frame.f_code.co_filename, []
     for number in range(max(1, at - 3), at + 3):
         if line := linecache.getline(filename, number, frame.f_globals):
@@ -10224,7 +10243,7 @@ def _error_view(c: Context, exc: BaseException) -> SafeString:
 
 
 def _show_error(c: Context, w: Writer, exc: BaseException) -> None:
-    """Answer with the exception, or patch it over the page, if either can be."""
+    """Answer with the exception, or patch it over the page, unless an answer has begun."""
     if w._sse or (c.req.is_datastar and not w.started):
         w._forget_answer()
         w.patch(_error_view(c, exc), selector="body", mode="append")
@@ -10235,7 +10254,11 @@ def _show_error(c: Context, w: Writer, exc: BaseException) -> None:
 
 
 class _Watchdog:
-    """Names what keeps an event loop busy. The loop notes the time; a thread looks at the note."""
+    """Tells where an event loop is blocked.
+
+    The loop notes the time every 20 ms. A thread looks at it; when it is older than 100 ms, it
+    prints which line of the program the loop's thread is at.
+    """
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
