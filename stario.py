@@ -6112,7 +6112,7 @@ class Subscription(Generic[T]):
 
     @property
     def gaps(self) -> int:
-        """How many times a `RedisRelay` was cut off meanwhile; an unknown number was missed."""
+        """How many times a `RedisRelay` (part 27) was cut off: what came meanwhile was missed."""
         return self._relay._gaps - self._mailbox.gaps_before
 
     @property

@@ -557,6 +557,30 @@ class TestFile(unittest.TestCase):
         ]
         self.assertEqual(told, found)
 
+    def test_prose_names_nothing_of_a_later_part_without_saying_which(self) -> None:
+        source = Path(stario.__file__).read_text(encoding="utf-8")
+        banners = re.finditer(r"^# ={90,}\n# (\d+)\. ", source, re.MULTILINE)
+        begins = [(source.count("\n", 0, found.start()) + 1, int(found[1])) for found in banners]
+
+        def part(line: int) -> int:
+            return max([number for begin, number in begins if begin <= line], default=0)
+
+        defined: dict[str, int] = {}
+        for node in ast.parse(source).body:
+            targets = (
+                node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", node)]
+            )
+            for target in targets:
+                name = getattr(target, "name", getattr(target, "id", ""))
+                defined.setdefault(str(name), part(node.lineno))
+        for row in stario._rows(source):
+            text = "\n".join(row.prose)
+            said = {int(number) for number in re.findall(r"[( ](?:parts? )?(\d+)\b", text)}
+            for name in re.findall(r"`(\w+)", text) if row.line > begins[0][0] else ():
+                if name not in ("h", "s", "js", "at", "data", "asset"):
+                    with self.subTest(name, line=row.line):
+                        self.assertIn(defined.get(name, 0), {*range(part(row.line) + 1), *said})
+
     def test_the_reading_path_leads_to_what_it_names_in_two_hours(self) -> None:
         spans: dict[str, tuple[int, int]] = {}
 
