@@ -5305,7 +5305,7 @@ class RequestOptions(TypedDict, total=False):
     # When to ask again. "auto": the connection broke; "error": or the status was 4xx or 5xx;
     # "always": or the stream ended as it should; "never".
     retry: Literal["auto", "error", "always", "never"]
-    retry_interval_ms: int  # before the first try (1000)
+    retry_interval_ms: int  # before it asks again the first time (1000)
     retry_scaler: float  # each wait is this many times the one before (2),
     retry_max_wait_ms: int  # and at most this long (30000)
     retry_max_count: int  # tries before it gives up (10)

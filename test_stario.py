@@ -653,6 +653,35 @@ class TestFile(unittest.TestCase):
         self.assertIn("GET /?name=Ada HTTP/1.1", told[0])
         self.assertIn(told[2] + "\n\n", asyncio.run(conversation("/live")))
 
+    def test_the_click_of_act_3_reaches_both_tabs_as_it_says(self) -> None:
+        source = Path(stario.__file__).read_text(encoding="utf-8")
+        act = source.partition("\n# ACT 3. Live\n")[2].partition("\n# ====")[0]
+        page, code, request, event = (
+            textwrap.dedent(block.replace("\n#", "\n"))
+            for block in re.findall(r"(?:\n#(?: {5}.*)?)+(?=\n#\s)", act)
+            if block.strip("\n#")
+        )
+        names = dict(vars(stario))
+        exec(code, names)
+        app = Stario()
+        app.get("/live", names["live"])
+        app.post("/click", names["click"])
+
+        async def click() -> None:
+            async with (
+                TestClient(app) as client,
+                client.stream("GET", "/live") as one,
+                client.stream("GET", "/live") as other,
+            ):
+                self.assertEqual((await client.post("/click", signals={})).status, 204)
+                for tab in (one, other):
+                    got = await within(anext(tab))
+                    self.assertEqual(event.strip(), f"event: {got.event}\ndata: {got.data}")
+
+        asyncio.run(click())
+        self.assertIn(f'data-on:click="{at.post("/click")}"', page)
+        self.assertIn("POST /click HTTP/1.1\n", request)
+
     def test_everything_public_is_exported_and_has_a_docstring(self) -> None:
         for name in stario.__all__:
             thing = getattr(stario, name)
