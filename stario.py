@@ -64,32 +64,32 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        2426  8. The app
      2783  ACT 2. On the network
        2791  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3787  10. The server
-       4467  11. Trying it without a network: the test client [testclient]
-     4914  ACT 3. Live
-       4963  12. Datastar: attributes and actions
-       5490  13. Streams: events, and staying with a client
-       6013  14. Relay: publish and subscribe
-     6338  ACT 4. For real
-       6344  15. Signals: from JSON to your dataclass
-       7066  16. Forms [forms]
-       7242  17. Behind a proxy
-       7331  18. Compression [compression]
-       7529  19. Static files [assets]
-       8066  20. Telemetry: spans, and who hears of them
-       8581  21. JsonTracer: for log collectors [json]
-       8656  22. RichTracer: for people [rich]
-       9111  23. Sessions [sessions]
-       9222  24. What lives as long as the server
-       9312  25. @baked
-       9566  26. ASGI: the same app under another server [asgi]
-       9787  27. RedisRelay: the same between processes and machines [redis]
-      10028  28. Reload: a saved file restarts the app [reload]
-      10186  29. Development: what went wrong, shown where one looks [development]
-    10310  ACT 5. The pocket client
-      10353  30. The pocket client (JavaScript) [client]
-      11705  31. This file as a page [read]
-      11919  32. An app to begin with
+       3788  10. The server
+       4468  11. Trying it without a network: the test client [testclient]
+     4919  ACT 3. Live
+       4968  12. Datastar: attributes and actions
+       5495  13. Streams: events, and staying with a client
+       6018  14. Relay: publish and subscribe
+     6343  ACT 4. For real
+       6349  15. Signals: from JSON to your dataclass
+       7071  16. Forms [forms]
+       7247  17. Behind a proxy
+       7336  18. Compression [compression]
+       7534  19. Static files [assets]
+       8071  20. Telemetry: spans, and who hears of them
+       8586  21. JsonTracer: for log collectors [json]
+       8661  22. RichTracer: for people [rich]
+       9116  23. Sessions [sessions]
+       9227  24. What lives as long as the server
+       9317  25. @baked
+       9571  26. ASGI: the same app under another server [asgi]
+       9792  27. RedisRelay: the same between processes and machines [redis]
+      10033  28. Reload: a saved file restarts the app [reload]
+      10191  29. Development: what went wrong, shown where one looks [development]
+    10315  ACT 5. The pocket client
+      10358  30. The pocket client (JavaScript) [client]
+      11710  31. This file as a page [read]
+      11924  32. An app to begin with
 
 READING PATH
 
@@ -104,13 +104,13 @@ Two hours, for a reader who wants to know how it works, not all that it does. Re
      2314-2330   `Router._find`  from a path to a handler
      2618-2652   `Stario.dispatch`  one request from end to end
      3086-3206   `_Reader`  bytes to requests
-     3534-3783   `Connection`  one connection, many requests
-     4205-4219   `Server.start`  listening
-     4322-4330   `Server.stop`  ending without losing a request
-     5641-5752   `_EventWriter`  events
-     5841-5910   `_Scope`  how a disconnect reaches a handler
-     5937-6009   `Alive`  staying with a client
-     6183-6290   `Relay`  from one handler to another
+     3535-3784   `Connection`  one connection, many requests
+     4206-4220   `Server.start`  listening
+     4323-4331   `Server.stop`  ending without losing a request
+     5646-5757   `_EventWriter`  events
+     5846-5915   `_Scope`  how a disconnect reaches a handler
+     5942-6014   `Alive`  staying with a client
+     6188-6295   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -3218,7 +3218,8 @@ class _Reader:
 # it keeps more than `_HIGH_WATER` bytes it calls `pause_writing`, and when few are left
 # `resume_writing`. A handler that writes much awaits `drained`, which lasts from the one to the
 # other: a client that reads slowly slows the handler down. That is *backpressure*. The other way
-# round, `transport.pause_reading()` slows down a client that sends too much.
+# round, `transport.pause_reading()` slows down a client that sends too much. For HTTPS the
+# transport encrypts and decrypts (TLS); a protocol sees no difference.
 
 
 def _limit_unsent(connection: socket.socket, size: int) -> None:
@@ -4678,7 +4679,7 @@ class TestStream:
                 yield (await self._reader.readexactly(size + 2))[:-2]
         elif length is not None:
             yield await self._reader.readexactly(int(length))
-        else:  # HTTP/1.0, or what was refused
+        else:  # HTTP/1.0: the body ends with the connection
             yield await self._reader.read(-1)
 
     @asynccontextmanager
@@ -4704,7 +4705,7 @@ class TestStream:
                 await asyncio.sleep(0)
 
     async def _shut_down(self) -> None:
-        """The server stops, and the handler ends."""
+        """Stop the server, for this stream alone, and wait for its handler."""
         self._worker.stopping = True
         for connection in self._worker.connections:
             connection.shut_down()
@@ -4712,7 +4713,7 @@ class TestStream:
         await self._close()
 
     async def _close(self) -> None:
-        """The client goes, and the handler ends."""
+        """Hang up, and wait for the handler."""
         self._head.cancel()
         self._writer.close()
         try:
@@ -4836,9 +4837,13 @@ class TestClient:
 
     @asynccontextmanager
     async def stream(self, method: str, path: str, **options: Any) -> AsyncIterator[TestStream]:
-        """Send a request and read its events; at the end of the block the client is gone.
+        """Send a request and read the events of its answer.
 
-        Options: see `request`. The block is left when the handler has ended.
+            async with client.stream("GET", "/live") as stream:
+                assert "Ada" in (await anext(stream)).elements
+
+        At the end of the block the client hangs up, and waits until the handler has ended.
+        Options: see `request`.
         """
         stream = await self._send(method, path, **options)
         try:
