@@ -89,7 +89,7 @@ brackets can be left out of your copy: `python stario.py --without assets,client
     10315  ACT 5. The pocket client
       10358  30. The pocket client (JavaScript) [client]
       11710  31. This file as a page [read]
-      11924  32. An app to begin with
+      11928  32. An app to begin with
 
 READING PATH
 
@@ -11737,19 +11737,23 @@ def _rows(source: str) -> list[_Row]:
     """Sort the lines of a file into rows."""
     rows = [_Row(1, [], [])]
     docstring: int | None = None  # how far the one that we are in is indented
+    in_banner = False
     for number, line in enumerate(source.split("\n"), 1):
         text, row = line.strip(), rows[-1]
         is_comment = text == "#" or text.startswith(("# ", "// "))
         before = row.code[-1][1].lstrip() if row.code else ""
         begins = is_comment or (_BEGINS_ROW.match(line) and before[:1] != "@")
-        ends_banner = text.startswith("# ====") and row.prose
-        if ends_banner or (row.code and begins):
+        is_rule = text.startswith("# ====")
+        if is_rule or (row.code and begins):
             row = _Row(number, [], [])
             rows.append(row)
+        in_banner ^= is_rule
         if docstring is None and text.startswith('"""') and before[-1:] in ("", ":"):
             docstring, line = line.index('"'), line.replace('"""', "", 1)
         if is_comment:
-            row.prose.append("" if ends_banner else text.lstrip("#/").removeprefix(" "))
+            row.prose.append(
+                "" if is_rule and not in_banner else text.lstrip("#/").removeprefix(" ")
+            )
         elif docstring is not None:
             row.prose.append(line[docstring:].replace('"""', ""))
             docstring = None if '"""' in line else docstring

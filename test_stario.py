@@ -12966,6 +12966,12 @@ class TestReadingPage(AsyncTest):
         words = re.findall(r"\w+", "\n".join(lines))
         self.assertEqual(sorted(words), sorted(re.findall(r"\w+", source)))
 
+    def test_each_act_and_part_has_its_title(self) -> None:
+        source = Path(stario.__file__).read_text(encoding="utf-8")
+        titles = [row.prose[1] for row in stario._rows(source) if stario._is_banner(row)]
+        self.assertEqual(titles, re.findall(r"^# ={90,}\n# (\S.*)\n(?=#)", source, re.MULTILINE))
+        self.assertGreater(len(titles), 30)
+
     def test_a_docstring_stands_beside_its_function_and_a_comment_beside_its_lines(self) -> None:
         source = textwrap.dedent(
             '''
