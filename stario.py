@@ -71,25 +71,25 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        5495  13. Streams: events, and staying with a client
        6018  14. Relay: publish and subscribe
      6343  ACT 4. For real
-       6349  15. Signals: from JSON to your dataclass
-       7071  16. Forms [forms]
-       7247  17. Behind a proxy
-       7336  18. Compression [compression]
-       7534  19. Static files [assets]
-       8071  20. Telemetry: spans, and who hears of them
-       8586  21. JsonTracer: for log collectors [json]
-       8661  22. RichTracer: for people [rich]
-       9116  23. Sessions [sessions]
-       9227  24. What lives as long as the server
-       9317  25. @baked
-       9571  26. ASGI: the same app under another server [asgi]
-       9792  27. RedisRelay: the same between processes and machines [redis]
-      10033  28. Reload: a saved file restarts the app [reload]
-      10191  29. Development: what went wrong, shown where one looks [development]
-    10315  ACT 5. The pocket client
-      10358  30. The pocket client (JavaScript) [client]
-      11710  31. This file as a page [read]
-      11928  32. An app to begin with
+       6350  15. Signals: from JSON to your dataclass
+       7072  16. Forms [forms]
+       7248  17. Behind a proxy
+       7337  18. Compression [compression]
+       7535  19. Static files [assets]
+       8072  20. Telemetry: spans, and who hears of them
+       8587  21. JsonTracer: for log collectors [json]
+       8662  22. RichTracer: for people [rich]
+       9117  23. Sessions [sessions]
+       9228  24. What lives as long as the server
+       9318  25. @baked
+       9572  26. ASGI: the same app under another server [asgi]
+       9793  27. RedisRelay: the same between processes and machines [redis]
+      10034  28. Reload: a saved file restarts the app [reload]
+      10192  29. Development: what went wrong, shown where one looks [development]
+    10316  ACT 5. The pocket client
+      10359  30. The pocket client (JavaScript) [client]
+      11711  31. This file as a page [read]
+      11929  32. An app to begin with
 
 READING PATH
 
@@ -5288,7 +5288,7 @@ data = DataAttributes()
 
 
 class ResponseOverrides(TypedDict, total=False):
-    """Where an answer goes that is no stream of events, whatever its `datastar-*` fields say."""
+    """Where to patch an answer that is no stream of events, before what its header fields say."""
 
     selector: str
     mode: str
@@ -5805,7 +5805,7 @@ class Writer(_EventWriter):
         return Alive(self, source, heartbeat)
 
     def _is_over(self) -> bool:
-        """Whether nobody takes more of the stream. (HEAD asks only for the head of the answer.)"""
+        """Whether a stream has no reader any more, or never had one: HEAD asks for no body."""
         carrier = self._carrier
         return carrier.disconnected or carrier.shutting_down or self._request.method == "HEAD"
 
@@ -6270,7 +6270,7 @@ class Relay(Generic[T]):
         return list(dict.fromkeys(mailbox for mailboxes in listeners for mailbox in mailboxes))
 
     def _listeners_at(self, pattern: str) -> dict[_Mailbox, None]:
-        """Who listens by this pattern. (A dict serves as an ordered set.)"""
+        """The mailboxes that have this pattern. (The dict is used as an ordered set.)"""
         length, key = _table_and_key(pattern)
         return self._tables.get(length, {}).get(key, {})
 
@@ -6342,7 +6342,8 @@ def _resolve(waiters: list[asyncio.Future[None]]) -> None:
 # ==================================================================================================
 # ACT 4. For real
 #
-# What an app needs beyond its first day. Each part is a room with one door, and can be read alone.
+# What an app needs beyond its first day. Each part can be read alone. One with a name in square
+# brackets can be left out of a copy of this file.
 # ==================================================================================================
 
 # ==================================================================================================
@@ -6791,7 +6792,7 @@ def _model_reader(model: Any) -> Reader:
 
 
 def _choose_plain(value: Any, fitting: list[Reader], is_optional: bool, trial: _Reading) -> Any:
-    """What the first type makes of a plain value; a type that leaves it as it is goes first."""
+    """Read a plain value by the first type that fits, or by one that need not convert it."""
     first = _WRONG
     for read in fitting:
         found = read(value, trial)
@@ -6804,7 +6805,7 @@ def _choose_plain(value: Any, fitting: list[Reader], is_optional: bool, trial: _
 
 
 def _choose(value: Any, fitting: list[Reader], words: str, reading: _Reading) -> _Outcome:
-    """What the first type that fits makes of a list or an object."""
+    """Read a list or an object by the first type that fits."""
     # Outcomes where the value has the right shape, and what is wrong is inside of it. If there
     # is one, it is the type that was meant, and its problems are the ones to show.
     nearly = []
