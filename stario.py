@@ -5288,7 +5288,7 @@ data = DataAttributes()
 
 
 class ResponseOverrides(TypedDict, total=False):
-    """Where to patch an answer that is no stream of events, before what its header fields say."""
+    """Where to patch an answer that is no stream of events; overrides its `datastar-*` fields."""
 
     selector: str
     mode: str
