@@ -79,17 +79,17 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        8072  20. Telemetry: spans, and who hears of them
        8587  21. JsonTracer: for log collectors [json]
        8662  22. RichTracer: for people [rich]
-       9117  23. Sessions [sessions]
-       9228  24. What lives as long as the server
-       9318  25. @baked
-       9572  26. ASGI: the same app under another server [asgi]
-       9793  27. RedisRelay: the same between processes and machines [redis]
-      10034  28. Reload: a saved file restarts the app [reload]
-      10192  29. Development: what went wrong, shown where one looks [development]
-    10316  ACT 5. The pocket client
-      10359  30. The pocket client (JavaScript) [client]
-      11711  31. This file as a page [read]
-      11929  32. An app to begin with
+       9112  23. Sessions [sessions]
+       9223  24. What lives as long as the server
+       9313  25. @baked
+       9567  26. ASGI: the same app under another server [asgi]
+       9788  27. RedisRelay: the same between processes and machines [redis]
+      10032  28. Reload: a saved file restarts the app [reload]
+      10190  29. Development: what went wrong, shown where one looks [development]
+    10314  ACT 5. The pocket client
+      10357  30. The pocket client (JavaScript) [client]
+      11709  31. This file as a page [read]
+      11927  32. An app to begin with
 
 READING PATH
 
@@ -509,7 +509,7 @@ def _other_attribute(name: str, value: object) -> str:
     """An attribute whose value is no plain str. `{"data": {"id": 1}}` gives ` data-id="1"`."""
     # `@baked` (part 25) calls a view with blanks for its arguments. A blank leaves a mark here.
     is_baking = _baking.get() and not isinstance(value, str)
-    if is_baking and (mark := _carried(_attribute, name, value, is_html=True)):
+    if is_baking and (mark := _mark_for(_attribute, name, value, is_html=True)):
         return mark
     if type(value) is dict or isinstance(value, Mapping):
         if name == "style":
@@ -627,7 +627,7 @@ def _trust(part: object) -> object:
 
 def _keep_line_feed(content: str) -> str:
     """Browsers drop a line feed that comes first in <pre> and <textarea>: put one more there."""
-    if _baking.get() and (mark := _carried(_keep_line_feed, content, is_html=True)):
+    if _baking.get() and (mark := _mark_for(_keep_line_feed, content, is_html=True)):
         return mark
     return "\n" + content if content.startswith("\n") else content
 
@@ -4210,7 +4210,7 @@ class Server:
             self._listener.open()
             self.host, self.port = self._listener.host, self._listener.port
             stack.callback(self._listener.close)
-            await stack.enter_async_context(self.app._life.lived())
+            await stack.enter_async_context(self.app._life.while_served())
             self._loop = asyncio.get_running_loop()
             self._workers = [self._worker_on(self._loop)]
             for number in range(1, self._count):
@@ -4766,14 +4766,14 @@ class TestClient:
         self.limits = _limits(limits)
         self.cookies: dict[str, str] = {}
         self._jar = _Jar(self.cookies)
-        self._lived: AbstractAsyncContextManager[None]
+        self._serving: AbstractAsyncContextManager[None]
         self._unfinished: list[TestStream] = []  # answered with wait=False
 
     async def __aenter__(self) -> TestClient:
         # If a server runs the app already, its lifespans (part 24) have begun.
         life = self.app._life
-        self._lived = life.lived() if life.loop is None else nullcontext()
-        await self._lived.__aenter__()
+        self._serving = life.while_served() if life.loop is None else nullcontext()
+        await self._serving.__aenter__()
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, *exc: object) -> None:
@@ -4781,7 +4781,7 @@ class TestClient:
             for stream in self._unfinished:
                 await stream._shut_down()
         finally:
-            await self._lived.__aexit__(None, None, None)
+            await self._serving.__aexit__(None, None, None)
         for stream in self._unfinished:
             if kind is None:
                 stream._raise_failure()
@@ -5031,7 +5031,7 @@ def _code(value: object) -> str:
     """A value where an expression is meant: a str is one, and True is `true`."""
     if type(value) is str:
         return value
-    if _baking.get() and (mark := _carried(_code, value)):  # a blank of @baked (part 25)
+    if _baking.get() and (mark := _mark_for(_code, value)):  # a blank of @baked (part 25)
         return mark
     return str.__str__(value) if isinstance(value, str) else _script_json(value)
 
@@ -5382,7 +5382,7 @@ at = Actions()
 
 
 def _request(method: str, url: str, queries: Queries, options: RequestOptions) -> str:
-    if _baking.get() and (mark := _carried(_request, method, url, queries, options)):
+    if _baking.get() and (mark := _mark_for(_request, method, url, queries, options)):
         return mark
     written = _request_options(method, options) if options else ""
     size = len(url) + len(written)
@@ -7664,10 +7664,10 @@ def _file_of(name: str, data: bytes) -> _File:
 
 
 def _read_version(name: str, opened: IO[bytes], *, by_contents: bool = True) -> _File:
-    """Read an open file. One that is written to meanwhile is read again, three times at most.
+    """Read an open file. A small one that is written to meanwhile is read again, up to three times.
 
-    Of a large file only the fingerprint is kept. Without `by_contents` it is not read at all: its
-    fingerprint is made of its stamp.
+    Of a large file only the fingerprint is kept. Without `by_contents` that is made of its stamp,
+    so that the file need not be read.
     """
     for _ in range(3):
         before = os.fstat(opened.fileno())
@@ -7951,17 +7951,17 @@ def _answer_with(
     """
     request, immutable = w._request, fields is _FOREVER
     fields = representation.fields + fields
-    span: tuple[int, int] | None = (0, file.size)
+    part: tuple[int, int] | None = (0, file.size)
     if status == 200 and request.method in ("GET", "HEAD"):
         if _has_copy(request, representation.etag):
             return w._answer(304, (fields, False), b"")
-        span = _range(request, file.size, representation.etag)
-    if span is None:
+        part = _range(request, file.size, representation.etag)
+    if part is None:
         outside = b"content-range: bytes */%d\r\ncache-control: no-store\r\n" % file.size
         return w._answer(416, (outside, False), b"")
-    start, stop = span
+    start, stop = part
     body = representation.body or b""
-    if span != (0, file.size):
+    if part != (0, file.size):
         status, compress, body = 206, False, body[start:stop]
         fields += b"content-range: bytes %d-%d/%d\r\n" % (start, stop - 1, file.size)
     if opened is None:
@@ -8726,7 +8726,7 @@ class RichTracer(_StreamTracer):
 
     def __init__(self, stream: IO[str] | None = None, *, logging_level: int | None = None) -> None:
         super().__init__(stream, logging_level=logging_level)
-        self._size = _size_of(self._stream)
+        self._size = _terminal_size(self._stream)
         self._live = self._size is not None and os.environ.get("TERM") != "dumb"
         coloured = bool(os.environ.get("FORCE_COLOR")) or self._live
         self._look = _Look(coloured and not os.environ.get("NO_COLOR"))
@@ -8761,7 +8761,7 @@ class RichTracer(_StreamTracer):
 
     def _start_thread(self) -> None:
         for stream in (sys.stdout, sys.stderr) if self._live else ():
-            if _size_of(stream) and "write" not in vars(stream):
+            if _terminal_size(stream) and "write" not in vars(stream):
                 stream.write = self._print  # type: ignore[method-assign]
                 self._replaced.append(stream)
         super()._start_thread()
@@ -8827,9 +8827,7 @@ class RichTracer(_StreamTracer):
         for (name, outcome), took in sorted(summed.items(), key=lambda entry: -len(entry[1])):
             if took:
                 took.sort()
-                times = (
-                    f"  p50 {_duration_text(took[len(took) // 2])}  max {_duration_text(took[-1])}"
-                )
+                times = f"  p50 {_time_text(took[len(took) // 2])}  max {_time_text(took[-1])}"
                 line = self._look.columns(time.time_ns(), name, outcome, f"{len(took):,} x")
                 self._lines.append([*line, (times, "dim")])
 
@@ -8855,7 +8853,7 @@ class RichTracer(_StreamTracer):
         if ending:
             self._lines += [self._look.heading(root.span) for root in roots]
             self._open.clear()
-        size = _size_of(self._stream) if self._live else None
+        size = _terminal_size(self._stream) if self._live else None
         moved, self._size = size != self._size, size
         columns, height = size or (1_000_000, 0)
         self._look.width = columns
@@ -8910,7 +8908,7 @@ class _Look:
             count = f"{root.events:,} event{'s' * (root.events != 1)}"
             last = _event_text(root.last) if root.last else ""
             title = (_padded(_title(root.span), self._title_width(), self.width // 2), "bold")
-            open_for = (f"{_duration_text(now - root.span.start_ns):>8}  ", "green")
+            open_for = (f"{_time_text(now - root.span.start_ns):>8}  ", "green")
             lines.append([open_for, title, (f"{count:>13}  ", "dim"), (last, "cyan")])
         if len(shown) < len(long):
             lines.append([(f"{'':10}and {len(long) - len(shown)} more", "dim")])
@@ -8928,7 +8926,7 @@ class _Look:
 
     def heading(self, span: Span) -> _Line:
         """The first line of a tree."""
-        took = _duration_text((span.end_ns or time.time_ns()) - span.start_ns)
+        took = _time_text((span.end_ns or time.time_ns()) - span.start_ns)
         return self.columns(span.start_ns, _title(span), _outcome(span), took)
 
     def tree(self, branch: _Branch) -> list[_Line]:
@@ -8951,10 +8949,10 @@ class _Look:
         guides = "│ " * min(depth, 15)
         indent, room = 20 + len(guides), max(8, self._title_width() - 10 - len(guides))
         came_ns = row.span.start_ns if isinstance(row, _Branch) else row.time_ns
-        line = [(f"{_duration_text(came_ns - root.start_ns):>18}  {guides}", "dim")]
+        line = [(f"{_time_text(came_ns - root.start_ns):>18}  {guides}", "dim")]
         if isinstance(row, _Branch):
             span = row.span
-            took = _duration_text(span.end_ns - span.start_ns) if span.end_ns else "open"
+            took = _time_text(span.end_ns - span.start_ns) if span.end_ns else "open"
             line += [(f"{_padded(span.name, room)}{took:>16}  ", ""), *_bar(root, span)]
             return self._with_pairs(line, indent, span.attributes)
         if row.name != "exception":
@@ -8984,19 +8982,16 @@ class _Look:
         """A span where there is no terminal, with its newest events."""
         outcome, style = _outcome(span)
         line = [(f"{_clock(span.start_ns)} {span.trace_id[:4]} ", "dim"), (_title(span), "bold")]
-        line += [
-            (f" {outcome}".rstrip(), style),
-            (f" {_duration_text(span.end_ns - span.start_ns)}", ""),
-        ]
+        took = _time_text(span.end_ns - span.start_ns)
+        line += [(f" {outcome}".rstrip(), style), (f" {took}", "")]
         line += [(f" {key}={value}", "") for key, value in _pairs(span.attributes)]
         for event in span.events[-_MOST_SHOWN:]:
-            line.append(
-                (f" | {_duration_text(event.time_ns - span.start_ns)} {_event_text(event)}", "")
-            )
+            after = _time_text(event.time_ns - span.start_ns)
+            line.append((f" | {after} {_event_text(event)}", ""))
         return line
 
 
-def _size_of(stream: IO[str] | None) -> tuple[int, int] | None:
+def _terminal_size(stream: IO[str] | None) -> tuple[int, int] | None:
     """Columns and lines of a terminal; None where there is none."""
     with suppress(OSError, ValueError):  # it is closed, or only looks like one
         if stream is not None and stream.isatty():
@@ -9041,7 +9036,7 @@ def _clock(time_ns: int) -> str:
     return datetime.fromtimestamp(time_ns / 1e9).strftime("%H:%M:%S")
 
 
-def _duration_text(nanoseconds: int) -> str:
+def _time_text(nanoseconds: int) -> str:
     seconds = nanoseconds / 1e9
     if seconds < 60:
         digits = 2 if seconds < 0.001 else 1
@@ -9257,7 +9252,7 @@ class _Life:
         self._waiting: list[Callable[[], None]] = []  # to be called when the server starts
 
     @asynccontextmanager
-    async def lived(self) -> AsyncIterator[None]:
+    async def while_served(self) -> AsyncIterator[None]:
         """Enter the lifespans in their order, and start what waits. At the end, end all of it."""
         if self.loop is not None:
             raise StarioError("this app is served already: make another Stario for this server")
@@ -9403,7 +9398,7 @@ class _Bake:
         for name, usual in values.items():
             for value in (usual, *_PROBES):
                 given.arguments.update(values, **{name: value})
-                if _outcome_of(self.view, given) != _outcome_of(filled, given):
+                if _result_or_none(self.view, given) != _result_or_none(filled, given):
                     raise self.error(
                         f"with {name}={value!r} it gives another page than with a blank for "
                         f"{name!r}, so it decides by it, or changes it, or differs each time"
@@ -9507,15 +9502,15 @@ class _Blank:
         return cast(_Blank, kind(bake, argument, code))
 
     def __html__(self) -> str:
-        return _carried(_filling, self, is_html=True) or ""
+        return _mark_for(_filling, self, is_html=True) or ""
 
     def __str__(self) -> str:
-        return _carried(str, self) or ""
+        return _mark_for(str, self) or ""
 
     def __format__(self, spec: str) -> str:
         if self._code.isidentifier() and re.fullmatch(r"[\w.]*", spec, re.ASCII):
             return self._bake.mark(self._argument, f"f'{{{self._code}:{spec}}}'", is_html=False)
-        return _carried(format, self, spec) or ""
+        return _mark_for(format, self, spec) or ""
 
     def __add__(self, other: object) -> _Blank:
         return self._sum(other, "({0} + {1})")
@@ -9537,14 +9532,14 @@ class _Blank:
     __bool__ = __eq__ = __hash__ = __repr__ = __getattr__ = _refuse
 
 
-def _outcome_of(view: Callable[..., object], given: inspect.BoundArguments) -> object:
+def _result_or_none(view: Callable[..., object], given: inspect.BoundArguments) -> object:
     try:
         return view(*given.args, **given.kwargs)
     except Exception:
         return None
 
 
-def _carried(function: Callable[..., str], *values: object, is_html: bool = False) -> str | None:
+def _mark_for(function: Callable[..., str], *values: object, is_html: bool = False) -> str | None:
     """A mark for what this function will give, if there are blanks in its arguments; or None."""
     if not (bakes := _baking.get()):
         return None
@@ -9767,7 +9762,7 @@ async def _live_asgi(app: Stario, receive: Receive, send: Send) -> None:
     await receive()
     stage = "startup"
     try:
-        async with app._life.lived():
+        async with app._life.while_served():
             await send({"type": "lifespan.startup.complete"})
             stage = "shutdown"
             await receive()
@@ -9912,7 +9907,10 @@ class RedisRelay(Relay[T]):
             self._outgoing.append(self._command(verb, *_table_and_key(pattern)))
 
     def _command(self, verb: str, length: int | None, key: str) -> _RedisCommand:
-        """(UN)SUBSCRIBE to a pattern. Redis has more of them, `?` and `[a]`: these are escaped."""
+        """(UN)SUBSCRIBE to a subject (`length` is None), or to all that begin with `key`.
+
+        Redis has more patterns, `?` and `[a]`: these are escaped.
+        """
         if length is None:
             return verb, self._channel(key)
         escaped = re.sub(rb"([\\*?\[\]^-])", rb"\\\1", self._channel(key))
@@ -9957,12 +9955,12 @@ class RedisRelay(Relay[T]):
         try:
             await connection.connect()
             async with asyncio.TaskGroup() as group:
-                hearing = group.create_task(self._hear(connection))
+                receiving = group.create_task(self._receive(connection))
                 commands = self._first_commands()
                 while commands:
                     await connection.send_packed_command(connection.pack_commands(commands))
                     commands = await self._next_commands()
-                hearing.cancel()
+                receiving.cancel()
         finally:
             with self._lock:
                 self._connected = False
@@ -9988,7 +9986,7 @@ class RedisRelay(Relay[T]):
             batch = [self._outgoing.popleft() for _ in range(min(_BATCH, len(self._outgoing)))]
         return batch if batch or self._closed else [("PING",)]
 
-    async def _hear(self, connection: Any) -> None:
+    async def _receive(self, connection: Any) -> None:
         """Take what Redis sends: messages, answers to PING, and for each PUBLISH how many got it.
 
         A message comes once for each of our patterns that fits, and nothing comes in between. The
@@ -10007,9 +10005,9 @@ class RedisRelay(Relay[T]):
                 content = None
             elif answer[-2:] != content or answer[1] == pattern:
                 pattern, content = answer[1], answer[-2:]
-                self._heard(*content)
+                self._deliver_payload(*content)
 
-    def _heard(self, channel: bytes, payload: bytes) -> None:
+    def _deliver_payload(self, channel: bytes, payload: bytes) -> None:
         """Deliver a message."""
         try:
             subject = channel.decode("utf-8", "surrogatepass")[len(self._prefix) :]
@@ -10091,7 +10089,7 @@ class _Reloader:
     def __init__(self, server: Server) -> None:
         self._sockets = server._listener.sockets
         self._children: list[subprocess.Popen[bytes]] = []
-        self._ended_by = 0
+        self._ended_by = 0  # the number of the signal that has come
 
     def run(self) -> int:
         """Run until a signal comes, or the program ends by itself; gives its exit status."""
@@ -10207,7 +10205,7 @@ _DEBUG_STYLE = (
 )
 
 
-def _value_line(name: object, value: object) -> str:
+def _shown_value(name: object, value: object) -> str:
     """A value in a line: short, and hidden if its name sounds like a secret."""
     if _SECRET.search(str(name)):
         return "(hidden)"
@@ -10224,7 +10222,7 @@ def _frame_view(frame: types.FrameType, at: int) -> SafeString:
     for number in range(max(1, at - 3), at + 3):
         if line := linecache.getline(filename, number, frame.f_globals):
             lines.append(f"{'→' if number == at else ' '} {number:4} {line.rstrip()}")
-    values = [f"  {name} = {_value_line(name, value)}" for name, value in frame.f_locals.items()]
+    values = [f"  {name} = {_shown_value(name, value)}" for name, value in frame.f_locals.items()]
     head = f"{filename}, line {at}, in {frame.f_code.co_name}"
     text = "\n".join([*lines, "", *values, ""])
     return h.Details({"open": _is_own(filename)}, h.Summary(head), text)
@@ -10235,8 +10233,8 @@ def _error_view(c: Context, exc: BaseException) -> SafeString:
     frames = list(traceback.walk_tb(exc.__traceback__))[::-1]
     frames.sort(key=lambda entry: not _is_own(entry[0].f_code.co_filename))
     request = [f"{c.req.method} {c.req.url}"]
-    request += [f"{name}: {_value_line(name, value)}" for name, value in c.req.headers.items()]
-    events = [f"{event.name} {_value_line('', event.attributes)}" for event in c.span.events]
+    request += [f"{name}: {_shown_value(name, value)}" for name, value in c.req.headers.items()]
+    events = [f"{event.name} {_shown_value('', event.attributes)}" for event in c.span.events]
     close = {"onclick": "this.parentNode.remove()", "style": "float:right"}
     return h.Div(
         {"id": "stario-error", "style": _DEBUG_STYLE},

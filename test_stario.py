@@ -10378,11 +10378,11 @@ class NotedRelay(AnyRedisRelay):  # type: ignore[misc]
         self.marks = 0
         super().__init__(url, **options)
 
-    def _heard(self, channel: bytes, payload: bytes) -> None:
+    def _deliver_payload(self, channel: bytes, payload: bytes) -> None:
         if channel.endswith(b"a mark of the test"):
             self.marks += 1
         else:
-            super()._heard(channel, payload)
+            super()._deliver_payload(channel, payload)
 
     async def settle(self) -> None:
         mark, before = self.subscribe("a mark of the test"), self.marks
