@@ -79,17 +79,17 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        8072  20. Telemetry: spans, and who hears of them
        8587  21. JsonTracer: for log collectors [json]
        8662  22. RichTracer: for people [rich]
-       9112  23. Sessions [sessions]
-       9223  24. What lives as long as the server
-       9313  25. @baked
-       9567  26. ASGI: the same app under another server [asgi]
-       9788  27. RedisRelay: the same between processes and machines [redis]
-      10032  28. Reload: a saved file restarts the app [reload]
-      10190  29. Development: what went wrong, shown where one looks [development]
-    10314  ACT 5. The pocket client
-      10357  30. The pocket client (JavaScript) [client]
-      11709  31. This file as a page [read]
-      11927  32. An app to begin with
+       9114  23. Sessions [sessions]
+       9225  24. What lives as long as the server
+       9315  25. @baked
+       9569  26. ASGI: the same app under another server [asgi]
+       9796  27. RedisRelay: the same between processes and machines [redis]
+      10040  28. Reload: a saved file restarts the app [reload]
+      10198  29. Development: what went wrong, shown where one looks [development]
+    10322  ACT 5. The pocket client
+      10365  30. The pocket client (JavaScript) [client]
+      11717  31. This file as a page [read]
+      11935  32. An app to begin with
 
 READING PATH
 
@@ -8445,7 +8445,7 @@ class _StreamTracer(Tracer):
 
     def on_end(self, span: Span) -> None:
         """Into the queue."""
-        self._put(self._ended(span))
+        self._put(self._queued_end(span))
 
     def _put(self, what: _Queued) -> None:
         waiting = self._queue
@@ -8480,7 +8480,7 @@ class _StreamTracer(Tracer):
         self._wake.put(True)
         writer.join(1)
         self._started.release()
-        if writer.is_alive():  # the stream stalls; Python would wait for it, too, when it ends
+        if writer.is_alive():  # the stream stalls, and Python's own flush at the end would wait
             sys.stdout = None if sys.stdout is self._stream else sys.stdout
             self._complain(len(self._queue))
 
@@ -8514,7 +8514,7 @@ class _StreamTracer(Tracer):
         if missing:
             lost = Span(Tracer(), "telemetry.lost", {"count": missing}, None)
             lost.end()
-            taken.append(self._ended(lost))
+            taken.append(self._queued_end(lost))
         for what in taken:
             try:
                 if isinstance(what, str):
@@ -8541,8 +8541,8 @@ class _StreamTracer(Tracer):
         """Seconds after which there is something to write, even if nothing comes."""
         return None
 
-    def _ended(self, span: Span) -> _Queued:
-        """What is put into the queue for a span that has ended."""
+    def _queued_end(self, span: Span) -> _Queued:
+        """What goes into the queue for a span that has ended."""
         raise NotImplementedError
 
     def _compose(self, ending: bool) -> str:
@@ -8610,7 +8610,7 @@ class JsonTracer(_StreamTracer):
         noted = {"name": event.name, "time_unix_nano": event.time_ns}
         self._put((self._add_event, span, _log_json({**noted, "attributes": event.attributes})))
 
-    def _ended(self, span: Span) -> _Queued:
+    def _queued_end(self, span: Span) -> _Queued:
         fields = self._fields(span, f'"end_time_unix_nano":{span.end_ns}')
         return (self._add_line, span, fields) if span.events else f"{{{fields}}}\n"
 
@@ -8744,17 +8744,19 @@ class RichTracer(_StreamTracer):
     def on_start(self, span: Span) -> None:
         """Into the queue."""
         if self._live:
-            self._put((self._start, span))
+            self._put((self._span_started, span))
 
     def on_event(self, span: Span, event: SpanEvent) -> None:
         """Into the queue."""
         if self._live:
-            self._put((self._note, span, event))
+            self._put((self._event_happened, span, event))
         elif span.end_ns:
             self._put(self._look.painted(self._look.late(span, event)))
 
-    def _ended(self, span: Span) -> _Queued:
-        return (self._end, span) if self._live else self._look.painted(self._look.one_line(span))
+    def _queued_end(self, span: Span) -> _Queued:
+        if self._live:
+            return (self._span_ended, span)
+        return self._look.painted(self._look.one_line(span))
 
     # -- What the program prints must not run into the footer. So it goes into the queue, too: while
     # the tracer's thread runs, `sys.stdout.write` and `sys.stderr.write` are replaced.
@@ -8780,14 +8782,14 @@ class RichTracer(_StreamTracer):
     def _longest_wait(self) -> float | None:
         return 0.1 if self._open or self._summed else None
 
-    def _start(self, span: Span) -> None:
+    def _span_started(self, span: Span) -> None:
         parent = self._open.get(span.parent_id or "")
         branch = self._open[span.id] = _Branch(span, parent)
         if parent:
             parent.root.steps += 1
             parent.add(branch)
 
-    def _note(self, span: Span, event: SpanEvent) -> None:
+    def _event_happened(self, span: Span, event: SpanEvent) -> None:
         branch = self._open.get(span.id)
         if branch is None:  # the span has ended, and its tree is gone
             self._lines.append(self._look.late(span, event))
@@ -8799,7 +8801,7 @@ class RichTracer(_StreamTracer):
         if event.name == "exception" and late:  # shown now: the tree is far off, or has no room
             self._lines += [self._look.heading(root.span), *self._look.row(root.span, 0, event)]
 
-    def _end(self, span: Span) -> None:
+    def _span_ended(self, span: Span) -> None:
         """Show the tree of a root that has ended, or count it if this second has had many.
 
         A step is shown with its root, or by itself if that has ended before.
@@ -9572,6 +9574,12 @@ def _attribute(name: str, value: object) -> str:
 # lasts as long as the client needs to take it. So `uvicorn myapp:app` serves a Stario, and
 # `Mount("/live", app)` puts one into a Starlette or FastAPI app.
 #
+#     scope        {"type": "http", "method": "GET", "path": "/", "headers": [...], ...}
+#     receive()    {"type": "http.request", "body": b"...", "more_body": False}
+#                  {"type": "http.disconnect"}
+#     send(...)    {"type": "http.response.start", "status": 200, "headers": [...]}
+#                  {"type": "http.response.body", "body": b"...", "more_body": False}
+#
 # Three tasks work on a request. One runs the handler; what it writes goes into a queue. The task
 # that the server has started passes the queue on (`pass_on`). The third receives (`listen`). When
 # the server stops it cancels its task; to the handler that is a disconnect, after which it has
@@ -9708,14 +9716,14 @@ class _AsgiExchange(Carrier):
         self._end_scopes()
 
 
-_asgi_handlers: dict[asyncio.Task[None], tuple[Stario, _AsgiExchange]] = {}  # under way
+_asgi_handlers: dict[asyncio.Task[None], tuple[Stario, _AsgiExchange]] = {}  # they run
 
 
 async def _serve_asgi(app: Stario, scope: Message, receive: Receive, send: Send) -> None:
     """One request, from its scope to the end of its handler."""
     loop, exchange = asyncio.get_running_loop(), _AsgiExchange(scope, send)
     handling = _spawn(_handle_asgi(app, scope, exchange), loop)
-    if handling.done():
+    if handling.done():  # the handler had nothing to wait for, so the third task is not needed
         await exchange.pass_on()
         return
     _asgi_handlers[handling] = app, exchange
@@ -10094,40 +10102,40 @@ class _Reloader:
     def run(self) -> int:
         """Run until a signal comes, or the program ends by itself; gives its exit status."""
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._end)
+            signal.signal(number, self._note_signal)
         folders = _watched_folders()
         before = _times(folders)
-        self._start()
-        while not self._ended_by and self._children[-1].poll() != 0:
+        self._start_child()
+        while not self._ended_by and self._children[-1].poll() != 0:  # (None while it runs)
             time.sleep(_LOOK_EVERY)
             now = _times(folders)
-            changed = {path for path, _ in now.items() ^ before.items()}
+            changed = {path for path, _ in now.items() ^ before.items()}  # new, gone, or saved
             before = now
             if changed and _compiles(changed):
                 print("reloading:", *map(os.path.basename, sorted(changed)), file=sys.stderr)
-                self._stop()
-                self._start()
+                self._stop_children()
+                self._start_child()
                 folders = _watched_folders()
-        self._stop()
+        self._stop_children()
         return max(child.wait() for child in self._children)
 
-    def _start(self) -> None:
+    def _start_child(self) -> None:
         descriptors = []
         for opened in self._sockets:
             if os.name == "nt":
                 opened.close()
             else:
                 descriptors.append(opened.fileno())
-        names = {**os.environ, _RELOADED: ",".join(map(str, descriptors))}
+        environment = {**os.environ, _RELOADED: ",".join(map(str, descriptors))}
         command = [sys.executable, *sys.orig_argv[1:]]
         self._children = [child for child in self._children if child.poll() is None]
-        self._children.append(subprocess.Popen(command, env=names, pass_fds=descriptors))
+        self._children.append(subprocess.Popen(command, env=environment, pass_fds=descriptors))
 
-    def _stop(self) -> None:
+    def _stop_children(self) -> None:
         for child in self._children:
             child.terminate()
 
-    def _end(self, number: int, frame: object) -> None:
+    def _note_signal(self, number: int, frame: object) -> None:
         self._ended_by = number
 
 
@@ -10147,7 +10155,7 @@ _RELOAD_SCRIPT = """
 let version = new URL(import.meta.url).search.slice(1), source;
 const listen = () => {
   source?.close();
-  if (document.hidden) return;  // a browser has six connections for one host
+  if (document.hidden) return;  // a browser has six connections to a host
   source = new EventSource("/_stario/reload");
   source.onmessage = (event) => event.data == version || location.reload();
 };
