@@ -64,32 +64,32 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        2426  8. The app
      2783  ACT 2. On the network
        2791  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3788  10. The server
-       4468  11. Trying it without a network: the test client [testclient]
-     4919  ACT 3. Live
-       4968  12. Datastar: attributes and actions
-       5495  13. Streams: events, and staying with a client
-       6018  14. Relay: publish and subscribe
-     6343  ACT 4. For real
-       6350  15. Signals: from JSON to your dataclass
-       7072  16. Forms [forms]
-       7248  17. Behind a proxy
-       7337  18. Compression [compression]
-       7535  19. Static files [assets]
-       8072  20. Telemetry: spans, and who hears of them
-       8587  21. JsonTracer: for log collectors [json]
-       8662  22. RichTracer: for people [rich]
-       9114  23. Sessions [sessions]
-       9225  24. What lives as long as the server
-       9315  25. @baked
-       9569  26. ASGI: the same app under another server [asgi]
-       9796  27. RedisRelay: the same between processes and machines [redis]
-      10040  28. Reload: a saved file restarts the app [reload]
-      10198  29. Development: what went wrong, shown where one looks [development]
-    10322  ACT 5. The pocket client
-      10365  30. The pocket client (JavaScript) [client]
-      11717  31. This file as a page [read]
-      11935  32. An app to begin with
+       3789  10. The server
+       4469  11. Trying it without a network: the test client [testclient]
+     4920  ACT 3. Live
+       4969  12. Datastar: attributes and actions
+       5496  13. Streams: events, and staying with a client
+       6019  14. Relay: publish and subscribe
+     6344  ACT 4. For real
+       6351  15. Signals: from JSON to your dataclass
+       7073  16. Forms [forms]
+       7249  17. Behind a proxy
+       7338  18. Compression [compression]
+       7536  19. Static files [assets]
+       8073  20. Telemetry: spans, and who hears of them
+       8588  21. JsonTracer: for log collectors [json]
+       8663  22. RichTracer: for people [rich]
+       9115  23. Sessions [sessions]
+       9226  24. What lives as long as the server
+       9316  25. @baked
+       9570  26. ASGI: the same app under another server [asgi]
+       9797  27. RedisRelay: the same between processes and machines [redis]
+      10041  28. Reload: a saved file restarts the app [reload]
+      10199  29. Development: what went wrong, shown where one looks [development]
+    10323  ACT 5. The pocket client
+      10366  30. The pocket client (JavaScript) [client]
+      11718  31. This file as a page [read]
+      11936  32. An app to begin with
 
 READING PATH
 
@@ -103,14 +103,14 @@ Two hours, for a reader who wants to know how it works, not all that it does. Re
      1869-1974   `Context`  what a handler gets beside it
      2314-2330   `Router._find`  from a path to a handler
      2618-2652   `Stario.dispatch`  one request from end to end
-     3086-3206   `_Reader`  bytes to requests
-     3535-3784   `Connection`  one connection, many requests
-     4206-4220   `Server.start`  listening
-     4323-4331   `Server.stop`  ending without losing a request
-     5646-5757   `_EventWriter`  events
-     5846-5915   `_Scope`  how a disconnect reaches a handler
-     5942-6014   `Alive`  staying with a client
-     6188-6295   `Relay`  from one handler to another
+     3087-3207   `_Reader`  bytes to requests
+     3536-3785   `Connection`  one connection, many requests
+     4207-4221   `Server.start`  listening
+     4324-4332   `Server.stop`  ending without losing a request
+     5647-5758   `_EventWriter`  events
+     5847-5916   `_Scope`  how a disconnect reaches a handler
+     5943-6015   `Alive`  staying with a client
+     6189-6296   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -3034,7 +3034,8 @@ class _Chunks:
                 self.left -= len(data)
                 at += len(data)
                 continue
-            if not self._in_trailers and (found := self._PLAIN.match(buffer, at)):
+            at_size = not (self.left or self._in_trailers)  # a chunk's size is next
+            if at_size and (found := self._PLAIN.match(buffer, at)):
                 end = found.end() + int(found[1], 16)  # if the chunk is here as a whole
                 if buffer.startswith(b"\r\n", end):
                     out.append(buffer[found.end() : end])

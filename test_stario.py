@@ -2564,6 +2564,7 @@ class TestFraming(HttpTest):
             "5;a\rb\r\nhello\r\n0\r\n\r\n",
             "5\r\nhello!\r\n0\r\n\r\n",
             "5\r\nhello0\r\n\r\n",
+            "5\r\nhello3\r\nabc\r\n\r\n0\r\n\r\n",
             "5\r\nhello\n0\r\n\r\n",
             "5\r\nhello\r0\r\n\r\n",
             "5\r\nhello\r\r\n0\r\n\r\n",
