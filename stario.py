@@ -9690,7 +9690,7 @@ class _AsgiExchange(Carrier):
     async def listen(self, receive: Receive) -> None:
         """Receive the body, no faster than the handler reads it, and then the disconnect."""
         while True:
-            if self.body.buffered >= _HIGH_WATER:
+            if self.body.buffered >= _HIGH_WATER and not self.body.ended:
                 self._wanted.clear()
                 await self._wanted.wait()
             message = await receive()

@@ -10160,6 +10160,24 @@ class TestAsgi(StreamTest):
         self.assertEqual(self.log, ["True False", "True True"])
         self.assertTrue(is_empty(self.relay))
 
+    async def test_a_disconnect_is_heard_behind_a_large_body(self) -> None:
+        async def stream(c: Context, w: Writer) -> None:
+            if c.req.query:
+                await c.req.body()
+            self.start(w)
+            async for _ in w.alive(self.relay.subscribe("*")):
+                pass
+
+        for query in (b"", b"read=1"):
+            with self.subTest(query):
+                self.setUp_again()
+                app = Stario()
+                app.post("/", stream)
+                server = AsgiServer(app, "/", bytes(200_000), method="POST", query_string=query)
+                await within(self.ready.wait())
+                server.gone.set()
+                await within(server.task)
+
     def setUp_again(self) -> None:
         self.ready, self.ended = asyncio.Event(), asyncio.Event()
 
