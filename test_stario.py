@@ -6681,7 +6681,6 @@ VANISHING = """
     async def main():
         lo("up")
         stario._SOCKET_OPTIONS.update(TCP_KEEPIDLE=1, TCP_KEEPINTVL=1, TCP_KEEPCNT=2)
-        stario._INHERITED.update(TCP_KEEPIDLE=1, TCP_KEEPINTVL=1, TCP_KEEPCNT=2)
         app = Stario()
         app.get("/stream", stream)
         app.get("/long-poll", long_poll)
