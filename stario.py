@@ -64,32 +64,32 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        2426  8. The app
      2783  ACT 2. On the network
        2791  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3789  10. The server
-       4469  11. Trying it without a network: the test client [testclient]
-     4920  ACT 3. Live
-       4969  12. Datastar: attributes and actions
-       5496  13. Streams: events, and staying with a client
-       6019  14. Relay: publish and subscribe
-     6344  ACT 4. For real
-       6351  15. Signals: from JSON to your dataclass
-       7073  16. Forms [forms]
-       7249  17. Behind a proxy
-       7338  18. Compression [compression]
-       7536  19. Static files [assets]
-       8073  20. Telemetry: spans, and who hears of them
-       8588  21. JsonTracer: for log collectors [json]
-       8663  22. RichTracer: for people [rich]
-       9115  23. Sessions [sessions]
-       9226  24. What lives as long as the server
-       9316  25. @baked
-       9570  26. ASGI: the same app under another server [asgi]
-       9797  27. RedisRelay: the same between processes and machines [redis]
-      10041  28. Reload: a saved file restarts the app [reload]
-      10199  29. Development: what went wrong, shown where one looks [development]
-    10323  ACT 5. The pocket client
-      10366  30. The pocket client (JavaScript) [client]
-      11718  31. This file as a page [read]
-      11936  32. An app to begin with
+       3794  10. The server
+       4474  11. Trying it without a network: the test client [testclient]
+     4925  ACT 3. Live
+       4974  12. Datastar: attributes and actions
+       5501  13. Streams: events, and staying with a client
+       6024  14. Relay: publish and subscribe
+     6349  ACT 4. For real
+       6356  15. Signals: from JSON to your dataclass
+       7078  16. Forms [forms]
+       7254  17. Behind a proxy
+       7343  18. Compression [compression]
+       7541  19. Static files [assets]
+       8078  20. Telemetry: spans, and who hears of them
+       8593  21. JsonTracer: for log collectors [json]
+       8668  22. RichTracer: for people [rich]
+       9120  23. Sessions [sessions]
+       9231  24. What lives as long as the server
+       9321  25. @baked
+       9575  26. ASGI: the same app under another server [asgi]
+       9802  27. RedisRelay: the same between processes and machines [redis]
+      10046  28. Reload: a saved file restarts the app [reload]
+      10204  29. Development: what went wrong, shown where one looks [development]
+    10328  ACT 5. The pocket client
+      10371  30. The pocket client (JavaScript) [client]
+      11723  31. This file as a page [read]
+      11941  32. An app to begin with
 
 READING PATH
 
@@ -104,13 +104,13 @@ Two hours, for a reader who wants to know how it works, not all that it does. Re
      2314-2330   `Router._find`  from a path to a handler
      2618-2652   `Stario.dispatch`  one request from end to end
      3087-3207   `_Reader`  bytes to requests
-     3536-3785   `Connection`  one connection, many requests
-     4207-4221   `Server.start`  listening
-     4324-4332   `Server.stop`  ending without losing a request
-     5647-5758   `_EventWriter`  events
-     5847-5916   `_Scope`  how a disconnect reaches a handler
-     5943-6015   `Alive`  staying with a client
-     6189-6296   `Relay`  from one handler to another
+     3537-3790   `Connection`  one connection, many requests
+     4212-4226   `Server.start`  listening
+     4329-4337   `Server.stop`  ending without losing a request
+     5652-5763   `_EventWriter`  events
+     5852-5921   `_Scope`  how a disconnect reaches a handler
+     5948-6020   `Alive`  staying with a client
+     6194-6301   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -3436,7 +3436,8 @@ class _Answers(_Sender):
     def shut_down(self) -> None:
         """The server stops: streams end, requests are answered, idle connections may still ask."""
         self._end_scopes()
-        if self._state is _IDLE or self._state is _EXCESS:
+        # (One with bytes to read is not idle: they wait for room, as in `_do_next`.)
+        if self._state is _EXCESS or (self._state is _IDLE and not self._reader.buffer):
             self._deadline = self._worker.idle_deadline
 
     def answer(self, status: int, fields: bytes, body: bytes) -> None:
@@ -3624,7 +3625,8 @@ class Connection(_Answers):
             return False
         head = self._reader.head()
         if head is None:
-            if state is _IDLE and self._reader.buffer:
+            # Again after it was crowded: the time for a head begins anew.
+            if self._deadline == _NEVER or (state is _IDLE and self._reader.buffer):
                 deadline = worker.loop.time() + worker.limits.header_timeout
                 self._state, self._deadline = _HEAD, deadline
             return False
@@ -3704,7 +3706,9 @@ class Connection(_Answers):
         """After `_advance`: go on later, close, or pause reading."""
         if batch_full:  # more can be read, but other clients come first
             self._worker.loop.call_soon(self.go_on)
-        elif self._eof and not self._paused_writing and self._state in (_EXCESS, _IDLE, _HEAD):
+        elif self._paused_writing or self in self._worker.waiting:
+            pass  # there may be a whole request in the buffer
+        elif self._eof and self._state in (_EXCESS, _IDLE, _HEAD):
             self._close()  # what is left is a part of a request whose rest will not come
         self._pause_or_resume_reading()
 
@@ -3716,8 +3720,9 @@ class Connection(_Answers):
             full = self._body.buffered >= _HIGH_WATER or self._discarded > _DISCARD_LIMIT
         else:
             full = self._reader.waiting() > max(_HIGH_WATER, self._worker.limits.max_header_bytes)
+        if full:
+            self._deadline = _NEVER  # also where reading was paused for an earlier request
         if full and not self._paused_reading:
-            self._deadline = _NEVER
             self._transport.pause_reading()
         elif self._paused_reading and not full:
             self._transport.resume_reading()

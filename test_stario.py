@@ -2949,6 +2949,36 @@ class TestConnections(HttpTest):
             await within(sending)
             await peer.close()
 
+    async def test_a_body_behind_a_slow_request_is_not_late(self) -> None:
+        """While reading is paused the client cannot send: its time does not pass."""
+        answer_first, read_second = asyncio.Event(), asyncio.Event()
+
+        async def slow(c: Context, w: Writer) -> None:
+            await answer_first.wait()
+            w.empty()
+
+        async def read(c: Context, w: Writer) -> None:
+            await read_second.wait()
+            w.text(str(len(await c.req.body())))
+
+        app = Stario()
+        app.get("/", slow)
+        app.post("/", read)
+        async with app.running(body_timeout=0.2) as server:
+            peer = await Peer.connect(server.port)
+            await peer.send(GET, f"POST / HTTP/1.1\r\n{HOST}Content-Length: 1000000\r\n\r\n")
+            sending = asyncio.ensure_future(peer.send(bytes(1_000_000)))
+            await until(lambda: [c for c in connections_of(server) if c._paused_reading])
+            answer_first.set()
+            self.assertEqual((await within(peer.answer())).status, 204)
+            (worker,) = server._workers
+            start = worker.now
+            await until(lambda: worker.now > start + 0.5)
+            read_second.set()
+            self.assertEqual((await within(peer.answer())).text, "1000000")
+            await within(sending)
+            await peer.close()
+
     async def test_continue_is_sent_when_the_body_is_asked_for(self) -> None:
         """RFC 9110, section 10.1.1."""
         head = f"POST / HTTP/1.1\r\n{HOST}Content-Length: 3\r\nExpect: 100-Continue\r\n\r\n"
@@ -4019,6 +4049,55 @@ class TestUnreadBytes(HttpTest):
             self.assertEqual((await within(other.answer())).status, 204)
             await peer.close()
             await other.close()
+
+    async def crowded(self, leave: Callable[[Server, Peer, Connection], Any]) -> None:
+        """A request that waits, since too many handlers run, is answered whatever comes first."""
+        go = asyncio.Event()
+
+        async def early(c: Context, w: Writer) -> None:
+            w.empty()
+            await go.wait()
+
+        app = Stario()
+        app.get("/", early)
+        server = Server(app, port=0, max_handlers=1)
+        await server.start()
+        (worker,) = server._workers
+        first, second = [await Peer.connect(server.port) for _ in range(2)]
+        await until(lambda: len(worker.connections) == 2)
+        await first.send(GET * 10)
+        await until(lambda: worker.waiting)
+        earlier = set(worker.waiting)
+        await second.send(GET)
+        await until(lambda: worker.waiting - earlier)
+        (connection,) = worker.waiting - earlier
+        ending = await leave(server, second, connection)
+        go.set()
+        self.assertEqual((await within(second.answer())).status, 204)
+        await within(ending or server.stop())
+        await first.close()
+        await second.close()
+
+    async def test_a_request_that_waits_is_answered_though_its_client_has_closed_its_side(
+        self,
+    ) -> None:
+        async def leave(server: Server, peer: Peer, connection: Connection) -> None:
+            peer.writer.write_eof()
+            await until(lambda: connection._eof)
+
+        await self.crowded(leave)
+
+    async def test_a_request_that_waits_is_answered_though_the_server_stops(self) -> None:
+        async def leave(server: Server, peer: Peer, connection: Connection) -> Any:
+            worker = connection._worker
+            ending = asyncio.create_task(server.stop())
+            await until(lambda: worker.stopping and worker.deadline != stario._NEVER)
+            start = worker.now
+            await until(lambda: worker.now > start + 0.2)
+            return ending
+
+        with mock.patch.object(stario, "_IDLE_GRACE", 0.05):
+            await self.crowded(leave)
 
 
 # -- 10. The server
