@@ -57,60 +57,60 @@ brackets can be left out of your copy: `python stario.py --without assets,client
       223  ACT 1. A framework
         231  2. Errors
         338  3. HTML: elements are strings
-        698  4. JSON
-        804  5. The request: headers, query, cookies, body
-       1367  6. The answer: status, fields, body
-       1851  7. Context and routing
-       2426  8. The app
-     2783  ACT 2. On the network
-       2791  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3794  10. The server
-       4474  11. Trying it without a network: the test client [testclient]
-     4925  ACT 3. Live
-       4974  12. Datastar: attributes and actions
-       5501  13. Streams: events, and staying with a client
-       6024  14. Relay: publish and subscribe
-     6349  ACT 4. For real
-       6356  15. Signals: from JSON to your dataclass
-       7078  16. Forms [forms]
-       7254  17. Behind a proxy
-       7343  18. Compression [compression]
-       7541  19. Static files [assets]
-       8078  20. Telemetry: spans, and who hears of them
-       8593  21. JsonTracer: for log collectors [json]
-       8668  22. RichTracer: for people [rich]
-       9120  23. Sessions [sessions]
-       9231  24. What lives as long as the server
-       9321  25. @baked
-       9575  26. ASGI: the same app under another server [asgi]
-       9802  27. RedisRelay: the same between processes and machines [redis]
-      10046  28. Reload: a saved file restarts the app [reload]
-      10204  29. Development: what went wrong, shown where one looks [development]
-    10328  ACT 5. The pocket client
-      10371  30. The pocket client (JavaScript) [client]
-      11723  31. This file as a page [read]
-      11941  32. An app to begin with
+        699  4. JSON
+        805  5. The request: headers, query, cookies, body
+       1368  6. The answer: status, fields, body
+       1852  7. Context and routing
+       2427  8. The app
+     2784  ACT 2. On the network
+       2792  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
+       3795  10. The server
+       4475  11. Trying it without a network: the test client [testclient]
+     4926  ACT 3. Live
+       4975  12. Datastar: attributes and actions
+       5502  13. Streams: events, and staying with a client
+       6025  14. Relay: publish and subscribe
+     6350  ACT 4. For real
+       6357  15. Signals: from JSON to your dataclass
+       7079  16. Forms [forms]
+       7255  17. Behind a proxy
+       7344  18. Compression [compression]
+       7542  19. Static files [assets]
+       8079  20. Telemetry: spans, and who hears of them
+       8594  21. JsonTracer: for log collectors [json]
+       8669  22. RichTracer: for people [rich]
+       9121  23. Sessions [sessions]
+       9232  24. What lives as long as the server
+       9322  25. @baked
+       9576  26. ASGI: the same app under another server [asgi]
+       9803  27. RedisRelay: the same between processes and machines [redis]
+      10047  28. Reload: a saved file restarts the app [reload]
+      10205  29. Development: what went wrong, shown where one looks [development]
+    10329  ACT 5. The pocket client
+      10372  30. The pocket client (JavaScript) [client]
+      11724  31. This file as a page [read]
+      11942  32. An app to begin with
 
 READING PATH
 
 Two hours, for a reader who wants to know how it works, not all that it does. Read in this order:
 
       349-362    `SafeString`  an element is a string
-      663-691    `Tags`  `h.P` makes one
-     1113-1320   `Request`  what a client asks for
-     1378-1446   `Carrier`  what brings the answer back
-     1566-1752   `_RawWriter`  the answer
-     1869-1974   `Context`  what a handler gets beside it
-     2314-2330   `Router._find`  from a path to a handler
-     2618-2652   `Stario.dispatch`  one request from end to end
-     3087-3207   `_Reader`  bytes to requests
-     3537-3790   `Connection`  one connection, many requests
-     4212-4226   `Server.start`  listening
-     4329-4337   `Server.stop`  ending without losing a request
-     5652-5763   `_EventWriter`  events
-     5852-5921   `_Scope`  how a disconnect reaches a handler
-     5948-6020   `Alive`  staying with a client
-     6194-6301   `Relay`  from one handler to another
+      664-692    `Tags`  `h.P` makes one
+     1114-1321   `Request`  what a client asks for
+     1379-1447   `Carrier`  what brings the answer back
+     1567-1753   `_RawWriter`  the answer
+     1870-1975   `Context`  what a handler gets beside it
+     2315-2331   `Router._find`  from a path to a handler
+     2619-2653   `Stario.dispatch`  one request from end to end
+     3088-3208   `_Reader`  bytes to requests
+     3538-3791   `Connection`  one connection, many requests
+     4213-4227   `Server.start`  listening
+     4330-4338   `Server.stop`  ending without losing a request
+     5653-5764   `_EventWriter`  events
+     5853-5922   `_Scope`  how a disconnect reaches a handler
+     5949-6021   `Alive`  staying with a client
+     6195-6302   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -420,7 +420,8 @@ def _add_other(part: object, content: list[str], attributes: Attributes | None) 
         if attributes is None:
             raise StarioError(
                 f"a {type(part).__name__} is the attributes of an element, as in "
-                'h.P({"id": "x"}, "text"): here is none to bear them (for JSON: w.json)'
+                'h.P({"id": "x"}, "text"): there is no element here to put them on '
+                "(for JSON: w.json)"
             )
         attributes.update(_merged(attributes, part))
     elif isinstance(part, Iterable) and not isinstance(part, (bytes, bytearray, memoryview)):
@@ -1532,7 +1533,7 @@ def _check_cookie(name: str, value: object, path: str, domain: str, samesite: st
     if not _TOKEN.fullmatch(name):
         raise StarioError(f"{name!r} cannot be the name of a cookie")
     if not isinstance(value, str) or _CONTROL.search(value):
-        raise StarioError(f"the value of the cookie {name!r} is no text without controls")
+        raise StarioError(f"the cookie {name!r} needs a text without control characters")
     if samesite.lower() not in ("lax", "strict", "none"):
         raise StarioError(f"samesite is lax, strict or none, not {samesite!r}")
     for given in (path, domain):
@@ -6715,7 +6716,7 @@ def _list_reader(make: Any, kinds: Sequence[Any], is_fixed: bool = False) -> Rea
         if items is _WRONG or make is list:
             return items
         if make is not tuple and not _can_be_hashed(items):
-            return reading.expected("a list of plain values of many kinds", value)
+            return reading.expected("a list whose values have different hashes", value)
         return make(items)
 
     return _read
@@ -6733,7 +6734,7 @@ def _dict_reader(key_kind: Any = str, kind: Any = Any) -> Reader:
         if keys is _WRONG or items is _WRONG:
             return _WRONG
         if key_kind is not str and not _can_be_hashed(keys):
-            return reading.expected("an object with names of many kinds", value)
+            return reading.expected("an object whose names have different hashes", value)
         return dict(zip(keys, items, strict=True))
 
     return _read

@@ -980,7 +980,7 @@ class TestMistakes(unittest.TestCase):
             "needs 16 bytes or more": lambda: stario.Session(None),  # type: ignore[arg-type]
             "begin with a capital: h.Div": lambda: h.div("x"),
             'attributes are a dict, h.Div({"id": "x"})': lambda: h.Div(id="x"),  # type: ignore[call-arg]
-            "here is none to bear them": lambda: stario.render({"id": "x"}),
+            "there is no element here to put them on": lambda: stario.render({"id": "x"}),
             "function cannot stand in HTML: give text": lambda: h.P(sync),
             "Write 0.5, or '500s'": lambda: data.on("input", "$x", debounce=500),
             "give a dict from names to expressions": lambda: data.class_(any_),
