@@ -59,37 +59,37 @@ brackets can be left out of your copy: `python stario.py --without assets,client
         338  3. HTML: elements are strings
         699  4. JSON
         805  5. The request: headers, query, cookies, body
-       1368  6. The answer: status, fields, body
-       1852  7. Context and routing
-       2427  8. The app
-     2784  ACT 2. On the network
-       2792  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3795  10. The server
-       4475  11. Trying it without a network: the test client [testclient]
-     4926  ACT 3. Live
-       4975  12. Datastar: attributes and actions
-       5502  13. Streams: events, and staying with a client
-       6025  14. Relay: publish and subscribe
-     6350  ACT 4. For real
-       6357  15. Signals: from JSON to your dataclass
-       7079  16. Forms [forms]
-       7255  17. Behind a proxy
-       7344  18. Compression [compression]
-       7542  19. Static files [assets]
-       8079  20. Telemetry: spans, and who hears of them
-       8594  21. JsonTracer: for log collectors [json]
-       8669  22. RichTracer: for people [rich]
-       9121  23. Sessions [sessions]
-       9232  24. What lives as long as the server
-       9322  25. @baked
-       9576  26. ASGI: the same app under another server [asgi]
-       9803  27. RedisRelay: the same between processes and machines [redis]
-      10047  28. Reload: a saved file restarts the app [reload]
-      10205  29. Development: what went wrong, shown where one looks [development]
-    10329  ACT 5. The pocket client
-      10372  30. The pocket client (JavaScript) [client]
-      11724  31. This file as a page [read]
-      11942  32. An app to begin with
+       1370  6. The answer: status, fields, body
+       1854  7. Context and routing
+       2429  8. The app
+     2786  ACT 2. On the network
+       2794  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
+       3797  10. The server
+       4477  11. Trying it without a network: the test client [testclient]
+     4928  ACT 3. Live
+       4977  12. Datastar: attributes and actions
+       5504  13. Streams: events, and staying with a client
+       6027  14. Relay: publish and subscribe
+     6352  ACT 4. For real
+       6359  15. Signals: from JSON to your dataclass
+       7081  16. Forms [forms]
+       7257  17. Behind a proxy
+       7346  18. Compression [compression]
+       7544  19. Static files [assets]
+       8081  20. Telemetry: spans, and who hears of them
+       8596  21. JsonTracer: for log collectors [json]
+       8671  22. RichTracer: for people [rich]
+       9123  23. Sessions [sessions]
+       9234  24. What lives as long as the server
+       9324  25. @baked
+       9578  26. ASGI: the same app under another server [asgi]
+       9805  27. RedisRelay: the same between processes and machines [redis]
+      10049  28. Reload: a saved file restarts the app [reload]
+      10207  29. Development: what went wrong, shown where one looks [development]
+    10331  ACT 5. The pocket client
+      10374  30. The pocket client (JavaScript) [client]
+      11726  31. This file as a page [read]
+      11944  32. An app to begin with
 
 READING PATH
 
@@ -97,20 +97,20 @@ Two hours, for a reader who wants to know how it works, not all that it does. Re
 
       349-362    `SafeString`  an element is a string
       664-692    `Tags`  `h.P` makes one
-     1114-1321   `Request`  what a client asks for
-     1379-1447   `Carrier`  what brings the answer back
-     1567-1753   `_RawWriter`  the answer
-     1870-1975   `Context`  what a handler gets beside it
-     2315-2331   `Router._find`  from a path to a handler
-     2619-2653   `Stario.dispatch`  one request from end to end
-     3088-3208   `_Reader`  bytes to requests
-     3538-3791   `Connection`  one connection, many requests
-     4213-4227   `Server.start`  listening
-     4330-4338   `Server.stop`  ending without losing a request
-     5653-5764   `_EventWriter`  events
-     5853-5922   `_Scope`  how a disconnect reaches a handler
-     5949-6021   `Alive`  staying with a client
-     6195-6302   `Relay`  from one handler to another
+     1116-1323   `Request`  what a client asks for
+     1381-1449   `Carrier`  what brings the answer back
+     1569-1755   `_RawWriter`  the answer
+     1872-1977   `Context`  what a handler gets beside it
+     2317-2333   `Router._find`  from a path to a handler
+     2621-2655   `Stario.dispatch`  one request from end to end
+     3090-3210   `_Reader`  bytes to requests
+     3540-3793   `Connection`  one connection, many requests
+     4215-4229   `Server.start`  listening
+     4332-4340   `Server.stop`  ending without losing a request
+     5655-5766   `_EventWriter`  events
+     5855-5924   `_Scope`  how a disconnect reaches a handler
+     5951-6023   `Alive`  staying with a client
+     6197-6304   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -1080,8 +1080,10 @@ class Body:
         return data
 
     def discard(self) -> None:
-        """Nobody will read the rest: let it come and be forgotten."""
+        """Nobody will read the rest: it is forgotten as it comes. Who still reads gets an error."""
         self.discarding = True
+        if self._chunks or not self.ended:
+            self.fail(StarioError("the body was read after its handler: await it before it ends"))
         self._chunks.clear()
         self.buffered = 0
         if not self.ended:

@@ -2949,6 +2949,23 @@ class TestConnections(HttpTest):
             await within(sending)
             await peer.close()
 
+    async def test_a_task_that_reads_on_after_the_handler_gets_no_half_body(self) -> None:
+        reading: list[asyncio.Task[bytes]] = []
+
+        async def leave(c: Context, w: Writer) -> None:
+            reading.append(asyncio.create_task(c.req.body()))
+            await asyncio.sleep(0)
+            w.empty()
+
+        app = Stario()
+        app.post("/", leave)
+        async with connected(app) as peer:
+            await peer.send(f"POST / HTTP/1.1\r\n{HOST}Content-Length: 5\r\n\r\nab")
+            self.assertEqual((await within(peer.answer())).status, 204)
+            await peer.send("cde")
+            with self.assertRaisesRegex(StarioError, "before it ends"):
+                await within(reading[0])
+
     async def test_a_body_behind_a_slow_request_is_not_late(self) -> None:
         """While reading is paused the client cannot send: its time does not pass."""
         answer_first, read_second = asyncio.Event(), asyncio.Event()
