@@ -64,32 +64,32 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        2429  8. The app
      2786  ACT 2. On the network
        2794  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3797  10. The server
-       4477  11. Trying it without a network: the test client [testclient]
-     4928  ACT 3. Live
-       4977  12. Datastar: attributes and actions
-       5504  13. Streams: events, and staying with a client
-       6027  14. Relay: publish and subscribe
-     6352  ACT 4. For real
-       6359  15. Signals: from JSON to your dataclass
-       7081  16. Forms [forms]
-       7257  17. Behind a proxy
-       7346  18. Compression [compression]
-       7544  19. Static files [assets]
-       8081  20. Telemetry: spans, and who hears of them
-       8596  21. JsonTracer: for log collectors [json]
-       8671  22. RichTracer: for people [rich]
-       9123  23. Sessions [sessions]
-       9234  24. What lives as long as the server
-       9324  25. @baked
-       9578  26. ASGI: the same app under another server [asgi]
-       9805  27. RedisRelay: the same between processes and machines [redis]
-      10049  28. Reload: a saved file restarts the app [reload]
-      10207  29. Development: what went wrong, shown where one looks [development]
-    10331  ACT 5. The pocket client
-      10374  30. The pocket client (JavaScript) [client]
-      11726  31. This file as a page [read]
-      11944  32. An app to begin with
+       3798  10. The server
+       4478  11. Trying it without a network: the test client [testclient]
+     4929  ACT 3. Live
+       4978  12. Datastar: attributes and actions
+       5505  13. Streams: events, and staying with a client
+       6028  14. Relay: publish and subscribe
+     6353  ACT 4. For real
+       6360  15. Signals: from JSON to your dataclass
+       7082  16. Forms [forms]
+       7258  17. Behind a proxy
+       7347  18. Compression [compression]
+       7545  19. Static files [assets]
+       8082  20. Telemetry: spans, and who hears of them
+       8597  21. JsonTracer: for log collectors [json]
+       8672  22. RichTracer: for people [rich]
+       9124  23. Sessions [sessions]
+       9235  24. What lives as long as the server
+       9325  25. @baked
+       9579  26. ASGI: the same app under another server [asgi]
+       9806  27. RedisRelay: the same between processes and machines [redis]
+      10050  28. Reload: a saved file restarts the app [reload]
+      10208  29. Development: what went wrong, shown where one looks [development]
+    10332  ACT 5. The pocket client
+      10375  30. The pocket client (JavaScript) [client]
+      11727  31. This file as a page [read]
+      11945  32. An app to begin with
 
 READING PATH
 
@@ -104,13 +104,13 @@ Two hours, for a reader who wants to know how it works, not all that it does. Re
      2317-2333   `Router._find`  from a path to a handler
      2621-2655   `Stario.dispatch`  one request from end to end
      3090-3210   `_Reader`  bytes to requests
-     3540-3793   `Connection`  one connection, many requests
-     4215-4229   `Server.start`  listening
-     4332-4340   `Server.stop`  ending without losing a request
-     5655-5766   `_EventWriter`  events
-     5855-5924   `_Scope`  how a disconnect reaches a handler
-     5951-6023   `Alive`  staying with a client
-     6197-6304   `Relay`  from one handler to another
+     3541-3794   `Connection`  one connection, many requests
+     4216-4230   `Server.start`  listening
+     4333-4341   `Server.stop`  ending without losing a request
+     5656-5767   `_EventWriter`  events
+     5856-5925   `_Scope`  how a disconnect reaches a handler
+     5952-6024   `Alive`  staying with a client
+     6198-6305   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -3498,7 +3498,8 @@ class _Answers(_Sender):
             with suppress(AttributeError, OSError):
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
             self._transport.abort()
-        else:
+        else:  # (with TLS a close waits for the client's answer to it: not for long)
+            self._deadline = self._worker.loop.time() + _LINGER
             self._transport.close()
 
     def _close(self) -> None:

@@ -4324,6 +4324,28 @@ class TestTls(HttpTest):
             silent.close()
             idle.writer.transport.abort()
 
+    async def test_an_answer_that_is_cut_off_holds_up_no_stop(self) -> None:
+        """Also where the client does not say that it has seen the end (TLS's close_notify)."""
+        go_on = asyncio.Event()
+
+        async def fail(c: Context, w: Writer) -> None:
+            w.write(b"some")
+            await go_on.wait()
+            raise HttpException(400)
+
+        app = Stario(Spans())
+        app.get("/", fail)
+        with mock.patch.object(stario, "_LINGER", 0.1):
+            server = Server(app, port=0, ssl=self.server_side, graceful_timeout=600)
+            await server.start()
+            peer = await self.connect(server)
+            await peer.send(GET)
+            await within(peer.head())
+            peer.writer.transport.pause_reading()  # type: ignore[attr-defined]
+            go_on.set()
+            await within(server.stop())
+            peer.writer.transport.abort()
+
     async def test_a_client_that_speaks_no_tls_is_let_go(self) -> None:
         async with echo_app().running(ssl=self.server_side) as server:
             peer = await Peer.connect(server.port)
