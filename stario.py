@@ -76,20 +76,20 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        7258  17. Behind a proxy
        7347  18. Compression [compression]
        7545  19. Static files [assets]
-       8082  20. Telemetry: spans, and who hears of them
-       8597  21. JsonTracer: for log collectors [json]
-       8672  22. RichTracer: for people [rich]
-       9124  23. Sessions [sessions]
-       9235  24. What lives as long as the server
-       9325  25. @baked
-       9579  26. ASGI: the same app under another server [asgi]
-       9806  27. RedisRelay: the same between processes and machines [redis]
-      10050  28. Reload: a saved file restarts the app [reload]
-      10208  29. Development: what went wrong, shown where one looks [development]
-    10332  ACT 5. The pocket client
-      10375  30. The pocket client (JavaScript) [client]
-      11727  31. This file as a page [read]
-      11945  32. An app to begin with
+       8089  20. Telemetry: spans, and who hears of them
+       8605  21. JsonTracer: for log collectors [json]
+       8680  22. RichTracer: for people [rich]
+       9135  23. Sessions [sessions]
+       9246  24. What lives as long as the server
+       9336  25. @baked
+       9590  26. ASGI: the same app under another server [asgi]
+       9817  27. RedisRelay: the same between processes and machines [redis]
+      10061  28. Reload: a saved file restarts the app [reload]
+      10219  29. Development: what went wrong, shown where one looks [development]
+    10343  ACT 5. The pocket client
+      10386  30. The pocket client (JavaScript) [client]
+      11738  31. This file as a page [read]
+      11956  32. An app to begin with
 
 READING PATH
 
@@ -7802,9 +7802,12 @@ class Assets:
                 raise
             self._forget(name)
             return None
-        # A change that follows another within `_TICK` may leave the stamp as it is.
-        if found.steady and now - max(found.stamp[-2:]) > _TICK:
-            self._keep(found)
+        # A change that follows another within `_TICK` may leave the stamp as it is. A time of
+        # modification in the future was set by somebody: the next change gives another one.
+        if found.steady:
+            modified, changed = found.stamp[-2:]
+            if now - changed > _TICK and (now - modified > _TICK or modified > now):
+                self._keep(found)
         return found
 
     def open(self, name: str) -> IO[bytes]:
@@ -7959,25 +7962,29 @@ def _answer_with(
 
     Of one that is `opened`, because it is large, only the head is sent; the rest is a `_Rest`.
     """
-    request, immutable = w._request, fields is _FOREVER
-    fields = representation.fields + fields
-    part: tuple[int, int] | None = (0, file.size)
-    if status == 200 and request.method in ("GET", "HEAD"):
-        if _has_copy(request, representation.etag):
-            return w._answer(304, (fields, False), b"")
-        part = _range(request, file.size, representation.etag)
-    if part is None:
-        outside = b"content-range: bytes */%d\r\ncache-control: no-store\r\n" % file.size
-        return w._answer(416, (outside, False), b"")
-    start, stop = part
-    body = representation.body or b""
-    if part != (0, file.size):
-        status, compress, body = 206, False, body[start:stop]
-        fields += b"content-range: bytes %d-%d/%d\r\n" % (start, stop - 1, file.size)
-    if opened is None:
-        return w._answer(status, (fields, compress), body)
-    w._begin(status, fields, stop - start)
-    w._rest = _Rest(lambda: _send_pieces(w, file, opened, start, stop, immutable))
+    try:
+        request, immutable = w._request, fields is _FOREVER
+        fields = representation.fields + fields
+        part: tuple[int, int] | None = (0, file.size)
+        if status == 200 and request.method in ("GET", "HEAD"):
+            if _has_copy(request, representation.etag):
+                return w._answer(304, (fields, False), b"")
+            part = _range(request, file.size, representation.etag)
+        if part is None:
+            outside = b"content-range: bytes */%d\r\ncache-control: no-store\r\n" % file.size
+            return w._answer(416, (outside, False), b"")
+        start, stop = part
+        body = representation.body or b""
+        if part != (0, file.size):
+            status, compress, body = 206, False, body[start:stop]
+            fields += b"content-range: bytes %d-%d/%d\r\n" % (start, stop - 1, file.size)
+        if opened is None:
+            return w._answer(status, (fields, compress), body)
+        w._begin(status, fields, stop - start)
+        w._rest = _Rest(lambda: _send_pieces(w, file, opened, start, stop, immutable))
+    finally:  # a 304 or an error: nobody will send it
+        if opened is not None and w._rest is None:
+            opened.close()
 
 
 async def _send_pieces(
@@ -8430,6 +8437,7 @@ class _StreamTracer(Tracer):
         _stream_tracers.add(self)
 
     def _renew(self) -> None:
+        """Begin with nothing: at first, and in a forked process."""
         self._queue: list[_Queued] = []
         self._lines: list[Any] = []  # to be written next
         self._wakes_at = 1
@@ -8611,8 +8619,8 @@ class JsonTracer(_StreamTracer):
     with the same ids and `"partial": true`. So each event is written once, and nothing is kept.
     """
 
-    def __init__(self, stream: IO[str] | None = None, *, logging_level: int | None = None) -> None:
-        super().__init__(stream, logging_level=logging_level)
+    def _renew(self) -> None:
+        super()._renew()
         self._events: dict[Span, list[str]] = {}  # those that have not been written, as JSON
 
     def on_event(self, span: Span, event: SpanEvent) -> None:
@@ -8743,6 +8751,9 @@ class RichTracer(_StreamTracer):
         if self._size and self._live:
             self._look.width = self._size[0]
         self._replaced: list[Any] = []  # the streams that have another `write`
+
+    def _renew(self) -> None:
+        super()._renew()
         self._open: dict[str, _Branch] = {}  # by the span's id
         self._footer: list[_Line] = []  # as it is on the screen
         self._in_line = False  # the last text had no line feed at its end
@@ -9081,8 +9092,8 @@ def _outcome(span: Span) -> tuple[str, str]:
 def _pairs(attributes: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Attributes as text, without those that other columns show."""
     return [
-        (key, value if type(value) is str else json.dumps(value, default=_safe_text))
-        for key, value in list(attributes.items())
+        (key, value if type(value) is str else json.dumps(value))
+        for key, value in _noted(dict(attributes)).items()  # what was put there directly, too
         if not key.startswith(("http.", "url.", "client.", "exception."))
     ]
 

@@ -8775,6 +8775,37 @@ class TestAssets(HttpTest):
                     self.assertEqual((await within(peer.get(paths["style.css"]))).status, 200)
             self.assertEqual((await self.get(peer, "sub/a.txt")).status, 200)
 
+    def test_a_file_from_the_future_is_read_once(self) -> None:
+        future = time.time() + 10**8
+        os.utime(self.root / "style.css", (future, future))
+        with (
+            mock.patch.object(stario, "_TICK", 0),  # what is new is kept, too
+            mock.patch.object(stario, "_read_version", wraps=stario._read_version) as read,
+        ):
+            self.assertEqual(asset("style.css"), asset("style.css"))
+        self.assertEqual(read.call_count, 1)
+
+    async def test_a_large_file_that_is_not_sent_is_closed(self) -> None:
+        name, opened = f"/static/{asset('large.bin')}", list[Any]()
+        real = stario._open_regular
+
+        def noted(path: str) -> Any:
+            opened.append(real(path))
+            return opened[-1]
+
+        with mock.patch.object(stario, "_open_regular", noted):
+            async with connected(self.app) as peer:
+                for status, fields in (
+                    (304, {"if-none-match": "*"}),
+                    (412, {"if-match": '"other"'}),
+                    (416, {"range": "bytes=1000000-"}),
+                    (200, {}),
+                ):
+                    answer = await within(peer.get(name, **fields))
+                    self.assertEqual(answer.status, status)
+        self.assertGreaterEqual(len(opened), 4)
+        self.assertTrue(all(file.closed for file in opened))
+
     async def test_a_large_file_is_hashed_once(self) -> None:
         """By however many it is asked for at first, and however many small ones come after."""
         old = time.time() - 100
@@ -9231,6 +9262,17 @@ class TestTelemetry(unittest.TestCase):
         names = sorted(json.loads(line)["name"] for line in done.stdout.splitlines())
         self.assertEqual(names, ["child", "parent"])
 
+    def test_attributes_of_any_kind_are_shown(self) -> None:
+        """Even what was put into `attributes` directly, or under a name that is no text."""
+        for make in (JsonTracer, RichTracer):
+            out, loop = io.StringIO(), list[Any]()
+            loop.append(loop)
+            with make(out) as tracer, tracer("job") as span:
+                cast(Any, span)[5] = 1
+                span.attributes.update({"set": {7}, "loop": loop, "nan": math.nan})
+            self.assertEqual(out.getvalue().count("\n"), 1)
+            self.assertRegex(out.getvalue(), r"job.*5\W+1\W.*set\W+7\W.*loop.*NaN")
+
     def test_a_pipe_gets_one_plain_line_a_span(self) -> None:
         out = io.StringIO()
         with RichTracer(out) as tracer, suppress(KeyError), tracer("job", {"a": 1}) as span:
@@ -9353,6 +9395,23 @@ class TestTelemetry(unittest.TestCase):
             {"GET /": None, "all": "GET /", "a": "all", "b": "all", "thread": "all",
              "a.inner": "a", "b.inner": "b"},
         )  # fmt: skip
+
+    @needs("pyte")
+    def test_at_a_terminal_a_fork_shows_no_spans_of_its_parent(self) -> None:
+        terminal = Terminal(
+            self,
+            "    import os\n"
+            "    span = tracer('stream')\n"
+            "    while not tracer._open: time.sleep(0.01)\n"
+            "    if not os.fork():\n"
+            "        with tracer: print('printed by the child')\n"
+            "        os._exit(0)\n"
+            "    os.wait()\n"
+            "    span.end()\n",
+        )
+        self.assertEqual(terminal.wait(), 0, terminal.text())
+        self.assertEqual(terminal.raw.count("printed by the child"), 1)
+        self.assertEqual(terminal.raw.count("stream"), 1, terminal.raw)
 
     @needs("pyte")
     def test_at_a_terminal_streams_stay_at_the_foot_and_prints_go_above_unbroken(self) -> None:
