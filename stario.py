@@ -72,24 +72,24 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        6028  14. Relay: publish and subscribe
      6353  ACT 4. For real
        6360  15. Signals: from JSON to your dataclass
-       7082  16. Forms [forms]
-       7258  17. Behind a proxy
-       7347  18. Compression [compression]
-       7545  19. Static files [assets]
-       8089  20. Telemetry: spans, and who hears of them
-       8605  21. JsonTracer: for log collectors [json]
-       8680  22. RichTracer: for people [rich]
-       9135  23. Sessions [sessions]
-       9246  24. What lives as long as the server
-       9336  25. @baked
-       9590  26. ASGI: the same app under another server [asgi]
-       9817  27. RedisRelay: the same between processes and machines [redis]
-      10061  28. Reload: a saved file restarts the app [reload]
-      10219  29. Development: what went wrong, shown where one looks [development]
-    10343  ACT 5. The pocket client
-      10386  30. The pocket client (JavaScript) [client]
-      11738  31. This file as a page [read]
-      11956  32. An app to begin with
+       7080  16. Forms [forms]
+       7256  17. Behind a proxy
+       7345  18. Compression [compression]
+       7543  19. Static files [assets]
+       8087  20. Telemetry: spans, and who hears of them
+       8603  21. JsonTracer: for log collectors [json]
+       8678  22. RichTracer: for people [rich]
+       9133  23. Sessions [sessions]
+       9244  24. What lives as long as the server
+       9334  25. @baked
+       9588  26. ASGI: the same app under another server [asgi]
+       9815  27. RedisRelay: the same between processes and machines [redis]
+      10059  28. Reload: a saved file restarts the app [reload]
+      10217  29. Development: what went wrong, shown where one looks [development]
+    10341  ACT 5. The pocket client
+      10384  30. The pocket client (JavaScript) [client]
+      11736  31. This file as a page [read]
+      11954  32. An app to begin with
 
 READING PATH
 
@@ -6829,13 +6829,11 @@ def _choose(value: Any, fitting: list[Reader], words: str, reading: _Reading) ->
 
 
 def _union_reader(options: tuple[Any, ...]) -> Reader:
-    """`A | B`: the first type that fits. A value that has one of the types already stays as it is:
-    "1" stays text for `int | str`.
+    """`A | B`: the first type that fits; a value of one of the types stays as it is.
 
-    Only types that can take the value are tried: an object is never tried as a date. If A and B
-    both hold `A | B`, each level of the value is tried twice for each try of the level around it:
-    twenty levels, a million times. So inside of a union the outcome for a value that holds others
-    is kept, until the outermost union is done.
+    Only types that can take the value are tried. If A and B both hold `A | B`, each level would be
+    tried twice as often as the one around it: so the outcome for a value that holds others is kept
+    until the outermost union is done.
     """
     kinds = [kind for kind in map(_bare, options) if kind is not types.NoneType]
     readers = [_reader(kind) for kind in kinds]
