@@ -12059,9 +12059,9 @@ def _without(rooms: set[str]) -> str:
     stubs = [f'{name} = _LeftOut("{name}")\n' for name in gone]
     copy = "".join([*kept[:3], _LEFT_OUT.lstrip(), *stubs, "\n\n", *kept[3:]])
     copy = re.sub(r"\nMAP\n.*?\nREADING PATH\n.*?\n\n(?=\S)", "", copy, count=1, flags=re.DOTALL)
-    module = sys.modules["copy"] = types.ModuleType("copy")
+    module = sys.modules["stario_copy"] = types.ModuleType("stario_copy")
     try:
-        exec(compile(copy, "copy", "exec"), module.__dict__)
+        exec(compile(copy, "stario_copy", "exec"), module.__dict__)
     except StarioError as exc:
         raise SystemExit(f"--without: {exc}, but importing the rest needs it") from None
     return copy
