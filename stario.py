@@ -54,63 +54,63 @@ After each act something runs, and you may stop there. Acts 1 to 3 are what one 
 a live page; each part of act 4 can be read alone, when it is needed. A part with a name in square
 brackets can be left out of your copy: `python stario.py --without assets,client >mine.py`.
 
-      223  ACT 1. A framework
-        231  2. Errors
-        338  3. HTML: elements are strings
+      222  ACT 1. A framework
+        230  2. Errors
+        337  3. HTML: elements are strings
         699  4. JSON
         805  5. The request: headers, query, cookies, body
-       1370  6. The answer: status, fields, body
-       1854  7. Context and routing
-       2429  8. The app
-     2786  ACT 2. On the network
-       2794  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3798  10. The server
-       4478  11. Trying it without a network: the test client [testclient]
-     4929  ACT 3. Live
-       4978  12. Datastar: attributes and actions
-       5505  13. Streams: events, and staying with a client
-       6028  14. Relay: publish and subscribe
-     6353  ACT 4. For real
-       6360  15. Signals: from JSON to your dataclass
-       7080  16. Forms [forms]
-       7256  17. Behind a proxy
-       7345  18. Compression [compression]
-       7543  19. Static files [assets]
-       8087  20. Telemetry: spans, and who hears of them
-       8603  21. JsonTracer: for log collectors [json]
-       8678  22. RichTracer: for people [rich]
-       9133  23. Sessions [sessions]
-       9244  24. What lives as long as the server
-       9334  25. @baked
-       9588  26. ASGI: the same app under another server [asgi]
-       9815  27. RedisRelay: the same between processes and machines [redis]
-      10059  28. Reload: a saved file restarts the app [reload]
-      10217  29. Development: what went wrong, shown where one looks [development]
-    10341  ACT 5. The pocket client
-      10384  30. The pocket client (JavaScript) [client]
-      11736  31. This file as a page [read]
-      11954  32. An app to begin with
+       1404  6. The answer: status, fields, body
+       1888  7. Context and routing
+       2460  8. The app
+     2818  ACT 2. On the network
+       2826  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
+       3830  10. The server
+       4510  11. Trying it without a network: the test client [testclient]
+     4961  ACT 3. Live
+       5010  12. Datastar: attributes and actions
+       5537  13. Streams: events, and staying with a client
+       6060  14. Relay: publish and subscribe
+     6385  ACT 4. For real
+       6392  15. Signals: from JSON to your dataclass
+       7112  16. Forms [forms]
+       7288  17. Behind a proxy
+       7377  18. Compression [compression]
+       7575  19. Static files [assets]
+       8119  20. Telemetry: spans, and who hears of them
+       8635  21. JsonTracer: for log collectors [json]
+       8710  22. RichTracer: for people [rich]
+       9165  23. Sessions [sessions]
+       9276  24. What lives as long as the server
+       9366  25. @baked
+       9620  26. ASGI: the same app under another server [asgi]
+       9847  27. RedisRelay: the same between processes and machines [redis]
+      10091  28. Reload: a saved file restarts the app [reload]
+      10249  29. Development: what went wrong, shown where one looks [development]
+    10373  ACT 5. The pocket client
+      10416  30. The pocket client (JavaScript) [client]
+      11768  31. This file as a page [read]
+      11986  32. An app to begin with
 
 READING PATH
 
 Two hours, for a reader who wants to know how it works, not all that it does. Read in this order:
 
-      349-362    `SafeString`  an element is a string
-      664-692    `Tags`  `h.P` makes one
-     1116-1323   `Request`  what a client asks for
-     1381-1449   `Carrier`  what brings the answer back
-     1569-1755   `_RawWriter`  the answer
-     1872-1977   `Context`  what a handler gets beside it
-     2317-2333   `Router._find`  from a path to a handler
-     2621-2655   `Stario.dispatch`  one request from end to end
-     3090-3210   `_Reader`  bytes to requests
-     3541-3794   `Connection`  one connection, many requests
-     4216-4230   `Server.start`  listening
-     4333-4341   `Server.stop`  ending without losing a request
-     5656-5767   `_EventWriter`  events
-     5856-5925   `_Scope`  how a disconnect reaches a handler
-     5952-6024   `Alive`  staying with a client
-     6198-6305   `Relay`  from one handler to another
+      348-361    `SafeString`  an element is a string
+      663-692    `Tags`  `h.P` makes one
+     1141-1349   `Request`  what a client asks for
+     1415-1483   `Carrier`  what brings the answer back
+     1603-1789   `_RawWriter`  the answer
+     1906-2011   `Context`  what a handler gets beside it
+     2351-2366   `Router._find`  from a path to a handler
+     2653-2687   `Stario.dispatch`  one request from end to end
+     3122-3242   `_Reader`  bytes to requests
+     3573-3826   `Connection`  one connection, many requests
+     4248-4262   `Server.start`  listening
+     4365-4373   `Server.stop`  ending without losing a request
+     5688-5799   `_EventWriter`  events
+     5888-5957   `_Scope`  how a disconnect reaches a handler
+     5984-6056   `Alive`  staying with a client
+     6230-6337   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -203,7 +203,6 @@ from typing import (
     cast,
 )
 from urllib.parse import (
-    parse_qsl,
     quote,
     unquote,
     unquote_to_bytes,
@@ -681,6 +680,7 @@ class Tags:
         """A factory for any other element, a web component's say: `card = h.tag("my-card")`."""
         if not re.fullmatch(r"[A-Za-z][^\s/<>=\"'\x00]*", name):
             raise StarioError(f"{name!r} cannot be the name of an HTML element")
+        name = _TAG_NAMES.get(name.lower(), name)  # `<SCRIPT>` is a script to browsers
         factory = _TAG_KINDS.get(name, _plain_tag)(name)
         setattr(factory, "__html__", factory)  # noqa: B010 - what an uncalled factory stands for
         factory.__name__ = name
@@ -854,7 +854,9 @@ class _Fields:
     def get(self, name: str, default: Any = None, type: Callable[[str], Any] | None = None) -> Any:
         """The first value of a name. `default` where there is none, or `type` refuses it.
 
-        `c.req.query.get("start", 0, type=int)`; a bool is true for "true", "on", "yes" and "1".
+        `c.req.query.get("start", 0, type=int)`; a bool is true for "true", "on", "yes" and "1". To
+        refuse is to raise a ValueError, LookupError (`type=Color.__getitem__`), ArithmeticError or
+        RecursionError.
         """
         values = self._fields.get(name) or self._fields.get(self._fold(name))
         if not values or type is None:
@@ -863,7 +865,7 @@ class _Fields:
             return values[0].lower() in ("true", "on", "yes", "1")
         try:
             return _finite(values[0]) if type is float else type(values[0])
-        except (ValueError, ArithmeticError):  # (Decimal's error is the second)
+        except (ValueError, LookupError, ArithmeticError, RecursionError):
             return default
 
     def __getitem__(self, name: str) -> str:
@@ -999,13 +1001,30 @@ _MAX_FORM_FIELDS = 1000
 
 def _parse_pairs(text: str) -> list[tuple[str, str]]:
     """`a=1&b=x+y` as `[("a", "1"), ("b", "x y")]`."""
-    if "%" not in text and "+" not in text and text.count("&") < _MAX_FORM_FIELDS:
-        parts = [pair.partition("=") for pair in text.split("&") if pair]  # nothing to decode
-        return [(name, value) for name, _, value in parts]
-    try:
-        return parse_qsl(text, keep_blank_values=True, max_num_fields=_MAX_FORM_FIELDS)
-    except ValueError:
-        raise HttpException(400, f"more than {_MAX_FORM_FIELDS} parameters") from None
+    if text.count("&") >= _MAX_FORM_FIELDS:
+        raise HttpException(400, f"more than {_MAX_FORM_FIELDS} parameters")
+    pairs = [pair.partition("=") for pair in text.replace("+", " ").split("&") if pair]
+    return [(_unquote(name), _unquote(value)) for name, _, value in pairs]
+
+
+_HEX = "0123456789abcdefABCDEF"
+_BYTES = {(a + b).encode(): bytes.fromhex(a + b) for a in _HEX for b in _HEX}
+_ESCAPE = re.compile(rb"%([0-9A-Fa-f]{2})")
+
+
+def _unescaped(text: str) -> bytes:
+    """`a%20b` as `b"a b"` (RFC 3986, section 2.1). A percent sign that escapes nothing stays.
+
+    (`urllib.parse` takes four times as long for many of those.)
+    """
+    pieces = _ESCAPE.split(text.encode("utf-8", "replace"))  # every second one is two digits
+    pieces[1::2] = map(_BYTES.__getitem__, pieces[1::2])
+    return b"".join(pieces)
+
+
+def _unquote(text: str) -> str:
+    """Percent-decode; what is no UTF-8 then is replaced."""
+    return _unescaped(text).decode("utf-8", "replace") if "%" in text else text
 
 
 # -- asyncio in short. A body comes in pieces, so whoever reads it has to wait. A call of an `async
@@ -1101,14 +1120,20 @@ class RequestLine:
     Raises HttpException(400) for a path that cannot be decoded.
     """
 
-    __slots__ = ("http_1_0", "is_plain", "method", "path", "query_string", "raw_path", "target")
+    __slots__ = (
+        "http_1_0", "is_plain", "method", "path", "query_string", "raw_path", "split_path",
+        "target",
+    )  # fmt: skip
 
     def __init__(self, method: str, target: str, http_1_0: bool = False) -> None:
         self.method = method
         self.target = target
         self.http_1_0 = http_1_0
         self.raw_path, _, self.query_string = target.partition("?")
-        self.path = _decode_path(self.raw_path) if "%" in self.raw_path else self.raw_path
+        self.path = self.split_path = self.raw_path
+        if "%" in self.raw_path:
+            self.split_path = _decode_path(self.raw_path)  # for the router: see there
+            self.path = self.split_path.replace(_SLASH, "/")
         # HTTP/1.1, a path, no fragment: the usual case, which needs no more checks (part 9).
         self.is_plain = target.startswith("/") and "#" not in target and not http_1_0
 
@@ -1131,6 +1156,7 @@ class Request:
         self.method = line.method
         self.raw_path = line.raw_path
         self.path = line.path
+        self._split_path = line.split_path
         self.query_string = line.query_string
         self.headers = headers
         self.route = ""
@@ -1171,7 +1197,7 @@ class Request:
                 value = value.strip(" \t")
                 if len(value) > 1 and value[0] == value[-1] == '"':
                     value = value[1:-1]
-                cookies.setdefault(name.strip(" \t"), unquote(value))
+                cookies.setdefault(name.strip(" \t"), _unquote(value))
         return cookies
 
     @cached_property
@@ -1356,14 +1382,22 @@ def _parameters(value: str) -> dict[str, str]:
 _BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
 
 
+_ESCAPED_SLASH = re.compile("%2[Ff]")
+_SLASH = "\udcff"  # an escaped slash, until a path is split: the byte FF, which UTF-8 never has
+
+
 def _decode_path(raw: str) -> str:
-    """Percent-decode (RFC 3986, section 2.1). A path that can be read in two ways is refused."""
+    """Percent-decode a path; an escaped slash, which is part of a segment, becomes `_SLASH`.
+
+    HttpException(400) for a path that can be read in two ways (RFC 3986, sections 2.1 and 2.2).
+    """
     if _BAD_ESCAPE.search(raw):
         raise HttpException(400, "the path has a percent sign that escapes nothing")
-    try:
-        return unquote_to_bytes(raw).decode("utf-8")
-    except UnicodeDecodeError:
-        raise HttpException(400, "the path is not UTF-8") from None
+    marked, slashes = _ESCAPED_SLASH.subn("%FF", raw)
+    path = _unescaped(marked).decode("utf-8", "surrogateescape")  # `\udc80` for a wrong byte 80
+    if len(_SURROGATE.findall(path)) != slashes:
+        raise HttpException(400, "the path is not UTF-8")
+    return path
 
 
 # ==================================================================================================
@@ -2288,7 +2322,7 @@ class Router:
                     "float, date, uuid), and '*' comes last"
                 )
             else:
-                node = node.children.setdefault(segment, _Node())
+                node = node.children.setdefault(_unquote(segment), _Node())
         if len(set(names)) < len(names):
             raise StarioError(f"{path!r} has two parameters of one name")
         if method in node.routes:
@@ -2297,7 +2331,7 @@ class Router:
             raise StarioError(f"{path} and {node.shape} name the same parameters differently")
         node.routes[method] = handler
         node.names, node.shape = names, path
-        if not names and "*" not in path:
+        if not names and "*" not in path and "%" not in path:
             self._exact[path] = node.routes
 
     def _with_errors(self, handler: Handler) -> Handler:
@@ -2316,12 +2350,11 @@ class Router:
 
     def _find(self, request: Request) -> Handler | None:
         """The handler for a request, or None. Route and parameters are put into the request."""
-        # First the routes without parameters, if the path is written exactly as the route is.
-        routes = self._exact.get(request.raw_path)
+        routes = self._exact.get(request._split_path)  # first those without parameters
         if routes is not None and request.method in routes:
-            request.route = request.raw_path
+            request.route = request._split_path
             return routes[request.method]
-        for node, values, tail in self._matches(request.raw_path):
+        for node, values, tail in self._matches(request._split_path):
             handler = node.routes.get(request.method)
             if handler is None and request.method == "HEAD":
                 handler = node.routes.get("GET")
@@ -2332,18 +2365,16 @@ class Router:
                 return handler
         return None
 
-    def _matches(self, raw_path: str) -> Iterator[_Match]:
+    def _matches(self, path: str) -> Iterator[_Match]:
         """All nodes with routes that a path fits, the most specific first."""
-        if not raw_path.startswith("/"):  # of `OPTIONS *`
-            return iter(())
-        segments = raw_path.split("/")[1:]
-        if "%" in raw_path:
-            segments = [_decode_path(segment) for segment in segments]
-        return _walk(self._tree, segments, 0, [])
+        segments = path.split("/")[1:]
+        if _SLASH in path:
+            segments = [segment.replace(_SLASH, "/") for segment in segments]
+        return _walk(self._tree, segments, 0, []) if segments else iter(())
 
-    def _methods(self, raw_path: str) -> set[str]:
+    def _methods(self, path: str) -> set[str]:
         """The methods that a path has routes for."""
-        methods = {method for node, _, _ in self._matches(raw_path) for method in node.routes}
+        methods = {method for node, _, _ in self._matches(path) for method in node.routes}
         return methods | {"HEAD"} if "GET" in methods else methods
 
 
@@ -2465,9 +2496,10 @@ async def _fail(c: Context, w: Writer, exc: BaseException) -> None:
     Whatever it is, `SystemExit` and a cancellation from elsewhere too, it ends this request and
     nothing else.
     """
-    exc = _ungrouped(exc)
     try:
+        exc = _ungrouped(exc)
         if await _handle_error(c.app._errors, c, w, exc):
+            _complete(c, w)
             return
         _note(c, exc)
     except BaseException as another:  # the error handler itself has failed
@@ -2539,15 +2571,15 @@ def _log(text: str, exc: BaseException) -> None:
 
 
 def _complete(c: Context, w: Writer) -> None:
-    """The handler has returned: complete its answer, or answer 204 where it gave none."""
-    if not w.started:
+    """The handler has returned: complete its answer, or answer 204 where it gave none.
+
+    StarioError where that cannot be: the answer is shorter than its Content-Length, say.
+    """
+    if w.started:
+        w.end()
+    else:
         c("no answer", {"hint": "the handler sent nothing, so the client got 204 No Content"})
         w.empty(204)
-        return
-    try:
-        w.end()
-    except StarioError as exc:  # less than its Content-Length
-        _report(c, exc)
 
 
 class Stario(Router):
@@ -2637,12 +2669,12 @@ class Stario(Router):
                     c("ignored", {"returned": got, "hint": "a handler answers by w, not by return"})
                 if w._rest is not None:  # of a large file
                     await w._rest
+                if not w.completed:
+                    _complete(c, w)
             except BaseException as exc:
                 if _is_stopped(carrier, exc):
                     raise
                 await _fail(c, w, exc)
-            if not w.completed:
-                _complete(c, w)
         finally:
             if not w.completed:
                 carrier.abort()  # cancelled: the server could not wait any longer
@@ -2674,25 +2706,25 @@ class Stario(Router):
     async def _no_route(self, c: Context, w: Writer) -> None:
         """Answer where no route does: OPTIONS, 405, 404, and 308 from `/x/` to a route `/x`."""
         request = c.req
-        methods = self._methods_for(request, request.raw_path)
+        methods = self._methods_for(request, request._split_path)
         if methods:
             w.headers.set("allow", ", ".join(sorted(methods | {"OPTIONS"})))
             if request.method != "OPTIONS":
                 raise HttpException(405)
             w.empty(204)
             return
-        # Of "//evil.com/" no slash may be left that makes it the address of another host.
-        bare = "/" + request.raw_path.strip("/\\")
-        if request.raw_path.endswith("/") and self._methods_for(request, bare):
+        bare = request._split_path.rstrip("/")
+        is_own = bare[1:2] not in ("/", "\\")  # "//evil.com" is an address of another host
+        if bare != request._split_path and is_own and self._methods_for(request, bare):
             query = f"?{request.query_string}" if request.query_string else ""
-            w._redirect(request.root_path + bare + query, 308)
+            w._redirect(request.root_path + request.raw_path.rstrip("/") + query, 308)
             return
         raise HttpException(404)
 
-    def _methods_for(self, request: Request, raw_path: str) -> set[str]:
-        if raw_path == "*":
+    def _methods_for(self, request: Request, path: str) -> set[str]:
+        if path == "*":
             return {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"}
-        return {m for router in self._routers_for(request) for m in router._methods(raw_path)}
+        return {m for router in self._routers_for(request) for m in router._methods(path)}
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         """Serve under another server through ASGI 3 (part 26): `uvicorn myapp:app`."""

@@ -80,7 +80,7 @@ from typing import (
     cast,
 )
 from unittest import mock
-from urllib.parse import parse_qs, quote, urlencode, urljoin, urlsplit
+from urllib.parse import parse_qs, parse_qsl, quote, unquote, urlencode, urljoin, urlsplit
 
 import stario
 from stario import (
@@ -799,6 +799,40 @@ class TestExceptions(AsyncTest):
                 self.assertEqual(span.error is not None, not isinstance(exc, HttpException))
                 self.assertTrue(span.events)
 
+    async def test_an_answer_that_cannot_be_made_for_a_handler_without_one_is_a_500(self) -> None:
+        """What middleware adds at the last moment may fail, in the handler's stead."""
+
+        def late(handler: Any) -> Any:
+            async def guarded(c: Context, w: Writer) -> None:
+                def add_field() -> None:
+                    w.headers.set("x-a", "a\nb")
+
+                w.headers.before_sending = add_field
+                await handler(c, w)
+
+            return guarded
+
+        async def silent(c: Context, w: Writer) -> None:
+            if c.req.method == "POST":
+                raise KeyError("x")
+
+        tracer = Spans()
+        app = Stario(tracer)
+        app.use(late)
+        app.get("/", silent)
+        app.post("/", silent)
+        app.on_error(KeyError, lambda c, w, exc: None)
+        async with TestClient(app, raise_errors=False) as client:
+            for method in ("GET", "POST"):
+                self.assertEqual((await client.request(method, "/")).status, 500)
+                self.assertIn("StarioError", tracer.ended[-1].error or "")
+
+    async def test_a_group_that_nobody_can_look_into_is_a_500(self) -> None:
+        exc: Exception = HttpException(410)
+        for _ in range(sys.getrecursionlimit()):
+            exc = ExceptionGroup("", [exc])
+        self.assertEqual((await self.failing(exc))[0].status, 500)
+
     async def test_a_page_for_an_exception_is_an_answer_in_a_test_too(self) -> None:
         async def fail(c: Context, w: Writer) -> None:
             raise KeyError("x")
@@ -1105,6 +1139,9 @@ class TestHtml(unittest.TestCase):
             (h.ForeignObject(), "<foreignObject></foreignObject>"),
             (h.LinearGradient(), "<linearGradient></linearGradient>"),
             (h.tag("my-card")("x"), "<my-card>x</my-card>"),
+            (h.tag("BR")(), "<br/>"),
+            (h.tag("SCRIPT")("a < b"), "<script>a < b</script>"),
+            (h.tag("foreignobject")(), "<foreignObject></foreignObject>"),
             (h.Html(h.Body()), "<!doctype html><html><body></body></html>"),
             (render("a<", h.B("c")), "a&lt;<b>c</b>"),
         ]:
@@ -1424,7 +1461,12 @@ class TestRequest(AsyncTest):
         self.assertEqual(query.get("none", 0, type=int), 0)
         self.assertIsNone(query.get("f", type=float))
         self.assertIsNone(query.get("x", type=Decimal))
-        self.assertIsNone(query.get("x", type=uuid.UUID))
+        refusing: list[Callable[[str], Any]] = [
+            uuid.UUID, Size.__getitem__, {"n": 1}.__getitem__, lambda text: [1][len(text)],
+            lambda text: json.loads("[" * 100_000),
+        ]  # fmt: skip
+        for refuses in refusing:
+            self.assertEqual(query.get("x", 5, type=refuses), 5)
         self.assertIs(query.get("b", False, type=bool), True)
         self.assertIs(query.get("n", False, type=bool), False)
         headers = stario.Headers({"x-a": ["1", "2"]})
@@ -1468,6 +1510,19 @@ class TestRequest(AsyncTest):
             self.assertEqual(answer.json(), [{"half": "a?"}, "€", "?"])
             self.assertEqual((await client.get("/?q=\udc00", signals={"a": "\ud83d"})).status, 200)
 
+    def test_escapes_are_decoded_as_the_standard_library_does(self) -> None:
+        for text in (
+            "a%20b", "%C3%A9é%c3", "%", "%%41%4", "100%25%", "%zz%E2%82%AC", "+%2B", "%0",
+        ):  # fmt: skip
+            with self.subTest(text):
+                self.assertEqual(stario._unquote(text), unquote(text))
+                self.assertEqual(
+                    stario._parse_pairs(f"{text}=x&&y={text}&z"),
+                    parse_qsl(f"{text}=x&&y={text}&z", keep_blank_values=True),
+                )
+        with self.assertRaises(HttpException):
+            stario._parse_pairs("&" * 1000)
+
     async def test_a_request_can_raise_its_own_limit(self) -> None:
         app = Stario(max_body=10)
 
@@ -1504,6 +1559,32 @@ class TestPathsAndText(HttpTest):
                 with self.subTest(path):
                     self.assertEqual(json.loads((await within(peer.get(path))).body), wanted)
             self.assertEqual((await within(peer.get("/one/a/b"))).status, 404)
+
+    async def test_a_route_is_found_however_it_and_the_path_are_escaped(self) -> None:
+        async def show(c: Context, w: Writer) -> None:
+            w.json([c.req.route, c.req.params, c.req.path])
+
+        app = Stario()
+        for route in ("/a%20b", "/c d/{x}", "/caf%C3%A9", "/ü", "/e%2Ff", "/100%25", "/50%"):
+            app.get(route, show)
+        asked = {
+            "/a%20b": ["/a%20b", {}, "/a b"], "/c%20d/%2f": ["/c d/{x}", {"x": "/"}, "/c d//"],
+            "/caf%c3%a9": ["/caf%C3%A9", {}, "/café"], "/%C3%BC": ["/ü", {}, "/ü"],
+            "/%65%2ff": ["/e%2Ff", {}, "/e/f"], "/100%25": ["/100%25", {}, "/100%"],
+            "/50%25": ["/50%", {}, "/50%"], "/e/f": None, "/a%2520b": None, "/e%FFf": None,
+            "/%C3/%A9": None, "/c%20d/%C3%2F": None, "/%FF": None,
+        }  # fmt: skip
+        async with TestClient(app) as client:
+            for path, wanted in asked.items():
+                with self.subTest(path):
+                    answer = await client.get(path)
+                    self.assertEqual(answer.json() if answer.status == 200 else None, wanted)
+                    head = await client.request("HEAD", path)
+                    self.assertEqual(head.status, answer.status)
+                    if wanted:
+                        self.assertEqual((await client.post(path)).status, 405)
+                        moved = await client.get(path + "/?q")
+                        self.assertEqual(moved.headers.get("location"), path + "?q")
 
     async def test_no_path_makes_a_redirect_to_another_host(self) -> None:
         """RFC 3986, section 4.2: '//evil.com' is a host, and to browsers so is '/\\evil.com'."""
