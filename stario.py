@@ -46,7 +46,7 @@ text and an empty line:
     data: elements <h1 id="title">Hello, Grace</h1>
 
 Datastar (12) is the JavaScript in the page that asks for the stream, and puts each element in the
-place of the one with the same id. Part 30 is a small replacement for it that comes with this file.
+place of the one with the same id. Part 32 is a small replacement for it that comes with this file.
 
 MAP
 
@@ -54,63 +54,65 @@ After each act something runs, and you may stop there. Acts 1 to 3 are what one 
 a live page; each part of act 4 can be read alone, when it is needed. A part with a name in square
 brackets can be left out of your copy: `python stario.py --without assets,client >mine.py`.
 
-      222  ACT 1. A framework
-        230  2. Errors
-        337  3. HTML: elements are strings
-        699  4. JSON
-        805  5. The request: headers, query, cookies, body
-       1404  6. The answer: status, fields, body
-       1888  7. Context and routing
-       2460  8. The app
-     2818  ACT 2. On the network
-       2826  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3830  10. The server
-       4510  11. Trying it without a network: the test client [testclient]
-     4961  ACT 3. Live
-       5010  12. Datastar: attributes and actions
-       5537  13. Streams: events, and staying with a client
-       6060  14. Relay: publish and subscribe
-     6385  ACT 4. For real
-       6392  15. Signals: from JSON to your dataclass
-       7112  16. Forms [forms]
-       7288  17. Behind a proxy
-       7377  18. Compression [compression]
-       7575  19. Static files [assets]
-       8119  20. Telemetry: spans, and who hears of them
-       8635  21. JsonTracer: for log collectors [json]
-       8710  22. RichTracer: for people [rich]
-       9165  23. Sessions [sessions]
-       9276  24. What lives as long as the server
-       9366  25. @baked
-       9620  26. ASGI: the same app under another server [asgi]
-       9847  27. RedisRelay: the same between processes and machines [redis]
-      10091  28. Reload: a saved file restarts the app [reload]
-      10249  29. Development: what went wrong, shown where one looks [development]
-    10373  ACT 5. The pocket client
-      10416  30. The pocket client (JavaScript) [client]
-      11768  31. This file as a page [read]
-      11986  32. An app to begin with
+      224  ACT 1. A framework
+        232  2. Errors
+        329  3. HTML: elements are strings
+        691  4. JSON
+        797  5. The request: headers, query, cookies, body
+       1359  6. The answer: status, fields, body
+       1790  7. Context and routing
+       2239  8. The app
+     2473  ACT 2. On the network
+       2481  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
+       3485  10. The server
+       4268  11. Trying it without a network: the test client [testclient]
+     4719  ACT 3. Live
+       4768  12. Datastar: attributes and actions
+       5295  13. Streams: events, and staying with a client
+       5818  14. Relay: publish and subscribe
+     6143  ACT 4. For real
+       6150  15. Signals: from JSON to your dataclass
+       6870  16. Forms [forms]
+       7067  17. Behind a proxy
+       7171  18. Compression [compression]
+       7369  19. Static files [assets]
+       7913  20. Telemetry: spans, and who hears of them
+       8429  21. JsonTracer: for log collectors [json]
+       8504  22. RichTracer: for people [rich]
+       8959  23. Sessions [sessions]
+       9070  24. What lives as long as the server
+       9160  25. @baked
+       9414  26. ASGI: the same app under another server [asgi]
+       9641  27. RedisRelay: the same between processes and machines [redis]
+       9885  28. Reload: a saved file restarts the app [reload]
+      10043  29. Development: what went wrong, shown where one looks [development]
+      10152  30. Routes: what is refused, addresses, hosts
+      10328  31. Cookies, and requests from other sites
+    10455  ACT 5. The pocket client
+      10498  32. The pocket client (JavaScript) [client]
+      11850  33. This file as a page [read]
+      12068  34. An app to begin with
 
 READING PATH
 
 Two hours, for a reader who wants to know how it works, not all that it does. Read in this order:
 
-      348-361    `SafeString`  an element is a string
-      663-692    `Tags`  `h.P` makes one
-     1141-1349   `Request`  what a client asks for
-     1415-1483   `Carrier`  what brings the answer back
-     1603-1789   `_RawWriter`  the answer
-     1906-2011   `Context`  what a handler gets beside it
-     2351-2366   `Router._find`  from a path to a handler
-     2653-2687   `Stario.dispatch`  one request from end to end
-     3122-3242   `_Reader`  bytes to requests
-     3573-3826   `Connection`  one connection, many requests
-     4248-4262   `Server.start`  listening
-     4365-4373   `Server.stop`  ending without losing a request
-     5688-5799   `_EventWriter`  events
-     5888-5957   `_Scope`  how a disconnect reaches a handler
-     5984-6056   `Alive`  staying with a client
-     6230-6337   `Relay`  from one handler to another
+      340-353    `SafeString`  an element is a string
+      655-684    `Tags`  `h.P` makes one
+     1133-1319   `Request`  what a client asks for
+     1370-1438   `Carrier`  what brings the answer back
+     1518-1704   `_RawWriter`  the answer
+     1808-1913   `Context`  what a handler gets beside it
+     2170-2185   `Router._find`  from a path to a handler
+     2391-2425   `_App.dispatch`  one request from end to end
+     2777-2897   `_Reader`  bytes to requests
+     3228-3481   `Connection`  one connection, many requests
+     3903-3917   `Server.start`  listening
+     4020-4028   `Server.stop`  ending without losing a request
+     5446-5557   `_EventWriter`  events
+     5646-5715   `_Scope`  how a disconnect reaches a handler
+     5742-5814   `Alive`  staying with a client
+     5988-6095   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -290,16 +292,6 @@ class HttpException(Exception):
 
     def __str__(self) -> str:
         return f"{self.status_code}: {self.detail}"
-
-
-def _check_word(what: str, word: object, known: Collection[str]) -> None:
-    """Refuse a word that is not known, and say which one was probably meant."""
-    if word not in known:
-        import difflib  # (here, since it takes 1 ms, and only an error needs it)
-
-        near = difflib.get_close_matches(str(word), known, 1)
-        meant = f" ({near[0]!r}?)" if near else ""
-        raise StarioError(f"no {what} {word!r}: one of {', '.join(known)}{meant}")
 
 
 _REDIRECTS = frozenset((301, 302, 303, 307, 308))
@@ -1323,30 +1315,8 @@ class Request:
         HttpException: 400, 415 for no form, and what `stream()` raises.
         """
         if self._form is None:
-            self._form = await self._read_form()
+            self._form = await _read_form(self)
         return self._form
-
-    async def _read_form(self) -> Form:
-        content_type = self.headers.get("content-type") or ""
-        kind = content_type.partition(";")[0].strip().lower()
-        if kind == "application/x-www-form-urlencoded":
-            return Form(_parse_pairs((await self.body()).decode("utf-8", "replace")))
-        if kind == "multipart/form-data":
-            return await self._read_multipart(content_type)
-        raise HttpException(415, "expected a form (urlencoded or multipart)")
-
-    async def _read_multipart(self, content_type: str) -> Form:
-        reader, self._form_reader = self._form_reader, None
-        if reader is None:
-            reader = _MultipartReader(content_type)
-            self._begin()
-        try:
-            while chunk := await self._read():
-                reader.feed(chunk)
-        except asyncio.CancelledError:
-            self._form_reader = reader
-            raise
-        return reader.form()
 
 
 # A name or an IPv6 address, and a port (RFC 3986, section 3.2). `++` and `*+` never try again with
@@ -1362,21 +1332,6 @@ def _split_host(host: str) -> tuple[str, str]:
     end = host.rfind(":", host.find("]") + 1)
     name, port = (host[:end], host[end + 1 :]) if end >= 0 else (host, "")
     return name.lower().removesuffix("."), port
-
-
-_PARAMETER = re.compile(r';\s*+([^\s=;"]++)\s*+=\s*+(?:"((?:[^"\\]++|\\.)*+)"|([^;]*+))')
-
-
-def _parameters(value: str) -> dict[str, str]:
-    """The parameters of a header value such as `form-data; name="a"; filename="b.txt"`.
-
-    Browsers write a quote in a file name as %22, and a backslash as it is; so only `\\"` and `\\\\`
-    are undone here.
-    """
-    return {
-        name.lower(): re.sub(r'\\(["\\])', r"\1", quoted) if quoted else plain.strip()
-        for name, quoted, plain in _PARAMETER.findall(value)
-    }
 
 
 _BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
@@ -1539,9 +1494,8 @@ _DESCRIBING_FIELDS = (
 )  # fmt: skip
 _KEPT_TEXT = 256  # longest text, in characters, that goes into a cache: so a cache stays small
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-# What is not percent-encoded: in an address, and in a cookie's value (RFC 6265, section 4.1.1).
+# What is not percent-encoded in an address.
 _REDIRECT_SAFE = "!#$%&'()*+,-./:;=?@[]_~"
-_COOKIE_SAFE = "!#$&'()*+-./:<=>?@[]^_`{|}~"
 
 
 def _bytes(data: bytes) -> bytes:
@@ -1552,52 +1506,13 @@ def _bytes(data: bytes) -> bytes:
     return bytes(data)  # what can still be changed is copied
 
 
-def _check_address(url: object) -> None:
-    if not isinstance(url, str):
-        raise StarioError(f"the address to go to is text, not {url!r}")
-
-
-def _check_target(url: str, status: int) -> None:
+def _check_target(url: object, status: int = 303) -> None:
     if status not in _REDIRECTS:
         raise StarioError(f"{status} is no redirect: 301, 302, 303, 307 or 308")
-    _check_address(url)
+    if not (url and isinstance(url, str)):
+        raise StarioError(f"the address to go to is text, not {url!r}")
     if _CONTROL.search(url):
         raise StarioError(f"{url!r} cannot be a redirect's target: it holds control characters")
-
-
-def _check_cookie(name: str, value: object, path: str, domain: str, samesite: str) -> None:
-    if not _TOKEN.fullmatch(name):
-        raise StarioError(f"{name!r} cannot be the name of a cookie")
-    if not isinstance(value, str) or _CONTROL.search(value):
-        raise StarioError(f"the cookie {name!r} needs a text without control characters")
-    if samesite.lower() not in ("lax", "strict", "none"):
-        raise StarioError(f"samesite is lax, strict or none, not {samesite!r}")
-    for given in (path, domain):
-        if _CONTROL.search(given) or ";" in given:
-            raise StarioError(f"{given!r} cannot be the path or domain of a cookie")
-    if name.lower().startswith("__host-") and (path != "/" or domain):
-        raise StarioError(f"{name!r} says: this host and all of it. Leave path and domain out")
-
-
-class CookieOptions(TypedDict, total=False):
-    """What `w.cookie` takes beside name and value."""
-
-    max_age: int | None
-    expires: datetime | None
-    path: str
-    domain: str | None
-    secure: bool
-    httponly: bool
-    samesite: Literal["lax", "strict", "none"] | None
-    partitioned: bool
-
-
-def _ascii_domain(domain: str) -> str:
-    """A domain in the ASCII that DNS knows (IDNA): `bücher.de` is `xn--bcher-kva.de`."""
-    try:
-        return domain.removeprefix(".").encode("idna").decode("ascii")
-    except UnicodeError:
-        raise StarioError(f"{domain!r} cannot be the domain of a cookie") from None
 
 
 class _RawWriter:
@@ -1859,24 +1774,11 @@ class _OneShotWriter(_RawWriter):
     ) -> None:
         """Set a cookie (RFC 6265, section 4.1). `max_age` is in seconds.
 
-        What cannot stand in a value is percent-encoded; `c.req.cookies` decodes it again.
+        What cannot stand in a value is percent-encoded; `c.req.cookies` decodes it again. What a
+        browser would not take is a StarioError.
         """
-        _check_cookie(name, value, path, domain or "", samesite or "lax")
-        # Without Secure, browsers take none of these (RFC 6265bis, sections 4.1.3 and 5.6).
-        secure |= name.lower().startswith(("__host-", "__secure-")) or partitioned
-        secure |= (samesite or "").lower() == "none"
-        pieces = [
-            f"{name}={quote(value, safe=_COOKIE_SAFE, errors='replace')}",
-            f"Max-Age={int(max_age)}" if max_age is not None else "",
-            f"Expires={_http_date(expires.timestamp())}" if expires else "",
-            f"Domain={_ascii_domain(domain)}" if domain else "",
-            f"Path={quote(path, safe=_REDIRECT_SAFE, errors='replace')}" if path else "",
-            "Secure" if secure else "",
-            "HttpOnly" if httponly else "",
-            f"SameSite={samesite.capitalize()}" if samesite else "",
-            "Partitioned" if partitioned else "",
-        ]
-        self.headers.add("set-cookie", "; ".join(filter(None, pieces)))
+        given = max_age, expires, path, domain, secure, httponly, samesite, partitioned
+        self.headers.add("set-cookie", _cookie_line(name, value, *given))  # part 31
 
     def delete_cookie(self, name: str, **options: Unpack[CookieOptions]) -> None:
         """Ask the client to forget a cookie. Give what it was set with: only that one matches."""
@@ -2017,67 +1919,6 @@ Middleware = Callable[[Handler], Handler]
 ErrorHandler = Callable[[Context, "Writer", Any], Awaitable[None] | None]
 
 
-# -- What cannot work is refused when the route is added, not when it is asked for.
-
-
-def _check_handler(route: str, handler: object) -> None:
-    """Raise StarioError for what is no handler."""
-    if inspect.iscoroutine(handler):
-        handler.close()
-        raise StarioError(f"{route}: this handler was called: give it without its parentheses")
-    if handler is None:
-        raise StarioError(
-            f"{route}: the handler is missing. Not a decorator: app.get('/', handler)"
-        )
-    if isinstance(handler, type) or not callable(handler):
-        wanted = "the handler is an `async def handler(c, w)`"
-        raise StarioError(f"{route}: {wanted}, not {handler!r}")
-    plain = inspect.unwrap(handler)  # the function behind decorators, partials and objects
-    while isinstance(plain, functools.partial):
-        plain = inspect.unwrap(plain.func)
-    plain = getattr(plain, "__func__", plain)  # a method is a function and its object
-    if not inspect.isfunction(plain):
-        plain = type(plain).__call__
-    is_lambda = getattr(plain, "__name__", "") == "<lambda>"  # it may return a coroutine
-    if inspect.isfunction(plain) and not (is_lambda or inspect.iscoroutinefunction(plain)):
-        raise StarioError(f"{route}: write `async def {plain.__name__}(c, w)`, without a yield")
-    _check_arguments(handler, "c, w")
-
-
-def _check_arguments(function: Any, wanted: str) -> None:
-    """Raise StarioError where a function cannot be called with these arguments."""
-    if inspect.iscoroutine(function):
-        function.close()
-        raise StarioError(f"{function.__name__} was called: give it without its parentheses")
-    if not callable(function):
-        raise StarioError(f"a function is needed, called with ({wanted}): not {function!r}")
-    try:
-        inspect.signature(function).bind(*wanted.split(", "))
-    except ValueError:
-        pass  # a builtin that does not tell
-    except TypeError as exc:
-        name = getattr(function, "__name__", repr(function))
-        raise StarioError(f"{name} is called as {name}({wanted}): {exc}") from None
-
-
-def _wrapped(middleware: Middleware, handler: Handler) -> Handler:
-    """The handler within a middleware. StarioError where that is none."""
-    name = getattr(middleware, "__name__", repr(middleware))
-    _check_arguments(middleware, "handler")
-    if inspect.iscoroutinefunction(middleware):
-        raise StarioError(f"the middleware {name} is a plain function: `def`, without async")
-    wrapped = middleware(handler)
-    if not callable(wrapped):
-        raise StarioError(f"the middleware {name} gives {wrapped!r}: it has to return a handler")
-    return wrapped
-
-
-def _check_order(wanted: str, first: object, second: object, kind: type = object) -> None:
-    """Raise StarioError unless the first is text and the second of that kind: `wanted` is shown."""
-    if not (isinstance(first, str) and isinstance(second, kind)):
-        raise StarioError(f"write {wanted}, not with {first!r} and {second!r}")
-
-
 class _Node:
     """A place in the tree of paths."""
 
@@ -2120,19 +1961,6 @@ def _converted(kind: str, segment: str) -> Any:
     pattern, convert = _PATH_TYPES[kind]
     with suppress(ValueError):
         return convert(segment) if pattern.fullmatch(segment) else None
-
-
-def _filled(segment: str, params: dict[str, Any]) -> str:
-    """For `url`: a segment with the value of its parameter, which is removed from `params`."""
-    if segment == "*":
-        return quote(str(params.pop("tail", "")), errors="replace")
-    named = _PARAMETER_SEGMENT.fullmatch(segment)
-    if not named:
-        return quote(segment)
-    text = str(params.pop(named[1], ""))
-    if _converted(named[2] or _ANY, text) is None:
-        raise StarioError(f"{named[1]}={text!r} does not fit {segment}")
-    return quote(text, safe="", errors="replace")
 
 
 _collections: dict[str, Assets] = {}  # of files, by name (part 19)
@@ -2206,10 +2034,7 @@ class Router:
             found = ", ".join(sorted(paths)) or "none"
             raise StarioError(f"one route needs a handler named {name!r}; found: {found}")
         [path] = paths
-        filled = "/".join(_filled(segment, params) for segment in path.split("/"))
-        if params:
-            raise StarioError(f"{path} has no parameter {', '.join(params)}")
-        return filled
+        return _filled_in(path, params)  # part 30
 
     def _handle(
         self,
@@ -2219,8 +2044,8 @@ class Router:
         name: str,
         middleware: Sequence[Middleware] = (),
     ) -> None:
-        if not (isinstance(path, str) and isinstance(method, str)):
-            raise StarioError(f"method and path are text, not {method!r} and {path!r}")
+        if not (isinstance(path, str) and isinstance(method, str) and _TOKEN.fullmatch(method)):
+            raise StarioError(f"one method and one path are needed, not {method!r} and {path!r}")
         self._check_open()
         for wrap in (*reversed(middleware), *reversed(self._middleware)):
             handler = _wrapped(wrap, handler)
@@ -2247,7 +2072,8 @@ class Router:
 
     def use(self, *middleware: Middleware) -> None:
         """Wrap every route of this router. It has to come before the first route."""
-        if self._routes:
+        self._check_open()
+        if self._routes or self._hosts:
             raise StarioError("use() comes before the routes: it would not wrap those that exist")
         self._middleware.extend(middleware)
 
@@ -2265,6 +2091,7 @@ class Router:
                 "HttpException, and look at exc.status_code"
             )
         _check_arguments(handler, "c, w, exc")
+        self._check_open()
         self._errors[exception_type] = handler
 
     def mount(self, prefix: str, router: Router) -> None:
@@ -2280,7 +2107,7 @@ class Router:
             inner = Router()
             inner._errors = router._errors
             inner.mount(prefix, hosted)
-            self.host(pattern, inner)
+            _add_host(self, pattern, inner)
 
     def host(self, pattern: str, router: Router) -> None:
         """Serve a router's routes on one host: `api.example.com`, or `*.example.com` for any below.
@@ -2288,22 +2115,14 @@ class Router:
         What `*` took is `c.req.subhost`. What the router has no route for goes to the app's own.
         """
         _check_order('host("api.example.com", router)', pattern, router, Router)
-        if "*" in pattern and (not pattern.startswith("*.") or "*" in pattern[1:]):
-            raise StarioError(f"no host pattern {pattern!r}: write 'host' or '*.host'")
         if router._hosts:
             raise StarioError("a router for a host cannot have hosts itself: give them to the app")
         self._check_open()
-        pattern = pattern.lower().removesuffix(".")
-        inner = Router()  # a copy, with this router's middleware around each route
-        inner._middleware = self._middleware
-        inner.mount("/", router)
-        self._hosts.append((pattern, inner))
-        # Exact names first, then the longer patterns.
-        self._hosts.sort(key=lambda entry: (entry[0].startswith("*"), -len(entry[0])))
+        _add_host(self, pattern, router)  # part 30
 
     def _check_open(self) -> None:
         if self._mounted:
-            raise StarioError("this router is mounted already: add its routes before you mount it")
+            raise StarioError("this router is mounted already: what it has comes before that")
 
     def _add(self, method: str, path: str, handler: Handler) -> None:
         """Put a route into the tree. StarioError where it cannot be told from one that is there."""
@@ -2416,46 +2235,6 @@ async def _handle_error(
     return False
 
 
-_SAFE_METHODS = frozenset(("GET", "HEAD", "OPTIONS", "TRACE", "QUERY"))
-_PORTS = {"http": "80", "https": "443"}
-
-
-def same_origin(handler: Handler) -> Handler:
-    """Middleware: refuse with 403 what other sites make a browser send.
-
-    A form on another site can be sent to yours, and the browser adds your cookies to it: that is
-    CSRF, cross-site request forgery. Safe methods (GET) pass. For others the browser tells in
-    `Sec-Fetch-Site` (Fetch Metadata) where the request comes from; an old one tells in `Origin`,
-    which is compared with the address that was asked for. What sends neither is no browser, and
-    passes: it carries nobody's cookies.
-    """
-
-    async def _guarded(c: Context, w: Writer) -> None:
-        sent = c.req.headers.get
-        site, origin = sent("sec-fetch-site"), sent("origin")
-        if site is None and origin is not None:
-            same = _is_own_origin(origin, c.req)
-        else:
-            same = site in (None, "same-origin", "none")
-        if c.req.method not in _SAFE_METHODS and not same:
-            raise HttpException(403, "this request comes from another site")
-        await handler(c, w)
-
-    return _guarded
-
-
-def _is_own_origin(origin: str, request: Request) -> bool:
-    """Whether an origin, `https://a.org` or `null` (RFC 6454), is that of the request's address."""
-    scheme, _, place = origin.lower().partition("://")
-    if scheme not in _PORTS or not place:
-        return False
-    if request.scheme == "https" != scheme:  # (that we see http may be a proxy's doing)
-        return False
-    (host, port), (own, own_port) = _split_host(place), _split_host(request._asked.host)
-    default = _PORTS[scheme]
-    return host == own and (port or default) == (own_port or default)
-
-
 # ==================================================================================================
 # 8. The app
 #
@@ -2470,16 +2249,6 @@ def _is_stopped(carrier: Carrier, exc: BaseException) -> bool:
     task = asyncio.current_task()
     cancelled = isinstance(exc, asyncio.CancelledError) and task is not None and task.cancelling()
     return carrier.shutting_down and bool(cancelled or isinstance(exc, KeyboardInterrupt))
-
-
-_HINTS = (  # what Python says where an `await` is missing or too much, and what to write instead
-    (r"NoneType.* can't be (used in 'await'|awaited)",
-     "the methods of a Writer are not awaited: w.html(...); nor are c(...) and publish(...)"),
-    (r"\bcoroutine\b", "`await` is missing: await c.signals(), await c.req.json()"),
-    (r"\b(Alive|Subscription|async_generator)\b",
-     "loop over it, `async for item in w.alive(source):`, or write `async with w.alive():`"),
-    (r"_GeneratorContextManager.* asynchronous", "a step is no async one: `with c.step(...):`"),
-)  # fmt: skip
 
 
 # What handlers have raised. The test client (part 11) sets a list, and raises what it finds there.
@@ -2548,9 +2317,7 @@ def _report(c: Context, exc: BaseException, is_handled: bool = False) -> None:
     in_test = _failures.get()
     if in_test is not None and not is_handled:
         in_test.append(exc)
-    for sign, hint in _HINTS:
-        if isinstance(exc, (TypeError, AttributeError)) and re.search(sign, _safe_text(exc)):
-            exc.add_note(f"stario: {hint}")
+    _add_hint(exc)  # part 30
     if not c.app._silent:
         c.span.fail(exc)
     elif in_test is None:
@@ -2582,11 +2349,8 @@ def _complete(c: Context, w: Writer) -> None:
         w.empty(204)
 
 
-class Stario(Router):
-    """An app: routes, a tracer, and the settings for all requests.
-
-    Without a tracer it is silent (see `Context`). `max_body` is the largest request body in bytes.
-    """
+class _App(Router):
+    """What makes answers of requests. The class Stario adds (part 10) what serves them."""
 
     def __init__(
         self,
@@ -2606,14 +2370,13 @@ class Stario(Router):
             raise StarioError(f"compression is a CompressionConfig(...), not {compression!r}")
         self.max_body = max_body
         self._silent = type(self.tracer) is Tracer  # the base class, which does nothing
-        self._life = _Life(self)  # lifespans and background tasks (part 24)
         self._fallback: Handler = self._no_route  # with the app's middleware around it
         if self._pocket is not None:
             self._add("GET", "/_stario/*", self._pocket)
 
     # Set by later parts, each of which can be left out of a copy of this file.
     _compression: CompressionConfig | None = None  # the default (part 18)
-    _pocket: Assets | None = None  # the pocket client's file (part 30)
+    _pocket: Assets | None = None  # the pocket client's file (part 32)
     _develops = False  # `debug` is possible (part 29)
     debug = False  # for development: show what goes wrong (part 29)
     _writer: type[Writer]  # set where it is complete, or by development (part 29)
@@ -2625,42 +2388,17 @@ class Stario(Router):
         for wrap in reversed(self._middleware):
             self._fallback = _wrapped(wrap, self._fallback)
 
-    def lifespan(self, manager: Lifespan) -> Lifespan:
-        """Add what is opened before the first request and closed after the last, as a database is.
-
-        `manager(app)` gives an async context manager. Several are entered in their order. An
-        exception in it keeps the server from starting.
-        """
-        _check_arguments(manager, "app")
-        if inspect.isasyncgenfunction(manager):
-            raise StarioError(f"write @contextlib.asynccontextmanager above {manager.__name__}")
-        self._life.lifespans.append(manager)
-        return manager
-
-    def background(self, work: Coroutine[Any, Any, T]) -> Future[T]:
-        """Start a task that lives as long as the server: `app.background(tick())`.
-
-        If the server does not run yet, the task starts with it. It has a span of its own, and is
-        cancelled when the server stops, or by `cancel()` of what this gives, from any thread.
-        """
-        if not asyncio.iscoroutine(work):
-            got = type(work).__name__
-            raise StarioError(
-                f"background() takes a coroutine, app.background(tick()), not a {got}"
-            )
-        return self._life.begin(work)
-
     async def dispatch(self, request: Request, carrier: Carrier) -> None:
         """Take one request from its carrier to its handler, and its answer back.
 
         Raises nothing, unless the server, which is stopping, cancels it.
         """
         request.max_body = self.max_body
-        c = Context(self, request)
+        c = Context(self, request)  # type: ignore[arg-type]  # every app is a Stario
         w = self._writer(carrier, request, self.compression)
         try:
             try:
-                handler = self._find_by_host(request) if self._hosts else self._find(request)
+                handler = _find_by_host(self, request) if self._hosts else self._find(request)
                 handler = handler or self._fallback
                 if not self._silent:
                     _current_step.set((c, c.span))
@@ -2686,23 +2424,6 @@ class Stario(Router):
                 c._span.attributes["http.response.status_code"] = w.status_code
                 c._span.end()
 
-    def _find_by_host(self, request: Request) -> Handler | None:
-        found = (router._find(request) for router in self._routers_for(request))
-        return next(filter(None, found), None)
-
-    def _routers_for(self, request: Request) -> Iterator[Router]:
-        """The routers that may answer: those of the request's host, then the app itself."""
-        host = request.host if self._hosts else ""
-        for pattern, router in self._hosts:
-            if pattern == host:
-                yield router
-            elif pattern.startswith("*") and host.endswith(pattern[1:]):
-                request.subhost = host[: 1 - len(pattern)]
-                if all(request.subhost.split(".")):
-                    yield router
-                request.subhost = ""
-        yield self
-
     async def _no_route(self, c: Context, w: Writer) -> None:
         """Answer where no route does: OPTIONS, 405, 404, and 308 from `/x/` to a route `/x`."""
         request = c.req
@@ -2724,73 +2445,7 @@ class Stario(Router):
     def _methods_for(self, request: Request, path: str) -> set[str]:
         if path == "*":
             return {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"}
-        return {m for router in self._routers_for(request) for m in router._methods(path)}
-
-    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
-        """Serve under another server through ASGI 3 (part 26): `uvicorn myapp:app`."""
-        if scope["type"] == "http":
-            await _serve_asgi(self, scope, receive, send)
-        elif scope["type"] == "lifespan":
-            await _live_asgi(self, receive, send)
-        elif scope["type"] == "websocket":
-            await send({"type": "websocket.close"})
-        else:
-            raise StarioError(f"an app serves HTTP; ASGI's {scope['type']!r} is not supported")
-
-    async def serve(
-        self,
-        host: str = "127.0.0.1",
-        port: int = 8000,
-        workers: int = 1,
-        *,
-        reload: bool = False,
-        debug: bool | None = None,
-        **options: Unpack[ServerOptions],
-    ) -> None:
-        """Serve until SIGINT (Ctrl-C) or SIGTERM. Options: see `Server` (part 10), `Limits` (9).
-
-        With `reload` a saved file restarts the program (part 28). With `debug`, by default on at
-        a terminal and off elsewhere, errors are shown in the browser (part 29). What keeps it from
-        starting (a port that is taken, an option that does not exist) ends the program with one
-        sentence: SystemExit. Threads of `asyncio.to_thread` do not hold up the program's end.
-        """
-        try:
-            server = Server(self, host, port, workers, **options)
-            if reload:
-                _reload(self, server)
-            asyncio.get_running_loop().set_default_executor(_Threads())
-            if debug is None:
-                debug = self._develops and sys.stdout is not None and sys.stdout.isatty()
-            self.debug = debug
-            await server.start()
-            if self.debug:
-                _Watchdog()
-        except StarioError as exc:
-            raise SystemExit(f"stario: {exc}") from None
-        self.tracer("listening", {"url": server.url}).end()
-        try:
-            await server.wait_for_signal()
-        finally:
-            await server.stop()
-
-    @asynccontextmanager
-    async def running(
-        self,
-        host: str = "127.0.0.1",
-        port: int = 0,
-        workers: int = 1,
-        **options: Unpack[ServerOptions],
-    ) -> AsyncIterator[Server]:
-        """Serve inside a program of your own: `async with app.running(port=0) as server:`
-
-        `server.url` says where. Raises StarioError where it cannot start.
-        """
-        server = Server(self, host, port, workers, **options)
-        await server.start()
-        try:
-            yield server
-        finally:
-            await server.stop()
+        return {m for router, _ in _routers_for(self, request) for m in router._methods(path)}
 
 
 # -- Act 1 runs: an app, a request, and a carrier (part 6) that prints what it is given. `dispatch`
@@ -4506,6 +4161,109 @@ def _systemd_sockets() -> list[socket.socket]:
     return sockets
 
 
+class Stario(_App):
+    """An app: routes, a tracer, and the settings for all requests.
+
+    Without a tracer it is silent (see `Context`). `max_body` is the largest request body in bytes.
+    """
+
+    @cached_property
+    def _life(self) -> _Life:
+        """Lifespans and background tasks (part 24)."""
+        return _Life(self)
+
+    def lifespan(self, manager: Lifespan) -> Lifespan:
+        """Add what is opened before the first request and closed after the last, as a database is.
+
+        `manager(app)` gives an async context manager. Several are entered in their order. An
+        exception in it keeps the server from starting.
+        """
+        _check_arguments(manager, "app")
+        if inspect.isasyncgenfunction(manager):
+            raise StarioError(f"write @contextlib.asynccontextmanager above {manager.__name__}")
+        self._life.lifespans.append(manager)
+        return manager
+
+    def background(self, work: Coroutine[Any, Any, T]) -> Future[T]:
+        """Start a task that lives as long as the server: `app.background(tick())`.
+
+        If the server does not run yet, the task starts with it. It has a span of its own, and is
+        cancelled when the server stops, or by `cancel()` of what this gives, from any thread.
+        """
+        if not asyncio.iscoroutine(work):
+            got = type(work).__name__
+            raise StarioError(
+                f"background() takes a coroutine, app.background(tick()), not a {got}"
+            )
+        return self._life.begin(work)
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        """Serve under another server through ASGI 3 (part 26): `uvicorn myapp:app`."""
+        if scope["type"] == "http":
+            await _serve_asgi(self, scope, receive, send)
+        elif scope["type"] == "lifespan":
+            await _live_asgi(self, receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close"})
+        else:
+            raise StarioError(f"an app serves HTTP; ASGI's {scope['type']!r} is not supported")
+
+    async def serve(
+        self,
+        host: str = "127.0.0.1",
+        port: int = 8000,
+        workers: int = 1,
+        *,
+        reload: bool = False,
+        debug: bool | None = None,
+        **options: Unpack[ServerOptions],
+    ) -> None:
+        """Serve until SIGINT (Ctrl-C) or SIGTERM. Options: see `Server` (part 10), `Limits` (9).
+
+        With `reload` a saved file restarts the program (part 28). With `debug`, by default on at
+        a terminal and off elsewhere, errors are shown in the browser (part 29). What keeps it from
+        starting (a port that is taken, an option that does not exist) ends the program with one
+        sentence: SystemExit. Threads of `asyncio.to_thread` do not hold up the program's end.
+        """
+        try:
+            server = Server(self, host, port, workers, **options)
+            if reload:
+                _reload(self, server)
+            asyncio.get_running_loop().set_default_executor(_Threads())
+            if debug is None:
+                debug = self._develops and sys.stdout is not None and sys.stdout.isatty()
+            self.debug = debug
+            await server.start()
+            if self.debug:
+                _Watchdog()
+        except StarioError as exc:
+            raise SystemExit(f"stario: {exc}") from None
+        self.tracer("listening", {"url": server.url}).end()
+        try:
+            await server.wait_for_signal()
+        finally:
+            await server.stop()
+
+    @asynccontextmanager
+    async def running(
+        self,
+        host: str = "127.0.0.1",
+        port: int = 0,
+        workers: int = 1,
+        **options: Unpack[ServerOptions],
+    ) -> AsyncIterator[Server]:
+        """Serve inside a program of your own: `async with app.running(port=0) as server:`
+
+        `server.url` says where. Raises StarioError where it cannot start.
+        """
+        server = Server(self, host, port, workers, **options)
+        await server.start()
+        try:
+            yield server
+        finally:
+            await server.stop()
+
+
 # ==================================================================================================
 # 11. Trying it without a network: the test client [testclient]
 #
@@ -5504,7 +5262,7 @@ def datastar_script(src: str | None = None, *, nonce: str | None = None) -> Safe
     """The `<script>` that brings Datastar into a page: put it into `<head>`.
 
     Without `src` it is the official bundle from its CDN and, where that fails or has not come after
-    1.5 seconds, the pocket client (part 30) from this server. Never both: the bundle is fetched as
+    1.5 seconds, the pocket client (part 32) from this server. Never both: the bundle is fetched as
     text, and run when it has come in full and has the right hash. `src` names another copy to load,
     and nothing else. `nonce` is the one of the page's Content-Security-Policy.
     """
@@ -5756,7 +5514,7 @@ class _EventWriter(_OneShotWriter):
         self, url: str, *, nonce: str | None = None, **options: Unpack[EventOptions]
     ) -> None:
         """Send the browser to another page. (`nonce` as in `execute`.)"""
-        _check_address(url)
+        _check_target(url)
         # A browser skips control characters and blanks before and in a scheme (URL standard, 4.4).
         scheme = re.sub(r"[\x00-\x20]", "", url).partition(":")[0].lower()
         if scheme in ("javascript", "data", "vbscript"):
@@ -7155,6 +6913,27 @@ class Form(QueryParams):
         return self.files.get(key, [None])[0]
 
 
+async def _read_form(request: Request) -> Form:
+    """The body of a request as a form: urlencoded, or multipart. HttpException: 400, 415."""
+    content_type = request.headers.get("content-type") or ""
+    kind = content_type.partition(";")[0].strip().lower()
+    if kind == "application/x-www-form-urlencoded":
+        return Form(_parse_pairs((await request.body()).decode("utf-8", "replace")))
+    if kind != "multipart/form-data":
+        raise HttpException(415, "expected a form (urlencoded or multipart)")
+    reader, request._form_reader = request._form_reader, None
+    if reader is None:
+        reader = _MultipartReader(content_type)
+        request._begin()
+    try:
+        while chunk := await request._read():
+            reader.feed(chunk)
+    except asyncio.CancelledError:
+        request._form_reader = reader
+        raise
+    return reader.form()
+
+
 _MAX_PART_HEAD, _MAX_PART_FIELDS = 8 * 1024, 20  # bytes and header fields of a part of a form
 _CHARSET = re.compile(  # those that browsers know (Encoding standard): other codecs are no charsets
     r"utf-?8|us-ascii|iso-8859-\d+|windows-\d+|koi8-[ru]|macintosh|ibm866|big5|gbk|gb2312|gb18030"
@@ -7364,6 +7143,21 @@ class TrustedProxies:
             if not found or not self.trust(found):
                 break
         return found, hop
+
+
+_PARAMETER = re.compile(r';\s*+([^\s=;"]++)\s*+=\s*+(?:"((?:[^"\\]++|\\.)*+)"|([^;]*+))')
+
+
+def _parameters(value: str) -> dict[str, str]:
+    """The parameters of a header value such as `form-data; name="a"; filename="b.txt"`.
+
+    Browsers write a quote in a file name as %22, and a backslash as it is; so only `\\"` and `\\\\`
+    are undone here.
+    """
+    return {
+        name.lower(): re.sub(r'\\(["\\])', r"\1", quoted) if quoted else plain.strip()
+        for name, quoted, plain in _PARAMETER.findall(value)
+    }
 
 
 def _address(text: str) -> str:
@@ -10354,6 +10148,294 @@ class _Watchdog:
 Stario._develops = True
 
 
+# ==================================================================================================
+# 30. Routes: what is refused, addresses, hosts
+#
+# What the router (part 7) leaves to this part. What cannot work is refused when it is added, not
+# when somebody asks for it, and the error says what to write instead. The address that is made of a
+# route leads to that route, and nowhere else. The routes of one host are asked before the app's.
+# ==================================================================================================
+
+
+def _check_word(what: str, word: object, known: Collection[str]) -> None:
+    """Refuse a word that is not known, and say which one was probably meant."""
+    if word not in known:
+        import difflib  # (here, since it takes 1 ms, and only an error needs it)
+
+        near = difflib.get_close_matches(str(word), known, 1)
+        meant = f" ({near[0]!r}?)" if near else ""
+        raise StarioError(f"no {what} {word!r}: one of {', '.join(known)}{meant}")
+
+
+def _check_handler(route: str, handler: object) -> None:
+    """Raise StarioError for what is no handler."""
+    if inspect.iscoroutine(handler):
+        handler.close()
+        raise StarioError(f"{route}: this handler was called: give it without its parentheses")
+    if handler is None:
+        raise StarioError(
+            f"{route}: the handler is missing. Not a decorator: app.get('/', handler)"
+        )
+    if isinstance(handler, type) or not callable(handler):
+        wanted = "the handler is an `async def handler(c, w)`"
+        raise StarioError(f"{route}: {wanted}, not {handler!r}")
+    plain = inspect.unwrap(handler)  # the function behind decorators, partials and objects
+    while isinstance(plain, functools.partial):
+        plain = inspect.unwrap(plain.func)
+    plain = getattr(plain, "__func__", plain)  # a method is a function and its object
+    if not inspect.isfunction(plain):
+        plain = type(plain).__call__
+    is_lambda = getattr(plain, "__name__", "") == "<lambda>"  # it may return a coroutine
+    if inspect.isfunction(plain) and not (is_lambda or inspect.iscoroutinefunction(plain)):
+        raise StarioError(f"{route}: write `async def {plain.__name__}(c, w)`, without a yield")
+    _check_arguments(handler, "c, w")
+
+
+def _check_arguments(function: Any, wanted: str) -> None:
+    """Raise StarioError where a function cannot be called with these arguments."""
+    if inspect.iscoroutine(function):
+        function.close()
+        raise StarioError(f"{function.__name__} was called: give it without its parentheses")
+    if not callable(function):
+        raise StarioError(f"a function is needed, called with ({wanted}): not {function!r}")
+    try:
+        inspect.signature(function).bind(*wanted.split(", "))
+    except ValueError:
+        pass  # a builtin that does not tell
+    except TypeError as exc:
+        name = getattr(function, "__name__", repr(function))
+        raise StarioError(f"{name} is called as {name}({wanted}): {exc}") from None
+
+
+def _wrapped(middleware: Middleware, handler: Handler) -> Handler:
+    """The handler within a middleware. StarioError where that is none."""
+    name = getattr(middleware, "__name__", repr(middleware))
+    _check_arguments(middleware, "handler")
+    if inspect.iscoroutinefunction(middleware):
+        raise StarioError(f"the middleware {name} is a plain function: `def`, without async")
+    wrapped = middleware(handler)
+    if not callable(wrapped):
+        raise StarioError(f"the middleware {name} gives {wrapped!r}: it has to return a handler")
+    return wrapped
+
+
+def _check_order(wanted: str, first: object, second: object, kind: type = object) -> None:
+    """Raise StarioError unless the first is text and the second of that kind: `wanted` is shown."""
+    if not (isinstance(first, str) and isinstance(second, kind)):
+        raise StarioError(f"write {wanted}, not with {first!r} and {second!r}")
+
+
+_HINTS = (  # what Python says where an `await` is missing or too much, and what to write instead
+    (r"NoneType.* can't be (used in 'await'|awaited)",
+     "the methods of a Writer are not awaited: w.html(...); nor are c(...) and publish(...)"),
+    (r"\bcoroutine\b", "`await` is missing: await c.signals(), await c.req.json()"),
+    (r"\b(Alive|Subscription|async_generator)\b",
+     "loop over it, `async for item in w.alive(source):`, or write `async with w.alive():`"),
+    (r"_GeneratorContextManager.* asynchronous", "a step is no async one: `with c.step(...):`"),
+)  # fmt: skip
+
+
+def _add_hint(exc: BaseException) -> None:
+    """Add to what Python says where an `await` is missing or too much: what to write instead."""
+    if isinstance(exc, (TypeError, AttributeError)):
+        for sign, hint in _HINTS:
+            if re.search(sign, _safe_text(exc)):
+                exc.add_note(f"stario: {hint}")
+
+
+# -- Addresses
+
+
+def _filled_in(path: str, params: dict[str, object]) -> str:
+    """The path of a route with values for its parameters; `tail` is the one for `*`.
+
+    StarioError for what does not fit the route, or would lead elsewhere: browsers take `.` and `..`
+    out of a path, and a path that begins with `//` is another host.
+    """
+    filled, left = [], dict(params)
+    for segment in path.split("/"):
+        named = _PARAMETER_SEGMENT.fullmatch(segment)
+        name = named[1] if named else "tail"
+        if not named and segment != "*":
+            filled.append(quote(_unquote(segment), safe=""))
+            continue
+        value = left.pop(name, "")
+        text = _as_text(value)
+        fits = not named or _converted(named[2] or _ANY, text) is not None
+        if value is None or (isinstance(value, Iterable) and not isinstance(value, str)):
+            fits = False
+        if not fits or not {".", ".."}.isdisjoint([text] if named else text.split("/")):
+            raise StarioError(f"{name}={value!r} does not fit {segment}")
+        filled.append(quote(text, safe="" if named else "/", errors="replace"))
+    if left:
+        raise StarioError(f"{path} has no parameter {', '.join(left)}")
+    address = "/".join(filled)
+    if address.startswith("//"):
+        raise StarioError(f"tail={params['tail']!r} would make it the address of another host")
+    return address
+
+
+# -- Hosts
+
+_HOST_NAME = re.compile(r"\[[0-9a-f:.]+\]|[a-z0-9_-]+(\.[a-z0-9_-]+)*")
+
+
+def _host_name(name: str) -> str:
+    """A host as browsers write it: lower case, and in ASCII (IDNA), `xn--bcher-kva.de`."""
+    with suppress(UnicodeError):
+        found = name.removesuffix(".").encode("idna").decode().lower()
+        if _HOST_NAME.fullmatch(found):
+            return found
+    raise StarioError(f"{name!r} is no host: write 'example.com', without scheme, port and path")
+
+
+def _add_host(outer: Router, pattern: str, router: Router) -> None:
+    """Copy a router's routes, for one host, with the outer router's middleware around each."""
+    star = "*." if pattern.startswith("*.") else ""
+    pattern = star + _host_name(pattern.removeprefix(star))
+    inner = dict(outer._hosts).get(pattern)
+    if inner is None:
+        inner = Router()
+        inner._middleware = outer._middleware
+        outer._hosts.append((pattern, inner))
+        # Exact names first, then the longer patterns.
+        outer._hosts.sort(key=lambda entry: (entry[0].startswith("*"), -len(entry[0])))
+    inner.mount("/", router)
+
+
+def _routers_for(app: Router, request: Request) -> Iterator[tuple[Router, str]]:
+    """The routers that may answer, the app last; for each, what `*` takes of the request's host."""
+    host = request.host if app._hosts else ""
+    for pattern, router in app._hosts:
+        if pattern == host:
+            yield router, ""
+        elif pattern.startswith("*") and host.endswith(pattern[1:]):
+            taken = host[: 1 - len(pattern)]
+            if all(taken.split(".")):
+                yield router, taken
+    yield app, ""
+
+
+def _find_by_host(app: Router, request: Request) -> Handler | None:
+    for router, taken in _routers_for(app, request):
+        if handler := router._find(request):
+            request.subhost = taken
+            return handler
+    return None
+
+
+# ==================================================================================================
+# 31. Cookies, and requests from other sites
+#
+# A cookie is a text that the browser keeps for a host and sends with each request to it, whichever
+# site has made it send that. What a browser would not take, without a word, is refused here.
+# ==================================================================================================
+
+
+class CookieOptions(TypedDict, total=False):
+    """What `w.cookie` takes beside name and value."""
+
+    max_age: int | None
+    expires: datetime | None
+    path: str
+    domain: str | None
+    secure: bool
+    httponly: bool
+    samesite: Literal["lax", "strict", "none"] | None
+    partitioned: bool
+
+
+_COOKIE_SAFE = "!#$&'()*+-./:<=>?@[]^_`{|}~"  # not percent-encoded in a value (section 4.1.1)
+
+
+def _cookie_line(
+    name: str,
+    value: str,
+    max_age: int | None,
+    expires: datetime | None,
+    path: str,
+    domain: str | None,
+    secure: bool,
+    httponly: bool,
+    samesite: str | None,
+    partitioned: bool,
+) -> str:
+    """A cookie as the value of `set-cookie` (RFC 6265). StarioError where a browser drops it."""
+    _check_cookie(name, value, path, domain, samesite)
+    if not isinstance(max_age, int | None) or not isinstance(expires, datetime | None):
+        raise StarioError(f"the cookie {name!r}: max_age is whole seconds, expires a datetime")
+    # Without Secure, browsers take none of these (RFC 6265bis, sections 4.1.3 and 5.6).
+    secure |= name.lower().startswith(("__host-", "__secure-")) or partitioned
+    secure |= (samesite or "").lower() == "none"
+    pieces = [
+        f"{name}={quote(value, safe=_COOKIE_SAFE, errors='replace')}",
+        f"Max-Age={max_age}" if max_age is not None else "",
+        f"Expires={_http_date(expires.replace(microsecond=0).timestamp())}" if expires else "",
+        f"Domain={_host_name(domain.removeprefix('.'))}" if domain else "",
+        f"Path={quote(path, safe=_REDIRECT_SAFE, errors='replace')}" if path else "",
+        "Secure" if secure else "",
+        "HttpOnly" if httponly else "",
+        f"SameSite={samesite.capitalize()}" if samesite else "",
+        "Partitioned" if partitioned else "",
+    ]
+    if len(pieces[0]) > 4096:  # RFC 6265bis, section 5.6
+        raise StarioError(f"the cookie {name!r} is too large: browsers keep 4,096 bytes")
+    return "; ".join(filter(None, pieces))
+
+
+def _check_cookie(name: object, value: object, path: object, domain: object, site: object) -> None:
+    if not (isinstance(name, str) and _TOKEN.fullmatch(name)):
+        raise StarioError(f"{name!r} cannot be the name of a cookie")
+    if not isinstance(value, str) or _CONTROL.search(value):
+        raise StarioError(f"the cookie {name!r} needs a text without control characters")
+    if site is not None and str(site).lower() not in ("lax", "strict", "none"):
+        raise StarioError(f"samesite is lax, strict or none, not {site!r}")
+    if not isinstance(path, str) or _CONTROL.search(path) or not re.match(r"(/[^;]*)?$", path):
+        raise StarioError(f"the path of a cookie begins with '/' and has no ';': not {path!r}")
+    if name.lower().startswith("__host-") and (path != "/" or domain):
+        raise StarioError(f"{name!r} says: this host and all of it. Leave path and domain out")
+
+
+_SAFE_METHODS = frozenset(("GET", "HEAD", "OPTIONS", "TRACE", "QUERY"))
+_PORTS = {"http": "80", "https": "443"}
+
+
+def same_origin(handler: Handler) -> Handler:
+    """Middleware: refuse with 403 what other sites make a browser send.
+
+    A form on another site can be sent to yours, and the browser adds your cookies to it: that is
+    CSRF, cross-site request forgery. Safe methods (GET) pass. For others the browser tells in
+    `Sec-Fetch-Site` (Fetch Metadata) where the request comes from; an old one tells in `Origin`,
+    which is compared with the address that was asked for. What sends neither is no browser, and
+    passes: it carries nobody's cookies.
+    """
+
+    async def _guarded(c: Context, w: Writer) -> None:
+        sent = c.req.headers.get
+        site, origin = sent("sec-fetch-site"), sent("origin")
+        if site is None and origin is not None:
+            same = _is_own_origin(origin, c.req)
+        else:
+            same = site in (None, "same-origin", "none")
+        if c.req.method not in _SAFE_METHODS and not same:
+            raise HttpException(403, "this request comes from another site")
+        await handler(c, w)
+
+    return _guarded
+
+
+def _is_own_origin(origin: str, request: Request) -> bool:
+    """Whether an origin, `https://a.org` or `null` (RFC 6454), is that of the request's address."""
+    scheme, _, place = origin.lower().partition("://")
+    if scheme not in _PORTS or not place:
+        return False
+    if request.scheme == "https" != scheme:  # (that we see http may be a proxy's doing)
+        return False
+    (host, port), (own, own_port) = _split_host(place), _split_host(request._asked.host)
+    default = _PORTS[scheme]
+    return host == own and (port or default) == (own_port or default)
+
+
 # -- Act 4 runs: what a browser sends, checked against a dataclass.
 #
 #     @dataclasses.dataclass
@@ -10372,7 +10454,7 @@ Stario._develops = True
 # ==================================================================================================
 # ACT 5. The pocket client
 #
-# The other half of a live page runs in the browser. Part 28 is JavaScript, which the server sends
+# The other half of a live page runs in the browser. Part 32 is JavaScript, which the server sends
 # where Datastar's own client cannot be reached. It is made of three ideas, which most libraries for
 # pages have in common.
 #
@@ -10413,7 +10495,7 @@ Stario._develops = True
 # ==================================================================================================
 
 # ==================================================================================================
-# 30. The pocket client (JavaScript) [client]
+# 32. The pocket client (JavaScript) [client]
 # ==================================================================================================
 
 
@@ -11765,7 +11847,7 @@ Stario._pocket = Assets({"pocket.js": POCKET_CLIENT}, "_stario")
 
 
 # ==================================================================================================
-# 31. This file as a page [read]
+# 33. This file as a page [read]
 #
 # What explains stands beside what it explains, a name leads to where it is defined, and an example
 # runs where it stands. An example is code in a comment; its last line is a request, and what the
@@ -11983,10 +12065,10 @@ def _book_app() -> Stario:
 
 
 # ==================================================================================================
-# 32. An app to begin with
+# 34. An app to begin with
 #
 # `python stario.py` runs this app: a counter and a clock that all tabs share. `--read` serves this
-# file as a page (part 31). `--without assets,client` prints it without these parts.
+# file as a page (part 33). `--without assets,client` prints it without these parts.
 # ==================================================================================================
 
 

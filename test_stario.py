@@ -1745,7 +1745,7 @@ class TestWriter(AsyncTest):
             found = await self.answer(handler)
             self.assertEqual((found.status, found.headers.get("location")), (status, location))
         writer = Writer(Kept(), a_request(), CompressionConfig())
-        for url, status in (("/a\nb", 307), ("/a\r", 307), ("/", 200), ("/\0", 307)):
+        for url, status in (("/a\nb", 307), ("/a\r", 307), ("/", 200), ("/\0", 307), ("", 303)):
             with self.assertRaises(StarioError):
                 writer.redirect(url, status)
 
@@ -1781,9 +1781,16 @@ class TestWriter(AsyncTest):
             w.cookie("__SECURE-b", "1", path="/x")
             w.cookie("c", "1", samesite="None", path="/żó%20", domain=".bücher.example")
             w.delete_cookie("d", partitioned=True, samesite=None, path="/x", httponly=True)
+            w.cookie("e", "1" * 4094, path="", expires=datetime.max.replace(tzinfo=timezone.utc))
             wrong: list[tuple[str, Any, dict[str, Any]]] = [
                 ("__Host-a", "1", {"path": "/x"}), ("__host-a", "1", {"domain": "a.example"}),
                 ("a", None, {}), ("a", "1", {"domain": "a..example"}), ("a", "1", {"path": "/;"}),
+                ("a", "1", {"domain": "a.example:80"}), ("a", "1", {"domain": "https://a.example"}),
+                ("a", "1", {"domain": "a example"}), ("a", "1", {"path": "x"}),
+                ("a", "1", {"path": None}), ("a", "1", {"samesite": True}), (5, "1", {}),
+                ("a", "1", {"expires": 60}), ("a", "1", {"expires": date(2030, 1, 1)}),
+                ("a", "1", {"max_age": "1d"}), ("a", "1", {"max_age": timedelta(1)}),
+                ("a", "é" * 700, {}), ("a", "1" * 4096, {}),
             ]  # fmt: skip
             for name, value, options in wrong:
                 with self.subTest(name, **options), self.assertRaises(StarioError):
@@ -1797,6 +1804,7 @@ class TestWriter(AsyncTest):
             "c=1; Domain=xn--bcher-kva.example; Path=/%C5%BC%C3%B3%20; Secure; SameSite=None",
             "d=; Max-Age=0; Expires=Thu, 01 Jan 1970 00:00:00 GMT; Path=/x; Secure; HttpOnly; "
             "Partitioned",
+            f"e={'1' * 4094}; Expires=Fri, 31 Dec 9999 23:59:59 GMT; SameSite=Lax",
         ])  # fmt: skip
 
     async def test_what_has_no_body_gets_none_whatever_would_be_in_it(self) -> None:
@@ -2346,39 +2354,6 @@ class TestRouting(AsyncTest):
         span = json.loads(out.getvalue())
         self.assertEqual(span["status"]["message"], "RuntimeError: secret")
         self.assertIn("in fail", span["events"][0]["attributes"]["exception.stacktrace"])
-
-
-class TestSameOrigin(HttpTest):
-    async def test_what_other_sites_send_is_refused(self) -> None:
-        """Fetch Metadata, and RFC 6454, section 7, for older browsers."""
-
-        async def done(c: Context, w: Writer) -> None:
-            w.text("done")
-
-        app = Stario()
-        app.use(same_origin)
-        for method in ("GET", "POST", "PUT", "PATCH", "DELETE"):
-            app.handle(method, "/", done)
-        table: list[tuple[str, dict[str, str], int]] = [
-            ("GET", {"Sec_Fetch_Site": "cross-site"}, 200),
-            ("HEAD", {"Origin": "https://evil.example"}, 200),
-            ("POST", {}, 200),
-            ("POST", {"Sec_Fetch_Site": "same-origin"}, 200),
-            ("POST", {"Sec_Fetch_Site": "none"}, 200),
-            ("POST", {"Sec_Fetch_Site": "same-site"}, 403),
-            ("POST", {"Sec_Fetch_Site": "cross-site"}, 403),
-            ("POST", {"Sec_Fetch_Site": "cross-site", "Origin": "http://test"}, 403),
-            ("POST", {"Sec_Fetch_Site": ""}, 403),
-            ("PUT", {"Origin": "https://evil.example"}, 403),
-            ("PATCH", {"Origin": "https://test.evil.example"}, 403),
-            ("DELETE", {"Origin": "null"}, 403),
-            ("POST", {"Origin": "http://test:81"}, 403),
-            ("POST", {"Origin": "http://TEST"}, 200),
-        ]
-        async with connected(app) as peer:
-            for method, fields, status in table:
-                with self.subTest(method, **fields):
-                    self.assertEqual((await within(peer.get("/", method, **fields))).status, status)
 
 
 # -- 9. HTTP/1.1
@@ -11197,7 +11172,155 @@ class TestDevelopment(AsyncTest):
         self.assertIn("ignored", [event.name for span in spans.ended for event in span.events])
 
 
-# -- 30. The pocket client, and the official one
+# -- 30. Routes: what is refused, addresses, hosts
+
+
+class TestAddresses(AsyncTest):
+    """Part 30: an address leads to the route that it was made of, or it is refused."""
+
+    def app(self) -> Stario:
+        async def page(c: Context, w: Writer) -> None:
+            w.json([c.req.params, c.req.tail])
+
+        async def file(c: Context, w: Writer) -> None: ...
+
+        async def tree(c: Context, w: Writer) -> None:
+            w.json(c.req.tail)
+
+        async def plain(c: Context, w: Writer) -> None: ...
+
+        app = Stario()
+        app.get("/u/{x}/{n:int}", page)
+        app.get("/f/*", file)
+        app.get("/*", tree)
+        app.get("/a%2Fb c/ü%3F", plain)
+        return app
+
+    async def test_they_lead_back(self) -> None:
+        app = self.app()
+        self.assertEqual(app.url("plain"), "/a%2Fb%20c/%C3%BC%3F")
+        self.assertEqual(app.url("page", x=Size.LARGE, n=-7), "/u/l/-7")
+        self.assertEqual(app.url("file", tail="a/...//b%"), "/f/a/...//b%25")
+        self.assertEqual(app.url("file"), "/f/")
+        async with TestClient(app) as client:
+            for text in ("a/../b", "..a", "%2F", "/", "\\", "?#;=&", "ü", " ", "a\0"):
+                with self.subTest(text):
+                    answer = await client.get(app.url("page", x=text, n=1))
+                    self.assertEqual(answer.json(), [{"x": text, "n": 1}, ""])
+            for text in ("a//b", "\\evil.example", "a/%2e%2e/b", "ü?", ""):
+                with self.subTest(text):
+                    answer = await client.get(app.url("tree", tail=text))
+                    self.assertEqual(answer.json(), text)
+
+    def test_what_would_lead_elsewhere_is_refused(self) -> None:
+        wrong: list[tuple[str, dict[str, object]]] = [
+            ("page", {"x": None, "n": 1}), ("page", {"x": b"x", "n": 1}),
+            ("page", {"x": "..", "n": 1}), ("page", {"x": ".", "n": 1}),
+            ("page", {"x": ["a"], "n": 1}), ("page", {"x": {"a": 1}, "n": 1}),
+            ("page", {"x": "a", "n": True}), ("page", {"x": "a", "n": 1.5}),
+            ("file", {"tail": None}), ("file", {"tail": "../x"}), ("file", {"tail": "a/./b"}),
+            ("tree", {"tail": "/evil.example"}), ("plain", {"tail": ""}),
+        ]  # fmt: skip
+        for name, params in wrong:
+            with self.subTest(name, **params), self.assertRaises(StarioError):
+                self.app().url(name, **params)
+
+
+class TestHosts(AsyncTest):
+    """Part 30: routers for one host."""
+
+    async def test_a_pattern_means_the_host_that_browsers_send(self) -> None:
+        async def show(c: Context, w: Writer) -> None:
+            w.json(c.req.subhost)
+
+        for pattern, host, taken in (
+            ("bücher.example", "xn--bcher-kva.example", ""),
+            ("*.BÜCHER.example.", "a.xn--bcher-kva.example.:80", "a"),
+            ("my_app", "MY_APP", ""), ("[::1]", "[::1]:8000", ""), ("127.0.0.1", "127.0.0.1", ""),
+            ("*.example", "a..example", None), ("*.example", ".example", None),
+        ):  # fmt: skip
+            router, app = Router(), Stario()
+            router.get("/", show)
+            app.host(pattern, router)
+            async with TestClient(app) as client:
+                with self.subTest(pattern, host=host):
+                    answer = await client.get("/", headers={"host": host})
+                    self.assertEqual(answer.json() if answer.status == 200 else None, taken)
+
+    def test_what_no_browser_sends_is_refused(self) -> None:
+        for pattern in (
+            "localhost:8000", "https://a.example", "a.example/x", "", "*", "*.", "a b", "a..b",
+            "*.*.b", "x" * 64,
+        ):  # fmt: skip
+            with self.subTest(pattern), self.assertRaisesRegex(StarioError, "without scheme, port"):
+                Stario().host(pattern, Router())
+
+    async def test_two_routers_for_one_host_are_one(self) -> None:
+        app, one, two, three = Stario(), Router(), Router(), Router()
+        one.get("/1", _fine)
+        two.get("/2", _fine)
+        three.get("/2", _fine)
+        app.host("a.example", one)
+        app.host("A.example.", two)
+        with self.assertRaisesRegex(StarioError, "cannot be told apart"):
+            app.host("a.example", three)
+        async with TestClient(app) as client:
+            for path in ("/1", "/2"):
+                answer = await client.get(path, headers={"host": "a.example"})
+                self.assertEqual(answer.status, 204)
+
+    def test_what_would_have_no_effect_is_refused(self) -> None:
+        router, app = Router(), Stario()
+        app.mount("/x", router)
+        with self.assertRaisesRegex(StarioError, "mounted already"):
+            router.on_error(KeyError, lambda c, w, exc: None)
+        with self.assertRaisesRegex(StarioError, "mounted already"):
+            router.use(lambda handler: handler)
+        app.host("a.example", Router())
+        with self.assertRaisesRegex(StarioError, "before the routes"):
+            app.use(lambda handler: handler)
+        for method in ("", "GET POST", "GET,POST", "G\tT", "/"):
+            with self.subTest(method), self.assertRaisesRegex(StarioError, "one method"):
+                app.handle(method, "/", _fine)
+
+
+# -- 31. Cookies, and requests from other sites
+
+
+class TestSameOrigin(HttpTest):
+    async def test_what_other_sites_send_is_refused(self) -> None:
+        """Fetch Metadata, and RFC 6454, section 7, for older browsers."""
+
+        async def done(c: Context, w: Writer) -> None:
+            w.text("done")
+
+        app = Stario()
+        app.use(same_origin)
+        for method in ("GET", "POST", "PUT", "PATCH", "DELETE"):
+            app.handle(method, "/", done)
+        table: list[tuple[str, dict[str, str], int]] = [
+            ("GET", {"Sec_Fetch_Site": "cross-site"}, 200),
+            ("HEAD", {"Origin": "https://evil.example"}, 200),
+            ("POST", {}, 200),
+            ("POST", {"Sec_Fetch_Site": "same-origin"}, 200),
+            ("POST", {"Sec_Fetch_Site": "none"}, 200),
+            ("POST", {"Sec_Fetch_Site": "same-site"}, 403),
+            ("POST", {"Sec_Fetch_Site": "cross-site"}, 403),
+            ("POST", {"Sec_Fetch_Site": "cross-site", "Origin": "http://test"}, 403),
+            ("POST", {"Sec_Fetch_Site": ""}, 403),
+            ("PUT", {"Origin": "https://evil.example"}, 403),
+            ("PATCH", {"Origin": "https://test.evil.example"}, 403),
+            ("DELETE", {"Origin": "null"}, 403),
+            ("POST", {"Origin": "http://test:81"}, 403),
+            ("POST", {"Origin": "http://TEST"}, 200),
+        ]
+        async with connected(app) as peer:
+            for method, fields, status in table:
+                with self.subTest(method, **fields):
+                    self.assertEqual((await within(peer.get("/", method, **fields))).status, status)
+
+
+# -- 32. The pocket client, and the official one
 
 
 CHROMIUM = os.environ.get("STARIO_CHROMIUM", "/usr/bin/chromium")
@@ -13205,11 +13328,11 @@ class TestPocketClient(ClientPromises, unittest.TestCase):
         self.assertLess(after["JSHeapUsedSize"], before["JSHeapUsedSize"] * 1.15)
 
 
-# -- 31 and 32. The file as a page, an app to begin with
+# -- 33 and 34. The file as a page, an app to begin with
 
 
 class TestReadingPage(AsyncTest):
-    """Part 31: what `python stario.py` runs."""
+    """Part 34: what `python stario.py` runs."""
 
     def run_file(self, *arguments: str) -> tuple[subprocess.Popen[str], str]:
         """Run the file itself on a free port; gives the process and the address it prints."""
@@ -13304,7 +13427,7 @@ class TestReadingPage(AsyncTest):
 
 
 class TestWithout(unittest.TestCase):
-    """Part 32: a copy of the file without some of its parts."""
+    """Part 34: a copy of the file without some of its parts."""
 
     # What can go, and what has to go with it.
     ROOMS = (
@@ -13565,7 +13688,14 @@ class TestReadme(unittest.TestCase):
     @staticmethod
     def options() -> Iterator[tuple[str, set[str]]]:
         """Each public function, method and class that users call, with its optional parameters."""
-        made_by_the_framework = {"Carrier", "Form", "QueryParams", "SignalsError", "Span"}
+        made_by_the_framework = {
+            "Carrier",
+            "Form",
+            "Headers",
+            "QueryParams",
+            "SignalsError",
+            "Span",
+        }
         for name in stario.__all__:
             public = getattr(stario, name)
             kind = public if inspect.isclass(public) else type(public)
@@ -13576,8 +13706,11 @@ class TestReadme(unittest.TestCase):
                 found = []
             if dataclasses.is_dataclass(public) or inspect.isfunction(public):
                 found.append((name, public))
-            elif "__init__" in vars(kind) and name not in made_by_the_framework:
-                found.append((name, vars(kind)["__init__"]))
+            elif name not in made_by_the_framework:
+                inits = [
+                    vars(base)["__init__"] for base in kind.__mro__ if "__init__" in vars(base)
+                ]
+                found += [(name, init) for init in inits[:1] if inspect.isfunction(init)]
             for each, function in found:
                 names: set[str] = set()
                 for parameter in inspect.signature(function).parameters.values():
