@@ -3177,34 +3177,37 @@ class _Answers(_Sender):
 
     def abort(self) -> None:
         """See Carrier. In HTTP/1.0 a body ends with the connection: a reset tells of a fault."""
-        lost, self._state = self._is_lost(), _CLOSING
-        if lost:
-            return
-        if self._http_1_0:
+        if self._http_1_0 and not self._is_lost():
             connection = self._transport.get_extra_info("socket")
             with suppress(AttributeError, OSError):
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
             self._transport.abort()
-        else:  # (with TLS a close waits for the client's answer to it: not for long)
+        self._close()
+
+    def _close(self) -> None:
+        """Close, in bounded time. (With TLS a close waits for the client's answer to it.)"""
+        if not self._is_lost():
+            self._state = _CLOSING
             self._deadline = self._worker.loop.time() + _LINGER
             self._transport.close()
 
-    def _close(self) -> None:
-        """Close in a way that the client can still read its answer.
+    def _close_after_answer(self) -> None:
+        """Close in a way that the client can still read its answer (RFC 9112, section 9.6).
 
-        A socket that is closed while bytes are unread sends a reset, and the client's kernel may
-        then drop an answer that it has not read. So where more may come, close our side only, and
-        read on for `_LINGER` seconds.
+        What it sends to a closed socket comes back as a reset, and its kernel may then drop an
+        answer that it has not read. So close our side only, and read on for a while.
         """
-        lost, self._state = self._is_lost(), _CLOSING
-        if lost:
+        unread = self._reader.buffer or self._reader.decoder
+        # A TLS connection has no sides. If its client is about to send, `connection: close` has to
+        # be enough for it.
+        half = self._transport.can_write_eof()
+        if self._is_lost() or self._eof or not (half or unread):
+            self._close()
             return
-        self._deadline = self._worker.loop.time() + _LINGER
-        unread, self._reader.buffer = self._reader.buffer or self._reader.decoder, b""
-        if self._eof or not unread:
-            self._transport.close()
-            return
-        if self._transport.can_write_eof():  # (TLS cannot; its client goes by `connection: close`)
+        self._state = _CLOSING
+        self._deadline = self._worker.loop.time() + (_LINGER if unread else _IDLE_GRACE)
+        self._reader.buffer = b""
+        if half:
             with suppress(OSError):  # it has gone already
                 self._transport.write_eof()
         if self._paused_reading:
@@ -3391,7 +3394,7 @@ class Connection(_Answers):
         """After the answer, read an unwanted rest of a body only if it is small."""
         unread = self._discarded + (self._reader.decoder.left if self._reader.decoder else 0)
         if self._state is _REST and self._body.discarding and unread > _DISCARD_LIMIT:
-            self._close()
+            self._close_after_answer()
 
     def _wait_for_more(self, batch_full: bool) -> None:
         """After `_advance`: go on later, close, or pause reading."""
@@ -3446,7 +3449,7 @@ class Connection(_Answers):
         if self._state is _CLOSING:
             return
         if self._close_after:
-            self._close()
+            self._close_after_answer()
             return
         if self._state is _BODY:
             self._state = _REST

@@ -3202,6 +3202,30 @@ class TestConnections(HttpTest):
                 self.assertEqual(await within(peer.rest()), b"")
                 await peer.close()
 
+    async def test_what_comes_behind_an_answer_that_closes_does_not_destroy_it(self) -> None:
+        """RFC 9112, section 9.6: not even when the server has closed its side already."""
+        requests = {
+            f"GET / HTTP/1.1\r\n{HOST}Connection: close\r\n\r\n": 200,
+            "GET / HTTP/1.0\r\n\r\n": 200,
+            "GET / HTTP/1.1\r\n\r\n": 400,
+        }
+        async with echo_app().running() as server:
+            for request, status in requests.items():
+                with self.subTest(request):
+                    peer = await Peer.connect(server.port)
+                    await until(lambda: connections_of(server))
+                    (connection,) = connections_of(server)
+                    stop_reading(peer)
+                    await peer.send(request)
+                    await until(lambda connection=connection: connection._is_lost())
+                    for _ in range(3):
+                        await peer.send(NEXT)
+                    read_again(peer)
+                    self.assertEqual((await within(peer.answer())).status, status)
+                    self.assertEqual(await within(peer.rest()), b"")
+                    await peer.close()
+                    await until(lambda: not connections_of(server))
+
     async def test_a_refused_client_may_go_on_sending(self) -> None:
         """RFC 9112, section 9.6: closing at once would be a reset, which destroys the answer."""
         async with echo_app(max_body=1000).running() as server:
