@@ -4336,29 +4336,35 @@ def _parse_event(block: str) -> ServerEvent | None:
     if "event" not in found and "data" not in found:
         return None
     last = {name: values[-1] for name, values in found.items()}
-    retry = int(last["retry"]) if "retry" in last else None
+    retry = last.get("retry", "")
     data = "\n".join(found.get("data", []))
-    return ServerEvent(last.get("event", "message"), data, last.get("id"), retry)
+    return ServerEvent(
+        last.get("event", "message"),
+        data,
+        last.get("id"),
+        int(retry) if retry.isdecimal() else None,
+    )
 
 
 class _Jar:
     """The client's cookies: until when, and for which paths, each is sent (RFC 6265, section 5)."""
 
     def __init__(self, cookies: dict[str, str]) -> None:
-        self._cookies = cookies
-        self._rules: dict[str, tuple[float, str]] = {}  # end and path, by name
+        self._cookies = cookies  # the test may change them
+        self._rules: dict[str, tuple[str, float, str]] = {}  # value, end and path, by name
 
     def header(self, path: str) -> str:
         """The Cookie field of a request."""
-        for name in [name for name, (end, _) in self._rules.items() if end <= time.time()]:
-            del self._rules[name]
-            self._cookies.pop(name, None)
         path = path.partition("?")[0].rstrip("/") + "/"
-        sent = [
-            f"{name}={quote(value, errors='replace')}"
-            for name, value in self._cookies.items()
-            if path.startswith(self._rules.get(name, (0.0, "/"))[1].rstrip("/") + "/")
-        ]
+        sent = []
+        for name, value in list(self._cookies.items()):
+            known, end, allowed = self._rules.get(name, ("", _NEVER, "/"))
+            if value != known:  # the test has set it, not an answer
+                end, allowed = _NEVER, "/"
+            if end <= time.time():
+                del self._cookies[name]
+            elif path.startswith(allowed.rstrip("/") + "/"):
+                sent.append(f"{name}={quote(value, errors='replace')}")
         return "; ".join(sent)
 
     def take(self, headers: Headers) -> dict[str, str]:
@@ -4367,17 +4373,15 @@ class _Jar:
 
         found: dict[str, str] = {}
         for line in headers.getlist("set-cookie"):
-            pair, *rest = line.split(";")
-            name, _, value = pair.partition("=")
-            parts = (attribute.partition("=") for attribute in rest)
-            attributes = {key.strip().lower(): text for key, _, text in parts}
-            end = _NEVER
-            if "max-age" in attributes:
-                end = time.time() + int(attributes["max-age"])
-            elif "expires" in attributes:
+            (name, value), *rest = (part.partition("=")[::2] for part in line.split(";"))
+            attributes = {key.strip().lower(): text.strip() for key, text in rest}
+            name, value, end = name.strip(), unquote(value.strip()), _NEVER
+            with suppress(KeyError, ValueError, OverflowError):  # what is malformed is ignored
                 end = parsedate_to_datetime(attributes["expires"]).timestamp()
-            found[name] = self._cookies[name] = unquote(value)
-            self._rules[name] = end, attributes.get("path", "/")
+            with suppress(KeyError, ValueError, OverflowError):  # it counts before the other
+                end = time.time() + int(attributes["max-age"])
+            found[name] = self._cookies[name] = value
+            self._rules[name] = value, end, attributes.get("path", "/")
             if end <= time.time():
                 del self._cookies[name]
         return found
@@ -4421,8 +4425,7 @@ class TestStream:
         self._failures: list[BaseException] = []  # of its handler
         self._bytes = b""  # of the body, not parsed as an event yet
         self._last: ServerEvent | None = None
-        loop = asyncio.get_running_loop()
-        self._worker = Worker(client.app, loop, client.limits)
+        self._worker = Worker(client.app, asyncio.get_running_loop(), client.limits)
         if client.raise_errors:
             self._worker.context.run(_failures.set, self._failures)
 
@@ -4436,6 +4439,7 @@ class TestStream:
         if event is None:
             self._raise_failure()
             raise StopAsyncIteration
+        self._piece: asyncio.Future[bytes] | None = None  # of the body, when it has come
         self._last = event
         return event
 
@@ -4447,14 +4451,21 @@ class TestStream:
                 self._bytes = rest
                 if event := _parse_event(block.decode("utf-8")):
                     return event
-            elif piece := await anext(self._pieces, None):
-                self._bytes += piece
-            else:
+                continue
+            # A test may give up waiting, and ask again: so what waits is not cancelled with it.
+            self._piece = self._piece or asyncio.ensure_future(anext(self._pieces, b""))
+            piece = await asyncio.shield(self._piece)
+            self._piece = None
+            if not piece:
                 return None
 
     async def _send(self, head: str, body: bytes) -> None:
         """Connect, and send the request."""
-        ours, theirs = socket.socketpair()
+        try:
+            ours, theirs = socket.socketpair()
+        except OSError:  # no file descriptors are left
+            await self._worker.stop(0.0)
+            raise
         theirs.setblocking(False)
         self._worker.adopt(theirs, None)
         self._reader, self._writer = await asyncio.open_connection(sock=ours, limit=_HIGH_WATER)
@@ -4468,6 +4479,7 @@ class TestStream:
             block = await self._reader.readuntil(b"\r\n\r\n")
             line, _, fields = block.partition(b"\r\n")
             status = int(line.split()[1])
+            self._bytes = (self._bytes + piece).replace(b"\r\n", b"\n")
         self.headers = Headers(_split_fields(fields))
         self._pieces = self._body(no_body or status in _BODILESS)
         self.status = status
@@ -4507,18 +4519,14 @@ class TestStream:
             if not self._head.done():
                 await asyncio.sleep(0)
 
-    async def _shut_down(self) -> None:
-        """Stop the server, for this stream alone, and wait for its handler."""
-        self._worker.stopping = True
-        for connection in self._worker.connections:
-            connection.shut_down()
-        await self._wait_for_handler()
-        await self._close()
-
-    async def _close(self) -> None:
-        """Hang up, and wait for the handler."""
-        self._head.cancel()
-        self._writer.close()
+    async def _close(self, *, stopping: bool = False) -> None:
+        """Hang up, or stop the server for this stream alone; then wait for the handler."""
+        self._worker.stopping = stopping
+        if stopping:
+            for connection in self._worker.connections:
+                connection.shut_down()
+        else:
+            self._writer.close()
         try:
             await self._wait_for_handler()
         finally:
@@ -4539,6 +4547,10 @@ class TestStream:
             raise RuntimeError(f"{self._name}: its handler raised {failure!r}") from failure
 
 
+            self._head.cancel()
+            if self._piece:
+                self._piece.cancel()
+            self._writer.close()
 class TestClient:
     """A client for tests: `async with TestClient(app) as client: r = await client.get("/")`.
 
@@ -4580,11 +4592,10 @@ class TestClient:
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, *exc: object) -> None:
-        try:
+        async with AsyncExitStack() as stack:  # what fails keeps none of the others from ending
+            stack.push_async_callback(self._serving.__aexit__, None, None, None)
             for stream in self._unfinished:
-                await stream._shut_down()
-        finally:
-            await self._serving.__aexit__(None, None, None)
+                stack.push_async_callback(stream._close, stopping=True)
         for stream in self._unfinished:
             if kind is None:
                 stream._raise_failure()
@@ -4601,14 +4612,14 @@ class TestClient:
         """
         for _ in range(20):
             answer = await self._request(method, path, wait, options)
-            location = answer.headers.get("location") if 300 <= answer.status < 400 else None
+            location = answer.headers.get("location") if answer.status in _REDIRECTS else None
             if not (follow and location):
                 return answer
             target = urlsplit(urljoin(f"http://{self.host}{path}", location))
             if target.netloc != self.host:
                 return answer
             path = (target.path or "/") + (f"?{target.query}" if target.query else "")
-            if answer.status == 303 or (answer.status in (301, 302) and method == "POST"):
+            if answer.status == 303 or (answer.status in (301, 302) and method.upper() == "POST"):
                 method = "GET"
                 options = {name: options[name] for name in options.keys() & {"headers", "timeout"}}
         raise StarioError(f"{method} {path}: more than 20 redirects")
@@ -4687,6 +4698,7 @@ class TestClient:
         elif files is not None:
             body, fields["content-type"] = _multipart(form or {}, files)
         elif form is not None:
+        method, path, body = method.upper(), path.partition("#")[0], _bytes(body)
             body = urlencode(form, doseq=True, errors="replace").encode()
             fields["content-type"] = "application/x-www-form-urlencoded"
         if body:
@@ -4696,7 +4708,7 @@ class TestClient:
         lines = [f"{method} {target} HTTP/1.1"]
         for name, value in fields.items():
             sent = value.encode("utf-8" if name in _UTF_8_FIELDS else "latin-1", "replace")
-            lines.append(f"{name}: {sent.decode('latin-1')}")
+            lines.append(": ".join(_field(name, sent)))
         stream = TestStream(self, f"{method} {path}", timeout or self.timeout)
         await stream._send("\r\n".join([*lines, "", ""]), body)
         return stream

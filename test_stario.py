@@ -5396,6 +5396,97 @@ class TestTheTestClient(AsyncTest):
             first, second = [event async for event in events]
         self.assertEqual(first.elements, "<pre id='x'>\n  two: blanks\n</pre>")
         self.assertEqual((first.id, first.retry), ("7", 900))
+    async def test_who_gives_up_waiting_for_an_event_may_ask_again(self) -> None:
+        relay = Relay[str]()
+
+        async def live(c: Context, w: Writer) -> None:
+            async for _, data in w.alive(relay.subscribe("*")):
+                w.event("said", data)
+
+        app = Stario()
+        app.get("/", live)
+        async with TestClient(app, timeout=0.1) as client, client.stream("GET", "/") as events:
+            for number in "12":
+                with self.assertRaises(TimeoutError):
+                    await anext(events)  # by the client's own limit
+                with self.assertRaises(TimeoutError):
+                    await asyncio.wait_for(anext(events), 0.01)  # by the test's
+                relay.publish("room", number)
+                self.assertEqual((await anext(events)).data, number)
+
+    async def test_an_answer_that_does_not_end_keeps_no_other_from_ending(self) -> None:
+        ended = []
+
+        async def stay(c: Context, w: Writer) -> None:
+            w.text("answered")
+            try:
+                await asyncio.sleep(3600)
+            finally:
+                ended.append(c.req.path)
+
+        app = Stario()
+        app.get("/*", stay)
+        with self.assertRaisesRegex(TimeoutError, "the end of its handler"):
+            async with TestClient(app, timeout=0.05) as client:
+                for path in ("/1", "/2", "/3"):
+                    await client.get(path, wait=False)
+        self.assertEqual(sorted(ended), ["/1", "/2", "/3"])
+
+    async def test_it_sends_what_a_browser_would(self) -> None:
+        app = echo_app()
+        async with TestClient(app) as client:
+            self.assertEqual((await client.request("put", "/a#top")).json()[:2], ["PUT", "/a"])
+            tasks = asyncio.all_tasks()
+            mistakes: list[dict[str, Any]] = [
+                {"body": "text"},
+                {"headers": {"x": "1\r\ny: 2"}},
+                {"headers": {"": "1"}},
+            ]
+            for wrong in mistakes:
+                with self.assertRaises(StarioError):
+                    await client.post("/", **wrong)
+            self.assertEqual(asyncio.all_tasks(), tasks)
+
+    async def test_lines_of_a_stream_may_end_as_on_windows(self) -> None:
+        async def raw(c: Context, w: Writer) -> None:
+            w.headers.set("content-type", "text/event-stream")
+            for piece in (b"data: 1\r", b"\n\r", b"\nretry: soon\nevent: x\r\ndata: 2\n\n"):
+                w.write(piece)
+                await w.drain()
+
+        app = Stario()
+        app.get("/", raw)
+        async with TestClient(app) as client, client.stream("GET", "/") as events:
+            found = [(event.event, event.data, event.retry) async for event in events]
+        self.assertEqual(found, [("message", "1", None), ("x", "2", None)])
+
+    async def test_cookies_that_an_answer_and_the_test_set(self) -> None:
+        async def sets(c: Context, w: Writer) -> None:
+            w.headers.add("set-cookie", c.req.query["line"])
+            w.empty()
+
+        async def shows(c: Context, w: Writer) -> None:
+            w.json(c.req.cookies)
+
+        app = Stario()
+        app.get("/set", sets)
+        app.get("/", shows)
+        for line, kept in (
+            ("a=1; Max-Age=soon; Expires=later", {"a": "1"}),
+            ("a=1; Expires=Mon, 01 Jan 0001 00:00:00 GMT; Max-Age=99", {"a": "1"}),
+            (" a = 1 ; path = / ", {"a": "1"}),
+            ("a=1; Max-Age=" + "9" * 400, {"a": "1"}),
+        ):
+            async with TestClient(app) as client:
+                await client.get(f"/set?line={quote(line)}")
+                self.assertEqual((await client.get("/")).json(), kept, line)
+        for line in ("a=1; Max-Age=0", "a=1; Path=/elsewhere", "a=1; Expires=Mon, 01 Jan 2001"):
+            async with TestClient(app) as client:
+                client.cookies["a"] = "old"
+                await client.get(f"/set?line={quote(line)}")
+                client.cookies["a"] = "mine"
+                self.assertEqual((await client.get("/")).json(), {"a": "mine"}, line)
+
         self.assertEqual((second.event, second.data, second.id), ("plain", "a: b\n c", None))
 
     async def test_files_and_signals_of_a_dataclass_are_sent(self) -> None:
