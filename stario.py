@@ -64,34 +64,34 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        2239  8. The app
      2473  ACT 2. On the network
        2481  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3485  10. The server
-       4268  11. Trying it without a network: the test client [testclient]
-     4719  ACT 3. Live
-       4768  12. Datastar: attributes and actions
-       5295  13. Streams: events, and staying with a client
-       5818  14. Relay: publish and subscribe
-     6143  ACT 4. For real
-       6150  15. Signals: from JSON to your dataclass
-       6870  16. Forms [forms]
-       7067  17. Behind a proxy
-       7171  18. Compression [compression]
-       7369  19. Static files [assets]
-       7913  20. Telemetry: spans, and who hears of them
-       8429  21. JsonTracer: for log collectors [json]
-       8504  22. RichTracer: for people [rich]
-       8959  23. Sessions [sessions]
-       9070  24. What lives as long as the server
-       9160  25. @baked
-       9414  26. ASGI: the same app under another server [asgi]
-       9641  27. RedisRelay: the same between processes and machines [redis]
-       9885  28. Reload: a saved file restarts the app [reload]
-      10043  29. Development: what went wrong, shown where one looks [development]
-      10152  30. Routes: what is refused, addresses, hosts
-      10328  31. Cookies, and requests from other sites
-    10455  ACT 5. The pocket client
-      10498  32. The pocket client (JavaScript) [client]
-      11850  33. This file as a page [read]
-      12068  34. An app to begin with
+       3488  10. The server
+       4288  11. Trying it without a network: the test client [testclient]
+     4751  ACT 3. Live
+       4800  12. Datastar: attributes and actions
+       5327  13. Streams: events, and staying with a client
+       5850  14. Relay: publish and subscribe
+     6175  ACT 4. For real
+       6182  15. Signals: from JSON to your dataclass
+       6902  16. Forms [forms]
+       7099  17. Behind a proxy
+       7203  18. Compression [compression]
+       7401  19. Static files [assets]
+       7945  20. Telemetry: spans, and who hears of them
+       8461  21. JsonTracer: for log collectors [json]
+       8536  22. RichTracer: for people [rich]
+       8991  23. Sessions [sessions]
+       9102  24. What lives as long as the server
+       9192  25. @baked
+       9446  26. ASGI: the same app under another server [asgi]
+       9673  27. RedisRelay: the same between processes and machines [redis]
+       9917  28. Reload: a saved file restarts the app [reload]
+      10075  29. Development: what went wrong, shown where one looks [development]
+      10184  30. Routes: what is refused, addresses, hosts
+      10360  31. Cookies, and requests from other sites
+    10487  ACT 5. The pocket client
+      10530  32. The pocket client (JavaScript) [client]
+      11882  33. This file as a page [read]
+      12100  34. An app to begin with
 
 READING PATH
 
@@ -106,13 +106,13 @@ Two hours, for a reader who wants to know how it works, not all that it does. Re
      2170-2185   `Router._find`  from a path to a handler
      2391-2425   `_App.dispatch`  one request from end to end
      2777-2897   `_Reader`  bytes to requests
-     3228-3481   `Connection`  one connection, many requests
-     3903-3917   `Server.start`  listening
-     4020-4028   `Server.stop`  ending without losing a request
-     5446-5557   `_EventWriter`  events
-     5646-5715   `_Scope`  how a disconnect reaches a handler
-     5742-5814   `Alive`  staying with a client
-     5988-6095   `Relay`  from one handler to another
+     3231-3484   `Connection`  one connection, many requests
+     3913-3931   `Server.start`  listening
+     4039-4047   `Server.stop`  ending without losing a request
+     5478-5589   `_EventWriter`  events
+     5678-5747   `_Scope`  how a disconnect reaches a handler
+     5774-5846   `Alive`  staying with a client
+     6020-6127   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -190,7 +190,7 @@ from datetime import time as time_of_day
 from decimal import Decimal
 from functools import cached_property, lru_cache, wraps
 from http import HTTPStatus
-from itertools import count, islice, repeat
+from itertools import count, cycle, islice, repeat
 from typing import (
     IO,
     Any,
@@ -3559,6 +3559,11 @@ class Worker:
         self.now = loop.time()  # the time of the last sweep
         self._sweep()
 
+    @property
+    def is_full(self) -> bool:
+        """Whether it has all the connections that it may have."""
+        return len(self.connections) + len(self.arriving) >= self.limits.max_connections
+
     def adopt(self, accepted: socket.socket, tls: ssl_module.SSLContext | None) -> None:
         """Make a Connection of an accepted socket, unless there are far too many already."""
         if len(self.connections) + len(self.arriving) >= self.limits.max_connections + _MAX_EXCESS:
@@ -3650,8 +3655,6 @@ class Worker:
             except BaseException as exc:
                 report = {"message": "a callback has ended the event loop", "exception": exc}
                 self.loop.call_exception_handler(report)
-        self.loop.run_until_complete(self.loop.shutdown_asyncgens())
-        self.loop.close()
 
     def end(self) -> None:
         """Stop its loop, and so its thread."""
@@ -3683,6 +3686,8 @@ class _Threads(ThreadPoolExecutor):
             if future.set_running_or_notify_cancel():
                 try:
                     future.set_result(call(*args, **kwargs))
+                except StopIteration as exc:  # which asyncio, before 3.12, cannot pass on
+                    future.set_exception(RuntimeError(f"a thread raised {exc!r}"))
                 except BaseException as exc:
                     future.set_exception(exc)
 
@@ -3720,7 +3725,9 @@ class _Listener:
 
     def __post_init__(self) -> None:
         self.bound = ""  # the address of the last socket
-        self._unix_file: os.stat_result | None = None  # the Unix socket's file, once it is ours
+        # Of a Unix socket's file, once it is ours: where it is, and which one.
+        self._unix_path = ""
+        self._unix_file: os.stat_result | None = None
         self.sockets = [self.sock] if self.sock is not None else []
         if not isinstance(self.host, str):
             raise StarioError(f'host is {self.host!r}: text is needed, "" for all addresses')
@@ -3744,7 +3751,7 @@ class _Listener:
             for listening in self.sockets:
                 listening.listen(self.backlog)
                 listening.setblocking(False)
-        except (OSError, OverflowError, ValueError, StarioError) as exc:
+        except (OSError, OverflowError, TypeError, ValueError, StarioError) as exc:
             self.close()
             reason = getattr(exc, "strerror", None) or exc
             if getattr(exc, "errno", 0) == errno.EADDRINUSE:
@@ -3761,10 +3768,10 @@ class _Listener:
 
     def unlink(self) -> None:
         """Remove the file of a Unix socket, unless another server has replaced it."""
-        if self._unix_file and self.unix_socket:
+        if self._unix_file:
             with suppress(OSError):
-                if os.path.samestat(self._unix_file, os.stat(self.unix_socket)):
-                    os.unlink(self.unix_socket)
+                if os.path.samestat(self._unix_file, os.stat(self._unix_path)):
+                    os.unlink(self._unix_path)
 
     def _take_address(self) -> None:
         """Take host and port, or the path, from a socket that was given or inherited."""
@@ -3810,7 +3817,7 @@ class _Listener:
         listening.bind(own)
         os.chmod(own, self.unix_mode)
         listening.listen(self.backlog)
-        self._unix_file = os.stat(own)
+        self._unix_path, self._unix_file = os.path.abspath(path), os.stat(own)
         os.replace(own, path)
 
 
@@ -3888,7 +3895,7 @@ class Server:
         self._workers: list[Worker] = []
         self._threads: list[threading.Thread] = []
         self._accepting: list[asyncio.Task[None]] = []  # on Windows, see `_watch`
-        self._next = 0  # index of the worker that gets the next connection
+        self._ending = AsyncExitStack()  # what `start` has begun, and `stop` ends
         self._stop = asyncio.Event()
         self._asked = 0.0  # when a signal last asked to stop
 
@@ -3905,16 +3912,20 @@ class Server:
 
     async def start(self) -> None:
         """Listen, and start the workers. Raises StarioError with the reason if that fails."""
+        if self._workers:
+            raise StarioError("this server runs already")
         async with AsyncExitStack() as stack:  # undone by `stop`, or here if a step fails
             stack.callback(_forget_signals, self)
             self._listener.open()
             self.host, self.port = self._listener.host, self._listener.port
             stack.callback(self._listener.close)
             await stack.enter_async_context(self.app._life.while_served())
+            stack.push_async_callback(self._end_workers)
             self._loop = asyncio.get_running_loop()
             self._workers = [self._worker_on(self._loop)]
             for number in range(1, self._count):
                 self._workers.append(await self._start_thread(f"stario-{number}"))
+            self._turns = cycle(self._workers)
             self._ending = stack.pop_all()
         for listening in self._listener.sockets:
             self._watch(listening)
@@ -3934,21 +3945,23 @@ class Server:
         started: Future[Worker] = Future()
 
         def run() -> None:
-            try:
-                loop = type(self._loop)()
-                asyncio.set_event_loop(loop)
-                loop.set_default_executor(_Threads())
-                worker = self._worker_on(loop)
-            except BaseException as exc:
-                started.set_exception(exc)
-                return
-            started.set_result(worker)
-            worker.run()
+            with asyncio.Runner(loop_factory=type(self._loop)) as runner:
+                try:
+                    runner.get_loop().set_default_executor(_Threads())
+                    worker = self._worker_on(runner.get_loop())
+                except BaseException as exc:
+                    started.set_exception(exc)
+                    return
+                started.set_result(worker)
+                worker.run()
 
         thread = threading.Thread(target=run, name=name, daemon=True)
-        thread.start()
-        self._threads.append(thread)
-        return await asyncio.wrap_future(started)
+        try:
+            thread.start()
+            self._threads.append(thread)
+            return await asyncio.wrap_future(started)
+        except (OSError, RuntimeError) as exc:  # too few file descriptors, or threads
+            raise StarioError(f"cannot start {self._count} workers: {exc}") from None
 
     # -- Running
 
@@ -3962,20 +3975,23 @@ class Server:
             self._accepting.append(self._loop.create_task(self._accept_singly(listening)))
 
     def _accept(self, listening: socket.socket) -> None:
-        """Accept the connections that wait, and hand them to the workers."""
-        for _ in range(_ACCEPT_BATCH):
+        if not self._accept_waiting(listening, _ACCEPT_BATCH):
+            # No file descriptors or memory left: leave them in the backlog for a moment.
+            self._loop.remove_reader(listening)
+            self._loop.call_later(0.1, self._watch, listening)
+
+    def _accept_waiting(self, listening: socket.socket, most: int) -> bool:
+        """Accept connections that wait, and hand them to the workers; false if that fails."""
+        for _ in range(most):
             try:
-                accepted, _address = listening.accept()
+                self._deal(listening.accept()[0])
             except BlockingIOError:
-                return
+                break
             except ConnectionError:  # the client has gone meanwhile
                 continue
             except OSError:
-                # No file descriptors or memory left: leave them in the backlog for a moment.
-                self._loop.remove_reader(listening)
-                self._loop.call_later(0.1, self._watch, listening)
-                return
-            self._deal(accepted)
+                return False
+        return True
 
     async def _accept_singly(self, listening: socket.socket) -> None:
         while True:
@@ -3987,10 +4003,10 @@ class Server:
                 self._deal(accepted)
 
     def _deal(self, accepted: socket.socket) -> None:
-        """Give a connection to the next worker."""
+        """Give a connection to the next worker that is not full."""
         accepted.setblocking(False)
-        worker = self._workers[self._next]
-        self._next = (self._next + 1) % len(self._workers)
+        turns = islice(self._turns, len(self._workers))
+        worker = next((w for w in turns if not w.is_full), None) or next(self._turns)
         if worker.loop is self._loop:
             worker.adopt(accepted, self._ssl)
         else:
@@ -4042,13 +4058,7 @@ class Server:
         for listening in self._listener.sockets:
             with suppress(NotImplementedError):
                 self._loop.remove_reader(listening)
-            for _ in range(self._listener.backlog + 1):
-                try:
-                    self._deal(listening.accept()[0])
-                except ConnectionAbortedError:
-                    continue
-                except OSError:
-                    break
+            self._accept_waiting(listening, self._listener.backlog + 1)
         self._listener.close()
         self._accepting = []
 
@@ -4062,11 +4072,18 @@ class Server:
             if not self._graceful_timeout:
                 deadline = min(deadline, time.monotonic() + _CLEANUP)
             _, waiting = await asyncio.wait(waiting, timeout=0.1)
-        for worker in self._workers[1:]:
-            worker.loop.call_soon_threadsafe(worker.end)
+
+    async def _end_workers(self) -> None:
+        """End the workers' threads. (One that is blocked ends with the process.)"""
+        for worker in self._workers:
+            if worker.loop is self._loop:
+                worker._timer.cancel()
+            else:
+                worker.loop.call_soon_threadsafe(worker.end)
+        deadline = time.monotonic() + _CLEANUP
         while any(thread.is_alive() for thread in self._threads) and time.monotonic() < deadline:
             await asyncio.sleep(0.005)
-        self._workers, self._threads = [], []  # (a blocked thread ends with the process)
+        self._workers, self._threads = [], []
 
 
 def _limits(options: dict[str, Any]) -> Limits:
@@ -4423,6 +4440,7 @@ class TestStream:
         self._name = name  # of the request, for messages
         self._timeout = timeout
         self._failures: list[BaseException] = []  # of its handler
+        self._piece: asyncio.Future[bytes] | None = None  # of the body, when it has come
         self._bytes = b""  # of the body, not parsed as an event yet
         self._last: ServerEvent | None = None
         self._worker = Worker(client.app, asyncio.get_running_loop(), client.limits)
@@ -4439,7 +4457,6 @@ class TestStream:
         if event is None:
             self._raise_failure()
             raise StopAsyncIteration
-        self._piece: asyncio.Future[bytes] | None = None  # of the body, when it has come
         self._last = event
         return event
 
@@ -4458,6 +4475,7 @@ class TestStream:
             self._piece = None
             if not piece:
                 return None
+            self._bytes = (self._bytes + piece).replace(b"\r\n", b"\n")
 
     async def _send(self, head: str, body: bytes) -> None:
         """Connect, and send the request."""
@@ -4479,7 +4497,6 @@ class TestStream:
             block = await self._reader.readuntil(b"\r\n\r\n")
             line, _, fields = block.partition(b"\r\n")
             status = int(line.split()[1])
-            self._bytes = (self._bytes + piece).replace(b"\r\n", b"\n")
         self.headers = Headers(_split_fields(fields))
         self._pieces = self._body(no_body or status in _BODILESS)
         self.status = status
@@ -4530,6 +4547,10 @@ class TestStream:
         try:
             await self._wait_for_handler()
         finally:
+            self._head.cancel()
+            if self._piece:
+                self._piece.cancel()
+            self._writer.close()
             await self._worker.stop(0.0)
 
     async def _wait_for_handler(self) -> None:
@@ -4547,10 +4568,6 @@ class TestStream:
             raise RuntimeError(f"{self._name}: its handler raised {failure!r}") from failure
 
 
-            self._head.cancel()
-            if self._piece:
-                self._piece.cancel()
-            self._writer.close()
 class TestClient:
     """A client for tests: `async with TestClient(app) as client: r = await client.get("/")`.
 
@@ -4681,6 +4698,7 @@ class TestClient:
         body: bytes = b"",
         timeout: float | None = None,
     ) -> TestStream:
+        method, path, body = method.upper(), path.partition("#")[0], _bytes(body)
         fields = {"host": self.host}
         if cookies := self._jar.header(path):
             fields["cookie"] = cookies
@@ -4698,7 +4716,6 @@ class TestClient:
         elif files is not None:
             body, fields["content-type"] = _multipart(form or {}, files)
         elif form is not None:
-        method, path, body = method.upper(), path.partition("#")[0], _bytes(body)
             body = urlencode(form, doseq=True, errors="replace").encode()
             fields["content-type"] = "application/x-www-form-urlencoded"
         if body:

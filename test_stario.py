@@ -3832,6 +3832,22 @@ class TestLimits(HttpTest):
                 await peer.close()
         self.assertEqual(self.spans.refusals(), [503, 503])
 
+    async def test_a_worker_that_is_full_leaves_a_connection_to_one_that_is_not(self) -> None:
+        async with echo_app().running(workers=2, max_connections=4) as server:
+            peers = []
+            for number in range(4):
+                peers.append(await Peer.connect(server.port))
+                await until(lambda count=number + 1: len(connections_of(server)) == count)
+            for peer in (peers[1], peers[3]):  # both of one worker
+                await peer.close()
+            await until(lambda: len(connections_of(server)) == 2)
+            self.assertEqual([len(worker.connections) for worker in server._workers], [2, 0])
+            for status in (200, 200, 503):
+                peers.append(await Peer.connect(server.port))
+                self.assertEqual((await within(peers[-1].get())).status, status)
+            for peer in peers:
+                await peer.close()
+
     async def test_far_too_many_connections_are_closed_unheard(self) -> None:
         with mock.patch("stario._MAX_EXCESS", 1):
             async with self.app.running(max_connections=1) as server:
@@ -4258,6 +4274,50 @@ class TestListening(HttpTest):
             with self.subTest(words), self.assertRaisesRegex(StarioError, words):
                 Server(Stario(), **options)  # type: ignore[arg-type]
 
+    async def test_workers_that_cannot_start_leave_nothing_behind(self) -> None:
+        """Too many for the system's limits: one sentence, and those that have started end."""
+        problems: list[tuple[type, str, Exception]] = [
+            (stario, "_Threads", OSError(errno.EMFILE, "Too many open files")),
+            (threading.Thread, "start", RuntimeError("can't start new thread")),
+        ]
+        for owner, name, problem in problems:
+            real, tried = getattr(owner, name), []
+
+            def fail(*given: Any, real: Any = real, tried: Any = tried, exc: Any = problem) -> Any:
+                tried.append(given)
+                if len(tried) == 2:
+                    raise exc
+                return real(*given)
+
+            server = Server(echo_app(), port=0, workers=9)
+            with (
+                mock.patch.object(owner, name, fail),
+                self.assertRaisesRegex(StarioError, f"cannot start 9.*{problem.args[-1]}"),
+            ):
+                await server.start()
+            self.assertNotIn("stario-1", [thread.name for thread in threading.enumerate()])
+            await server.start()
+            with self.assertRaisesRegex(StarioError, "runs already"):
+                await server.start()
+            peer = await Peer.connect(server.port)
+            self.assertEqual((await within(peer.get())).status, 200)
+            await peer.close()
+            await server.stop()
+            await server.stop()
+
+    async def test_a_stop_that_is_cancelled_ends_the_threads_too(self) -> None:
+        server = Server(echo_app(), port=0, workers=2)
+        await server.start()
+        peer = await Peer.connect(server.port)
+        await until(lambda: connections_of(server))
+        stopping = asyncio.create_task(server.stop())
+        await until(lambda: not server._listener.sockets)
+        stopping.cancel()
+        with self.assertRaises(asyncio.CancelledError):
+            await within(stopping)
+        self.assertNotIn("stario-1", [thread.name for thread in threading.enumerate()])
+        await peer.close()
+
     async def test_ipv6(self) -> None:
         try:
             socket.create_server(("::1", 0), family=socket.AF_INET6).close()
@@ -4319,6 +4379,14 @@ class TestUnixSockets(HttpTest):
                 await peer.close()
             self.assertFalse(self.path.exists())
             options["unix_mode"] = 0o600
+
+    async def test_a_program_may_change_its_folder_meanwhile(self) -> None:
+        with contextlib.chdir(self.path.parent):
+            server = Server(echo_app(), unix_socket="socket")
+            await server.start()
+        self.assertTrue(self.path.exists())
+        await server.stop()
+        self.assertFalse(self.path.exists())
 
     async def test_a_stale_socket_file_is_replaced(self) -> None:
         with socket.socket(socket.AF_UNIX) as dead:
@@ -4901,6 +4969,8 @@ class TestStopping(StreamTest):
         self.assertLessEqual(threads._started, threads._max_workers)
         with self.assertRaises(ZeroDivisionError):
             await asyncio.to_thread(lambda: 1 / 0)
+        with self.assertRaisesRegex(RuntimeError, "StopIteration"):
+            await within(asyncio.to_thread(next, iter(())))
 
 
 @unittest.skipIf(sys.platform == "win32", "Windows sends no signals")
@@ -5326,76 +5396,6 @@ class TestTheTestClient(AsyncTest):
                 ):
                     await anext(events)
 
-    async def test_cookies_are_kept_until_they_end_and_for_their_path(self) -> None:
-        async def sets(c: Context, w: Writer) -> None:
-            w.cookie("kept", "a b;ü")
-            w.cookie("gone", "1", max_age=0)
-            w.cookie("past", "1", expires=datetime(2001, 1, 1, tzinfo=timezone.utc))
-            w.cookie("soon", "1", max_age=100)
-            w.cookie("admin", "1", path="/admin")
-            w.empty()
-
-        async def shows(c: Context, w: Writer) -> None:
-            w.json(c.req.cookies)
-
-        app = Stario()
-        app.get("/set", sets)
-        app.get("/admin", shows)
-        app.get("/administrator", shows)
-        async with TestClient(app) as client:
-            self.assertEqual(len((await client.get("/set")).cookies), 5)
-            kept = {"kept": "a b;ü", "soon": "1"}
-            self.assertEqual((await client.get("/administrator?x=/admin")).json(), kept)
-            self.assertEqual((await client.get("/admin")).json(), {**kept, "admin": "1"})
-            later = time.time() + 101
-            with mock.patch.object(time, "time", lambda: later):
-                self.assertEqual((await client.get("/administrator")).json(), {"kept": "a b;ü"})
-            client.cookies["mine"] = "2"
-            self.assertIn("mine", (await client.get("/admin")).json())
-
-    async def test_redirects_are_followed_on_request(self) -> None:
-        async def show(c: Context, w: Writer) -> None:
-            body = (await c.req.body()).decode()
-            w.text(f"{c.req.method} {c.req.path} {c.req.query.get('q', '')} {body}".strip())
-
-        async def away(c: Context, w: Writer) -> None:
-            w.redirect(c.req.query.get("to", ""), int(c.req.query.get("status", "0")))
-
-        async def loop(c: Context, w: Writer) -> None:
-            w.redirect("/loop")
-
-        app = Stario()
-        app.get("/loop", loop)
-        for add in (app.get, app.post):
-            add("/show", show)
-            add("/away", away)
-        async with TestClient(app) as client:
-            for status, to, said in (
-                (303, "/show?q=1", "GET /show 1"),
-                (302, "show", "GET /show"),
-                (307, "//testserver/show", "POST /show  body"),
-                (308, "http://testserver/show", "POST /show  body"),
-            ):
-                path = f"/away?status={status}&to={quote(to)}"
-                answer = await client.post(path, body=b"body", follow=True)
-                self.assertEqual(answer.text, said)
-                self.assertEqual((await client.post(path)).status, status)
-            elsewhere = "/away?status=303&to=https%3A//example.com/"
-            self.assertEqual((await client.get(elsewhere, follow=True)).status, 303)
-            with self.assertRaisesRegex(StarioError, "GET /loop: more than 20 redirects"):
-                await client.get("/loop", follow=True)
-
-    async def test_an_event_is_taken_apart_and_its_blanks_are_kept(self) -> None:
-        async def show(c: Context, w: Writer) -> None:
-            w.patch(SafeString("<pre id='x'>\n  two: blanks\n</pre>"), id="7", retry=900)
-            w.event("plain", "a: b\n c")
-
-        app = Stario()
-        app.get("/", show)
-        async with TestClient(app) as client, client.stream("GET", "/") as events:
-            first, second = [event async for event in events]
-        self.assertEqual(first.elements, "<pre id='x'>\n  two: blanks\n</pre>")
-        self.assertEqual((first.id, first.retry), ("7", 900))
     async def test_who_gives_up_waiting_for_an_event_may_ask_again(self) -> None:
         relay = Relay[str]()
 
@@ -5487,6 +5487,76 @@ class TestTheTestClient(AsyncTest):
                 client.cookies["a"] = "mine"
                 self.assertEqual((await client.get("/")).json(), {"a": "mine"}, line)
 
+    async def test_cookies_are_kept_until_they_end_and_for_their_path(self) -> None:
+        async def sets(c: Context, w: Writer) -> None:
+            w.cookie("kept", "a b;ü")
+            w.cookie("gone", "1", max_age=0)
+            w.cookie("past", "1", expires=datetime(2001, 1, 1, tzinfo=timezone.utc))
+            w.cookie("soon", "1", max_age=100)
+            w.cookie("admin", "1", path="/admin")
+            w.empty()
+
+        async def shows(c: Context, w: Writer) -> None:
+            w.json(c.req.cookies)
+
+        app = Stario()
+        app.get("/set", sets)
+        app.get("/admin", shows)
+        app.get("/administrator", shows)
+        async with TestClient(app) as client:
+            self.assertEqual(len((await client.get("/set")).cookies), 5)
+            kept = {"kept": "a b;ü", "soon": "1"}
+            self.assertEqual((await client.get("/administrator?x=/admin")).json(), kept)
+            self.assertEqual((await client.get("/admin")).json(), {**kept, "admin": "1"})
+            later = time.time() + 101
+            with mock.patch.object(time, "time", lambda: later):
+                self.assertEqual((await client.get("/administrator")).json(), {"kept": "a b;ü"})
+            client.cookies["mine"] = "2"
+            self.assertIn("mine", (await client.get("/admin")).json())
+
+    async def test_redirects_are_followed_on_request(self) -> None:
+        async def show(c: Context, w: Writer) -> None:
+            body = (await c.req.body()).decode()
+            w.text(f"{c.req.method} {c.req.path} {c.req.query.get('q', '')} {body}".strip())
+
+        async def away(c: Context, w: Writer) -> None:
+            w.redirect(c.req.query.get("to", ""), int(c.req.query.get("status", "0")))
+
+        async def loop(c: Context, w: Writer) -> None:
+            w.redirect("/loop")
+
+        app = Stario()
+        app.get("/loop", loop)
+        for add in (app.get, app.post):
+            add("/show", show)
+            add("/away", away)
+        async with TestClient(app) as client:
+            for status, to, said in (
+                (303, "/show?q=1", "GET /show 1"),
+                (302, "show", "GET /show"),
+                (307, "//testserver/show", "POST /show  body"),
+                (308, "http://testserver/show", "POST /show  body"),
+            ):
+                path = f"/away?status={status}&to={quote(to)}"
+                answer = await client.post(path, body=b"body", follow=True)
+                self.assertEqual(answer.text, said)
+                self.assertEqual((await client.post(path)).status, status)
+            elsewhere = "/away?status=303&to=https%3A//example.com/"
+            self.assertEqual((await client.get(elsewhere, follow=True)).status, 303)
+            with self.assertRaisesRegex(StarioError, "GET /loop: more than 20 redirects"):
+                await client.get("/loop", follow=True)
+
+    async def test_an_event_is_taken_apart_and_its_blanks_are_kept(self) -> None:
+        async def show(c: Context, w: Writer) -> None:
+            w.patch(SafeString("<pre id='x'>\n  two: blanks\n</pre>"), id="7", retry=900)
+            w.event("plain", "a: b\n c")
+
+        app = Stario()
+        app.get("/", show)
+        async with TestClient(app) as client, client.stream("GET", "/") as events:
+            first, second = [event async for event in events]
+        self.assertEqual(first.elements, "<pre id='x'>\n  two: blanks\n</pre>")
+        self.assertEqual((first.id, first.retry), ("7", 900))
         self.assertEqual((second.event, second.data, second.id), ("plain", "a: b\n c", None))
 
     async def test_files_and_signals_of_a_dataclass_are_sent(self) -> None:
