@@ -59,39 +59,39 @@ brackets can be left out of your copy: `python stario.py --without assets,client
         329  3. HTML: elements are strings
         691  4. JSON
         797  5. The request: headers, query, cookies, body
-       1359  6. The answer: status, fields, body
-       1790  7. Context and routing
-       2239  8. The app
-     2473  ACT 2. On the network
-       2481  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3488  10. The server
-       4288  11. Trying it without a network: the test client [testclient]
-     4751  ACT 3. Live
-       4800  12. Datastar: attributes and actions
-       5327  13. Streams: events, and staying with a client
-       5850  14. Relay: publish and subscribe
-     6175  ACT 4. For real
-       6182  15. Signals: from JSON to your dataclass
-       6902  16. Forms [forms]
-       7099  17. Behind a proxy
-       7203  18. Compression [compression]
-       7401  19. Static files [assets]
-       7945  20. Telemetry: spans, and who hears of them
-       8461  21. JsonTracer: for log collectors [json]
-       8536  22. RichTracer: for people [rich]
-       8991  23. Sessions [sessions]
-       9102  24. What lives as long as the server
-       9192  25. @baked
-       9446  26. ASGI: the same app under another server [asgi]
-       9673  27. RedisRelay: the same between processes and machines [redis]
-       9917  28. Reload: a saved file restarts the app [reload]
-      10075  29. Development: what went wrong, shown where one looks [development]
-      10184  30. Routes: what is refused, addresses, hosts
-      10360  31. Cookies, and requests from other sites
-    10487  ACT 5. The pocket client
-      10530  32. The pocket client (JavaScript) [client]
-      11882  33. This file as a page [read]
-      12100  34. An app to begin with
+       1357  6. The answer: status, fields, body
+       1785  7. Context and routing
+       2221  8. The app
+     2455  ACT 2. On the network
+       2463  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
+       3470  10. The server
+       4270  11. Trying it without a network: the test client [testclient]
+     4733  ACT 3. Live
+       4782  12. Datastar: attributes and actions
+       5309  13. Streams: events, and staying with a client
+       5832  14. Relay: publish and subscribe
+     6157  ACT 4. For real
+       6164  15. Signals: from JSON to your dataclass
+       6897  16. Forms [forms]
+       7094  17. Behind a proxy
+       7198  18. Compression [compression]
+       7396  19. Static files [assets]
+       7940  20. Telemetry: spans, and who hears of them
+       8456  21. JsonTracer: for log collectors [json]
+       8531  22. RichTracer: for people [rich]
+       8986  23. Sessions [sessions]
+       9097  24. What lives as long as the server
+       9187  25. @baked
+       9441  26. ASGI: the same app under another server [asgi]
+       9668  27. RedisRelay: the same between processes and machines [redis]
+       9912  28. Reload: a saved file restarts the app [reload]
+      10070  29. Development: what went wrong, shown where one looks [development]
+      10179  30. Routes: what is refused, addresses, hosts
+      10348  31. Cookies, and requests from other sites
+    10464  ACT 5. The pocket client
+      10507  32. The pocket client (JavaScript) [client]
+      11859  33. This file as a page [read]
+      12077  34. An app to begin with
 
 READING PATH
 
@@ -99,20 +99,20 @@ Two hours, for a reader who wants to know how it works, not all that it does. Re
 
       340-353    `SafeString`  an element is a string
       655-684    `Tags`  `h.P` makes one
-     1133-1319   `Request`  what a client asks for
-     1370-1438   `Carrier`  what brings the answer back
-     1518-1704   `_RawWriter`  the answer
-     1808-1913   `Context`  what a handler gets beside it
-     2170-2185   `Router._find`  from a path to a handler
-     2391-2425   `_App.dispatch`  one request from end to end
-     2777-2897   `_Reader`  bytes to requests
-     3231-3484   `Connection`  one connection, many requests
-     3913-3931   `Server.start`  listening
-     4039-4047   `Server.stop`  ending without losing a request
-     5478-5589   `_EventWriter`  events
-     5678-5747   `_Scope`  how a disconnect reaches a handler
-     5774-5846   `Alive`  staying with a client
-     6020-6127   `Relay`  from one handler to another
+     1138-1317   `Request`  what a client asks for
+     1368-1436   `Carrier`  what brings the answer back
+     1512-1698   `_RawWriter`  the answer
+     1803-1897   `Context`  what a handler gets beside it
+     2152-2167   `Router._find`  from a path to a handler
+     2373-2407   `_App.dispatch`  one request from end to end
+     2759-2879   `_Reader`  bytes to requests
+     3213-3466   `Connection`  one connection, many requests
+     3895-3913   `Server.start`  listening
+     4021-4029   `Server.stop`  ending without losing a request
+     5460-5571   `_EventWriter`  events
+     5660-5729   `_Scope`  how a disconnect reaches a handler
+     5756-5828   `Alive`  staying with a client
+     6002-6109   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -1090,6 +1090,11 @@ class Body:
         self.buffered = 0
         return data
 
+    def put_back(self, data: bytes) -> None:
+        """The next `read` gives these bytes once more, before all that come."""
+        self._chunks.insert(0, data)
+        self.buffered += len(data)
+
     def discard(self) -> None:
         """Nobody will read the rest: it is forgotten as it comes. Who still reads gets an error."""
         self.discarding = True
@@ -1156,10 +1161,9 @@ class Request:
         self.subhost = ""
         self.max_body = 0  # until `dispatch` (part 8) says
         self._body = body  # where it comes from
-        self._body_read: bytes | None = None  # all of it, once `body()` has been called
+        self._whole: bytes | None = None  # all of it, once `body()` has read it
         self._begun = False  # somebody reads from `_body`, or has read: nobody else can
         self._received = 0  # bytes that were taken from `_body`
-        self._unread = b""  # what `_read` gives first: kept by `body()`, or by a cancelled read
         self._carrier = carrier
         self._query: QueryParams | None = None
 
@@ -1255,32 +1259,28 @@ class Request:
 
     def _begin(self) -> None:
         """Before reading in pieces: once from the client, as often as one likes after `body()`."""
-        if self._body_read is not None:
-            self._unread = self._body_read
+        if self._whole is not None:
+            self._body = self._whole
         elif self._begun:
             raise StarioError(
                 "the body comes only once: it was streamed, or another task reads it, or it failed"
             )
-        else:
-            self._begun = True
+        self._begun = True
 
     async def _read(self) -> bytes:
-        """The next bytes of the body; at its end, nothing."""
-        if self._unread:
-            chunk, self._unread = self._unread, b""
-            return chunk
+        """The next bytes of the body; at its end, nothing. HttpException(413) beyond `max_body`."""
         if isinstance(self._body, bytes):
             chunk, self._body = self._body, b""
+            self._check_size(len(chunk))
         else:
             self._check_size(int(self.headers.get("content-length") or 0))
             chunk = await self._body.read()
-        self._received += len(chunk)
-        self._check_size(self._received)
+            self._received += len(chunk)
+            self._check_size(self._received)
         return chunk
 
     def _check_size(self, size: int) -> None:
         if size > self.max_body:
-            self._begun = True
             if isinstance(self._body, Body):
                 self._body.discard()
             raise HttpException(413, f"the body is larger than {self.max_body} bytes")
@@ -1290,20 +1290,18 @@ class Request:
 
         This, `json`, `form` and `c.signals` go on where a call was cancelled, by a timeout say.
         """
-        if isinstance(self._body, bytes) and not self._begun and self._body_read is None:
-            self._check_size(len(self._body))
-            self._body_read, self._body = self._body, b""
-        if self._body_read is None:
+        if self._whole is None:
             self._begin()
             chunks = []
             try:
                 while chunk := await self._read():
                     chunks.append(chunk)
             except asyncio.CancelledError:
-                self._unread, self._begun = b"".join(chunks), False
+                cast(Body, self._body).put_back(b"".join(chunks))
+                self._received, self._begun = 0, False
                 raise
-            self._body_read = b"".join(chunks)
-        return self._body_read
+            self._whole = b"".join(chunks)
+        return self._whole
 
     async def json(self) -> Any:
         """The body parsed as JSON. Raises HttpException(400) where it is not JSON."""
@@ -1449,10 +1447,6 @@ _COMPRESSIBLE = re.compile(
 )
 
 
-def _is_compressible(content_type: str) -> bool:
-    return _COMPRESSIBLE.match(content_type) is not None
-
-
 def _http_date(timestamp: float) -> str:
     """Seconds since 1970 as `Sun, 06 Nov 1994 08:49:37 GMT` (RFC 9110, section 5.6.7)."""
     from email.utils import formatdate
@@ -1467,7 +1461,7 @@ Content = tuple[bytes, bool]  # header fields, and whether what they describe ma
 def _content(content_type: str) -> Content:
     """`image/png` as `(b"content-type: image/png\\r\\n", False)`."""
     _, text = _field("content-type", content_type)
-    return f"content-type: {text}\r\n".encode("latin-1"), _is_compressible(content_type)
+    return f"content-type: {text}\r\n".encode("latin-1"), bool(_COMPRESSIBLE.match(content_type))
 
 
 @lru_cache(maxsize=1024)  # (to format the line takes 3 times as long as to find it here)
@@ -1716,8 +1710,6 @@ class _OneShotWriter(_RawWriter):
 
     def html(self, node: object, status: int = 200) -> None:
         """Answer with a page: an element, or anything that can stand in one."""
-        if isinstance(node, dict):
-            raise StarioError("w.html takes elements, not a dict: w.json answers with one")
         text = node if type(node) is SafeString else render(node)
         self._answer(status, _HTML, text.encode("utf-8", "replace"))
 
@@ -1777,8 +1769,11 @@ class _OneShotWriter(_RawWriter):
         What cannot stand in a value is percent-encoded; `c.req.cookies` decodes it again. What a
         browser would not take is a StarioError.
         """
-        given = max_age, expires, path, domain, secure, httponly, samesite, partitioned
-        self.headers.add("set-cookie", _cookie_line(name, value, *given))  # part 31
+        line = _cookie_line(  # part 31
+            name, value, path, domain, samesite, max_age=max_age, expires=expires,
+            Secure=secure, HttpOnly=httponly, Partitioned=partitioned,
+        )  # fmt: skip
+        self.headers.add("set-cookie", line)
 
     def delete_cookie(self, name: str, **options: Unpack[CookieOptions]) -> None:
         """Ask the client to forget a cookie. Give what it was set with: only that one matches."""
@@ -1895,21 +1890,10 @@ class Context:
         """The signals that Datastar sent: checked against `schema`, or as a dict.
 
         Signals are the values that a page keeps (part 15). GET and DELETE carry them in the query,
-        all others in the JSON body. Raises SignalsError (422 with all that does not fit, 400 where
-        it is no JSON).
+        others in the JSON body. SignalsError: 422 with all that does not fit, 400 for no JSON.
         https://data-star.dev/reference/actions
         """
-        text: str | bytes
-        if self.req.method in ("GET", "HEAD", "DELETE"):
-            text = self.req.query.get("datastar", "")
-        else:
-            text = await self.req.body()
-        try:
-            found = _parse_json(text) if text.strip() else {}
-        except HttpException as exc:
-            raise SignalsError([f"the signals are not JSON: {exc.detail}"], 400) from None
-        if not isinstance(found, dict):
-            raise SignalsError([f"the signals: expected an object, got {type(found).__name__}"])
+        found = await _sent_signals(self.req)
         return found if schema is None else read_signals(schema, found)
 
 
@@ -1975,7 +1959,6 @@ class Router:
     def __init__(self) -> None:
         self._tree = _Node()
         self._routes: list[tuple[str, str, Handler, str]] = []  # method, path, handler, its name
-        self._paths: dict[str, set[str]] = {}  # by the name of their handler
         self._exact: dict[str, dict[str, Handler]] = {}  # routes without parameters, by path
         self._middleware: list[Middleware] = []
         self._errors: dict[type[Exception], ErrorHandler] = {}
@@ -2029,7 +2012,7 @@ class Router:
         `tail` fills a `*`. StarioError where no route, or more than one, has a handler of that
         name, and where the parameters are not those of the route.
         """
-        paths = self._paths.get(name, set())
+        paths = {path for _, path, _, known in self._routes if known == name}
         if len(paths) != 1:
             found = ", ".join(sorted(paths)) or "none"
             raise StarioError(f"one route needs a handler named {name!r}; found: {found}")
@@ -2052,7 +2035,6 @@ class Router:
         method, path = method.upper(), "/" + path.lstrip("/")
         self._add(method, path, handler)
         self._routes.append((method, path, handler, name))
-        self._paths.setdefault(name, set()).add(path)
 
     def assets(
         self,
@@ -6875,6 +6857,19 @@ def _is_required(schema: Any, name: str, kind: Any) -> bool:
     return name in schema.__required_keys__
 
 
+async def _sent_signals(request: Request) -> dict[str, Any]:
+    """The signals that came with a request. SignalsError where they are no JSON object."""
+    in_query = request.method in ("GET", "HEAD", "DELETE")
+    text = request.query.get("datastar", "") if in_query else await request.body()
+    try:
+        found = _parse_json(text) if text.strip() else {}
+    except HttpException as exc:
+        raise SignalsError([f"the signals are not JSON: {exc.detail}"], 400) from None
+    if not isinstance(found, dict):
+        raise SignalsError([f"the signals: expected an object, got {type(found).__name__}"])
+    return found
+
+
 def read_signals(schema: type[T], signals: object) -> T:
     """Check signals (a parsed JSON object), a form or a query against a schema and make one.
 
@@ -7253,7 +7248,7 @@ def _compress_stream(
 ) -> tuple[bytes, Compressor | None]:
     """The same for an answer whose body is to come: its fields, and what compresses it."""
     kind = _CONTENT_TYPE.search(fields)
-    if kind is None or not _is_compressible(kind[1].decode("latin-1")):
+    if kind is None or not _COMPRESSIBLE.match(kind[1].decode("latin-1")):
         return fields, None
     coding = _coding_for(config, headers, fields, streaming=True)
     if coding is None:
@@ -7505,7 +7500,7 @@ class _File:
         self.content_type = _content_type(suffix.lower())
         # A `.svgz` is the one compressed file that browsers want unpacked.
         self.is_svgz = suffix.lower() == ".svgz" and start == b"\x1f\x8b"
-        self.compressible = data is not None and _is_compressible(self.content_type)
+        self.compressible = bool(data is not None and _COMPRESSIBLE.match(self.content_type))
         self.compressible &= not self.is_svgz
         self.representations: dict[str, _Representation] = {}  # by coding
         self.encode(_IDENTITY, data)
@@ -10199,28 +10194,21 @@ def _check_word(what: str, word: object, known: Collection[str]) -> None:
         raise StarioError(f"no {what} {word!r}: one of {', '.join(known)}{meant}")
 
 
-def _check_handler(route: str, handler: object) -> None:
+def _check_handler(route: str, handler: Any) -> None:
     """Raise StarioError for what is no handler."""
-    if inspect.iscoroutine(handler):
-        handler.close()
-        raise StarioError(f"{route}: this handler was called: give it without its parentheses")
     if handler is None:
-        raise StarioError(
-            f"{route}: the handler is missing. Not a decorator: app.get('/', handler)"
-        )
-    if isinstance(handler, type) or not callable(handler):
-        wanted = "the handler is an `async def handler(c, w)`"
-        raise StarioError(f"{route}: {wanted}, not {handler!r}")
+        raise StarioError(f"{route} has no handler. Not a decorator: app.get('/', handler)")
+    _check_arguments(handler, "c, w")
     plain = inspect.unwrap(handler)  # the function behind decorators, partials and objects
     while isinstance(plain, functools.partial):
         plain = inspect.unwrap(plain.func)
     plain = getattr(plain, "__func__", plain)  # a method is a function and its object
-    if not inspect.isfunction(plain):
+    if not inspect.isfunction(plain) and not isinstance(plain, type):
         plain = type(plain).__call__
-    is_lambda = getattr(plain, "__name__", "") == "<lambda>"  # it may return a coroutine
-    if inspect.isfunction(plain) and not (is_lambda or inspect.iscoroutinefunction(plain)):
-        raise StarioError(f"{route}: write `async def {plain.__name__}(c, w)`, without a yield")
-    _check_arguments(handler, "c, w")
+    name = getattr(plain, "__name__", "")
+    is_known = inspect.isfunction(plain) or isinstance(plain, type)
+    if is_known and name != "<lambda>" and not inspect.iscoroutinefunction(plain):
+        raise StarioError(f"{route}: write `async def {name}(c, w)`, without a yield")
 
 
 def _check_arguments(function: Any, wanted: str) -> None:
@@ -10381,51 +10369,40 @@ _COOKIE_SAFE = "!#$&'()*+-./:<=>?@[]^_`{|}~"  # not percent-encoded in a value (
 
 
 def _cookie_line(
-    name: str,
-    value: str,
-    max_age: int | None,
-    expires: datetime | None,
-    path: str,
-    domain: str | None,
-    secure: bool,
-    httponly: bool,
-    samesite: str | None,
-    partitioned: bool,
-) -> str:
+    name: str, value: str, path: str, domain: str | None, samesite: str | None, *,
+    max_age: int | None, expires: datetime | None, **flags: bool,
+) -> str:  # fmt: skip
     """A cookie as the value of `set-cookie` (RFC 6265). StarioError where a browser drops it."""
-    _check_cookie(name, value, path, domain, samesite)
+    if not (isinstance(name, str) and _TOKEN.fullmatch(name)):
+        raise StarioError(f"{name!r} cannot be the name of a cookie")
+    if not isinstance(value, str) or _CONTROL.search(value):
+        raise StarioError(f"the cookie {name!r} needs a text without control characters")
     if not isinstance(max_age, int | None) or not isinstance(expires, datetime | None):
         raise StarioError(f"the cookie {name!r}: max_age is whole seconds, expires a datetime")
+    if samesite is not None and str(samesite).lower() not in ("lax", "strict", "none"):
+        raise StarioError(f"samesite is lax, strict or none, not {samesite!r}")
+    if not isinstance(path, str) or not re.fullmatch(r"(/[^;\x00-\x1f\x7f]*)?", path):
+        raise StarioError(f"the path of a cookie begins with '/' and has no ';': not {path!r}")
+    prefix = name.lower().partition("-")[0]
+    if prefix == "__host" and (path != "/" or domain):
+        raise StarioError(f"{name!r} says: this host and all of it. Leave path and domain out")
     # Without Secure, browsers take none of these (RFC 6265bis, sections 4.1.3 and 5.6).
-    secure |= name.lower().startswith(("__host-", "__secure-")) or partitioned
-    secure |= (samesite or "").lower() == "none"
+    flags["Secure"] |= prefix in ("__host", "__secure") or flags["Partitioned"]
+    flags["Secure"] |= samesite is not None and samesite.lower() == "none"
     pieces = [
         f"{name}={quote(value, safe=_COOKIE_SAFE, errors='replace')}",
         f"Max-Age={max_age}" if max_age is not None else "",
         f"Expires={_http_date(expires.replace(microsecond=0).timestamp())}" if expires else "",
         f"Domain={_host_name(domain.removeprefix('.'))}" if domain else "",
         f"Path={quote(path, safe=_REDIRECT_SAFE, errors='replace')}" if path else "",
-        "Secure" if secure else "",
-        "HttpOnly" if httponly else "",
+        "Secure" if flags["Secure"] else "",
+        "HttpOnly" if flags["HttpOnly"] else "",
         f"SameSite={samesite.capitalize()}" if samesite else "",
-        "Partitioned" if partitioned else "",
+        "Partitioned" if flags["Partitioned"] else "",
     ]
     if len(pieces[0]) > 4096:  # RFC 6265bis, section 5.6
         raise StarioError(f"the cookie {name!r} is too large: browsers keep 4,096 bytes")
     return "; ".join(filter(None, pieces))
-
-
-def _check_cookie(name: object, value: object, path: object, domain: object, site: object) -> None:
-    if not (isinstance(name, str) and _TOKEN.fullmatch(name)):
-        raise StarioError(f"{name!r} cannot be the name of a cookie")
-    if not isinstance(value, str) or _CONTROL.search(value):
-        raise StarioError(f"the cookie {name!r} needs a text without control characters")
-    if site is not None and str(site).lower() not in ("lax", "strict", "none"):
-        raise StarioError(f"samesite is lax, strict or none, not {site!r}")
-    if not isinstance(path, str) or _CONTROL.search(path) or not re.match(r"(/[^;]*)?$", path):
-        raise StarioError(f"the path of a cookie begins with '/' and has no ';': not {path!r}")
-    if name.lower().startswith("__host-") and (path != "/" or domain):
-        raise StarioError(f"{name!r} says: this host and all of it. Leave path and domain out")
 
 
 _SAFE_METHODS = frozenset(("GET", "HEAD", "OPTIONS", "TRACE", "QUERY"))
