@@ -59,39 +59,39 @@ brackets can be left out of your copy: `python stario.py --without assets,client
         329  3. HTML: elements are strings
         691  4. JSON
         797  5. The request: headers, query, cookies, body
-       1357  6. The answer: status, fields, body
-       1785  7. Context and routing
-       2221  8. The app
-     2455  ACT 2. On the network
-       2463  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3470  10. The server
-       4270  11. Trying it without a network: the test client [testclient]
-     4733  ACT 3. Live
-       4782  12. Datastar: attributes and actions
-       5309  13. Streams: events, and staying with a client
-       5832  14. Relay: publish and subscribe
-     6157  ACT 4. For real
-       6164  15. Signals: from JSON to your dataclass
-       6897  16. Forms [forms]
-       7094  17. Behind a proxy
-       7198  18. Compression [compression]
-       7396  19. Static files [assets]
-       7940  20. Telemetry: spans, and who hears of them
-       8456  21. JsonTracer: for log collectors [json]
-       8531  22. RichTracer: for people [rich]
-       8986  23. Sessions [sessions]
-       9097  24. What lives as long as the server
-       9187  25. @baked
-       9441  26. ASGI: the same app under another server [asgi]
-       9668  27. RedisRelay: the same between processes and machines [redis]
-       9912  28. Reload: a saved file restarts the app [reload]
-      10070  29. Development: what went wrong, shown where one looks [development]
-      10179  30. Routes: what is refused, addresses, hosts
-      10348  31. Cookies, and requests from other sites
-    10464  ACT 5. The pocket client
-      10507  32. The pocket client (JavaScript) [client]
-      11859  33. This file as a page [read]
-      12077  34. An app to begin with
+       1284  6. The answer: status, fields, body
+       1712  7. Context and routing
+       2148  8. The app
+     2336  ACT 2. On the network
+       2344  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
+       3424  10. The server
+       4224  11. Trying it without a network: the test client [testclient]
+     4687  ACT 3. Live
+       4736  12. Datastar: attributes and actions
+       5263  13. Streams: events, and staying with a client
+       5786  14. Relay: publish and subscribe
+     6111  ACT 4. For real
+       6118  15. Signals: from JSON to your dataclass
+       6851  16. Forms [forms]
+       7048  17. Behind a proxy
+       7152  18. Compression [compression]
+       7350  19. Static files [assets]
+       7894  20. Telemetry: spans, and who hears of them
+       8466  21. JsonTracer: for log collectors [json]
+       8541  22. RichTracer: for people [rich]
+       8996  23. Sessions [sessions]
+       9107  24. What lives as long as the server
+       9197  25. @baked
+       9451  26. ASGI: the same app under another server [asgi]
+       9678  27. RedisRelay: the same between processes and machines [redis]
+       9922  28. Reload: a saved file restarts the app [reload]
+      10080  29. Development: what went wrong, shown where one looks [development]
+      10189  30. Routes: what is refused, addresses, hosts
+      10340  31. Cookies, and requests from other sites
+    10456  ACT 5. The pocket client
+      10499  32. The pocket client (JavaScript) [client]
+      11851  33. This file as a page [read]
+      12069  34. An app to begin with
 
 READING PATH
 
@@ -99,20 +99,20 @@ Two hours, for a reader who wants to know how it works, not all that it does. Re
 
       340-353    `SafeString`  an element is a string
       655-684    `Tags`  `h.P` makes one
-     1138-1317   `Request`  what a client asks for
-     1368-1436   `Carrier`  what brings the answer back
-     1512-1698   `_RawWriter`  the answer
-     1803-1897   `Context`  what a handler gets beside it
-     2152-2167   `Router._find`  from a path to a handler
-     2373-2407   `_App.dispatch`  one request from end to end
-     2759-2879   `_Reader`  bytes to requests
-     3213-3466   `Connection`  one connection, many requests
-     3895-3913   `Server.start`  listening
-     4021-4029   `Server.stop`  ending without losing a request
-     5460-5571   `_EventWriter`  events
-     5660-5729   `_Scope`  how a disconnect reaches a handler
-     5756-5828   `Alive`  staying with a client
-     6002-6109   `Relay`  from one handler to another
+     1065-1244   `Request`  what a client asks for
+     1295-1363   `Carrier`  what brings the answer back
+     1439-1625   `_RawWriter`  the answer
+     1730-1824   `Context`  what a handler gets beside it
+     2079-2094   `Router._find`  from a path to a handler
+     2254-2288   `_App.dispatch`  one request from end to end
+     2713-2833   `_Reader`  bytes to requests
+     3167-3420   `Connection`  one connection, many requests
+     3849-3867   `Server.start`  listening
+     3975-3983   `Server.stop`  ending without losing a request
+     5414-5525   `_EventWriter`  events
+     5614-5683   `_Scope`  how a disconnect reaches a handler
+     5710-5782   `Alive`  staying with a client
+     5956-6063   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -1038,79 +1038,6 @@ def _unquote(text: str) -> str:
 # awaits nothing else runs on the loop, so no locks are needed there.
 
 
-class Body:
-    """The body of one request, on its way from the carrier that receives it to the handler.
-
-    The carrier calls `feed` and `end`, or `fail`; the handler's side calls `read`, and `discard`
-    when it is done. The carrier stops reading from the network while `buffered` is large, and goes
-    on when the body calls `want_more`. So a client that sends faster than the handler reads has to
-    wait, and fills no memory: that is called *backpressure*.
-    """
-
-    __slots__ = ("_chunks", "_error", "_waiter", "buffered", "discarding", "ended", "want_more")
-
-    def __init__(self, want_more: Callable[[], None] = lambda: None) -> None:
-        self.want_more = want_more
-        self.buffered = 0  # bytes that nobody has read yet
-        self.discarding = False  # nobody will read any more
-        self.ended = False
-        self._chunks: list[bytes] = []
-        self._error: Exception | None = None
-        self._waiter: asyncio.Future[None] | None = None  # what `read` waits for
-
-    def feed(self, chunk: bytes) -> None:
-        """The next bytes have come."""
-        if not self.discarding:
-            self._chunks.append(chunk)
-            self.buffered += len(chunk)
-            self._wake()
-
-    def end(self) -> None:
-        """All of it has come."""
-        self.ended = True
-        self._wake()
-
-    def fail(self, error: Exception) -> None:
-        """The rest will not come: `read` raises this error after what has come."""
-        self._error = self._error or error
-        self._wake()
-
-    async def read(self) -> bytes:
-        """Wait for bytes, and give all that have come since the last call; at the end, b""."""
-        while not self._chunks:
-            if self._error:
-                raise self._error
-            if self.ended:
-                return b""
-            self._waiter = asyncio.get_running_loop().create_future()
-            self.want_more()
-            await self._waiter
-        data = b"".join(self._chunks)
-        self._chunks.clear()
-        self.buffered = 0
-        return data
-
-    def put_back(self, data: bytes) -> None:
-        """The next `read` gives these bytes once more, before all that come."""
-        self._chunks.insert(0, data)
-        self.buffered += len(data)
-
-    def discard(self) -> None:
-        """Nobody will read the rest: it is forgotten as it comes. Who still reads gets an error."""
-        self.discarding = True
-        if self._chunks or not self.ended:
-            self.fail(StarioError("the body was read after its handler: await it before it ends"))
-        self._chunks.clear()
-        self.buffered = 0
-        if not self.ended:
-            self.want_more()
-
-    def _wake(self) -> None:
-        waiter, self._waiter = self._waiter, None
-        if waiter and not waiter.done():
-            waiter.set_result(None)
-
-
 class RequestLine:
     """The first line of a request, taken apart (RFC 9112, section 3).
 
@@ -1149,7 +1076,7 @@ class Request:
     def __init__(
         self, line: RequestLine, headers: Headers, body: Body | bytes, carrier: Carrier
     ) -> None:
-        """From what a carrier has read. `body` is bytes where all of it has come already."""
+        """From what a carrier has read. Of a body of which more is to come it makes a Body (9)."""
         self.method = line.method
         self.raw_path = line.raw_path
         self.path = line.path
@@ -1244,7 +1171,7 @@ class Request:
     _form_reader: _MultipartReader | None = None  # of a cancelled read, which goes on with it
 
     async def stream(self) -> AsyncIterator[bytes]:
-        """The body in chunks as they come, with backpressure (see `Body`).
+        """The body in chunks as they come. A client that sends faster than they are taken waits.
 
         Raises HttpException: 413 beyond `max_body` bytes, 408 if the client stalls, 400 if what it
         sends is malformed; ClientDisconnected if it goes; StarioError the second time.
@@ -2208,7 +2135,7 @@ async def _handle_error(
         if kind in handlers and not (foreseen and kind is Exception):
             # A silent app logs only what a handler for all of `Exception` gets.
             if kind is Exception or not c.app._silent:
-                _note(c, exc, is_handled=True)
+                _note(c, exc, is_handled=True)  # part 20
             w._forget_answer()
             answer = handlers[kind](c, w, exc)
             if answer is not None:
@@ -2231,14 +2158,6 @@ def _is_stopped(carrier: Carrier, exc: BaseException) -> bool:
     task = asyncio.current_task()
     cancelled = isinstance(exc, asyncio.CancelledError) and task is not None and task.cancelling()
     return carrier.shutting_down and bool(cancelled or isinstance(exc, KeyboardInterrupt))
-
-
-# What handlers have raised. The test client (part 11) sets a list, and raises what it finds there.
-_failures: contextvars.ContextVar[list[BaseException] | None]
-_failures = contextvars.ContextVar("stario_failures", default=None)
-
-
-# -- What a handler raises
 
 
 async def _fail(c: Context, w: Writer, exc: BaseException) -> None:
@@ -2279,44 +2198,6 @@ def _answer_error(c: Context, w: Writer, exc: BaseException) -> None:
     except Exception as wrong:  # a status, or an address, that no answer can have
         _report(c, wrong)
         w.text(_phrase(500), 500)
-
-
-def _note(c: Context, exc: BaseException, is_handled: bool = False) -> None:
-    """Record an exception: as an error, or, if it is no fault of the program's, as an event."""
-    if isinstance(exc, ClientDisconnected):
-        c("client.disconnected")
-    elif isinstance(exc, HttpException):
-        c("http.exception", {"http.response.status_code": exc.status_code, "detail": exc.detail})
-    else:
-        _report(c, exc, is_handled)
-
-
-def _report(c: Context, exc: BaseException, is_handled: bool = False) -> None:
-    """Tell the developer of a fault: in the span, or, if the app is silent, in asyncio's log.
-
-    In a test, it is raised there instead of logged, unless an `on_error` handler answers for it.
-    """
-    in_test = _failures.get()
-    if in_test is not None and not is_handled:
-        in_test.append(exc)
-    _add_hint(exc)  # part 30
-    if not c.app._silent:
-        c.span.fail(exc)
-    elif in_test is None:
-        _log(f"unhandled exception in {c.req.method} {c.req.path}", exc)
-
-
-def _log(text: str, exc: BaseException) -> None:
-    """Log as asyncio does. Text of a client's never begins a line, so it cannot forge an entry."""
-    loop, text = asyncio.get_running_loop(), _printable(text)
-    if loop.get_exception_handler():
-        loop.call_exception_handler({"message": text, "exception": exc})
-        return
-    logger = logging.getLogger("asyncio")
-    info = (type(exc), exc, exc.__traceback__)
-    record = logger.makeRecord(logger.name, logging.ERROR, "", 0, text, (), info)
-    record.exc_text = "\n    ".join(map(_printable, _stack_of(exc).split("\n")))
-    logger.handle(record)
 
 
 def _complete(c: Context, w: Writer) -> None:
@@ -2656,6 +2537,79 @@ def _normalised(
     headers = Headers({**headers._fields, "host": [found[1]]})
     target = (found[2] or "/") + (found[3] or "")
     return RequestLine(line.method, target, line.http_1_0), headers
+
+
+class Body:
+    """The body of one request, on its way from the carrier that receives it to the handler.
+
+    The carrier calls `feed` and `end`, or `fail`; the handler's side calls `read`, and `discard`
+    when it is done. The carrier stops reading from the network while `buffered` is large, and goes
+    on when the body calls `want_more`. So a client that sends faster than the handler reads has to
+    wait, and fills no memory: that is called *backpressure*.
+    """
+
+    __slots__ = ("_chunks", "_error", "_waiter", "buffered", "discarding", "ended", "want_more")
+
+    def __init__(self, want_more: Callable[[], None] = lambda: None) -> None:
+        self.want_more = want_more
+        self.buffered = 0  # bytes that nobody has read yet
+        self.discarding = False  # nobody will read any more
+        self.ended = False
+        self._chunks: list[bytes] = []
+        self._error: Exception | None = None
+        self._waiter: asyncio.Future[None] | None = None  # what `read` waits for
+
+    def feed(self, chunk: bytes) -> None:
+        """The next bytes have come."""
+        if not self.discarding:
+            self._chunks.append(chunk)
+            self.buffered += len(chunk)
+            self._wake()
+
+    def end(self) -> None:
+        """All of it has come."""
+        self.ended = True
+        self._wake()
+
+    def fail(self, error: Exception) -> None:
+        """The rest will not come: `read` raises this error after what has come."""
+        self._error = self._error or error
+        self._wake()
+
+    async def read(self) -> bytes:
+        """Wait for bytes, and give all that have come since the last call; at the end, b""."""
+        while not self._chunks:
+            if self._error:
+                raise self._error
+            if self.ended:
+                return b""
+            self._waiter = asyncio.get_running_loop().create_future()
+            self.want_more()
+            await self._waiter
+        data = b"".join(self._chunks)
+        self._chunks.clear()
+        self.buffered = 0
+        return data
+
+    def put_back(self, data: bytes) -> None:
+        """The next `read` gives these bytes once more, before all that come."""
+        self._chunks.insert(0, data)
+        self.buffered += len(data)
+
+    def discard(self) -> None:
+        """Nobody will read the rest: it is forgotten as it comes. Who still reads gets an error."""
+        self.discarding = True
+        if self._chunks or not self.ended:
+            self.fail(StarioError("the body was read after its handler: await it before it ends"))
+        self._chunks.clear()
+        self.buffered = 0
+        if not self.ended:
+            self.want_more()
+
+    def _wake(self) -> None:
+        waiter, self._waiter = self._waiter, None
+        if waiter and not waiter.done():
+            waiter.set_result(None)
 
 
 class _Sized:
@@ -8252,6 +8206,62 @@ class _LogToSpan(logging.Handler):
         return True
 
 
+# -- What a handler has raised
+
+# What handlers have raised. The test client (part 11) sets a list, and raises what it finds there.
+_failures: contextvars.ContextVar[list[BaseException] | None]
+_failures = contextvars.ContextVar("stario_failures", default=None)
+
+_HINTS = (  # what Python says where an `await` is missing or too much, and what to write instead
+    (r"NoneType.* can't be (used in 'await'|awaited)",
+     "the methods of a Writer are not awaited: w.html(...); nor are c(...) and publish(...)"),
+    (r"\bcoroutine\b", "`await` is missing: await c.signals(), await c.req.json()"),
+    (r"\b(Alive|Subscription|async_generator)\b",
+     "loop over it, `async for item in w.alive(source):`, or write `async with w.alive():`"),
+    (r"_GeneratorContextManager.* asynchronous", "a step is no async one: `with c.step(...):`"),
+)  # fmt: skip
+
+
+def _note(c: Context, exc: BaseException, is_handled: bool = False) -> None:
+    """Record an exception: as an error, or, if it is no fault of the program's, as an event."""
+    if isinstance(exc, ClientDisconnected):
+        c("client.disconnected")
+    elif isinstance(exc, HttpException):
+        c("http.exception", {"http.response.status_code": exc.status_code, "detail": exc.detail})
+    else:
+        _report(c, exc, is_handled)
+
+
+def _report(c: Context, exc: BaseException, is_handled: bool = False) -> None:
+    """Tell the developer of a fault: in the span, or, if the app is silent, in asyncio's log.
+
+    In a test, it is raised there instead of logged, unless an `on_error` handler answers for it.
+    """
+    in_test = _failures.get()
+    if in_test is not None and not is_handled:
+        in_test.append(exc)
+    for sign, hint in _HINTS:
+        if isinstance(exc, (TypeError, AttributeError)) and re.search(sign, _safe_text(exc)):
+            exc.add_note(f"stario: {hint}")
+    if not c.app._silent:
+        c.span.fail(exc)
+    elif in_test is None:
+        _log(f"unhandled exception in {c.req.method} {c.req.path}", exc)
+
+
+def _log(text: str, exc: BaseException) -> None:
+    """Log as asyncio does. Text of a client's never begins a line, so it cannot forge an entry."""
+    loop, text = asyncio.get_running_loop(), _printable(text)
+    if loop.get_exception_handler():
+        loop.call_exception_handler({"message": text, "exception": exc})
+        return
+    logger = logging.getLogger("asyncio")
+    info = (type(exc), exc, exc.__traceback__)
+    record = logger.makeRecord(logger.name, logging.ERROR, "", 0, text, (), info)
+    record.exc_text = "\n    ".join(map(_printable, _stack_of(exc).split("\n")))
+    logger.handle(record)
+
+
 # -- Tracers that write to a stream (a file, a terminal). Any thread appends to one list; in Python
 # that is a single step, so it needs no lock. A thread of the tracer's takes the list ten times a
 # second, and writes all of it at once. The list has texts, and functions that this thread is to
@@ -10243,24 +10253,6 @@ def _check_order(wanted: str, first: object, second: object, kind: type = object
     """Raise StarioError unless the first is text and the second of that kind: `wanted` is shown."""
     if not (isinstance(first, str) and isinstance(second, kind)):
         raise StarioError(f"write {wanted}, not with {first!r} and {second!r}")
-
-
-_HINTS = (  # what Python says where an `await` is missing or too much, and what to write instead
-    (r"NoneType.* can't be (used in 'await'|awaited)",
-     "the methods of a Writer are not awaited: w.html(...); nor are c(...) and publish(...)"),
-    (r"\bcoroutine\b", "`await` is missing: await c.signals(), await c.req.json()"),
-    (r"\b(Alive|Subscription|async_generator)\b",
-     "loop over it, `async for item in w.alive(source):`, or write `async with w.alive():`"),
-    (r"_GeneratorContextManager.* asynchronous", "a step is no async one: `with c.step(...):`"),
-)  # fmt: skip
-
-
-def _add_hint(exc: BaseException) -> None:
-    """Add to what Python says where an `await` is missing or too much: what to write instead."""
-    if isinstance(exc, (TypeError, AttributeError)):
-        for sign, hint in _HINTS:
-            if re.search(sign, _safe_text(exc)):
-                exc.add_note(f"stario: {hint}")
 
 
 # -- Addresses
