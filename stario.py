@@ -90,8 +90,8 @@ brackets can be left out of your copy: `python stario.py --without assets,client
       10340  31. Cookies, and requests from other sites
     10456  ACT 5. The pocket client
       10499  32. The pocket client (JavaScript) [client]
-      11851  33. This file as a page [read]
-      12069  34. An app to begin with
+      11880  33. This file as a page [read]
+      12098  34. An app to begin with
 
 READING PATH
 
@@ -10650,7 +10650,7 @@ function runDue() {
 // one cell: it is read and told as a whole, and its entries may be null; elsewhere null means that
 // the signal is gone (JSON Merge Patch, RFC 7386).
 
-const branches = new WeakMap();  // branch -> { keys: its path, names: a cell, proxy }
+const branches = new WeakMap();  // branch -> { keys: its path, names: a cell, erased, proxy }
 const everything = new Cell();   // read by data-json-signals, changed by every write
 let changes = [];                // [keys, value] of this batch, for datastar-signal-patch
 
@@ -10671,7 +10671,8 @@ function plain(value) {
 
 function newBranch(keys) {
   const branch = Object.create(null);
-  branches.set(branch, { keys, names: new Cell(), proxy: new Proxy(branch, handler) });
+  const proxy = new Proxy(branch, handler);
+  branches.set(branch, { keys, names: new Cell(), erased: new Set(), proxy });
   return branch;
 }
 
@@ -10683,6 +10684,8 @@ const handler = {
     if (typeof key === 'symbol') return undefined;
     if (!(key in branch)) {
       if (BY_LANGUAGE.test(key)) return Object.prototype[key];
+      const { erased, names } = branches.get(branch);
+      if (erased.has(key)) return (read(names), '');
       batch(() => write(branch, key, ''));         // a signal that nobody declared is empty text
     }
     const cell = branch[key] ?? new Cell();
@@ -10746,7 +10749,9 @@ function write(branch, key, value) {
 }
 
 function assign(branch, key, value) {
-  if (!(key in branch)) wake(branches.get(branch).names);
+  const { erased, names } = branches.get(branch);
+  if (!(key in branch)) wake(names);
+  erased.delete(key);
   branch[key] ??= new Cell();
   branch[key].value = value;
   changed(branch, key);
@@ -10764,7 +10769,8 @@ function changed(branch, key) {
 function erase(branch, key) {
   const cell = branch[key];
   if (!cell) return;
-  const { keys, names } = branches.get(branch);
+  const { keys, names, erased } = branches.get(branch);
+  if (cell.readers.size) erased.add(key);          // they are not to make it again
   const gone = leaves(cell, [...keys, key]).map(([path]) => [path, null]);
   changes = changes.concat([[[...keys, key], null]], gone);
   delete branch[key];
@@ -11018,7 +11024,8 @@ const plugins = {
     });
   },
   attr: (about) => keepEach(about, (name, value) => {
-    const text = value === true ? '' : Object(value) === value ? JSON.stringify(value) : `${value}`;
+    const json = Object(value) === value && JSON.stringify(value);   // none of a function
+    const text = value === true ? '' : json || String(value);
     if (value === false || (value ?? null) === null) removeAttribute(about.el, name);
     else if (getAttribute(about.el, name) !== text) setAttribute(about.el, name, text);
     return name;
@@ -11157,18 +11164,21 @@ function paced(job, tags, leading, trailing, anew) {
 // it is never written back (an emptied number field stays empty, "1." stays "1.").
 
 const isNumeric = (el) => /^(?:number|range)$/.test(el.type);
+const isBox = (el) => /^(?:checkbox|radio)$/.test(el.type);
 
-// A box stands for its value in a text or a list. Without one, or for a flag, it is true or false.
-const isFlag = (el, value) => typeof value === 'boolean'
-  || (typeof value !== 'string' && !hasAttribute(el, 'value'));
+// An option that a list has chosen -> the list's entry, which may be a number.
+const entries = new WeakMap();
 
 // What no field of HTML's own holds is in a property (`prop`), or else in an attribute.
 function take(el, prop, old) {
   if (prop) return prop in el ? el[prop] : getAttribute(el, prop);
-  if (el.type === 'checkbox') return isFlag(el, old) ? el.checked : el.checked ? el.value : '';
+  if (el.type === 'checkbox') {      // its value is "on" if the page gives it none
+    const isFlag = typeof old === 'boolean' || (el.value === 'on' && typeof old !== 'string');
+    return isFlag ? el.checked : el.checked ? el.value : '';
+  }
   if (el.type === 'select-multiple') {
-    return Array.from(el.selectedOptions, ({ value }) =>
-      [old ?? []].flat().find((each) => String(each) === value) ?? value);
+    return Array.from(el.selectedOptions, (option) =>
+      String(entries.get(option)) === option.value ? entries.get(option) : option.value);
   }
   if (typeof old === 'boolean') return el.value === 'true';
   const isNumber = typeof old === 'number' || (isNumeric(el) && typeof old !== 'string');
@@ -11179,11 +11189,14 @@ function give(el, prop, value) {
   const text = String(value ?? '');
   if (prop && prop in el) el[prop] = value;
   else if (prop) setAttribute(el, prop, text);
-  else if (el.type === 'checkbox' && isFlag(el, value)) el.checked = Boolean(value);
-  else if (/^(?:checkbox|radio)$/.test(el.type)) el.checked = el.value === text;
+  else if (el.type === 'checkbox' && typeof value !== 'string') el.checked = Boolean(value);
+  else if (isBox(el)) el.checked = el.value === text;
   else if (el.type === 'select-multiple') {
-    const chosen = new Set([value ?? []].flat().map(String));
-    for (const option of el.options) option.selected = chosen.has(option.value);
+    const chosen = new Map([value ?? []].flat().map((entry) => [String(entry), entry]));
+    for (const option of el.options) {
+      option.selected = chosen.has(option.value);
+      if (option.selected) entries.set(option, chosen.get(option.value));
+    }
   } else if (el.value !== text) el.value = text;
 }
 
@@ -11243,7 +11256,10 @@ function bind(about) {
   ends.add(() => group.binds.delete(self) && !group.binds.size && groups.delete(path));
   if (el.type === 'radio' && !el.name) setAttribute(el, 'name', path);
   if (find(place()) === undefined && !isUnchosen()) save();
-  for (const name of mods.get('event') ?? ['input', 'change']) about.listen(el, name, save);
+  const isChoice = isBox(el) || /^select-/.test(el.type);
+  for (const name of mods.get('event') ?? ['change', ...isChoice ? [] : ['input']]) {
+    about.listen(el, name, save);
+  }
   about.listen(el, 'blur', () => waiting && show(true));
   about.effect(() => show());
   owner.bind = self;
@@ -11316,14 +11332,17 @@ function follow(el) {
   owners.set(el, owner);
   const isIgnored = closest(el, '[data-ignore]') || hasAttribute(el, 'data-ignore__self');
   for (const [name, about] of owner.attributes) {
-    if (!isIgnored && getAttribute(el, name) === about.value) continue;
-    owner.attributes.delete(name);
-    about.end();
+    if (isIgnored || getAttribute(el, name) !== about.value) quit(owner, name);
   }
   for (const [n, name] of isIgnored ? [] : names.entries()) {
     if (!owner.attributes.has(name)) start(owner, name, getAttribute(el, name));
     owner.attributes.get(name).order = owner.order + n / 1000;
   }
+}
+
+function quit(owner, name) {
+  owner.attributes.get(name)?.end();
+  owner.attributes.delete(name);
 }
 
 function leave(el) {
@@ -11390,9 +11409,11 @@ const actions = {
 for (const method of ['GET', 'POST', 'PUT', 'PATCH', 'DELETE', 'QUERY']) {
   actions[method.toLowerCase()] = (about, evt, args) => {
     const given = args();
-    const [, options = {}] = given;
-    const form = options.contentType === 'form' && formOf(about.el, evt, options.selector);
-    if (form !== null) request({ method, about, args, given, form, tries: 0, lastId: '' });
+    const [url, { contentType, selector } = {}] = given;
+    if (!url) throw new Error('there is no URL');
+    const form = contentType === 'form' && formOf(about.el, evt, selector);
+    if (form === null) return Promise.resolve();           // a field is not valid
+    return request({ method, about, args, given, form, tries: 0, lastId: '' });
   };
 }
 
@@ -11426,7 +11447,7 @@ async function request(call) {
   }
   about.ends.delete(ends);
   if (underWay.get(slot) === own) underWay.delete(slot);
-  inTurn('finished', () => {         // after the patches that it brought
+  await inTurn('finished', () => {   // after the patches that it brought
     about.owner.requests--;
     call.emit('finished');
   });
@@ -11443,6 +11464,7 @@ async function attempts(call, { openWhenHidden = call.method !== 'GET', retry = 
   const isHidden = () => document.hidden && !openWhenHidden;
   do {
     const hidden = new AbortController();
+    let broken = null;
     const hide = () => isHidden() && hidden.abort();
     addEventListener(document, 'visibilitychange', hide);
     try {
@@ -11450,6 +11472,7 @@ async function attempts(call, { openWhenHidden = call.method !== 'GET', retry = 
       if (!await attempt(call, signal, retry, retryInterval)) return;
     } catch (error) {
       if (cancelled.aborted || (retry === 'never' && !hidden.signal.aborted)) throw error;
+      broken = error;
     } finally {
       removeEventListener(document, 'visibilitychange', hide);
     }
@@ -11459,7 +11482,7 @@ async function attempts(call, { openWhenHidden = call.method !== 'GET', retry = 
       // A little chance in each wait: after a restart not all clients come at the same moment.
       const longest = (call.interval ?? retryInterval) * retryScaler ** (call.tries - 1);
       const wait = Math.min(longest, retryMaxWait) * (1 - Math.random() / 4);
-      call.emit('retrying', { message: `once more in ${Math.round(wait)} ms` });
+      if (broken) call.emit('retrying', { message: broken.message });
       await until((done) => setTimeout(done, wait));
     }
     while (isHidden() && !cancelled.aborted) await until(shown);
@@ -11506,18 +11529,22 @@ function sentWith(call) {
   return { url: target, method, headers };
 }
 
-// The form that is to be sent, as a browser sends it: with the button, if it is one of the form's.
+const BUTTONS = 'button,input[type=submit],input[type=image]';
+
+// The form that is to be sent, with the button that was pressed, if it is one of the form's.
 function formOf(el, evt, selector) {
   const own = localName(el) !== 'form' && el.form;           // as form="edit" says
   const form = selector ? doc.querySelector(document, selector) : own || closest(el, 'form');
   if (!(form instanceof HTMLFormElement)) throw new Error('there is no form to send');
-  const isButton = /^(?:button|input)$/.test(localName(el)) && /^(?:submit|image)$/.test(el.type);
-  const button = [evt?.submitter, isButton ? el : null].find((each) => each?.form === form) ?? null;
-  if (isButton || evt?.type === 'submit') evt?.preventDefault();   // or a page is loaded as well
+  const button = [evt?.submitter, el].find((each) =>
+    each?.form === form && closest(each, BUTTONS) === each);
+  const pressed = isElement(evt?.target) && closest(evt.target, BUTTONS);
+  if (pressed || evt?.type === 'submit') evt.preventDefault();     // or a page is loaded as well
   const { reportValidity, noValidate, enctype } = through(HTMLFormElement);
   if (!noValidate(form) && !button?.formNoValidate && !reportValidity(form)) return null;
   return () => {
-    const fields = new FormData(form, button?.form === form ? button : null);
+    const fields = new FormData(form);
+    if (button?.name) fields.append(button.name, button.value);
     return enctype(form) === 'multipart/form-data' ? fields : new URLSearchParams(fields);
   };
 }
@@ -11579,6 +11606,7 @@ function inTurn(what, job, { useViewTransition, viewTransitionSelector: part } =
   applied = applied
     .then(() => asked ? transition(() => batch(job), part) : batch(job))
     .catch((error) => report(what, error));
+  return applied;
 }
 
 // In the whole page, or in a part of it where the browser knows how to.
@@ -11641,6 +11669,8 @@ const MODES = /^(?:outer|inner|replace|prepend|append|before|after|remove)$/;
 
 function patchOne(mode, target, nodes) {
   const parent = parentNode(target);
+  const isIgnored = isElement(parent) && closest(parent, '[data-ignore-morph]');
+  if (isIgnored && /^(?:outer|inner)$/.test(mode)) return;
   const scripts = nodes.flatMap(family).filter((el) => localName(el) === 'script');
   const add = (where, before) => nodes.forEach((node) => insertBefore(where, node, before));
   if (mode === 'outer') morph(parent, [target], nodes);
@@ -11651,12 +11681,10 @@ function patchOne(mode, target, nodes) {
   else if (mode !== 'remove') add(parent, target);
   if (mode === 'replace' || mode === 'remove') removeChild(parent, target);
   for (const script of scripts) if (isConnected(script)) enliven(script);
-  // Bindings are told directly: the events `input` and `change` are a person's. A binding that
-  // the same patch brought has looked at its field by then.
-  const before = [...told].map((el) => [el, owners.get(el)?.bind]);
+  // Bindings are told directly: the events `input` and `change` are a person's.
   settle();
+  for (const el of told) owners.get(el)?.bind?.save();
   told.clear();
-  for (const [el, bind] of before) if (owners.get(el)?.bind === bind) bind?.save();
 }
 
 // A script that was parsed never runs; one that is made by hand does, when it enters the page.
@@ -11679,7 +11707,6 @@ const copyAttribute = (from, to, name) =>
 // node of its kind. Then all children are put into their places, and only after that the morph
 // goes into each. What found no use goes at the very end: until then it may be wanted elsewhere.
 function morph(parent, old, nodes) {
-  if (parent !== document && closest(parent, '[data-ignore-morph]')) return;
   const focused = doc.activeElement(document);
   const { selectionStart, selectionEnd, selectionDirection } = focused ?? {};
   const plan = planOf(parent, old, nodes);
@@ -11799,6 +11826,8 @@ function morphAttributes(old, fresh) {
   const differs = (name) => getAttribute(old, name) !== getAttribute(fresh, name);
   const fields = { input: ['value', 'checked'], option: ['selected'] }[localName(old)] ?? [];
   const changed = fields.filter((name) => differs(name) && !preserved.includes(name));
+  // What an attribute has shown here is taken back before the new view is put there.
+  if (owners.has(old)) for (const name of oursOf(old).filter(differs)) quit(owners.get(old), name);
   // Ours are handled in the order in which they stand. Where it is another one, all are set anew.
   if (oursOf(fresh).join() !== oursOf(old).join()) {
     for (const name of oursOf(old)) removeAttribute(old, name);

@@ -12034,13 +12034,14 @@ class ClientPromises(_Case):
         self.show(
             """<div data-signals="{on: true, t: 'a &quot;b&quot;'}"></div>
             <p id="p" title="old" data-attr="{title: $on &amp;&amp; $t, 'aria-busy': String($on),
-              hidden: $on, 'data-n': 0}"></p>
+              hidden: $on, 'data-n': 0, 'data-f': () => 1}"></p>
             <button id="b" data-attr:disabled="!$on" data-attr:aria-label="$t"
               data-on:click="$on = false"></button>"""
         )
         both = "['title', 'aria-busy', 'hidden', 'data-n'].map((n) => byId('p').getAttribute(n))"
         self.see(both, ['a "b"', "true", "", "0"])
         self.now("[byId('b').disabled, byId('b').ariaLabel]", [False, 'a "b"'])
+        self.now("byId('p').getAttribute('data-f')", "() => 1")
         self.do("byId('b').click()")
         self.see(both, [None, "false", None, "0"])
         self.now("byId('b').disabled", True)
@@ -12184,16 +12185,23 @@ class ClientPromises(_Case):
             <input id="c" type="checkbox" data-bind="on">
             <input id="d" type="checkbox" data-bind="word" value="yes">
             <input id="e" type="checkbox" data-bind="flag" value="yes">
-            <input id="f" type="checkbox" data-bind="valued" value="v" checked>"""
+            <input id="f" type="checkbox" data-bind="valued" value="v" checked>
+            <input id="g" type="checkbox" data-bind="given.on" value="on">
+            <i data-signals="{many: 2}"></i>
+            <input id="h" type="checkbox" data-bind="many" value="5">"""
         )
         self.see(
             "own()",
-            {"plain": False, "checked": True, "on": True, "word": "", "flag": False, "valued": "v"},
-        )
+            {
+                "plain": False, "checked": True, "on": True, "word": "", "flag": False,
+                "valued": "v", "given": {"on": False}, "many": 2,
+            },
+        )  # fmt: skip
         self.now(
-            "[...'abcdef'].map((id) => byId(id).checked)", [False, True, True, False, False, True]
+            "[...'abcdefgh'].map((id) => byId(id).checked)",
+            [False, True, True, False, False, True, False, True],
         )
-        self.do("[...'abcdef'].forEach((id) => byId(id).click())")
+        self.do("[...'abcdefgh'].forEach((id) => byId(id).click())")
         self.see(
             "own()",
             {
@@ -12203,6 +12211,8 @@ class ClientPromises(_Case):
                 "word": "yes",
                 "flag": True,
                 "valued": "",
+                "given": {"on": True},
+                "many": "",
             },
         )
 
@@ -12249,6 +12259,17 @@ class ClientPromises(_Case):
         self.do("byId('many').dispatchEvent(new Event('change'))")
         self.see("own()", {"n": 2, "one": "1", "many": ["x", "y"], "given": ["x"]})
         self.now("[...byId('given').selectedOptions].map((o) => o.value)", ["x"])
+
+    def test_a_choice_is_one_change_and_numbers_stay_numbers(self) -> None:
+        self.show(
+            """<i data-signals="{n: [1, 3]}"></i><select id="s" data-bind="n" multiple>
+            <option value="1">one<option value="3">three</select>
+            <b id="b" data-on:click="$n = [1]"></b>"""
+        )
+        self.do("byId('b').click(), patches.length = 0")
+        self.page.select_option("#s", ["1", "3"])
+        self.see("own()", {"n": [1, 3]})
+        self.now("patches", [{"n": [1, 3]}])
 
     # -- attributes that do something
 
@@ -12483,7 +12504,7 @@ class ClientPromises(_Case):
             """<form id="form" data-on:submit="@post('/submit', {contentType: 'form'})">
               <input name="a" value="1"><input name="a" value="2 &amp; 3">
               <button id="send" name="go" value="now"></button>
-              <button id="b" type="button"
+              <button id="b" type="button" name="own" value="x"
                 data-on:click="@put('/inside', {contentType: 'form'})"></button>
             </form>
             <p id="out" data-on:click="@get('/out?x=1',
@@ -12501,7 +12522,8 @@ class ClientPromises(_Case):
             asked.headers["content-type"].startswith("application/x-www-form-urlencoded")
         )
         self.do("byId('b').click()")
-        self.assertEqual(parse_qs(self.stage.requests("/inside")[0].body), {"a": ["1", "2 & 3"]})
+        asked = self.stage.requests("/inside")[0]
+        self.assertEqual(parse_qs(asked.body), {"a": ["1", "2 & 3"], "own": ["x"]})
         self.do("byId('out').click()")
         self.assertEqual(self.stage.requests("/out")[0].query["x"], "1")
         self.do("byId('parts').click()")
@@ -12513,6 +12535,28 @@ class ClientPromises(_Case):
         self.stage.requests("/out", 2)
         self.assertNotIn("/not", [asked.path for asked in self.stage.asked])
         self.now("location.pathname", "/page0")
+
+    def test_an_action_gives_a_promise_of_its_end(self) -> None:
+        self.answers("/s", patch_elements("<p id='p'>new</p>"))
+        self.show(
+            """<p id="p">old</p><b id="b"
+              data-on:click="@get('/s').then(() => made.push(byId('p').textContent))"></b>"""
+        )
+        self.do("byId('b').click()")
+        self.see("made", ["new"])
+
+    def test_a_deleted_signal_is_not_made_again_by_who_shows_it(self) -> None:
+        self.answers("/s", patch_signals({"user": {"mail": None}, "cart": None}))
+        self.show(
+            """<i data-signals="{user: {name: 'Ann', mail: 'a@x'}, cart: 2}"></i>
+            <p data-text="$user.mail + $cart"></p><p data-show="$cart > 1"></p>
+            <input data-bind="cart"><b id="b" data-on:click="@get('/s')"></b>
+            <b id="c" data-on:click="@post('/ask')"></b>"""
+        )
+        self.do("byId('b').click()")
+        self.see("own()", {"user": {"name": "Ann"}})
+        self.do("byId('c').click()")
+        self.assertEqual(self.stage.requests("/ask")[0].signals, {"user": {"name": "Ann"}})
 
     def test_peek_set_all_and_toggle_all(self) -> None:
         self.show(
@@ -12849,6 +12893,10 @@ class ClientPromises(_Case):
             [True, "own", "n"],
         )
         self.now("byId('lost').open", False)
+        # A patch that names the element itself, and goes into it, is meant.
+        self.answers("/s", patch_elements("<i>in</i>", "selector #p", "mode inner"))
+        self.do("byId('b').click()")
+        self.see("byId('p').innerHTML", "<i>in</i>")
 
     def test_what_attributes_had_set_stands_after_a_morph(self) -> None:
         markup = """<div id="d" title="{0}"><p id="t" data-text="$t">{0}</p>
@@ -12957,6 +13005,7 @@ class ClientPromises(_Case):
         wanted = wanted if self.retries_send_todays_signals else [first] * 3
         self.assertEqual([asked.signals for asked in three], wanted)
         self.assertEqual(len(self.stage.requests("/end")), 1)
+        self.now("fetches.includes('retrying')", False)
 
     def test_a_broken_connection_is_retried(self) -> None:
         self.expected_problems += ["Failed to load resource", "network error", "failed to reach"]
@@ -13087,6 +13136,35 @@ class TestPocketClient(ClientPromises, unittest.TestCase):
         self.do("byId('c').click(), byId('d').click()")
         self.see("byId('p').textContent", "5")
         self.assertTrue(any("data-text" in problem for problem in self.problems))
+
+    def test_a_request_without_an_address_is_an_error(self) -> None:
+        self.expected_problems += ["pocket client: data-on:click=\"@post('')\": Error"]
+        self.show("<b id='b' data-on:click=\"@post('')\"></b>")
+        self.do("byId('b').click()")
+        self.see("fetches", [])
+        self.assertEqual(len(self.problems), 1)
+
+    def test_a_click_inside_a_button_loads_no_page(self) -> None:
+        self.show(
+            """<form action="/gone"><input name="a" value="1"><button><b id="b"
+              data-on:click="@post('/s', {contentType: 'form'})">x</b></button></form>"""
+        )
+        self.do("document.onsubmit = () => note('submit'); null")
+        self.do("byId('b').click()")
+        self.now("count", {})
+        self.assertEqual(self.stage.requests("/s")[0].body, "a=1")
+
+    def test_what_an_attribute_showed_gives_way_to_the_server(self) -> None:
+        fixed = "<p id='p' style='color: blue' class='on {0}' title='{0}'>{0}</p>"
+        self.answers("/s", patch_elements(fixed.format("own")), patch_elements(fixed.format("two")))
+        self.show(
+            """<p id="p" data-attr:title="$on" data-class:on="$on" data-style:color="'red'"></p>
+            <i data-signals="{on: true}"></i><b id="b" data-on:click="@get('/s')"></b>"""
+        )
+        for wanted in ("own", "two"):
+            self.do("byId('b').click()")
+            self.see("byId('p').textContent", wanted)
+            self.now("byId('p').outerHTML.replaceAll('\"', \"'\")", fixed.format(wanted))
 
     def test_arguments_that_throw_are_named(self) -> None:
         self.expected_problems += ['pocket client: data-on:click="@get($a.x.y)": TypeError']
@@ -13277,7 +13355,7 @@ class TestPocketClient(ClientPromises, unittest.TestCase):
         options = "{retry: 'error', retryInterval: 20, headers: {try: $n}, payload: {n: $n}}"
         self.show(
             f"""<b id="b" data-signals="{{n: 0}}" data-on:click="@post(`/n${{$n}}`, {options}); 5"
-            data-on:datastar-fetch="evt.detail.type === 'retrying' && $n++"></b>"""
+            data-on:datastar-fetch="evt.detail.type === 'error' && $n++"></b>"""
         )
         self.do("byId('b').click()")
         self.see("own().done", True)
