@@ -46,7 +46,7 @@ text and an empty line:
     data: elements <h1 id="title">Hello, Grace</h1>
 
 Datastar (12) is the JavaScript in the page that asks for the stream, and puts each element in the
-place of the one with the same id. Part 32 is a small replacement for it that comes with this file.
+place of the one with the same id. Part 31 is a small replacement for it that comes with this file.
 
 MAP
 
@@ -97,22 +97,22 @@ READING PATH
 
 Two hours, for a reader who wants to know how it works, not all that it does. Read in this order:
 
-      340-353    `SafeString`  an element is a string
-      655-684    `Tags`  `h.P` makes one
-     1065-1244   `Request`  what a client asks for
-     1295-1363   `Carrier`  what brings the answer back
-     1439-1625   `_RawWriter`  the answer
-     1730-1824   `Context`  what a handler gets beside it
-     2079-2094   `Router._find`  from a path to a handler
-     2254-2288   `_App.dispatch`  one request from end to end
-     2713-2833   `_Reader`  bytes to requests
-     3167-3420   `Connection`  one connection, many requests
-     3849-3867   `Server.start`  listening
-     3975-3983   `Server.stop`  ending without losing a request
-     5414-5525   `_EventWriter`  events
-     5614-5683   `_Scope`  how a disconnect reaches a handler
-     5710-5782   `Alive`  staying with a client
-     5956-6063   `Relay`  from one handler to another
+      339-352    `SafeString`  an element is a string
+      654-683    `Tags`  `h.P` makes one
+     1063-1242   `Request`  what a client asks for
+     1293-1361   `Carrier`  what brings the answer back
+     1437-1623   `_RawWriter`  the answer
+     1728-1822   `Context`  what a handler gets beside it
+     2073-2088   `Router._find`  from a path to a handler
+     2248-2282   `_App.dispatch`  one request from end to end
+     2707-2827   `_Reader`  bytes to requests
+     3161-3414   `Connection`  one connection, many requests
+     3843-3861   `Server.start`  listening
+     3969-3977   `Server.stop`  ending without losing a request
+     5408-5519   `_EventWriter`  events
+     5608-5677   `_Scope`  how a disconnect reaches a handler
+     5704-5776   `Alive`  staying with a client
+     5950-6057   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -846,9 +846,8 @@ class _Fields:
     def get(self, name: str, default: Any = None, type: Callable[[str], Any] | None = None) -> Any:
         """The first value of a name. `default` where there is none, or `type` refuses it.
 
-        `c.req.query.get("start", 0, type=int)`; a bool is true for "true", "on", "yes" and "1". To
-        refuse is to raise a ValueError, LookupError (`type=Color.__getitem__`), ArithmeticError or
-        RecursionError.
+        `c.req.query.get("start", 0, type=int)`; a bool is true for "true", "on", "yes" and "1".
+        A type refuses by a ValueError, LookupError, ArithmeticError or RecursionError.
         """
         values = self._fields.get(name) or self._fields.get(self._fold(name))
         if not values or type is None:
@@ -1056,7 +1055,7 @@ class RequestLine:
         self.raw_path, _, self.query_string = target.partition("?")
         self.path = self.split_path = self.raw_path
         if "%" in self.raw_path:
-            self.split_path = _decode_path(self.raw_path)  # for the router: see there
+            self.split_path = _decode_path(self.raw_path)  # it still tells `%2F` from `/`
             self.path = self.split_path.replace(_SLASH, "/")
         # HTTP/1.1, a path, no fragment: the usual case, which needs no more checks (part 9).
         self.is_plain = target.startswith("/") and "#" not in target and not http_1_0
@@ -1696,7 +1695,7 @@ class _OneShotWriter(_RawWriter):
         What cannot stand in a value is percent-encoded; `c.req.cookies` decodes it again. What a
         browser would not take is a StarioError.
         """
-        line = _cookie_line(  # part 31
+        line = _cookie_line(  # part 30
             name, value, path, domain, samesite, max_age=max_age, expires=expires,
             Secure=secure, HttpOnly=httponly, Partitioned=partitioned,
         )  # fmt: skip
@@ -1722,8 +1721,8 @@ class _OneShotWriter(_RawWriter):
 # A router keeps its routes in a tree of path segments, the texts between two `/`. Where several
 # routes fit a path, the order in which they were added does not count: `/users/me` wins over
 # `/users/{id:int}`, that over `/users/{name}`, and that over the catch-all `/users/*`. Only routes
-# with the request's method count; if only others fit, the answer is 405. Paths are split at `/`
-# first and decoded after, so that an escaped `/` stays inside its segment.
+# with the request's method count; if only others fit, the answer is 405. An escaped `/` is no `/`,
+# but stays inside its segment.
 # ==================================================================================================
 
 
@@ -1925,13 +1924,14 @@ class Router:
         self.handle("OPTIONS", path, handler, *middleware)
 
     def handle(self, method: str, path: str, handler: Handler, *middleware: Middleware) -> None:
-        """Answer any method at a path. The first middleware given is the outermost.
+        """Answer a method at a path: `app.handle("PROPFIND", "/files/*", list_files)`.
 
         A path is `/users`, `/users/{name}`, `/users/{id:int}` (or float, date, uuid: the value is
-        in `c.req.params`; what does not fit is a 404), or `/files/*` (the rest is `c.req.tail`).
+        in `c.req.params`; what does not fit is a 404), or `/files/*` (the rest is `c.req.tail`). Of
+        the middleware the first is the outermost.
         """
         _check_handler(f"{method} {path}", handler)
-        self._handle(method, path, handler, getattr(handler, "__name__", ""), middleware)
+        self._handle(method, path, handler, getattr(handler, "__name__", ""), *middleware)
 
     def url(self, name: str, /, **params: object) -> str:
         """The path of the route whose handler has this name: `app.url("user", id=3)`.
@@ -1947,12 +1947,7 @@ class Router:
         return _filled_in(path, params)  # part 30
 
     def _handle(
-        self,
-        method: str,
-        path: str,
-        handler: Handler,
-        name: str,
-        middleware: Sequence[Middleware] = (),
+        self, method: str, path: str, handler: Handler, name: str, *middleware: Middleware
     ) -> None:
         if not (isinstance(path, str) and isinstance(method, str) and _TOKEN.fullmatch(method)):
             raise StarioError(f"one method and one path are needed, not {method!r} and {path!r}")
@@ -2031,7 +2026,7 @@ class Router:
 
     def _check_open(self) -> None:
         if self._mounted:
-            raise StarioError("this router is mounted already: what it has comes before that")
+            raise StarioError("this router is mounted already: add to it before you mount it")
 
     def _add(self, method: str, path: str, handler: Handler) -> None:
         """Put a route into the tree. StarioError where it cannot be told from one that is there."""
@@ -2239,7 +2234,7 @@ class _App(Router):
 
     # Set by later parts, each of which can be left out of a copy of this file.
     _compression: CompressionConfig | None = None  # the default (part 18)
-    _pocket: Assets | None = None  # the pocket client's file (part 32)
+    _pocket: Assets | None = None  # the pocket client's file (part 31)
     _develops = False  # `debug` is possible (part 29)
     debug = False  # for development: show what goes wrong (part 29)
     _writer: type[Writer]  # set where it is complete, or by development (part 29)
@@ -5230,7 +5225,7 @@ def datastar_script(src: str | None = None, *, nonce: str | None = None) -> Safe
     """The `<script>` that brings Datastar into a page: put it into `<head>`.
 
     Without `src` it is the official bundle from its CDN and, where that fails or has not come after
-    1.5 seconds, the pocket client (part 32) from this server. Never both: the bundle is fetched as
+    1.5 seconds, the pocket client (part 31) from this server. Never both: the bundle is fetched as
     text, and run when it has come in full and has the right hash. `src` names another copy to load,
     and nothing else. `nonce` is the one of the page's Content-Security-Policy.
     """
@@ -10186,11 +10181,11 @@ Stario._develops = True
 
 
 # ==================================================================================================
-# 30. Routes: what is refused, addresses, hosts
+# 30. What is refused
 #
-# What the router (part 7) leaves to this part. What cannot work is refused when it is added, not
-# when somebody asks for it, and the error says what to write instead. The address that is made of a
-# route leads to that route, and nowhere else. The routes of one host are asked before the app's.
+# What cannot work is refused where it is written, and the error says what to write instead: a
+# handler that is none, an address that leads elsewhere, a host that nobody can ask for, a cookie
+# that browsers would drop without a word. And `same_origin` refuses what comes from other sites.
 # ==================================================================================================
 
 
@@ -10267,23 +10262,21 @@ def _filled_in(path: str, params: dict[str, object]) -> str:
     filled, left = [], dict(params)
     for segment in path.split("/"):
         named = _PARAMETER_SEGMENT.fullmatch(segment)
-        name = named[1] if named else "tail"
         if not named and segment != "*":
             filled.append(quote(_unquote(segment), safe=""))
             continue
-        value = left.pop(name, "")
+        value = left.pop(named[1] if named else "tail", "")
         text = _as_text(value)
+        is_text = isinstance(value, str) or not (value is None or isinstance(value, Iterable))
         fits = not named or _converted(named[2] or _ANY, text) is not None
-        if value is None or (isinstance(value, Iterable) and not isinstance(value, str)):
-            fits = False
-        if not fits or not {".", ".."}.isdisjoint([text] if named else text.split("/")):
-            raise StarioError(f"{name}={value!r} does not fit {segment}")
+        if not (is_text and fits) or {".", ".."} & {*([text] if named else text.split("/"))}:
+            raise StarioError(f"{value!r} does not fit {segment} in {path}")
         filled.append(quote(text, safe="" if named else "/", errors="replace"))
+    address = "/".join(filled)
     if left:
         raise StarioError(f"{path} has no parameter {', '.join(left)}")
-    address = "/".join(filled)
     if address.startswith("//"):
-        raise StarioError(f"tail={params['tail']!r} would make it the address of another host")
+        raise StarioError(f"{address} would be another host")
     return address
 
 
@@ -10336,12 +10329,7 @@ def _find_by_host(app: Router, request: Request) -> Handler | None:
     return None
 
 
-# ==================================================================================================
-# 31. Cookies, and requests from other sites
-#
-# A cookie is a text that the browser keeps for a host and sends with each request to it, whichever
-# site has made it send that. What a browser would not take, without a word, is refused here.
-# ==================================================================================================
+# -- Cookies
 
 
 class CookieOptions(TypedDict, total=False):
@@ -10397,6 +10385,8 @@ def _cookie_line(
     return "; ".join(filter(None, pieces))
 
 
+# -- Requests from other sites
+
 _SAFE_METHODS = frozenset(("GET", "HEAD", "OPTIONS", "TRACE", "QUERY"))
 _PORTS = {"http": "80", "https": "443"}
 
@@ -10404,11 +10394,10 @@ _PORTS = {"http": "80", "https": "443"}
 def same_origin(handler: Handler) -> Handler:
     """Middleware: refuse with 403 what other sites make a browser send.
 
-    A form on another site can be sent to yours, and the browser adds your cookies to it: that is
-    CSRF, cross-site request forgery. Safe methods (GET) pass. For others the browser tells in
-    `Sec-Fetch-Site` (Fetch Metadata) where the request comes from; an old one tells in `Origin`,
-    which is compared with the address that was asked for. What sends neither is no browser, and
-    passes: it carries nobody's cookies.
+    A form on another site can be sent to yours, and the browser adds your cookies: that is CSRF,
+    cross-site request forgery. Safe methods (GET) pass. For others a browser says in
+    `Sec-Fetch-Site` (Fetch Metadata) where the request comes from, an old one in `Origin`. What
+    says neither is no browser, and carries nobody's cookies.
     """
 
     async def _guarded(c: Context, w: Writer) -> None:
@@ -10455,7 +10444,7 @@ def _is_own_origin(origin: str, request: Request) -> bool:
 # ==================================================================================================
 # ACT 5. The pocket client
 #
-# The other half of a live page runs in the browser. Part 32 is JavaScript, which the server sends
+# The other half of a live page runs in the browser. Part 31 is JavaScript, which the server sends
 # where Datastar's own client cannot be reached. It is made of three ideas, which most libraries for
 # pages have in common.
 #
@@ -10496,7 +10485,7 @@ def _is_own_origin(origin: str, request: Request) -> bool:
 # ==================================================================================================
 
 # ==================================================================================================
-# 32. The pocket client (JavaScript) [client]
+# 31. The pocket client (JavaScript) [client]
 # ==================================================================================================
 
 
@@ -11877,7 +11866,7 @@ Stario._pocket = Assets({"pocket.js": POCKET_CLIENT}, "_stario")
 
 
 # ==================================================================================================
-# 33. This file as a page [read]
+# 32. This file as a page [read]
 #
 # What explains stands beside what it explains, a name leads to where it is defined, and an example
 # runs where it stands. An example is code in a comment; its last line is a request, and what the
@@ -12095,10 +12084,10 @@ def _book_app() -> Stario:
 
 
 # ==================================================================================================
-# 34. An app to begin with
+# 33. An app to begin with
 #
 # `python stario.py` runs this app: a counter and a clock that all tabs share. `--read` serves this
-# file as a page (part 33). `--without assets,client` prints it without these parts.
+# file as a page (part 32). `--without assets,client` prints it without these parts.
 # ==================================================================================================
 
 

@@ -11357,7 +11357,7 @@ class TestDevelopment(AsyncTest):
         self.assertIn("ignored", [event.name for span in spans.ended for event in span.events])
 
 
-# -- 30. Routes: what is refused, addresses, hosts
+# -- 30. What is refused
 
 
 class TestAddresses(AsyncTest):
@@ -11469,9 +11469,6 @@ class TestHosts(AsyncTest):
                 app.handle(method, "/", _fine)
 
 
-# -- 31. Cookies, and requests from other sites
-
-
 class TestSameOrigin(HttpTest):
     async def test_what_other_sites_send_is_refused(self) -> None:
         """Fetch Metadata, and RFC 6454, section 7, for older browsers."""
@@ -11505,7 +11502,7 @@ class TestSameOrigin(HttpTest):
                     self.assertEqual((await within(peer.get("/", method, **fields))).status, status)
 
 
-# -- 32. The pocket client, and the official one
+# -- 31. The pocket client, and the official one
 
 
 CHROMIUM = os.environ.get("STARIO_CHROMIUM", "/usr/bin/chromium")
@@ -13591,11 +13588,11 @@ class TestPocketClient(ClientPromises, unittest.TestCase):
         self.assertLess(after["JSHeapUsedSize"], before["JSHeapUsedSize"] * 1.15)
 
 
-# -- 33 and 34. The file as a page, an app to begin with
+# -- 32 and 33. The file as a page, an app to begin with
 
 
 class TestReadingPage(AsyncTest):
-    """Part 34: what `python stario.py` runs."""
+    """Part 33: what `python stario.py` runs."""
 
     def run_file(self, *arguments: str) -> tuple[subprocess.Popen[str], str]:
         """Run the file itself on a free port; gives the process and the address it prints."""
@@ -13690,7 +13687,7 @@ class TestReadingPage(AsyncTest):
 
 
 class TestWithout(unittest.TestCase):
-    """Part 34: a copy of the file without some of its parts."""
+    """Part 33: a copy of the file without some of its parts."""
 
     # What can go, and what has to go with it.
     ROOMS = (
