@@ -103,16 +103,16 @@ Two hours, for a reader who wants to know how it works, not all that it does. Re
      1293-1361   `Carrier`  what brings the answer back
      1437-1623   `_RawWriter`  the answer
      1728-1822   `Context`  what a handler gets beside it
-     2073-2088   `Router._find`  from a path to a handler
-     2248-2282   `_App.dispatch`  one request from end to end
-     2707-2827   `_Reader`  bytes to requests
-     3161-3414   `Connection`  one connection, many requests
-     3843-3861   `Server.start`  listening
-     3969-3977   `Server.stop`  ending without losing a request
-     5408-5519   `_EventWriter`  events
-     5608-5677   `_Scope`  how a disconnect reaches a handler
-     5704-5776   `Alive`  staying with a client
-     5950-6057   `Relay`  from one handler to another
+     2076-2091   `Router._find`  from a path to a handler
+     2251-2285   `_App.dispatch`  one request from end to end
+     2710-2830   `_Reader`  bytes to requests
+     3164-3417   `Connection`  one connection, many requests
+     3846-3864   `Server.start`  listening
+     3972-3980   `Server.stop`  ending without losing a request
+     5411-5522   `_EventWriter`  events
+     5611-5680   `_Scope`  how a disconnect reaches a handler
+     5707-5779   `Alive`  staying with a client
+     5953-6060   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -2002,6 +2002,9 @@ class Router:
         """Take over a router's routes, each under the prefix. Add its routes before."""
         _check_order('mount("/shop", router)', prefix, router, Router)
         self._check_open()
+        life = vars(router).get("_life")  # a Stario's: what lives as long as its server (part 24)
+        if life and (life.lifespans or life.waiting):
+            raise StarioError("lifespans and background tasks are given to the app that is served")
         router._mounted = True
         prefix = prefix.strip("/")
         for method, path, handler, name in router._routes:
@@ -9128,7 +9131,7 @@ class _Life:
         self.lifespans: list[Lifespan] = []
         self.loop: asyncio.AbstractEventLoop | None = None  # of the server, while there is one
         self.tasks: set[asyncio.Task[None]] = set()
-        self._waiting: list[Callable[[], None]] = []  # to be called when the server starts
+        self.waiting: list[Callable[[], None]] = []  # to be called when the server starts
 
     @asynccontextmanager
     async def while_served(self) -> AsyncIterator[None]:
@@ -9141,8 +9144,8 @@ class _Life:
                 for lifespan in self.lifespans:
                     await stack.enter_async_context(lifespan(self.app))
                 stack.push_async_callback(self._end_tasks)
-                while self._waiting:
-                    self._waiting.pop(0)()
+                while self.waiting:
+                    self.waiting.pop(0)()
                 yield
         finally:
             self.loop = None
@@ -9167,7 +9170,7 @@ class _Life:
             handle.add_done_callback(lambda _: loop.call_soon_threadsafe(task.cancel))
 
         if self.loop is None:
-            self._waiting.append(start)
+            self.waiting.append(start)
         else:
             self.loop.call_soon_threadsafe(start)
         return handle
@@ -10357,8 +10360,8 @@ def _cookie_line(
         raise StarioError(f"{name!r} cannot be the name of a cookie")
     if not isinstance(value, str) or _CONTROL.search(value):
         raise StarioError(f"the cookie {name!r} needs a text without control characters")
-    if not isinstance(max_age, int | None) or not isinstance(expires, datetime | None):
-        raise StarioError(f"the cookie {name!r}: max_age is whole seconds, expires a datetime")
+    if not isinstance(max_age, int | float | None) or not isinstance(expires, datetime | None):
+        raise StarioError(f"the cookie {name!r}: max_age is seconds, expires a datetime")
     if samesite is not None and str(samesite).lower() not in ("lax", "strict", "none"):
         raise StarioError(f"samesite is lax, strict or none, not {samesite!r}")
     if not isinstance(path, str) or not re.fullmatch(r"(/[^;\x00-\x1f\x7f]*)?", path):
@@ -10371,7 +10374,7 @@ def _cookie_line(
     flags["Secure"] |= samesite is not None and samesite.lower() == "none"
     pieces = [
         f"{name}={quote(value, safe=_COOKIE_SAFE, errors='replace')}",
-        f"Max-Age={max_age}" if max_age is not None else "",
+        f"Max-Age={int(max_age)}" if max_age is not None else "",
         f"Expires={_http_date(expires.replace(microsecond=0).timestamp())}" if expires else "",
         f"Domain={_host_name(domain.removeprefix('.'))}" if domain else "",
         f"Path={quote(path, safe=_REDIRECT_SAFE, errors='replace')}" if path else "",

@@ -11461,6 +11461,15 @@ class TestHosts(AsyncTest):
             router.on_error(KeyError, lambda c, w, exc: None)
         with self.assertRaisesRegex(StarioError, "mounted already"):
             router.use(lambda handler: handler)
+        lived, worker = Stario(), Stario()
+        lived.lifespan(lambda app: contextlib.nullcontext())
+        work = asyncio.sleep(0)
+        worker.background(work)
+        for other in (lived, worker):
+            with self.assertRaisesRegex(StarioError, "the app that is served"):
+                app.mount("/other", other)
+        work.close()
+        app.mount("/routes", Stario())
         app.host("a.example", Router())
         with self.assertRaisesRegex(StarioError, "before the routes"):
             app.use(lambda handler: handler)
