@@ -54,44 +54,43 @@ After each act something runs, and you may stop there. Acts 1 to 3 are what one 
 a live page; each part of act 4 can be read alone, when it is needed. A part with a name in square
 brackets can be left out of your copy: `python stario.py --without assets,client >mine.py`.
 
-      224  ACT 1. A framework
-        232  2. Errors
-        329  3. HTML: elements are strings
-        691  4. JSON
-        797  5. The request: headers, query, cookies, body
-       1284  6. The answer: status, fields, body
-       1712  7. Context and routing
-       2148  8. The app
-     2336  ACT 2. On the network
-       2344  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3424  10. The server
-       4224  11. Trying it without a network: the test client [testclient]
-     4687  ACT 3. Live
-       4736  12. Datastar: attributes and actions
-       5263  13. Streams: events, and staying with a client
-       5786  14. Relay: publish and subscribe
-     6111  ACT 4. For real
-       6118  15. Signals: from JSON to your dataclass
-       6851  16. Forms [forms]
-       7048  17. Behind a proxy
-       7152  18. Compression [compression]
-       7350  19. Static files [assets]
-       7894  20. Telemetry: spans, and who hears of them
-       8466  21. JsonTracer: for log collectors [json]
-       8541  22. RichTracer: for people [rich]
-       8996  23. Sessions [sessions]
-       9107  24. What lives as long as the server
-       9197  25. @baked
-       9451  26. ASGI: the same app under another server [asgi]
-       9678  27. RedisRelay: the same between processes and machines [redis]
-       9922  28. Reload: a saved file restarts the app [reload]
-      10080  29. Development: what went wrong, shown where one looks [development]
-      10189  30. Routes: what is refused, addresses, hosts
-      10340  31. Cookies, and requests from other sites
-    10456  ACT 5. The pocket client
-      10499  32. The pocket client (JavaScript) [client]
-      11880  33. This file as a page [read]
-      12098  34. An app to begin with
+      223  ACT 1. A framework
+        231  2. Errors
+        328  3. HTML: elements are strings
+        690  4. JSON
+        796  5. The request: headers, query, cookies, body
+       1282  6. The answer: status, fields, body
+       1710  7. Context and routing
+       2145  8. The app
+     2334  ACT 2. On the network
+       2342  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
+       3422  10. The server
+       4222  11. Trying it without a network: the test client [testclient]
+     4685  ACT 3. Live
+       4734  12. Datastar: attributes and actions
+       5261  13. Streams: events, and staying with a client
+       5784  14. Relay: publish and subscribe
+     6109  ACT 4. For real
+       6116  15. Signals: from JSON to your dataclass
+       6849  16. Forms [forms]
+       7046  17. Behind a proxy
+       7150  18. Compression [compression]
+       7348  19. Static files [assets]
+       7892  20. Telemetry: spans, and who hears of them
+       8464  21. JsonTracer: for log collectors [json]
+       8539  22. RichTracer: for people [rich]
+       8994  23. Sessions [sessions]
+       9105  24. What lives as long as the server
+       9195  25. @baked
+       9449  26. ASGI: the same app under another server [asgi]
+       9676  27. RedisRelay: the same between processes and machines [redis]
+       9920  28. Reload: a saved file restarts the app [reload]
+      10078  29. Development: what went wrong, shown where one looks [development]
+      10187  30. What is refused
+    10448  ACT 5. The pocket client
+      10491  31. The pocket client (JavaScript) [client]
+      11872  32. This file as a page [read]
+      12090  33. An app to begin with
 
 READING PATH
 
@@ -104,15 +103,15 @@ Two hours, for a reader who wants to know how it works, not all that it does. Re
      1437-1623   `_RawWriter`  the answer
      1728-1822   `Context`  what a handler gets beside it
      2076-2091   `Router._find`  from a path to a handler
-     2251-2285   `_App.dispatch`  one request from end to end
-     2710-2830   `_Reader`  bytes to requests
-     3164-3417   `Connection`  one connection, many requests
-     3846-3864   `Server.start`  listening
-     3972-3980   `Server.stop`  ending without losing a request
-     5411-5522   `_EventWriter`  events
-     5611-5680   `_Scope`  how a disconnect reaches a handler
-     5707-5779   `Alive`  staying with a client
-     5953-6060   `Relay`  from one handler to another
+     2252-2286   `_App.dispatch`  one request from end to end
+     2711-2831   `_Reader`  bytes to requests
+     3165-3418   `Connection`  one connection, many requests
+     3847-3865   `Server.start`  listening
+     3973-3981   `Server.stop`  ending without losing a request
+     5412-5523   `_EventWriter`  events
+     5612-5681   `_Scope`  how a disconnect reaches a handler
+     5708-5780   `Alive`  staying with a client
+     5954-6061   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -2185,7 +2184,8 @@ async def _fail(c: Context, w: Writer, exc: BaseException) -> None:
 
 
 def _answer_error(c: Context, w: Writer, exc: BaseException) -> None:
-    w._forget_answer()
+    if not (isinstance(exc, HttpException) and exc.status_code == 304):  # which needs its `etag`
+        w._forget_answer()
     try:
         if not isinstance(exc, HttpException):
             w.text(_phrase(500), 500)

@@ -2181,7 +2181,7 @@ class TestRouting(AsyncTest):
         app = Stario()
 
         async def raising(c: Context, w: Writer) -> None:
-            w.headers.set("content-type", "image/png").set("x-kept", "1")
+            w.headers.set("content-type", "image/png").set("x-kept", "1").set("etag", '"a"')
             raise HttpException(int(c.req.params["status"]), c.req.query.get("detail", ""))
 
         app.get("/{status}", raising)
@@ -2190,6 +2190,11 @@ class TestRouting(AsyncTest):
             self.assertEqual((found.status, found.text), (404, "Not Found"))
             self.assertEqual(found.headers.get("content-type"), "text/plain; charset=utf-8")
             self.assertEqual(found.headers.get("x-kept"), "1")
+            self.assertIsNone(found.headers.get("etag"))
+            found = await client.get("/304")
+            self.assertEqual(
+                (found.status, found.headers.get("etag"), found.body), (304, '"a"', b"")
+            )
             found = await client.get("/302?detail=/login")
             self.assertEqual((found.status, found.headers.get("location")), (302, "/login"))
 
