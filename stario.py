@@ -2412,9 +2412,8 @@ _ABSOLUTE = re.compile(r"https?://([^/?#@]+)(/[^?#]*)?(\?[^#]*)?", re.IGNORECASE
 #
 # No field over two lines, no blank before the colon, no control characters. (`*+` never gives back
 # what it has matched, so that the time of a match grows only with the length.)
-_FIELD_LINES = re.compile(
-    rb"\r\n(?:[!#$%&'*+.^_`|~0-9A-Za-z-]++:[\t\x20-\x7e\x80-\xff]*+\r\n)*+\r\n"
-)
+_FIELD_LINE = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]++:[\t\x20-\x7e\x80-\xff]*+\r\n"
+_FIELD_LINES = re.compile(rb"\r\n(?:" + _FIELD_LINE + rb")*+\r\n")
 _FRAMING_FIELDS = re.compile(
     rb"\n(host|connection|content-length|transfer-encoding|expect):([^\r]*)", re.IGNORECASE
 )
@@ -2636,76 +2635,71 @@ class _Chunks:
     A size may have an extension (`5;name=value`); a *trailer* is a field behind the last chunk.
     """
 
-    _PLAIN = re.compile(rb"([1-9A-Fa-f][0-9A-Fa-f]{0,14})\r\n")
-    _SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})([ \t]*;[\t\x20-\x7e\x80-\xff]*)?")
-
-    __slots__ = ("_in_trailers", "_limits", "_overhead", "ended", "left")
+    _SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})([ \t]*;[\t\x20-\x7e\x80-\xff]*)?\r\n")
+    _TRAILER = re.compile(_FIELD_LINE + rb"|\r\n")  # the empty line ends the body
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
+        self._line = self._SIZE  # what the next line has to be
         self.left = 0  # bytes to come of this chunk, with the line break behind it
         self._overhead = 0  # bytes of extensions and trailers so far
-        self._in_trailers = False  # the last chunk has come
         self.ended = False
 
     def decode(self, buffer: bytes, at: int) -> tuple[bytes, int]:
         """The body's bytes in the buffer from `at` on, and the position behind what was read."""
         out: list[bytes] = []
-        while not self.ended and at < len(buffer):
+        while at < len(buffer) and not self.ended:
             if self.left > 2:  # inside a chunk
                 data = buffer[at : at + self.left - 2]
                 out.append(data)
                 self.left -= len(data)
                 at += len(data)
-                continue
-            at_size = not (self.left or self._in_trailers)  # a chunk's size is next
-            if at_size and (found := self._PLAIN.match(buffer, at)):
-                end = found.end() + int(found[1], 16)  # if the chunk is here as a whole
-                if buffer.startswith(b"\r\n", end):
-                    out.append(buffer[found.end() : end])
-                    at = end + 2
-                    continue
-            end = buffer.find(b"\r\n", at)
-            # Behind a chunk (`left` is 1 or 2) only its line break may follow.
-            if self.left and end != at and buffer[at:] != b"\r":
-                raise HttpException(400, "a chunk is longer than its size says")
-            if end < 0:
-                self._check_overhead(len(buffer) - at)
-                if _LONE_LF.search(buffer, at):
-                    raise HttpException(400, "a line of a chunked body ends in a bare line feed")
+            elif self.left:  # behind it
+                if not b"\r\n".startswith(buffer[at : at + 2]):
+                    raise HttpException(400, "a chunk is longer than its size says")
+                if at + 2 > len(buffer):
+                    break
+                self.left, at = 0, at + 2
+            elif not (line := self._line.match(buffer, at)):
+                self._check_start(buffer[at:])
                 break
-            line, at = buffer[at:end], end + 2
-            if self.left:
-                self.left = 0
+            elif self._line is self._TRAILER:
+                at = line.end()
+                self._read_trailer(line[0])
             else:
-                self._read_trailer(line) if self._in_trailers else self._read_size(line)
+                at, size = line.end(), int(line[1], 16)
+                if line[2]:
+                    self._count(line[2])
+                if size and buffer.startswith(b"\r\n", at + size):  # the whole chunk is here
+                    out.append(buffer[at : at + size])
+                    at += size + 2
+                elif size:
+                    self.left = size + 2
+                else:
+                    self._line = self._TRAILER
         return b"".join(out), at
 
-    def _read_size(self, line: bytes) -> None:
-        found = self._SIZE.fullmatch(line)
-        if not found:
-            raise HttpException(400, "a chunk's size is malformed")
-        # Extensions are ignored, but bounded: a client could send nothing else for ever.
-        self._overhead += len(found[2] or b"")
-        self._check_overhead()
-        size = int(found[1], 16)
-        self.left = size + 2 if size else 0
-        self._in_trailers = not size
-
     def _read_trailer(self, line: bytes) -> None:
-        if not line:
-            self.ended = True
-            return
-        self._overhead += len(line)
-        self._check_overhead()
-        # A trailer must not change the framing (RFC 9110, section 6.5.1): a proxy may heed it.
-        block = b"\r\n%b\r\n\r\n" % line
-        if not _FIELD_LINES.fullmatch(block) or _FRAMING_FIELDS.search(block):
+        # It must not change the framing (RFC 9110, section 6.5.1): a proxy may heed it.
+        if _FRAMING_FIELDS.match(b"\n" + line):
             raise HttpException(400, "a trailer of the body is malformed")
+        self.ended = line == b"\r\n"
+        self._count(line)
 
-    def _check_overhead(self, more: int = 0) -> None:
-        if self._overhead + more > self._limits.max_header_bytes:
+    def _check_start(self, line: bytes) -> None:
+        """Refuse a line that is not well-formed, unless its end has only not come yet."""
+        if b"\n" in line:
+            what = "trailer of the body" if self._line is self._TRAILER else "chunk's size"
+            raise HttpException(400, f"a {what} is malformed")
+        self._count(line, so_far=True)
+
+    def _count(self, overhead: bytes, so_far: bool = False) -> None:
+        """Bound what is ignored, extensions and trailers: a client could send them for ever."""
+        total = self._overhead + len(overhead)
+        if total > self._limits.max_header_bytes:
             raise HttpException(431, "the chunk extensions or trailers of the body are too large")
+        if not so_far:
+            self._overhead = total
 
 
 class _Reader:

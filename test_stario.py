@@ -2673,7 +2673,7 @@ class TestFraming(HttpTest):
     async def test_many_tiny_chunks_make_one_body(self) -> None:
         """RFC 9112, section 7.1."""
         steps = mock.patch.object(
-            stario._Chunks, "_read_size", autospec=True, side_effect=stario._Chunks._read_size
+            stario._Chunks, "_count", autospec=True, side_effect=stario._Chunks._count
         )
         async with connected(echo_app()) as peer:
             await peer.send(f"POST / HTTP/1.1\r\n{HOST}Transfer-Encoding: chunked\r\n\r\n")
