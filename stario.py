@@ -2448,8 +2448,6 @@ _SINGLE_FIELDS = {
 class _Framing:
     """What a header block says of a request's end, and of the connection after it."""
 
-    __slots__ = ("chunked", "close", "ends_here", "expects", "has_host", "keep_alive", "length")
-
     def __init__(self, found: Iterable[tuple[bytes, bytes]]) -> None:
         """From the fields that matter here, by name and value (RFC 9112, section 6)."""
         fields: dict[str, list[str]] = {}
@@ -2612,8 +2610,6 @@ class Body:
 class _Sized:
     """A body whose length is known. `left` is how many bytes of it are still to come."""
 
-    __slots__ = ("left",)
-
     def __init__(self, length: int) -> None:
         self.left = length
 
@@ -2707,10 +2703,6 @@ class _Reader:
 
     It knows of no socket and no time. What is malformed raises HttpException, and stays unread.
     """
-
-    __slots__ = (
-        "_at", "_block", "_framing", "_headers", "_limits", "_searched", "buffer", "decoder"
-    )  # fmt: skip
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
@@ -2884,11 +2876,6 @@ class _Sender(Carrier, asyncio.Protocol):
     A connection is told in three steps: this, answers, and requests.
     """
 
-    __slots__ = (
-        "_deadline", "_paused_writing", "_sent", "_stalled_since", "_state", "_taken", "_transport",
-        "_worker", "client",
-    )  # fmt: skip
-
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
         self._state = _IDLE
@@ -3009,11 +2996,6 @@ class _Sender(Carrier, asyncio.Protocol):
 
 class _Answers(_Sender):
     """Answers as HTTP/1.1 writes them, each with what its head says of the connection."""
-
-    __slots__ = (
-        "_chunked", "_close_after", "_eof", "_expects", "_http_1_0", "_paused_reading",
-        "_reader", "disconnected", "proxies", "scheme", "scopes",
-    )  # fmt: skip
 
     def __init__(self, worker: Worker) -> None:
         super().__init__(worker)
@@ -3158,8 +3140,6 @@ class _Answers(_Sender):
 
 class Connection(_Answers):
     """A client's connection: it reads requests, one at a time, and starts their handlers."""
-
-    __slots__ = ("_advancing", "_body", "_discarded")
 
     def __init__(self, worker: Worker) -> None:
         super().__init__(worker)
