@@ -3081,10 +3081,6 @@ class _Answers(_Sender):
             self._cut_off()
         self._write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
 
-    def finish(self) -> None:
-        """See Carrier. Connection does it, since the next request may follow."""
-        raise NotImplementedError
-
     def abort(self) -> None:
         """See Carrier. In HTTP/1.0 a body ends with the connection: a reset tells of a fault."""
         if self._http_1_0 and not self._is_lost():
@@ -3152,10 +3148,7 @@ class Connection(_Answers):
     def data_received(self, data: bytes) -> None:
         """Bytes have come."""
         if self._state is not _CLOSING:
-            if self._reader.buffer:
-                self._reader.feed(data)
-            else:
-                self._reader.buffer = data
+            self._reader.feed(data)
             self._advance()
 
     def eof_received(self) -> bool:
@@ -3468,16 +3461,16 @@ class Worker:
         self._sweep()
 
     @property
-    def is_full(self) -> bool:
-        """Whether it has all the connections that it may have."""
-        return len(self.connections) + len(self.arriving) >= self.limits.max_connections
+    def room(self) -> int:
+        """How many connections more it may have."""
+        return self.limits.max_connections - len(self.connections) - len(self.arriving)
 
     def adopt(self, accepted: socket.socket, tls: ssl_module.SSLContext | None) -> None:
         """Make a Connection of an accepted socket, unless there are far too many already."""
-        if len(self.connections) + len(self.arriving) >= self.limits.max_connections + _MAX_EXCESS:
+        if self.room <= -_MAX_EXCESS:
             accepted.close()
-            return
-        _keep(self.loop.create_task(self._connect(accepted, tls)), self.arriving)
+        else:
+            _keep(self.loop.create_task(self._connect(accepted, tls)), self.arriving)
 
     async def _connect(self, accepted: socket.socket, tls: ssl_module.SSLContext | None) -> None:
         try:
@@ -3914,7 +3907,7 @@ class Server:
         """Give a connection to the next worker that is not full."""
         accepted.setblocking(False)
         turns = islice(self._turns, len(self._workers))
-        worker = next((w for w in turns if not w.is_full), None) or next(self._turns)
+        worker = next((w for w in turns if w.room > 0), None) or next(self._turns)
         if worker.loop is self._loop:
             worker.adopt(accepted, self._ssl)
         else:
@@ -4255,9 +4248,9 @@ def _named_lines(text: str, separator: str) -> dict[str, list[str]]:
     return found
 
 
-def _parse_event(block: str) -> ServerEvent | None:
+def _parse_event(block: bytes) -> ServerEvent | None:
     """One event's lines (HTML standard, 9.2.6); None for a comment."""
-    found = _named_lines(block, ": ?")
+    found = _named_lines(block.decode("utf-8"), ": ?")
     if "event" not in found and "data" not in found:
         return None
     last = {name: values[-1] for name, values in found.items()}
@@ -4348,8 +4341,8 @@ class TestStream:
         self._name = name  # of the request, for messages
         self._timeout = timeout
         self._failures: list[BaseException] = []  # of its handler
-        self._piece: asyncio.Future[bytes] | None = None  # of the body, when it has come
-        self._bytes = b""  # of the body, not parsed as an event yet
+        self._events = self._read_events()
+        self._next: asyncio.Future[ServerEvent | None] | None = None  # of these, when it has come
         self._last: ServerEvent | None = None
         self._worker = Worker(client.app, asyncio.get_running_loop(), client.limits)
         if client.raise_errors:
@@ -4360,30 +4353,24 @@ class TestStream:
 
     async def __anext__(self) -> ServerEvent:
         after = f" after {self._last}" if self._last else ""
+        # A test may give up waiting, and ask again: so what waits is not cancelled with it.
+        self._next = self._next or asyncio.ensure_future(anext(self._events, None))
         async with self._awaiting(f"the next event{after}"):
-            event = await self._next()
+            event = await asyncio.shield(self._next)
+        self._next, self._last = None, event
         if event is None:
             self._raise_failure()
             raise StopAsyncIteration
-        self._last = event
         return event
 
-    async def _next(self) -> ServerEvent | None:
+    async def _read_events(self) -> AsyncIterator[ServerEvent]:
         await asyncio.shield(self._head)
-        while True:
-            block, found, rest = self._bytes.partition(b"\n\n")
-            if found:
-                self._bytes = rest
-                if event := _parse_event(block.decode("utf-8")):
-                    return event
-                continue
-            # A test may give up waiting, and ask again: so what waits is not cancelled with it.
-            self._piece = self._piece or asyncio.ensure_future(anext(self._pieces, b""))
-            piece = await asyncio.shield(self._piece)
-            self._piece = None
-            if not piece:
-                return None
-            self._bytes = (self._bytes + piece).replace(b"\r\n", b"\n")
+        unread = b""
+        async for piece in self._pieces:
+            *blocks, unread = (unread + piece).replace(b"\r\n", b"\n").split(b"\n\n")
+            for event in map(_parse_event, blocks):
+                if event:
+                    yield event
 
     async def _send(self, head: str, body: bytes) -> None:
         """Connect, and send the request."""
@@ -4456,8 +4443,8 @@ class TestStream:
             await self._wait_for_handler()
         finally:
             self._head.cancel()
-            if self._piece:
-                self._piece.cancel()
+            if self._next:
+                self._next.cancel()
             self._writer.close()
             await self._worker.stop(0.0)
 
