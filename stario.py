@@ -64,33 +64,33 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        2145  8. The app
      2334  ACT 2. On the network
        2342  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3422  10. The server
-       4222  11. Trying it without a network: the test client [testclient]
-     4685  ACT 3. Live
-       4734  12. Datastar: attributes and actions
-       5261  13. Streams: events, and staying with a client
-       5784  14. Relay: publish and subscribe
-     6109  ACT 4. For real
-       6116  15. Signals: from JSON to your dataclass
-       6849  16. Forms [forms]
-       7046  17. Behind a proxy
-       7150  18. Compression [compression]
-       7348  19. Static files [assets]
-       7892  20. Telemetry: spans, and who hears of them
-       8464  21. JsonTracer: for log collectors [json]
-       8539  22. RichTracer: for people [rich]
-       8994  23. Sessions [sessions]
-       9105  24. What lives as long as the server
-       9195  25. @baked
-       9449  26. ASGI: the same app under another server [asgi]
-       9676  27. RedisRelay: the same between processes and machines [redis]
-       9920  28. Reload: a saved file restarts the app [reload]
-      10078  29. Development: what went wrong, shown where one looks [development]
-      10187  30. What is refused
-    10448  ACT 5. The pocket client
-      10491  31. The pocket client (JavaScript) [client]
-      11872  32. This file as a page [read]
-      12090  33. An app to begin with
+       3389  10. The server
+       4189  11. Trying it without a network: the test client [testclient]
+     4646  ACT 3. Live
+       4695  12. Datastar: attributes and actions
+       5222  13. Streams: events, and staying with a client
+       5745  14. Relay: publish and subscribe
+     6070  ACT 4. For real
+       6077  15. Signals: from JSON to your dataclass
+       6810  16. Forms [forms]
+       7007  17. Behind a proxy
+       7111  18. Compression [compression]
+       7309  19. Static files [assets]
+       7853  20. Telemetry: spans, and who hears of them
+       8425  21. JsonTracer: for log collectors [json]
+       8500  22. RichTracer: for people [rich]
+       8955  23. Sessions [sessions]
+       9066  24. What lives as long as the server
+       9156  25. @baked
+       9410  26. ASGI: the same app under another server [asgi]
+       9637  27. RedisRelay: the same between processes and machines [redis]
+       9881  28. Reload: a saved file restarts the app [reload]
+      10039  29. Development: what went wrong, shown where one looks [development]
+      10148  30. What is refused
+    10409  ACT 5. The pocket client
+      10452  31. The pocket client (JavaScript) [client]
+      11833  32. This file as a page [read]
+      12051  33. An app to begin with
 
 READING PATH
 
@@ -104,14 +104,14 @@ Two hours, for a reader who wants to know how it works, not all that it does. Re
      1728-1822   `Context`  what a handler gets beside it
      2076-2091   `Router._find`  from a path to a handler
      2252-2286   `_App.dispatch`  one request from end to end
-     2711-2831   `_Reader`  bytes to requests
-     3165-3418   `Connection`  one connection, many requests
-     3847-3865   `Server.start`  listening
-     3973-3981   `Server.stop`  ending without losing a request
-     5412-5523   `_EventWriter`  events
-     5612-5681   `_Scope`  how a disconnect reaches a handler
-     5708-5780   `Alive`  staying with a client
-     5954-6061   `Relay`  from one handler to another
+     2701-2817   `_Reader`  bytes to requests
+     3137-3385   `Connection`  one connection, many requests
+     3815-3833   `Server.start`  listening
+     3942-3959   `Server.stop`  ending without losing a request
+     5373-5484   `_EventWriter`  events
+     5573-5642   `_Scope`  how a disconnect reaches a handler
+     5669-5741   `Alive`  staying with a client
+     5915-6022   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -3097,11 +3097,11 @@ class _Answers(_Sender):
             self._deadline = self._worker.loop.time() + _LINGER
             self._transport.close()
 
-    def _close_after_answer(self) -> None:
-        """Close in a way that the client can still read its answer (RFC 9112, section 9.6).
+    def _linger(self) -> None:
+        """Close after an answer: our side only, and read on for a while (RFC 9112, section 9.6).
 
-        What it sends to a closed socket comes back as a reset, and its kernel may then drop an
-        answer that it has not read. So close our side only, and read on for a while.
+        What a client sends to a closed socket comes back as a reset, and its kernel may then drop
+        an answer that it has not read.
         """
         unread = self._reader.buffer or self._reader.decoder
         # A TLS connection has no sides. If its client is about to send, `connection: close` has to
@@ -3295,7 +3295,7 @@ class Connection(_Answers):
         """After the answer, read an unwanted rest of a body only if it is small."""
         unread = self._discarded + (self._reader.decoder.left if self._reader.decoder else 0)
         if self._state is _REST and self._body.discarding and unread > _DISCARD_LIMIT:
-            self._close_after_answer()
+            self._linger()
 
     def _wait_for_more(self, batch_full: bool) -> None:
         """After `_advance`: go on later, close, or pause reading."""
@@ -3350,7 +3350,7 @@ class Connection(_Answers):
         if self._state is _CLOSING:
             return
         if self._close_after:
-            self._close_after_answer()
+            self._linger()
             return
         if self._state is _BODY:
             self._state = _REST
@@ -3431,7 +3431,8 @@ def _keep(task: asyncio.Task[Any], tasks: set[asyncio.Task[Any]]) -> None:
 class Worker:
     """An event loop, its share of the connections, and the handlers that run for them.
 
-    Only that loop's thread uses it. The server sets `stopping` and `deadline` from its own thread.
+    Only that loop's thread uses it. The server sets `stopping` and `deadline` from its own thread,
+    and reads `room`.
     """
 
     def __init__(
@@ -3846,15 +3847,16 @@ class Server:
         started: Future[Worker] = Future()
 
         def run() -> None:
-            with asyncio.Runner(loop_factory=type(self._loop)) as runner:
-                try:
+            try:
+                with asyncio.Runner(loop_factory=type(self._loop)) as runner:
                     runner.get_loop().set_default_executor(_Threads())
                     worker = self._worker_on(runner.get_loop())
-                except BaseException as exc:
-                    started.set_exception(exc)
-                    return
-                started.set_result(worker)
-                worker.run()
+                    started.set_result(worker)
+                    worker.run()
+            except BaseException as exc:
+                if started.done():
+                    raise
+                started.set_exception(exc)
 
         thread = threading.Thread(target=run, name=name, daemon=True)
         try:
@@ -3942,8 +3944,17 @@ class Server:
         for worker in self._workers:
             worker.stopping = True  # every answer says `connection: close` from now on
         self._stop_accepting()
+        grace = self._graceful_timeout
+        waiting = {
+            asyncio.wrap_future(asyncio.run_coroutine_threadsafe(worker.stop(grace), worker.loop))
+            for worker in self._workers
+        }
+        deadline = time.monotonic() + grace + 2 * _CLEANUP
         try:
-            await self._stop_workers()
+            while waiting and time.monotonic() < deadline:
+                if not self._graceful_timeout:  # a second signal has come
+                    deadline = min(deadline, time.monotonic() + _CLEANUP)
+                _, waiting = await asyncio.wait(waiting, timeout=0.1)
         finally:
             await self._ending.aclose()
 
@@ -3962,17 +3973,6 @@ class Server:
             self._accept_waiting(listening, self._listener.backlog + 1)
         self._listener.close()
         self._accepting = []
-
-    async def _stop_workers(self) -> None:
-        grace, waiting = self._graceful_timeout, set()
-        for worker in self._workers:
-            ends = asyncio.run_coroutine_threadsafe(worker.stop(grace), worker.loop)
-            waiting.add(asyncio.wrap_future(ends))
-        deadline = time.monotonic() + grace + 2 * _CLEANUP
-        while waiting and time.monotonic() < deadline:
-            if not self._graceful_timeout:
-                deadline = min(deadline, time.monotonic() + _CLEANUP)
-            _, waiting = await asyncio.wait(waiting, timeout=0.1)
 
     async def _end_workers(self) -> None:
         """End the workers' threads. (One that is blocked ends with the process.)"""

@@ -4281,22 +4281,27 @@ class TestListening(HttpTest):
 
     async def test_workers_that_cannot_start_leave_nothing_behind(self) -> None:
         """Too many for the system's limits: one sentence, and those that have started end."""
-        problems: list[tuple[type, str, Exception]] = [
-            (stario, "_Threads", OSError(errno.EMFILE, "Too many open files")),
+
+        def second_fails(real: Any, problem: Exception) -> Callable[..., Any]:
+            calls: list[object] = []
+
+            def call(*given: Any, **named: Any) -> Any:
+                calls.append(given)
+                if len(calls) == 2:
+                    raise problem
+                return real(*given, **named)
+
+            return call
+
+        problems: list[tuple[Any, str, Exception]] = [
+            (asyncio, "Runner", OSError(errno.EMFILE, "Too many open files")),
+            (stario, "_Threads", OSError(errno.ENOMEM, "Cannot allocate memory")),
             (threading.Thread, "start", RuntimeError("can't start new thread")),
         ]
         for owner, name, problem in problems:
-            real, tried = getattr(owner, name), []
-
-            def fail(*given: Any, real: Any = real, tried: Any = tried, exc: Any = problem) -> Any:
-                tried.append(given)
-                if len(tried) == 2:
-                    raise exc
-                return real(*given)
-
             server = Server(echo_app(), port=0, workers=9)
             with (
-                mock.patch.object(owner, name, fail),
+                mock.patch.object(owner, name, second_fails(getattr(owner, name), problem)),
                 self.assertRaisesRegex(StarioError, f"cannot start 9.*{problem.args[-1]}"),
             ):
                 await server.start()
