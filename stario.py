@@ -980,7 +980,7 @@ def _field(name: str | bytes, value: str | bytes | int) -> tuple[str, str]:
         raise StarioError(f"{name!r} cannot be the name of a header field")
     if _BAD_VALUE.search(text):
         raise StarioError(
-            f"the value of {key!r} has a character that cannot stand in a header: {text!r} "
+            f"the value of {key!r} has a character that cannot stand in a header: {text[:60]!r} "
             "(percent-encode what is not Latin-1)"
         )
     return key, text
@@ -1431,7 +1431,7 @@ def _check_target(url: object, status: int = 303) -> None:
     if not (url and isinstance(url, str)):
         raise StarioError(f"the address to go to is text, not {url!r}")
     if _CONTROL.search(url):
-        raise StarioError(f"{url!r} cannot be a redirect's target: it holds control characters")
+        raise StarioError(f"{url[:60]!r} is no address to go to: it holds control characters")
 
 
 class _RawWriter:
@@ -1936,9 +1936,11 @@ class Router:
         """The path of the route whose handler has this name: `app.url("user", id=3)`.
 
         `tail` fills a `*`. StarioError where no route, or more than one, has a handler of that
-        name, and where the parameters are not those of the route.
+        name, and where the parameters are not those of the route. Routes of hosts come last.
         """
-        paths = {path for _, path, _, known in self._routes if known == name}
+        paths: set[str] = set()
+        for router in (self, *(hosted for _, hosted in self._hosts)):
+            paths = paths or {path for _, path, _, known in router._routes if known == name}
         if len(paths) != 1:
             found = ", ".join(sorted(paths)) or "none"
             raise StarioError(f"one route needs a handler named {name!r}; found: {found}")
@@ -2262,7 +2264,7 @@ class _App(Router):
                 handler = _find_by_host(self, request) if self._hosts else self._find(request)
                 handler = handler or self._fallback
                 if not self._silent:
-                    _current_step.set((c, c.span))
+                    _current_step.set((c, c.span))  # what is noted goes there (part 20)
                 got = await handler(c, w)  # type: ignore[func-returns-value]
                 if got is not None:
                     c("ignored", {"returned": got, "hint": "a handler answers by w, not by return"})
@@ -10165,18 +10167,19 @@ def _check_word(what: str, word: object, known: Collection[str]) -> None:
 
 def _check_handler(route: str, handler: Any) -> None:
     """Raise StarioError for what is no handler."""
-    if handler is None:
-        raise StarioError(f"{route} has no handler. Not a decorator: app.get('/', handler)")
+    if handler is None or isinstance(handler, type):
+        raise StarioError(
+            f"{route}: {handler} is no handler. Not a decorator: app.get('/', handler)"
+        )
     _check_arguments(handler, "c, w")
     plain = inspect.unwrap(handler)  # the function behind decorators, partials and objects
     while isinstance(plain, functools.partial):
         plain = inspect.unwrap(plain.func)
     plain = getattr(plain, "__func__", plain)  # a method is a function and its object
-    if not inspect.isfunction(plain) and not isinstance(plain, type):
+    if not inspect.isfunction(plain):
         plain = type(plain).__call__
     name = getattr(plain, "__name__", "")
-    is_known = inspect.isfunction(plain) or isinstance(plain, type)
-    if is_known and name != "<lambda>" and not inspect.iscoroutinefunction(plain):
+    if inspect.isfunction(plain) and name != "<lambda>" and not inspect.iscoroutinefunction(plain):
         raise StarioError(f"{route}: write `async def {name}(c, w)`, without a yield")
 
 
@@ -10326,7 +10329,7 @@ def _cookie_line(
     if samesite is not None and str(samesite).lower() not in ("lax", "strict", "none"):
         raise StarioError(f"samesite is lax, strict or none, not {samesite!r}")
     if not isinstance(path, str) or not re.fullmatch(r"(/[^;\x00-\x1f\x7f]*)?", path):
-        raise StarioError(f"the path of a cookie begins with '/' and has no ';': not {path!r}")
+        raise StarioError(f"the path of a cookie begins with '/' and has no ';', not {path!r:.60}")
     prefix = name.lower().partition("-")[0]
     if prefix == "__host" and (path != "/" or domain):
         raise StarioError(f"{name!r} says: this host and all of it. Leave path and domain out")

@@ -11457,6 +11457,9 @@ class TestHosts(AsyncTest):
         three.get("/2", _fine)
         app.host("a.example", one)
         app.host("A.example.", two)
+        self.assertRaises(StarioError, app.url, "_fine")  # it has two paths there
+        app.get("/own", _fine)
+        self.assertEqual(app.url("_fine"), "/own")
         with self.assertRaisesRegex(StarioError, "cannot be told apart"):
             app.host("a.example", three)
         async with TestClient(app) as client:
