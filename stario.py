@@ -59,38 +59,38 @@ brackets can be left out of your copy: `python stario.py --without assets,client
         328  3. HTML: elements are strings
         690  4. JSON
         796  5. The request: headers, query, cookies, body
-       1282  6. The answer: status, fields, body
-       1710  7. Context and routing
-       2145  8. The app
-     2334  ACT 2. On the network
-       2342  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3389  10. The server
-       4189  11. Trying it without a network: the test client [testclient]
-     4646  ACT 3. Live
-       4695  12. Datastar: attributes and actions
-       5222  13. Streams: events, and staying with a client
-       5745  14. Relay: publish and subscribe
-     6070  ACT 4. For real
-       6077  15. Signals: from JSON to your dataclass
-       6810  16. Forms [forms]
-       7007  17. Behind a proxy
-       7111  18. Compression [compression]
-       7309  19. Static files [assets]
-       7853  20. Telemetry: spans, and who hears of them
-       8425  21. JsonTracer: for log collectors [json]
-       8500  22. RichTracer: for people [rich]
-       8955  23. Sessions [sessions]
-       9066  24. What lives as long as the server
-       9156  25. @baked
-       9410  26. ASGI: the same app under another server [asgi]
-       9637  27. RedisRelay: the same between processes and machines [redis]
-       9881  28. Reload: a saved file restarts the app [reload]
-      10039  29. Development: what went wrong, shown where one looks [development]
-      10148  30. What is refused
-    10409  ACT 5. The pocket client
-      10452  31. The pocket client (JavaScript) [client]
-      11833  32. This file as a page [read]
-      12051  33. An app to begin with
+       1285  6. The answer: status, fields, body
+       1713  7. Context and routing
+       2150  8. The app
+     2339  ACT 2. On the network
+       2347  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
+       3394  10. The server
+       4194  11. Trying it without a network: the test client [testclient]
+     4651  ACT 3. Live
+       4700  12. Datastar: attributes and actions
+       5227  13. Streams: events, and staying with a client
+       5750  14. Relay: publish and subscribe
+     6075  ACT 4. For real
+       6082  15. Signals: from JSON to your dataclass
+       6815  16. Forms [forms]
+       7012  17. Behind a proxy
+       7116  18. Compression [compression]
+       7314  19. Static files [assets]
+       7858  20. Telemetry: spans, and who hears of them
+       8430  21. JsonTracer: for log collectors [json]
+       8505  22. RichTracer: for people [rich]
+       8960  23. Sessions [sessions]
+       9071  24. What lives as long as the server
+       9161  25. @baked
+       9415  26. ASGI: the same app under another server [asgi]
+       9642  27. RedisRelay: the same between processes and machines [redis]
+       9886  28. Reload: a saved file restarts the app [reload]
+      10044  29. Development: what went wrong, shown where one looks [development]
+      10153  30. What is refused
+    10415  ACT 5. The pocket client
+      10458  31. The pocket client (JavaScript) [client]
+      11839  32. This file as a page [read]
+      12057  33. An app to begin with
 
 READING PATH
 
@@ -98,20 +98,20 @@ Two hours, for a reader who wants to know how it works, not all that it does. Re
 
       339-352    `SafeString`  an element is a string
       654-683    `Tags`  `h.P` makes one
-     1063-1242   `Request`  what a client asks for
-     1293-1361   `Carrier`  what brings the answer back
-     1437-1623   `_RawWriter`  the answer
-     1728-1822   `Context`  what a handler gets beside it
-     2076-2091   `Router._find`  from a path to a handler
-     2252-2286   `_App.dispatch`  one request from end to end
-     2701-2817   `_Reader`  bytes to requests
-     3137-3385   `Connection`  one connection, many requests
-     3815-3833   `Server.start`  listening
-     3942-3959   `Server.stop`  ending without losing a request
-     5373-5484   `_EventWriter`  events
-     5573-5642   `_Scope`  how a disconnect reaches a handler
-     5669-5741   `Alive`  staying with a client
-     5915-6022   `Relay`  from one handler to another
+     1063-1245   `Request`  what a client asks for
+     1296-1364   `Carrier`  what brings the answer back
+     1440-1626   `_RawWriter`  the answer
+     1731-1825   `Context`  what a handler gets beside it
+     2081-2096   `Router._find`  from a path to a handler
+     2257-2291   `_App.dispatch`  one request from end to end
+     2706-2822   `_Reader`  bytes to requests
+     3142-3390   `Connection`  one connection, many requests
+     3820-3838   `Server.start`  listening
+     3947-3964   `Server.stop`  ending without losing a request
+     5378-5489   `_EventWriter`  events
+     5578-5647   `_Scope`  how a disconnect reaches a handler
+     5674-5746   `Alive`  staying with a client
+     5920-6027   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -1215,6 +1215,9 @@ class Request:
 
         This, `json`, `form` and `c.signals` go on where a call was cancelled, by a timeout say.
         """
+        if isinstance(self._body, bytes) and not self._begun:  # the usual case: all of it is here
+            self._check_size(len(self._body))
+            self._whole = self._body
         if self._whole is None:
             self._begin()
             chunks = []
