@@ -3455,8 +3455,7 @@ class Worker:
         self.connections: set[Connection] = set()
         self.arriving: set[asyncio.Task[None]] = set()  # accepted, in their TLS handshake
         self.tasks: set[asyncio.Task[None]] = set()  # handlers under way
-        self.crowded = False  # they are as many as `max_handlers` allows
-        self.waiting: set[Connection] = set()  # to start one, until it is no longer crowded
+        self.waiting: set[Connection] = set()  # to start one, since it is crowded
         self.stopping = False  # every answer says "connection: close", streams end
         self.deadline = _NEVER  # when stopping: all is cut off then (the loop's clock)
         self.ended = False  # its loop is to end
@@ -3489,22 +3488,24 @@ class Worker:
         except (OSError, asyncio.CancelledError):  # no TLS, or the client has gone
             accepted.close()
 
-    def track(self, task: asyncio.Task[None]) -> None:
-        """Keep a handler's task until it ends.
+    @property
+    def crowded(self) -> bool:
+        """Whether no more handlers may start: there is one for each connection, and `max_handlers`.
 
-        A handler may go on after its answer, while its connection brings the next request. So
-        their number is bounded: one for each connection, and `max_handlers` more.
+        (A handler may go on after its answer, while its connection brings the next request.)
         """
+        return len(self.tasks) >= len(self.connections) + self.limits.max_handlers
+
+    def track(self, task: asyncio.Task[None]) -> None:
+        """Keep a handler's task until it ends."""
         self.tasks.add(task)
         task.add_done_callback(self._handler_ended)
-        self.crowded |= len(self.tasks) >= len(self.connections) + self.limits.max_handlers
 
     def _handler_ended(self, task: asyncio.Task[None]) -> None:
         self.tasks.discard(task)
         # Only when a tenth is free, since all that wait are woken then.
         few = len(self.connections) + 0.9 * self.limits.max_handlers
-        if self.crowded and len(self.tasks) < few:
-            self.crowded = False
+        if self.waiting and len(self.tasks) < few:
             waiting, self.waiting = self.waiting, set()
             for connection in waiting:
                 self.loop.call_soon(connection.go_on)
@@ -3632,9 +3633,8 @@ class _Listener:
 
     def __post_init__(self) -> None:
         self.bound = ""  # the address of the last socket
-        # Of a Unix socket's file, once it is ours: where it is, and which one.
-        self._unix_path = ""
-        self._unix_file: os.stat_result | None = None
+        self._unix_file: os.stat_result | None = None  # the Unix socket's file, once it is ours
+        self._unix_path = ""  # of that file
         self.sockets = [self.sock] if self.sock is not None else []
         if not isinstance(self.host, str):
             raise StarioError(f'host is {self.host!r}: text is needed, "" for all addresses')
