@@ -181,7 +181,6 @@ from contextlib import (
     AsyncExitStack,
     asynccontextmanager,
     contextmanager,
-    nullcontext,
     suppress,
 )
 from datetime import date, datetime, timezone
@@ -4379,11 +4378,7 @@ class TestStream:
 
     async def _send(self, head: str, body: bytes) -> None:
         """Connect, and send the request."""
-        try:
-            ours, theirs = socket.socketpair()
-        except OSError:  # no file descriptors are left
-            await self._worker.stop(0.0)
-            raise
+        ours, theirs = socket.socketpair()
         theirs.setblocking(False)
         self._worker.adopt(theirs, None)
         self._reader, self._writer = await asyncio.open_connection(sock=ours, limit=_HIGH_WATER)
@@ -4398,21 +4393,17 @@ class TestStream:
             line, _, fields = block.partition(b"\r\n")
             status = int(line.split()[1])
         self.headers = Headers(_split_fields(fields))
-        self._pieces = self._body(no_body or status in _BODILESS)
+        no_body |= status in _BODILESS
+        self._pieces = self._body(0 if no_body else int(self.headers.get("content-length") or 0))
         self.status = status
 
-    async def _body(self, no_body: bool) -> AsyncIterator[bytes]:
+    async def _body(self, length: int) -> AsyncIterator[bytes]:
         """The body as it comes, without its framing."""
-        length = self.headers.get("content-length")
-        if no_body:
-            return
         if "transfer-encoding" in self.headers:
             while size := int(await self._reader.readuntil(b"\r\n"), 16):
                 yield (await self._reader.readexactly(size + 2))[:-2]
-        elif length is not None:
-            yield await self._reader.readexactly(int(length))
-        else:  # HTTP/1.0: the body ends with the connection
-            yield await self._reader.read(-1)
+        else:
+            yield await self._reader.readexactly(length)
 
     @asynccontextmanager
     async def _awaiting(self, what: str) -> AsyncIterator[None]:
@@ -4474,8 +4465,8 @@ class TestClient:
     `cookies` is its jar: answers change it, requests send it. A request returns when its handler
     has ended, with all that it does after its answer; with `wait=False` when the answer is there.
     What a handler raises is raised in the test; with `raise_errors=False` it is answered with 500,
-    as to a browser. What takes longer than `timeout` seconds is a TimeoutError
-    that says what was awaited. Other options are those of `Limits`.
+    as to a browser. What takes longer than `timeout` seconds is a TimeoutError that says what was
+    awaited. Other options are those of `Limits`.
     """
 
     __test__ = False  # pytest: this is no test case
@@ -4498,21 +4489,19 @@ class TestClient:
         self.limits = _limits(limits)
         self.cookies: dict[str, str] = {}
         self._jar = _Jar(self.cookies)
-        self._serving: AbstractAsyncContextManager[None]
+        self._ending = AsyncExitStack()
         self._unfinished: list[TestStream] = []  # answered with wait=False
 
     async def __aenter__(self) -> TestClient:
-        # If a server runs the app already, its lifespans (part 24) have begun.
         life = self.app._life
-        self._serving = life.while_served() if life.loop is None else nullcontext()
-        await self._serving.__aenter__()
+        if life.loop is None:  # else a server runs the app: its lifespans (part 24) have begun
+            await self._ending.enter_async_context(life.while_served())
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, *exc: object) -> None:
-        async with AsyncExitStack() as stack:  # what fails keeps none of the others from ending
-            stack.push_async_callback(self._serving.__aexit__, None, None, None)
-            for stream in self._unfinished:
-                stack.push_async_callback(stream._close, stopping=True)
+        for stream in self._unfinished:
+            self._ending.push_async_callback(stream._close, stopping=True)
+        await self._ending.aclose()
         for stream in self._unfinished:
             if kind is None:
                 stream._raise_failure()
