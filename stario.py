@@ -54,64 +54,64 @@ After each act something runs, and you may stop there. Acts 1 to 3 are what one 
 a live page; each part of act 4 can be read alone, when it is needed. A part with a name in square
 brackets can be left out of your copy: `python stario.py --without assets,client >mine.py`.
 
-      223  ACT 1. A framework
-        231  2. Errors
-        328  3. HTML: elements are strings
-        690  4. JSON
-        796  5. The request: headers, query, cookies, body
-       1285  6. The answer: status, fields, body
-       1713  7. Context and routing
-       2150  8. The app
-     2339  ACT 2. On the network
-       2347  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3394  10. The server
-       4194  11. Trying it without a network: the test client [testclient]
-     4651  ACT 3. Live
-       4700  12. Datastar: attributes and actions
-       5227  13. Streams: events, and staying with a client
-       5750  14. Relay: publish and subscribe
-     6075  ACT 4. For real
-       6082  15. Signals: from JSON to your dataclass
-       6815  16. Forms [forms]
-       7012  17. Behind a proxy
-       7116  18. Compression [compression]
-       7314  19. Static files [assets]
-       7858  20. Telemetry: spans, and who hears of them
-       8430  21. JsonTracer: for log collectors [json]
-       8505  22. RichTracer: for people [rich]
-       8960  23. Sessions [sessions]
-       9071  24. What lives as long as the server
-       9161  25. @baked
-       9415  26. ASGI: the same app under another server [asgi]
-       9642  27. RedisRelay: the same between processes and machines [redis]
-       9886  28. Reload: a saved file restarts the app [reload]
-      10044  29. Development: what went wrong, shown where one looks [development]
-      10153  30. What is refused
-    10415  ACT 5. The pocket client
-      10458  31. The pocket client (JavaScript) [client]
-      11839  32. This file as a page [read]
-      12057  33. An app to begin with
+      222  ACT 1. A framework
+        230  2. Errors
+        327  3. HTML: elements are strings
+        689  4. JSON
+        795  5. The request: headers, query, cookies, body
+       1284  6. The answer: status, fields, body
+       1712  7. Context and routing
+       2149  8. The app
+     2338  ACT 2. On the network
+       2346  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
+       3393  10. The server
+       4193  11. Trying it without a network: the test client [testclient]
+     4640  ACT 3. Live
+       4689  12. Datastar: attributes and actions
+       5216  13. Streams: events, and staying with a client
+       5739  14. Relay: publish and subscribe
+     6064  ACT 4. For real
+       6071  15. Signals: from JSON to your dataclass
+       6804  16. Forms [forms]
+       7001  17. Behind a proxy
+       7105  18. Compression [compression]
+       7303  19. Static files [assets]
+       7847  20. Telemetry: spans, and who hears of them
+       8419  21. JsonTracer: for log collectors [json]
+       8494  22. RichTracer: for people [rich]
+       8949  23. Sessions [sessions]
+       9060  24. What lives as long as the server
+       9150  25. @baked
+       9404  26. ASGI: the same app under another server [asgi]
+       9631  27. RedisRelay: the same between processes and machines [redis]
+       9875  28. Reload: a saved file restarts the app [reload]
+      10033  29. Development: what went wrong, shown where one looks [development]
+      10142  30. What is refused
+    10404  ACT 5. The pocket client
+      10447  31. The pocket client (JavaScript) [client]
+      11828  32. This file as a page [read]
+      12046  33. An app to begin with
 
 READING PATH
 
 Two hours, for a reader who wants to know how it works, not all that it does. Read in this order:
 
-      339-352    `SafeString`  an element is a string
-      654-683    `Tags`  `h.P` makes one
-     1063-1245   `Request`  what a client asks for
-     1296-1364   `Carrier`  what brings the answer back
-     1440-1626   `_RawWriter`  the answer
-     1731-1825   `Context`  what a handler gets beside it
-     2081-2096   `Router._find`  from a path to a handler
-     2257-2291   `_App.dispatch`  one request from end to end
-     2706-2822   `_Reader`  bytes to requests
-     3142-3390   `Connection`  one connection, many requests
-     3820-3838   `Server.start`  listening
-     3947-3964   `Server.stop`  ending without losing a request
-     5378-5489   `_EventWriter`  events
-     5578-5647   `_Scope`  how a disconnect reaches a handler
-     5674-5746   `Alive`  staying with a client
-     5920-6027   `Relay`  from one handler to another
+      338-351    `SafeString`  an element is a string
+      653-682    `Tags`  `h.P` makes one
+     1062-1244   `Request`  what a client asks for
+     1295-1363   `Carrier`  what brings the answer back
+     1439-1625   `_RawWriter`  the answer
+     1730-1824   `Context`  what a handler gets beside it
+     2080-2095   `Router._find`  from a path to a handler
+     2256-2290   `_App.dispatch`  one request from end to end
+     2705-2821   `_Reader`  bytes to requests
+     3141-3389   `Connection`  one connection, many requests
+     3819-3837   `Server.start`  listening
+     3946-3963   `Server.stop`  ending without losing a request
+     5367-5478   `_EventWriter`  events
+     5567-5636   `_Scope`  how a disconnect reaches a handler
+     5663-5735   `Alive`  staying with a client
+     5909-6016   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -3096,8 +3096,8 @@ class _Answers(_Sender):
 
     def _close(self) -> None:
         """Close, in bounded time. (With TLS a close waits for the client's answer to it.)"""
-        if not self._is_lost():
-            self._state = _CLOSING
+        lost, self._state = self._is_lost(), _CLOSING
+        if not lost:
             self._deadline = self._worker.loop.time() + _LINGER
             self._transport.close()
 
