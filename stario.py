@@ -89,8 +89,8 @@ brackets can be left out of your copy: `python stario.py --without assets,client
       10142  30. What is refused
     10404  ACT 5. The pocket client
       10447  31. The pocket client (JavaScript) [client]
-      11828  32. This file as a page [read]
-      12046  33. An app to begin with
+      11796  32. This file as a page [read]
+      12014  33. An app to begin with
 
 READING PATH
 
@@ -10478,6 +10478,7 @@ const {
   setAttributeNode, addEventListener, removeEventListener, dispatchEvent,
 } = through(Node, Element, EventTarget);
 const doc = through(Document);
+const ofElement = through(Element);
 const { style: styleOfHtml } = through(HTMLElement);
 const styleOf = (el) => el instanceof HTMLElement ? styleOfHtml(el) : el.style;
 const page = doc.documentElement(document);
@@ -10502,9 +10503,9 @@ class Cell {
   readers = new Set();
 }
 
-// A reader is a job and what it has read. An effect is about an attribute. A computed signal is
+// A reader is a job and what it has read. An effect is an attribute's. A computed signal is
 // read, and reads: it is worked out when somebody asks.
-const newReader = (job, about) => ({ job, about, cells: new Set(), ranAt: 0 });
+const newReader = (job, attribute) => ({ job, attribute, cells: new Set(), ranAt: 0 });
 const newComputed = (job) => Object.assign(new Cell(), newReader(job), { stale: true });
 
 const isComputed = (cell) => cell?.value instanceof Cell;
@@ -10525,7 +10526,7 @@ function wake(cell) {
 
 function mark(cell) {
   for (const reader of cell.readers) {
-    if (reader.about) due.add(reader);
+    if (reader.attribute) due.add(reader);
     else if (!reader.stale) {
       reader.stale = true;
       mark(reader);
@@ -10583,10 +10584,10 @@ function batch(job) {
 
 function runDue() {
   for (let round = 1; due.size; round++) {
-    const now = [...due].sort((a, b) => a.about.order - b.about.order);
+    const now = [...due].sort((a, b) => a.attribute.order - b.attribute.order);
     if (round > 100) {
       due.clear();
-      report('effects', 'they wake each other without end: stopped', now[0].about.el);
+      report('effects', 'they wake each other without end: stopped', now[0].attribute.el);
     }
     for (const effect of now) if (due.delete(effect) && outdated(effect)) run(effect);
   }
@@ -10697,10 +10698,12 @@ function write(branch, key, value) {
 }
 
 function assign(branch, key, value) {
-  const { erased, names } = branches.get(branch);
-  if (!(key in branch)) wake(names);
-  erased.delete(key);
-  branch[key] ??= new Cell();
+  if (!(key in branch)) {
+    const { erased, names } = branches.get(branch);
+    erased.delete(key);
+    wake(names);
+    branch[key] = new Cell();
+  }
   branch[key].value = value;
   changed(branch, key);
 }
@@ -10719,8 +10722,7 @@ function erase(branch, key) {
   if (!cell) return;
   const { keys, names, erased } = branches.get(branch);
   if (cell.readers.size) erased.add(key);          // they are not to make it again
-  const gone = leaves(cell, [...keys, key]).map(([path]) => [path, null]);
-  changes = changes.concat([[[...keys, key], null]], gone);
+  changes = changes.concat(leaves(cell, [...keys, key]).map(([path]) => [path, null]));
   delete branch[key];
   for (const each of [cell, names, everything]) wake(each);
 }
@@ -10922,67 +10924,60 @@ function showText(el, text) {
   return ['#text'];
 }
 
-// Key by key or all at once: data-class:done="$x" and data-class="{done: $x}". `apply` gives the
-// name of the attribute that it wrote. What is no longer named is taken back.
-function keepEach(about, apply) {
+// Key by key or all at once: data-class:done="$x" and data-class="{done: $x}". What is no longer
+// named is taken back. `apply` gives the name of the attribute that it wrote.
+function keepEach(attribute, apply) {
   let last = {};
-  about.keep(() => {
-    const values = about.key ? { [about.key]: about.run() } : about.run() ?? {};
-    const gone = Object.keys(last).filter((name) => !has(values, name));
-    last = values;
-    return [...gone.map((name) => apply(name, null)),
-      ...Object.entries(values).map(([name, value]) => apply(name, value))];
+  attribute.keep(() => {
+    const gone = Object.fromEntries(Object.keys(last).map((name) => [name, null]));
+    last = attribute.key ? { [attribute.key]: attribute.run() } : attribute.run() ?? {};
+    return Object.entries({ ...gone, ...last }).map(([name, value]) => apply(name, value));
   });
-  about.ends.add(() => isConnected(about.el)
+  attribute.ends.add(() => isConnected(attribute.el)
     && Object.keys(last).forEach((name) => apply(name, null)));
 }
 
 const plugins = {
   __proto__: null,
-  signals(about) {
-    const { key, value, mods } = about;
-    const given = value ? about.run() : '';
+  signals(attribute) {
+    const { key, value, mods } = attribute;
+    const given = value ? attribute.run() : '';
     merge(key ? nested([[key.split('.'), given]]) : given || {}, mods.has('ifmissing'));
   },
-  computed(about) {
-    const jobs = about.key ? { [about.key]: () => about.run() } : about.run() ?? {};
+  computed(attribute) {
+    const jobs = attribute.key ? { [attribute.key]: () => attribute.run() } : attribute.run() ?? {};
     for (const [keys, job] of leaves(jobs)) {
-      put(keys.join('.'), newComputed(() => about.guard(job)));
+      put(keys.join('.'), newComputed(() => attribute.guard(job)));
     }
   },
-  effect: (about) => { about.effect(() => { about.run(); }); },
-  init: (about) => { timed(about)(); },
-  text: (about) => about.keep(() => showText(about.el, String(about.run() ?? ''))),
-  show(about) {
-    const style = styleOf(about.el);
-    about.keep(() => {
-      const shown = about.run();
-      if (!shown && style.display !== 'none') style.display = 'none';
-      if (shown && style.display === 'none') style.removeProperty('display');
-      return ['style'];
-    });
-  },
-  class(about) {
-    const classes = classList(about.el);
-    keepEach(about, (names, on) => {
-      for (const each of names.split(/\s+/).filter(Boolean)) {
-        if (classes.contains(each) !== Boolean(on)) classes.toggle(each);
-      }
+  effect: (attribute) => { attribute.effect(() => { attribute.run(); }); },
+  init: (attribute) => { timed(attribute)(); },
+  text: (attribute) => attribute.keep(() => showText(attribute.el, String(attribute.run() ?? ''))),
+  show: (attribute) => attribute.keep(() => {
+    const style = styleOf(attribute.el);
+    if (!attribute.run()) style.display = 'none';
+    else if (style.display === 'none') style.display = '';
+    return ['style'];
+  }),
+  class(attribute) {
+    const classes = classList(attribute.el);
+    keepEach(attribute, (names, on) => {
+      for (const each of names.split(/\s+/).filter(Boolean)) classes.toggle(each, Boolean(on));
       return 'class';
     });
   },
-  attr: (about) => keepEach(about, (name, value) => {
+  attr: (attribute) => keepEach(attribute, (name, value) => {
     const json = Object(value) === value && JSON.stringify(value);   // none of a function
     const text = value === true ? '' : json || String(value);
-    if (value === false || (value ?? null) === null) removeAttribute(about.el, name);
-    else if (getAttribute(about.el, name) !== text) setAttribute(about.el, name, text);
+    if (value === false || (value ?? null) === null) removeAttribute(attribute.el, name);
+    else if (getAttribute(attribute.el, name) !== text) setAttribute(attribute.el, name, text);
     return name;
   }),
-  style(about) {
-    const style = styleOf(about.el);
+  style(attribute) {
+    const style = styleOf(attribute.el);
     const before = new Map();        // what was there without us
     const wrote = {};
-    keepEach(about, (name, value) => {
+    keepEach(attribute, (name, value) => {
       if (!name.startsWith('--')) name = name.replace(/[A-Z]/g, '-$&').toLowerCase();
       const now = style.getPropertyValue(name);
       if (now !== wrote[name]) before.set(name, now);
@@ -10995,25 +10990,26 @@ const plugins = {
     put(path, el);
     ends.add(() => find(path) === el && put(path, null));
   },
-  indicator(about) {
-    const { owner, path, ends } = about;
+  indicator(attribute) {
+    const { owner, path, ends } = attribute;
     const show = () => put(path, owner.requests > 0);
-    about.listen(document, 'datastar-fetch', ({ detail }) => detail.el === owner.el && show());
+    attribute.listen(document, 'datastar-fetch', ({ detail }) => detail.el === owner.el && show());
     ends.add(() => isConnected(owner.el) || put(path, false));
     show();
   },
-  'json-signals'(about) {
-    const indent = about.mods.has('terse') ? 0 : 2;
-    about.keep(() => showText(about.el, toJson(pick(about.value ? about.run() : {}), indent)));
+  'json-signals'(attribute) {
+    const indent = attribute.mods.has('terse') ? 0 : 2;
+    const filter = () => attribute.value ? attribute.run() : {};
+    attribute.keep(() => showText(attribute.el, toJson(pick(filter()), indent)));
   },
   bind,
-  on(about) {
-    const { el, key, mods } = about;
-    const later = timed(about);
+  on(attribute) {
+    const { el, key, mods } = attribute;
+    const later = timed(attribute);
     const ofDocument = /^datastar-(?:fetch|signal-patch|ready)$/.test(key);
     const target = mods.has('window') ? window
       : mods.has('document') || mods.has('outside') || ofDocument ? document : el;
-    about.listen(target, key, (evt) => {
+    attribute.listen(target, key, (evt) => {
       if (mods.has('outside') && evt.target instanceof Node && contains(el, evt.target)) return;
       // A form that is handled here must not load a page as well.
       if (mods.has('prevent') || (key === 'submit' && el instanceof HTMLFormElement)) {
@@ -11023,9 +11019,9 @@ const plugins = {
       later(evt);
     }, { once: mods.has('once'), passive: mods.has('passive'), capture: mods.has('capture') });
   },
-  'on-intersect'(about) {
-    const { el, mods } = about;
-    const later = timed(about);
+  'on-intersect'(attribute) {
+    const { el, mods } = attribute;
+    const later = timed(attribute);
     const percent = mods.get('threshold')?.[0]
       ?? (mods.has('full') ? 100 : mods.has('half') ? 50 : 0);
     const observer = new IntersectionObserver((entries) => {
@@ -11035,23 +11031,24 @@ const plugins = {
       if (mods.has('once')) observer.disconnect();
     }, { threshold: percent / 100 });
     observer.observe(el);
-    about.ends.add(() => observer.disconnect());
+    attribute.ends.add(() => observer.disconnect());
   },
-  'on-interval'(about) {
-    const tags = about.mods.get('duration') ?? [];
-    const job = timed(about);
+  'on-interval'(attribute) {
+    const tags = attribute.mods.get('duration') ?? [];
+    const job = timed(attribute);
     if (tags.includes('leading')) job();
     const timer = setInterval(job, milliseconds(tags, 1000));
-    about.ends.add(() => clearInterval(timer));
+    attribute.ends.add(() => clearInterval(timer));
   },
+  'on-signal-patch-filter'() {},     // it is read by the next one
   // The page's first signals are no change, nor is what its own expression writes.
-  'on-signal-patch'(about) {
-    const filter = getAttribute(about.el, 'data-on-signal-patch-filter');
+  'on-signal-patch'(attribute) {
+    const filter = getAttribute(attribute.el, 'data-on-signal-patch-filter');
     const chosen = chooser(filter ? compile(filter)(root) : {});
     let busy = false;
-    const later = timed(about, (evt, some) => {
+    const later = timed(attribute, (evt, some) => {
       busy = true;
-      about.act(() => about.run(evt, some));
+      attribute.act(() => attribute.run(evt, some));
       busy = false;
     });
     const hear = (evt) => {
@@ -11060,7 +11057,7 @@ const plugins = {
     };
     announce();
     addEventListener(document, 'datastar-signal-patch', hear);
-    about.ends.add(() => removeEventListener(document, 'datastar-signal-patch', hear));
+    attribute.ends.add(() => removeEventListener(document, 'datastar-signal-patch', hear));
   },
 };
 
@@ -11074,9 +11071,11 @@ const TIMING = {
     paced(job, tags, !tags.includes('noleading'), tags.includes('trailing'), false),
 };
 
-const timed = (about, job = (evt) => about.act(() => about.run(evt))) => Object.keys(TIMING)
-  .filter((mod) => about.mods.has(mod))
-  .reduce((inner, mod) => TIMING[mod](inner, about.mods.get(mod)), job);
+function timed(attribute, job = (evt) => attribute.act(() => attribute.run(evt))) {
+  const { mods } = attribute;
+  return Object.keys(TIMING).filter((mod) => mods.has(mod))
+    .reduce((inner, mod) => TIMING[mod](inner, mods.get(mod)), job);
+}
 
 // "500ms" and "500" are milliseconds, "2s" is seconds.
 function milliseconds(tags, otherwise = 0) {
@@ -11088,19 +11087,15 @@ function milliseconds(tags, otherwise = 0) {
 function paced(job, tags, leading, trailing, anew) {
   let timer = null;
   let waiting = null;                // the arguments of the last call that was held back
-  const begin = () => {
-    clearTimeout(timer);
-    timer = setTimeout(() => {
-      const args = waiting;
-      timer = waiting = null;
-      if (!trailing || !args) return;
-      if (!anew) begin();
-      job(...args);
-    }, milliseconds(tags));
+  const over = () => {
+    const args = waiting;
+    timer = waiting = null;
+    if (trailing && args) job(...args);
   };
   return (...args) => {
     const first = timer === null;
-    if (first || anew) begin();
+    if (anew) clearTimeout(timer);
+    if (first || anew) timer = setTimeout(over, milliseconds(tags));
     if (first && leading) job(...args);
     else waiting = args;
   };
@@ -11112,7 +11107,6 @@ function paced(job, tags, leading, trailing, anew) {
 // it is never written back (an emptied number field stays empty, "1." stays "1.").
 
 const isNumeric = (el) => /^(?:number|range)$/.test(el.type);
-const isBox = (el) => /^(?:checkbox|radio)$/.test(el.type);
 
 // An option that a list has chosen -> the list's entry, which may be a number.
 const entries = new WeakMap();
@@ -11138,7 +11132,7 @@ function give(el, prop, value) {
   if (prop && prop in el) el[prop] = value;
   else if (prop) setAttribute(el, prop, text);
   else if (el.type === 'checkbox' && typeof value !== 'string') el.checked = Boolean(value);
-  else if (isBox(el)) el.checked = el.value === text;
+  else if (/^(?:checkbox|radio)$/.test(el.type)) el.checked = el.value === text;
   else if (el.type === 'select-multiple') {
     const chosen = new Map([value ?? []].flat().map((entry) => [String(entry), entry]));
     for (const option of el.options) {
@@ -11159,9 +11153,9 @@ const isFocused = (el) => doc.activeElement(document) === el;
 // Several fields may share one list. The place in the page is the place in the list.
 const groups = new Map();                        // path -> { binds, sorted: them, or null }
 
-function bind(about) {
-  const { el, path, mods, owner, ends } = about;
-  if (el.type === 'file' && localName(el) === 'input') return bindFiles(about);
+function bind(attribute) {
+  const { el, path, mods, owner, ends } = attribute;
+  if (el.type === 'file' && localName(el) === 'input') return bindFiles(attribute);
   const isField = /^(?:input|select|textarea)$/.test(localName(el)) && !mods.has('prop');
   const prop = isField ? null : CASES.camel(mods.get('prop')?.[0] ?? 'value');
   const group = groups.get(path) ?? { binds: new Set() };
@@ -11204,35 +11198,32 @@ function bind(about) {
   ends.add(() => group.binds.delete(self) && !group.binds.size && groups.delete(path));
   if (el.type === 'radio' && !el.name) setAttribute(el, 'name', path);
   if (find(place()) === undefined && !isUnchosen()) save();
-  const isChoice = isBox(el) || /^select-/.test(el.type);
-  for (const name of mods.get('event') ?? ['change', ...isChoice ? [] : ['input']]) {
-    about.listen(el, name, save);
-  }
-  about.listen(el, 'blur', () => waiting && show(true));
-  about.effect(() => show());
+  const isChoice = /^(?:checkbox|radio|select-.*)$/.test(el.type);
+  const events = mods.get('event') ?? (isChoice ? ['change'] : ['input', 'change']);
+  for (const name of events) attribute.listen(el, name, save);
+  attribute.listen(el, 'blur', () => waiting && show(true));
+  attribute.effect(() => show());
   owner.bind = self;
   ends.add(() => owner.bind === self && (owner.bind = null));
 }
 
 // A file field's signal is a list of { name, contents in base64, mime }.
-function bindFiles(about) {
+function bindFiles(attribute) {
   let latest = 0;
-  about.listen(about.el, 'change', async () => {
+  attribute.listen(attribute.el, 'change', async () => {
     const mine = ++latest;
-    const files = await Promise.all(Array.from(about.el.files, readFile));
-    if (mine === latest && !about.ended) put(about.path, files);
+    const files = await Promise.all(Array.from(attribute.el.files, readFile));
+    if (mine === latest && !attribute.ended) put(attribute.path, files);
   });
 }
 
-const readFile = (file) => new Promise((done, failed) => {
+async function readFile(file) {
   const reading = new FileReader();
-  reading.onerror = () => failed(reading.error);
-  reading.onload = () => {
-    const contents = reading.result.split(',')[1] ?? '';   // data:text/plain;base64,SGVsbG8=
-    done({ name: file.name, contents, mime: file.type || 'application/octet-stream' });
-  };
   reading.readAsDataURL(file);
-});
+  await new Promise((done) => { reading.onloadend = done; });
+  const [, contents = ''] = reading.result.split(',');     // data:text/plain;base64,SGVsbG8=
+  return { name: file.name, contents, mime: file.type || 'application/octet-stream' };
+}
 
 // ---- Which attributes are alive ----
 // A MutationObserver tells of every element and attribute that comes or goes, whoever did it. An
@@ -11241,7 +11232,6 @@ const readFile = (file) => new Promise((done, failed) => {
 const MODIFIERS = new Set(['case', 'ifmissing', 'terse', 'prop', 'event', 'once', 'passive',
   'capture', 'window', 'document', 'outside', 'prevent', 'stop', 'exit', 'half', 'full',
   'threshold', 'duration', ...Object.keys(TIMING)]);
-const READ_ELSEWHERE = /^(?:ignore|ignore-morph|preserve-attr|on-signal-patch-filter|nonce)$/;
 const MISSING = new RegExp('^(?:on-.*|animate|custom-validity|match-media|persist|query-string|'
   + 'replace-url|rocket|scroll-into-view|view-transition)$');
 const NAMES = /^(?:bind|ref|indicator)$/;        // their value is a name, not an expression
@@ -11256,33 +11246,33 @@ const CASES = {
 };
 
 function start(owner, name, value) {
-  const about = new Attribute(owner, name, value);
-  const { plugin, mods, el } = about;
-  owner.attributes.set(name, about);
+  const attribute = new Attribute(owner, name, value);
+  const { plugin, mods, el } = attribute;
+  owner.attributes.set(name, attribute);
   if (!(plugin in plugins)) {
-    const isMine = READ_ELSEWHERE.test(plugin);
-    if (!isMine && (name.includes(':') || MISSING.test(plugin))) unknown(name, el);
+    if (name.includes(':') || MISSING.test(plugin)) unknown(name, el);
     return;
   }
   for (const mod of mods.keys()) if (!MODIFIERS.has(mod)) unknown(`${name}: __${mod}`, el);
-  about.act(() => {
-    if (!NAMES.test(plugin)) about.compiled = compile(value);
-    plugins[plugin](about);
+  attribute.act(() => {
+    if (!NAMES.test(plugin)) attribute.compiled = compile(value);
+    plugins[plugin](attribute);
   });
 }
 
-// Ends and starts what has changed among an element's attributes.
+// Ends and starts what has changed among an element's attributes: all, when it has left.
 function follow(el) {
   const names = getAttributeNames(el).filter((name) => name.startsWith('data-'));
   if (!owners.has(el) && !names.length) return;
   const owner = owners.get(el)
     ?? { el, order: ++ownersSoFar, attributes: new Map(), wrote: new Map(), requests: 0 };
   owners.set(el, owner);
-  const isIgnored = closest(el, '[data-ignore]') || hasAttribute(el, 'data-ignore__self');
-  for (const [name, about] of owner.attributes) {
-    if (isIgnored || getAttribute(el, name) !== about.value) quit(owner, name);
+  const isSilent = !isConnected(el) || closest(el, '[data-ignore]')
+    || hasAttribute(el, 'data-ignore__self');
+  for (const [name, attribute] of owner.attributes) {
+    if (isSilent || getAttribute(el, name) !== attribute.value) quit(owner, name);
   }
-  for (const [n, name] of isIgnored ? [] : names.entries()) {
+  for (const [n, name] of isSilent ? [] : names.entries()) {
     if (!owner.attributes.has(name)) start(owner, name, getAttribute(el, name));
     owner.attributes.get(name).order = owner.order + n / 1000;
   }
@@ -11293,17 +11283,11 @@ function quit(owner, name) {
   owner.attributes.delete(name);
 }
 
-function leave(el) {
-  const owner = owners.get(el);
-  owners.delete(el);
-  for (const about of owner?.attributes.values() ?? []) about.end();
-}
-
 function update(records) {
   const selects = new Set();         // their options came or went
   const ofChildren = records.filter(({ type }) => type === 'childList');
   for (const { removedNodes } of ofChildren) {
-    for (const node of removedNodes) if (!isConnected(node)) family(node).forEach(leave);
+    for (const node of removedNodes) if (!isConnected(node)) family(node).forEach(follow);
   }
   if (ofChildren.length) for (const group of groups.values()) group.sorted = null;
   for (const record of records) {
@@ -11344,24 +11328,24 @@ const setEach = (filter, change) => batch(() => {
 
 const actions = {
   __proto__: null,
-  peek: (about, evt, args) => batch(args()[0]),
-  setAll(about, evt, args) {
+  peek: (attribute, evt, args) => batch(args()[0]),
+  setAll(attribute, evt, args) {
     const [value, filter] = args();
     setEach(filter, () => value);
   },
-  toggleAll: (about, evt, args) => setEach(args()[0], (old) => !old),
+  toggleAll: (attribute, evt, args) => setEach(args()[0], (old) => !old),
 };
 
 // A call is a request with all its attempts. `given` are its arguments for the first one; those
 // after it ask `args` anew. An error before it is under way is the expression's.
 for (const method of ['GET', 'POST', 'PUT', 'PATCH', 'DELETE', 'QUERY']) {
-  actions[method.toLowerCase()] = (about, evt, args) => {
+  actions[method.toLowerCase()] = (attribute, evt, args) => {
     const given = args();
     const [url, { contentType, selector } = {}] = given;
     if (!url) throw new Error('there is no URL');
-    const form = contentType === 'form' && formOf(about.el, evt, selector);
+    const form = contentType === 'form' && formOf(attribute.el, evt, selector);
     if (form === null) return Promise.resolve();           // a field is not valid
-    return request({ method, about, args, given, form, tries: 0, lastId: '' });
+    return request({ method, attribute, args, given, form, tries: 0, lastId: '' });
   };
 }
 
@@ -11369,7 +11353,7 @@ const underWay = new Map();          // "GET /url" -> the AbortController of the
 
 // The same request again cancels the one under way. "cleanup" ends it with its element, too.
 async function request(call) {
-  const { about, method, given: [url, options = {}] } = call;
+  const { attribute, method, given: [url, options = {}] } = call;
   const { requestCancellation: cancel = 'auto' } = options;
   const own = cancel instanceof AbortController ? cancel : new AbortController();
   const slot = `${method} ${url}`;
@@ -11378,25 +11362,25 @@ async function request(call) {
     underWay.get(slot)?.abort();
     underWay.set(slot, own);
   }
-  if (cancel === 'cleanup') about.ends.add(ends);
+  if (cancel === 'cleanup') attribute.ends.add(ends);
   call.cancelled = own.signal;
-  call.emit = (type, argsRaw = {}) => tell('datastar-fetch', { type, el: about.el, argsRaw });
+  call.emit = (type, argsRaw = {}) => tell('datastar-fetch', { type, el: attribute.el, argsRaw });
   call.receive = (type, came) => inTurn(type, () => {
     if (cancel === 'cleanup' && own.signal.aborted) return;
     if (type !== 'text/javascript') call.emit(type, came);
     apply[type]?.(came);
   }, came);
-  about.owner.requests++;
+  attribute.owner.requests++;
   call.emit('started');
   try {
     await attempts(call, options);
   } catch (error) {
-    if (!own.signal.aborted) report(`${about.name}: ${slot}`, error, about.el);
+    if (!own.signal.aborted) report(`${attribute.name}: ${slot}`, error, attribute.el);
   }
-  about.ends.delete(ends);
+  attribute.ends.delete(ends);
   if (underWay.get(slot) === own) underWay.delete(slot);
   await inTurn('finished', () => {   // after the patches that it brought
-    about.owner.requests--;
+    attribute.owner.requests--;
     call.emit('finished');
   });
 }
@@ -11417,7 +11401,7 @@ async function attempts(call, { openWhenHidden = call.method !== 'GET', retry = 
     addEventListener(document, 'visibilitychange', hide);
     try {
       const signal = AbortSignal.any([cancelled, hidden.signal]);
-      if (!await attempt(call, signal, retry, retryInterval)) return;
+      if (!await attempt(call, signal, retry)) return;
     } catch (error) {
       if (cancelled.aborted || (retry === 'never' && !hidden.signal.aborted)) throw error;
       broken = error;
@@ -11439,13 +11423,13 @@ async function attempts(call, { openWhenHidden = call.method !== 'GET', retry = 
 
 // Asks once. True if it is to be asked again: a stream that ended, an error, as `retry` says.
 // Status 200 grants new tries. The bodies of others are not read; 204 and 3xx are final.
-async function attempt(call, signal, retry, interval) {
+async function attempt(call, signal, retry) {
   const { url, ...sent } = batch(() => sentWith(call));
   const answer = await fetch(url, { ...sent, signal });
   const { status } = answer;
   if (status >= 400) call.emit('error', { status: String(status) });
   if (status === 200) {
-    Object.assign(call, { tries: 0, interval });
+    call.tries = 0;
     return await readAnswer(answer, call) && retry === 'always';
   }
   answer.body?.cancel();
@@ -11471,10 +11455,9 @@ function sentWith(call) {
   const { payload, filterSignals } = options;
   const body = form ? form() : toJson(payload === undefined
     ? pick({ exclude: /(^|\.)_/, ...filterSignals }) : payload);
-  if (!inUrl) return { url: target, method, headers, body };
-  if (form) for (const [key, value] of body) target.searchParams.append(key, value);
-  else target.searchParams.set('datastar', body);
-  return { url: target, method, headers };
+  if (inUrl && form) for (const [key, value] of body) target.searchParams.append(key, value);
+  else if (inUrl) target.searchParams.set('datastar', body);
+  return { url: target, method, headers, body: inUrl ? null : body };
 }
 
 const BUTTONS = 'button,input[type=submit],input[type=image]';
@@ -11620,14 +11603,9 @@ function patchOne(mode, target, nodes) {
   const isIgnored = isElement(parent) && closest(parent, '[data-ignore-morph]');
   if (isIgnored && /^(?:outer|inner)$/.test(mode)) return;
   const scripts = nodes.flatMap(family).filter((el) => localName(el) === 'script');
-  const add = (where, before) => nodes.forEach((node) => insertBefore(where, node, before));
   if (mode === 'outer') morph(parent, [target], nodes);
   else if (mode === 'inner') morph(target, [...childNodes(target)], nodes);
-  else if (mode === 'append') add(target, null);
-  else if (mode === 'prepend') add(target, firstChild(target));
-  else if (mode === 'after') add(parent, nextSibling(target));
-  else if (mode !== 'remove') add(parent, target);
-  if (mode === 'replace' || mode === 'remove') removeChild(parent, target);
+  else ofElement[mode === 'replace' ? 'replaceWith' : mode](target, ...nodes);
   for (const script of scripts) if (isConnected(script)) enliven(script);
   // Bindings are told directly: the events `input` and `change` are a person's.
   settle();
@@ -11642,8 +11620,7 @@ function enliven(dead) {
   if (dead.nonce) script.nonce = dead.nonce;
   if ('async' in script) script.async = hasAttribute(dead, 'async');
   replaceChildren(script, textContent(dead));
-  insertBefore(parentNode(dead), script, dead);
-  removeChild(parentNode(dead), dead);
+  ofElement.replaceWith(dead, script);
 }
 
 const copyAttribute = (from, to, name) =>
@@ -11674,9 +11651,9 @@ function planOf(parent, old, nodes) {
   const [partners, promised, around] = [new Map(), new Set(), new Set()];
   const pair = (fresh, el) => promised.add(el) && partners.set(fresh, el);
   const [before, after] = [old, nodes].map(elementsById);
-  for (const [id, el] of before) {
-    const fresh = after.get(id);
-    if (el && fresh && nodeName(el) === nodeName(fresh)) pair(fresh, el);
+  for (const [id, [el, twin]] of before) {
+    const [fresh, other = twin] = after.get(id) ?? [];
+    if (fresh && !other && nodeName(el) === nodeName(fresh)) pair(fresh, el);
   }
   for (const [inner, partner] of [...partners]) {
     let el = partner;
@@ -11691,17 +11668,12 @@ function planOf(parent, old, nodes) {
   return { partners, promised, around, doomed: [] };
 }
 
-// Ids that are there once, outside of what is not to be morphed.
+// All elements of an id, outside of what is not to be morphed.
 function elementsById(roots) {
-  const found = new Map();
-  for (const top of roots.filter(isElement)) {
-    for (const el of [top, ...querySelectorAll(top, '[id]')]) {
-      const id = getAttribute(el, 'id');
-      const ignored = el !== top && closest(parentNode(el), '[data-ignore-morph]');
-      if (id && !ignored) found.set(id, found.has(id) ? null : el);
-    }
-  }
-  return found;
+  const isMorphed = (el) => !closest(parentNode(el), '[data-ignore-morph]');
+  const found = roots.filter(isElement).flatMap((top) => [...hasAttribute(top, 'id') ? [top] : [],
+    ...Array.from(querySelectorAll(top, '[id]')).filter(isMorphed)]);
+  return Map.groupBy(found, (el) => getAttribute(el, 'id'));
 }
 
 // Scripts are the same only if they are equal: those that are there do not run again.
@@ -11733,16 +11705,12 @@ function morphNodes(parent, old, nodes, plan) {
 
 // For each new node the old one that it takes the place of, if any.
 function matchAll(old, nodes, { partners, promised }) {
-  const left = new Map();                        // kind and id -> old nodes, the first one last
   const idOf = (node) => isElement(node) && getAttribute(node, 'id') || '';
-  for (const node of old.toReversed()) {
-    if (promised.has(node)) continue;
-    const kind = `${kindOf(node)}#${idOf(node)}`;
-    if (!left.has(kind)) left.set(kind, []);
-    left.get(kind).push(node);
-  }
+  const keyOf = (node, id = idOf(node)) => `${kindOf(node)}#${id}`;
+  const free = old.toReversed().filter((node) => !promised.has(node));     // the first one last
+  const left = Map.groupBy(free, (node) => keyOf(node));
   return nodes.map((node) => partners.get(node)
-    ?? left.get(`${kindOf(node)}#${idOf(node)}`)?.pop() ?? left.get(`${kindOf(node)}#`)?.pop());
+    ?? left.get(keyOf(node))?.pop() ?? left.get(keyOf(node, ''))?.pop());
 }
 
 // moveBefore keeps focus, frames and animations. It wants both ends in the page.
