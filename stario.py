@@ -129,6 +129,7 @@ import ast
 import asyncio
 import atexit
 import base64
+import binascii
 import contextvars
 import dataclasses
 import enum
@@ -285,7 +286,7 @@ class HttpException(Exception):
         if status_code in _REDIRECTS and not detail:
             raise StarioError(f'{status_code} needs an address: HttpException(303, "/login")')
         self.status_code = status_code
-        self.detail = detail or _phrase(status_code)
+        self.detail = detail or _PHRASES.get(status_code, "Unknown")
         super().__init__(self.status_code, self.detail)
 
     def __str__(self) -> str:
@@ -293,6 +294,7 @@ class HttpException(Exception):
 
 
 _REDIRECTS = frozenset((301, 302, 303, 307, 308))
+_PHRASES = {status.value: status.phrase for status in HTTPStatus}
 
 
 def _check_status(status: object) -> None:
@@ -313,14 +315,6 @@ def _ungrouped(exc: BaseException) -> BaseException:
             break
         exc = inside[0]
     return exc
-
-
-def _phrase(status: int) -> str:
-    """The standard phrase of a status, or a plain word for a number that has none."""
-    try:
-        return HTTPStatus(status).phrase
-    except ValueError:
-        return "Unknown"
 
 
 # ==================================================================================================
@@ -996,8 +990,6 @@ def _parse_pairs(text: str) -> list[tuple[str, str]]:
     return [(_unquote(name), _unquote(value)) for name, _, value in pairs]
 
 
-_HEX = "0123456789abcdefABCDEF"
-_BYTES = {(a + b).encode(): bytes.fromhex(a + b) for a in _HEX for b in _HEX}
 _ESCAPE = re.compile(rb"%([0-9A-Fa-f]{2})")
 
 
@@ -1007,7 +999,7 @@ def _unescaped(text: str) -> bytes:
     (`urllib.parse` takes four times as long for many of those.)
     """
     pieces = _ESCAPE.split(text.encode("utf-8", "replace"))  # every second one is two digits
-    pieces[1::2] = map(_BYTES.__getitem__, pieces[1::2])
+    pieces[1::2] = map(binascii.unhexlify, pieces[1::2])
     return b"".join(pieces)
 
 
@@ -1040,11 +1032,6 @@ class RequestLine:
 
     Raises HttpException(400) for a path that cannot be decoded.
     """
-
-    __slots__ = (
-        "http_1_0", "is_plain", "method", "path", "query_string", "raw_path", "split_path",
-        "target",
-    )  # fmt: skip
 
     def __init__(self, method: str, target: str, http_1_0: bool = False) -> None:
         self.method = method
@@ -1107,11 +1094,12 @@ class Request:
     def cookies(self) -> dict[str, str]:
         """The cookies by name (RFC 6265, section 4.2), percent-decoded; the first one counts.
 
+        Those after the first 1,000 are left out: no browser keeps so many for one host.
         Only blanks and tabs around a name are dropped. `str.strip()` would drop more, and take
         `\\xa0__Host-id`, which any subdomain may set, for `__Host-id`, which only this host may.
         """
         cookies: dict[str, str] = {}
-        for pair in ";".join(self.headers.getlist("cookie")).split(";"):
+        for pair in ";".join(self.headers.getlist("cookie")).split(";", 1000)[:1000]:
             name, equals, value = pair.partition("=")
             if equals:
                 value = value.strip(" \t")
@@ -1154,10 +1142,8 @@ class Request:
     @property
     def url(self) -> str:
         """The whole address that was asked for, as the client sees it."""
-        target = (
-            self.root_path + self.raw_path + ("?" + self.query_string if self.query_string else "")
-        )
-        return f"{self.scheme}://{self._asked.host}{target}"
+        query = f"?{self.query_string}" if self.query_string else ""
+        return f"{self.scheme}://{self._asked.host}{self.root_path}{self.raw_path}{query}"
 
     @property
     def is_datastar(self) -> bool:
@@ -1262,7 +1248,6 @@ def _split_host(host: str) -> tuple[str, str]:
 _BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
 
 
-_ESCAPED_SLASH = re.compile("%2[Ff]")
 _SLASH = "\udcff"  # an escaped slash, until a path is split: the byte FF, which UTF-8 never has
 
 
@@ -1273,7 +1258,7 @@ def _decode_path(raw: str) -> str:
     """
     if _BAD_ESCAPE.search(raw):
         raise HttpException(400, "the path has a percent sign that escapes nothing")
-    marked, slashes = _ESCAPED_SLASH.subn("%FF", raw)
+    marked, slashes = re.subn("%2[Ff]", "%FF", raw)
     path = _unescaped(marked).decode("utf-8", "surrogateescape")  # `\udc80` for a wrong byte 80
     if len(_SURROGATE.findall(path)) != slashes:
         raise HttpException(400, "the path is not UTF-8")
@@ -1420,8 +1405,6 @@ _REDIRECT_SAFE = "!#$%&'()*+,-./:;=?@[]_~"
 
 
 def _bytes(data: bytes) -> bytes:
-    if type(data) is bytes:
-        return data
     if not isinstance(data, (bytes, bytearray, memoryview)):
         raise StarioError(f"bytes are needed, not {type(data).__name__}; w.text() answers text")
     return bytes(data)  # what can still be changed is copied
@@ -2192,14 +2175,14 @@ def _answer_error(c: Context, w: Writer, exc: BaseException) -> None:
         w._forget_answer()
     try:
         if not isinstance(exc, HttpException):
-            w.text(_phrase(500), 500)
+            w.text(_PHRASES[500], 500)
         elif exc.status_code in _REDIRECTS:
             w.redirect(exc.detail, exc.status_code)
         else:
             w.text(exc.detail, exc.status_code)
     except Exception as wrong:  # a status, or an address, that no answer can have
         _report(c, wrong)
-        w.text(_phrase(500), 500)
+        w.text(_PHRASES[500], 500)
 
 
 def _complete(c: Context, w: Writer) -> None:
@@ -2427,7 +2410,7 @@ _LINE_SO_FAR = re.compile(rb"[ -~]*+\r?")  # a request line whose end has not co
 
 @lru_cache(maxsize=256)
 def _status_line(status: int) -> bytes:
-    return f"HTTP/1.1 {int(status)} {_phrase(status)}\r\n".encode("latin-1")
+    return f"HTTP/1.1 {int(status)} {_PHRASES.get(status, 'Unknown')}\r\n".encode("latin-1")
 
 
 @lru_cache(maxsize=256)

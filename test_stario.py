@@ -1403,6 +1403,8 @@ class TestRequest(AsyncTest):
         self.assertEqual(request.headers.get("ACCEPT"), "x")
         self.assertIn("Accept", request.headers)
         self.assertEqual(a_request(host="[::1]:80").host, "[::1]")
+        many = ";".join(f"c{i}={i}" for i in range(1002))
+        self.assertEqual(list(a_request(cookie=many).cookies)[-1], "c999")
 
     def test_response_headers_give_themselves_back_and_refuse_what_cannot_be_sent(self) -> None:
         headers = stario.ResponseHeaders()
