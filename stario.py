@@ -54,64 +54,64 @@ After each act something runs, and you may stop there. Acts 1 to 3 are what one 
 a live page; each part of act 4 can be read alone, when it is needed. A part with a name in square
 brackets can be left out of your copy: `python stario.py --without assets,client >mine.py`.
 
-      222  ACT 1. A framework
-        230  2. Errors
-        327  3. HTML: elements are strings
-        689  4. JSON
-        795  5. The request: headers, query, cookies, body
-       1284  6. The answer: status, fields, body
-       1712  7. Context and routing
-       2149  8. The app
-     2338  ACT 2. On the network
-       2346  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3393  10. The server
-       4193  11. Trying it without a network: the test client [testclient]
-     4640  ACT 3. Live
-       4689  12. Datastar: attributes and actions
-       5216  13. Streams: events, and staying with a client
-       5739  14. Relay: publish and subscribe
-     6064  ACT 4. For real
-       6071  15. Signals: from JSON to your dataclass
-       6804  16. Forms [forms]
-       7001  17. Behind a proxy
-       7105  18. Compression [compression]
-       7303  19. Static files [assets]
-       7847  20. Telemetry: spans, and who hears of them
-       8419  21. JsonTracer: for log collectors [json]
-       8494  22. RichTracer: for people [rich]
-       8949  23. Sessions [sessions]
-       9060  24. What lives as long as the server
-       9150  25. @baked
-       9404  26. ASGI: the same app under another server [asgi]
-       9631  27. RedisRelay: the same between processes and machines [redis]
-       9875  28. Reload: a saved file restarts the app [reload]
-      10033  29. Development: what went wrong, shown where one looks [development]
-      10142  30. What is refused
-    10404  ACT 5. The pocket client
-      10447  31. The pocket client (JavaScript) [client]
-      11796  32. This file as a page [read]
-      12014  33. An app to begin with
+      223  ACT 1. A framework
+        231  2. Errors
+        321  3. HTML: elements are strings
+        683  4. JSON
+        789  5. The request: headers, query, cookies, body
+       1269  6. The answer: status, fields, body
+       1695  7. Context and routing
+       2136  8. The app
+     2326  ACT 2. On the network
+       2334  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
+       3381  10. The server
+       4181  11. Trying it without a network: the test client [testclient]
+     4628  ACT 3. Live
+       4677  12. Datastar: attributes and actions
+       5204  13. Streams: events, and staying with a client
+       5727  14. Relay: publish and subscribe
+     6052  ACT 4. For real
+       6059  15. Signals: from JSON to your dataclass
+       6792  16. Forms [forms]
+       6989  17. Behind a proxy
+       7093  18. Compression [compression]
+       7291  19. Static files [assets]
+       7835  20. Telemetry: spans, and who hears of them
+       8407  21. JsonTracer: for log collectors [json]
+       8482  22. RichTracer: for people [rich]
+       8937  23. Sessions [sessions]
+       9048  24. What lives as long as the server
+       9138  25. @baked
+       9392  26. ASGI: the same app under another server [asgi]
+       9619  27. RedisRelay: the same between processes and machines [redis]
+       9863  28. Reload: a saved file restarts the app [reload]
+      10021  29. Development: what went wrong, shown where one looks [development]
+      10130  30. What is refused
+    10384  ACT 5. The pocket client
+      10427  31. The pocket client (JavaScript) [client]
+      11776  32. This file as a page [read]
+      11994  33. An app to begin with
 
 READING PATH
 
 Two hours, for a reader who wants to know how it works, not all that it does. Read in this order:
 
-      338-351    `SafeString`  an element is a string
-      653-682    `Tags`  `h.P` makes one
-     1062-1244   `Request`  what a client asks for
-     1295-1363   `Carrier`  what brings the answer back
-     1439-1625   `_RawWriter`  the answer
-     1730-1824   `Context`  what a handler gets beside it
-     2080-2095   `Router._find`  from a path to a handler
-     2256-2290   `_App.dispatch`  one request from end to end
-     2705-2821   `_Reader`  bytes to requests
-     3141-3389   `Connection`  one connection, many requests
-     3819-3837   `Server.start`  listening
-     3946-3963   `Server.stop`  ending without losing a request
-     5367-5478   `_EventWriter`  events
-     5567-5636   `_Scope`  how a disconnect reaches a handler
-     5663-5735   `Alive`  staying with a client
-     5909-6016   `Relay`  from one handler to another
+      332-345    `SafeString`  an element is a string
+      647-676    `Tags`  `h.P` makes one
+     1049-1230   `Request`  what a client asks for
+     1280-1348   `Carrier`  what brings the answer back
+     1422-1608   `_RawWriter`  the answer
+     1713-1807   `Context`  what a handler gets beside it
+     1896-1911   `_Tree.find`  from a path to a handler
+     2243-2277   `_App.dispatch`  one request from end to end
+     2693-2809   `_Reader`  bytes to requests
+     3129-3377   `Connection`  one connection, many requests
+     3807-3825   `Server.start`  listening
+     3934-3951   `Server.stop`  ending without losing a request
+     5355-5466   `_EventWriter`  events
+     5555-5624   `_Scope`  how a disconnect reaches a handler
+     5651-5723   `Alive`  staying with a client
+     5897-6004   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -1857,6 +1857,90 @@ def _converted(kind: str, segment: str) -> Any:
         return convert(segment) if pattern.fullmatch(segment) else None
 
 
+class _Tree:
+    """The routes of one host, or of all."""
+
+    def __init__(self) -> None:
+        self._root = _Node()
+        self._exact: dict[str, dict[str, Handler]] = {}  # routes without parameters, by path
+
+    def add(self, method: str, path: str, handler: Handler) -> None:
+        """Add a route. StarioError where it cannot be told from one that is there."""
+        node, names = self._root, []
+        segments = path.split("/")[1:]
+        for i, segment in enumerate(segments):
+            named = _PARAMETER_SEGMENT.fullmatch(segment)
+            if segment == "*" and i == len(segments) - 1:
+                node.catch_all = node = node.catch_all or _Node()
+            elif named and (kind := named[2] or _ANY) in (*_PATH_TYPES, _ANY):
+                names.append(named[1])
+                node = node.parameter(kind)
+            elif _NO_SEGMENT.search(segment):
+                raise StarioError(
+                    f"{path!r}: a parameter is a whole segment, '{{name}}' or '{{id:int}}' (or "
+                    "float, date, uuid), and '*' comes last"
+                )
+            else:
+                node = node.children.setdefault(_unquote(segment), _Node())
+        if len(set(names)) < len(names):
+            raise StarioError(f"{path!r} has two parameters of one name")
+        if method in node.routes:
+            raise StarioError(f"{method} {path} cannot be told apart from {method} {node.shape}")
+        if node.routes and node.names != names:
+            raise StarioError(f"{path} and {node.shape} name the same parameters differently")
+        node.routes[method] = handler
+        node.names, node.shape = names, path
+        if not names and "*" not in path and "%" not in path:
+            self._exact[path] = node.routes
+
+    def find(self, request: Request) -> Handler | None:
+        """The handler for a request, or None. Route and parameters are put into the request."""
+        routes = self._exact.get(request._split_path)  # first those without parameters
+        if routes is not None and request.method in routes:
+            request.route = request._split_path
+            return routes[request.method]
+        for node, values, tail in self._matches(request._split_path):
+            handler = node.routes.get(request.method)
+            if handler is None and request.method == "HEAD":
+                handler = node.routes.get("GET")
+            if handler is not None:
+                request.params = dict(zip(node.names, values, strict=True))
+                request.tail = tail
+                request.route = node.shape
+                return handler
+        return None
+
+    def _matches(self, path: str) -> Iterator[_Match]:
+        """All nodes with routes that a path fits, the most specific first."""
+        segments = path.split("/")[1:]
+        if _SLASH in path:
+            segments = [segment.replace(_SLASH, "/") for segment in segments]
+        return _walk(self._root, segments, 0, []) if segments else iter(())
+
+    def methods(self, path: str) -> set[str]:
+        """The methods that a path has routes for."""
+        methods = {method for node, _, _ in self._matches(path) for method in node.routes}
+        return methods | {"HEAD"} if "GET" in methods else methods
+
+
+def _walk(node: _Node, segments: list[str], at_segment: int, values: list[Any]) -> Iterator[_Match]:
+    """Go on from a node, which stands before a segment: what fits, the most specific first."""
+    if at_segment == len(segments):
+        if node.routes:
+            yield node, values, ""
+    else:
+        segment = segments[at_segment]
+        child = node.children.get(segment)
+        if child is not None:
+            yield from _walk(child, segments, at_segment + 1, values)
+        for kind, behind in node.parameters.items():
+            value = _converted(kind, segment)
+            if value is not None:
+                yield from _walk(behind, segments, at_segment + 1, [*values, value])
+    if node.catch_all is not None:
+        yield node.catch_all, values, "/".join(segments[at_segment:])
+
+
 _collections: dict[str, Assets] = {}  # of files, by name (part 19)
 
 
@@ -1867,12 +1951,11 @@ class Router:
     """
 
     def __init__(self) -> None:
-        self._tree = _Node()
-        self._routes: list[tuple[str, str, Handler, str]] = []  # method, path, handler, its name
-        self._exact: dict[str, dict[str, Handler]] = {}  # routes without parameters, by path
+        self._routes: list[tuple[str, str, Handler, str, str]] = []  # the arguments of `_add`
+        self._tree = _Tree()  # of routes for any host
+        self._hosts: dict[str, _Tree] = {}  # of the others, by host (part 30)
         self._middleware: list[Middleware] = []
         self._errors: dict[type[Exception], ErrorHandler] = {}
-        self._hosts: list[tuple[str, Router]] = []
         self._mounted = False  # its routes have been copied: it can have no more
 
     def get(self, path: str, handler: Handler = _NO_HANDLER, *middleware: Middleware) -> None:
@@ -1914,8 +1997,13 @@ class Router:
         in `c.req.params`; what does not fit is a 404), or `/files/*` (the rest is `c.req.tail`). Of
         the middleware the first is the outermost.
         """
+        if not (isinstance(path, str) and isinstance(method, str) and _TOKEN.fullmatch(method)):
+            raise StarioError(f"one method and one path are needed, not {method!r} and {path!r}")
         _check_handler(f"{method} {path}", handler)
-        self._handle(method, path, handler, getattr(handler, "__name__", ""), *middleware)
+        name, path = getattr(handler, "__name__", ""), "/" + path.lstrip("/")
+        for wrap in reversed(middleware):
+            handler = _wrapped(wrap, handler)
+        self._add(method.upper(), path, handler, name)
 
     def url(self, name: str, /, **params: object) -> str:
         """The path of the route whose handler has this name: `app.url("user", id=3)`.
@@ -1923,26 +2011,21 @@ class Router:
         `tail` fills a `*`. StarioError where no route, or more than one, has a handler of that
         name, and where the parameters are not those of the route. Routes of hosts come last.
         """
-        paths: set[str] = set()
-        for router in (self, *(hosted for _, hosted in self._hosts)):
-            paths = paths or {path for _, path, _, known in router._routes if known == name}
+        named = [(path, host) for _, path, _, known, host in self._routes if known == name]
+        paths = {path for path, host in named if not host} or {path for path, _ in named}
         if len(paths) != 1:
             found = ", ".join(sorted(paths)) or "none"
             raise StarioError(f"one route needs a handler named {name!r}; found: {found}")
         [path] = paths
         return _filled_in(path, params)  # part 30
 
-    def _handle(
-        self, method: str, path: str, handler: Handler, name: str, *middleware: Middleware
-    ) -> None:
-        if not (isinstance(path, str) and isinstance(method, str) and _TOKEN.fullmatch(method)):
-            raise StarioError(f"one method and one path are needed, not {method!r} and {path!r}")
+    def _add(self, method: str, path: str, handler: Handler, name: str, host: str = "") -> None:
+        """Add a route for a host, or for any, within this router's middleware."""
         self._check_open()
-        for wrap in (*reversed(middleware), *reversed(self._middleware)):
+        for wrap in reversed(self._middleware):
             handler = _wrapped(wrap, handler)
-        method, path = method.upper(), "/" + path.lstrip("/")
-        self._add(method, path, handler)
-        self._routes.append((method, path, handler, name))
+        (_tree_of(self, host) if host else self._tree).add(method, path, handler)
+        self._routes.append((method, path, handler, name, host))
 
     def assets(
         self,
@@ -1963,7 +2046,7 @@ class Router:
     def use(self, *middleware: Middleware) -> None:
         """Wrap every route of this router. It has to come before the first route."""
         self._check_open()
-        if self._routes or self._hosts:
+        if self._routes:
             raise StarioError("use() comes before the routes: it would not wrap those that exist")
         self._middleware.extend(middleware)
 
@@ -1987,20 +2070,7 @@ class Router:
     def mount(self, prefix: str, router: Router) -> None:
         """Take over a router's routes, each under the prefix. Add its routes before."""
         _check_order('mount("/shop", router)', prefix, router, Router)
-        self._check_open()
-        life = vars(router).get("_life")  # a Stario's: what lives as long as its server (part 24)
-        if life and (life.lifespans or life.waiting):
-            raise StarioError("lifespans and background tasks are given to the app that is served")
-        router._mounted = True
-        prefix = prefix.strip("/")
-        for method, path, handler, name in router._routes:
-            full = prefix if path == "/" else prefix + path
-            self._handle(method, full, router._with_errors(handler), name)
-        for pattern, hosted in router._hosts:  # they become hosts of this router
-            inner = Router()
-            inner._errors = router._errors
-            inner.mount(prefix, hosted)
-            _add_host(self, pattern, inner)
+        self._take_over(router, ("/" + prefix.strip("/")).rstrip("/"))
 
     def host(self, pattern: str, router: Router) -> None:
         """Serve a router's routes on one host: `api.example.com`, or `*.example.com` for any below.
@@ -2008,43 +2078,24 @@ class Router:
         What `*` took is `c.req.subhost`. What the router has no route for goes to the app's own.
         """
         _check_order('host("api.example.com", router)', pattern, router, Router)
-        if router._hosts:
-            raise StarioError("a router for a host cannot have hosts itself: give them to the app")
+        star = "*." if pattern.startswith("*.") else ""
+        self._take_over(router, "", star + _host_name(pattern.removeprefix(star)))
+
+    def _take_over(self, router: Router, prefix: str, host: str = "") -> None:
         self._check_open()
-        _add_host(self, pattern, router)  # part 30
+        life = vars(router).get("_life")  # a Stario's: what lives as long as its server (part 24)
+        if life and (life.lifespans or life.waiting):
+            raise StarioError("lifespans and background tasks are given to the app that is served")
+        router._mounted = True
+        for method, path, handler, name, own_host in router._routes:
+            if host and own_host:
+                raise StarioError(f"routes for {own_host} cannot be for {host}, too")
+            full = prefix if prefix and path == "/" else prefix + path
+            self._add(method, full, router._with_errors(handler), name, own_host or host)
 
     def _check_open(self) -> None:
         if self._mounted:
             raise StarioError("this router is mounted already: add to it before you mount it")
-
-    def _add(self, method: str, path: str, handler: Handler) -> None:
-        """Put a route into the tree. StarioError where it cannot be told from one that is there."""
-        node, names = self._tree, []
-        segments = path.split("/")[1:]
-        for i, segment in enumerate(segments):
-            named = _PARAMETER_SEGMENT.fullmatch(segment)
-            if segment == "*" and i == len(segments) - 1:
-                node.catch_all = node = node.catch_all or _Node()
-            elif named and (kind := named[2] or _ANY) in (*_PATH_TYPES, _ANY):
-                names.append(named[1])
-                node = node.parameter(kind)
-            elif _NO_SEGMENT.search(segment):
-                raise StarioError(
-                    f"{path!r}: a parameter is a whole segment, '{{name}}' or '{{id:int}}' (or "
-                    "float, date, uuid), and '*' comes last"
-                )
-            else:
-                node = node.children.setdefault(_unquote(segment), _Node())
-        if len(set(names)) < len(names):
-            raise StarioError(f"{path!r} has two parameters of one name")
-        if method in node.routes:
-            raise StarioError(f"{method} {path} cannot be told apart from {method} {node.shape}")
-        if node.routes and node.names != names:
-            raise StarioError(f"{path} and {node.shape} name the same parameters differently")
-        node.routes[method] = handler
-        node.names, node.shape = names, path
-        if not names and "*" not in path and "%" not in path:
-            self._exact[path] = node.routes
 
     def _with_errors(self, handler: Handler) -> Handler:
         """The handler, with this router's own `on_error` around it."""
@@ -2059,53 +2110,6 @@ class Router:
                     raise
 
         return _guarded
-
-    def _find(self, request: Request) -> Handler | None:
-        """The handler for a request, or None. Route and parameters are put into the request."""
-        routes = self._exact.get(request._split_path)  # first those without parameters
-        if routes is not None and request.method in routes:
-            request.route = request._split_path
-            return routes[request.method]
-        for node, values, tail in self._matches(request._split_path):
-            handler = node.routes.get(request.method)
-            if handler is None and request.method == "HEAD":
-                handler = node.routes.get("GET")
-            if handler is not None:
-                request.params = dict(zip(node.names, values, strict=True))
-                request.tail = tail
-                request.route = node.shape
-                return handler
-        return None
-
-    def _matches(self, path: str) -> Iterator[_Match]:
-        """All nodes with routes that a path fits, the most specific first."""
-        segments = path.split("/")[1:]
-        if _SLASH in path:
-            segments = [segment.replace(_SLASH, "/") for segment in segments]
-        return _walk(self._tree, segments, 0, []) if segments else iter(())
-
-    def _methods(self, path: str) -> set[str]:
-        """The methods that a path has routes for."""
-        methods = {method for node, _, _ in self._matches(path) for method in node.routes}
-        return methods | {"HEAD"} if "GET" in methods else methods
-
-
-def _walk(node: _Node, segments: list[str], at_segment: int, values: list[Any]) -> Iterator[_Match]:
-    """Go on from a node, which stands before a segment: what fits, the most specific first."""
-    if at_segment == len(segments):
-        if node.routes:
-            yield node, values, ""
-    else:
-        segment = segments[at_segment]
-        child = node.children.get(segment)
-        if child is not None:
-            yield from _walk(child, segments, at_segment + 1, values)
-        for kind, behind in node.parameters.items():
-            value = _converted(kind, segment)
-            if value is not None:
-                yield from _walk(behind, segments, at_segment + 1, [*values, value])
-    if node.catch_all is not None:
-        yield node.catch_all, values, "/".join(segments[at_segment:])
 
 
 async def _handle_error(
@@ -2220,7 +2224,7 @@ class _App(Router):
         self._silent = type(self.tracer) is Tracer  # the base class, which does nothing
         self._fallback: Handler = self._no_route  # with the app's middleware around it
         if self._pocket is not None:
-            self._add("GET", "/_stario/*", self._pocket)
+            self._tree.add("GET", "/_stario/*", self._pocket)
 
     # Set by later parts, each of which can be left out of a copy of this file.
     _compression: CompressionConfig | None = None  # the default (part 18)
@@ -2246,7 +2250,7 @@ class _App(Router):
         w = self._writer(carrier, request, self.compression)
         try:
             try:
-                handler = _find_by_host(self, request) if self._hosts else self._find(request)
+                handler = _find_by_host(self, request) if self._hosts else self._tree.find(request)
                 handler = handler or self._fallback
                 if not self._silent:
                     _current_step.set((c, c.span))  # what is noted goes there (part 20)
@@ -2293,7 +2297,8 @@ class _App(Router):
     def _methods_for(self, request: Request, path: str) -> set[str]:
         if path == "*":
             return {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"}
-        return {m for router, _ in _routers_for(self, request) for m in router._methods(path)}
+        trees = [self._tree, *(tree for tree, _ in _trees_for(self._hosts, request))]
+        return {method for tree in trees for method in tree.methods(path)}
 
 
 # -- Act 1 runs: an app, a request, and a carrier (part 6) that prints what it is given. `dispatch`
@@ -10007,8 +10012,8 @@ def _join_reloading(app: Stario, server: Server) -> None:
         async for _ in w.alive():
             pass
 
-    app._add("GET", "/_stario/reload.js", script)
-    app._add("GET", "/_stario/reload", version)
+    app._tree.add("GET", "/_stario/reload.js", script)
+    app._tree.add("GET", "/_stario/reload", version)
     app._writer = _ReloadingWriter
 
 
@@ -10236,39 +10241,31 @@ def _host_name(name: str) -> str:
     raise StarioError(f"{name!r} is no host: write 'example.com', without scheme, port and path")
 
 
-def _add_host(outer: Router, pattern: str, router: Router) -> None:
-    """Copy a router's routes, for one host, with the outer router's middleware around each."""
-    star = "*." if pattern.startswith("*.") else ""
-    pattern = star + _host_name(pattern.removeprefix(star))
-    inner = dict(outer._hosts).get(pattern)
-    if inner is None:
-        inner = Router()
-        inner._middleware = outer._middleware
-        outer._hosts.append((pattern, inner))
-        # Exact names first, then the longer patterns.
-        outer._hosts.sort(key=lambda entry: (entry[0].startswith("*"), -len(entry[0])))
-    inner.mount("/", router)
+def _tree_of(router: Router, host: str) -> _Tree:
+    """The router's tree for a host. Exact names stand first, then the longer patterns."""
+    hosts = {host: _Tree(), **router._hosts}
+    order = sorted(hosts, key=lambda name: (name.startswith("*"), -len(name)))
+    router._hosts = {name: hosts[name] for name in order}
+    return hosts[host]
 
 
-def _routers_for(app: Router, request: Request) -> Iterator[tuple[Router, str]]:
-    """The routers that may answer, the app last; for each, what `*` takes of the request's host."""
-    host = request.host if app._hosts else ""
-    for pattern, router in app._hosts:
+def _trees_for(hosts: dict[str, _Tree], request: Request) -> Iterator[tuple[_Tree, str]]:
+    """The trees for the request's host, each with what `*` takes of it."""
+    host = request.host if hosts else ""
+    for pattern, tree in hosts.items():
+        taken = host[: 1 - len(pattern)] if host.endswith(pattern[1:]) else ""
         if pattern == host:
-            yield router, ""
-        elif pattern.startswith("*") and host.endswith(pattern[1:]):
-            taken = host[: 1 - len(pattern)]
-            if all(taken.split(".")):
-                yield router, taken
-    yield app, ""
+            yield tree, ""
+        elif pattern.startswith("*") and all(taken.split(".")):
+            yield tree, taken
 
 
 def _find_by_host(app: Router, request: Request) -> Handler | None:
-    for router, taken in _routers_for(app, request):
-        if handler := router._find(request):
+    for tree, taken in _trees_for(app._hosts, request):
+        if handler := tree.find(request):
             request.subhost = taken
             return handler
-    return None
+    return app._tree.find(request)
 
 
 # -- Cookies

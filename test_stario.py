@@ -11474,9 +11474,16 @@ class TestHosts(AsyncTest):
                 app.mount("/other", other)
         work.close()
         app.mount("/routes", Stario())
-        app.host("a.example", Router())
+        hosted = Router()
+        hosted.get("/", _fine)
+        app.host("a.example", hosted)
         with self.assertRaisesRegex(StarioError, "before the routes"):
             app.use(lambda handler: handler)
+        outer = Router()
+        outer.mount("/in", app)  # its routes for hosts, too
+        with self.assertRaisesRegex(StarioError, "a.example cannot be for b.example, too"):
+            Stario().host("b.example", outer)
+        app = Stario()
         for method in ("", "GET POST", "GET,POST", "G\tT", "/"):
             with self.subTest(method), self.assertRaisesRegex(StarioError, "one method"):
                 app.handle(method, "/", _fine)
