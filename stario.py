@@ -64,33 +64,33 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        2136  8. The app
      2326  ACT 2. On the network
        2334  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3381  10. The server
-       4181  11. Trying it without a network: the test client [testclient]
-     4628  ACT 3. Live
-       4677  12. Datastar: attributes and actions
-       5204  13. Streams: events, and staying with a client
-       5727  14. Relay: publish and subscribe
-     6052  ACT 4. For real
-       6059  15. Signals: from JSON to your dataclass
-       6792  16. Forms [forms]
-       6989  17. Behind a proxy
-       7093  18. Compression [compression]
-       7291  19. Static files [assets]
-       7835  20. Telemetry: spans, and who hears of them
-       8407  21. JsonTracer: for log collectors [json]
-       8482  22. RichTracer: for people [rich]
-       8937  23. Sessions [sessions]
-       9048  24. What lives as long as the server
-       9138  25. @baked
-       9392  26. ASGI: the same app under another server [asgi]
-       9619  27. RedisRelay: the same between processes and machines [redis]
-       9863  28. Reload: a saved file restarts the app [reload]
-      10021  29. Development: what went wrong, shown where one looks [development]
-      10130  30. What is refused
-    10384  ACT 5. The pocket client
-      10427  31. The pocket client (JavaScript) [client]
-      11776  32. This file as a page [read]
-      11994  33. An app to begin with
+       3379  10. The server
+       4179  11. Trying it without a network: the test client [testclient]
+     4623  ACT 3. Live
+       4672  12. Datastar: attributes and actions
+       5199  13. Streams: events, and staying with a client
+       5722  14. Relay: publish and subscribe
+     6047  ACT 4. For real
+       6054  15. Signals: from JSON to your dataclass
+       6787  16. Forms [forms]
+       6984  17. Behind a proxy
+       7088  18. Compression [compression]
+       7286  19. Static files [assets]
+       7830  20. Telemetry: spans, and who hears of them
+       8402  21. JsonTracer: for log collectors [json]
+       8477  22. RichTracer: for people [rich]
+       8932  23. Sessions [sessions]
+       9043  24. What lives as long as the server
+       9133  25. @baked
+       9387  26. ASGI: the same app under another server [asgi]
+       9614  27. RedisRelay: the same between processes and machines [redis]
+       9858  28. Reload: a saved file restarts the app [reload]
+      10016  29. Development: what went wrong, shown where one looks [development]
+      10125  30. What is refused
+    10379  ACT 5. The pocket client
+      10422  31. The pocket client (JavaScript) [client]
+      11771  32. This file as a page [read]
+      11989  33. An app to begin with
 
 READING PATH
 
@@ -105,13 +105,13 @@ Two hours, for a reader who wants to know how it works, not all that it does. Re
      1896-1911   `_Tree.find`  from a path to a handler
      2243-2277   `_App.dispatch`  one request from end to end
      2693-2809   `_Reader`  bytes to requests
-     3129-3377   `Connection`  one connection, many requests
-     3807-3825   `Server.start`  listening
-     3934-3951   `Server.stop`  ending without losing a request
-     5355-5466   `_EventWriter`  events
-     5555-5624   `_Scope`  how a disconnect reaches a handler
-     5651-5723   `Alive`  staying with a client
-     5897-6004   `Relay`  from one handler to another
+     3129-3375   `Connection`  one connection, many requests
+     3805-3823   `Server.start`  listening
+     3932-3949   `Server.stop`  ending without losing a request
+     5350-5461   `_EventWriter`  events
+     5550-5619   `_Scope`  how a disconnect reaches a handler
+     5646-5718   `Alive`  staying with a client
+     5892-5999   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -3217,8 +3217,7 @@ class Connection(_Answers):
                 deadline = worker.loop.time() + worker.limits.header_timeout
                 self._state, self._deadline = _HEAD, deadline
             return False
-        line, headers, framing = head
-        self._start(line, headers, framing)
+        self._start(*head)
         # The requests that follow are left if the client has gone meanwhile.
         return not (self._reader.buffer and self._transport.is_closing())
 
@@ -3237,8 +3236,7 @@ class Connection(_Answers):
             worker.track(task)
 
     def _begin_body(self, framing: _Framing) -> Body | bytes:
-        whole = self._reader.whole_body(framing)
-        if whole is not None:
+        if (whole := self._reader.whole_body(framing)) is not None:
             return whole
         self._state = _BODY
         self._body = body = Body(self._wants_body)
@@ -3258,8 +3256,8 @@ class Connection(_Answers):
                 self._discarded += len(data)
             # Each kilobyte moves the deadline by a second, to `body_timeout` from now at most: so
             # a client cannot hold a handler for ever with a byte now and then.
-            limit = self._worker.loop.time() + self._worker.limits.body_timeout
             if self._deadline != _NEVER:
+                limit = self._worker.loop.time() + self._worker.limits.body_timeout
                 self._deadline = min(limit, self._deadline + len(data) / 1024)
         if self._reader.decoder is not None:
             self._close_if_rest_is_large()
@@ -3767,7 +3765,7 @@ class Server:
         **options: Any,
     ) -> None:
         self.app = app
-        self.host, self.port = host, port  # of the last socket, once it listens
+        self.port = port  # of the last socket, once it listens
         self._count = workers
         self._ssl = ssl
         self._graceful_timeout = graceful_timeout
@@ -3798,7 +3796,7 @@ class Server:
         """The address to open, without a slash at its end."""
         if self._listener.unix_socket:
             return f"unix:{self._listener.unix_socket}"
-        host = _LOOPBACK.get(self._listener.bound, self.host)
+        host = _LOOPBACK.get(self._listener.bound, self._listener.host)
         host = f"[{host}]" if ":" in host else host
         return f"{'https' if self._ssl else 'http'}://{host}:{self.port}"
 
@@ -3811,7 +3809,7 @@ class Server:
         async with AsyncExitStack() as stack:  # undone by `stop`, or here if a step fails
             stack.callback(_forget_signals, self)
             self._listener.open()
-            self.host, self.port = self._listener.host, self._listener.port
+            self.port = self._listener.port
             stack.callback(self._listener.close)
             await stack.enter_async_context(self.app._life.while_served())
             stack.push_async_callback(self._end_workers)
@@ -4319,10 +4317,7 @@ _encode_sent = _json_writer(_plain_sent, ascii_only=False)
 
 
 class TestStream:
-    """An answer under way: `status`, `headers`, and, with `async for`, its events.
-
-    (TestClient has one for each request, and reads it to its end if it is no stream.)
-    """
+    """An answer under way: `status`, `headers`, and, with `async for`, its events."""
 
     __test__ = False  # pytest: this is no test case
 
