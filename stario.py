@@ -174,6 +174,7 @@ from collections.abc import (
     Iterable,
     Iterator,
     Mapping,
+    MutableMapping,
     Sequence,
 )
 from concurrent.futures import Future, InvalidStateError, ThreadPoolExecutor
@@ -9399,8 +9400,8 @@ def _attribute(name: str, value: object) -> str:
 #                  {"type": "http.response.body", "body": b"...", "more_body": False}
 #
 # Three tasks work on a request. One runs the handler; what it writes goes into a queue. The task
-# that the server has started passes the queue on (`pass_on`). The third receives (`listen`). When
-# the server stops it cancels its task; to the handler that is a disconnect, after which it has
+# that the server has started sends what is in the queue (`pass_on`). The third receives (`listen`).
+# When the server stops it cancels its task; to the handler that is a disconnect, after which it has
 # `_ASGI_GRACE` seconds.
 #
 # To leave it out, delete this part and `Stario.__call__`.
@@ -9410,7 +9411,7 @@ def _attribute(name: str, value: object) -> str:
 _ASGI_GRACE = 5.0  # seconds for a handler whose server has stopped
 _ASGI_BUFFER = 16 * 1024 * 1024  # bytes that may wait for the client; with more it is cut off
 
-Message = dict[str, Any]
+Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
@@ -9418,120 +9419,123 @@ Send = Callable[[Message], Awaitable[None]]
 class _AsgiExchange(Carrier):
     """The Carrier of one request that comes by ASGI. It lives on one loop."""
 
-    scheme = "http"
     shutting_down = False
 
-    def __init__(self, scope: Message, send: Send) -> None:
+    def __init__(self, scope: Message) -> None:
         self.scopes = []
-        self.client = str((scope.get("client") or ("",))[0])
-        self.scheme = str(scope.get("scheme", "http"))
-        self._wanted = asyncio.Event()  # there is room for more of the body
-        self.body = Body(self._wanted.set)
-        self._outgoing: deque[Message | None] = deque()  # None comes last
-        self._filled = asyncio.Event()  # there is something in it
-        self._send = send
+        self.client = str((scope.get("client") or ("",))[0] or "")
+        self.scheme = str(scope.get("scheme") or "http")
+        self._news = asyncio.Event()  # set at every change of what one of the tasks waits for
+        self.wake = self._news.set
+        self.body = Body(self.wake)
+        self._queue: deque[Message] = deque()
         self._unsent = 0  # bytes of the body that the server has not taken
-        self._taken = asyncio.Event()  # it has taken something, or the client has gone
-        self._finished = False  # the answer is complete, or it was aborted:
-        self._aborted = False
+        self._finished = False  # the answer is complete, or was aborted
+        self._handled = False  # the handler has ended
+        self._error: Exception | None = None  # raised to the server when the handler has ended
+
+    def _change(self) -> Awaitable[object]:
+        self._news.clear()
+        return self._news.wait()
 
     # -- The handler's side
+
+    async def handle(self, app: Stario, scope: Message) -> None:
+        """Take the request through the app."""
+        try:
+            await app.dispatch(_asgi_request(scope, self), self)
+        except HttpException as exc:
+            text = exc.detail.encode()
+            self.answer(exc.status_code, _TEXT[0] + _length_line(len(text)), text)
+        finally:
+            self._handled = True
+            self.wake()
 
     def answer(self, status: int, fields: bytes, body: bytes) -> None:
         """See Carrier."""
         self.begin(status, fields, unsized=False)
-        self._put({"type": "http.response.body", "body": body, "more_body": False})
-        self._finished = True
+        self._put_body(body, more=False)
 
     def begin(self, status: int, fields: bytes, unsized: bool) -> None:
         """See Carrier. `unsized` means nothing here: the server decides how a body ends."""
         lines = [tuple(line.split(b": ", 1)) for line in fields.split(b"\r\n") if line]
-        self._put({"type": "http.response.start", "status": status, "headers": lines})
+        self._queue.append({"type": "http.response.start", "status": status, "headers": lines})
+        self.wake()
 
     def send(self, data: bytes) -> None:
         """See Carrier."""
-        self._put({"type": "http.response.body", "body": data, "more_body": True})
-        if self._unsent > _ASGI_BUFFER:  # the handler writes faster than the client reads
-            self.abort()
+        self._put_body(data, more=True)
+        if self._unsent > _ASGI_BUFFER and not self.disconnected:  # the client reads too slowly
+            self._error = ClientDisconnected(f"{self._unsent} bytes of the answer were not taken")
             self.disconnect()
 
     def finish(self) -> None:
         """See Carrier."""
-        self._put({"type": "http.response.body", "more_body": False})
-        self._finished = True
+        self._put_body(b"", more=False)
 
     def abort(self) -> None:
         """See Carrier."""
-        self._finished = self._aborted = True
+        if not (self._finished or self.disconnected):
+            self._error = ClientDisconnected("the answer was not completed: close the connection")
+        self._finished = True
 
     async def drained(self) -> None:
         """See Carrier."""
         while self._unsent >= _HIGH_WATER and not self.disconnected:
-            self._taken.clear()
-            await self._taken.wait()
+            await self._change()
         if self.disconnected:
             raise ClientDisconnected("the client has gone")
 
-    def _put(self, message: Message) -> None:
-        if not self.disconnected:
-            self._unsent += len(message.get("body", b""))
-            self._outgoing.append(message)
-            self._filled.set()
-
-    def end(self) -> None:
-        """The handler has ended."""
-        self._outgoing.append(None)
-        self._filled.set()
+    def _put_body(self, data: bytes, more: bool) -> None:
+        self._queue.append({"type": "http.response.body", "body": data, "more_body": more})
+        self._unsent += len(data)
+        self._finished = not more
+        self.wake()
 
     # -- The server's side
 
-    async def pass_on(self) -> None:
+    async def pass_on(self, send: Send) -> None:
         """Send what the handler writes, until it has ended and all is sent."""
-        while True:
-            if not self._outgoing:
-                self._filled.clear()
-                await self._filled.wait()
-            message = self._outgoing.popleft()
-            if message is None:
-                break
+        while self._queue or not self._handled:
+            if not self._queue:
+                await self._change()
+                continue
+            message = self._queue.popleft()
             if not self.disconnected:
                 try:
-                    await self._send(message)
+                    await send(message)
                 except OSError:  # what a server may raise when the client has gone
                     self.disconnect()
             self._unsent -= len(message.get("body", b""))
-            self._taken.set()
-        if self._aborted and not self.disconnected:
-            raise ClientDisconnected("the answer was not completed, so the connection has to close")
+            self.wake()
+        if self._error:
+            raise self._error
 
     async def listen(self, receive: Receive) -> None:
         """Receive the body, no faster than the handler reads it, and then the disconnect."""
-        while True:
-            if self.body.buffered >= _HIGH_WATER and not self.body.ended:
-                self._wanted.clear()
-                await self._wanted.wait()
-            message = await receive()
-            if message["type"] == "http.disconnect":
-                if not self._finished:  # (after the answer it tells nothing)
-                    self.disconnect()
-                return
-            if chunk := message.get("body"):
-                self.body.feed(chunk)
-            if not message.get("more_body"):
-                self.body.end()
+        try:
+            while (message := await receive())["type"] != "http.disconnect":
+                if self.body.ended:
+                    return  # a `receive` that gives the last of the body again and again
+                if chunk := message.get("body"):
+                    self.body.feed(chunk)
+                if not message.get("more_body"):
+                    self.body.end()
+                while self.body.buffered >= _HIGH_WATER and not self.body.ended:
+                    await self._change()
+        except Exception as exc:
+            if not (self._finished or isinstance(exc, OSError)):
+                self._error = exc
+        self.disconnect()
 
     def disconnect(self) -> None:
-        """The client has gone: nothing more is sent, and no more of a body will come."""
-        self.disconnected = True
+        """The client has gone. After the answer it tells nothing: then only the body has failed."""
         if not self.body.ended:
             self.body.fail(ClientDisconnected("the client left before its request was complete"))
-        self._taken.set()
-        self._end_scopes()
-
-    def shut_down(self) -> None:
-        """The server stops: streams end."""
-        self.shutting_down = True
-        self._end_scopes()
+        if not self._finished or self.shutting_down:
+            self.disconnected = True
+            self._end_scopes()
+            self.wake()
 
 
 _asgi_handlers: dict[asyncio.Task[None], tuple[Stario, _AsgiExchange]] = {}  # they run
@@ -9539,43 +9543,33 @@ _asgi_handlers: dict[asyncio.Task[None], tuple[Stario, _AsgiExchange]] = {}  # t
 
 async def _serve_asgi(app: Stario, scope: Message, receive: Receive, send: Send) -> None:
     """One request, from its scope to the end of its handler."""
-    loop, exchange = asyncio.get_running_loop(), _AsgiExchange(scope, send)
-    handling = _spawn(_handle_asgi(app, scope, exchange), loop)
+    loop, exchange = asyncio.get_running_loop(), _AsgiExchange(scope)
+    handling = _spawn(exchange.handle(app, scope), loop)
     if handling.done():  # the handler had nothing to wait for, so the third task is not needed
-        await exchange.pass_on()
+        await exchange.pass_on(send)
         return
     _asgi_handlers[handling] = app, exchange
     handling.add_done_callback(_asgi_handlers.pop)
     listening = loop.create_task(exchange.listen(receive))
     try:
-        await exchange.pass_on()
+        await exchange.pass_on(send)
     finally:
         listening.cancel()
         if not handling.done():  # the server has cancelled us
-            exchange.shut_down()
+            exchange.shutting_down = True
             exchange.disconnect()
             loop.call_later(_ASGI_GRACE, handling.cancel)
 
 
-async def _handle_asgi(app: Stario, scope: Message, exchange: _AsgiExchange) -> None:
-    try:
-        await app.dispatch(_asgi_request(scope, exchange), exchange)
-    except HttpException as exc:
-        text = exc.detail.encode()
-        exchange.answer(exc.status_code, _TEXT[0] + _length_line(len(text)), text)
-    finally:
-        exchange.end()
-
-
 def _asgi_request(scope: Message, exchange: _AsgiExchange) -> Request:
     """The request of a scope. Raises HttpException(400) for a path that cannot be decoded."""
-    raw, root = scope.get("raw_path"), scope.get("root_path", "").rstrip("/")
-    path = raw.decode("latin-1") if raw else quote(scope["path"])
-    if root and f"{scope['path']}/".startswith(f"{root}/"):  # where this app is mounted
-        path = "/" + "/".join(path.split("/")[root.count("/") + 1 :])
-    query = scope["query_string"].decode("latin-1")
+    root = scope.get("root_path", "").rstrip("/")  # where this app is mounted
+    path = (scope.get("raw_path") or quote(scope["path"]).encode()).decode("latin-1")
+    if root and f"{scope['path']}/".startswith(f"{root}/"):
+        path = "/" + re.sub(f"(%..|.){{,{len(root.encode()) + 1}}}", "", path, count=1)
+    query = scope.get("query_string", b"").decode("latin-1")
     fields: dict[str, list[str]] = {}
-    for name, value in scope["headers"]:
+    for name, value in scope.get("headers", ()):
         fields.setdefault(name.decode("latin-1").lower(), []).append(value.decode("latin-1"))
     line = RequestLine(scope["method"], f"{path}?{query}" if query else path)
     request = Request(line, Headers(fields), exchange.body, exchange)
@@ -9604,7 +9598,8 @@ async def _end_asgi_streams(app: Stario) -> None:
     loop, own = asyncio.get_running_loop(), []
     for task, (its_app, exchange) in list(_asgi_handlers.items()):
         if its_app is app and task.get_loop() is loop:
-            exchange.shut_down()
+            exchange.shutting_down = True
+            exchange._end_scopes()
             own.append(task)
     if own:
         await asyncio.wait(own, timeout=_ASGI_GRACE)

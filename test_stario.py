@@ -10446,8 +10446,9 @@ class AsgiServer:
             "type": "http", "method": "GET", "path": path, "query_string": b"", "headers": [],
             "client": ("10.0.0.9", 1), "scheme": "https", **scope,
         }  # fmt: skip
-        self.pieces = list(pieces)
+        self.pieces, self.count = list(pieces), len(pieces)
         self.received = 0
+        self.then: Exception | None = None  # in place of a disconnect
         self.sent: list[dict[str, Any]] = []
         self.room = asyncio.Event()  # the client takes what is sent
         self.room.set()
@@ -10461,12 +10462,14 @@ class AsgiServer:
             return {
                 "type": "http.request",
                 "body": body,
-                "more_body": self.received < len(self.pieces),
+                "more_body": self.received < self.count,
             }
         await self.gone.wait()
+        if self.then:
+            raise self.then
         return {"type": "http.disconnect"}
 
-    async def send(self, message: dict[str, Any]) -> None:
+    async def send(self, message: Any) -> None:
         await self.room.wait()
         self.sent.append(message)
 
@@ -10512,9 +10515,27 @@ class TestAsgi(StreamTest):
             ("/live", b"/live", "/ at /live"),
             ("/live/é", b"/%6cive/%C3%A9", "/é at /live"),
             ("/livery", b"/livery", "/livery at /live"),
+            ("/live/a/b", b"/live%2Fa/b", "/a/b at /live"),
+            ("/live/é", None, "/é at /live"),
         ):
             server = await self.asked(app, path, raw_path=raw, root_path="/live")
             self.assertEqual(server.body.decode(), text)
+        path, raw = "/ü/b/x/y", b"/%C3%BC%2Fb/x%2Fy"
+        server = await self.asked(app, path, raw_path=raw, root_path="/ü/b/")
+        self.assertEqual(server.body.decode(), "/x/y at /ü/b")
+
+    async def test_what_a_scope_may_leave_out_is_not_needed(self) -> None:
+        async def show(c: Context, w: Writer) -> None:
+            w.text(f"{c.req.method} {c.req.client!r} {c.req.scheme} {len(c.req.query)}")
+
+        app, server = Stario(), AsgiServer(Stario())
+        app.get("/", show)
+        await within(server.task)
+        server.sent.clear()
+        for scope in ({}, {"client": None, "scheme": "", "root_path": ""}, {"client": (None, 0)}):
+            least = {"type": "http", "method": "GET", "path": "/", **scope}
+            await within(app(least, server.receive, server.send))
+            self.assertEqual(server.sent.pop()["body"], b"GET '' http 0")
 
     async def test_a_body_is_received_as_it_is_wanted_and_never_beyond_its_limit(self) -> None:
         async def slow(c: Context, w: Writer) -> None:
@@ -10601,6 +10622,47 @@ class TestAsgi(StreamTest):
                 server.gone.set()
                 await within(server.task)
 
+    async def test_whoever_waits_for_a_body_is_told_that_it_does_not_come(self) -> None:
+        async def read(c: Context, w: Writer) -> None:
+            if c.req.query:
+                w.empty()
+            try:
+                await c.req.body()
+            except ClientDisconnected:
+                self.log.append(f"told {w.disconnected}")
+                raise
+
+        app = Stario()
+        app.post("/", read)
+        for query, then, wanted, raised in (
+            (b"", RuntimeError("no loop"), "told True", RuntimeError),
+            (b"", ConnectionResetError(), "told True", None),
+            (b"early=1", RuntimeError("answered already"), "told False", None),
+            (b"early=1", None, "told False", None),  # it is gone after the answer
+        ):
+            with self.subTest(query=query, then=then):
+                self.log.clear()
+                server = AsgiServer(app, "/", b"a", b"b", method="POST", query_string=query)
+                server.pieces.pop()
+                server.then = then
+                server.gone.set()
+                with self.assertRaises(raised) if raised else contextlib.nullcontext():
+                    await within(server.task)
+                self.assertEqual(self.log, [wanted])
+
+    async def test_a_receive_that_repeats_the_end_of_the_body_does_not_stop_the_loop(self) -> None:
+        async def waits(c: Context, w: Writer) -> None:
+            await asyncio.sleep(0)
+            w.text("done")
+
+        async def receive() -> dict[str, Any]:
+            return {"type": "http.request", "body": b"", "more_body": False}
+
+        server = AsgiServer(Stario())
+        await within(server.task)
+        await within(self.app(waits)(server.scope, receive, server.send))
+        self.assertEqual(server.sent[-1]["body"], b"done")
+
     def setUp_again(self) -> None:
         self.ready, self.ended = asyncio.Event(), asyncio.Event()
 
@@ -10644,7 +10706,7 @@ class TestAsgi(StreamTest):
         told: asyncio.Queue[dict[str, str]] = asyncio.Queue()
         said: list[str] = []
 
-        async def send(message: dict[str, str]) -> None:
+        async def send(message: Any) -> None:
             said.append(message["type"])
 
         living = asyncio.create_task(app({"type": "lifespan"}, told.get, send))
@@ -10671,7 +10733,7 @@ class TestAsgi(StreamTest):
             async def receive() -> dict[str, str]:
                 return {}
 
-            async def send(message: dict[str, str], said: Any = said) -> None:
+            async def send(message: Any, said: Any = said) -> None:
                 said.append(message)
 
             with self.assertRaises(LookupError):
