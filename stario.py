@@ -9657,11 +9657,18 @@ class RedisRelay(Relay[T]):
             from redis.asyncio import ConnectionPool
         except ImportError:
             raise StarioError("RedisRelay needs the package redis: pip install redis") from None
-        options: Any = {"socket_timeout": timeout, "socket_connect_timeout": timeout, "protocol": 3}
+        if timeout <= 0:
+            raise StarioError(f"RedisRelay: timeout is in seconds and above 0, not {timeout!r}")
         try:
-            pool: Any = ConnectionPool.from_url(url, **options)
+            pool: Any = ConnectionPool.from_url(f"{url}")
         except ValueError as exc:
             raise StarioError(f"RedisRelay: {exc}") from None
+        pool.connection_kwargs.update(  # whatever the url says
+            protocol=3,
+            decode_responses=False,
+            socket_timeout=timeout,
+            socket_connect_timeout=timeout,
+        )
         self._new_connection = pool.make_connection
         self._queue = queue
         self._timeout = timeout
@@ -9670,11 +9677,11 @@ class RedisRelay(Relay[T]):
         # Under the lock:
         self._closed = False
         self._connected = False  # there is a connection to send `_outgoing` over
-        self._down = False  # it could not be reached, and nothing has come from it since
+        self._down = ""  # why it could not be reached, if nothing has come from it since
         self._outgoing: deque[_RedisCommand] = deque()
-        self._loop: asyncio.AbstractEventLoop | None = None  # the thread's, once it is needed
-        self._thread: threading.Thread | None = None
-        # On the thread's loop:
+        self._thread: threading.Thread | None = None  # started when it is needed
+        # The thread's:
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._work = asyncio.Event()  # there is something in `_outgoing`, or this is closed
 
     # -- In any thread
@@ -9689,7 +9696,8 @@ class RedisRelay(Relay[T]):
         with self._lock:
             waiting = len(self._outgoing)
             if self._closed or waiting >= (self._queue if self._down else _UNSENT):
-                why = "it is closed" if self._closed else "Redis cannot be reached"
+                why = f"Redis cannot be reached: {self._down}" if self._down else "it is overrun"
+                why = "it is closed" if self._closed else why
                 raise StarioError(f"{subject!r} is not published: {why}, {waiting} messages wait")
             self._outgoing.append(message)
             self._nudge()
@@ -9709,6 +9717,9 @@ class RedisRelay(Relay[T]):
             self._remove(to_wake, mailbox)
 
     def _add(self, to_wake: ToWake, mailbox: _Mailbox) -> None:
+        if self._closed:
+            self._remove(to_wake, mailbox)
+            return
         for pattern in mailbox.patterns:
             if not self._listeners_at(pattern):
                 self._tell_redis("SUBSCRIBE", pattern)
@@ -9725,49 +9736,44 @@ class RedisRelay(Relay[T]):
 
     def _tell_redis(self, verb: str, pattern: str) -> None:
         if self._connected:  # else `_first_commands` makes all subscriptions
-            self._outgoing.append(self._command(verb, *_table_and_key(pattern)))
+            self._outgoing.append(self._command(verb, pattern))
 
-    def _command(self, verb: str, length: int | None, key: str) -> _RedisCommand:
-        """(UN)SUBSCRIBE to a subject (`length` is None), or to all that begin with `key`.
-
-        Redis has more patterns, `?` and `[a]`: these are escaped.
-        """
-        if length is None:
-            return verb, self._channel(key)
-        escaped = re.sub(rb"([\\*?\[\]^-])", rb"\\\1", self._channel(key))
-        return "P" + verb, escaped + b"*"
+    def _command(self, verb: str, pattern: str) -> _RedisCommand:
+        """(UN)SUBSCRIBE to a pattern. Redis has more of them, `?` and `[a]`: these are escaped."""
+        channel = self._channel(pattern.removesuffix("*"))
+        if pattern[-1:] != "*":
+            return verb, channel
+        return "P" + verb, re.sub(rb"([\\*?\[\]^-])", rb"\\\1", channel) + b"*"
 
     def _channel(self, subject: str) -> bytes:
         return (self._prefix + subject).encode("utf-8", "surrogatepass")
 
     def _nudge(self) -> None:
         """Let the thread know that there is something to do; the first time, start it."""
-        if self._loop is None:
-            self._loop = asyncio.new_event_loop()
-            self._thread = threading.Thread(target=self._run, name="stario-redis", daemon=True)
+        if self._thread is None:
+            work = self._stay_connected()
+            self._thread = threading.Thread(
+                target=asyncio.run, args=(work,), name="stario-redis", daemon=True
+            )
             self._thread.start()
             atexit.register(self.close)
-        elif not self._work.is_set():
+        elif self._loop is not None and not self._work.is_set():
             with suppress(RuntimeError):  # closed: the thread has ended
                 self._loop.call_soon_threadsafe(self._work.set)
 
     # -- In the thread
 
-    def _run(self) -> None:
-        with asyncio.Runner(loop_factory=lambda: self._loop) as runner:  # type: ignore[arg-type,return-value]
-            runner.run(self._stay_connected())
-
     async def _stay_connected(self) -> None:
         """Connect, again and again, with pauses that grow up to two seconds."""
-        pause = 0.05
+        self._loop, pause = asyncio.get_running_loop(), 0.05
         while not self._closed or (self._outgoing and not self._down):
             try:
                 await self._talk(self._new_connection())
             except Exception as exc:  # whatever it is, the thread goes on
                 if not self._down:
                     reason = exc.exceptions[0] if isinstance(exc, ExceptionGroup) else exc
-                    self._tracer("relay.lost", {"reason": f"{reason}"}).end()
-                    self._down, pause = True, 0.05
+                    self._down, pause = f"{type(reason).__name__}: {reason}", 0.05
+                    self._tracer("relay.lost", {"reason": self._down}).end()
                 await asyncio.sleep(pause * random.uniform(0.5, 1))
                 pause = min(2.0, pause * 2)
 
@@ -9784,10 +9790,8 @@ class RedisRelay(Relay[T]):
                 receiving.cancel()
         finally:
             with self._lock:
-                self._connected = False
-                for _ in range(len(self._outgoing)):  # messages stay, subscriptions are made anew
-                    if (command := self._outgoing.popleft())[0] == "PUBLISH":
-                        self._outgoing.append(command)
+                self._connected = False  # messages stay, subscriptions are made anew
+                self._outgoing = deque(one for one in self._outgoing if one[0] == "PUBLISH")
             await connection.disconnect(nowait=True)
 
     def _first_commands(self) -> list[_RedisCommand]:
@@ -9795,7 +9799,8 @@ class RedisRelay(Relay[T]):
         with self._lock:
             self._connected = True
             places = [(n, key) for n, table in list(self._tables.items()) for key in list(table)]
-        return [*(self._command("SUBSCRIBE", *place) for place in places), ("PING",)]
+        patterns = [key if length is None else f"{key}*" for length, key in places]
+        return [*(self._command("SUBSCRIBE", pattern) for pattern in patterns), ("PING",)]
 
     async def _next_commands(self) -> list[_RedisCommand]:
         """What waits to be sent, or a PING after half of the time-out; at the end, nothing."""
@@ -9819,7 +9824,7 @@ class RedisRelay(Relay[T]):
             if answer is None:
                 raise TimeoutError(f"no word from Redis for {self._timeout} seconds")
             if answer == b"PONG" and self._down:
-                self._down = False
+                self._down = ""
                 self._gaps += 1
                 self._tracer("relay.back").end()
             if not (isinstance(answer, list) and answer[0] in (b"message", b"pmessage")):
@@ -9829,11 +9834,10 @@ class RedisRelay(Relay[T]):
                 self._deliver_payload(*content)
 
     def _deliver_payload(self, channel: bytes, payload: bytes) -> None:
-        """Deliver a message."""
         try:
             subject = channel.decode("utf-8", "surrogatepass")[len(self._prefix) :]
             self._change(self._deliver, subject, json.loads(payload))
-        except ValueError as exc:  # another program has published it
+        except (ValueError, RecursionError) as exc:  # another program has published it
             self._tracer("relay.unreadable", {"reason": f"{exc}"}).end()
 
 
@@ -9841,7 +9845,7 @@ def _relay_json(data: object) -> bytes:
     """Data as JSON. StarioError if reading it again would not give the same."""
     with suppress(TypeError, ValueError, RecursionError):
         text = json.dumps(data, allow_nan=False, separators=(",", ":"))
-        if json.loads(text) == data:
+        if json.loads(text) == data and not isinstance(data, SafeString):
             return text.encode("ascii")
     raise StarioError(
         "a RedisRelay carries what JSON can hold and gives back unchanged: no tuples, no keys but"

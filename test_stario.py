@@ -11007,7 +11007,8 @@ class TestRedisRelay(RedisTest):
         relay = self.relay()
         loop: list[Any] = []
         loop.append(loop)
-        for wrong in ((1,), [{"a": (1,)}], {1: 2}, float("nan"), {1}, b"x", object(), loop):
+        text = h.P("comes back as text")
+        for wrong in ((1,), [{"a": (1,)}], {1: 2}, float("nan"), {1}, b"x", object(), loop, text):
             with self.assertRaisesRegex(StarioError, "what JSON can hold"):
                 relay.publish("a", wrong)
         subscription = relay.subscribe("a")
@@ -11019,11 +11020,11 @@ class TestRedisRelay(RedisTest):
         relay = self.relay(tracer=self.spans)
         subscription = relay.subscribe("*")
         await relay.settle()
-        for text in ("{", "no"):
+        for text in ("{", "no", "[" * 60_000):
             self.redis.tell("PUBLISH", f"{self.id()}:a", f'"{text}"')
         relay.publish("a", "fine")
         self.assertEqual(await self.get(subscription), "fine")
-        self.assertEqual(self.heard("relay.unreadable"), 2)
+        self.assertEqual(self.heard("relay.unreadable"), 3)
         self.assertEqual(subscription.gaps, 0)
 
     async def test_it_comes_back_after_redis_was_killed_and_counts_the_gap(self) -> None:
@@ -11034,7 +11035,9 @@ class TestRedisRelay(RedisTest):
             self.redis.kill()
             await until(lambda: relay._down)
             late = relay.subscribe("b")
-            with self.assertRaisesRegex(StarioError, "'a' is not published: Redis cannot be"):
+            with self.assertRaisesRegex(
+                StarioError, r"'a' is not published: .* be reached: \w+Error: "
+            ):
                 relay.publish("a", "nobody hears this")
             self.redis.start()
             await until(lambda gaps=gaps: early.gaps == gaps)
@@ -11124,6 +11127,8 @@ class TestRedisRelay(RedisTest):
         self.assertEqual(await within(reader), [])
         with self.assertRaisesRegex(StarioError, "closed"):
             relay.publish("a", 1)
+        self.assertEqual(await within(received_until_closed(relay.subscribe("a", "b.*"))), [])
+        self.assertTrue(is_empty(relay))
 
     async def test_a_program_ends_at_once_whether_redis_is_there_or_not(self) -> None:
         code = f"""
@@ -11142,9 +11147,22 @@ class TestRedisRelay(RedisTest):
         process = await run_python(code)
         self.assertEqual(await within(process.wait()), 0)
 
-    def test_a_url_that_is_none_is_one_sentence(self) -> None:
-        with self.assertRaisesRegex(StarioError, "RedisRelay: Redis URL must specify"):
-            stario.RedisRelay("localhost:6379")
+    async def test_what_the_relay_needs_goes_before_the_options_of_a_url(self) -> None:
+        for option in ("decode_responses=True", "protocol=2", "socket_timeout=0.001"):
+            with self.subTest(option):
+                relay = stario.RedisRelay[Any](f"{self.redis.url}?{option}", prefix=self.id())
+                subscription = relay.subscribe("é.*")
+                relay.publish("é.1", "ü")
+                self.assertEqual(await self.get(subscription), "ü")
+                relay.close()
+
+    def test_an_option_that_cannot_be_is_one_sentence(self) -> None:
+        unset: Any = os.environ.get("NO_SUCH_VARIABLE")
+        for url in ("localhost:6379", unset, ""):
+            with self.assertRaisesRegex(StarioError, "RedisRelay: Redis URL must specify"):
+                stario.RedisRelay(url)
+        with self.assertRaisesRegex(StarioError, "timeout is in seconds and above 0, not 0"):
+            stario.RedisRelay("redis://localhost", timeout=0)
 
 
 class TestWithoutRedis(unittest.TestCase):
