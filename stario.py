@@ -11787,76 +11787,63 @@ class _Row(NamedTuple):
 
     line: int  # where it begins
     prose: list[str]
-    code: list[tuple[int, str]]  # with the number of each line
+    code: list[str]
 
-
-_BEGINS_ROW = re.compile(r"\s*(@|(async )?def |class )")
+    @property
+    def title(self) -> str:
+        """Of the act or part that begins here; else empty."""
+        return self.prose[1] if self.prose and self.prose[0].startswith("====") else ""
 
 
 def _rows(source: str) -> list[_Row]:
-    """Sort the lines of a file into rows."""
+    """Sort the lines of a file into rows: after code, a comment, function or class begins one."""
+    begins, docstrings = set[int](), dict[int, int]()  # line numbers; and how far it is indented
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            begins.add(min(part.lineno for part in (node, *node.decorator_list)))
+        elif not isinstance(node, ast.Module):
+            continue
+        if ast.get_docstring(node) is not None:
+            text = node.body[0]
+            last = text.end_lineno or text.lineno
+            docstrings |= dict.fromkeys(range(text.lineno, last + 1), text.col_offset)
     rows = [_Row(1, [], [])]
-    docstring: int | None = None  # how far the one that we are in is indented
-    in_banner = False
     for number, line in enumerate(source.split("\n"), 1):
-        text, row = line.strip(), rows[-1]
-        is_comment = text == "#" or text.startswith(("# ", "// "))
-        before = row.code[-1][1].lstrip() if row.code else ""
-        begins = is_comment or (_BEGINS_ROW.match(line) and before[:1] != "@")
-        is_rule = text.startswith("# ====")
-        if is_rule or (row.code and begins):
-            row = _Row(number, [], [])
-            rows.append(row)
-        in_banner ^= is_rule
-        if docstring is None and text.startswith('"""') and before[-1:] in ("", ":"):
-            docstring, line = line.index('"'), line.replace('"""', "", 1)
+        stripped, indent = line.strip(), docstrings.get(number)
+        is_comment = indent is None and f"{stripped} ".startswith(("# ", "// "))
+        if rows[-1].code and (is_comment or number in begins):
+            rows.append(_Row(number, [], []))
         if is_comment:
-            row.prose.append(
-                "" if is_rule and not in_banner else text.lstrip("#/").removeprefix(" ")
-            )
-        elif docstring is not None:
-            row.prose.append(line[docstring:].replace('"""', ""))
-            docstring = None if '"""' in line else docstring
+            rows[-1].prose.append(stripped.lstrip("#/").removeprefix(" "))
+        elif indent is not None:
+            rows[-1].prose.append(line[indent:].replace('"""', ""))
         else:
-            row.code.append((number, line))
+            rows[-1].code.append(line)
     return rows
 
 
-_DEFINITION = re.compile(
-    r"^(?:export )?(?:async )?(?:def|class|function|const|let) (\w+)|^([A-Za-z_]\w*)(?:: .+)? = ",
+_KEYWORDS = "|".join((*keyword.kwlist, "const|export|function|let|new|null|of|this|typeof"))
+_CODE = re.compile(  # of Python or JavaScript: comment, string, keyword, where a name is defined
+    r"(?P<c>(?:#|// ).*)|(?P<s>'(?:\\.|[^'\\\n])*'|\"(?:\\.|[^\"\\\n])*\"|`[^`]*`)"
+    rf"|\b(?P<k>{_KEYWORDS})\b|(?P<d>(?:(?<=^def )|(?<=^async def )|(?<=^class )|(?<=^const )"
+    r"|(?<=^let )|(?<=^function )|(?<=^export function ))\w+|^[A-Za-z_]\w*(?=(?:: .+)? = ))"
+    r"|(?P<n>[A-Za-z_]\w*)",  # or another name
     re.MULTILINE,
 )
-_CODE = re.compile(
-    r"(?P<c>#.*|//.*)|(?P<s>'(?:\\.|[^'\\])*'|\"(?:\\.|[^\"\\])*\"|`[^`]*`)|(?P<w>[A-Za-z_]\w*)"
-)
-_WORDS = {
-    *keyword.kwlist,
-    "const",
-    "export",
-    "function",
-    "let",
-    "new",
-    "null",
-    "of",
-    "this",
-    "typeof",
-}
 
 
-def _colored(line: str, defined: dict[str, int], number: int) -> SafeString:
-    """A line of Python or JavaScript: coloured, and its names as links."""
-    pieces, end = [], 0
-    for found in _CODE.finditer(line):
-        kind, text = found.lastgroup or "", found[0]
-        pieces.append(line[end : found.start()])
-        end = found.end()
-        if kind != "w" or text in _WORDS:
-            pieces.append(h.Span({"class": kind}, text))
-        elif text in defined and defined[text] == number:
-            pieces.append(h.B({"id": text}, text))
-        else:
-            pieces.append(h.A({"href": f"#{text}"}, text) if text in defined else text)
-    return render(pieces, line[end:])
+def _colored(code: str, defined: set[str]) -> SafeString:
+    """Code as HTML: coloured, and its names as links to where they are defined."""
+
+    def mark(found: re.Match[str]) -> str:
+        kind, text = found.lastgroup, SafeString(found[0])
+        if kind == "d":
+            return h.B({"id": text}, text)
+        if kind != "n":
+            return h.Span({"class": kind}, text)
+        return h.A({"href": f"#{text}"}, text) if text in defined else text
+
+    return SafeString(_CODE.sub(mark, render(code)))
 
 
 def _prose(lines: list[str]) -> SafeString:
@@ -11896,12 +11883,10 @@ addEventListener("scrollend", () => find.value || (localStorage.place = scrollY)
 """
 
 
-def _book_page(rows: list[_Row], source: str) -> SafeString:
+def _book_page(source: str) -> SafeString:
     """The file as a page."""
-    defined: dict[str, int] = {}
-    for found in _DEFINITION.finditer(source):
-        defined.setdefault(found[1] or found[2], source.count("\n", 0, found.start()) + 1)
-    titles = [row.prose[1] for row in rows if _is_banner(row)]
+    rows = _rows(source)
+    defined = {found["d"] for found in _CODE.finditer(source)}
     return h.Html(
         {"lang": "en"},
         h.Head(
@@ -11913,49 +11898,38 @@ def _book_page(rows: list[_Row], source: str) -> SafeString:
         ),
         h.Body(
             h.Header(h.A({"href": "#"}, "stario.py"), h.Input({"placeholder": "Search"})),
-            h.Nav(h.A({"href": f"#{title}"}, title) for title in titles),
+            h.Nav(h.A({"href": f"#{row.title}"}, row.title) for row in rows if row.title),
             h.Main(_book_row(row, defined) for row in rows),
             h.Script(_SCRIPT),
         ),
     )
 
 
-def _is_banner(row: _Row) -> bool:
-    return row.prose[:1] != [] and row.prose[0].startswith("====")
-
-
-def _book_row(row: _Row, defined: dict[str, int]) -> SafeString:
-    prose, title = row.prose, None
-    if _is_banner(row):
-        prose, title = row.prose[3:], h.H2({"id": row.prose[1]}, row.prose[1])
-    code = [_colored(line, defined, number) for number, line in row.code]
-    run = data.on("click", at.post("/run", {"line": row.line}))
-    example = h.Button(run, "Run"), h.Pre({"id": f"out-{row.line}"})
+def _book_row(row: _Row, defined: set[str]) -> SafeString:
+    title = h.H2({"id": row.title}, row.title) if row.title else None
+    example = None
+    if _example(row):
+        run = data.on("click", at.post("/run", {"line": row.line}))
+        example = h.Button(run, "Run"), h.Pre({"id": f"out-{row.line}"})
     return h.Section(
         {"id": f"L{row.line}"},
-        h.Div(title, _prose(prose), example if _request_of(row) else None),
-        h.Pre(SafeString("\n".join(code).strip("\n"))),
+        h.Div(title, _prose(row.prose[3:-1] if title else row.prose), example),
+        h.Pre(_colored("\n".join(row.code).strip("\n"), defined)),
     )
 
 
-def _request_of(row: _Row) -> list[str]:
-    """The request of an example, and what its answer begins with; or nothing."""
-    found = re.search(r"^    # ([A-Z]+) (/\S*) -> (.*)$", "\n".join(row.prose), re.MULTILINE)
+def _example(row: _Row) -> list[str]:
+    """What stands in a comment as an example: code, method, target, answer; or nothing."""
+    example = r"((?:^(?: {4}.*)?\n)+)^ {4}# ([A-Z]+) (/\S*) -> (.*)$"
+    found = re.search(example, "\n".join(row.prose), re.MULTILINE)
     return list(found.groups()) if found else []
-
-
-def _example_code(row: _Row) -> str:
-    """The last block of code in a comment."""
-    lines = "\n".join(row.prose).rstrip().split("\n")
-    prose = [i for i, line in enumerate(lines) if line and not line.startswith("    ")]
-    return textwrap.dedent("\n".join(lines[prose[-1] + 1 :]))
 
 
 async def _run_example(row: _Row) -> TestResponse:
     """Run the code of an example, and send its request to the `app` that it has made."""
     names = dict(globals())
-    exec(_example_code(row), names)
-    method, target, _ = _request_of(row)
+    code, method, target, _ = _example(row)
+    exec(textwrap.dedent(code), names)
     async with TestClient(names["app"]) as client:
         return await client.request(method, target)
 
@@ -11963,15 +11937,14 @@ async def _run_example(row: _Row) -> TestResponse:
 def _book_app() -> Stario:
     """The app that `python stario.py --read` runs."""
     source = inspect.getsource(sys.modules[__name__])
-    rows = _rows(source)
-    examples = {str(row.line): row for row in rows if _request_of(row)}
-    book = _book_page(rows, source)
+    examples = {str(row.line): row for row in _rows(source) if _example(row)}
+    book = _book_page(source)
 
     async def page(c: Context, w: Writer) -> None:
         w.html(book)
 
     async def run(c: Context, w: Writer) -> None:
-        line = c.req.query.get("line")
+        line = c.req.query["line"]
         if line not in examples:
             raise HttpException(404, "there is no example on this line")
         answer = await _run_example(examples[line])

@@ -28,6 +28,7 @@ import html
 import importlib
 import inspect
 import io
+import itertools
 import json
 import logging
 import math
@@ -451,6 +452,13 @@ class HttpTest(AsyncTest):
 # -- 1. The file
 
 
+def last_code(row: Any) -> str:
+    """The last code in a comment of the file: lines that are indented."""
+    lines = "\n".join(row.prose).rstrip().split("\n")
+    prose = [i for i, line in enumerate(lines) if line and not line.startswith("    ")]
+    return textwrap.dedent("\n".join(lines[prose[-1] + 1 :]))
+
+
 class TestFile(unittest.TestCase):
     """Part 1: one file, to be copied anywhere."""
 
@@ -617,7 +625,7 @@ class TestFile(unittest.TestCase):
         rows = stario._rows(Path(stario.__file__).read_text(encoding="utf-8"))
         printing = [row for row in rows if "# prints" in "\n".join(row.prose)]
         self.assertEqual(len(printing), 1)
-        code = stario._example_code(printing[0])
+        code = last_code(printing[0])
         done = subprocess.run(
             [sys.executable, "-c", f"import stario\nexec({code!r}, vars(stario))"],
             cwd=Path(stario.__file__).parent, capture_output=True, text=True, check=False,
@@ -627,7 +635,7 @@ class TestFile(unittest.TestCase):
 
     def test_the_test_in_act_2_passes(self) -> None:
         rows = stario._rows(Path(stario.__file__).read_text(encoding="utf-8"))
-        code = [stario._example_code(row) for row in rows if "def test_hello" in str(row.prose)]
+        code = [last_code(row) for row in rows if "def test_hello" in str(row.prose)]
         names = dict(vars(stario))
         exec(code[0], names)
         asyncio.run(names["test_hello"]())
@@ -13723,16 +13731,17 @@ class TestReadingPage(AsyncTest):
     def test_every_line_of_the_file_stands_in_one_row(self) -> None:
         source = Path(stario.__file__).read_text(encoding="utf-8")
         rows = stario._rows(source)
-        numbers = [number for row in rows for number, _ in row.code]
+        numbers = [row.line for row in rows]
         self.assertEqual(numbers, sorted(set(numbers)))
-        lines = [text for row in rows for text in row.prose]
-        lines += [text for row in rows for _, text in row.code]
+        for row, after in itertools.pairwise(rows):
+            self.assertEqual(len(row.prose) + len(row.code), after.line - row.line)
+        lines = [text for row in rows for text in (*row.prose, *row.code)]
         words = re.findall(r"\w+", "\n".join(lines))
         self.assertEqual(sorted(words), sorted(re.findall(r"\w+", source)))
 
     def test_each_act_and_part_has_its_title(self) -> None:
         source = Path(stario.__file__).read_text(encoding="utf-8")
-        titles = [row.prose[1] for row in stario._rows(source) if stario._is_banner(row)]
+        titles = [row.title for row in stario._rows(source) if row.title]
         self.assertEqual(titles, re.findall(r"^# ={90,}\n# (\S.*)\n(?=#)", source, re.MULTILINE))
         self.assertGreater(len(titles), 30)
 
@@ -13750,7 +13759,7 @@ class TestReadingPage(AsyncTest):
             def two(): return "# no comment"
             '''
         )
-        rows = [(row.prose, [line for _, line in row.code]) for row in stario._rows(source)]
+        rows = [(row.prose, row.code) for row in stario._rows(source)]
         one = ["@decorated", "def one():", "    return 1"]
         self.assertEqual(
             rows[1:],
@@ -13762,12 +13771,12 @@ class TestReadingPage(AsyncTest):
 
     async def test_the_examples_of_the_file_give_what_they_say(self) -> None:
         rows = stario._rows(Path(stario.__file__).read_text(encoding="utf-8"))
-        examples = [row for row in rows if stario._request_of(row)]
+        examples = [row for row in rows if stario._example(row)]
         self.assertTrue(examples)
         for row in examples:
             with self.subTest(line=row.line):
                 answer = await stario._run_example(row)
-                self.assertTrue(answer.text.startswith(stario._request_of(row)[2]), answer.text)
+                self.assertTrue(answer.text.startswith(stario._example(row)[3]), answer.text)
 
     async def test_as_a_page_its_names_are_links_and_its_examples_run(self) -> None:
         _, port = self.run_file("--read")
