@@ -1742,8 +1742,9 @@ class Context:
         if self._span is None:
             req = self.req
             attributes = {"http.request.method": req.method, "url.path": req.path}
-            if req.client:
-                attributes["client.address"] = req.client
+            with suppress(HttpException):  # proxies may contradict each other
+                if req.client:
+                    attributes["client.address"] = req.client
             if req.route:
                 attributes["http.route"] = req.route
             name = f"{req.method} {req.route}".rstrip()
@@ -4147,7 +4148,8 @@ class Stario(_App):
             self.debug = debug
             await server.start()
             if self.debug:
-                _Watchdog()
+                for worker in server._workers:
+                    worker.loop.call_soon_threadsafe(_Watchdog)
         except StarioError as exc:
             raise SystemExit(f"stario: {exc}") from None
         self.tracer("listening", {"url": server.url}).end()
@@ -9876,6 +9878,12 @@ def _watched_folders() -> set[str]:
         path = os.path.abspath(getattr(module, "__file__", None) or os.__file__)
         if not path.startswith(os.path.dirname(os.__file__)) and "site-packages" not in path:
             own.add(os.path.dirname(path))
+    for top in list(own):  # what is imported there later, too
+        for folder, inside, files in os.walk(top):
+            if any(name.endswith(".py") for name in files):
+                own.add(folder)
+            else:
+                inside.clear()
     for assets in _collections.values():
         own |= {folder for folder, _, _ in os.walk(assets._root or "")}
     return own
@@ -9887,7 +9895,7 @@ def _times(folders: set[str]) -> dict[str, int]:
     for folder in folders:
         with suppress(OSError), os.scandir(folder) as entries:
             for entry in entries:
-                if entry.name.endswith((".py", ".html", ".css", ".js", ".svg", ".json")):
+                if entry.name.endswith((".py", ".html", ".css", ".js", ".svg")):
                     with suppress(OSError):
                         times[entry.path] = entry.stat().st_mtime_ns
     return times
@@ -9900,11 +9908,11 @@ def _compiles(paths: Iterable[str]) -> bool:
             if path.endswith(".py"):
                 with open(path, "rb") as file:
                     compile(file.read(), path, "exec")
-        except (SyntaxError, ValueError) as exc:
-            print(*traceback.format_exception_only(exc), "waiting for a change", file=sys.stderr)
-            return False
         except OSError:  # it was removed
             pass
+        except Exception as exc:
+            print(*traceback.format_exception_only(exc), "waiting for a change", file=sys.stderr)
+            return False
     return True
 
 
@@ -10024,6 +10032,7 @@ def _join_reloading(app: Stario, server: Server) -> None:
 
 
 _SECRET = re.compile(r"(?i)pass|secret|token|key|cookie|auth|session")
+_FRAMES = 40  # the most that are shown with lines and values
 _DEBUG_STYLE = (
     "position:fixed;inset:0;z-index:9999;overflow:auto;margin:0;padding:1.5rem;white-space:pre-wrap;"
     "font:14px/1.5 ui-monospace,monospace;color:#eee;background:#1c1417;border:0;text-align:left"
@@ -10057,7 +10066,7 @@ def _error_view(c: Context, exc: BaseException) -> SafeString:
     """An exception, as an element that covers the page."""
     frames = list(traceback.walk_tb(exc.__traceback__))[::-1]
     frames.sort(key=lambda entry: not _is_own(entry[0].f_code.co_filename))
-    request = [f"{c.req.method} {c.req.url}"]
+    request = [f"{c.req.method} {c.req.raw_path} {c.req.query_string}"]
     request += [f"{name}: {_shown_value(name, value)}" for name, value in c.req.headers.items()]
     events = [f"{event.name} {_shown_value('', event.attributes)}" for event in c.span.events]
     close = {"onclick": "this.parentNode.remove()", "style": "float:right"}
@@ -10065,7 +10074,8 @@ def _error_view(c: Context, exc: BaseException) -> SafeString:
         {"id": "stario-error", "style": _DEBUG_STYLE},
         h.Button({"type": "button", **close}, "×"),
         h.H1("".join(traceback.format_exception_only(exc)).strip()),
-        [_frame_view(frame, at) for frame, at in frames],
+        [_frame_view(frame, at) for frame, at in frames[:_FRAMES]],
+        h.Details(h.Summary("Traceback"), _stack_of(exc)),
         h.Details(h.Summary("Request"), "\n".join(request)),
         h.Details(h.Summary("Trace"), "\n".join(events)),
     )

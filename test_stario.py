@@ -11259,6 +11259,18 @@ class TestReload(AsyncTest):
         for word in ("two", "three"):
             self.save(word)
             await self.shows(word)
+        (self.folder / "later").mkdir()  # a folder that was not there
+        (self.folder / "later" / "more.py").write_text("WORD = 'four'")
+        (self.folder / "words.py").write_text("from later.more import WORD")
+        await self.shows("four")
+        (self.folder / "later" / "more.py").write_text("WORD = 'five'")
+        await self.shows("five")
+
+    async def test_what_the_app_itself_may_write_is_not_watched(self) -> None:
+        for name in ("notes.json", "notes.db", "app.log"):
+            (self.folder / name).write_text("{}")
+        watched = {Path(path).name for path in stario._times({str(self.folder)})}
+        self.assertEqual(watched, {"program.py", "words.py"})
 
     async def test_what_cannot_start_is_shown_and_waited_out_and_nobody_is_refused(self) -> None:
         await self.listening()
@@ -11359,8 +11371,15 @@ class TestDevelopment(AsyncTest):
         async def gone(c: Context, w: Writer) -> None:
             raise HttpException(404, "no such room")
 
+        async def deep(c: Context, w: Writer) -> None:
+            try:
+                self.descend()
+            except RecursionError as exc:
+                raise ValueError("at the bottom") from exc
+
         app = Stario(Spans())
         app.debug = debug
+        app.get("/deep", deep)
         app.get("/", broken)
         app.get("/stream", stream)
         app.get("/gone", gone)
@@ -11376,10 +11395,29 @@ class TestDevelopment(AsyncTest):
         self.assertIn("rows = ['<b>one</b>']", text)
         self.assertNotIn("<b>one</b>", answer.text)  # values are text
         self.assertLess(text.index("in broken"), text.index("/stario.py, line"))
-        self.assertIn("GET http://test/?a=1", text)
+        self.assertIn("GET / a=1", text)
         self.assertIn("looked up {'rows': 1}", text)
         self.assertNotIn("geheim", text)
         self.assertNotIn("Zm9v", text)
+
+    def descend(self) -> None:
+        self.descend()
+
+    async def test_what_an_error_came_from_is_shown_and_a_thousand_frames_are_not(self) -> None:
+        async with connected(self.app(debug=True)) as peer:
+            text = html.unescape((await peer.get("/deep")).text)
+        self.assertIn("ValueError: at the bottom</h1>", text)
+        self.assertIn("RecursionError: maximum recursion depth exceeded", text)
+        self.assertIn("[Previous line repeated", text)
+        self.assertLess(text.count("<summary>"), 50)
+
+    async def test_a_request_that_cannot_be_read_does_not_hide_the_error(self) -> None:
+        fields = {"Forwarded": "for=1.1.1.1", "X_Forwarded_For": "2.2.2.2"}  # who is it?
+        for debug, shown in ((True, "IndexError"), (False, "Internal Server Error")):
+            app = self.app(debug=debug)
+            async with connected(app, trusted_proxies=["127.0.0.1"]) as peer:
+                answer = await peer.get("/", **fields)
+                self.assertEqual((answer.status, shown in answer.text), (500, True))
 
     async def test_to_datastar_it_is_a_patch_over_the_page_in_a_stream_too(self) -> None:
         async with connected(self.app(debug=True)) as peer:
