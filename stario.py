@@ -4092,6 +4092,8 @@ class Stario(_App):
         exception in it keeps the server from starting.
         """
         _check_arguments(manager, "app")
+        if hasattr(manager, "__aenter__"):
+            raise StarioError("the lifespan was called: give it without its parentheses")
         if inspect.isasyncgenfunction(manager):
             raise StarioError(f"write @contextlib.asynccontextmanager above {manager.__name__}")
         self._life.lifespans.append(manager)
@@ -5091,6 +5093,8 @@ at = Actions()
 def _request(method: str, url: str, queries: Queries, options: RequestOptions) -> str:
     if _baking.get() and (mark := _mark_for(_request, method, url, queries, options)):
         return mark
+    if not isinstance(url, str) or isinstance(queries, str):
+        raise StarioError(f"write at.{method}('/x', {{'id': 3}}), not with {url!r} and {queries!r}")
     written = _request_options(method, options) if options else ""
     size = len(url) + len(written)
     pairs: list[str] = []  # names and values in turn
@@ -5386,6 +5390,8 @@ class _EventWriter(_OneShotWriter):
         **options: Unpack[EventOptions],
     ) -> None:
         """Remove the elements that `selector` finds."""
+        if not isinstance(selector, str) or selector.startswith("<"):
+            raise StarioError(f"remove takes a selector, as '#cart', not {selector!r}")
         data = _patch_data("", "remove", selector, None, use_view_transition)
         self._send_event("datastar-patch-elements", data, **options)
 
@@ -6013,6 +6019,8 @@ def _table_and_key(pattern: str) -> tuple[int | None, str]:
 
 def _check_subject(subject: str) -> None:
     """Refuse a `*`: it may come from a user's text, and would make a pattern of the subject."""
+    if not isinstance(subject, str):
+        raise StarioError(f"write publish('room.1', data), not with {subject!r} first")
     if "*" in subject:
         raise StarioError(f"{subject!r} cannot be published: only patterns have a '*'")
 

@@ -1003,6 +1003,7 @@ class TestMistakes(unittest.TestCase):
 
         any_: Any = object()
         wrong: Any = _fine
+        entered = asynccontextmanager(lived)(any_)
         return {
             "write `async def sync(c, w)`": lambda: app().get("/", sync),  # type: ignore[arg-type]
             "short is called as short(c, w)": lambda: app().get("/", short),  # type: ignore[arg-type]
@@ -1027,6 +1028,10 @@ class TestMistakes(unittest.TestCase):
             "called with (c, w, exc): not None": lambda: app().on_error(KeyError, None),  # type: ignore[arg-type]
             "_fine was called: give": lambda: app().on_error(KeyError, wrong(1, any_)),
             "asynccontextmanager above lived": lambda: app().lifespan(lived),
+            "the lifespan was called": lambda: app().lifespan(cast("Any", entered)),
+            "write publish('room.1', data)": lambda: Relay[Any]().publish(cast("Any", {"a": 1})),
+            "write at.post('/x', {'id': 3})": lambda: at.post("/y", cast("Any", "id=3")),
+            "not with None and None": lambda: at.get(cast("Any", None)),
             "200 is no error: answer with w.html": lambda: HttpException(200),
             "max_body is a number of bytes, not '1'": lambda: app(max_body="1"),  # type: ignore[arg-type]
             "TestClient(app) takes a Stario, not": lambda: TestClient(any_),
@@ -1089,6 +1094,7 @@ class TestMistakes(unittest.TestCase):
             "to go to is text, not 3": lambda c, w: w.navigate(3),  # type: ignore[arg-type]
             "one of outer, inner, replace": lambda c, w: w.patch(p, mode="iner", selector="#x"),  # type: ignore[arg-type]
             "give the element an id that the page has": lambda c, w: w.patch(p),
+            "remove takes a selector, as '#cart', not '<p>": lambda c, w: w.remove(p),
             "give a dict from names to values, a dataclass": lambda c, w: w.sync(3),
             "set them before the first write": lambda c, w: [w.empty(), w.headers.set("a", "b")],
             "the status is given with the answer": lambda c, w: setattr(w, "status_code", 404),
