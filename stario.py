@@ -9413,8 +9413,6 @@ def _attribute(name: str, value: object) -> str:
 # that the server has started sends what is in the queue (`pass_on`). The third receives (`listen`).
 # When the server stops it cancels its task; to the handler that is a disconnect, after which it has
 # `_ASGI_GRACE` seconds.
-#
-# To leave it out, delete this part and `Stario.__call__`.
 # ==================================================================================================
 
 
@@ -9632,8 +9630,6 @@ async def _end_asgi_streams(app: Stario) -> None:
 #
 # Redis keeps nothing for later. What is published while the connection is broken is missed: every
 # subscription then counts one more in its `gaps`, and a handler that shows state reads it anew.
-#
-# To leave it out, delete this part.
 # ==================================================================================================
 
 
@@ -9686,7 +9682,7 @@ class RedisRelay(Relay[T]):
         self._tracer = tracer or Tracer()
         # Under the lock:
         self._closed = False
-        self._connected = False  # there is a connection to send `_outgoing` over
+        self._connected = False  # to Redis, which has been told of all subscriptions
         self._down = ""  # why it could not be reached, if nothing has come from it since
         self._outgoing: deque[_RedisCommand] = deque()
         self._thread: threading.Thread | None = None  # started when it is needed
@@ -9731,8 +9727,8 @@ class RedisRelay(Relay[T]):
             self._remove(to_wake, mailbox)
             return
         for pattern in mailbox.patterns:
-            if not self._listeners_at(pattern):
-                self._tell_redis("SUBSCRIBE", pattern)
+            if self._connected and not self._listeners_at(pattern):
+                self._outgoing.append(self._command("SUBSCRIBE", pattern))
         super()._add(to_wake, mailbox)
         self._nudge()
 
@@ -9740,13 +9736,9 @@ class RedisRelay(Relay[T]):
         patterns = mailbox.patterns
         super()._remove(to_wake, mailbox)
         for pattern in patterns:
-            if not self._listeners_at(pattern):
-                self._tell_redis("UNSUBSCRIBE", pattern)
+            if self._connected and not self._listeners_at(pattern):
+                self._outgoing.append(self._command("UNSUBSCRIBE", pattern))
         self._nudge()
-
-    def _tell_redis(self, verb: str, pattern: str) -> None:
-        if self._connected:  # else `_first_commands` makes all subscriptions
-            self._outgoing.append(self._command(verb, pattern))
 
     def _command(self, verb: str, pattern: str) -> _RedisCommand:
         """(UN)SUBSCRIBE to a pattern. Redis has more of them, `?` and `[a]`: these are escaped."""
@@ -9930,16 +9922,16 @@ class _Reloader:
     def __init__(self, server: Server) -> None:
         self._sockets = server._listener.sockets
         self._children: list[subprocess.Popen[bytes]] = []
-        self._ended_by = 0  # the number of the signal that has come
 
     def run(self) -> int:
         """Run until a signal comes, or the program ends by itself; gives its exit status."""
+        signals: list[int] = []
         for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self._note_signal)
+            signal.signal(number, lambda number, _: signals.append(number))
         folders = _watched_folders()
         before = _times(folders)
         self._start_child()
-        while not self._ended_by and self._children[-1].poll() != 0:  # (None while it runs)
+        while not signals and self._children[-1].poll() != 0:  # (None while it runs)
             time.sleep(_LOOK_EVERY)
             now = _times(folders)
             changed = {path for path, _ in now.items() ^ before.items()}  # new, gone, or saved
@@ -9967,9 +9959,6 @@ class _Reloader:
     def _stop_children(self) -> None:
         for child in self._children:
             child.terminate()
-
-    def _note_signal(self, number: int, frame: object) -> None:
-        self._ended_by = number
 
 
 class _ReloadingWriter(Writer):
@@ -12035,11 +12024,10 @@ class _LeftOut:
     def __init__(self, name: str) -> None:
         self._name = name
 
-    def __getattr__(self, attribute: str) -> Any:
+    def __getattr__(self, *arguments: object, **options: object) -> Any:
         raise StarioError(f"{self._name} was left out of this copy")
 
-    def __call__(self, *arguments: object, **options: object) -> Any:
-        raise StarioError(f"{self._name} was left out of this copy")
+    __call__ = __getattr__
 
     def __instancecheck__(self, value: object) -> bool:
         return False
@@ -12048,23 +12036,14 @@ class _LeftOut:
 '''
 
 
-def _defined(part: str) -> Iterator[str]:
-    """The names that some code defines at its top."""
-    for node in ast.parse(part).body:
-        if isinstance(node, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)):
-            yield node.name
-        elif isinstance(node, (ast.Assign, ast.AnnAssign)):
-            targets = node.targets if isinstance(node, ast.Assign) else [node.target]
-            inner = [n for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)]
-            yield from (name.id for name in inner if isinstance(name.ctx, ast.Store))
-
-
 def _without(rooms: set[str]) -> str:
     """The text of this file without these parts. Those that can go have a [name] in their title.
 
     SystemExit if another such part, or the import of the copy, needs one of them. Elsewhere what is
     gone gives a StarioError when it is called.
     """
+    from symtable import symtable
+
     text = inspect.getsource(sys.modules[__name__])
     parts = re.split(r"^(?=# ={90,}\n# (?:ACT )?\d+\. )", text, flags=re.MULTILINE)
     found = [re.match(r".*\n# .*\[(\w+)\]\n", part) for part in parts]
@@ -12072,10 +12051,10 @@ def _without(rooms: set[str]) -> str:
     if unknown := rooms - set(titles) | rooms & {""}:
         known = ", ".join(filter(None, titles))
         raise SystemExit(f"--without {','.join(sorted(unknown))}: what can go is {known}")
-    gone: dict[str, str] = {}
+    gone: dict[str, str] = {}  # names, and the parts that define them
     for part, title in zip(parts, titles, strict=True):
-        if title in rooms:
-            gone |= dict.fromkeys(_defined(part), title)
+        names = symtable(part, "", "exec").get_symbols() if title in rooms else ()
+        gone |= {name.get_name(): title for name in names if name.is_assigned()}
     for part, title in zip(parts, titles, strict=True):
         for node in ast.walk(ast.parse(part)) if title and title not in rooms else ():
             if isinstance(node, ast.Name) and node.id in gone:
