@@ -9433,8 +9433,8 @@ class _AsgiExchange(Carrier):
         self.scopes = []
         self.client = str((scope.get("client") or ("",))[0] or "")
         self.scheme = str(scope.get("scheme") or "http")
-        self._news = asyncio.Event()  # set at every change of what one of the tasks waits for
-        self.wake = self._news.set
+        self._news = asyncio.Event()
+        self.wake = self._news.set  # called at every change of what one of the tasks waits for
         self.body = Body(self.wake)
         self._queue: deque[Message] = deque()
         self._unsent = 0  # bytes of the body that the server has not taken
@@ -9442,7 +9442,7 @@ class _AsgiExchange(Carrier):
         self._handled = False  # the handler has ended
         self._error: Exception | None = None  # raised to the server when the handler has ended
 
-    def _change(self) -> Awaitable[object]:
+    def _next_change(self) -> Awaitable[object]:
         self._news.clear()
         return self._news.wait()
 
@@ -9490,15 +9490,16 @@ class _AsgiExchange(Carrier):
     async def drained(self) -> None:
         """See Carrier."""
         while self._unsent >= _HIGH_WATER and not self.disconnected:
-            await self._change()
+            await self._next_change()
         if self.disconnected:
             raise ClientDisconnected("the client has gone")
 
     def _put_body(self, data: bytes, more: bool) -> None:
-        self._queue.append({"type": "http.response.body", "body": data, "more_body": more})
-        self._unsent += len(data)
         self._finished = not more
-        self.wake()
+        if not self.disconnected:
+            self._queue.append({"type": "http.response.body", "body": data, "more_body": more})
+            self._unsent += len(data)
+            self.wake()
 
     # -- The server's side
 
@@ -9506,7 +9507,7 @@ class _AsgiExchange(Carrier):
         """Send what the handler writes, until it has ended and all is sent."""
         while self._queue or not self._handled:
             if not self._queue:
-                await self._change()
+                await self._next_change()
                 continue
             message = self._queue.popleft()
             if not self.disconnected:
@@ -9530,7 +9531,7 @@ class _AsgiExchange(Carrier):
                 if not message.get("more_body"):
                     self.body.end()
                 while self.body.buffered >= _HIGH_WATER and not self.body.ended:
-                    await self._change()
+                    await self._next_change()
         except Exception as exc:
             if not (self._finished or isinstance(exc, OSError)):
                 self._error = exc
@@ -9916,49 +9917,39 @@ def _compiles(paths: Iterable[str]) -> bool:
     return True
 
 
-class _Reloader:
-    """The parent. It keeps the sockets, the newest child, and older ones that are still ending."""
+def _keep_restarting(sockets: list[socket.socket]) -> int:
+    """Run the program as a child, and anew when a file is saved; gives its exit status at the end.
 
-    def __init__(self, server: Server) -> None:
-        self._sockets = server._listener.sockets
-        self._children: list[subprocess.Popen[bytes]] = []
-
-    def run(self) -> int:
-        """Run until a signal comes, or the program ends by itself; gives its exit status."""
-        signals: list[int] = []
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, lambda number, _: signals.append(number))
+    The end comes by a signal, or when the newest child ends by itself without an error.
+    """
+    signals: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, _: signals.append(number))
+    children: list[subprocess.Popen[bytes]] = []  # the newest is the last; others are still ending
+    descriptors = []
+    for opened in sockets:
+        if os.name == "nt":
+            opened.close()
+        else:
+            descriptors.append(opened.fileno())
+    environment = {**os.environ, _RELOADED: ",".join(map(str, descriptors))}
+    command = [sys.executable, *sys.orig_argv[1:]]
+    while not signals and not (children and children[-1].poll() == 0):
         folders = _watched_folders()
-        before = _times(folders)
-        self._start_child()
-        while not signals and self._children[-1].poll() != 0:  # (None while it runs)
+        before, changed = _times(folders), set[str]()
+        children = [child for child in children if child.poll() is None]
+        children.append(subprocess.Popen(command, env=environment, pass_fds=descriptors))
+        while not signals and children[-1].poll() != 0:  # (None while it runs)
             time.sleep(_LOOK_EVERY)
             now = _times(folders)
             changed = {path for path, _ in now.items() ^ before.items()}  # new, gone, or saved
             before = now
             if changed and _compiles(changed):
                 print("reloading:", *map(os.path.basename, sorted(changed)), file=sys.stderr)
-                self._stop_children()
-                self._start_child()
-                folders = _watched_folders()
-        self._stop_children()
-        return max(child.wait() for child in self._children)
-
-    def _start_child(self) -> None:
-        descriptors = []
-        for opened in self._sockets:
-            if os.name == "nt":
-                opened.close()
-            else:
-                descriptors.append(opened.fileno())
-        environment = {**os.environ, _RELOADED: ",".join(map(str, descriptors))}
-        command = [sys.executable, *sys.orig_argv[1:]]
-        self._children = [child for child in self._children if child.poll() is None]
-        self._children.append(subprocess.Popen(command, env=environment, pass_fds=descriptors))
-
-    def _stop_children(self) -> None:
-        for child in self._children:
+                break
+        for child in children:
             child.terminate()
+    return max(child.wait() for child in children)
 
 
 class _ReloadingWriter(Writer):
@@ -9992,7 +9983,7 @@ def _reload(app: Stario, server: Server) -> None:
         _join_reloading(app, server)
     else:
         server._listener.open()
-        raise SystemExit(_Reloader(server).run())
+        raise SystemExit(_keep_restarting(server._listener.sockets))
 
 
 def _join_reloading(app: Stario, server: Server) -> None:
@@ -11865,20 +11856,18 @@ def _prose(lines: list[str]) -> SafeString:
 
 
 _STYLE = """
-:root { color-scheme: light dark; font: 100%/1.55 Georgia, serif; --line: light-dark(#ddd, #444);
-  background: light-dark(#fff, #16181d); color: light-dark(#222, #ddd); scroll-padding: 4rem; }
-body { margin: 0; } a { color: inherit; text-decoration-color: var(--line); }
+:root { color-scheme: light dark; font: 100%/1.55 Georgia, serif; scroll-padding: 4rem; }
+body { margin: 0; } a { color: inherit; text-decoration: underline dotted #8888; }
 header { position: sticky; top: 0; display: flex; gap: 1rem; padding: .5rem 1.5rem;
-  border-bottom: 1px solid var(--line); background: light-dark(#fff, #16181d); }
+  border-bottom: 1px solid #8884; background: Canvas; }
 nav { padding: 1rem 1.5rem; columns: 20rem; } nav a { display: block; }
 section { display: grid; grid-template-columns: minmax(18rem, 34rem) minmax(0, 1fr); }
-section > * { padding: .25rem 1.5rem; min-width: 0; } section > pre { margin: 0; }
-section > pre { background: light-dark(#f6f5f1, #1d2027); } h2 { margin: 3rem 0 1rem; }
+section > * { padding: .25rem 1.5rem; margin: 0; min-width: 0; }
+section > pre { background: #8881; } h2 { margin: 3rem 0 1rem; }
+p { margin: .4rem 0; overflow-wrap: break-word; }
 pre, code { font: .8rem/1.5 ui-monospace, Menlo, Consolas, monospace; overflow-x: auto; }
-p { margin: .4rem 0; overflow-wrap: break-word; } pre b { font-weight: 600; }
-pre a { text-decoration-style: dotted; } :target { text-decoration: underline; }
-.c { color: light-dark(#777, #888); } .s { color: light-dark(#0a6b3d, #8fd19e); }
-.k, .w { color: light-dark(#8b2f8f, #d6a0dc); }
+.c { opacity: .6; } .s { color: light-dark(#0a6b3d, #8fd19e); }
+.k { color: light-dark(#8b2f8f, #d6a0dc); } :target { outline: 2px solid #8888; }
 @media (max-width: 60rem) { section { grid-template-columns: minmax(0, 1fr); } }
 """
 _SCRIPT = """
