@@ -11799,12 +11799,9 @@ def _rows(source: str) -> list[_Row]:
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             begins.add(min(part.lineno for part in (node, *node.decorator_list)))
-        elif not isinstance(node, ast.Module):
-            continue
-        if ast.get_docstring(node) is not None:
-            text = node.body[0]
-            last = text.end_lineno or text.lineno
-            docstrings |= dict.fromkeys(range(text.lineno, last + 1), text.col_offset)
+        elif isinstance(node, ast.Expr) and isinstance(getattr(node.value, "value", 0), str):
+            numbers = range(node.lineno, (node.end_lineno or 0) + 1)
+            docstrings |= dict.fromkeys(numbers, node.col_offset)
     rows = [_Row(1, [], [])]
     for number, line in enumerate(source.split("\n"), 1):
         stripped, indent = line.strip(), docstrings.get(number)
