@@ -9936,7 +9936,7 @@ def _keep_restarting(sockets: list[socket.socket]) -> int:
     command = [sys.executable, *sys.orig_argv[1:]]
     while not signals and not (children and children[-1].poll() == 0):
         folders = _watched_folders()
-        before, changed = _times(folders), set[str]()
+        before = _times(folders)
         children = [child for child in children if child.poll() is None]
         children.append(subprocess.Popen(command, env=environment, pass_fds=descriptors))
         while not signals and children[-1].poll() != 0:  # (None while it runs)
