@@ -11477,6 +11477,19 @@ class TestDevelopment(AsyncTest):
         stdout, _ = await within(process.communicate(), 20)
         self.assertRegex(stdout.decode(), r"blocked for over 100 ms at <string>:6 in slow")
 
+    async def test_the_line_that_runs_the_loop_is_not_blamed_for_a_slow_machine(self) -> None:
+        started: list[Any] = []
+        asyncio.get_running_loop().call_soon(lambda: started.append(stario._Watchdog()))
+        await asyncio.sleep(0)
+        here = outermost = sys._getframe()
+        while outermost.f_back:
+            outermost = outermost.f_back
+        for frame, told in ((here, "blocked for over 100 ms"), (outermost, "")):
+            with contextlib.redirect_stderr(io.StringIO()) as stderr:
+                started[0]._tell(frame)
+            self.assertIn(told, stderr.getvalue())
+            self.assertEqual(bool(told), bool(stderr.getvalue()))
+
     async def test_what_a_handler_returns_is_noted(self) -> None:
         async def returns(c: Context, w: Writer) -> Any:
             w.empty()
