@@ -657,7 +657,7 @@ class TestFile(unittest.TestCase):
                 writer.write("\r\n".join(head).encode())
                 text = (await within(reader.read())).decode().replace("\r\n", "\n")
                 writer.close()
-                return text
+                return text  # type: ignore[no-any-return]
 
         assert stario.__doc__
         act = stario.__doc__.partition("ACT 0.")[2].partition("\nMAP\n")[0]
@@ -907,7 +907,7 @@ class TestExceptions(AsyncTest):
 
     async def test_an_await_too_much_or_too_little_is_explained(self) -> None:
         async def too_much(c: Context, w: Writer) -> None:
-            await w.text("x")  # type: ignore[func-returns-value]
+            await w.text("x")  # type: ignore[func-returns-value,misc]
 
         async def too_little(c: Context, w: Writer) -> None:
             signals: Any = c.signals()
@@ -1027,7 +1027,7 @@ class TestMistakes(unittest.TestCase):
             "called with (handler): not None": lambda: app().get("/", _fine, None),  # type: ignore[arg-type]
             "called with (c, w, exc): not None": lambda: app().on_error(KeyError, None),  # type: ignore[arg-type]
             "_fine was called: give": lambda: app().on_error(KeyError, wrong(1, any_)),
-            "asynccontextmanager above lived": lambda: app().lifespan(lived),
+            "asynccontextmanager above lived": lambda: app().lifespan(lived),  # type: ignore[arg-type]
             "the lifespan was called": lambda: app().lifespan(cast("Any", entered)),
             "write publish('room.1', data)": lambda: Relay[Any]().publish(cast("Any", {"a": 1})),
             "write at.post('/x', {'id': 3})": lambda: at.post("/y", cast("Any", "id=3")),
@@ -1038,7 +1038,7 @@ class TestMistakes(unittest.TestCase):
             "a pattern is text, not ['a']": lambda: Relay[str]().subscribe(["a"]),  # type: ignore[arg-type]
             "needs 16 bytes or more": lambda: stario.Session(None),  # type: ignore[arg-type]
             "begin with a capital: h.Div": lambda: h.div("x"),
-            'attributes are a dict, h.Div({"id": "x"})': lambda: h.Div(id="x"),  # type: ignore[call-arg]
+            'attributes are a dict, h.Div({"id": "x"})': lambda: h.Div(id="x"),
             "there is no element here to put them on": lambda: stario.render({"id": "x"}),
             "function cannot stand in HTML: give text": lambda: h.P(sync),
             "Write 0.5, or '500s'": lambda: data.on("input", "$x", debounce=500),
@@ -1090,15 +1090,15 @@ class TestMistakes(unittest.TestCase):
             "or write `async with w.alive():`": alive,
             "`async for item in w.alive(source):`": stepped,
             "a step is no async one": step,
-            "the address to go to is text, not None": lambda c, w: w.redirect(None),  # type: ignore[arg-type]
-            "to go to is text, not 3": lambda c, w: w.navigate(3),  # type: ignore[arg-type]
-            "one of outer, inner, replace": lambda c, w: w.patch(p, mode="iner", selector="#x"),  # type: ignore[arg-type]
+            "the address to go to is text, not None": lambda c, w: w.redirect(None),
+            "to go to is text, not 3": lambda c, w: w.navigate(3),
+            "one of outer, inner, replace": lambda c, w: w.patch(p, mode="iner", selector="#x"),
             "give the element an id that the page has": lambda c, w: w.patch(p),
             "remove takes a selector, as '#cart', not '<p>": lambda c, w: w.remove(p),
             "give a dict from names to values, a dataclass": lambda c, w: w.sync(3),
             "set them before the first write": lambda c, w: [w.empty(), w.headers.set("a", "b")],
             "the status is given with the answer": lambda c, w: setattr(w, "status_code", 404),
-            "samesite is lax, strict or none": lambda c, w: w.cookie("a", "b", samesite="no"),  # type: ignore[arg-type]
+            "samesite is lax, strict or none": lambda c, w: w.cookie("a", "b", samesite="no"),
             "for ticks write w.alive(every=0.5)": lambda c, w: w.alive(any_),
             "add app.use(Session(key))": lambda c, w: c.session,
         }
@@ -1214,7 +1214,7 @@ class TestHtml(unittest.TestCase):
             ),
             ({"rel": [1, True, 0, 1.5]}, ' rel="1 0 1.5"'),
             ({"style": {"color": "red", "top": 0}}, ' style="color:red;top:0;"'),
-            ({"style": ChainMap({"top": 0}, {"color": "red"})}, ' style="color:red;top:0;"'),
+            ({"style": ChainMap({"top": 0}, {"color": "red"})}, ' style="color:red;top:0;"'),  # type: ignore[misc]
             ({"data": {"id": 1, "x": {"y": "z"}}}, ' data-id="1" data-x-y="z"'),
             ({"data-on:click__debounce.500ms": "x"}, ' data-on:click__debounce.500ms="x"'),
         ]:
@@ -1278,7 +1278,7 @@ class TestHtml(unittest.TestCase):
             self.assertEqual(h.Style(text), f"<style>{Rule.WIDE.value}</style>")
         with self.assertRaises(StarioError):
             h.Script(b"bytes")
-        for text in ("</script>", "</SCRIPT >", "<!-- x"):
+        for text in ("</script>", "</SCRIPT >", "<!-- x"):  # type: ignore[assignment]
             with self.subTest(text), self.assertRaises(StarioError):
                 h.Script(f"x = '{text}'")
 
@@ -1291,7 +1291,7 @@ class TestHtml(unittest.TestCase):
             h.Dvi  # noqa: B018
         with self.assertRaises(StarioError):
             h.tag("a b")
-        for wrong in ({"class": "x"}, {}, types.MappingProxyType({})):
+        for wrong in ({"class": "x"}, {}, types.MappingProxyType({})):  # type: ignore[var-annotated]
             with self.assertRaisesRegex(StarioError, "attributes"):
                 render(wrong)
         with self.assertRaisesRegex(AttributeError, r"h\.FeBlend"):
@@ -1306,7 +1306,7 @@ class TestHtml(unittest.TestCase):
         for write in (h.P, lambda value: h.P({"title": value})):
             coroutine = name()
             with self.assertRaisesRegex(StarioError, "coroutine.*await"):
-                write(coroutine)
+                write(coroutine)  # type: ignore[no-untyped-call]
             coroutine.close()
 
     def test_adding_to_an_element_escapes_text(self) -> None:
@@ -1500,9 +1500,9 @@ class TestRequest(AsyncTest):
         )
         for missing in (query, headers):
             with self.assertRaises(KeyError):
-                missing["none"]  # type: ignore[index]
+                missing["none"]
             with self.assertRaises(HttpException) as caught:
-                missing["none"]  # type: ignore[index]
+                missing["none"]
             self.assertEqual(caught.exception.status_code, 400)
 
     async def test_cookies_and_ids_come_as_browsers_send_them(self) -> None:
@@ -1635,7 +1635,7 @@ class TestPathsAndText(HttpTest):
         """RFC 9110, section 10.2.2."""
 
         async def go(c: Context, w: Writer) -> None:
-            w.redirect(c.req.query.get("to"))
+            w.redirect(c.req.query.get("to"))  # type: ignore[arg-type]
 
         app = Stario()
         app.get("/", go)
@@ -1686,10 +1686,10 @@ class TestPathsAndText(HttpTest):
             for bad in ("a\rb", "a\nb", "\r\n", "a\0b"):
                 try_events(w, bad)
             for bad in ("", "a b", "a:b", "a(b", "ä"):
-                check(f"name {bad!r}", lambda name=bad: w.headers.set(name, "x"))
+                check(f"name {bad!r}", lambda name=bad: w.headers.set(name, "x"))  # type: ignore[misc]
             check("value outside of Latin-1", lambda: w.headers.set("x", "€"))
             check("cookie path with ;", lambda: w.cookie("a", "b", path="/;domain=x"))
-            check("samesite", lambda: w.cookie("a", "b", samesite="lax; domain=x"))
+            check("samesite", lambda: w.cookie("a", "b", samesite="lax; domain=x"))  # type: ignore[arg-type]
             w.text("answered")
 
         app = Stario(Spans())
@@ -1802,7 +1802,7 @@ class TestWriter(AsyncTest):
         async def handler(c: Context, w: Writer) -> None:
             w.cookie("__Host-a", "\ud83d")
             w.cookie("__SECURE-b", "1", path="/x")
-            w.cookie("c", "1", samesite="None", path="/żó%20", domain=".bücher.example")
+            w.cookie("c", "1", samesite="None", path="/żó%20", domain=".bücher.example")  # type: ignore[arg-type]
             w.delete_cookie("d", partitioned=True, samesite=None, path="/x", httponly=True)
             w.cookie("e", "1" * 4094, path="", expires=datetime.max.replace(tzinfo=timezone.utc))
             wrong: list[tuple[str, Any, dict[str, Any]]] = [
@@ -1810,7 +1810,7 @@ class TestWriter(AsyncTest):
                 ("a", None, {}), ("a", "1", {"domain": "a..example"}), ("a", "1", {"path": "/;"}),
                 ("a", "1", {"domain": "a.example:80"}), ("a", "1", {"domain": "https://a.example"}),
                 ("a", "1", {"domain": "a example"}), ("a", "1", {"path": "x"}),
-                ("a", "1", {"path": None}), ("a", "1", {"samesite": True}), (5, "1", {}),
+                ("a", "1", {"path": None}), ("a", "1", {"samesite": True}), (5, "1", {}),  # type: ignore[list-item]
                 ("a", "1", {"expires": 60}), ("a", "1", {"expires": date(2030, 1, 1)}),
                 ("a", "1", {"max_age": "1d"}), ("a", "1", {"max_age": timedelta(1)}),
                 ("a", "é" * 700, {}), ("a", "1" * 4096, {}),
@@ -1960,7 +1960,7 @@ class TestWriter(AsyncTest):
 
         turned_off = {"app": {"compression": CompressionConfig(gzip_level=-1)}}
         for handler, options in ((small, {}), (image, {}), (own, {}), (off, turned_off)):
-            found = await self.answer(handler, headers={"accept-encoding": "gzip"}, **options)
+            found = await self.answer(handler, headers={"accept-encoding": "gzip"}, **options)  # type: ignore[arg-type]
             self.assertNotEqual(found.headers.get("content-encoding"), "gzip", handler)
 
     async def test_every_coding_that_is_there_gives_the_text_back(self) -> None:
@@ -2296,7 +2296,7 @@ class TestRouting(AsyncTest):
 
         fine = [page, Page(), Page().shown, functools.partial(three, more=1), wrapped]
         for handler in [*fine, lambda c, w: page(c, w)]:
-            Stario().get("/", handler)
+            Stario().get("/", handler)  # type: ignore[arg-type]
         called = page(None, None)  # type: ignore[arg-type]
         handlers: list[Any] = [Page().plain, rows, one, three, Page, called, None, "page"]
         for handler in handlers:
@@ -3225,7 +3225,7 @@ class TestConnections(HttpTest):
                     (connection,) = connections_of(server)
                     stop_reading(peer)
                     await peer.send(request)
-                    await until(lambda connection=connection: connection._is_lost())
+                    await until(lambda connection=connection: connection._is_lost())  # type: ignore[misc]
                     for _ in range(3):
                         await peer.send(NEXT)
                     read_again(peer)
@@ -3614,7 +3614,7 @@ class TestAnswers(HttpTest):
 
         async def changed(c: Context, w: Writer) -> None:
             data = bytearray(b"abc")
-            w.respond(data, "text/plain")
+            w.respond(data, "text/plain")  # type: ignore[arg-type]
             data[:] = b"xyz"
 
         app = Stario(Spans())
@@ -3845,7 +3845,7 @@ class TestLimits(HttpTest):
             peers = []
             for number in range(4):
                 peers.append(await Peer.connect(server.port))
-                await until(lambda count=number + 1: len(connections_of(server)) == count)
+                await until(lambda count=number + 1: len(connections_of(server)) == count)  # type: ignore[misc]
             for peer in (peers[1], peers[3]):  # both of one worker
                 await peer.close()
             await until(lambda: len(connections_of(server)) == 2)
@@ -4282,7 +4282,7 @@ class TestListening(HttpTest):
             ({"workers": 0}, "workers is 0: a whole number from 1 up"),
         ):
             with self.subTest(words), self.assertRaisesRegex(StarioError, words):
-                Server(Stario(), **options)  # type: ignore[arg-type]
+                Server(Stario(), **options)
 
     async def test_workers_that_cannot_start_leave_nothing_behind(self) -> None:
         """Too many for the system's limits: one sentence, and those that have started end."""
@@ -4454,7 +4454,7 @@ class TestTls(HttpTest):
             cls.client_side = ssl.create_default_context(cafile=certificate)
 
     async def connect(self, server: Server) -> Peer:
-        return await within(Peer.connect(server.port, ssl=self.client_side))
+        return await within(Peer.connect(server.port, ssl=self.client_side))  # type: ignore[no-any-return]
 
     async def test_https(self) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -5179,7 +5179,7 @@ class TestRestarts(StreamTest):
             async with Stario().running(sock=datagrams):
                 pass
         with self.assertRaisesRegex(StarioError, "sock is 3: a socket.socket is needed"):
-            Server(Stario(), sock=3)  # type: ignore[arg-type]
+            Server(Stario(), sock=3)
 
     async def hello(self, c: Context, w: Writer) -> None:
         w.text("hello")
@@ -5335,7 +5335,7 @@ class TestTheTestClient(AsyncTest):
             ("GET", "/", {"host": "a/b"}, b"", {}),
         ):
             with self.subTest(f"{method} {target[:9]} {list(fields)[:1]}"):
-                async with TestClient(app, **limits) as client:
+                async with TestClient(app, **limits) as client:  # type: ignore[arg-type]
                     tried = await client.request(method, target, headers=fields, body=body)
                 lines = {"host": "x", "content-length": str(len(body)), **fields}
                 head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
@@ -5732,7 +5732,7 @@ class TestDatastar(unittest.TestCase):
 
         async def read() -> str:
             async with TestClient(app) as client:
-                return (await client.get("/")).text
+                return (await client.get("/")).text  # type: ignore[no-any-return]
 
         self.assertEqual(
             asyncio.run(read()),
@@ -5810,7 +5810,7 @@ class TestBuildersWriteWhatWasMeant(unittest.TestCase):
         ]:
             with self.subTest(expected):
                 self.assertEqual(given, expected)
-        for wrong in ({"a": {"b": 1}}, {"a": b"x"}, {"a": [{}]}):
+        for wrong in ({"a": {"b": 1}}, {"a": b"x"}, {"a": [{}]}):  # type: ignore[var-annotated]
             with self.subTest(str(wrong)), self.assertRaisesRegex(StarioError, "'a'"):
                 at.get("/x", wrong)
 
@@ -5862,7 +5862,7 @@ class TestBuildersWriteWhatWasMeant(unittest.TestCase):
             lambda text: at.get("/x", {"n": int(text.replace("w", "7"))}),
         ):
             for number in range(3):
-                give(f"{number}" + "w" * 2000)
+                give(f"{number}" + "w" * 2000)  # type: ignore[no-untyped-call]
         self.assertEqual(kept(), known)
 
     def test_what_an_element_is_told_twice_is_refused_unless_it_is_the_same(self) -> None:
@@ -5898,7 +5898,7 @@ class TestBuildersWriteWhatWasMeant(unittest.TestCase):
             ("a\\", r"/a\\/"),
         ]:
             with self.subTest(str(pattern)):
-                self.assertEqual(stario._regex(pattern), expected)
+                self.assertEqual(stario._regex(pattern), expected)  # type: ignore[arg-type]
         with self.assertRaisesRegex(StarioError, "VERBOSE"):
             at.get("/x", include=re.compile("a b", re.X))
 
@@ -5921,7 +5921,7 @@ class TestBuildersWriteWhatWasMeant(unittest.TestCase):
             ("json", lambda: at.post("/x", content_type="application/json")),  # type: ignore[arg-type]
             ("retry_max_wait_ms", lambda: at.get("/x", retry_max_wait=1)),  # type: ignore[call-arg]
             ("retry_scaler", lambda: at.get("/x", retry_scaler="2")),  # type: ignore[arg-type]
-            ("selector", lambda: at.get("/x", response_overrides={"select": ""})),  # type: ignore[typeddict-item]
+            ("selector", lambda: at.get("/x", response_overrides={"select": ""})),  # type: ignore[typeddict-unknown-key]
             ("without", lambda: data.bind("$name")),
             ("without", lambda: data.indicator("$busy")),
             ("without", lambda: data.computed({"$a": "1"})),
@@ -5958,7 +5958,7 @@ class TestBuildersWriteWhatWasMeant(unittest.TestCase):
             ("milliseconds", lambda: writer.event("x", "y", retry=0.5)),  # type: ignore[arg-type]
             ("id", lambda: writer.patch("hello")),
             ("id", lambda: writer.patch(h.P({"class": "id"}, "an id=5"))),
-            ("'prepend'", lambda: writer.patch(h.P(), mode="prepnd", selector="p")),
+            ("'prepend'", lambda: writer.patch(h.P(), mode="prepnd", selector="p")),  # type: ignore[arg-type]
         ]
         for word, make in wrong:
             with self.subTest(word), self.assertRaisesRegex((StarioError, TypeError), word):
@@ -6011,7 +6011,7 @@ class TestBuildersWriteWhatWasMeant(unittest.TestCase):
         gzip = [stream(accept_encoding="gzip") for _ in range(50)]
         with (
             mock.patch.object(stario, "_data_lines", wraps=stario._data_lines) as made,
-            mock.patch.object(stario.zlib, "compressobj", wraps=zlib.compressobj) as compressed,
+            mock.patch.object(stario.zlib, "compressobj", wraps=zlib.compressobj) as compressed,  # type: ignore[attr-defined]
         ):
             for number in range(3):
                 for id, (_, w) in [*enumerate(plain), *((None, stream) for stream in gzip)]:
@@ -6047,7 +6047,7 @@ class TestActionQueries(unittest.TestCase):
 
     def test_the_parameters_of_a_request_can_be_passed_on(self) -> None:
         query = a_request("/?a=1&a=2&b=%26").query
-        self.assertEqual(at.get("/x", query), "@get('/x?a=1&a=2&b=%26')")
+        self.assertEqual(at.get("/x", query), "@get('/x?a=1&a=2&b=%26')")  # type: ignore[arg-type]
 
     def test_values_that_are_equal_but_written_differently_stay_apart(self) -> None:
         values = (1, True, 1.0, Decimal("1.0"), "1")
@@ -7170,7 +7170,7 @@ class RelayPromises(AsyncTest):
         with self.assertRaises(StarioError):
             relay.subscribe()
         with self.assertRaises(StarioError):
-            relay.subscribe("a", overflow="newest")
+            relay.subscribe("a", overflow="newest")  # type: ignore[arg-type]
         with self.assertRaises(StarioError):
             relay.subscribe("a", maxsize=0)
         self.assertTrue(is_empty(relay))
@@ -7434,7 +7434,7 @@ class TestRelay(RelayPromises):
                     relay.publish("room.1", 1)
                     old.close()
 
-                reached = interrupted(place, between, lambda r=relay, p=pattern: r.subscribe(p))
+                reached = interrupted(place, between, lambda r=relay, p=pattern: r.subscribe(p))  # type: ignore[misc]
                 if reached is None:
                     break
                 relay.publish("room.1", 2)
@@ -7452,7 +7452,7 @@ class TestRelay(RelayPromises):
             relay = Relay[int]()
             subscription = relay.subscribe("room.1")
             reading = subscription.__anext__()
-            step = functools.partial(reading.send, None)  # type: ignore[attr-defined]
+            step = functools.partial(reading.send, None)
             with suppress(StopIteration):
                 waiting = interrupted(place, lambda r=relay: r.publish("room.1", 1), step)  # type: ignore[misc]
                 if waiting is None:
@@ -7460,9 +7460,9 @@ class TestRelay(RelayPromises):
                 self.assertTrue(waiting.done(), place)
                 with self.assertRaises(StopIteration):
                     step()
-            reading.close()  # type: ignore[attr-defined]
+            reading.close()
         self.assertGreater(place, 20)
-        reading.close()  # type: ignore[attr-defined]
+        reading.close()
         for place in range(1, 10**6):
             relay = Relay[int]()
             readers = [asyncio.ensure_future(anext(relay.subscribe("a", "*"))) for _ in range(2)]
@@ -7497,7 +7497,7 @@ class TestRelay(RelayPromises):
 
         with restless():
             in_threads(*[come_and_go] * 4)
-        got = [subject for subject, _ in counted._mailbox.queue]
+        got = [subject for subject, _ in counted._mailbox.queue]  # type: ignore[str-unpack]
         self.assertEqual((got.count("left"), got.count("room.1")), (4 * each, 4 * each))
         counted.close()
         self.assertTrue(is_empty(relay))
@@ -7707,14 +7707,14 @@ class TestSignals(unittest.TestCase):
             (Typed, {"a": "1"}, {"a": 1}), (dict, {"a": [1]}, {"a": [1]}),
         ]:  # fmt: skip
             with self.subTest(f"{kind} {value!r}"):
-                self.assertEqual(read_signals(kind, value), expected)
-        for kind, value in [
+                self.assertEqual(read_signals(kind, value), expected)  # type: ignore[arg-type]
+        for kind, value in [  # type: ignore[assignment]
             (str, 1), (str, True), (str, None), (int, True), (int, "1_0"), (int, "٣"), (int, 1e400),
             (float, "inf"), (float, "1,5"), (bool, 0), (int, "9" * 5000), (Literal[1], True),
             (date, "2023-02-29"), (list[int], "1"), (Typed, {"b": "x"}), (set[Any], [[1]]),
         ]:  # fmt: skip
             with self.subTest(f"{kind} {value!r}"), self.assertRaises(SignalsError):
-                read_signals(kind, value)
+                read_signals(kind, value)  # type: ignore[arg-type]
 
     def problems(self, schema: Any, signals: object) -> list[Any]:
         with self.assertRaises(SignalsError) as caught:
@@ -7774,7 +7774,7 @@ class TestSignals(unittest.TestCase):
             with self.subTest(f"{schema} {item}"), self.assertRaises(SignalsError) as caught:
                 seen: list[int] = []
                 items = Watched([item] * 50_000, seen)
-                read_signals(schema, items)
+                read_signals(schema, items)  # type: ignore[arg-type]
             with self.subTest(f"{schema} {item}"):
                 self.assertLessEqual(len(seen), 31_000)  # for three types
                 self.assertLessEqual(caught.exception.more, 10_000)
@@ -7834,7 +7834,7 @@ class TestSignals(unittest.TestCase):
             (Waits, {"seconds": 1, "minutes": "2"}, Waits(1, 2)),
         ]:  # fmt: skip
             with self.subTest(f"{schema} {signals}"):
-                found = read_signals(schema, signals)
+                found = read_signals(schema, signals)  # type: ignore[arg-type,var-annotated]
                 self.assertEqual((type(found), found), (type(expected), expected))
         for schema, signals, expected in [
             (Box[int], {"item": "x"}, 'item: expected a whole number, got "x"'),
@@ -7947,7 +7947,7 @@ class TestSignals(unittest.TestCase):
         for schema, text in ((Model, "not like that"), (Even, "n must be even")):
             with self.assertRaisesRegex(SignalsError, text):
                 read_signals(schema, {"n": "1"})
-        for schema, word in (
+        for schema, word in (  # type: ignore[assignment]
             (complex, "complex"),
             (Inner(1), "class: give Inner"),
             ("Inner", "Inner"),
@@ -8048,7 +8048,7 @@ class TestForms(AsyncTest):
         self.addCleanup(globals().pop, "Order")
         form = stario.Form([("item", "tea"), ("count", "2"), ("extras", "a"), ("gift", "on")])
         self.assertEqual(read_signals(Order, form), Order("tea", 2, ["a"], True))
-        form = stario.QueryParams([("item", "x"), ("count", "1"), ("extras", "a"), ("extras", "b")])
+        form = stario.QueryParams([("item", "x"), ("count", "1"), ("extras", "a"), ("extras", "b")])  # type: ignore[assignment]
         self.assertEqual(read_signals(Order, form).extras, ["a", "b"])
         self.assertIs(type(read_signals(Order, form).item), str)
         with self.assertRaises(SignalsError) as caught:
@@ -8496,7 +8496,7 @@ class TestAssets(HttpTest):
         self.app.assets("/static", self.root)
 
     async def get(self, peer: Peer, name: str, **fields: str) -> Answer:
-        return await within(peer.get(f"/static/{asset(name)}", **fields))
+        return await within(peer.get(f"/static/{asset(name)}", **fields))  # type: ignore[no-any-return]
 
     async def test_a_fingerprinted_file_is_cached_for_ever(self) -> None:
         """RFC 9111, section 5.2.2, and RFC 8246."""
@@ -8776,7 +8776,7 @@ class TestAssets(HttpTest):
                     await until(lambda: not connections_of(server))
                     if ending == "stop reading":
                         await peer.close()
-                    await until(lambda most=files: _open_files() <= most)
+                    await until(lambda most=files: _open_files() <= most)  # type: ignore[misc]
                     (span,) = self.spans.named(f"GET {path}")
                     self.assertIsNone(span.error)
 
@@ -8990,9 +8990,9 @@ class TestAssets(HttpTest):
                     path = f"/static/{asset(file.name)}"
                     await peer.send(f"GET {path} HTTP/1.1\r\n{HOST}Connection: close\r\n\r\n")
                     await until(
-                        lambda server=server: (
+                        lambda server=server: (  # type: ignore[misc]
                             self.spans.ended
-                            or [c for c in connections_of(server) if c._paused_writing]
+                            or [c for c in connections_of(server) if c._paused_writing]  # type: ignore[misc]
                         )
                     )
                     with file.open("r+b") as opened:
@@ -9274,7 +9274,7 @@ class TestDownloads(HttpTest):
         ):
             with self.subTest(source):
                 self.fresh_app()
-                self.download(source, **options)
+                self.download(source, **options)  # type: ignore[arg-type]
                 async with connected(self.app) as peer:
                     self.assertEqual((await within(peer.get("/x"))).status, status)
 
@@ -9441,7 +9441,7 @@ class TestTelemetry(unittest.TestCase):
                 raise LookupError("no text")
 
         shared = {"n": [1]}
-        span = Tracer()("job", {"shared": shared, "big": 10**5000, "odd": Odd(), ("a", 1): None})
+        span = Tracer()("job", {"shared": shared, "big": 10**5000, "odd": Odd(), ("a", 1): None})  # type: ignore[dict-item]
         shared["n"].append(2)
         span["ratio"] = float("-inf")
         self.assertEqual(span["shared"], {"n": [1]})
@@ -9718,7 +9718,7 @@ class TestTelemetry(unittest.TestCase):
         terminal.read_until(lambda: "── 1 open" in terminal.text())
         for n in range(5):
             terminal.type("typed\n" if n % 2 else "\n")
-            terminal.read_until(lambda n=n: f"read n={n}" in terminal.text())
+            terminal.read_until(lambda n=n: f"read n={n}" in terminal.text())  # type: ignore[misc]
             self.assertEqual(terminal.text().count("── 1 open"), 1, terminal.text())
             self.assertEqual(terminal.lines()[:-2], [*map(str, range(30))])
         terminal.type("\n")
@@ -9735,7 +9735,7 @@ class TestTelemetry(unittest.TestCase):
         ):
             with self.subTest(reason):
                 terminal = Terminal(self, begin + last)
-                terminal.read_until(lambda t=terminal: "── 1 open" in t.text())
+                terminal.read_until(lambda t=terminal: "── 1 open" in t.text())  # type: ignore[misc]
                 terminal.type(typed)
                 self.assertNotEqual(terminal.wait(), 0)
                 shown = terminal.lines()
@@ -9879,7 +9879,7 @@ class TestTelemetry(unittest.TestCase):
             async with TestClient(names["app"]) as client:
                 await client.get("/metrics")
                 await client.get("/metrics")
-                return (await client.get("/metrics")).text
+                return (await client.get("/metrics")).text  # type: ignore[no-any-return]
 
         self.assertIn('requests_total{route="/metrics",status="200"} 2\n', asyncio.run(run()))
 
@@ -10034,7 +10034,7 @@ class TestSession(AsyncTest):
         async with TestClient(self.app(max_age=1000)) as client:
             cookie = (await client.post("/add?what=x")).headers.get("set-cookie") or ""
         header = {"cookie": cookie.partition(";")[0]}
-        now = stario.time.time()
+        now = stario.time.time()  # type: ignore[attr-defined]
         for later, session, is_renewed in (
             (10, {"seen": ["x"]}, False),
             (600, {"seen": ["x"]}, True),
@@ -10181,7 +10181,7 @@ class TestLife(AsyncTest):
 
         async def start(c: Context, w: Writer) -> None:
             handle = c.app.background(job(21))
-            w.json(await asyncio.wrap_future(handle))
+            w.json(await asyncio.wrap_future(handle))  # type: ignore[arg-type]
 
         app = Stario()
         app.get("/", start)
@@ -11054,7 +11054,7 @@ class TestRedisRelay(RedisTest):
             ):
                 relay.publish("a", "nobody hears this")
             self.redis.start()
-            await until(lambda gaps=gaps: early.gaps == gaps)
+            await until(lambda gaps=gaps: early.gaps == gaps)  # type: ignore[misc]
             self.assertEqual(late.gaps, 1)  # of the outage in which it was made
             relay.publish("a", gaps)
             relay.publish("b", gaps)
@@ -11083,7 +11083,7 @@ class TestRedisRelay(RedisTest):
         await relay.settle()
         for gaps in (1, 2):
             self.redis.tell("CLIENT", "KILL", "TYPE", "pubsub")
-            await until(lambda gaps=gaps: subscription.gaps == gaps)
+            await until(lambda gaps=gaps: subscription.gaps == gaps)  # type: ignore[misc]
             relay.publish("a.b", gaps)
             self.assertEqual(await self.get(subscription), gaps)
 
@@ -11237,7 +11237,7 @@ class TestReload(AsyncTest):
         """The page; a connection is never refused once the program listens."""
         peer = await Peer.connect(self.port)
         try:
-            return (await within(peer.get("/"), 20)).text
+            return (await within(peer.get("/"), 20)).text  # type: ignore[no-any-return]
         finally:
             await peer.close()
 
@@ -11307,7 +11307,7 @@ class TestReload(AsyncTest):
             event = (await within(stream.chunk(), 20)).decode()
             self.assertIn("retry: 200\n", event)
             await stream.close()
-            return event.partition("data: ")[2].strip()
+            return event.partition("data: ")[2].strip()  # type: ignore[no-any-return]
 
         self.assertEqual(await version(), script[2])
         self.save("two")
@@ -14131,7 +14131,7 @@ class TestReadme(unittest.TestCase):
             else:
                 found = []
             if dataclasses.is_dataclass(public) or inspect.isfunction(public):
-                found.append((name, public))
+                found.append((name, public))  # type: ignore[arg-type]
             elif name not in made_by_the_framework:
                 inits = [
                     vars(base)["__init__"] for base in kind.__mro__ if "__init__" in vars(base)
@@ -14824,7 +14824,7 @@ class TestTilesBehindHaproxy(TilesBehindAProxy):
 
 @needs("uvicorn")
 class TestTilesUnderUvicorn(TilesTest):
-    command = UVICORN
+    command = UVICORN  # type: ignore[assignment]
 
     async def test_when_it_stops_the_streams_clean_up(self) -> None:
         tiles = self.start()
@@ -14883,7 +14883,7 @@ class TestTilesUnderHypercorn(TilesTest):
 
 @needs("granian")
 class TestTilesUnderGranian(TilesTest):
-    command = GRANIAN
+    command = GRANIAN  # type: ignore[assignment]
 
 
 @needs("redis", "redis-server")
@@ -15129,7 +15129,7 @@ class TestTilesWhereTheCdnRefuses(TilesPromises):
 
 @needs("playwright", CHROMIUM, "uvicorn")
 class TestTilesInABrowserUnderUvicorn(TestTilesWhereTheCdnRefuses):
-    command = UVICORN
+    command = UVICORN  # type: ignore[assignment]
 
 
 @needs("playwright", CHROMIUM, "hypercorn")
