@@ -54,64 +54,64 @@ After each act something runs, and you may stop there. Acts 1 to 3 are what one 
 a live page; each part of act 4 can be read alone, when it is needed. A part with a name in square
 brackets can be left out of your copy: `python stario.py --without assets,client >mine.py`.
 
-      223  ACT 1. A framework
-        231  2. Errors
-        321  3. HTML: elements are strings
-        683  4. JSON
-        789  5. The request: headers, query, cookies, body
-       1269  6. The answer: status, fields, body
-       1695  7. Context and routing
-       2136  8. The app
-     2326  ACT 2. On the network
-       2334  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3379  10. The server
-       4179  11. Trying it without a network: the test client [testclient]
-     4623  ACT 3. Live
-       4672  12. Datastar: attributes and actions
-       5199  13. Streams: events, and staying with a client
-       5722  14. Relay: publish and subscribe
-     6047  ACT 4. For real
-       6054  15. Signals: from JSON to your dataclass
-       6787  16. Forms [forms]
-       6984  17. Behind a proxy
-       7088  18. Compression [compression]
-       7286  19. Static files [assets]
-       7830  20. Telemetry: spans, and who hears of them
-       8402  21. JsonTracer: for log collectors [json]
-       8477  22. RichTracer: for people [rich]
-       8932  23. Sessions [sessions]
-       9043  24. What lives as long as the server
-       9133  25. @baked
-       9387  26. ASGI: the same app under another server [asgi]
-       9614  27. RedisRelay: the same between processes and machines [redis]
-       9858  28. Reload: a saved file restarts the app [reload]
-      10016  29. Development: what went wrong, shown where one looks [development]
-      10125  30. What is refused
-    10379  ACT 5. The pocket client
-      10422  31. The pocket client (JavaScript) [client]
-      11771  32. This file as a page [read]
-      11989  33. An app to begin with
+      224  ACT 1. A framework
+        232  2. Errors
+        322  3. HTML: elements are strings
+        684  4. JSON
+        790  5. The request: headers, query, cookies, body
+       1270  6. The answer: status, fields, body
+       1696  7. Context and routing
+       2138  8. The app
+     2328  ACT 2. On the network
+       2336  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
+       3381  10. The server
+       4186  11. Trying it without a network: the test client [testclient]
+     4630  ACT 3. Live
+       4679  12. Datastar: attributes and actions
+       5208  13. Streams: events, and staying with a client
+       5733  14. Relay: publish and subscribe
+     6060  ACT 4. For real
+       6067  15. Signals: from JSON to your dataclass
+       6800  16. Forms [forms]
+       6997  17. Behind a proxy
+       7101  18. Compression [compression]
+       7299  19. Static files [assets]
+       7843  20. Telemetry: spans, and who hears of them
+       8415  21. JsonTracer: for log collectors [json]
+       8490  22. RichTracer: for people [rich]
+       8945  23. Sessions [sessions]
+       9056  24. What lives as long as the server
+       9147  25. @baked
+       9401  26. ASGI: the same app under another server [asgi]
+       9621  27. RedisRelay: the same between processes and machines [redis]
+       9863  28. Reload: a saved file restarts the app [reload]
+      10014  29. Development: what went wrong, shown where one looks [development]
+      10127  30. What is refused
+    10381  ACT 5. The pocket client
+      10424  31. The pocket client (JavaScript) [client]
+      11773  32. This file as a page [read]
+      11959  33. An app to begin with
 
 READING PATH
 
 Two hours, for a reader who wants to know how it works, not all that it does. Read in this order:
 
-      332-345    `SafeString`  an element is a string
-      647-676    `Tags`  `h.P` makes one
-     1049-1230   `Request`  what a client asks for
-     1280-1348   `Carrier`  what brings the answer back
-     1422-1608   `_RawWriter`  the answer
-     1713-1807   `Context`  what a handler gets beside it
-     1896-1911   `_Tree.find`  from a path to a handler
-     2243-2277   `_App.dispatch`  one request from end to end
-     2693-2809   `_Reader`  bytes to requests
-     3129-3375   `Connection`  one connection, many requests
-     3805-3823   `Server.start`  listening
-     3932-3949   `Server.stop`  ending without losing a request
-     5350-5461   `_EventWriter`  events
-     5550-5619   `_Scope`  how a disconnect reaches a handler
-     5646-5718   `Alive`  staying with a client
-     5892-5999   `Relay`  from one handler to another
+      333-346    `SafeString`  an element is a string
+      648-677    `Tags`  `h.P` makes one
+     1050-1231   `Request`  what a client asks for
+     1281-1349   `Carrier`  what brings the answer back
+     1423-1609   `_RawWriter`  the answer
+     1714-1809   `Context`  what a handler gets beside it
+     1898-1913   `_Tree.find`  from a path to a handler
+     2245-2279   `_App.dispatch`  one request from end to end
+     2695-2811   `_Reader`  bytes to requests
+     3131-3377   `Connection`  one connection, many requests
+     3807-3825   `Server.start`  listening
+     3934-3951   `Server.stop`  ending without losing a request
+     5359-5472   `_EventWriter`  events
+     5561-5630   `_Scope`  how a disconnect reaches a handler
+     5657-5729   `Alive`  staying with a client
+     5903-6010   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -4153,6 +4153,8 @@ class Stario(_App):
                 for worker in server._workers:
                     worker.loop.call_soon_threadsafe(_Watchdog)
         except StarioError as exc:
+            for work in self._life.waiting:  # or Python warns that nobody has awaited it
+                work.close()
             raise SystemExit(f"stario: {exc}") from None
         self.tracer("listening", {"url": server.url}).end()
         try:
@@ -9080,7 +9082,8 @@ class _Life:
         self.lifespans: list[Lifespan] = []
         self.loop: asyncio.AbstractEventLoop | None = None  # of the server, while there is one
         self.tasks: set[asyncio.Task[None]] = set()
-        self.waiting: list[Callable[[], None]] = []  # to be called when the server starts
+        # What waits for the server, and how to start it.
+        self.waiting: dict[Coroutine[Any, Any, Any], Callable[[], None]] = {}
 
     @asynccontextmanager
     async def while_served(self) -> AsyncIterator[None]:
@@ -9094,7 +9097,7 @@ class _Life:
                     await stack.enter_async_context(lifespan(self.app))
                 stack.push_async_callback(self._end_tasks)
                 while self.waiting:
-                    self.waiting.pop(0)()
+                    self.waiting.pop(next(iter(self.waiting)))()
                 yield
         finally:
             self.loop = None
@@ -9119,7 +9122,7 @@ class _Life:
             handle.add_done_callback(lambda _: loop.call_soon_threadsafe(task.cancel))
 
         if self.loop is None:
-            self.waiting.append(start)
+            self.waiting[work] = start
         else:
             self.loop.call_soon_threadsafe(start)
         return handle
@@ -12125,9 +12128,8 @@ async def _main() -> None:
         print(_without(set(chosen.without.split(","))), end="")
         return
     app = _book_app() if chosen.read else _first_app()
-    async with app.running(port=chosen.port) as server:
-        print(f"Open {server.url} in two tabs. Ctrl-C ends it.")
-        await server.wait_for_signal()
+    print(f"Open http://127.0.0.1:{chosen.port} in two tabs. Ctrl-C ends it.")
+    await app.serve(port=chosen.port)
 
 
 if __name__ == "__main__":

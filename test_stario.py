@@ -13759,22 +13759,32 @@ class TestPocketClient(ClientPromises, unittest.TestCase):
 class TestReadingPage(AsyncTest):
     """Part 33: what `python stario.py` runs."""
 
-    def run_file(self, *arguments: str) -> tuple[subprocess.Popen[str], str]:
-        """Run the file itself on a free port; gives the process and the address it prints."""
-        process = subprocess.Popen(
-            [sys.executable, "-u", stario.__file__, "--port", "0", *arguments],
-            stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
-        self.addCleanup(process.stdout.close)  # type: ignore[union-attr]
+    async def run_file(self, *arguments: str) -> int:
+        """Run the file itself; gives the port that it listens at."""
+        port = free_port()
+        command = [sys.executable, "-u", stario.__file__, "--port", f"{port}", *arguments]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert process.stdout
+        self.addCleanup(process.stdout.close)
         self.addCleanup(process.wait, 10)
         self.addCleanup(process.terminate)
-        found = re.search(r"http://127\.0\.0\.1:(\d+)", process.stdout.readline())  # type: ignore[union-attr]
-        assert found
-        return process, found[1]
+        self.assertIn(f"http://127.0.0.1:{port}", process.stdout.readline())
+        await within(until_listening(port))
+        return port
+
+    async def test_a_port_that_is_taken_is_one_sentence(self) -> None:
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = taken.getsockname()[1]
+            done = subprocess.run(
+                [sys.executable, stario.__file__, "--port", f"{port}"],
+                capture_output=True, text=True, timeout=60, check=False,
+            )  # fmt: skip
+        self.assertRegex(done.stderr, r"\Astario: cannot listen on .* the port is taken\..*\n\Z")
+        self.assertEqual(done.returncode, 1)
 
     async def test_alone_it_shows_a_counter_and_a_clock_that_all_tabs_share(self) -> None:
-        _, port = self.run_file()
-        one, other, clicker = [await Peer.connect(int(port)) for _ in range(3)]
+        port = await self.run_file()
+        one, other, clicker = [await Peer.connect(port) for _ in range(3)]
         page = await within(one.get("/"))
         self.assertIn("0 clicks", page.text)
         await other.send("GET /live HTTP/1.1\r\nHost: test\r\n\r\n")
@@ -13836,8 +13846,8 @@ class TestReadingPage(AsyncTest):
                 self.assertTrue(answer.text.startswith(stario._example(row)[3]), answer.text)
 
     async def test_as_a_page_its_names_are_links_and_its_examples_run(self) -> None:
-        _, port = self.run_file("--read")
-        peer = await Peer.connect(int(port))
+        port = await self.run_file("--read")
+        peer = await Peer.connect(port)
         page = (await within(peer.get("/"))).text
         ids = set(re.findall(r' id="([^"]*)"', page))
         links = set(re.findall(r' href="#([^"]+)"', page))
