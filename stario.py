@@ -89,8 +89,8 @@ brackets can be left out of your copy: `python stario.py --without assets,client
       10127  30. What is refused
     10381  ACT 5. The pocket client
       10424  31. The pocket client (JavaScript) [client]
-      11773  32. This file as a page [read]
-      11959  33. An app to begin with
+      11775  32. This file as a page [read]
+      11961  33. An app to begin with
 
 READING PATH
 
@@ -10482,14 +10482,14 @@ class Cell {
 
 // A reader is a job and what it has read. An effect is an attribute's. A computed signal is
 // read, and reads: it is worked out when somebody asks.
-const newReader = (job, attribute) => ({ job, attribute, cells: new Set(), ranAt: 0 });
+const newReader = (job, attribute) => ({ job, attribute, cells: new Map(), begunAt: 0, ranAt: 0 });
 const newComputed = (job) => Object.assign(new Cell(), newReader(job), { stale: true });
 
 const isComputed = (cell) => cell?.value instanceof Cell;
 
 function read(cell) {
   if (active) {
-    active.cells.add(cell);
+    active.cells.set(cell, active.begunAt);
     cell.readers.add(active);
   }
   if (cell.stale) refresh(cell);
@@ -10513,7 +10513,7 @@ function mark(cell) {
 
 function outdated(reader) {
   if (!reader.ranAt) return true;
-  for (const cell of reader.cells) {
+  for (const cell of reader.cells.keys()) {
     refresh(cell);
     if (cell.changedAt > reader.ranAt) return true;
   }
@@ -10532,15 +10532,17 @@ function refresh(cell) {
 
 // What a reader changes itself does not wake it: that is why it has run after all of that.
 function run(reader) {
-  const [outer, before] = [active, reader.cells];
+  const outer = active;
   active = reader;
-  reader.cells = new Set();
+  reader.begunAt = ++clock;
   try {
     return reader.job();
   } finally {
     active = outer;
-    for (const cell of before) if (!reader.cells.has(cell)) cell.readers.delete(reader);
-    for (const cell of reader.cells) refresh(cell);
+    reader.cells.forEach((readAt, cell) => {
+      if (readAt === reader.begunAt) refresh(cell);
+      else if (reader.cells.delete(cell)) cell.readers.delete(reader);     // not read any more
+    });
     reader.ranAt = ++clock;
   }
 }
@@ -10865,7 +10867,7 @@ class Attribute {
     const effect = newReader(() => this.guard(job), this);
     this.ends.add(() => {
       due.delete(effect);
-      for (const cell of effect.cells) cell.readers.delete(effect);
+      for (const cell of effect.cells.keys()) cell.readers.delete(effect);
     });
     run(effect);
     return effect;
