@@ -2735,11 +2735,12 @@ class _Reader:
             while buffer.startswith(b"\r\n", at):  # allowed in front (RFC 9112, section 2.2)
                 at += 2
             line_end = buffer.find(b"\r\n", at)
-            end = buffer.find(b"\r\n\r\n", at + max(0, self._searched - 3)) + 4
-        if end < 4:  # find() gave -1
-            self._use(at)
-            self._check_start()
-            return None
+            found = buffer.find(b"\r\n\r\n", at + max(0, self._searched - 3))
+            if found < 0:
+                self._use(at)
+                self._check_start()
+                return None
+            end = found + 4
         raw_line = buffer[at:line_end]
         if end - at > limits.max_header_bytes:
             raise self._too_large(raw_line)
@@ -2759,15 +2760,15 @@ class _Reader:
     def _check_start(self) -> None:
         """Refuse an incomplete head at once if it is malformed or too large already."""
         start = self.buffer[self._at :]
-        new = max(0, self._searched - 1)  # what was checked already is not checked again
+        checked = max(0, self._searched - 1)  # bytes that need no second look
         line, line_end, _ = start.partition(b"\r\n")
-        if _LONE_LF.search(start, new):
+        if _LONE_LF.search(start, checked):
             raise HttpException(400, "a line of the head ends in a bare line feed")
-        if not (line_end or _LINE_SO_FAR.fullmatch(line, new)):
+        if not (line_end or _LINE_SO_FAR.fullmatch(line, checked)):
             raise HttpException(400, "the request line is malformed")
         if len(start) > self._limits.max_header_bytes:
             raise self._too_large(line)
-        if line_end and len(line) >= new:  # the first time that it is complete
+        if line_end and len(line) >= checked:  # it has just become complete
             _parse_request_line.__wrapped__(line)
         self._searched = len(start)
 
