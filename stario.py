@@ -64,33 +64,33 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        2138  8. The app
      2328  ACT 2. On the network
        2336  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3381  10. The server
-       4186  11. Trying it without a network: the test client [testclient]
-     4630  ACT 3. Live
-       4679  12. Datastar: attributes and actions
-       5208  13. Streams: events, and staying with a client
-       5733  14. Relay: publish and subscribe
-     6060  ACT 4. For real
-       6067  15. Signals: from JSON to your dataclass
-       6800  16. Forms [forms]
-       6997  17. Behind a proxy
-       7101  18. Compression [compression]
-       7299  19. Static files [assets]
-       7843  20. Telemetry: spans, and who hears of them
-       8415  21. JsonTracer: for log collectors [json]
-       8490  22. RichTracer: for people [rich]
-       8945  23. Sessions [sessions]
-       9056  24. What lives as long as the server
-       9147  25. @baked
-       9401  26. ASGI: the same app under another server [asgi]
-       9621  27. RedisRelay: the same between processes and machines [redis]
-       9863  28. Reload: a saved file restarts the app [reload]
-      10014  29. Development: what went wrong, shown where one looks [development]
-      10127  30. What is refused
-    10381  ACT 5. The pocket client
-      10424  31. The pocket client (JavaScript) [client]
-      11775  32. This file as a page [read]
-      11961  33. An app to begin with
+       3382  10. The server
+       4187  11. Trying it without a network: the test client [testclient]
+     4631  ACT 3. Live
+       4680  12. Datastar: attributes and actions
+       5209  13. Streams: events, and staying with a client
+       5734  14. Relay: publish and subscribe
+     6061  ACT 4. For real
+       6068  15. Signals: from JSON to your dataclass
+       6801  16. Forms [forms]
+       6998  17. Behind a proxy
+       7102  18. Compression [compression]
+       7300  19. Static files [assets]
+       7842  20. Telemetry: spans, and who hears of them
+       8414  21. JsonTracer: for log collectors [json]
+       8489  22. RichTracer: for people [rich]
+       8944  23. Sessions [sessions]
+       9055  24. What lives as long as the server
+       9146  25. @baked
+       9400  26. ASGI: the same app under another server [asgi]
+       9620  27. RedisRelay: the same between processes and machines [redis]
+       9862  28. Reload: a saved file restarts the app [reload]
+      10013  29. Development: what went wrong, shown where one looks [development]
+      10126  30. What is refused
+    10380  ACT 5. The pocket client
+      10423  31. The pocket client (JavaScript) [client]
+      11774  32. This file as a page [read]
+      11960  33. An app to begin with
 
 READING PATH
 
@@ -104,14 +104,14 @@ Two hours, for a reader who wants to know how it works, not all that it does. Re
      1714-1809   `Context`  what a handler gets beside it
      1898-1913   `_Tree.find`  from a path to a handler
      2245-2279   `_App.dispatch`  one request from end to end
-     2695-2811   `_Reader`  bytes to requests
-     3131-3377   `Connection`  one connection, many requests
-     3807-3825   `Server.start`  listening
-     3934-3951   `Server.stop`  ending without losing a request
-     5359-5472   `_EventWriter`  events
-     5561-5630   `_Scope`  how a disconnect reaches a handler
-     5657-5729   `Alive`  staying with a client
-     5903-6010   `Relay`  from one handler to another
+     2695-2812   `_Reader`  bytes to requests
+     3132-3378   `Connection`  one connection, many requests
+     3808-3826   `Server.start`  listening
+     3935-3952   `Server.stop`  ending without losing a request
+     5360-5473   `_EventWriter`  events
+     5562-5631   `_Scope`  how a disconnect reaches a handler
+     5658-5730   `Alive`  staying with a client
+     5904-6011   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -7755,19 +7755,17 @@ async def _send_pieces(
     with opened:
         if w._request.method == "HEAD":
             start = stop
-        by_sendfile = stop - start - _COPIED
-        if by_sendfile > 0:
-            await w.send_file(opened, start, by_sendfile)
-            start += by_sendfile
-        while start < stop:
+        copied_from = max(start, stop - _COPIED)
+        if copied_from > start:
+            await w.send_file(opened, start, copied_from - start)
+        for at in range(copied_from, stop, _IN_MEMORY):
             await w.drain()
-            opened.seek(start)
-            piece = opened.read(min(stop - start, _IN_MEMORY))
+            opened.seek(at)
+            piece = opened.read(min(stop - at, _IN_MEMORY))
             now = os.fstat(opened.fileno())
             if now.st_size < file.size or (immutable and _stamp(now) != file.stamp):
                 raise StarioError(f"{file.name} has changed, or is shorter, while it is sent")
             w.write(piece)
-            start += len(piece)
         w.end()
 
 
