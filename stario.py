@@ -1110,12 +1110,11 @@ class Request:
         return cookies
 
     @cached_property
-    def _asked(self) -> _Asked:
+    def _hop(self) -> _Hop:
         """Client, scheme and host: the connection's, or what a trusted proxy (part 17) tells."""
         carrier = self._carrier
-        seen = _Asked(carrier.client, carrier.scheme, self.headers.get("host") or "")
-        proxies = carrier.proxies
-        return seen if proxies is None else proxies.asked(self.headers, seen)
+        last = _Hop(carrier.client, carrier.scheme, self.headers.get("host") or "")
+        return last if carrier.proxies is None else carrier.proxies.first_hop(self.headers, last)
 
     @property
     def client(self) -> str:
@@ -1126,25 +1125,25 @@ class Request:
         tells. HttpException(400) where what it tells can be read in two ways.
         """
         carrier = self._carrier
-        return carrier.client if carrier.proxies is None else self._asked.client
+        return carrier.client if carrier.proxies is None else self._hop.client
 
     @property
     def scheme(self) -> str:
         """How the client speaks with us: "https" or "http"."""
-        return self._asked.scheme
+        return self._hop.scheme
 
     @property
     def host(self) -> str:
         """The host that was asked for: lower case, without port and final dot; IPv6 in brackets."""
         if self._carrier.proxies is None:
             return _split_host(self.headers.get("host") or "")[0]
-        return _split_host(self._asked.host)[0]
+        return _split_host(self._hop.host)[0]
 
     @property
     def url(self) -> str:
         """The whole address that was asked for, as the client sees it."""
         query = f"?{self.query_string}" if self.query_string else ""
-        return f"{self.scheme}://{self._asked.host}{self.root_path}{self.raw_path}{query}"
+        return f"{self.scheme}://{self._hop.host}{self.root_path}{self.raw_path}{query}"
 
     @property
     def is_datastar(self) -> bool:
@@ -7009,8 +7008,8 @@ def _decode_text(content: bytes, charset: str) -> str:
 # ==================================================================================================
 
 
-class _Asked(NamedTuple):
-    """Who sent a request, by which scheme, to which host."""
+class _Hop(NamedTuple):
+    """One stretch of a request's way: who sent it, by which scheme, to which host."""
 
     client: str
     scheme: str
@@ -7020,19 +7019,17 @@ class _Asked(NamedTuple):
 class TrustedProxies:
     """The proxies that are trusted: addresses, networks, "unix" for whoever uses a Unix socket.
 
-    It reads `Forwarded` (RFC 7239), or else `X-Forwarded-For`, `-Proto` and `-Host`.
+    It reads `Forwarded` (RFC 7239), and `X-Forwarded-For`, `-Proto` and `-Host`.
     """
 
     def __init__(self, proxies: Sequence[str]) -> None:
         """StarioError for what is no address and no network."""
-        if isinstance(proxies, str):
-            raise StarioError(f"trusted_proxies is a list: [{proxies!r}]")
-        self._unix = "unix" in proxies
         try:
-            self._networks = [ipaddress.ip_network(p, False) for p in proxies if p != "unix"]
+            self._networks = [ipaddress.ip_network(str(p), False) for p in proxies if p != "unix"]
         except (ValueError, TypeError) as exc:
-            wanted = 'an address, a network ("10.0.0.0/8") or "unix" is needed'
+            wanted = 'a list of addresses, networks ("10.0.0.0/8") and "unix" is needed'
             raise StarioError(f"trusted_proxies: {exc}; {wanted}") from None
+        self._unix = "unix" in proxies
 
     def trust(self, peer: str) -> bool:
         """Whether this peer is a trusted proxy."""
@@ -7045,35 +7042,40 @@ class TrustedProxies:
         address = getattr(address, "ipv4_mapped", None) or address
         return any(address in network for network in self._networks)
 
-    def asked(self, headers: Headers, seen: _Asked) -> _Asked:
-        """What the header says instead of `seen`, if the peer is trusted. HttpException(400)."""
-        if not self.trust(seen.client):
-            return seen
-        lists = {name: headers._list(f"x-forwarded-{name}") for name in ("for", "proto", "host")}
-        if elements := headers._list("forwarded"):
-            found = [_parameters(";" + element) for element in elements]
-            x_for, lists = lists["for"], {n: [e.get(n, "") for e in found] for n in lists}
-            if x_for and self._nearest(x_for)[0] != self._nearest(lists["for"])[0]:
-                raise HttpException(400, "Forwarded and X-Forwarded-For name different clients")
-        client, hop = self._nearest(lists["for"])
+    def first_hop(self, headers: Headers, last: _Hop) -> _Hop:
+        """The hop from the client, as the fields tell it, if the sender of `last` is trusted.
+
+        What one family of fields tells and the other does not may come from the client: a proxy
+        passes on what it does not know. HttpException(400) if they contradict each other.
+        """
+        if not self.trust(last.client):
+            return last
+        names = ("for", "proto", "host")
+        found = self._hop_by(*(headers._list(f"x-forwarded-{name}") for name in names))
+        elements = [_parameters(";" + element) for element in headers._list("forwarded")]
+        other = self._hop_by(*([e.get(name, "") for e in elements] for name in names))
+        if any(a and b and a.lower() != b.lower() for a, b in zip(found, other, strict=True)):
+            raise HttpException(400, "Forwarded and X-Forwarded-For, -Proto, -Host disagree")
+        return _Hop(*(a or b or c for a, b, c in zip(found, other, last, strict=True)))
+
+    def _hop_by(self, clients: list[str], schemes: list[str], hosts: list[str]) -> _Hop:
+        """The first hop by these lists; "" for what they do not tell.
+
+        The client is, from the right, the first address that is no trusted proxy.
+        """
+        client, behind = "", 0
+        for behind, text in enumerate(reversed(clients)):  # noqa: B007
+            client = _address(text)
+            if not client or not self.trust(client):
+                break
         # What the proxy that saw this client has added; the first one, if some have added nothing.
         scheme, host = (
-            values[-1 - hop] if len(values) > hop else next(iter(values), "")
-            for values in (lists["proto"], lists["host"])
+            values[-1 - behind] if len(values) > behind else next(iter(values), "")
+            for values in (schemes, hosts)
         )
         if not _HOST.fullmatch(host):
             raise HttpException(400, "the host that was forwarded is malformed")
-        scheme = scheme.lower() if scheme.lower() in ("http", "https") else seen.scheme
-        return _Asked(client or seen.client, scheme, host or seen.host)
-
-    def _nearest(self, clients: list[str]) -> tuple[str, int]:
-        """From the right, the first address that is no trusted proxy; how many stand behind it."""
-        found, hop = "", 0
-        for hop, text in enumerate(reversed(clients)):  # noqa: B007
-            found = _address(text)
-            if not found or not self.trust(found):
-                break
-        return found, hop
+        return _Hop(client, scheme.lower() if scheme.lower() in ("http", "https") else "", host)
 
 
 _PARAMETER = re.compile(r';\s*+([^\s=;"]++)\s*+=\s*+(?:"((?:[^"\\]++|\\.)*+)"|([^;]*+))')
@@ -7120,6 +7122,9 @@ def _address(text: str) -> str:
 Compressor = tuple[Callable[[bytes], bytes], Callable[[], bytes]]
 
 
+_HIGHEST = {"min_size": sys.maxsize, "zstd_level": 22, "brotli_level": 11, "gzip_level": 9}
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class CompressionConfig:
     """Which answers are compressed, and how hard. A negative level turns a method off.
@@ -7132,6 +7137,13 @@ class CompressionConfig:
     zstd_level: int = 3
     brotli_level: int = 4
     gzip_level: int = 6
+
+    def __post_init__(self) -> None:
+        """StarioError for a level that a method does not have."""
+        for name, most in _HIGHEST.items():
+            given = getattr(self, name)
+            if not isinstance(given, int) or given > most:
+                raise StarioError(f"{name} is a whole number up to {most}, not {given!r}")
 
 
 def _compress(
@@ -7163,8 +7175,10 @@ def _compress_stream(
 _CONTENT_TYPE = re.compile(rb"^content-type: ([^\r]*)", re.MULTILINE)
 
 
-# An answer with any of these fields is not compressed. (A pattern is a tenth of the time of `in`.)
-_UNCOMPRESSED = re.compile(rb"content-(?:encoding|range): |no-transform")
+# An answer with any of these fields is not compressed.
+_UNCOMPRESSED = re.compile(
+    rb"(?im)^(?:content-(?:encoding|range): |cache-control:[^\r]*no-transform)"
+)
 
 
 def _coding_for(
@@ -7195,7 +7209,7 @@ def _gzip(level: int, streaming: bool) -> Compressor:
     Each piece gets a compressor of its own, whose dictionary is the end of what was sent before:
     the client has that in its window. So an open stream keeps what it last sent, up to 16 kB, and
     not the 50 kB of a zlib compressor (120 for zstd, 500 for brotli). And a piece that many streams
-    send after the same bytes is compressed once (`_kept`).
+    send after the same bytes is compressed once (`_cache_last`).
     """
     if not streaming:
         coder = zlib.compressobj(level, zlib.DEFLATED, 31)  # 31 is gzip with a window of 32 kB
@@ -7367,7 +7381,7 @@ def _content_type(suffix: str) -> str:
     return kind + "; charset=utf-8" if kind.startswith("text/") else kind
 
 
-def _stamp(found: os.stat_result) -> tuple[int, ...]:
+def _version(found: os.stat_result) -> tuple[int, ...]:
     """What tells the versions of a file apart, without reading it.
 
     Size and time of modification are not enough: reproducible builds give all files one time, and
@@ -7391,8 +7405,8 @@ class _File:
     `start` is its first two bytes.
     """
 
-    stamp: tuple[int, ...] = ()
-    steady = True  # nobody wrote to it while it was read
+    version: tuple[int, ...] = ()  # of a file on disk
+    consistent = True  # nobody wrote to it while it was read
 
     def __init__(self, name: str, digest: str, data: bytes | None, start: bytes) -> None:
         stem, suffix = os.path.splitext(name)
@@ -7400,6 +7414,7 @@ class _File:
         self.digest = digest
         self.data = data
         self.size = len(data or b"")
+        self.memory = self.size + 1024  # about what this object takes, in bytes
         self.fingerprinted = f"{stem}.{digest}{suffix}"
         self.content_type = _content_type(suffix.lower())
         # A `.svgz` is the one compressed file that browsers want unpacked.
@@ -7424,31 +7439,35 @@ class _File:
         return representation
 
 
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]
+
+
 def _file_of(name: str, data: bytes) -> _File:
-    return _File(name, hashlib.sha256(data).hexdigest()[:16], data, data[:2])
+    return _File(name, _digest(data), data, data[:2])
 
 
-def _read_version(name: str, opened: IO[bytes], *, by_contents: bool = True) -> _File:
+def _read_file(
+    name: str, opened: IO[bytes], large_digest: Callable[[IO[bytes], tuple[int, ...]], str]
+) -> _File:
     """Read an open file. A small one that is written to meanwhile is read again, up to three times.
 
-    Of a large file only the fingerprint is kept. Without `by_contents` that is made of its stamp,
-    so that the file need not be read.
+    Of a large one nothing is kept; `large_digest` makes its fingerprint, from it or its version.
     """
     for _ in range(3):
         before = os.fstat(opened.fileno())
         large = before.st_size > _IN_MEMORY
         opened.seek(0)
         data = opened.read(2 if large else -1)
-        digest = hashlib.sha256(repr(_stamp(before)).encode() if large else data)
-        if large and by_contents:
-            opened.seek(0)
-            digest = hashlib.file_digest(opened, "sha256")  # type: ignore[arg-type]
-        after = _stamp(os.fstat(opened.fileno()))
-        if large or after == _stamp(before):
+        if large:
+            found = _File(name, large_digest(opened, _version(before)), None, data)
+            found.size = before.st_size
+        else:
+            found = _file_of(name, data)
+        found.version = _version(os.fstat(opened.fileno()))
+        found.consistent = found.version == _version(before)
+        if large or found.consistent:
             break
-    found = _File(name, digest.hexdigest()[:16], None if large else data, data[:2])
-    found.stamp, found.steady = after, after == _stamp(before)
-    found.size = before.st_size if large else len(data)
     return found
 
 
@@ -7483,7 +7502,7 @@ def asset(name: str, collection: str = "static") -> str:
     """
     if collection not in _collections:
         raise StarioError(f"no collection {collection!r}: call app.assets(...) for it first")
-    file = _collections[collection].file(name)
+    file = _collections[collection].file(name) if isinstance(name, str) else None
     if file is None:
         raise StarioError(f"{collection!r} has no file {name!r}")
     return quote(file.fingerprinted)
@@ -7495,19 +7514,29 @@ class Assets:
     def __init__(
         self, source: str | os.PathLike[str] | Mapping[str, str | bytes], collection: str
     ) -> None:
-        self._files: dict[str, _File] = {}
-        # The files whose contents are in memory, the oldest first; changed under the lock.
-        self._small: OrderedDict[str, _File] = OrderedDict()
-        self._held = 0  # bytes that they take
+        # By name, the oldest first, and about how many bytes they take. Changed under the lock.
+        self._files: OrderedDict[str, _File] = OrderedDict()
+        self._held = 0
         self._lock = threading.RLock()
+        # Version and fingerprint of each large file, by device and inode: links may give one file
+        # many names, and it is to be read once.
+        self._large: dict[tuple[int, ...], tuple[tuple[int, ...], str]] = {}
         self._under_way: dict[object, asyncio.Task[Any]] = {}
         self._root: str | None = None
         if isinstance(source, Mapping):
             for name, text in source.items():
-                data = text.encode() if isinstance(text, str) else text
+                data = text.encode("utf-8", "replace") if isinstance(text, str) else text
+                if not (isinstance(name, str) and isinstance(data, bytes)) or name[:1] in ("", "/"):
+                    raise StarioError(
+                        f"assets: {name!r} is a {type(text).__name__}; a dict is from names, such "
+                        'as "css/style.css", to text or bytes'
+                    )
                 self._files[name] = _file_of(name, data)
         else:
-            self._root = os.path.abspath(source)
+            try:
+                self._root = os.path.abspath(os.fsdecode(source))
+            except TypeError:
+                raise StarioError(f"assets takes a directory or a dict, not {source!r}") from None
             if not os.path.isdir(self._root):
                 raise StarioError(f"assets: there is no directory {str(source)!r}")
         _collections[collection] = self
@@ -7542,28 +7571,35 @@ class Assets:
         if known is None or self._root is None:
             return known
         try:
-            return known if _stamp(os.stat(f"{self._root}/{name}")) == known.stamp else None
+            return known if _version(os.stat(f"{self._root}/{name}")) == known.version else None
         except OSError:
             return None
 
     def _load(self, name: str) -> _File | None:
-        """Read the file, and keep it if later changes will show in its stamp."""
+        """Read the file, and keep it if later changes will show in its version."""
         now = time.time_ns()
         try:
             with self.open(name) as opened:
-                found = _read_version(name, opened)
+                found = _read_file(name, opened, self._large_digest)
         except (OSError, ValueError) as exc:  # ValueError: a name that no file can have
             if getattr(exc, "errno", errno.EINVAL) not in _ABSENT:
                 raise
             self._forget(name)
             return None
-        # A change that follows another within `_TICK` may leave the stamp as it is. A time of
+        # A change that follows another within `_TICK` may leave the version as it is. A time of
         # modification in the future was set by somebody: the next change gives another one.
-        if found.steady:
-            modified, changed = found.stamp[-2:]
+        if found.consistent:
+            modified, changed = found.version[-2:]
             if now - changed > _TICK and (now - modified > _TICK or modified > now):
                 self._keep(found)
         return found
+
+    def _large_digest(self, opened: IO[bytes], version: tuple[int, ...]) -> str:
+        known, digest = self._large.get(version[:2], ((), ""))
+        if known != version:
+            opened.seek(0)
+            digest = hashlib.file_digest(opened, "sha256").hexdigest()[:16]  # type: ignore[arg-type]
+        return digest
 
     def open(self, name: str) -> IO[bytes]:
         """Open a file of the directory. What must not be served is a FileNotFoundError, too."""
@@ -7600,23 +7636,24 @@ class Assets:
         with self._lock:
             self._forget(found.name)
             self._files[found.name] = found
-            if found.data is not None:
-                self._small[found.name] = found
-                self._held += found.size + 1024  # about what a _File takes besides
-            while self._held > _IN_MEMORY_TOTAL and self._small:
-                self._forget(next(iter(self._small)))
+            self._held += found.memory
+            if found.data is None:
+                self._large[found.version[:2]] = found.version, found.digest
+            while self._held > _IN_MEMORY_TOTAL:
+                self._forget(next(iter(self._files)))
 
     def _forget(self, name: str) -> None:
         with self._lock:
-            self._files.pop(name, None)
-            small = self._small.pop(name, None)
-            if small is not None:
-                self._held -= small.size + 1024
+            known = self._files.pop(name, None)
+            if known is not None:
+                self._held -= known.memory
 
     # -- Answering
 
     async def __call__(self, c: Context, w: Writer) -> None:
         """Serve the file that `c.req.tail` names."""
+        if "%2f" in c.req.raw_path.lower():  # a slash inside of a name, which no file has
+            raise HttpException(404)
         try:
             await self._answer(c.req.tail, w)
         except OSError as exc:
@@ -7626,12 +7663,12 @@ class Assets:
         """Serve for ever, redirect to the fingerprinted name, or serve without caching."""
         plain = _FINGERPRINT.sub("", asked, count=1)
         file = await self._find(plain)
-        if file is not None and asked == file.fingerprinted and file.steady:
+        if file is not None and asked == file.fingerprinted and file.consistent:
             return await self._serve(file, w, _FOREVER)
         # It is the plain name of a file, which may look like one with a fingerprint; or it has the
         # fingerprint of an older version.
         literal = await self._find(asked) if asked != plain else file
-        if literal is not None and literal.steady:
+        if literal is not None and literal.consistent:
             w.headers.set("cache-control", "no-cache")
             return w._redirect("./" + quote(literal.fingerprinted.rpartition("/")[2]), 307)
         file = literal or file
@@ -7750,7 +7787,7 @@ async def _send_pieces(
     With `sendfile` the kernel sends the file's pages from its own memory. Until the client has
     them, a change of the file changes them, too. So the last 16 MiB are read and written by us:
     more than the network holds on the way. When the last piece is written, the client has all that
-    `sendfile` has sent; and before each piece is written the file's stamp is compared.
+    `sendfile` has sent; and before each piece is written the file's version is compared.
     """
     with opened:
         if w._request.method == "HEAD":
@@ -7763,7 +7800,7 @@ async def _send_pieces(
             opened.seek(at)
             piece = opened.read(min(stop - at, _IN_MEMORY))
             now = os.fstat(opened.fileno())
-            if now.st_size < file.size or (immutable and _stamp(now) != file.stamp):
+            if now.st_size < file.size or (immutable and _version(now) != file.version):
                 raise StarioError(f"{file.name} has changed, or is shorter, while it is sent")
             w.write(piece)
         w.end()
@@ -7782,7 +7819,7 @@ def _answer_download(
         else:
             opened = _open_regular(os.fspath(source))
             name = filename or os.path.basename(opened.name)
-            file = _read_version(name, opened, by_contents=False)
+            file = _read_file(name, opened, lambda _, version: _digest(repr(version).encode()))
     except OSError as exc:
         raise _file_error(exc, w) from None
     representation = file.representations[_IDENTITY]
@@ -10356,7 +10393,7 @@ def _is_own_origin(origin: str, request: Request) -> bool:
         return False
     if request.scheme == "https" != scheme:  # (that we see http may be a proxy's doing)
         return False
-    (host, port), (own, own_port) = _split_host(place), _split_host(request._asked.host)
+    (host, port), (own, own_port) = _split_host(place), _split_host(request._hop.host)
     default = _PORTS[scheme]
     return host == own and (port or default) == (own_port or default)
 

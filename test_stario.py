@@ -1955,13 +1955,30 @@ class TestWriter(AsyncTest):
             w.headers.set("content-encoding", "x-own")
             w.text("x" * 1000)
 
-        async def off(c: Context, w: Writer) -> None:
+        async def forbidden(c: Context, w: Writer) -> None:
+            w.headers.set("cache-control", "public, No-Transform")
             w.text("x" * 1000)
 
-        turned_off = {"app": {"compression": CompressionConfig(gzip_level=-1)}}
-        for handler, options in ((small, {}), (image, {}), (own, {}), (off, turned_off)):
-            found = await self.answer(handler, headers={"accept-encoding": "gzip"}, **options)  # type: ignore[arg-type]
-            self.assertNotEqual(found.headers.get("content-encoding"), "gzip", handler)
+        async def plain(c: Context, w: Writer) -> None:
+            w.headers.set("x-note", "content-encoding: none; no-transform")
+            w.text("x" * 1000)
+
+        off = {"app": {"compression": CompressionConfig(gzip_level=-1)}}
+        for handler, options, coding in (
+            (small, {}, None), (image, {}, None), (own, {}, "x-own"), (forbidden, {}, None),
+            (plain, off, None), (plain, {}, "gzip"),
+        ):  # fmt: skip
+            found = await self.answer(handler, headers={"accept-encoding": "gzip"}, **options)
+            self.assertEqual(found.headers.get("content-encoding"), coding, handler)
+
+    def test_a_level_that_does_not_exist_is_refused(self) -> None:
+        wrong: list[dict[str, Any]] = [
+            {"gzip_level": 10}, {"brotli_level": 12}, {"zstd_level": 23}, {"gzip_level": "6"},
+            {"min_size": None}, {"brotli_level": 4.5},
+        ]  # fmt: skip
+        for options in wrong:
+            with self.subTest(options), self.assertRaisesRegex(StarioError, next(iter(options))):
+                CompressionConfig(**options)
 
     async def test_every_coding_that_is_there_gives_the_text_back(self) -> None:
         text = "".join(chr(97 + i * i % 26) for i in range(5000))
@@ -8199,8 +8216,23 @@ class TestTrustedProxies(HttpTest):
         for line, client in table.items():
             with self.subTest(line):
                 self.assertEqual((await self.asked(trusted, line))[0], client)
-        both = "Forwarded: for=6.6.6.6\r\nX-Forwarded-For: 192.0.2.1"
-        self.assertEqual(await self.asked(trusted, both), 400)
+
+    async def test_fields_that_contradict_each_other_are_refused(self) -> None:
+        """A client can send the family of fields that its proxy does not know."""
+        known = ("X-Forwarded-For: 192.0.2.1", "X-Forwarded-Proto: http", "X-Forwarded-Host: a.b")
+        for more, status in (
+            ("for=6.6.6.6", 400),
+            ("for=192.0.2.1;proto=https", 400),
+            ("for=192.0.2.1;host=e.vil", 400),
+            ("host=e.vil", 400),
+            ("for=192.0.2.1;proto=HTTP;host=A.b", 0),
+            ("by=10.0.0.1", 0),
+        ):
+            with self.subTest(more):
+                found = await self.asked(["127.0.0.1"], *known, f"Forwarded: {more}")
+                self.assertEqual(
+                    found if status else found[:3], status or ["192.0.2.1", "http", "a.b"]
+                )
 
     async def test_scheme_and_host_are_those_of_the_same_hop(self) -> None:
         trusted = ["127.0.0.1", "10.0.0.1"]
@@ -8222,7 +8254,7 @@ class TestTrustedProxies(HttpTest):
         self.assertEqual((await self.asked(trusted, many))[0], "10.0.0.1")
 
     async def test_what_is_no_proxy_is_refused(self) -> None:
-        for wrong in ("127.0.0.1", ["localhost"], ["*"], ["10.0.0.0/99"], [None]):
+        for wrong in ("127.0.0.1", ["localhost"], ["*"], ["10.0.0.0/99"], [None], [7], True):
             with self.subTest(wrong), self.assertRaisesRegex(StarioError, "^trusted_proxies"):
                 Server(Stario(), trusted_proxies=wrong)  # type: ignore[arg-type]
 
@@ -8830,13 +8862,13 @@ class TestAssets(HttpTest):
                     self.assertEqual((await self.get(peer, name)).text, "two__")
 
     def test_two_changes_within_one_tick_of_the_clock_are_noticed(self) -> None:
-        """The second leaves the same stamp, so a version that is as young is looked at again."""
+        """The second leaves the same version, so a version that is as young is looked at again."""
         now = os.stat(self.root / "style.css")
-        stamp = mock.patch.object(
-            stario, "_stamp", lambda found: (now.st_mtime_ns, now.st_ctime_ns)
+        version = mock.patch.object(
+            stario, "_version", lambda found: (now.st_mtime_ns, now.st_ctime_ns)
         )
         # (a slow machine has its clock tick on between the lines below)
-        with stamp, mock.patch.object(stario, "_TICK", 10**12):
+        with version, mock.patch.object(stario, "_TICK", 10**12):
             before = asset("style.css")
             (self.root / "style.css").write_text("changed")
             self.assertNotEqual(asset("style.css"), before)
@@ -8950,7 +8982,7 @@ class TestAssets(HttpTest):
         for name, size in (("small.log", 10), ("large.log", 300_000)):
             file = self.root / name
             file.write_bytes(b"x" * size)
-            real = stario._read_version
+            real = stario._read_file
 
             def grow(*arguments: Any, file: Path = file, real: Any = real, **options: Any) -> Any:
                 with file.open("ab") as opened:
@@ -8959,7 +8991,7 @@ class TestAssets(HttpTest):
 
             async with connected(self.app) as peer:
                 path = f"/static/{name}"
-                with mock.patch.object(stario, "_read_version", grow):
+                with mock.patch.object(stario, "_read_file", grow):
                     for _ in range(3):
                         answer = await within(peer.get(path))
                         if answer.status == 307:
@@ -8970,7 +9002,7 @@ class TestAssets(HttpTest):
 
     async def test_what_is_torn_while_it_is_read_is_not_kept_for_ever(self) -> None:
         count = iter(range(10**6))
-        with mock.patch.object(stario, "_stamp", lambda found: (next(count),)):
+        with mock.patch.object(stario, "_version", lambda found: (next(count),)):
             async with connected(self.app) as peer:
                 for name in ("style.css", asset("style.css")):
                     answer = await within(peer.get(f"/static/{name}"))
@@ -9041,7 +9073,7 @@ class TestAssets(HttpTest):
         os.utime(self.root / "style.css", (future, future))
         with (
             mock.patch.object(stario, "_TICK", 0),  # what is new is kept, too
-            mock.patch.object(stario, "_read_version", wraps=stario._read_version) as read,
+            mock.patch.object(stario, "_read_file", wraps=stario._read_file) as read,
         ):
             self.assertEqual(asset("style.css"), asset("style.css"))
         self.assertEqual(read.call_count, 1)
@@ -9094,10 +9126,49 @@ class TestAssets(HttpTest):
                     await one.close()
             files = stario._collections["static"]
             self.assertLessEqual(files._held, 50_000)
-            kept = sum(file.size + 1024 for file in files._small.values())
-            self.assertEqual(files._held, kept)
+            self.assertEqual(files._held, sum(file.memory for file in files._files.values()))
         self.assertEqual(len(hashed), 1)
         self.assertIsNot(hashed[0], threading.main_thread())
+
+    def test_a_file_with_many_names_is_hashed_once_and_takes_bounded_memory(self) -> None:
+        (self.root / "self").symlink_to(self.root)
+        (self.root / "again").symlink_to(self.root)
+        old = time.time() - 100
+        os.utime(self.root / "large.bin", (old, old))
+        with (
+            mock.patch.object(hashlib, "file_digest", wraps=hashlib.file_digest) as hashed,
+            mock.patch.object(stario, "_IN_MEMORY_TOTAL", 50_000),
+            mock.patch.object(stario, "_TICK", -(10**18)),  # what is new is kept, too
+        ):
+            for number in range(100):
+                way = "".join(("self/", "again/")[number >> bit & 1] for bit in range(7))
+                for name in ("large.bin", "style.css"):
+                    self.assertEqual(asset(way + name), way + asset(name))
+            files = stario._collections["static"]
+            self.assertLess(len(files._files), 50)
+            self.assertEqual(files._held, sum(file.memory for file in files._files.values()))
+            self.assertEqual(hashed.call_count, 1)
+            (self.root / "large.bin").write_bytes(os.urandom(300_001))
+            asset("self/large.bin")
+            self.assertEqual(hashed.call_count, 2)
+
+    async def test_an_escaped_slash_leads_to_no_file_of_another_folder(self) -> None:
+        (self.root / "a.txt").write_text("of the root")
+        async with connected(self.app) as peer:
+            for name in ("sub%2fa.txt", "sub%2Fa.txt", "sub%2F..%2Fa.txt", asset("a.txt") + "%2f"):
+                self.assertEqual((await within(peer.get(f"/static/{name}"))).status, 404)
+
+    def test_what_is_no_source_and_no_name_is_refused(self) -> None:
+        wrong: tuple[Any, ...] = (
+            None, 7, ["a"], "no such directory",
+            {"a.css": Path("x")}, {"a.css": 7}, {7: "x"}, {"/a.css": "x"}, {"": "x"},
+        )  # fmt: skip
+        for source in wrong:
+            with self.subTest(source), self.assertRaisesRegex(StarioError, "^assets"):
+                Stario().assets("/static", source)
+        for name in (None, Path("style.css"), "/style.css", "./style.css"):
+            with self.subTest(name), self.assertRaisesRegex(StarioError, "has no file"):
+                asset(name)  # type: ignore[arg-type]
 
     async def test_types_agree_with_what_is_sent(self) -> None:
         """RFC 9110, section 8.3: the type is that of the bytes once their coding is undone."""
