@@ -1644,7 +1644,7 @@ class _OneShotWriter(_RawWriter):
         filename: str | None = None,
         status: int = 200,
     ) -> Awaitable[None]:
-        """Answer with a file, or with bytes as one. Its type, `etag` and date are told.
+        """Answer with a file, or with bytes as one. Its type and `etag` are told.
 
         The client may ask for a part of it (RFC 9110, section 14). With `filename` it saves the
         file under that name, whose ending tells the type. A path that leads to no file is a 404. A
@@ -7484,11 +7484,16 @@ def _open_regular(path: str) -> IO[bytes]:
     return opened
 
 
-def _file_error(exc: OSError, w: _RawWriter) -> Exception:
+def _is_absent(exc: OSError | ValueError) -> bool:
+    """Whether there is no such file for us. ValueError: no file can have that name."""
+    return getattr(exc, "errno", errno.EINVAL) in _ABSENT
+
+
+def _file_error(exc: OSError | ValueError, w: _RawWriter) -> Exception:
     """The answer for a file that cannot be opened. An error of the disk stays what it is."""
-    if exc.errno in _ABSENT and not w.started:
+    if not w.started and _is_absent(exc):
         return HttpException(404)
-    if exc.errno in (errno.EMFILE, errno.ENFILE) and not w.started:
+    if not w.started and getattr(exc, "errno", 0) in (errno.EMFILE, errno.ENFILE):
         return HttpException(503, "too many files are open")
     return exc
 
@@ -7581,8 +7586,8 @@ class Assets:
         try:
             with self.open(name) as opened:
                 found = _read_file(name, opened, self._large_digest)
-        except (OSError, ValueError) as exc:  # ValueError: a name that no file can have
-            if getattr(exc, "errno", errno.EINVAL) not in _ABSENT:
+        except (OSError, ValueError) as exc:
+            if not _is_absent(exc):
                 raise
             self._forget(name)
             return None
@@ -7616,20 +7621,16 @@ class Assets:
 
     def _resolve(self, name: str) -> str:
         """The path, free of links, that a name leads to; it is in the directory, and not hidden."""
-        if self._root is None:
-            raise FileNotFoundError(errno.ENOENT, "in no directory", name)
         for part in name.split("/"):
             odd = "\\" in part or (os.name == "nt" and _OTHER_NAME.search(part))
-            if not part or part[0] == "." or odd:
+            if self._root is None or not part or part[0] == "." or odd:
                 raise FileNotFoundError(errno.ENOENT, "hidden, or a way around that", name)
-        root = os.path.realpath(self._root)
+        root = os.path.realpath(self._root or "")
         path = os.path.realpath(os.path.join(root, name), strict=True)
-        if os.path.commonpath((root, path)) != root:
-            raise FileNotFoundError(errno.ENOENT, "a link that leaves the directory", name)
         # The links of a ConfigMap that Kubernetes mounts lead to folders that begin with two dots.
         for part in os.path.relpath(path, root).split(os.sep):
-            if part[0] == "." and part[:2] != "..":
-                raise FileNotFoundError(errno.ENOENT, "a link to a hidden file", name)
+            if part == ".." or (part[0] == "." and part[:2] != ".."):
+                raise FileNotFoundError(errno.ENOENT, "a link to outside or to a hidden file", name)
         return path
 
     def _keep(self, found: _File) -> None:
@@ -7752,7 +7753,7 @@ def _answer_with(
 ) -> None:
     """Answer with a file (200) or a part of it (206), or without: 304, 412, 416.
 
-    Of one that is `opened`, because it is large, only the head is sent; the rest is a `_Rest`.
+    Of a large one only the head is sent; the rest is a `_Rest`, from the file that is `opened`.
     """
     try:
         request, immutable = w._request, fields is _FOREVER
@@ -7766,15 +7767,14 @@ def _answer_with(
             outside = b"content-range: bytes */%d\r\ncache-control: no-store\r\n" % file.size
             return w._answer(416, (outside, False), b"")
         start, stop = part
-        body = representation.body or b""
         if part != (0, file.size):
-            status, compress, body = 206, False, body[start:stop]
+            status, compress = 206, False
             fields += b"content-range: bytes %d-%d/%d\r\n" % (start, stop - 1, file.size)
-        if opened is None:
-            return w._answer(status, (fields, compress), body)
+        if representation.body is not None or opened is None:
+            return w._answer(status, (fields, compress), (representation.body or b"")[start:stop])
         w._begin(status, fields, stop - start)
         w._rest = _Rest(lambda: _send_pieces(w, file, opened, start, stop, immutable))
-    finally:  # a 304 or an error: nobody will send it
+    finally:  # unless a `_Rest` will read it
         if opened is not None and w._rest is None:
             opened.close()
 
@@ -7813,20 +7813,18 @@ def _answer_download(
     fields = b"cache-control: no-cache\r\n"
     if filename is not None:
         fields += _disposition(filename)
-    try:
-        if isinstance(source, bytes):
-            opened, file = None, _file_of(filename or "", source)
-        else:
+    opened = None
+    if isinstance(source, bytes):
+        file = _file_of(filename or "", source)
+    else:
+        try:
             opened = _open_regular(os.fspath(source))
             name = filename or os.path.basename(opened.name)
             file = _read_file(name, opened, lambda _, version: _digest(repr(version).encode()))
-    except OSError as exc:
-        raise _file_error(exc, w) from None
-    representation = file.representations[_IDENTITY]
-    if opened is not None and file.data is not None:
-        opened.close()
-        opened = None
-    _answer_with(w, file, representation, fields, opened, status=status, compress=file.compressible)
+        except (OSError, ValueError) as exc:
+            raise _file_error(exc, w) from None
+    whole = file.representations[_IDENTITY]
+    _answer_with(w, file, whole, fields, opened, status=status, compress=file.compressible)
 
 
 def _disposition(filename: str) -> bytes:
@@ -7851,7 +7849,7 @@ def _has_copy(request: Request, etag: str) -> bool:
     return "*" in known or etag in [tag.removeprefix("W/") for tag in known]
 
 
-_RANGE = re.compile("bytes=([0-9]{0,18})-([0-9]{0,18})")
+_RANGE = re.compile("bytes=([0-9]{0,18})-([0-9]{0,18})", re.IGNORECASE)
 
 
 def _range(request: Request, size: int, etag: str) -> tuple[int, int] | None:
@@ -7862,7 +7860,7 @@ def _range(request: Request, size: int, etag: str) -> tuple[int, int] | None:
     """
     whole = (0, size)
     asked = _RANGE.fullmatch(request.headers.get("range") or "")
-    if asked is None or asked[0] == "bytes=-" or request.method != "GET":
+    if asked is None or asked[0][-2:] == "=-" or request.method != "GET":
         return whole
     if request.headers.get("if-range") not in (None, etag):
         return whole

@@ -8673,6 +8673,7 @@ class TestAssets(HttpTest):
         whole, last = len(self.large), len(self.large) - 1
         ranges: dict[str, tuple[int, int, int]] = {
             "bytes=0-9": (206, 0, 10),
+            "Bytes=5-9": (206, 5, 10),
             "bytes=10-": (206, 10, whole),
             "bytes=-10": (206, whole - 10, whole),
             f"bytes={last}-": (206, last, whole),
