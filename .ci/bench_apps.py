@@ -15,7 +15,9 @@ connections measure the same connections throughout.
 # mypy: disable-error-code="untyped-decorator, arg-type"
 
 import asyncio
+import os
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
@@ -109,7 +111,10 @@ def ours(job: Job) -> None:
     use_our_stario()
     import stario
 
-    tracer = stario.JsonTracer() if job.role == "json" else None
+    kind = job.settings.get("tracer", "JsonTracer" if job.role == "json" else "silent")
+    tracer: Any = None
+    if kind != "silent":
+        tracer = getattr(stario, kind)(terminal() if kind == "RichTracer" else None)
     app = stario.Stario(tracer, **our_compression(job))
     {
         "plain": our_plain,
@@ -129,6 +134,18 @@ def ours(job: Job) -> None:
     else:
         with tracer:
             job.run(serve())
+
+
+def terminal() -> Any:
+    """A terminal whose other end reads all that is written."""
+    master, slave = os.openpty()
+
+    def read() -> None:
+        while os.read(master, 65536):
+            pass
+
+    threading.Thread(target=read, daemon=True).start()
+    return os.fdopen(slave, "w")
 
 
 def our_compression(job: Job) -> dict[str, Any]:
