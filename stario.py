@@ -1747,7 +1747,7 @@ class Context:
             if req.route:
                 attributes["http.route"] = req.route
             name = f"{req.method} {req.route}".rstrip()
-            caller = _caller_of(req.headers.getlist("traceparent"))  # a span of another program's
+            caller = _caller_of(req.headers._fields.get("traceparent", ()))  # in another program
             self._span = Span(self.app.tracer, name, attributes, caller)
         return self._span
 
@@ -7905,9 +7905,13 @@ def _noted(attributes: Mapping[Any, Any] | None) -> dict[str, Any]:
     """Attributes as they are now: text, numbers, True, False, None, and lists and dicts of them."""
     if not attributes:
         return {}
+    try:
+        pairs = dict(attributes)  # copied in one step: another thread may write to it
+    except Exception:  # it is no mapping, or a broken one
+        pairs = {"attributes": attributes}
     return {
         key if type(key) is str else _safe_text(key): _plain_data(value)
-        for key, value in attributes.items()
+        for key, value in pairs.items()
     }
 
 
@@ -8058,11 +8062,11 @@ class Span:
 
     def step(self, name: str, attributes: Mapping[str, Any] | None = None) -> Span:
         """A child: work that is part of this. `with span.step("query"): ...`"""
-        return Span(self.tracer, name, _noted(attributes), self)
+        return Span(self.tracer, _safe_text(name), _noted(attributes), self)
 
     def root(self, name: str, attributes: Mapping[str, Any] | None = None) -> Span:
         """A new trace: work that this started, but that stands on its own. Link it if you like."""
-        return Span(self.tracer, name, _noted(attributes), None)
+        return Span(self.tracer, _safe_text(name), _noted(attributes), None)
 
     def link(self, other: Span) -> None:
         """Note that this work has to do with another span's."""
@@ -8109,7 +8113,7 @@ class Tracer:
 
     def __call__(self, name: str, attributes: Mapping[str, Any] | None = None) -> Span:
         """Start a span that no request stands behind: `with tracer("job") as span:`"""
-        return Span(self, name, _noted(attributes), None)
+        return Span(self, _safe_text(name), _noted(attributes), None)
 
     def __enter__(self) -> Self:
         return self
@@ -8270,12 +8274,18 @@ class _StreamTracer(Tracer):
 
     _pause = 0.1  # seconds to wait for more before writing; a killed program loses no more
 
-    def __init__(self, stream: IO[str] | None = None, *, logging_level: int | None = None) -> None:
+    def __init__(
+        self, stream: IO[str] | None = None, *, logging_level: int | str | None = None
+    ) -> None:
         """`stream` is standard output by default. With a `logging_level`, what the program logs
         during a request, from that level on, becomes an event of it while the tracer's `with` runs.
         """
         self._stream = sys.stdout if stream is None else stream
-        self._logging_level = logging_level
+        if stream is not None and not (hasattr(stream, "write") and hasattr(stream, "flush")):
+            raise StarioError(f"a tracer needs a stream like sys.stdout, not {stream!r}")
+        self._logging_level = (
+            None if logging_level is None else logging.Handler(logging_level).level
+        )
         self._logging: _LogToSpan | None = None
         self._renew()
         _stream_tracers.add(self)
@@ -8289,6 +8299,7 @@ class _StreamTracer(Tracer):
         self._writer: threading.Thread | None = None
         self._started = threading.Lock()  # held while there is a thread
         self._writing = threading.Lock()  # held by the thread: the next one waits for its end
+        self._writes_since = 0.0  # on the monotonic clock; 0 while nothing is written
         # What `_put` has dropped. `next` adds one in a single step, for any thread; to read the
         # counter adds one, too, which `_seen` makes up for.
         self._drops, self._seen = count(), 0
@@ -8333,16 +8344,21 @@ class _StreamTracer(Tracer):
             self._writer = None
             self._started.release()
 
+    def _stalls(self) -> bool:
+        """Whether the stream has taken nothing for a second."""
+        return 0 < self._writes_since < time.monotonic() - 1
+
     def _close(self) -> None:
-        """Write what is left, in a second at most. What comes later begins anew."""
+        """Write what is left, unless the stream stalls. What comes later begins anew."""
         writer, self._writer = self._writer, None
         if writer is None:
             return
         atexit.unregister(self._close)
         self._wake.put(True)
-        writer.join(1)
+        while writer.is_alive() and not self._stalls():
+            writer.join(0.1)
         self._started.release()
-        if writer.is_alive():  # the stream stalls, and Python's own flush at the end would wait
+        if writer.is_alive():  # Python's own flush at the end would wait
             sys.stdout = None if sys.stdout is self._stream else sys.stdout
             self._complain(len(self._queue))
 
@@ -8392,11 +8408,14 @@ class _StreamTracer(Tracer):
 
     def _write(self, text: str) -> bool:
         try:
-            if text and self._stream is not None:
-                _write_any(self._stream, text)
+            for start in range(0, len(text) if self._stream else 0, 65536):
+                self._writes_since = time.monotonic()
+                _write_any(self._stream, text[start : start + 65536])
                 self._stream.flush()
         except Exception:  # the disk is full, the stream is closed, or its own `write` fails
             return False
+        finally:
+            self._writes_since = 0.0
         return True
 
     def _longest_wait(self) -> float | None:
@@ -8500,11 +8519,12 @@ class JsonTracer(_StreamTracer):
     def _fields(self, span: Span, more: str) -> str:
         """The line of a span, without its events and the braces around it."""
         try:
-            attributes = _log_json(span.attributes)
-        except Exception:  # something was put into `span.attributes` directly
-            attributes = _log_json(_noted(dict(span.attributes)))
+            name, attributes = _json_text(span.name), _log_json(span.attributes)
+        except Exception:  # somebody has put something there directly
+            name = _json_text(_safe_text(span.name))
+            attributes = _log_json(_noted(span.attributes))
         text = (
-            f'"name":{_log_json(span.name)},"trace_id":"{span.trace_id}","span_id":"{span.id}",'
+            f'"name":{name},"trace_id":"{span.trace_id}","span_id":"{span.id}",'
             f'"start_time_unix_nano":{span.start_ns},{more},"attributes":{attributes}'
         )
         if span.parent_id:
@@ -8518,6 +8538,7 @@ class JsonTracer(_StreamTracer):
 
 
 _log_json = _json_writer(_safe_text)
+_json_text = json.encoder.encode_basestring_ascii  # the same for a text, in a fifth of the time
 
 
 # ==================================================================================================
@@ -8586,7 +8607,9 @@ class RichTracer(_StreamTracer):
 
     _pause = 0.05
 
-    def __init__(self, stream: IO[str] | None = None, *, logging_level: int | None = None) -> None:
+    def __init__(
+        self, stream: IO[str] | None = None, *, logging_level: int | str | None = None
+    ) -> None:
         super().__init__(stream, logging_level=logging_level)
         self._size = _terminal_size(self._stream)
         self._live = self._size is not None and os.environ.get("TERM") != "dumb"
@@ -8635,17 +8658,19 @@ class RichTracer(_StreamTracer):
 
     def _close(self) -> None:
         while self._replaced:
-            del self._replaced.pop().write
+            vars(self._replaced.pop()).pop("write", None)
         super()._close()
 
     def _print(self, text: str) -> int:
+        while len(self._queue) >= _LONGEST_QUEUE and not self._stalls():
+            time.sleep(0.001)  # print waits for a terminal
         self._put(text)
         return len(text)
 
     # -- In the tracer's thread: what happens to spans
 
     def _longest_wait(self) -> float | None:
-        return 0.1 if self._open or self._summed else None
+        return 0.05 if self._open or self._summed else None
 
     def _span_started(self, span: Span) -> None:
         parent = self._open.get(span.parent_id or "")
@@ -8674,7 +8699,7 @@ class RichTracer(_StreamTracer):
         branch = self._open.pop(span.id, None) or _Branch(span, None)
         if branch.root.span.id in self._open:
             return
-        durations = self._summed.get(key := (span.name, _outcome(span)))
+        durations = self._summed.get(key := (_safe_text(span.name), _outcome(span)))
         if self._shown < _MOST_SHOWN or (span.error and durations is None):
             self._shown += 1
             self._lines += self._look.tree(branch)
@@ -8759,7 +8784,7 @@ class _Look:
         room, painted = self.width - 1, ""
         for piece, style in line:
             text = _fit(piece, room)
-            room -= _cells([(text, "")])
+            room -= _cells(text)
             painted += f"\x1b[{_STYLES[style]}m{text}\x1b[0m" if style and self.coloured else text
         return painted + "\n"
 
@@ -8820,7 +8845,7 @@ class _Look:
         if isinstance(row, _Branch):
             span = row.span
             took = _time_text(span.end_ns - span.start_ns) if span.end_ns else "open"
-            line += [(f"{_padded(span.name, room)}{took:>16}  ", ""), *_bar(root, span)]
+            line += [(f"{_padded(_safe_text(span.name), room)}{took:>16}  ", ""), *_bar(root, span)]
             return self._with_pairs(line, indent, span.attributes)
         if row.name != "exception":
             line.append((_padded(row.name, room), "cyan"))
@@ -8836,7 +8861,7 @@ class _Look:
         """A line with the attributes behind it, or, where there is no room for them, below."""
         pairs = _pairs(attributes)
         behind = [piece for key, value in pairs for piece in ((f"  {key}=", "dim"), (value, ""))]
-        if not pairs or _cells([*line, *behind]) < self.width:
+        if not pairs or _cells("".join(piece for piece, _ in [*line, *behind])) < self.width:
             return [[*line, *behind]]
         return [line, *_pairs_below(indent, pairs)]
 
@@ -8867,25 +8892,27 @@ def _terminal_size(stream: IO[str] | None) -> tuple[int, int] | None:
     return None
 
 
-def _cells(line: _Line) -> int:
-    """How many columns of a terminal a line takes."""
-    text = _printable("".join(piece for piece, _ in line))
+def _cells(text: str) -> int:
+    """How many columns of a terminal a text takes."""
+    text = _printable(text)
     return len(text) if text.isascii() else sum(map(_char_cells, text))
 
 
 def _char_cells(char: str) -> int:
     """0 for an accent that joins the letter before it, 2 for Chinese characters and the like."""
-    if char < "\u0300" or "\u2010" <= char < "\u2600":
+    if char < "\u0300" or char in "│─━✗…":
         return 1
     import unicodedata  # few programs need it
 
-    return 0 if unicodedata.combining(char) else 1 + (unicodedata.east_asian_width(char) in "WF")
+    if unicodedata.category(char) in ("Mn", "Me"):
+        return 0
+    return 1 + (unicodedata.east_asian_width(char) in "WF")
 
 
 def _fit(text: str, width: int) -> str:
     """A text without control characters, cut to a width in columns."""
     text = _printable(text)
-    if _cells([(text, "")]) <= width:
+    if _cells(text) <= width:
         return text
     kept, room = "", width - 1
     for char in text[: max(0, width)]:
@@ -8896,7 +8923,7 @@ def _fit(text: str, width: int) -> str:
 
 def _padded(text: str, width: int, most: int = 0) -> str:
     text = _fit(text, max(width, most))
-    return text + " " * (width - _cells([(text, "")]))
+    return text + " " * (width - _cells(text))
 
 
 def _clock(time_ns: int) -> str:
@@ -8923,7 +8950,7 @@ def _bar(root: Span, step: Span) -> _Line:
 def _title(span: Span) -> str:
     """The method and path of a request, the name of any other span."""
     method = span.attributes.get("http.request.method")
-    return f"{method} {span.attributes.get('url.path')}" if method else span.name
+    return f"{method} {span.attributes.get('url.path')}" if method else _safe_text(span.name)
 
 
 def _outcome(span: Span) -> tuple[str, str]:
@@ -8937,7 +8964,7 @@ def _pairs(attributes: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Attributes as text, without those that other columns show."""
     return [
         (key, value if type(value) is str else json.dumps(value))
-        for key, value in _noted(dict(attributes)).items()  # what was put there directly, too
+        for key, value in _noted(attributes).items()  # what was put there directly, too
         if not key.startswith(("http.", "url.", "client.", "exception."))
     ]
 

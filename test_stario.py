@@ -9606,6 +9606,30 @@ class TestTelemetry(unittest.TestCase):
             self.assertEqual(out.getvalue().count("\n"), 1)
             self.assertRegex(out.getvalue(), r"job.*5\W+1\W.*set\W+7\W.*loop.*NaN")
 
+    def test_what_is_no_name_and_no_mapping_costs_no_span(self) -> None:
+        class Broken(dict[str, int]):
+            def keys(self) -> Any:
+                raise RuntimeError
+
+        for make in (JsonTracer, RichTracer):
+            out = io.StringIO()
+            with make(out) as tracer:
+                wrong: tuple[Any, ...] = (None, 7, b"x", "a\n\x1b", ["x"], {"x"}, Broken(a=1), 1.5)
+                for value in wrong:
+                    with tracer(value, value) as span, span.step(value, value):
+                        span(value, value)
+                        span.name = value
+            self.assertEqual(out.getvalue().count("\n"), 2 * len(wrong), out.getvalue())
+            self.assertNotIn("telemetry.lost", out.getvalue())
+
+    def test_what_is_no_stream_and_no_level_is_refused(self) -> None:
+        for make in (JsonTracer, RichTracer):
+            for wrong in ("spans.log", Path("spans.log"), 1, object()):
+                with self.assertRaisesRegex(StarioError, "stream"):
+                    make(cast(Any, wrong))
+            with self.assertRaises(ValueError):
+                make(io.StringIO(), logging_level="LOUD")
+
     def test_a_pipe_gets_one_plain_line_a_span(self) -> None:
         out = io.StringIO()
         with RichTracer(out) as tracer, suppress(KeyError), tracer("job", {"a": 1}) as span:
@@ -9665,7 +9689,7 @@ class TestTelemetry(unittest.TestCase):
             async with TestClient(app) as client:
                 await client.get("/")
 
-        with JsonTracer(out, logging_level=logging.INFO) as tracer:
+        with JsonTracer(out, logging_level="INFO") as tracer:
             asyncio.run(run(Stario(tracer)))
             log.warning("outside")
         events = json.loads(out.getvalue())["events"]
@@ -9758,7 +9782,7 @@ class TestTelemetry(unittest.TestCase):
             "    for _ in range(500): tracer('burst').end()\n"
             "    sys.stdin.readline()\n",
         )
-        terminal.read_until(lambda: re.search("burst .* x ", terminal.text()))
+        terminal.read_until(lambda: re.search("burst .* x (?s:.*) more$", terminal.text()[:-1]))
         shown = terminal.lines()
         rule = next(i for i, line in enumerate(shown) if line.startswith("── 9 open ───"))
         self.assertEqual(len(shown) - rule, 8)  # a third of the screen
@@ -9776,6 +9800,40 @@ class TestTelemetry(unittest.TestCase):
         self.assertNotIn("── 9 open", terminal.text())
         cursor = terminal.screen.cursor
         self.assertEqual((cursor.x, cursor.attrs.fg), (0, "default"))
+
+    @needs("pyte")
+    def test_what_a_program_prints_is_never_dropped_at_a_terminal_that_takes_it(self) -> None:
+        terminal = Terminal(
+            self,
+            "    stario._LONGEST_QUEUE = 200\n"
+            "    stream = tracer('stream')\n"
+            "    print(*range(3000), sep='\\n')\n"
+            "    sys.stdout.writelines(f'{n}\\n' for n in range(3000, 4000))\n",
+        )
+        self.assertEqual(terminal.wait(), 0)
+        self.assertEqual(terminal.lines()[:-1], [*map(str, range(4000))])
+
+    @needs("pyte")
+    def test_lines_of_any_script_are_as_wide_as_the_terminal_makes_them(self) -> None:
+        import pyte
+
+        letters = (
+            "e\u0301",
+            "漢",
+            "ａ",
+            "\u231a",
+            "\u23e9",
+            "नि",
+            "😀",
+           
+            "…│",
+            "한",
+        )
+        for width in (1, 2, 7, 20):
+            for text in (letter * 30 for letter in letters):
+                screen = pyte.Screen(40, 1)
+                screen.draw(stario._padded(text, width) + "|")
+                self.assertEqual(screen.cursor.x, width + 1, (text, width))
 
     @needs("pyte")
     def test_what_is_typed_leaves_no_trace_of_the_footer(self) -> None:
