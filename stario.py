@@ -2124,7 +2124,7 @@ async def _handle_error(
         if kind in handlers and not (foreseen and kind is Exception):
             # A silent app logs only what a handler for all of `Exception` gets.
             if kind is Exception or not c.app._silent:
-                _note(c, exc, is_handled=True)  # part 20
+                _record(c, exc, is_handled=True)  # part 20
             w._forget_answer()
             answer = handlers[kind](c, w, exc)
             if answer is not None:
@@ -2160,12 +2160,12 @@ async def _fail(c: Context, w: Writer, exc: BaseException) -> None:
         if await _handle_error(c.app._errors, c, w, exc):
             _complete(c, w)
             return
-        _note(c, exc)
+        _record(c, exc)
     except BaseException as another:  # the error handler itself has failed
         if _is_stopped(w._carrier, another):
             raise
         exc = another
-        _note(c, exc)
+        _record(c, exc)
     if c.app.debug and not (isinstance(exc, (HttpException, ClientDisconnected)) or w.completed):
         _show_error(c, w, exc)
     if not (w.started or isinstance(exc, ClientDisconnected)):
@@ -2186,7 +2186,7 @@ def _answer_error(c: Context, w: Writer, exc: BaseException) -> None:
         else:
             w.text(exc.detail, exc.status_code)
     except Exception as wrong:  # a status, or an address, that no answer can have
-        _report(c, wrong)
+        _record_fault(c, wrong)
         w.text(_PHRASES[500], 500)
 
 
@@ -8209,17 +8209,17 @@ _HINTS = (  # what Python says where an `await` is missing or too much, and what
 )  # fmt: skip
 
 
-def _note(c: Context, exc: BaseException, is_handled: bool = False) -> None:
+def _record(c: Context, exc: BaseException, is_handled: bool = False) -> None:
     """Record an exception: as an error, or, if it is no fault of the program's, as an event."""
     if isinstance(exc, ClientDisconnected):
         c("client.disconnected")
     elif isinstance(exc, HttpException):
         c("http.exception", {"http.response.status_code": exc.status_code, "detail": exc.detail})
     else:
-        _report(c, exc, is_handled)
+        _record_fault(c, exc, is_handled)
 
 
-def _report(c: Context, exc: BaseException, is_handled: bool = False) -> None:
+def _record_fault(c: Context, exc: BaseException, is_handled: bool = False) -> None:
     """Tell the developer of a fault: in the span, or, if the app is silent, in asyncio's log.
 
     In a test, it is raised there instead of logged, unless an `on_error` handler answers for it.
@@ -8233,10 +8233,10 @@ def _report(c: Context, exc: BaseException, is_handled: bool = False) -> None:
     if not c.app._silent:
         c.span.fail(exc)
     elif in_test is None:
-        _log(f"unhandled exception in {c.req.method} {c.req.path}", exc)
+        _log_fault(f"unhandled exception in {c.req.method} {c.req.path}", exc)
 
 
-def _log(text: str, exc: BaseException) -> None:
+def _log_fault(text: str, exc: BaseException) -> None:
     """Log as asyncio does. Text of a client's never begins a line, so it cannot forge an entry."""
     loop, text = asyncio.get_running_loop(), _printable(text)
     if loop.get_exception_handler():
@@ -9043,6 +9043,10 @@ class Session:
                 "a session's key needs 16 bytes or more that nobody can guess: make one with "
                 'python -c "import secrets; print(secrets.token_hex())"'
             )
+        flags = dict.fromkeys(("Secure", "HttpOnly", "Partitioned"), True)
+        _cookie_line(name, "", "/", None, samesite, max_age=max_age, expires=None, **flags)
+        if name.startswith("__") or not max_age or max_age < 0:
+            raise StarioError("a session has a max_age above 0; its name gets __Host- by itself")
         self._name = name
         self._max_age = max_age
         self._samesite = samesite
@@ -9108,7 +9112,7 @@ class Session:
 
 def _session_json(session: dict[str, Any]) -> str:
     try:
-        return json.dumps(session, separators=(",", ":"), sort_keys=True)
+        return json.dumps(session, separators=(",", ":"), sort_keys=True, allow_nan=False)
     except (TypeError, ValueError) as exc:
         raise StarioError(f"c.session holds what JSON cannot: {exc}") from None
 
@@ -9154,14 +9158,17 @@ class _Life:
         self.loop = asyncio.get_running_loop()
         try:
             async with AsyncExitStack() as stack:
-                for lifespan in self.lifespans:
-                    await stack.enter_async_context(lifespan(self.app))
-                stack.push_async_callback(self._end_tasks)
-                while self.waiting:
-                    self.waiting.pop(next(iter(self.waiting)))()
-                yield
+                try:
+                    for lifespan in self.lifespans:
+                        await stack.enter_async_context(lifespan(self.app))
+                    while self.waiting:
+                        self.waiting.pop(next(iter(self.waiting)))()
+                    yield
+                finally:  # before the lifespans are left: tasks may use what they have opened
+                    await self._end_tasks()
         finally:
             self.loop = None
+            await self._end_tasks()  # what a lifespan has started as it was left
 
     async def _end_tasks(self) -> None:
         _cancel(self.tasks)
@@ -9176,10 +9183,17 @@ class _Life:
         """
         handle: Future[T] = Future()
 
+        def end(_: object = None) -> None:  # of what has begun, nothing is left to do
+            handle.cancel()
+            work.close()
+
         def start() -> None:
-            loop = asyncio.get_running_loop()
+            loop = self.loop
+            if loop is None or handle.cancelled():
+                return end()
             task = loop.create_task(self._watch(work, handle))
             _keep(task, self.tasks)
+            task.add_done_callback(end)
             handle.add_done_callback(lambda _: loop.call_soon_threadsafe(task.cancel))
 
         if self.loop is None:
@@ -9191,17 +9205,19 @@ class _Life:
     async def _watch(self, work: Coroutine[Any, Any, T], handle: Future[T]) -> None:
         """Do the work in a span of its own, which shows its failure; without a tracer, log that."""
         name = getattr(work, "__qualname__", "background")
-        with suppress(InvalidStateError):  # it was cancelled meanwhile
+        with self.app.tracer(name) as span, suppress(InvalidStateError):  # it was cancelled by then
             try:
-                with self.app.tracer(name):
-                    handle.set_result(await work)
+                result = await work
             except asyncio.CancelledError:
-                handle.cancel()
+                raise
             except BaseException as exc:
-                handle.set_exception(exc)
+                span.fail(exc)
                 if self.app._silent:
                     report = {"message": f"{name} has failed", "exception": exc}
                     asyncio.get_running_loop().call_exception_handler(report)
+                handle.set_exception(exc)
+            else:
+                handle.set_result(result)
 
 
 # ==================================================================================================

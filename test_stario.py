@@ -10181,7 +10181,13 @@ class TestSession(AsyncTest):
             c.session["when"] = datetime.now(timezone.utc)
             w.text("never sent")
 
-        for handler, message in ((large, "too large"), (odd, "what JSON cannot")):
+        async def no_number(c: Context, w: Writer) -> None:
+            c.session["rate"] = math.nan
+            w.text("never sent")
+
+        for handler, message in (
+            (large, "too large"), (odd, "what JSON cannot"), (no_number, "what JSON cannot")
+        ):  # fmt: skip
             app = self.app()
             app.get("/bad", handler)
             async with connected(app) as peer:
@@ -10195,6 +10201,16 @@ class TestSession(AsyncTest):
             Session("secret")
         with self.assertRaisesRegex(StarioError, "16 bytes"):
             Session("k" * 16, b"old")
+
+    def test_what_no_cookie_can_be_is_refused_when_the_session_is_made(self) -> None:
+        wrong: list[dict[str, Any]] = [
+            {"name": "a b"}, {"name": ""}, {"name": 3}, {"name": "__Host-session"},
+            {"samesite": "some"}, {"max_age": "1h"}, {"max_age": 1.5}, {"max_age": None},
+            {"max_age": 0}, {"max_age": -1},
+        ]  # fmt: skip
+        for options in wrong:
+            with self.subTest(options), self.assertRaises(StarioError):
+                Session("k" * 16, **options)
 
     async def test_without_the_middleware_it_says_what_is_missing(self) -> None:
         app = Stario()
@@ -10349,6 +10365,73 @@ class TestLife(AsyncTest):
                 with self.assertRaisesRegex(ValueError, "lost"):
                     await within(asyncio.wrap_future(silent.background(job())))
         self.assertIn("job has failed", "".join(logs.output))
+
+    async def test_whatever_it_raises_is_a_failure_and_a_cancellation_is_none(self) -> None:
+        async def leave(exc: BaseException) -> None:
+            raise exc
+
+        async def done() -> int:
+            handle.cancel()
+            return 1
+
+        async def never() -> None:
+            self.fail("it was cancelled before it began")
+
+        spans = Spans()
+        app = Stario(spans)
+        async with app.running():
+            for exc in (SystemExit(3), KeyboardInterrupt(), GeneratorExit()):
+                with self.assertRaises(type(exc)):
+                    await within(asyncio.wrap_future(app.background(leave(exc))))
+                self.assertEqual(spans.ended[-1].error, f"{type(exc).__name__}: {exc}")
+            handle = app.background(done())
+            app.background(never()).cancel()
+            await until(lambda: spans.ended[-1].name.endswith("done"))
+            self.assertIsNone(spans.ended[-1].error)
+        self.assertFalse([span for span in spans.ended if span.name.endswith("never")])
+
+    async def test_work_that_a_lifespan_starts_ends_before_what_it_uses(self) -> None:
+        seen, begun, broken = list[str](), asyncio.Event(), [ValueError("broken")]
+
+        async def job(name: str) -> None:
+            begun.set()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                seen.append(name)
+
+        @asynccontextmanager
+        async def first(app: Stario) -> AsyncIterator[None]:
+            app.background(job("early"))
+            await begun.wait()
+            begun.clear()
+            try:
+                yield
+            finally:
+                seen.append("left")
+                app.background(job("late"))
+                await begun.wait()
+                not_begun.append(app.background(job("never")))
+                await asyncio.sleep(0)
+
+        @asynccontextmanager
+        async def second(app: Stario) -> AsyncIterator[None]:
+            if broken:
+                raise broken.pop()
+            yield
+
+        for _ in range(2):
+            seen.clear()
+            begun.clear()
+            not_begun = list[Any]()
+            app = Stario()
+            app.lifespan(first)
+            app.lifespan(second)
+            with suppress(ValueError):
+                async with app.running():
+                    pass
+            self.assertEqual(seen, ["early", "left", "late"])
+            self.assertTrue(not_begun[0].cancelled())
 
     async def test_mistakes_are_told(self) -> None:
         async def job() -> None: ...
