@@ -7554,12 +7554,13 @@ class Assets:
 
     async def _find(self, name: str) -> _File | None:
         """As `file`, but a large one is read in a thread, so that others do not wait for it."""
-        known = self._current(name)
-        if known is None and self._root is not None:
+        known, large = self._current(name), False
+        if known is None:
             with suppress(OSError, ValueError):  # `_load` looks closer
-                if os.stat(f"{self._root}/{name}").st_size > _IN_MEMORY:
-                    return await self._once(name, lambda: self.file(name))
-        return known or self._load(name)
+                large = os.stat(f"{self._root}/{name}").st_size > _IN_MEMORY
+        return (
+            await self._once(name, lambda: self.file(name)) if large else known or self._load(name)
+        )
 
     async def _once(self, key: object, work: Callable[[], T]) -> T:
         """Do work in a thread. Who asks for the same meanwhile, on this loop, gets its result."""
@@ -8386,7 +8387,8 @@ class _StreamTracer(Tracer):
     def _write_all(self, ending: bool) -> None:
         """Take what is in the queue, and write it."""
         taken = self._queue[:]
-        del self._queue[: len(taken)]
+        entries = len(taken)
+        del self._queue[:entries]
         drops = next(self._drops)
         missing, self._lost, self._seen = self._lost + drops - self._seen, 0, drops + 1
         if missing:
@@ -8402,7 +8404,7 @@ class _StreamTracer(Tracer):
             except Exception:  # it cannot be shown; the others can
                 self._lost += 1
         if not self._write(self._compose(ending)):
-            self._lost += missing + len(taken) - bool(missing)
+            self._lost += missing + entries
         if ending and self._lost:
             self._complain(self._lost)
 
