@@ -8281,12 +8281,11 @@ class _StreamTracer(Tracer):
         """`stream` is standard output by default. With a `logging_level`, what the program logs
         during a request, from that level on, becomes an event of it while the tracer's `with` runs.
         """
-        self._stream = sys.stdout if stream is None else stream
         if stream is not None and not (hasattr(stream, "write") and hasattr(stream, "flush")):
             raise StarioError(f"a tracer needs a stream like sys.stdout, not {stream!r}")
-        self._logging_level = (
-            None if logging_level is None else logging.Handler(logging_level).level
-        )
+        self._stream = sys.stdout if stream is None else stream
+        level = logging_level
+        self._logging_level = None if level is None else logging.Handler(level).level
         self._logging: _LogToSpan | None = None
         self._renew()
         _stream_tracers.add(self)
@@ -8409,11 +8408,15 @@ class _StreamTracer(Tracer):
             self._complain(self._lost)
 
     def _write(self, text: str) -> bool:
+        """Write whole lines, some at a time, so that a slow stream does not look stalled."""
+        start = 0
         try:
-            for start in range(0, len(text) if self._stream else 0, 65536):
+            while start < len(text) and self._stream is not None:
                 self._writes_since = time.monotonic()
-                _write_any(self._stream, text[start : start + 65536])
+                end = text.find("\n", start + 65536) + 1 or len(text)
+                _write_any(self._stream, text[start:end])
                 self._stream.flush()
+                start = end
         except Exception:  # the disk is full, the stream is closed, or its own `write` fails
             return False
         finally:
@@ -8672,7 +8675,7 @@ class RichTracer(_StreamTracer):
     # -- In the tracer's thread: what happens to spans
 
     def _longest_wait(self) -> float | None:
-        return 0.05 if self._open or self._summed else None
+        return 0.05 if self._open or self._summed else None  # Enter, held down, comes each 0.033
 
     def _span_started(self, span: Span) -> None:
         parent = self._open.get(span.parent_id or "")
