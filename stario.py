@@ -8263,6 +8263,7 @@ def _log_fault(text: str, exc: BaseException) -> None:
 #     it writes                                20,000, which is never
 
 _LONGEST_QUEUE = 20_000  # entries; more are dropped, and counted
+_STALLED = 1.0  # seconds after which a stream that takes nothing is not waited for
 _Queued = str | tuple[Any, ...]  # a text, or a function and its arguments
 
 
@@ -8345,8 +8346,7 @@ class _StreamTracer(Tracer):
             self._started.release()
 
     def _stalls(self) -> bool:
-        """Whether the stream has taken nothing for a second."""
-        return 0 < self._writes_since < time.monotonic() - 1
+        return 0 < self._writes_since < time.monotonic() - _STALLED
 
     def _close(self) -> None:
         """Write what is left, unless the stream stalls. What comes later begins anew."""

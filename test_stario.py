@@ -9805,7 +9805,7 @@ class TestTelemetry(unittest.TestCase):
     def test_what_a_program_prints_is_never_dropped_at_a_terminal_that_takes_it(self) -> None:
         terminal = Terminal(
             self,
-            "    stario._LONGEST_QUEUE = 200\n"
+            "    stario._LONGEST_QUEUE, stario._STALLED = 200, 60\n"  # the screen may be slow
             "    stream = tracer('stream')\n"
             "    print(*range(3000), sep='\\n')\n"
             "    sys.stdout.writelines(f'{n}\\n' for n in range(3000, 4000))\n",
