@@ -7532,10 +7532,8 @@ class Assets:
             for name, text in source.items():
                 data = text.encode("utf-8", "replace") if isinstance(text, str) else text
                 if not (isinstance(name, str) and isinstance(data, bytes)) or name[:1] in ("", "/"):
-                    raise StarioError(
-                        f"assets: {name!r} is a {type(text).__name__}; a dict is from names, such "
-                        'as "css/style.css", to text or bytes'
-                    )
+                    example = '{"css/style.css": "..."} is needed, with text or bytes'
+                    raise StarioError(f"assets: {example}, not {{{name!r}: {text!r:.40}}}")
                 self._files[name] = _file_of(name, data)
         else:
             try:
