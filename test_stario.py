@@ -8172,13 +8172,15 @@ class TestForms(AsyncTest):
 
 
 class TestTrustedProxies(HttpTest):
+    tracer: Tracer | None = None
+
     async def asked(self, trusted: list[str], *lines: str, **options: Any) -> Any:
         """What `c.req` says of who asks for http://own.example:8000/a%20b?c=d, with these lines."""
 
         async def show(c: Context, w: Writer) -> None:
             w.json([c.req.client, c.req.scheme, c.req.host, c.req.url])
 
-        app = Stario()
+        app = Stario(self.tracer)
         app.get("/{name}", show)
         head = "".join(f"{line}\r\n" for line in ("Host: own.example:8000", *lines))
         request = f"GET /a%20b?c=d HTTP/1.1\r\n{head}Connection: close\r\n\r\n"
@@ -8252,6 +8254,14 @@ class TestTrustedProxies(HttpTest):
         self.assertEqual(await self.asked(trusted, "X-Forwarded-Host: a b"), 400)
         many = "X-Forwarded-For: " + "10.0.0.1," * 3000
         self.assertEqual((await self.asked(trusted, many))[0], "10.0.0.1")
+
+    async def test_a_traced_app_answers_the_same(self) -> None:
+        self.tracer = spans = Spans()
+        for line in ("X-Forwarded-Host: a b", "Forwarded: for=6.6.6.6\r\nX-Forwarded-For: 6.6.6.7"):
+            self.assertEqual(await self.asked(["127.0.0.1"], line), 400)
+            self.assertNotIn("client.address", spans.ended.pop().attributes)
+        await self.asked(["127.0.0.1"], "X-Forwarded-For: 6.6.6.6")
+        self.assertEqual(spans.ended.pop().attributes["client.address"], "6.6.6.6")
 
     async def test_what_is_no_proxy_is_refused(self) -> None:
         for wrong in ("127.0.0.1", ["localhost"], ["*"], ["10.0.0.0/99"], [None], [7], True):
