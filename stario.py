@@ -59,38 +59,38 @@ brackets can be left out of your copy: `python stario.py --without assets,client
         322  3. HTML: elements are strings
         684  4. JSON
         790  5. The request: headers, query, cookies, body
-       1270  6. The answer: status, fields, body
-       1696  7. Context and routing
-       2138  8. The app
-     2328  ACT 2. On the network
-       2336  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3382  10. The server
-       4187  11. Trying it without a network: the test client [testclient]
-     4631  ACT 3. Live
-       4680  12. Datastar: attributes and actions
-       5209  13. Streams: events, and staying with a client
-       5734  14. Relay: publish and subscribe
-     6061  ACT 4. For real
-       6068  15. Signals: from JSON to your dataclass
-       6801  16. Forms [forms]
-       6998  17. Behind a proxy
-       7102  18. Compression [compression]
-       7300  19. Static files [assets]
-       7842  20. Telemetry: spans, and who hears of them
-       8414  21. JsonTracer: for log collectors [json]
-       8489  22. RichTracer: for people [rich]
-       8944  23. Sessions [sessions]
-       9055  24. What lives as long as the server
-       9146  25. @baked
-       9400  26. ASGI: the same app under another server [asgi]
-       9620  27. RedisRelay: the same between processes and machines [redis]
-       9862  28. Reload: a saved file restarts the app [reload]
-      10013  29. Development: what went wrong, shown where one looks [development]
-      10126  30. What is refused
-    10380  ACT 5. The pocket client
-      10423  31. The pocket client (JavaScript) [client]
-      11774  32. This file as a page [read]
-      11960  33. An app to begin with
+       1269  6. The answer: status, fields, body
+       1695  7. Context and routing
+       2137  8. The app
+     2327  ACT 2. On the network
+       2335  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
+       3381  10. The server
+       4186  11. Trying it without a network: the test client [testclient]
+     4630  ACT 3. Live
+       4679  12. Datastar: attributes and actions
+       5208  13. Streams: events, and staying with a client
+       5733  14. Relay: publish and subscribe
+     6060  ACT 4. For real
+       6067  15. Signals: from JSON to your dataclass
+       6800  16. Forms [forms]
+       6997  17. Behind a proxy
+       7104  18. Compression [compression]
+       7314  19. Static files [assets]
+       7876  20. Telemetry: spans, and who hears of them
+       8471  21. JsonTracer: for log collectors [json]
+       8548  22. RichTracer: for people [rich]
+       9009  23. Sessions [sessions]
+       9119  24. What lives as long as the server
+       9222  25. @baked
+       9476  26. ASGI: the same app under another server [asgi]
+       9696  27. RedisRelay: the same between processes and machines [redis]
+       9938  28. Reload: a saved file restarts the app [reload]
+      10089  29. Development: what went wrong, shown where one looks [development]
+      10202  30. What is refused
+    10456  ACT 5. The pocket client
+      10499  31. The pocket client (JavaScript) [client]
+      11850  32. This file as a page [read]
+      12036  33. An app to begin with
 
 READING PATH
 
@@ -98,20 +98,20 @@ Two hours, for a reader who wants to know how it works, not all that it does. Re
 
       333-346    `SafeString`  an element is a string
       648-677    `Tags`  `h.P` makes one
-     1050-1231   `Request`  what a client asks for
-     1281-1349   `Carrier`  what brings the answer back
-     1423-1609   `_RawWriter`  the answer
-     1714-1809   `Context`  what a handler gets beside it
-     1898-1913   `_Tree.find`  from a path to a handler
-     2245-2279   `_App.dispatch`  one request from end to end
-     2695-2812   `_Reader`  bytes to requests
-     3132-3378   `Connection`  one connection, many requests
-     3808-3826   `Server.start`  listening
-     3935-3952   `Server.stop`  ending without losing a request
-     5360-5473   `_EventWriter`  events
-     5562-5631   `_Scope`  how a disconnect reaches a handler
-     5658-5730   `Alive`  staying with a client
-     5904-6011   `Relay`  from one handler to another
+     1050-1230   `Request`  what a client asks for
+     1280-1348   `Carrier`  what brings the answer back
+     1422-1608   `_RawWriter`  the answer
+     1713-1808   `Context`  what a handler gets beside it
+     1897-1912   `_Tree.find`  from a path to a handler
+     2244-2278   `_App.dispatch`  one request from end to end
+     2694-2811   `_Reader`  bytes to requests
+     3131-3377   `Connection`  one connection, many requests
+     3807-3825   `Server.start`  listening
+     3934-3951   `Server.stop`  ending without losing a request
+     5359-5472   `_EventWriter`  events
+     5561-5630   `_Scope`  how a disconnect reaches a handler
+     5657-5729   `Alive`  staying with a client
+     5903-6010   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no

@@ -1963,7 +1963,7 @@ class TestWriter(AsyncTest):
             w.headers.set("x-note", "content-encoding: none; no-transform")
             w.text("x" * 1000)
 
-        off = {"app": {"compression": CompressionConfig(gzip_level=-1)}}
+        off: dict[str, Any] = {"app": {"compression": CompressionConfig(gzip_level=-1)}}
         for handler, options, coding in (
             (small, {}, None), (image, {}, None), (own, {}, "x-own"), (forbidden, {}, None),
             (plain, off, None), (plain, {}, "gzip"),
