@@ -4729,13 +4729,17 @@ def s(text: object) -> str:
 
 def js(mapping: Mapping[str, object] | None = None, /, **expressions: object) -> str:
     """A JavaScript object whose values are expressions: `js(total="$a + $b")`."""
-    if mapping is not None and not isinstance(mapping, Mapping):
-        raise StarioError(f"give a dict from names to expressions in place of {mapping!r}")
+    _check_expressions(mapping or {})
     pairs = {
         '["__proto__"]' if name == "__proto__" else s(name): _code(code)
         for name, code in {**(mapping or {}), **expressions}.items()
     }
     return "{" + ", ".join(f"{name}: {code}" for name, code in pairs.items()) + "}"
+
+
+def _check_expressions(mapping: object) -> None:
+    if not isinstance(mapping, Mapping):
+        raise StarioError(f"give a dict from names to expressions in place of {mapping!r}")
 
 
 def _code(value: object) -> str:
@@ -4755,7 +4759,7 @@ def _signal_name(name: str) -> str:
 
 
 Duration = int | float | str  # whole seconds; seconds with a fraction; or "250ms" as it is
-Timing = Duration | tuple[Any, ...]  # (0.5, "leading") adds the client's own flags
+Timing = Duration | tuple[Any, ...]  # (0.5, "leading") adds flags of `_TIMES`
 Pattern = str | re.Pattern[str] | None  # a regular expression, run by the browser; None fits all
 Expression = str | bool | int | float  # JavaScript; what is no text is written as JavaScript
 
@@ -4787,9 +4791,9 @@ class Modifiers(TypedDict, total=False):
 
 def _duration(name: str, value: Duration) -> str:
     """`2s` for 2, `500ms` for 0.5: a dot would begin the next flag, so there is no `0.5s`."""
-    if isinstance(value, str) and re.fullmatch(r"\d{1,9}(ms|s)", value):
+    if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}(ms|s)", value):
         return value
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
+    if isinstance(value, str) or not _is_number(value):
         raise StarioError(f"{name}={value!r} is no duration: write seconds (0.5), or '500ms'")
     if value >= (1000 if name == "duration" else 100):  # hardly seconds
         raise StarioError(
@@ -4797,6 +4801,10 @@ def _duration(name: str, value: Duration) -> str:
             f"'{value}s' if it is right"
         )
     return f"{round(value * 1000)}ms" if isinstance(value, float) else f"{value}s"
+
+
+def _is_number(value: object) -> bool:
+    return type(value) in (int, float) and 0 <= cast(float, value) < math.inf
 
 
 def _kebab(name: str) -> str:
@@ -4808,43 +4816,59 @@ def _modifier(name: str, value: object) -> str:
     """`__once` for True, nothing for False, `__debounce.500ms.leading` for (0.5, "leading")."""
     if value is None or value is False:
         return ""
-    if value is True:
-        return f"__{name}"
-    if name not in _MODIFIERS_WITH_VALUE:
-        raise StarioError(f"{name}={value!r}: write {name}=True")
     if name == "threshold":
-        if isinstance(value, int) and 0 <= value <= 100:
+        if type(value) is int and 0 <= value <= 100:
             return f"__threshold.{value}"
         raise StarioError(f"threshold={value!r}: a whole number of percent, 0 to 100")
-    first, *flags = value if isinstance(value, tuple) else (value,)
-    for flag in flags:
-        _check_word(f"flag of {name}", flag, _FLAGS)
-    return ".".join((f"__{name}", _duration(name, first), *flags))
+    if name in _TIMES:
+        given: Any = value if isinstance(value, tuple) and value and _TIMES[name] else (value,)
+        for flag in given[1:]:
+            _check_word(f"flag of {name}", flag, _TIMES[name])
+        return ".".join((f"__{name}", _duration(name, given[0]), *given[1:]))
+    if value is not True:
+        raise StarioError(f"{name}={value!r}: write {name}=True")
+    return f"__{name}"
 
 
-_MODIFIERS_WITH_VALUE = ("threshold", "duration", "delay", "debounce", "throttle")
-# Whether the event at the beginning (leading) or at the end (trailing) of the time counts.
-_FLAGS = ("leading", "notrailing", "noleading", "trailing")
+# The modifiers that are times, and the flags that one may have: whether the event at the beginning
+# (leading) or at the end (trailing) of the time counts, where that differs from the usual.
+_TIMES: dict[str, tuple[str, ...]] = {
+    "delay": (), "duration": ("leading",), "debounce": ("leading", "notrailing"),
+    "throttle": ("noleading", "trailing"),
+}  # fmt: skip
+_TIMING = ("delay", "debounce", "throttle", "viewtransition")
+_MODIFIERS = {  # by attribute; the client passes over those of others without a word
+    "data-on": ("once", "passive", "capture", "window", "document", "outside", "prevent", "stop",
+                *_TIMING),
+    "data-on-intersect": ("once", "exit", "half", "full", "threshold", *_TIMING),
+    "data-on-interval": ("duration", "viewtransition"),
+    "data-on-signal-patch": ("delay", "debounce", "throttle"),
+    "data-init": ("delay", "viewtransition"),
+}  # fmt: skip
 
 
 def _attribute_name(start: str, modifiers: Mapping[str, object]) -> str:
     """`data-on:click__once` for `data-on:click` and `{"once": True}`."""
     if not modifiers:
         return start
-    known = Modifiers.__annotations__
+    kind = start.partition(":")[0]
+    known = _MODIFIERS[kind]
     for name in modifiers:
-        _check_word("modifier", name, known)
+        _check_word(f"modifier of {kind}", name, known)
     return start + "".join(_modifier(name, modifiers[name]) for name in known if name in modifiers)
 
 
 @lru_cache(maxsize=256)
 def _event_name(event: str) -> str:
     """`data-on:user-saved__case.camel`: the client turns `user-saved` back into `userSaved`."""
-    if not isinstance(event, str) or not 0 < len(event) <= 100:  # (the cache holds short ones)
-        raise StarioError(f"{str(event)[:60]!r} is no event's name: one of at most 100 characters")
+    if not 0 < len(event) <= 100:  # (the cache holds short ones)
+        raise StarioError(f"{event[:60]!r} is no event's name: one of at most 100 characters")
     if event.lower() in ("onclick", "onsubmit", "oninput", "onchange", "onkeydown"):
         raise StarioError(f"no event {event!r}: without 'on', {event[2:].lower()!r}")
     kebab = _kebab(event)
+    back = re.sub("-[a-z]", lambda found: found[0][1].upper(), kebab)
+    if "__" in event or (kebab != event and back[1:] != event[1:]):
+        raise StarioError(f"the event {event!r} cannot be named in an attribute: rename it")
     case = "" if kebab == event else "__case.pascal" if event[0].isupper() else "__case.camel"
     return f"data-on:{kebab}{case}"
 
@@ -4852,12 +4876,14 @@ def _event_name(event: str) -> str:
 def _regex(pattern: str | re.Pattern[str]) -> str:
     """A JavaScript literal, `/^user\\./i`: what would end it or be rewritten is escaped."""
     text, flags = pattern, ""
-    if isinstance(pattern, re.Pattern):
+    if isinstance(pattern, re.Pattern) and isinstance(pattern.pattern, str):
         text = re.sub(r"^\(\?[aimsux]+\)", "", pattern.pattern)  # `(?i)`: also in its flags
         flags = "".join(letter for flag, letter in _REGEX_FLAGS.items() if pattern.flags & flag)
         if pattern.flags & re.VERBOSE:
             raise StarioError("a browser knows no re.VERBOSE: write the pattern without it")
-    return f"/{_REGEX_SPECIAL.sub(_regex_escape, str(text)) or '(?:)'}/{flags}"
+    if not isinstance(text, str):
+        raise StarioError(f"{pattern!r} is no pattern: give a regular expression as text")
+    return f"/{_REGEX_SPECIAL.sub(_regex_escape, str.__str__(text)) or '(?:)'}/{flags}"
 
 
 _REGEX_FLAGS = {re.IGNORECASE: "i", re.MULTILINE: "m", re.DOTALL: "s"}
@@ -4904,6 +4930,9 @@ class DataAttributes:
         the events, one or several, after which it is read.
         """
         events = [event] if isinstance(event, str) else list(event or ())
+        for tag in (_kebab(prop or "-"), *events):
+            if not re.fullmatch(r"[^A-Z\s._]+", tag):
+                raise StarioError(f"{tag!r} cannot be named in an attribute: small letters only")
         name = f"data-bind__prop.{_kebab(prop)}" if prop else "data-bind"
         return {".".join((name + "__event" * bool(events), *events)): _signal_name(signal)}
 
@@ -4929,6 +4958,7 @@ class DataAttributes:
 
     def computed(self, signals: Mapping[str, Expression]) -> Attributes:
         """Signals that are computed from others: `{"total": "$price * $count"}`."""
+        _check_expressions(signals)
         pairs = {_signal_name(name): f"() => ({_code(code)})" for name, code in signals.items()}
         return {"data-computed": js(pairs)}
 
@@ -4942,7 +4972,8 @@ class DataAttributes:
 
     def on(self, event: str, expression: Expression, **modifiers: Unpack[Modifiers]) -> Attributes:
         """Run the expression at an event: `data.on("click", at.post("/click"), debounce=0.5)`."""
-        return {_attribute_name(_event_name(event), modifiers): _code(expression)}
+        start = _event_name(event if isinstance(event, str) else "")
+        return {_attribute_name(start, modifiers): _code(expression)}
 
     def on_intersect(self, expression: Expression, **modifiers: Unpack[Modifiers]) -> Attributes:
         """Run the expression when the element scrolls into view (or out, with `exit`)."""
@@ -4998,12 +5029,16 @@ class DataAttributes:
 data = DataAttributes()
 
 
+PatchMode = Literal["outer", "inner", "replace", "prepend", "append", "before", "after", "remove"]
+_PATCH_WORDS = {"mode": typing.get_args(PatchMode), "namespace": ("html", "svg", "mathml")}
+
+
 class ResponseOverrides(TypedDict, total=False):
     """Where to patch an answer that is no stream of events; overrides its `datastar-*` fields."""
 
     selector: str
-    mode: str
-    namespace: str
+    mode: PatchMode  # see `w.patch` (part 13)
+    namespace: Literal["html", "svg", "mathml"]
     use_view_transition: bool
     only_if_missing: bool  # of signals
 
@@ -5095,8 +5130,9 @@ at = Actions()
 def _request(method: str, url: str, queries: Queries, options: RequestOptions) -> str:
     if _baking.get() and (mark := _mark_for(_request, method, url, queries, options)):
         return mark
-    if not isinstance(url, str) or isinstance(queries, str):
-        raise StarioError(f"write at.{method}('/x', {{'id': 3}}), not with {url!r} and {queries!r}")
+    if not isinstance(url, str) or not (queries is None or hasattr(queries, "items")):
+        kinds = f"{type(url).__name__} and {type(queries).__name__}"
+        raise StarioError(f"an action takes its URL as text and its queries as a dict, not {kinds}")
     written = _request_options(method, options) if options else ""
     size = len(url) + len(written)
     pairs: list[str] = []  # names and values in turn
@@ -5111,10 +5147,10 @@ def _request(method: str, url: str, queries: Queries, options: RequestOptions) -
 
 def _texts(name: str, value: object) -> list[str]:
     """The texts of one query parameter: several for a list, none for None."""
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [text for item in value for text in _texts(name, item)]
-    if isinstance(value, (Mapping, bytes)):
+    if isinstance(value, (Mapping, bytes, bytearray)):
         raise StarioError(f"{type(value).__name__} cannot be in a query (as {name!r}): give text")
+    if isinstance(value, Iterable) and not isinstance(value, (str, enum.Enum)):
+        return [text for item in value for text in _texts(name, item)]
     return [] if value is None else [_as_text(value)]
 
 
@@ -5156,13 +5192,14 @@ def _option(name: str, value: Any) -> str:
     if name == "response_overrides":
         for key in value:
             _check_word("override", key, ResponseOverrides.__annotations__)
+            _check_word(key, value[key], _PATCH_WORDS.get(key, (value[key],)))
         return _script_json({_camel(key): item for key, item in value.items()})
-    words = _OPTION_WORDS.get(name, ())
-    is_code = name == "payload" or (name == "request_cancellation" and value not in words)
-    is_word = isinstance(value, str) and re.fullmatch(r"[\w-]*", value) is not None
-    if words and (is_word or not is_code):  # (a lone word that is not known is no expression)
-        _check_word(name, value, words)
-    if name.startswith("retry_") and (isinstance(value, (bool, str)) or not 0 <= value < math.inf):
+    # (a lone word that is not known is no expression)
+    is_expression = isinstance(value, str) and re.search(r"[^\w-]", value) is not None
+    is_code = name == "payload" or (name == "request_cancellation" and is_expression)
+    if name in _OPTION_WORDS and not is_code:
+        _check_word(name, value, _OPTION_WORDS[name])
+    if name.startswith("retry_") and not _is_number(value):
         raise StarioError(f"{name}={value!r}: a number, 0 or more")
     return _code(value) if is_code else _script_json(value)
 
@@ -5260,8 +5297,6 @@ def _one_line(value: object) -> str:
     return text
 
 
-PatchMode = Literal["outer", "inner", "replace", "prepend", "append", "before", "after", "remove"]
-_PATCH_MODES = typing.get_args(PatchMode)
 # HTML whose first element the client finds without a selector: by its id, or since a page has only
 # one <html>, <head> and <body>. What it does not find changes nothing.
 _HAS_PLACE = re.compile(r"\s*<(!|(html|head|body)(?![^\s>/])|[a-z][^>]*\sid\s*=)", re.IGNORECASE)
@@ -5302,8 +5337,8 @@ def _patch_data(
     view_transition_selector: str | None = None,
 ) -> bytes:
     """The data lines of `datastar-patch-elements`."""
-    _check_word("patch mode", mode, _PATCH_MODES)
-    _check_word("namespace", "html" if namespace is None else namespace, ("html", "svg", "mathml"))
+    _check_word("patch mode", mode, _PATCH_WORDS["mode"])
+    _check_word("namespace", namespace or "html", _PATCH_WORDS["namespace"])
     if not selector and mode not in ("outer", "replace"):
         raise StarioError(f"mode {mode!r} needs a selector: only outer and replace do without")
     has_id = html.find(" id=", 0, html.find(">")) > 0  # the usual case: no expression needed

@@ -5854,8 +5854,12 @@ class TestBuildersWriteWhatWasMeant(unittest.TestCase):
     def test_values_that_are_equal_but_not_the_same_stay_apart(self) -> None:
         for values in ((1, True, 1.0), (True, 1.0, 1), (1.0, 1, True)):
             for value in values:
-                expected = {int: ".1s", float: ".1000ms", bool: ""}[type(value)]
-                name = f"data-on:scroll__throttle{expected}"
+                expected = {int: "1s", float: "1000ms"}.get(type(value))
+                if expected is None:
+                    with self.assertRaises(StarioError):
+                        data.on("scroll", "x()", throttle=value)
+                    continue
+                name = f"data-on:scroll__throttle.{expected}"
                 self.assertEqual(data.on("scroll", "x()", throttle=value), {name: "x()"})
         for pair in ((1, "trailing"), (1.0, "trailing")):
             expected = "1s" if type(pair[0]) is int else "1000ms"
@@ -5956,6 +5960,29 @@ class TestBuildersWriteWhatWasMeant(unittest.TestCase):
             ("'prevent'", lambda: data.on("click", "x()", prevnt=True)),  # type: ignore[call-arg]
             ("'click'", lambda: data.on("onclick", "x()")),
             ("name", lambda: data.on("", "x()")),
+            ("name", lambda: data.on(["keyup", "blur"], "x()")),  # type: ignore[arg-type]
+            ("rename", lambda: data.on("my__event", "x()")),
+            ("rename", lambda: data.on("my-ownEvent", "x()")),
+            ("delay=True", lambda: data.init("x()", delay=True)),
+            ("seconds", lambda: data.on("input", "x()", debounce=True)),
+            ("seconds", lambda: data.on("input", "x()", throttle=())),
+            ("seconds", lambda: data.on("input", "x()", delay=(1, "leading"))),  # type: ignore[arg-type]
+            ("500ms", lambda: data.on("input", "x()", delay="٥s")),
+            ("percent", lambda: data.on_intersect("x()", threshold=True)),
+            ("'leading'", lambda: data.on("input", "x()", throttle=(1, "leading"))),
+            ("of data-init", lambda: data.init("x()", once=True)),
+            ("of data-on-interval", lambda: data.on_interval("x()", debounce=1)),
+            ("of data-on 'half'", lambda: data.on("scroll", "x()", half=True)),
+            ("small letters", lambda: data.bind("a", event=["input", "valueChanged"])),
+            ("small letters", lambda: data.bind("a", prop="x.y")),
+            ("dict", lambda: data.computed(["a"])),  # type: ignore[arg-type]
+            ("pattern", lambda: at.get("/x", include=["a", "b"])),  # type: ignore[typeddict-item]
+            ("pattern", lambda: at.toggle_all(exclude=re.compile(b"a"))),  # type: ignore[arg-type]
+            ("'inner'", lambda: at.get("/x", response_overrides={"mode": "iner"})),  # type: ignore[typeddict-item]
+            ("retry_max_wait_ms", lambda: at.get("/x", retry_max_wait_ms=[1])),  # type: ignore[typeddict-item]
+            ("cleanup", lambda: at.get("/x", request_cancellation=True)),  # type: ignore[typeddict-item]
+            ("text", lambda: at.get(None)),  # type: ignore[arg-type]
+            ("dict", lambda: at.get("/x", [("a", 1)])),  # type: ignore[arg-type]
         ]
         for word, make in wrong:
             with self.subTest(word), self.assertRaisesRegex(StarioError, word):
@@ -6059,7 +6086,7 @@ class Place(NamedTuple):
 
 class TestActionQueries(unittest.TestCase):
     def test_a_value_that_is_a_sequence_comes_once_for_each_item(self) -> None:
-        for value in ([1, 2], (1, 2), Place(1, 2)):
+        for value in ([1, 2], (1, 2), Place(1, 2), range(1, 3), iter("12"), {1: 0, 2: 0}.keys()):
             self.assertEqual(at.get("/x", {"p": value}), "@get('/x?p=1&p=2')")
 
     def test_the_parameters_of_a_request_can_be_passed_on(self) -> None:
@@ -6070,6 +6097,9 @@ class TestActionQueries(unittest.TestCase):
         values = (1, True, 1.0, Decimal("1.0"), "1")
         written = [at.get("/x", {"p": value}) for value in values]
         self.assertEqual(written, [f"@get('/x?p={value}')" for value in values])
+        self.assertEqual(
+            at.get("/x", {"p": re.RegexFlag.I}), "@get('/x?p=2')"
+        )  # (it can be iterated)
 
 
 # -- 13. Streams
