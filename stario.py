@@ -5543,9 +5543,11 @@ class Writer(_EventWriter):
         client has taken what was written. While a stream of events is silent, a comment is sent
         every `heartbeat` seconds.
         """
+        if not (heartbeat is None or _is_number(heartbeat)):
+            raise StarioError(f"heartbeat={heartbeat!r} is neither a number of seconds nor None")
         if every is not None:
-            if source is not None or every <= 0:
-                raise StarioError("alive takes a source, or every= with a number above 0")
+            if source is not None or not _is_number(every) or not every:
+                raise StarioError("alive takes a source, or every= with seconds above 0")
             source = _ticks(every)
         elif source is not None and not hasattr(source, "__aiter__"):
             raise StarioError(
@@ -5648,16 +5650,15 @@ class _Scope:
         return [scope for scope in self._entered if scope._task is self._task]
 
     def __exit__(self, kind: type[BaseException] | None, *exc: object) -> bool:
+        """True swallows the error: it is the cancellation by a scope, and by nobody else."""
+        scopes = self._of_task()
         self._entered.remove(self)
-        if kind is not asyncio.CancelledError and not self._interrupting:
-            return False
-        around = self._of_task()
-        interrupting = [scope for scope in (self, *around) if scope._interrupting]
-        if not interrupting:  # the error is somebody else's
-            return False
-        interrupting[0]._interrupting = False  # it is swallowed here; those around are next
+        interrupting = [scope for scope in scopes if scope._interrupting]  # one at most
+        if not interrupting or self._task.cancelling() <= self._cancels_before:
+            return False  # it was not interrupted in here
+        interrupting[0]._interrupting = False
         loop = self._task.get_loop()
-        for scope in around:
+        for scope in scopes:  # those around this one are next
             if scope._is_block:
                 loop.call_soon(scope._interrupt)
             else:
@@ -5705,6 +5706,7 @@ class Alive(Generic[T]):
             cast(AsyncIterable[T], _paced_rounds(writer)) if source is None else source
         )
         self._open = True  # the source has not been closed
+        self._loop = asyncio.get_running_loop()
         self._runs_since = time.monotonic()  # when other tasks were last let in
         writer._start_heartbeat(heartbeat)
 
@@ -5758,10 +5760,18 @@ class Alive(Generic[T]):
 
     def __del__(self) -> None:
         # After `break`, or an exception in the loop's body: Python tells an async iterator nothing
-        # but that nobody refers to it any more. CPython does so as soon as the loop is left.
+        # but that nobody refers to it any more. CPython does so as soon as the loop is left, or
+        # later if there is a cycle of references: from the collector, which runs in any thread.
         if aclose := self._close_source():
-            with suppress(RuntimeError):  # no loop runs any more
-                _keep(_spawn(aclose(), asyncio.get_running_loop()), _closing)
+            if asyncio._get_running_loop() is self._loop:
+                _close_later(aclose)
+            else:
+                with suppress(RuntimeError):  # that loop has been closed
+                    self._loop.call_soon_threadsafe(_close_later, aclose)
+
+
+def _close_later(aclose: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    _keep(asyncio.get_running_loop().create_task(aclose()), _closing)
 
 
 # ==================================================================================================
@@ -5963,10 +5973,9 @@ class Relay(Generic[T]):
         """
         if not patterns:
             raise StarioError("subscribe() needs a pattern; '*' is everything")
-        if overflow not in ("oldest", "latest", "close"):
-            raise StarioError(f"no overflow rule {overflow!r}: oldest, latest or close")
-        if maxsize < 1:
-            raise StarioError("maxsize must be at least 1")
+        _check_word("overflow rule", overflow, typing.get_args(Overflow))
+        if not isinstance(maxsize, int) or maxsize < 1:
+            raise StarioError(f"maxsize={maxsize!r}: a whole number of messages, at least 1")
         for pattern in patterns:
             if not isinstance(pattern, str):
                 raise StarioError(f"a pattern is text, not {pattern!r}: subscribe('a', 'b.*')")
@@ -6057,7 +6066,7 @@ def _table_and_key(pattern: str) -> tuple[int | None, str]:
 def _check_subject(subject: str) -> None:
     """Refuse a `*`: it may come from a user's text, and would make a pattern of the subject."""
     if not isinstance(subject, str):
-        raise StarioError(f"write publish('room.1', data), not with {subject!r} first")
+        raise StarioError(f"a subject is text, not {subject!r}: publish('room.1', message)")
     if "*" in subject:
         raise StarioError(f"{subject!r} cannot be published: only patterns have a '*'")
 

@@ -5976,11 +5976,11 @@ class TestBuildersWriteWhatWasMeant(unittest.TestCase):
             ("small letters", lambda: data.bind("a", event=["input", "valueChanged"])),
             ("small letters", lambda: data.bind("a", prop="x.y")),
             ("dict", lambda: data.computed(["a"])),  # type: ignore[arg-type]
-            ("pattern", lambda: at.get("/x", include=["a", "b"])),  # type: ignore[typeddict-item]
+            ("pattern", lambda: at.get("/x", include=["a", "b"])),  # type: ignore[arg-type]
             ("pattern", lambda: at.toggle_all(exclude=re.compile(b"a"))),  # type: ignore[arg-type]
-            ("'inner'", lambda: at.get("/x", response_overrides={"mode": "iner"})),  # type: ignore[typeddict-item]
-            ("retry_max_wait_ms", lambda: at.get("/x", retry_max_wait_ms=[1])),  # type: ignore[typeddict-item]
-            ("cleanup", lambda: at.get("/x", request_cancellation=True)),  # type: ignore[typeddict-item]
+            ("'inner'", lambda: at.get("/x", response_overrides={"mode": "iner"})),  # type: ignore[arg-type]
+            ("retry_max_wait_ms", lambda: at.get("/x", retry_max_wait_ms=[1])),  # type: ignore[arg-type]
+            ("cleanup", lambda: at.get("/x", request_cancellation=True)),  # type: ignore[arg-type]
             ("text", lambda: at.get(None)),  # type: ignore[arg-type]
             ("dict", lambda: at.get("/x", [("a", 1)])),  # type: ignore[arg-type]
         ]
@@ -6600,8 +6600,11 @@ class TestAlive(StreamTest):
         async with TestClient(self.app(handler)) as client, client.stream("GET", "/") as events:
             self.assertEqual([event.data async for event in events], ["1", "2", "3", "4"])
         self.assertGreaterEqual(time.monotonic() - before, 0.12)
-        for wrong in ({"every": 0}, {"every": 1, "source": self.source()}):
-            with self.assertRaisesRegex(StarioError, "alive takes a source, or every="):
+        for wrong in (
+            {"every": 0}, {"every": 1, "source": self.source()}, {"every": "0.5"},
+            {"every": math.nan}, {"heartbeat": -1}, {"heartbeat": "15"}, {"heartbeat": math.inf},
+        ):  # fmt: skip
+            with self.subTest(str(wrong)), self.assertRaisesRegex(StarioError, "seconds"):
                 Writer(Kept(), a_request(), CompressionConfig()).alive(**wrong)
 
     async def test_one_in_the_source_of_another_ends_first_and_both_clean_up(self) -> None:
@@ -6632,6 +6635,76 @@ class TestAlive(StreamTest):
             await peer.send(GET)
             await within(self.ready.wait())
         self.assertEqual(self.log, ["source closed", "inner", "middle", "outer"])
+
+    async def test_a_block_ends_though_something_in_it_has_swallowed_its_interruption(self) -> None:
+        async def patient() -> AsyncIterator[str]:
+            with suppress(asyncio.CancelledError):
+                async for text in self.source():
+                    yield text
+
+        async def failing() -> AsyncIterator[str]:
+            try:
+                async for text in self.source():
+                    yield text
+            except asyncio.CancelledError:
+                raise KeyError from None
+
+        async def looping(w: Writer, source: AsyncIterator[str]) -> None:
+            async for _ in w.alive(source):
+                pass
+
+        async def waiting(w: Writer, source: AsyncIterator[str]) -> None:
+            async with w.alive():
+                with suppress(asyncio.CancelledError):
+                    await anext(source)
+
+        for within_block, source in (
+            (looping, patient), (looping, failing), (waiting, self.source),
+        ):  # fmt: skip
+
+            async def handler(
+                c: Context, w: Writer, do: Any = within_block, s: Any = source
+            ) -> None:
+                async with w.alive():
+                    self.start(w)
+                    with suppress(KeyError):
+                        await do(w, s())
+                    self.log.append("in the block")
+                    await asyncio.Event().wait()
+                self.log.append("cleanup")
+
+            with self.subTest(f"{within_block} {source}"):
+                self.setUp()
+                log = await self.run_stream(handler, reset)
+                self.assertEqual(log, ["source closed", "in the block", "cleanup"])
+
+    async def test_a_source_that_is_collected_in_another_thread_is_closed_on_its_own_loop(
+        self,
+    ) -> None:
+        closed: asyncio.Queue[int] = asyncio.Queue()
+
+        class Source:
+            def __aiter__(self) -> Source:
+                return self
+
+            async def __anext__(self) -> int:
+                return 1
+
+            async def aclose(self) -> None:
+                closed.put_nowait(threading.get_ident())
+
+        async def collect() -> None:
+            gc.collect()
+
+        source = Source()  # (it is not collected: only the loop over it)
+        for work in (gc.collect, lambda: asyncio.run(collect())):
+            cycle: list[Any] = [Writer(Kept(), a_request(), CompressionConfig()).alive(source)]
+            cycle.append(cycle)
+            del cycle
+            thread = threading.Thread(target=work)
+            thread.start()
+            thread.join()
+            self.assertEqual(await within(closed.get()), threading.get_ident())
 
     async def test_cleanup_in_a_source_that_never_ends_is_ended(self) -> None:
         async def messages(w: Writer) -> AsyncIterator[str]:
@@ -7216,10 +7289,14 @@ class RelayPromises(AsyncTest):
                 relay.subscribe(wrong)
         with self.assertRaises(StarioError):
             relay.subscribe()
-        with self.assertRaises(StarioError):
-            relay.subscribe("a", overflow="newest")  # type: ignore[arg-type]
-        with self.assertRaises(StarioError):
-            relay.subscribe("a", maxsize=0)
+        with self.assertRaisesRegex(StarioError, "'latest'"):
+            relay.subscribe("a", overflow="lates")
+        for maxsize in (0, "5", None, 2.5):
+            with self.subTest(maxsize), self.assertRaisesRegex(StarioError, "maxsize"):
+                relay.subscribe("a", maxsize=cast("Any", maxsize))
+        for subject in (7, b"a", ["a"], None):
+            with self.subTest(subject), self.assertRaisesRegex(StarioError, "subject is text"):
+                relay.publish(cast("Any", subject), "data")
         self.assertTrue(is_empty(relay))
 
     async def test_a_refused_pattern_leaves_nothing_behind(self) -> None:
