@@ -6235,8 +6235,8 @@ class _Reading:
         self.notes: list[_Note] = []  # the first problems
         self.count = 0  # of all problems
         self.cause: Exception | None = None  # what a dataclass or a model has raised
-        self.union_depth = 0  # in how many unions the value is that is being read
-        self.tried: dict[tuple[int, int], _Outcome] = {}  # by union and value: see _union_reader
+        self.attempts = 0  # that are under way, one in the other
+        self.tried: dict[tuple[int, int], _Outcome] = {}  # by reader and value: see `attempt`
 
     @cached_property
     def trial(self) -> _Reading:
@@ -6281,15 +6281,28 @@ class _Reading:
         return found if self.count == before else _WRONG
 
     def attempt(self, read: Reader, value: object) -> _Outcome:
-        """Read a value, but give what is wrong with it instead of noting it."""
+        """Read a value, but give what is wrong with it instead of noting it.
+
+        If A and B both hold `A | B`, each level would be tried twice as often as the one around it.
+        So the outcome is kept until the outermost attempt is done, for a value that holds others.
+        """
+        key = id(read), id(value)
+        if key in self.tried:
+            return self.tried[key]
         before = self.notes, self.count, self.place
         self.notes, self.count = [], 0
+        self.attempts += 1
         try:
             found = read(value, self)
         except _Enough:
             found = _WRONG
+        self.attempts -= 1
         outcome = found, self.notes, self.count
         self.notes, self.count, self.place = before
+        if not self.attempts:
+            self.tried.clear()
+        elif _is_deep(value):
+            self.tried[key] = outcome
         return outcome
 
     def accept(self, outcome: _Outcome) -> Any:
@@ -6308,6 +6321,12 @@ class _Trial(_Reading):
         """Count it."""
         self.count += 1
         return _WRONG
+
+
+def _is_deep(value: Any) -> bool:
+    """Whether a list or an object holds others. One that does not is quickly read again."""
+    items = value.values() if isinstance(value, dict) else value
+    return any(type(item) in (dict, list) for item in items)
 
 
 Reader = Callable[[Any, _Reading], Any]
@@ -6383,7 +6402,8 @@ def _text_reader(name: str, least: int, make: Callable[[str], Any]) -> Reader:
     words = f"a {name} as text"
 
     def _read(value: Any, reading: _Reading) -> Any:
-        if isinstance(value, str) and least <= len(value) <= 100:
+        # (Python passes over a NUL at the end)
+        if isinstance(value, str) and least <= len(value) <= 100 and value.isprintable():
             try:
                 return make(value)
             except ValueError:
@@ -6429,7 +6449,11 @@ def _choice_reader(choices: Iterable[Any]) -> Reader:
     """`Literal` and enums: one of the choices (1 is not True), or else its text: "1" for 1."""
     pairs = [(item.value if isinstance(item, enum.Enum) else item, item) for item in choices]
     by_value = {(type(value), value): item for value, item in pairs if type(value) in _PLAIN}
-    by_text = {str(value): item for value, item in pairs}
+    by_text = {
+        text: item
+        for value, item in pairs
+        for text in ((value,) if isinstance(value, str) else (str(value), _shown(value)))
+    }
     words = _cut("one of " + ", ".join(_shown(value) for value, _ in pairs), 200)
 
     def _read(value: Any, reading: _Reading) -> Any:
@@ -6455,9 +6479,14 @@ class _Field(str):
     values: list[str]
 
 
-def _list_reader(make: Any, kinds: Sequence[Any], is_fixed: bool = False) -> Reader:
-    """A list, made into a list, set or tuple by `make`; if `is_fixed`, a type for each item."""
-    readers = [_reader(kind) for kind in kinds]
+# What types of lists are made into.
+_SHAPES: dict[Any, Any] = {
+    list: list, Sequence: list, Iterable: list, set: set, frozenset: frozenset, tuple: tuple,
+}  # fmt: skip
+
+
+def _list_reader(make: Any, readers: Sequence[Reader], is_fixed: bool) -> Reader:
+    """A list, made into a list, set or tuple by `make`; if `is_fixed`, a reader for each item."""
     words = f"a list of {len(readers)}" if is_fixed else "a list"
 
     def _read(value: Any, reading: _Reading) -> Any:
@@ -6470,25 +6499,26 @@ def _list_reader(make: Any, kinds: Sequence[Any], is_fixed: bool = False) -> Rea
         if items is _WRONG or make is list:
             return items
         if make is not tuple and not _can_be_hashed(items):
-            return reading.expected("a list whose values have different hashes", value)
+            return reading.expected("a list of values that a set can hold", value)
         return make(items)
 
     return _read
 
 
-def _dict_reader(key_kind: Any = str, kind: Any = Any) -> Reader:
+def _dict_reader(read_key: Reader = _read_str, read: Reader = _read_any) -> Reader:
     """An object with any names: names and values have a type each."""
-    read_key, reader = _reader(key_kind), _reader(kind)
 
     def _read(value: Any, reading: _Reading) -> Any:
         if not isinstance(value, dict):
             return reading.expected("an object", value)
-        keys = reading.read_each(zip(value, value, repeat(read_key)))
-        items = reading.read_each(zip(value, value.values(), repeat(reader)))
+        keys: Any = value
+        if read_key is not _read_str:
+            keys = reading.read_each(zip(value, value, repeat(read_key)))
+        items = reading.read_each(zip(value, value.values(), repeat(read)))
         if keys is _WRONG or items is _WRONG:
             return _WRONG
-        if key_kind is not str and not _can_be_hashed(keys):
-            return reading.expected("an object whose names have different hashes", value)
+        if keys is not value and not _can_be_hashed(keys):
+            return reading.expected("an object with names that a dict can hold", value)
         return dict(zip(keys, items, strict=True))
 
     return _read
@@ -6514,9 +6544,8 @@ def _can_be_hashed(items: Iterable[Any]) -> bool:
     return True
 
 
-def _fields_reader(schema: Any) -> Reader:
-    """A dataclass or a TypedDict: each field is read from the signal of its name."""
-    make, fields = typing.get_origin(schema) or schema, _fields_of(schema)
+def _record_reader(make: Any, fields: Sequence[tuple[str, Reader, bool]]) -> Reader:
+    """A dataclass or a TypedDict: each field has its name, its reader, and whether it must come."""
 
     def _read(value: Any, reading: _Reading) -> Any:
         if not isinstance(value, dict):
@@ -6552,80 +6581,78 @@ def _model_reader(model: Any) -> Reader:
     return _read
 
 
-def _choose_plain(value: Any, fitting: list[Reader], is_optional: bool, trial: _Reading) -> Any:
-    """Read a plain value by the first type that fits, or by one that need not convert it."""
-    first = _WRONG
-    for read in fitting:
-        found = read(value, trial)
-        if found is value:  # nothing had to be converted
-            return found
-        first = found if first is _WRONG else first
-    # An input that was left empty is None, if that is allowed, and neither False nor an error.
-    is_empty = value == "" and is_optional and (first is _WRONG or first is False)
-    return None if is_empty else first
+# -- Unions
 
 
-def _choose(value: Any, fitting: list[Reader], words: str, reading: _Reading) -> _Outcome:
-    """Read a list or an object by the first type that fits."""
-    # Outcomes where the value has the right shape, and what is wrong is inside of it. If there
-    # is one, it is the type that was meant, and its problems are the ones to show.
-    nearly = []
-    for read in fitting:
-        outcome = found, notes, _ = reading.attempt(read, value)
-        if found is not _WRONG:
-            return outcome
-        place, _, _, message = notes[0]
-        nearly += [outcome] if message or place is not reading.place else []
-    return nearly[0] if len(nearly) == 1 else (_WRONG, [(reading.place, words, value, "")], 1)
+def _optional_reader(read: Reader) -> Reader:
+    """`T | None`. An input that was left empty is None, and neither False nor an error."""
+
+    def _read(value: Any, reading: _Reading) -> Any:
+        if value is None:
+            return None
+        if value == "":
+            found = read(value, reading.trial)
+            return None if found is _WRONG or found is False else found
+        return read(value, reading)
+
+    return _read
 
 
-def _union_reader(options: tuple[Any, ...]) -> Reader:
+def _union_reader(kinds: Sequence[Any], readers: Sequence[Reader]) -> Reader:
     """`A | B`: the first type that fits; a value of one of the types stays as it is.
 
-    Only types that can take the value are tried. If A and B both hold `A | B`, each level would be
-    tried twice as often as the one around it: so the outcome for a value that holds others is kept
-    until the outermost union is done.
+    Only types that can take the value are tried: an object must have all names that one needs.
     """
-    kinds = [kind for kind in map(_bare, options) if kind is not types.NoneType]
-    readers = [_reader(kind) for kind in kinds]
     words = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds)
-    is_optional = len(kinds) < len(options)
-    exact = {kind: _READERS[kind] for kind in kinds if kind in (str, int, float, bool)}
-    readers_for = {  # those that can take a value, by the value's type
-        came: [
-            read for kind, read in zip(kinds, readers, strict=True) if came in _json_types_of(kind)
-        ]
+    options = list(zip(readers, map(_needed_names, kinds), strict=True))
+    pairs = list(zip(kinds, options, strict=True))
+    options_for = {  # those that can take a value, by the value's type
+        came: [option for kind, option in pairs if kind is came and came in _PLAIN]
+        or [option for kind, option in pairs if came in _json_types_of(kind)]
         for came in (*_PLAIN, list, dict)
     }
 
     def _read(value: Any, reading: _Reading) -> Any:
-        if value is None and is_optional:
-            return None
-        if len(readers) == 1 and value != "":
-            return readers[0](value, reading)
-        if type(value) in exact:
-            return exact[type(value)](value, reading)
-        fitting = readers_for.get(type(value), readers)
-        if not isinstance(value, (list, dict)):
-            found = _choose_plain(value, fitting, is_optional, reading.trial)
-            return reading.expected(words, value) if found is _WRONG else found
+        fitting = options_for.get(type(value), options)
         if len(fitting) == 1:
-            return fitting[0](value, reading)
-        key = id(_read), id(value)
-        if key in reading.tried:
-            return reading.accept(reading.tried[key])
-        reading.union_depth += 1
-        outcome = _choose(value, fitting, words, reading)
-        reading.union_depth -= 1
-        if not reading.union_depth:
-            reading.tried.clear()
-        elif _is_deep(value):
-            reading.tried[key] = outcome
-        return reading.accept(outcome)
-
-    # `fitting` are the readers that can take the value.
+            return fitting[0][0](value, reading)
+        choose = _choose if isinstance(value, (list, dict)) else _choose_plain
+        return choose(value, fitting, words, reading)
 
     return _read
+
+
+_Option = tuple[Reader, frozenset[str]]  # of a union: with the names that an object must have
+
+
+def _choose_plain(value: Any, options: Sequence[_Option], words: str, reading: _Reading) -> Any:
+    """Read a plain value by the first type that fits, or by one that need not convert it."""
+    first = _WRONG
+    for read, _ in options:
+        found = read(value, reading.trial)
+        if found is value:  # nothing had to be converted
+            return found
+        first = found if first is _WRONG else first
+    return reading.expected(words, value) if first is _WRONG else first
+
+
+def _choose(value: Any, options: Sequence[_Option], words: str, reading: _Reading) -> Any:
+    """Read a list or an object by the first type that fits."""
+    # Attempts where the value has the right shape, and what is wrong is inside of it. The one with
+    # the fewest problems is what was meant: its problems are shown.
+    near = []
+    for read, names in options:
+        if names and not names <= value.keys():
+            continue
+        outcome = found, notes, _ = reading.attempt(read, value)
+        if found is not _WRONG:
+            return found
+        place, _, _, message = notes[0]
+        near += [outcome] if message or place is not reading.place else []
+    near.sort(key=lambda outcome: outcome[2])
+    if near and (len(near) == 1 or near[0][2] < near[1][2]):
+        return reading.accept(near[0])
+    return reading.expected(words, value)
 
 
 def _json_types_of(kind: Any) -> tuple[Any, ...]:
@@ -6643,17 +6670,23 @@ def _json_types_of(kind: Any) -> tuple[Any, ...]:
     return (*_PLAIN, list, dict)
 
 
-def _is_deep(value: Any) -> bool:
-    """Whether a list or an object holds others. One that does not is quickly read again."""
-    items = value.values() if isinstance(value, dict) else value
-    return isinstance(value, (dict, list)) and any(type(item) in (dict, list) for item in items)
+def _needed_names(kind: Any) -> frozenset[str]:
+    """Names that an object must have, so that it may be a dataclass."""
+    origin = typing.get_origin(kind) or kind
+    fields = dataclasses.fields(origin) if dataclasses.is_dataclass(origin) else ()
+    return frozenset(field.name for field in fields if field.init and _has_no_default(field))
+
+
+def _has_no_default(field: dataclasses.Field[Any]) -> bool:
+    return field.default is field.default_factory is dataclasses.MISSING
+
+
+def _is_record(origin: Any) -> bool:
+    return dataclasses.is_dataclass(origin) or typing.is_typeddict(origin)
 
 
 # -- From types to readers
 
-_SHAPES: dict[Any, Any] = {
-    list: list, Sequence: list, Iterable: list, set: set, frozenset: frozenset, tuple: tuple,
-}  # fmt: skip
 _QUALIFIERS: set[Any] = {
     typing.Annotated, typing.Required, typing.NotRequired, typing.ClassVar, typing.Final,
     getattr(typing, "ReadOnly", typing.Final),
@@ -6667,17 +6700,21 @@ def _reader(kind: Any) -> Reader:
     if origin in _READERS:
         return _READERS[origin]
     if origin in (typing.Union, types.UnionType):
-        return _union_reader(arguments)
+        kinds = [bare for bare in map(_bare, arguments) if bare is not types.NoneType]
+        readers = list(map(_reader, kinds))
+        read = _union_reader(kinds, readers) if len(readers) > 1 else readers[0]
+        return read if len(kinds) == len(arguments) else _optional_reader(read)
     if origin is typing.Literal:
         return _choice_reader(arguments)
     if origin in _SHAPES:
         is_fixed = origin is tuple and kind is not tuple and arguments[-1:] != (Ellipsis,)
-        kinds = arguments if is_fixed else arguments[:1] or (Any,)
-        return _list_reader(_SHAPES[origin], kinds, is_fixed)
+        items = arguments if is_fixed else arguments[:1] or (Any,)
+        return _list_reader(_SHAPES[origin], list(map(_reader, items)), is_fixed)
     if origin in (dict, Mapping):
-        return _dict_reader(*arguments)
+        return _dict_reader(*map(_reader, arguments))
     if isinstance(kind, TypeVar):
-        return _reader(kind.__bound__ or Any)
+        among = typing.Union[kind.__constraints__] if kind.__constraints__ else Any  # noqa: UP007
+        return _reader(kind.__bound__ or among)
     if hasattr(origin, "__value__") or _is_record(origin):
         return _cached_reader(kind)
     if isinstance(origin, type):
@@ -6693,10 +6730,6 @@ def _no_schema(kind: Any) -> StarioError:
         f"signals cannot be read as {getattr(kind, '__name__', repr(kind))}: a schema is a "
         "dataclass, a TypedDict or a class with model_validate"
     )
-
-
-def _is_record(origin: Any) -> bool:
-    return dataclasses.is_dataclass(origin) or typing.is_typeddict(origin)
 
 
 def _cached_reader(kind: Any) -> Reader:
@@ -6725,7 +6758,8 @@ def _schema_reader(schema: Any, text: str) -> Reader:
             if hasattr(origin, "__value__"):  # `type Name = …`
                 made = _reader(_bind(origin.__value__, schema))
             else:
-                made = _fields_reader(schema) if _is_record(origin) else _reader(schema)
+                is_record = _is_record(origin)
+                made = _record_reader(origin, _fields_of(schema)) if is_record else _reader(schema)
         return made(value, reading)
 
     return _read
@@ -6758,15 +6792,17 @@ def _bind(kind: Any, generic: Any) -> Any:
 
 
 def _hints_of(schema: Any) -> dict[str, Any]:
-    """The types of the fields of a schema, by name: also of `Page[int]`, and of its bases."""
+    """The types of the fields of a schema, by name, with type variables filled in."""
     origin = typing.get_origin(schema) or schema
-    found: dict[str, Any] = {}
-    for base in origin.__dict__.get("__orig_bases__", origin.__bases__):
-        if dataclasses.is_dataclass(typing.get_origin(base) or base):
-            found |= _hints_of(_bind(base, schema))
-    for name, kind in typing.get_type_hints(origin, include_extras=True).items():
-        if name in origin.__annotations__ or name not in found:
-            found[name] = _bind(kind, schema)
+    plain = typing.get_type_hints(origin, include_extras=True)
+    found = {name: _bind(kind, schema) for name, kind in plain.items()}
+    # A field that a base has with the same type is inherited: it is what the base makes of it.
+    for base in reversed(origin.__dict__.get("__orig_bases__", origin.__bases__)):
+        if _is_record(of := typing.get_origin(base) or base):
+            theirs = typing.get_type_hints(of, include_extras=True)
+            for name, kind in _hints_of(_bind(base, schema)).items():
+                if plain[name] == theirs[name]:
+                    found[name] = kind
     return found
 
 
@@ -6780,12 +6816,11 @@ def _fields_of(schema: Any) -> list[tuple[str, Reader, bool]]:
             f"the types of {origin.__name__} cannot be looked up ({exc}): define the schema and "
             "what it names at the top of a module"
         ) from exc
-    missing = dataclasses.MISSING
     if typing.is_typeddict(origin):
         needed = {name: _is_required(origin, name, kind) for name, kind in hints.items()}
     else:
         needed = {
-            field.name: field.default is missing and field.default_factory is missing
+            field.name: _has_no_default(field)
             for field in origin.__dataclass_fields__.values()  # (fields() leaves out InitVar)
             if field.init
             and typing.ClassVar not in (hints[field.name], typing.get_origin(hints[field.name]))

@@ -7719,6 +7719,45 @@ class Crate(Box[int]):
 
 
 @dataclass
+class Carton(Crate):
+    """Its item is a whole number, since that is what Crate makes of Box."""
+
+
+@dataclass
+class First:
+    first: str
+    second: str
+
+
+@dataclass
+class Second:
+    first: int
+    second: int
+
+
+@dataclass
+class Pair(First, Second):
+    """Of two bases the first one decides, unless it is told otherwise here."""
+
+    second: int
+
+
+Number = TypeVar("Number", int, float, str)
+
+
+class Cat(TypedDict):
+    kind: Literal["cat"]
+    age: int
+    name: str
+
+
+@dataclass
+class Dog:
+    kind: Literal["dog"]
+    age: int
+
+
+@dataclass
 class Waits:
     seconds: int
     minutes: InitVar[int]
@@ -7738,6 +7777,10 @@ class Counted:
 
 class Tagged(TypedDict, Generic[Kind]):
     tags: list[Kind]
+
+
+class Labelled(Tagged[int]):
+    label: int
 
 
 class Search(TypedDict, total=False):
@@ -7878,9 +7921,10 @@ class TestSignals(unittest.TestCase):
 
         with mock.patch.dict(stario._READERS, {str: counted}):
             for depth in (50, 100):
-                signals: dict[str, Any] = {"name": "x", "wrong": 1}
+                fields = {"name": "x", "left": "wrong", "right": "wrong"}
+                signals: dict[str, Any] = fields
                 for _ in range(depth):
-                    signals = {"name": "x", "next": signals, "also": [signals]}
+                    signals = {**fields, "next": signals, "also": [signals]}
                 readings.clear()
                 with self.assertRaises(SignalsError):
                     read_signals(list[Left | Right], [signals])
@@ -7923,6 +7967,40 @@ class TestSignals(unittest.TestCase):
                 self.assertEqual(len(tried), times, value)
         self.assertEqual(read_signals(list[date | list[int] | Inner], [["1"]]), [[1]])
 
+    def test_an_object_that_lacks_a_name_is_no_such_dataclass(self) -> None:
+        tried: list[object] = []
+
+        def counted(value: Any, reading: Any) -> Any:
+            tried.append(value)
+            return value
+
+        with mock.patch.dict(stario._READERS, {str: counted}):
+            left = {"name": "x", "right": "1"}
+            for signals in ([{}], [{"name": "x"}], [{"name": "x", "next": left}], [{"right": 1}]):
+                [wrong] = self.problems(list[Left | Right], signals)
+                self.assertTrue(wrong.startswith("[0]: expected Left or Right, got "), wrong)
+            self.assertEqual(tried, [])
+            self.assertEqual(read_signals(Right | Left, left), Left("x", 1))
+            self.assertEqual(tried, ["x"])
+        stario._schema_reader.cache_clear()
+
+    def test_the_type_with_the_fewest_problems_is_the_one_that_was_meant(self) -> None:
+        for schema, signals, problem in [
+            (list[Cat | Dog], [{"kind": "dog", "age": "x"}],
+             '[0].age: expected a whole number, got "x"'),
+            (list[int] | list[Dog], [{"kind": "dog", "age": "x"}] + [{"kind": "dog", "age": 1}] * 2,
+             '[0].age: expected a whole number, got "x"'),
+            (Dog | Cat, {"kind": "cat", "age": 1},
+             'the signals: expected Dog or Cat, got {"kind": "cat", "age": 1}'),
+            (Cat | Dog, {"kind": "cow", "age": 1, "name": "x"},
+             'the signals: expected Cat or Dog, got '
+             '{"kind": "cow", "age": 1, "name": "x"}'),
+        ]:  # fmt: skip
+            with self.subTest(str(signals)):
+                self.assertEqual(self.problems(schema, signals), [problem])
+        cat: Cat = {"kind": "cat", "age": 1, "name": "x"}
+        self.assertEqual(read_signals(Dog | Cat, dict(cat)), cat)
+
     def test_numbers_that_hash_alike_are_refused_where_hashes_count(self) -> None:
         prime = 2**61 - 1
         alike = [n * prime for n in range(1, 100)]
@@ -7946,7 +8024,11 @@ class TestSignals(unittest.TestCase):
             (Tagged[int], {"tags": ["1"]}, {"tags": [1]}),
             (Search, {"text": "x", "page": "2"}, {"text": "x", "page": 2}),
             (Search, {"text": "x"}, {"text": "x"}),
-            (list[Literal[1, True]], [1, True, "True"], [1, True, True]),
+            (list[Literal[1, True]], [1, True, "True", "true"], [1, True, True, True]),
+            (Pair, {"first": "1", "second": "2"}, Pair("1", 2)),
+            (Carton, {"item": "3", "label": "x"}, Carton(3, "x")),
+            (Labelled, {"tags": ["1"], "label": 5}, {"tags": [1], "label": 5}),
+            (list[Number], ["1", 2.5, 1], ["1", 2.5, 1]),
             (Counted, {"n": 2}, Counted(2)),
             (Annotated[int, "?"], "3", 3),
             (list[Annotated[UserId, "?"] | None], ["7", "", None], [7, None, None]),
@@ -7968,6 +8050,13 @@ class TestSignals(unittest.TestCase):
             (Waits, {"seconds": 1}, "minutes: is missing"),
             (Inner | list[int] | None, {"n": "x"}, 'n: expected a whole number, got "x"'),
             (int | date, "x", 'the signals: expected int or date, got "x"'),
+            (Number, [], "the signals: expected int or float or str, got []"),
+            (Carton, {"item": "", "label": ""}, 'item: expected a whole number, got ""'),
+            (
+                set[Any],
+                [[1]],
+                "the signals: expected a list of values that a set can hold, got [[1]]",
+            ),
         ]:
             with self.subTest(f"{schema} {signals}"):
                 self.assertEqual(self.problems(schema, signals), [expected])
@@ -7992,6 +8081,7 @@ class TestSignals(unittest.TestCase):
             self.problems(kind, "1" * 100_000 + "x")
         self.problems(uuid.UUID, "{" + "1" * 32 + "}")
         self.problems(date, "2" * 100_000)
+        self.problems(datetime, "2024-01-02T03:04:05\0")
 
     def test_what_a_schema_rejects_by_chance_is_a_problem_without_pythons_words(self) -> None:
         @dataclass
