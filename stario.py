@@ -4729,7 +4729,8 @@ def s(text: object) -> str:
 
 def js(mapping: Mapping[str, object] | None = None, /, **expressions: object) -> str:
     """A JavaScript object whose values are expressions: `js(total="$a + $b")`."""
-    _check_expressions(mapping or {})
+    if mapping is not None and not isinstance(mapping, Mapping):
+        raise _no_expressions(mapping)
     pairs = {
         '["__proto__"]' if name == "__proto__" else s(name): _code(code)
         for name, code in {**(mapping or {}), **expressions}.items()
@@ -4737,9 +4738,8 @@ def js(mapping: Mapping[str, object] | None = None, /, **expressions: object) ->
     return "{" + ", ".join(f"{name}: {code}" for name, code in pairs.items()) + "}"
 
 
-def _check_expressions(mapping: object) -> None:
-    if not isinstance(mapping, Mapping):
-        raise StarioError(f"give a dict from names to expressions in place of {mapping!r}")
+def _no_expressions(found: object) -> StarioError:
+    return StarioError(f"give a dict from names to expressions in place of {found!r}")
 
 
 def _code(value: object) -> str:
@@ -4854,7 +4854,8 @@ def _attribute_name(start: str, modifiers: Mapping[str, object]) -> str:
     kind = start.partition(":")[0]
     known = _MODIFIERS[kind]
     for name in modifiers:
-        _check_word(f"modifier of {kind}", name, known)
+        if name not in known:
+            _check_word(f"modifier of {kind}", name, known)
     return start + "".join(_modifier(name, modifiers[name]) for name in known if name in modifiers)
 
 
@@ -4930,10 +4931,10 @@ class DataAttributes:
         the events, one or several, after which it is read.
         """
         events = [event] if isinstance(event, str) else list(event or ())
-        for tag in (_kebab(prop or "-"), *events):
-            if not re.fullmatch(r"[^A-Z\s._]+", tag):
-                raise StarioError(f"{tag!r} cannot be named in an attribute: small letters only")
         name = f"data-bind__prop.{_kebab(prop)}" if prop else "data-bind"
+        for tag in (name[16:], *events) if prop or events else ():
+            if not re.fullmatch(r"[^A-Z\s._]*", tag):
+                raise StarioError(f"{tag!r} cannot be named in an attribute: small letters only")
         return {".".join((name + "__event" * bool(events), *events)): _signal_name(signal)}
 
     def text(self, expression: Expression) -> Attributes:
@@ -4958,7 +4959,8 @@ class DataAttributes:
 
     def computed(self, signals: Mapping[str, Expression]) -> Attributes:
         """Signals that are computed from others: `{"total": "$price * $count"}`."""
-        _check_expressions(signals)
+        if not isinstance(signals, Mapping):
+            raise _no_expressions(signals)
         pairs = {_signal_name(name): f"() => ({_code(code)})" for name, code in signals.items()}
         return {"data-computed": js(pairs)}
 
@@ -4972,7 +4974,10 @@ class DataAttributes:
 
     def on(self, event: str, expression: Expression, **modifiers: Unpack[Modifiers]) -> Attributes:
         """Run the expression at an event: `data.on("click", at.post("/click"), debounce=0.5)`."""
-        start = _event_name(event if isinstance(event, str) else "")
+        try:
+            start = _event_name(event)
+        except (TypeError, AttributeError) as exc:
+            raise StarioError(f"{event!r} is no event's name: give one, as text") from exc
         return {_attribute_name(start, modifiers): _code(expression)}
 
     def on_intersect(self, expression: Expression, **modifiers: Unpack[Modifiers]) -> Attributes:
@@ -5130,19 +5135,22 @@ at = Actions()
 def _request(method: str, url: str, queries: Queries, options: RequestOptions) -> str:
     if _baking.get() and (mark := _mark_for(_request, method, url, queries, options)):
         return mark
-    if not isinstance(url, str) or not (queries is None or hasattr(queries, "items")):
-        kinds = f"{type(url).__name__} and {type(queries).__name__}"
-        raise StarioError(f"an action takes its URL as text and its queries as a dict, not {kinds}")
     written = _request_options(method, options) if options else ""
-    size = len(url) + len(written)
     pairs: list[str] = []  # names and values in turn
-    for name, value in queries.items() if queries else ():
-        kind = type(value)
-        for text in (str(value),) if kind is str or kind is int else _texts(name, value):
-            pairs += (name, text)
-            size += len(text)
-    # A view writes the same actions at each call, so they are cached; long ones hardly come twice.
-    return (_cached_action if size < 256 else _action)(method, url, written, *pairs)
+    try:
+        size = len(url) + len(written)
+        for name, value in queries.items() if queries else ():
+            kind = type(value)
+            for text in (str(value),) if kind is str or kind is int else _texts(name, value):
+                pairs += (name, text)
+                size += len(text)
+        # A view writes the same actions at each call, so they are cached, if they are short.
+        return (_cached_action if size < 256 else _action)(method, url, written, *pairs)
+    except (TypeError, AttributeError) as exc:
+        if isinstance(url, str) and (queries is None or hasattr(queries, "items")):
+            raise
+        kinds = f"{type(url).__name__} and {type(queries).__name__}"
+        raise StarioError(f"an action takes a URL as text and a dict, not {kinds}") from exc
 
 
 def _texts(name: str, value: object) -> list[str]:
@@ -6065,7 +6073,7 @@ def _table_and_key(pattern: str) -> tuple[int | None, str]:
 
 def _check_subject(subject: str) -> None:
     """Refuse a `*`: it may come from a user's text, and would make a pattern of the subject."""
-    if not isinstance(subject, str):
+    if type(subject) is not str and not isinstance(subject, str):
         raise StarioError(f"a subject is text, not {subject!r}: publish('room.1', message)")
     if "*" in subject:
         raise StarioError(f"{subject!r} cannot be published: only patterns have a '*'")
