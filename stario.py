@@ -6144,9 +6144,7 @@ def _resolve(waiters: list[asyncio.Future[None]]) -> None:
 #
 # A schema is compiled once into *readers*, one for each type in it. A reader is a function: it
 # takes a value and gives it as its type says. If the value does not fit, it adds a note to the
-# `_Reading` and gives `_WRONG`. The notes are put into words at the end. Below, notes come first,
-# then the readers of plain values and of values that hold others, then `_reader`, which makes the
-# reader of a type.
+# `_Reading` and gives `_WRONG`. The notes are put into words at the end.
 # ==================================================================================================
 
 
@@ -6196,6 +6194,9 @@ _REJECTIONS = (ValueError, TypeError, ArithmeticError, LookupError, AttributeErr
 _Place = tuple[Any, str | int] | None
 # A problem: its place, what was expected, what came, and a message to show in place of these two.
 _Note = tuple[_Place, str, object, str]
+# What a reader gives, a value or `_WRONG`; the first problems; their number.
+_Outcome = tuple[Any, list[_Note], int]
+Reader = Callable[[Any, "_Reading"], Any]
 
 
 def _in_words(note: _Note) -> Problem:
@@ -6253,15 +6254,15 @@ class _Reading:
 
     def expected(self, what: str, value: object, message: str = "") -> Any:
         """Note that the value here is not what was expected."""
-        if len(self.notes) < _MOST_PROBLEMS:
-            self.notes.append((self.place, what, value, message))
-        self._add(1)
-        return _WRONG
+        return self.add([(self.place, what, value, message)])
 
-    def _add(self, problems: int) -> None:
-        self.count += problems
+    def add(self, notes: list[_Note], count: int = 1) -> Any:
+        """Add problems, of which these are the first."""
+        self.notes += notes[: _MOST_PROBLEMS - len(self.notes)]
+        self.count += count
         if self.count > _MOST_COUNTED:
             raise _Enough
+        return _WRONG
 
     def rejected(self, exc: Exception) -> Any:
         """Note why a dataclass or a model has refused its values."""
@@ -6288,11 +6289,12 @@ class _Reading:
         self.place = here
         return found if self.count == before else _WRONG
 
-    def attempt(self, read: Reader, value: object) -> _Outcome:
-        """Read a value, but give what is wrong with it instead of noting it.
+    def attempt(self, read: Reader, value: Any) -> _Outcome:
+        """Read a list or an object, but give what is wrong with it instead of noting it.
 
         If A and B both hold `A | B`, each level would be tried twice as often as the one around it.
-        So the outcome is kept until the outermost attempt is done, for a value that holds others.
+        So the outcome is kept until the outermost attempt is done. (A value that holds no others is
+        quickly read again.)
         """
         key = id(read), id(value)
         if key in self.tried:
@@ -6307,38 +6309,21 @@ class _Reading:
         self.attempts -= 1
         outcome = found, self.notes, self.count
         self.notes, self.count, self.place = before
+        items = value.values() if isinstance(value, dict) else value
         if not self.attempts:
             self.tried.clear()
-        elif _is_deep(value):
+        elif any(type(item) in (dict, list) for item in items):
             self.tried[key] = outcome
         return outcome
 
-    def accept(self, outcome: _Outcome) -> Any:
-        """Take the outcome of an attempt: note what was wrong, and give the value."""
-        found, notes, count = outcome
-        if count:
-            self.notes = (self.notes + notes)[:_MOST_PROBLEMS]
-            self._add(count)
-        return found
-
 
 class _Trial(_Reading):
-    """A reading that counts problems and keeps no notes."""
+    """A reading that keeps no notes."""
 
-    def expected(self, what: str, value: object, message: str = "") -> Any:
-        """Count it."""
-        self.count += 1
+    def add(self, notes: list[_Note], count: int = 1) -> Any:
+        """Count the problems."""
+        self.count += count
         return _WRONG
-
-
-def _is_deep(value: Any) -> bool:
-    """Whether a list or an object holds others. One that does not is quickly read again."""
-    items = value.values() if isinstance(value, dict) else value
-    return any(type(item) in (dict, list) for item in items)
-
-
-Reader = Callable[[Any, _Reading], Any]
-_Outcome = tuple[Any, list[_Note], int]  # a value or `_WRONG`, the first problems, their number
 
 
 # -- Plain values
@@ -6606,38 +6591,38 @@ def _optional_reader(read: Reader) -> Reader:
     return _read
 
 
-def _union_reader(kinds: Sequence[Any], readers: Sequence[Reader]) -> Reader:
-    """`A | B`: the first type that fits; a value of one of the types stays as it is.
+class _Option(NamedTuple):
+    """A type of a union."""
 
-    Only types that can take the value are tried: an object must have all names that one needs.
-    """
-    words = " or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds)
-    options = list(zip(readers, map(_needed_names, kinds), strict=True))
-    pairs = list(zip(kinds, options, strict=True))
+    kind: Any
+    read: Reader
+    needed: frozenset[str]  # the names without which an object cannot be of this type
+
+
+def _union_reader(options: Sequence[_Option]) -> Reader:
+    """`A | B`: the first type that fits; a value of one of the types stays as it is."""
+    words = " or ".join(getattr(option.kind, "__name__", str(option.kind)) for option in options)
     options_for = {  # those that can take a value, by the value's type
-        came: [option for kind, option in pairs if kind is came and came in _PLAIN]
-        or [option for kind, option in pairs if came in _json_types_of(kind)]
+        came: [option for option in options if option.kind is came and came in _PLAIN]
+        or [option for option in options if came in _json_types_of(option.kind)]
         for came in (*_PLAIN, list, dict)
     }
 
     def _read(value: Any, reading: _Reading) -> Any:
         fitting = options_for.get(type(value), options)
         if len(fitting) == 1:
-            return fitting[0][0](value, reading)
+            return fitting[0].read(value, reading)
         choose = _choose if isinstance(value, (list, dict)) else _choose_plain
         return choose(value, fitting, words, reading)
 
     return _read
 
 
-_Option = tuple[Reader, frozenset[str]]  # of a union: with the names that an object must have
-
-
 def _choose_plain(value: Any, options: Sequence[_Option], words: str, reading: _Reading) -> Any:
     """Read a plain value by the first type that fits, or by one that need not convert it."""
     first = _WRONG
-    for read, _ in options:
-        found = read(value, reading.trial)
+    for option in options:
+        found = option.read(value, reading.trial)
         if found is value:  # nothing had to be converted
             return found
         first = found if first is _WRONG else first
@@ -6649,17 +6634,18 @@ def _choose(value: Any, options: Sequence[_Option], words: str, reading: _Readin
     # Attempts where the value has the right shape, and what is wrong is inside of it. The one with
     # the fewest problems is what was meant: its problems are shown.
     near = []
-    for read, names in options:
-        if names and not names <= value.keys():
+    for option in options:
+        if option.needed and not option.needed <= value.keys():
             continue
-        outcome = found, notes, _ = reading.attempt(read, value)
+        found, notes, number = reading.attempt(option.read, value)
         if found is not _WRONG:
             return found
         place, _, _, message = notes[0]
-        near += [outcome] if message or place is not reading.place else []
-    near.sort(key=lambda outcome: outcome[2])
-    if near and (len(near) == 1 or near[0][2] < near[1][2]):
-        return reading.accept(near[0])
+        if message or place is not reading.place:
+            near.append((number, notes))
+    near.sort(key=lambda attempt: attempt[0])
+    if near and (len(near) == 1 or near[0][0] < near[1][0]):
+        return reading.add(near[0][1], near[0][0])
     return reading.expected(words, value)
 
 
@@ -6676,17 +6662,6 @@ def _json_types_of(kind: Any) -> tuple[Any, ...]:
     if is_choice or (origin in _READERS and origin not in (Any, object)):
         return _PLAIN
     return (*_PLAIN, list, dict)
-
-
-def _needed_names(kind: Any) -> frozenset[str]:
-    """Names that an object must have, so that it may be a dataclass."""
-    origin = typing.get_origin(kind) or kind
-    fields = dataclasses.fields(origin) if dataclasses.is_dataclass(origin) else ()
-    return frozenset(field.name for field in fields if field.init and _has_no_default(field))
-
-
-def _has_no_default(field: dataclasses.Field[Any]) -> bool:
-    return field.default is field.default_factory is dataclasses.MISSING
 
 
 def _is_record(origin: Any) -> bool:
@@ -6709,8 +6684,8 @@ def _reader(kind: Any) -> Reader:
         return _READERS[origin]
     if origin in (typing.Union, types.UnionType):
         kinds = [bare for bare in map(_bare, arguments) if bare is not types.NoneType]
-        readers = list(map(_reader, kinds))
-        read = _union_reader(kinds, readers) if len(readers) > 1 else readers[0]
+        options = [_Option(kind, _reader(kind), _needed_names(kind)) for kind in kinds]
+        read = _union_reader(options) if len(options) > 1 else options[0].read
         return read if len(kinds) == len(arguments) else _optional_reader(read)
     if origin is typing.Literal:
         return _choice_reader(arguments)
@@ -6765,9 +6740,10 @@ def _schema_reader(schema: Any, text: str) -> Reader:
         if made is None:
             if hasattr(origin, "__value__"):  # `type Name = …`
                 made = _reader(_bind(origin.__value__, schema))
+            elif _is_record(origin):
+                made = _record_reader(origin, _fields_of(schema))
             else:
-                is_record = _is_record(origin)
-                made = _record_reader(origin, _fields_of(schema)) if is_record else _reader(schema)
+                made = _reader(schema)
         return made(value, reading)
 
     return _read
@@ -6834,6 +6810,17 @@ def _fields_of(schema: Any) -> list[tuple[str, Reader, bool]]:
             and typing.ClassVar not in (hints[field.name], typing.get_origin(hints[field.name]))
         }
     return [(name, _reader(hints[name]), is_needed) for name, is_needed in needed.items()]
+
+
+def _needed_names(kind: Any) -> frozenset[str]:
+    """The fields of a dataclass that have no default."""
+    origin = typing.get_origin(kind) or kind
+    fields = dataclasses.fields(origin) if dataclasses.is_dataclass(origin) else ()
+    return frozenset(field.name for field in fields if field.init and _has_no_default(field))
+
+
+def _has_no_default(field: dataclasses.Field[Any]) -> bool:
+    return field.default is field.default_factory is dataclasses.MISSING
 
 
 def _is_required(schema: Any, name: str, kind: Any) -> bool:
