@@ -4729,17 +4729,18 @@ def s(text: object) -> str:
 
 def js(mapping: Mapping[str, object] | None = None, /, **expressions: object) -> str:
     """A JavaScript object whose values are expressions: `js(total="$a + $b")`."""
-    if mapping is not None and not isinstance(mapping, Mapping):
-        raise _no_expressions(mapping)
+    given = {} if mapping is None else _expressions(mapping)
     pairs = {
         '["__proto__"]' if name == "__proto__" else s(name): _code(code)
-        for name, code in {**(mapping or {}), **expressions}.items()
+        for name, code in {**given, **expressions}.items()
     }
     return "{" + ", ".join(f"{name}: {code}" for name, code in pairs.items()) + "}"
 
 
-def _no_expressions(found: object) -> StarioError:
-    return StarioError(f"give a dict from names to expressions in place of {found!r}")
+def _expressions(mapping: Mapping[str, T]) -> Mapping[str, T]:
+    if not isinstance(mapping, Mapping):
+        raise StarioError(f"give a dict from names to expressions in place of {mapping!r}")
+    return mapping
 
 
 def _code(value: object) -> str:
@@ -4959,10 +4960,10 @@ class DataAttributes:
 
     def computed(self, signals: Mapping[str, Expression]) -> Attributes:
         """Signals that are computed from others: `{"total": "$price * $count"}`."""
-        if not isinstance(signals, Mapping):
-            raise _no_expressions(signals)
-        pairs = {_signal_name(name): f"() => ({_code(code)})" for name, code in signals.items()}
-        return {"data-computed": js(pairs)}
+        pairs = _expressions(signals).items()
+        return {
+            "data-computed": js({_signal_name(n): f"() => ({_code(code)})" for n, code in pairs})
+        }
 
     def effect(self, expression: Expression) -> Attributes:
         """Run the expression now, and again whenever a signal in it changes."""
@@ -5278,18 +5279,6 @@ await import(client);
 _LINE_BREAK = re.compile(r"\r\n|\r|\n")
 
 
-def _sse(event: str, data: bytes, id: str | None = None, retry: int | None = None) -> bytes:
-    """The bytes of one event; `data` are whole lines, as `_data_lines` writes them."""
-    head = f"event: {event}\n"
-    if id is not None:
-        head += f"id: {_one_line(id)}\n"
-    if retry is not None:
-        if not isinstance(retry, int) or isinstance(retry, bool) or retry < 0:
-            raise StarioError(f"retry={retry!r}: give whole milliseconds")
-        head += f"retry: {int(retry)}\n"
-    return b"%b%b\n" % (head.encode("utf-8", "replace"), data)
-
-
 def _data_lines(text: str, key: str = "") -> str:
     """Text as the data lines of an event, each with `key`: `data: elements <p>Hello</p>`."""
     # Most HTML is one line, and the expression takes 20 microseconds for 2,000 characters.
@@ -5369,21 +5358,6 @@ def _patch_data(
     return lines.encode("utf-8", "replace")
 
 
-def _signal_data(signals: object, only_if_missing: bool = False) -> bytes:
-    """The data lines of `datastar-patch-signals`; a str is JSON already."""
-    if isinstance(signals, str):
-        text = _as_text(signals)
-        decoded = None
-        with suppress(ValueError, RecursionError):
-            decoded = _json_decoder.decode(text)
-        if not isinstance(decoded, dict):
-            raise StarioError(f"no JSON object: {text[:60]!r}; give a dict from names to values")
-    else:
-        text = _signals_json(signals, _json)
-    lines = "data: onlyIfMissing true\n" if only_if_missing else ""
-    return (lines + _data_lines(text, "signals ")).encode("utf-8", "replace")
-
-
 _SSE_FIELDS = (  # proxies must neither store a stream nor hold it back (the last one is for nginx)
     b"content-type: text/event-stream\r\ncache-control: no-cache\r\nx-accel-buffering: no\r\n"
 )
@@ -5447,8 +5421,16 @@ class _EventWriter(_OneShotWriter):
 
         The others stay. A value of None removes its signal.
         """
-        data = _signal_data(signals, only_if_missing)
-        self._send_event("datastar-patch-signals", data, **options)
+        text = _as_text(signals) if isinstance(signals, str) else _signals_json(signals, _json)
+        if isinstance(signals, str):
+            decoded = None
+            with suppress(ValueError, RecursionError):
+                decoded = _json_decoder.decode(text)
+            if not isinstance(decoded, dict):
+                raise StarioError(f"no JSON object: {text[:60]!r}; give a dict of names and values")
+        lines = "data: onlyIfMissing true\n" if only_if_missing else ""
+        lines += _data_lines(text, "signals ")
+        self._send_event("datastar-patch-signals", lines.encode("utf-8", "replace"), **options)
 
     def execute(
         self,
@@ -5503,12 +5485,19 @@ class _EventWriter(_OneShotWriter):
     def _send_event(
         self, name: str, data: bytes, id: str | None = None, retry: int | None = None
     ) -> None:
-        event = _sse(name, data, id, retry)
+        """`data` are whole lines, as `_data_lines` writes them."""
+        head = f"event: {name}\n"
+        if id is not None:
+            head += f"id: {_one_line(id)}\n"
+        if retry is not None:
+            if not isinstance(retry, int) or isinstance(retry, bool) or retry < 0:
+                raise StarioError(f"retry={retry!r}: give whole milliseconds")
+            head += f"retry: {int(retry)}\n"
         if not self.started:
             self._begin_events()
         elif not self._sse:
             raise StarioError("this answer was started as something else than a stream of events")
-        self.write(event)
+        self.write(b"%b%b\n" % (head.encode("utf-8", "replace"), data))
 
     def _begin_events(self) -> None:
         self._begin(200, _SSE_FIELDS, None)
@@ -6202,20 +6191,15 @@ Reader = Callable[[Any, "_Reading"], Any]
 def _in_words(note: _Note) -> Problem:
     """`pets[0].age: expected a whole number, got "x"`"""
     place, expected, value, message = note
-    path, got = _cut(_path_text(place)), _shown(value)
-    where = path if path or message else "the signals"
-    sentence = _cut(" ".join(message.split()), 200) or f"expected {expected}, got {got}"
-    return Problem(f"{where}: {sentence}" if where else sentence, path, expected, got)
-
-
-def _path_text(place: _Place) -> str:
-    """`pets[0].age`; a key that is no plain word is shown as JSON."""
     parts: list[str] = []
     while place is not None:
         place, name = place
         is_word = isinstance(name, str) and re.fullmatch(r"[\w-]{1,60}", name)
-        parts.append(f".{name}" if is_word else f"[{_shown(name)}]")
-    return "".join(reversed(parts)).removeprefix(".")
+        parts.append(f".{name}" if is_word else f"[{_shown(name)}]")  # else as JSON
+    path, got = _cut("".join(reversed(parts)).removeprefix(".")), _shown(value)
+    where = path if path or message else "the signals"
+    sentence = _cut(" ".join(message.split()), 200) or f"expected {expected}, got {got}"
+    return Problem(f"{where}: {sentence}" if where else sentence, path, expected, got)
 
 
 def _shown(value: object) -> str:
@@ -6397,10 +6381,8 @@ def _text_reader(name: str, least: int, make: Callable[[str], Any]) -> Reader:
     def _read(value: Any, reading: _Reading) -> Any:
         # (Python passes over a NUL at the end)
         if isinstance(value, str) and least <= len(value) <= 100 and value.isprintable():
-            try:
+            with suppress(ValueError):
                 return make(value)
-            except ValueError:
-                pass
         return reading.expected(words, value)
 
     return _read
