@@ -5796,31 +5796,21 @@ ToWake = dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]]
 Overflow = Literal["oldest", "latest", "close"]  # the rule for a full queue: see `subscribe`
 
 
+@dataclasses.dataclass(slots=True, eq=False)
 class _Mailbox:
     """The relay's side of a subscription. Everything is touched only under the relay's lock.
 
     It does not refer to the Subscription, so that one that nobody uses any more is collected.
     """
 
-    __slots__ = (
-        "closed", "dropped", "gaps_before", "loop", "maxsize", "overflow", "patterns", "queue",
-        "waiter",
-    )  # fmt: skip
-
-    def __init__(
-        self, patterns: tuple[str, ...], maxsize: int, overflow: Overflow, gaps: int
-    ) -> None:
-        self.patterns = patterns
-        self.maxsize = maxsize
-        self.overflow = overflow
-        self.queue: deque[Any] | OrderedDict[str, Any] = (
-            OrderedDict() if overflow == "latest" else deque()
-        )
-        self.dropped = 0
-        self.gaps_before = gaps  # of the relay, when this was made
-        self.closed = False
-        self.waiter: asyncio.Future[None] | None = None  # what the reader awaits, if it waits
-        self.loop: asyncio.AbstractEventLoop | None = None  # the reader's loop, while it waits
+    patterns: tuple[str, ...]
+    maxsize: int
+    overflow: Overflow
+    queue: deque[Any] | OrderedDict[str, Any]  # the second one, by subject, for "latest"
+    gaps_before: int  # of the relay, when this was made
+    dropped: int = 0
+    closed: bool = False
+    waiter: asyncio.Future[None] | None = None  # what the reader awaits, if it waits
 
     def put(self, subject: str, data: Any) -> None:
         """Queue a message, by the overflow rule."""
@@ -5850,8 +5840,8 @@ class _Mailbox:
     def move_waiter(self, to_wake: ToWake) -> None:
         """Hand the reader's future, if it waits, to those that are to be resolved."""
         waiter, self.waiter = self.waiter, None
-        if waiter is not None and self.loop is not None:
-            to_wake.setdefault(self.loop, []).append(waiter)
+        if waiter is not None:
+            to_wake.setdefault(waiter.get_loop(), []).append(waiter)
 
 
 class Subscription(Generic[T]):
@@ -5898,8 +5888,7 @@ class Subscription(Generic[T]):
                     raise StopAsyncIteration
                 if mailbox.waiter is not None:
                     raise StarioError("a subscription has one reader; subscribe once for each")
-                mailbox.loop = asyncio.get_running_loop()
-                waiter = mailbox.waiter = mailbox.loop.create_future()
+                waiter = mailbox.waiter = asyncio.get_running_loop().create_future()
                 if mailbox.queue or mailbox.closed:  # a signal handler has changed it since
                     mailbox.waiter = None
                     continue
@@ -5977,7 +5966,8 @@ class Relay(Generic[T]):
             if not isinstance(pattern, str):
                 raise StarioError(f"a pattern is text, not {pattern!r}: subscribe('a', 'b.*')")
             _table_and_key(pattern)
-        mailbox = _Mailbox(patterns, maxsize, overflow, self._gaps)
+        queue: Any = OrderedDict() if overflow == "latest" else deque()
+        mailbox = _Mailbox(patterns, maxsize, overflow, queue, self._gaps)
         subscription = Subscription(self, mailbox)
         self._change(self._add, mailbox)
         return subscription
