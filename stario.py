@@ -6775,24 +6775,22 @@ def _fields_of(schema: Any) -> list[tuple[str, Reader, bool]]:
     if typing.is_typeddict(origin):
         needed = {name: _is_required(origin, name, kind) for name, kind in hints.items()}
     else:
-        needed = {
-            field.name: _has_no_default(field)
-            for field in origin.__dataclass_fields__.values()  # (fields() leaves out InitVar)
-            if field.init
-            and typing.ClassVar not in (hints[field.name], typing.get_origin(hints[field.name]))
-        }
-    return [(name, _reader(hints[name]), is_needed) for name, is_needed in needed.items()]
+        needed = _parameters_of(origin)
+    return [(name, _reader(hints.get(name, Any)), must) for name, must in needed.items()]
+
+
+def _parameters_of(origin: Any) -> dict[str, bool]:
+    """The names that a dataclass is made with, and whether each must be given."""
+    _, *parameters = inspect.signature(origin.__init__).parameters.values()  # (`self` first)
+    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+    return {parameter.name: parameter.default is parameter.empty for parameter in named}
 
 
 def _needed_names(kind: Any) -> frozenset[str]:
-    """The fields of a dataclass that have no default."""
+    """The names that must be given to make a dataclass."""
     origin = typing.get_origin(kind) or kind
-    fields = dataclasses.fields(origin) if dataclasses.is_dataclass(origin) else ()
-    return frozenset(field.name for field in fields if field.init and _has_no_default(field))
-
-
-def _has_no_default(field: dataclasses.Field[Any]) -> bool:
-    return field.default is field.default_factory is dataclasses.MISSING
+    names = _parameters_of(origin) if dataclasses.is_dataclass(origin) else {}
+    return frozenset(name for name, is_needed in names.items() if is_needed)
 
 
 def _is_required(schema: Any, name: str, kind: Any) -> bool:
