@@ -4831,19 +4831,18 @@ def _modifier(name: str, value: object) -> str:
     return f"__{name}"
 
 
-# The modifiers that are times, and the flags that one may have: whether the event at the beginning
-# (leading) or at the end (trailing) of the time counts, where that differs from the usual.
-_TIMES: dict[str, tuple[str, ...]] = {
-    "delay": (), "duration": ("leading",), "debounce": ("leading", "notrailing"),
-    "throttle": ("noleading", "trailing"),
+# The modifiers that are times, each with the client's flags for it: whether the event at the
+# beginning (leading) or at the end (trailing) of the time counts, if that is not usual.
+_TIMING: dict[str, tuple[str, ...]] = {
+    "delay": (), "debounce": ("leading", "notrailing"), "throttle": ("noleading", "trailing"),
 }  # fmt: skip
-_TIMING = ("delay", "debounce", "throttle", "viewtransition")
-_MODIFIERS = {  # by attribute; the client passes over those of others without a word
+_TIMES = {**_TIMING, "duration": ("leading",)}
+_MODIFIERS: dict[str, Collection[str]] = {  # by attribute: the client passes over all others
     "data-on": ("once", "passive", "capture", "window", "document", "outside", "prevent", "stop",
-                *_TIMING),
-    "data-on-intersect": ("once", "exit", "half", "full", "threshold", *_TIMING),
+                *_TIMING, "viewtransition"),
+    "data-on-intersect": ("once", "exit", "half", "full", "threshold", *_TIMING, "viewtransition"),
     "data-on-interval": ("duration", "viewtransition"),
-    "data-on-signal-patch": ("delay", "debounce", "throttle"),
+    "data-on-signal-patch": _TIMING,
     "data-init": ("delay", "viewtransition"),
 }  # fmt: skip
 
@@ -5402,11 +5401,7 @@ class _EventWriter(_OneShotWriter):
         self._send_event("datastar-patch-elements", data, **options)
 
     def remove(
-        self,
-        selector: str,
-        *,
-        use_view_transition: bool = False,
-        **options: Unpack[EventOptions],
+        self, selector: str, *, use_view_transition: bool = False, **options: Unpack[EventOptions]
     ) -> None:
         """Remove the elements that `selector` finds."""
         if not isinstance(selector, str) or selector.startswith("<"):
@@ -5596,15 +5591,14 @@ class _Scope:
     """A stretch of a handler that ends when the client goes or the server stops.
 
     `task.cancel()` makes the task's await raise CancelledError, and adds one to the number that
-    `task.cancelling()` gives; `task.uncancel()` takes one away. A scope interrupts by `cancel` and,
-    when the error reaches `__exit__`, takes its one away. If the number is then what it was at the
-    beginning, nobody else has cancelled the task, and the error is swallowed. (`asyncio.timeout`
-    counts in the same way.)
+    `task.cancelling()` gives; `task.uncancel()` takes one away. A scope interrupts by `cancel`, and
+    takes its one away at `__exit__`. If the number is then what it was at `__enter__`, nobody else
+    has cancelled the task, and the error is swallowed. (`asyncio.timeout` counts in the same way.)
 
     Scopes of one task may be nested: a loop in an `async with` block, or a loop whose source loops
-    itself. One of them cancels, and the innermost swallows the error, so that the code after it
-    runs. Then a block around it is interrupted at its next await. A loop around it is given
-    `_CLEANUP` seconds, because the code that has to run belongs to its source.
+    itself. One of them cancels, and the innermost, where the task waits, does the rest, so that the
+    code after it runs. Then a block around it is interrupted at its next await. A loop around it is
+    given `_CLEANUP` seconds, because the code that has to run belongs to its source.
     """
 
     __slots__ = (
@@ -5648,14 +5642,14 @@ class _Scope:
 
     def __exit__(self, kind: type[BaseException] | None, *exc: object) -> bool:
         """True swallows the error: it is the cancellation by a scope, and by nobody else."""
-        scopes = self._of_task()
         self._entered.remove(self)
-        interrupting = [scope for scope in scopes if scope._interrupting]  # one at most
+        around = self._of_task()
+        interrupting = [scope for scope in (self, *around) if scope._interrupting]  # one at most
         if not interrupting or self._task.cancelling() <= self._cancels_before:
-            return False  # it was not interrupted in here
+            return False  # no scope has interrupted this stretch
         interrupting[0]._interrupting = False
         loop = self._task.get_loop()
-        for scope in scopes:  # those around this one are next
+        for scope in around:  # they are next, also where the task has swallowed the error itself
             if scope._is_block:
                 loop.call_soon(scope._interrupt)
             else:
