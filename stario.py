@@ -4821,7 +4821,7 @@ def _modifier(name: str, value: object) -> str:
         if type(value) is int and 0 <= value <= 100:
             return f"__threshold.{value}"
         raise StarioError(f"threshold={value!r}: a whole number of percent, 0 to 100")
-    if name in _TIMES:
+    if name in _TIMES and not (value is True and name in ("debounce", "throttle")):  # (0 ms)
         given: Any = value if isinstance(value, tuple) and value and _TIMES[name] else (value,)
         for flag in given[1:]:
             _check_word(f"flag of {name}", flag, _TIMES[name])
