@@ -4729,18 +4729,13 @@ def s(text: object) -> str:
 
 def js(mapping: Mapping[str, object] | None = None, /, **expressions: object) -> str:
     """A JavaScript object whose values are expressions: `js(total="$a + $b")`."""
-    given = {} if mapping is None else _expressions(mapping)
+    if not isinstance(mapping, (Mapping, types.NoneType)):
+        raise StarioError(f"give a dict from names to expressions in place of {mapping!r}")
     pairs = {
         '["__proto__"]' if name == "__proto__" else s(name): _code(code)
-        for name, code in {**given, **expressions}.items()
+        for name, code in {**(mapping or {}), **expressions}.items()
     }
     return "{" + ", ".join(f"{name}: {code}" for name, code in pairs.items()) + "}"
-
-
-def _expressions(mapping: Mapping[str, T]) -> Mapping[str, T]:
-    if not isinstance(mapping, Mapping):
-        raise StarioError(f"give a dict from names to expressions in place of {mapping!r}")
-    return mapping
 
 
 def _code(value: object) -> str:
@@ -4766,10 +4761,7 @@ Expression = str | bool | int | float  # JavaScript; what is no text is written 
 
 
 class Modifiers(TypedDict, total=False):
-    """When and how an event runs its expression: keywords of `data.on` and others like it.
-
-    Each is written behind the attribute's name: `data-on:click__once`.
-    """
+    """When and how an event runs its expression: `once=True` makes `data-on:click__once`."""
 
     once: bool  # the first event only
     passive: bool  # it never prevents the browser's own reaction, so scrolling need not wait
@@ -4959,7 +4951,8 @@ class DataAttributes:
 
     def computed(self, signals: Mapping[str, Expression]) -> Attributes:
         """Signals that are computed from others: `{"total": "$price * $count"}`."""
-        pairs = _expressions(signals).items()
+        js(signals)  # (it refuses what is no dict)
+        pairs = signals.items()
         return {
             "data-computed": js({_signal_name(n): f"() => ({_code(code)})" for n, code in pairs})
         }
@@ -5147,10 +5140,7 @@ def _request(method: str, url: str, queries: Queries, options: RequestOptions) -
         # A view writes the same actions at each call, so they are cached, if they are short.
         return (_cached_action if size < 256 else _action)(method, url, written, *pairs)
     except (TypeError, AttributeError) as exc:
-        if isinstance(url, str) and (queries is None or hasattr(queries, "items")):
-            raise
-        kinds = f"{type(url).__name__} and {type(queries).__name__}"
-        raise StarioError(f"an action takes a URL as text and a dict, not {kinds}") from exc
+        raise StarioError(f"an action takes a URL as text, and a dict of queries: {exc}") from exc
 
 
 def _texts(name: str, value: object) -> list[str]:
@@ -5440,8 +5430,7 @@ class _EventWriter(_OneShotWriter):
 
         `nonce` is the one of the page's Content-Security-Policy.
         """
-        own = {"data-effect": "el.remove()"} if auto_remove else {}
-        own |= {"nonce": nonce} if nonce else {}
+        own = {"data-effect": auto_remove and "el.remove()", "nonce": nonce or False}
         data = _patch_data(h.Script({**own, **(attributes or {})}, js), "append", "body")
         self._send_event("datastar-patch-elements", data, **options)
 
@@ -5754,15 +5743,16 @@ class Alive(Generic[T]):
         # but that nobody refers to it any more. CPython does so as soon as the loop is left, or
         # later if there is a cycle of references: from the collector, which runs in any thread.
         if aclose := self._close_source():
-            if asyncio._get_running_loop() is self._loop:
-                _close_later(aclose)
+            loop = self._loop
+
+            def close() -> None:
+                _keep(loop.create_task(aclose()), _closing)
+
+            if asyncio._get_running_loop() is loop:
+                close()
             else:
                 with suppress(RuntimeError):  # that loop has been closed
-                    self._loop.call_soon_threadsafe(_close_later, aclose)
-
-
-def _close_later(aclose: Callable[[], Coroutine[Any, Any, None]]) -> None:
-    _keep(asyncio.get_running_loop().create_task(aclose()), _closing)
+                    loop.call_soon_threadsafe(close)
 
 
 # ==================================================================================================
@@ -6622,10 +6612,7 @@ def _json_types_of(kind: Any) -> tuple[Any, ...]:
         return (list,)
     if origin in (dict, Mapping) or _is_record(origin):
         return (dict,)
-    is_choice = origin is typing.Literal or (
-        isinstance(origin, type) and issubclass(origin, enum.Enum)
-    )
-    if is_choice or (origin in _READERS and origin not in (Any, object)):
+    if origin is typing.Literal or (origin in _READERS and origin not in (Any, object)):
         return _PLAIN
     return (*_PLAIN, list, dict)
 
