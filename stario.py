@@ -5592,13 +5592,11 @@ class _Scope:
 
     __slots__ = (
         "_cancels_before", "_entered", "_interrupting", "_is_block", "_is_ending", "_task",
-        "_writer",
     )  # fmt: skip
 
-    def __init__(self, writer: Writer, is_block: bool = False) -> None:
-        self._writer = writer
+    def __init__(self, entered: list[_Scope], is_block: bool = False) -> None:
+        self._entered = entered  # all scopes of the answer that are entered now
         self._is_block = is_block  # of `async with`
-        self._entered = writer._carrier.scopes  # all scopes of the answer that are entered now
         self._is_ending = False  # `end` has been called
         self._interrupting = False  # it has cancelled the task, and no scope has swallowed that yet
 
@@ -5609,8 +5607,6 @@ class _Scope:
         self._task = task
         self._cancels_before = task.cancelling()
         self._entered.append(self)
-        if self._writer._is_over():
-            self.end()
 
     def end(self) -> None:
         """End it soon. Called by the carrier; a second call does nothing."""
@@ -5632,10 +5628,12 @@ class _Scope:
     def __exit__(self, kind: type[BaseException] | None, *exc: object) -> bool:
         """True swallows the error: it is the cancellation by a scope, and by nobody else."""
         self._entered.remove(self)
+        if self._task.cancelling() <= self._cancels_before:
+            return False  # this stretch was not interrupted
         around = self._of_task()
         interrupting = [scope for scope in (self, *around) if scope._interrupting]  # one at most
-        if not interrupting or self._task.cancelling() <= self._cancels_before:
-            return False  # no scope has interrupted this stretch
+        if not interrupting:
+            return False  # or by somebody else
         interrupting[0]._interrupting = False
         loop = self._task.get_loop()
         for scope in around:  # they are next, also where the task has swallowed the error itself
@@ -5698,7 +5696,7 @@ class Alive(Generic[T]):
             try:
                 if self._block:
                     return await self._next()
-                with _Scope(self._writer):
+                with _Scope(self._writer._carrier.scopes):
                     return await self._next()
             except (StopAsyncIteration, ClientDisconnected):
                 pass
@@ -5715,8 +5713,10 @@ class Alive(Generic[T]):
         return await anext(self._iterator)
 
     async def __aenter__(self) -> Alive[T]:
-        self._block = _Scope(self._writer, is_block=True)
+        self._block = _Scope(self._writer._carrier.scopes, is_block=True)
         self._block.__enter__()
+        if self._writer._is_over():
+            self._block.end()
         return self
 
     async def __aexit__(self, kind: type[BaseException] | None, *exc: object) -> bool:
