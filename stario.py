@@ -6036,10 +6036,8 @@ def _table_and_key(pattern: str) -> tuple[int | None, str]:
 
 def _check_subject(subject: str) -> None:
     """Refuse a `*`: it may come from a user's text, and would make a pattern of the subject."""
-    if type(subject) is not str and not isinstance(subject, str):
-        raise StarioError(f"a subject is text, not {subject!r}: publish('room.1', message)")
-    if "*" in subject:
-        raise StarioError(f"{subject!r} cannot be published: only patterns have a '*'")
+    if not isinstance(subject, str) or "*" in subject:
+        raise StarioError(f"{subject!r} cannot be published: a subject is text, and only patterns have '*'")
 
 
 def _wake(to_wake: ToWake) -> None:
