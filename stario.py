@@ -6037,7 +6037,7 @@ def _table_and_key(pattern: str) -> tuple[int | None, str]:
 def _check_subject(subject: str) -> None:
     """Refuse a `*`: it may come from a user's text, and would make a pattern of the subject."""
     if not isinstance(subject, str) or "*" in subject:
-        raise StarioError(f"{subject!r} cannot be published: a subject is text, and only patterns have '*'")
+        raise StarioError(f"{subject!r} is no subject: it is text, and only patterns have a '*'")
 
 
 def _wake(to_wake: ToWake) -> None:
