@@ -68,29 +68,29 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        4186  11. Trying it without a network: the test client [testclient]
      4630  ACT 3. Live
        4679  12. Datastar: attributes and actions
-       5208  13. Streams: events, and staying with a client
-       5733  14. Relay: publish and subscribe
-     6060  ACT 4. For real
-       6067  15. Signals: from JSON to your dataclass
-       6800  16. Forms [forms]
-       6997  17. Behind a proxy
-       7104  18. Compression [compression]
-       7314  19. Static files [assets]
-       7876  20. Telemetry: spans, and who hears of them
-       8471  21. JsonTracer: for log collectors [json]
-       8548  22. RichTracer: for people [rich]
-       9009  23. Sessions [sessions]
-       9119  24. What lives as long as the server
-       9222  25. @baked
-       9476  26. ASGI: the same app under another server [asgi]
-       9696  27. RedisRelay: the same between processes and machines [redis]
-       9938  28. Reload: a saved file restarts the app [reload]
-      10089  29. Development: what went wrong, shown where one looks [development]
-      10202  30. What is refused
-    10456  ACT 5. The pocket client
-      10499  31. The pocket client (JavaScript) [client]
-      11850  32. This file as a page [read]
-      12036  33. An app to begin with
+       5246  13. Streams: events, and staying with a client
+       5762  14. Relay: publish and subscribe
+     6079  ACT 4. For real
+       6086  15. Signals: from JSON to your dataclass
+       6829  16. Forms [forms]
+       7026  17. Behind a proxy
+       7133  18. Compression [compression]
+       7343  19. Static files [assets]
+       7905  20. Telemetry: spans, and who hears of them
+       8500  21. JsonTracer: for log collectors [json]
+       8577  22. RichTracer: for people [rich]
+       9038  23. Sessions [sessions]
+       9148  24. What lives as long as the server
+       9251  25. @baked
+       9505  26. ASGI: the same app under another server [asgi]
+       9725  27. RedisRelay: the same between processes and machines [redis]
+       9967  28. Reload: a saved file restarts the app [reload]
+      10118  29. Development: what went wrong, shown where one looks [development]
+      10231  30. What is refused
+    10485  ACT 5. The pocket client
+      10528  31. The pocket client (JavaScript) [client]
+      11879  32. This file as a page [read]
+      12065  33. An app to begin with
 
 READING PATH
 
@@ -108,10 +108,10 @@ Two hours, for a reader who wants to know how it works, not all that it does. Re
      3131-3377   `Connection`  one connection, many requests
      3807-3825   `Server.start`  listening
      3934-3951   `Server.stop`  ending without losing a request
-     5359-5472   `_EventWriter`  events
-     5561-5630   `_Scope`  how a disconnect reaches a handler
-     5657-5729   `Alive`  staying with a client
-     5903-6010   `Relay`  from one handler to another
+     5368-5491   `_EventWriter`  events
+     5582-5647   `_Scope`  how a disconnect reaches a handler
+     5674-5758   `Alive`  staying with a client
+     5921-6028   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -5140,7 +5140,10 @@ def _request(method: str, url: str, queries: Queries, options: RequestOptions) -
         # A view writes the same actions at each call, so they are cached, if they are short.
         return (_cached_action if size < 256 else _action)(method, url, written, *pairs)
     except (TypeError, AttributeError) as exc:
-        raise StarioError(f"an action takes a URL as text, and a dict of queries: {exc}") from exc
+        if isinstance(url, str) and (queries is None or hasattr(queries, "items")):
+            raise
+        wrong = f"not with {url!r} and {queries!r}"
+        raise StarioError(f"write at.{method}('/x', {{'id': 3}}), {wrong}") from exc
 
 
 def _texts(name: str, value: object) -> list[str]:
@@ -6037,7 +6040,10 @@ def _table_and_key(pattern: str) -> tuple[int | None, str]:
 def _check_subject(subject: str) -> None:
     """Refuse a `*`: it may come from a user's text, and would make a pattern of the subject."""
     if not isinstance(subject, str) or "*" in subject:
-        raise StarioError(f"{subject!r} is no subject: it is text, and only patterns have a '*'")
+        raise StarioError(
+            f"write publish('room.1', data), not with {subject!r} first: it is text, and only "
+            "patterns have a '*'"
+        )
 
 
 def _wake(to_wake: ToWake) -> None:

@@ -5977,8 +5977,8 @@ class TestBuildersWriteWhatWasMeant(unittest.TestCase):
             ("'inner'", lambda: at.get("/x", response_overrides={"mode": "iner"})),  # type: ignore[typeddict-item]
             ("retry_max_wait_ms", lambda: at.get("/x", retry_max_wait_ms=[1])),  # type: ignore[arg-type]
             ("cleanup", lambda: at.get("/x", request_cancellation=True)),  # type: ignore[arg-type]
-            ("text", lambda: at.get(None)),  # type: ignore[arg-type]
-            ("dict", lambda: at.get("/x", [("a", 1)])),  # type: ignore[arg-type]
+            ("not with None", lambda: at.get(None)),  # type: ignore[arg-type]
+            ("'id': 3", lambda: at.get("/x", [("a", 1)])),  # type: ignore[arg-type]
         ]
         for word, make in wrong:
             with self.subTest(word), self.assertRaisesRegex(StarioError, word):
