@@ -64,33 +64,33 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        2137  8. The app
      2327  ACT 2. On the network
        2335  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3381  10. The server
-       4186  11. Trying it without a network: the test client [testclient]
-     4630  ACT 3. Live
-       4679  12. Datastar: attributes and actions
-       5246  13. Streams: events, and staying with a client
-       5762  14. Relay: publish and subscribe
-     6079  ACT 4. For real
-       6086  15. Signals: from JSON to your dataclass
-       6829  16. Forms [forms]
-       7026  17. Behind a proxy
-       7133  18. Compression [compression]
-       7343  19. Static files [assets]
-       7905  20. Telemetry: spans, and who hears of them
-       8500  21. JsonTracer: for log collectors [json]
-       8577  22. RichTracer: for people [rich]
-       9038  23. Sessions [sessions]
-       9148  24. What lives as long as the server
-       9251  25. @baked
-       9505  26. ASGI: the same app under another server [asgi]
-       9725  27. RedisRelay: the same between processes and machines [redis]
-       9967  28. Reload: a saved file restarts the app [reload]
-      10118  29. Development: what went wrong, shown where one looks [development]
-      10231  30. What is refused
-    10485  ACT 5. The pocket client
-      10528  31. The pocket client (JavaScript) [client]
-      11879  32. This file as a page [read]
-      12065  33. An app to begin with
+       3377  10. The server
+       4206  11. Trying it without a network: the test client [testclient]
+     4650  ACT 3. Live
+       4699  12. Datastar: attributes and actions
+       5266  13. Streams: events, and staying with a client
+       5782  14. Relay: publish and subscribe
+     6099  ACT 4. For real
+       6106  15. Signals: from JSON to your dataclass
+       6849  16. Forms [forms]
+       7046  17. Behind a proxy
+       7153  18. Compression [compression]
+       7363  19. Static files [assets]
+       7925  20. Telemetry: spans, and who hears of them
+       8521  21. JsonTracer: for log collectors [json]
+       8598  22. RichTracer: for people [rich]
+       9059  23. Sessions [sessions]
+       9169  24. What lives as long as the server
+       9272  25. @baked
+       9526  26. ASGI: the same app under another server [asgi]
+       9746  27. RedisRelay: the same between processes and machines [redis]
+       9988  28. Reload: a saved file restarts the app [reload]
+      10139  29. Development: what went wrong, shown where one looks [development]
+      10252  30. What is refused
+    10506  ACT 5. The pocket client
+      10549  31. The pocket client (JavaScript) [client]
+      11900  32. This file as a page [read]
+      12086  33. An app to begin with
 
 READING PATH
 
@@ -104,14 +104,14 @@ Two hours, for a reader who wants to know how it works, not all that it does. Re
      1713-1808   `Context`  what a handler gets beside it
      1897-1912   `_Tree.find`  from a path to a handler
      2244-2278   `_App.dispatch`  one request from end to end
-     2694-2811   `_Reader`  bytes to requests
-     3131-3377   `Connection`  one connection, many requests
-     3807-3825   `Server.start`  listening
-     3934-3951   `Server.stop`  ending without losing a request
-     5368-5491   `_EventWriter`  events
-     5582-5647   `_Scope`  how a disconnect reaches a handler
-     5674-5758   `Alive`  staying with a client
-     5921-6028   `Relay`  from one handler to another
+     2691-2807   `_Reader`  bytes to requests
+     3127-3373   `Connection`  one connection, many requests
+     3804-3822   `Server.start`  listening
+     3953-3970   `Server.stop`  ending without losing a request
+     5388-5511   `_EventWriter`  events
+     5602-5667   `_Scope`  how a disconnect reaches a handler
+     5694-5778   `Alive`  staying with a client
+     5941-6048   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -2408,7 +2408,7 @@ _ABSOLUTE = re.compile(r"https?://([^/?#@]+)(/[^?#]*)?(\?[^#]*)?", re.IGNORECASE
 _FIELD_LINE = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]++:[\t\x20-\x7e\x80-\xff]*+\r\n"
 _FIELD_LINES = re.compile(rb"\r\n(?:" + _FIELD_LINE + rb")*+\r\n")
 _FRAMING_FIELDS = re.compile(
-    rb"\n(host|connection|content-length|transfer-encoding|expect):([^\r]*)", re.IGNORECASE
+    rb"\n((?:host|connection|content-length|transfer-encoding|expect):[^\r]*)", re.IGNORECASE
 )
 _LONE_LF = re.compile(rb"[^\r]\n")
 _LINE_SO_FAR = re.compile(rb"[ -~]*+\r?")  # a request line whose end has not come
@@ -2441,12 +2441,9 @@ _SINGLE_FIELDS = {
 class _Framing:
     """What a header block says of a request's end, and of the connection after it."""
 
-    def __init__(self, found: Iterable[tuple[bytes, bytes]]) -> None:
-        """From the fields that matter here, by name and value (RFC 9112, section 6)."""
-        fields: dict[str, list[str]] = {}
-        for raw, value in found:
-            values = fields.setdefault(raw.decode("ascii").lower(), [])
-            values.append(value.decode("latin-1").strip(" \t"))
+    def __init__(self, lines: bytes) -> None:
+        """From the fields that matter here, one on a line (RFC 9112, section 6)."""
+        fields = _split_fields(lines)
         for name, values in fields.items():
             if name in _SINGLE_FIELDS:
                 pattern, wrong = _SINGLE_FIELDS[name]
@@ -2783,13 +2780,12 @@ class _Reader:
         if block.count(b"\n") - 2 > self._limits.max_headers:
             raise HttpException(431, f"more than {self._limits.max_headers} header fields")
         headers = _ReceivedHeaders(block)
-        found = tuple(_FRAMING_FIELDS.findall(block))
+        found = b"\r\n".join(_FRAMING_FIELDS.findall(block))
         if len(block) > _KEPT_HEAD:
             return headers, _Framing(found)
-        self._block, self._headers = block, headers
-        keep = sum(len(value) for _, value in found) <= _KEPT_TEXT
-        self._framing = (_kept_framing if keep else _Framing)(found)
-        return headers, self._framing
+        framing = (_kept_framing if len(found) <= _KEPT_TEXT else _Framing)(found)
+        self._block, self._headers, self._framing = block, headers, framing
+        return headers, framing
 
     def whole_body(self, framing: _Framing) -> bytes | None:
         """The body if all of it is here; if not, None, and `body` reads it piece by piece."""
@@ -3792,6 +3788,7 @@ class Server:
         self._ending = AsyncExitStack()  # what `start` has begun, and `stop` ends
         self._stop = asyncio.Event()
         self._asked = 0.0  # when a signal last asked to stop
+        self._starting: asyncio.Task[Any] | None = None  # what a signal cancels instead
 
     @property
     def url(self) -> str:
@@ -3808,6 +3805,7 @@ class Server:
         """Listen, and start the workers. Raises StarioError with the reason if that fails."""
         if self._workers:
             raise StarioError("this server runs already")
+        self._loop = asyncio.get_running_loop()
         async with AsyncExitStack() as stack:  # undone by `stop`, or here if a step fails
             stack.callback(_forget_signals, self)
             self._listener.open()
@@ -3815,7 +3813,6 @@ class Server:
             stack.callback(self._listener.close)
             await stack.enter_async_context(self.app._life.while_served())
             stack.push_async_callback(self._end_workers)
-            self._loop = asyncio.get_running_loop()
             self._workers = [self._worker_on(self._loop)]
             for number in range(1, self._count):
                 self._workers.append(await self._start_thread(f"stario-{number}"))
@@ -3909,6 +3906,23 @@ class Server:
 
     # -- Stopping
 
+    async def start_or_stop(self) -> bool:
+        """Start; false if a signal came first, and what had been opened is closed again.
+
+        A container that is stopped while its database is migrated must not wait to be killed.
+        """
+        self._loop, self._starting = asyncio.get_running_loop(), asyncio.current_task()
+        _heed_signals(self)
+        try:
+            await self.start()
+        except asyncio.CancelledError:
+            if not self._stop.is_set() or cast(asyncio.Task[Any], self._starting).uncancel():
+                raise
+            return False
+        finally:
+            self._starting = None
+        return True
+
     async def wait_for_signal(self) -> None:
         """Wait for Ctrl-C, SIGTERM, the terminal's end (SIGHUP), or Ctrl-Break (SIGBREAK).
 
@@ -3923,13 +3937,18 @@ class Server:
         now = time.monotonic()
         if not self._asked:
             self._asked = now
-            self._loop.call_soon_threadsafe(self._stop.set)
+            self._loop.call_soon_threadsafe(self._ask)
         elif now - self._asked > 0.1:
             if not self._stop.is_set() or not self._graceful_timeout:
                 os._exit(128 + number)  # (process 1 of a container could not kill itself)
             self._asked, self._graceful_timeout = now, 0.0
             for worker in self._workers:
                 worker.deadline = 0.0
+
+    def _ask(self) -> None:
+        self._stop.set()
+        if self._starting is not None:
+            self._starting.cancel()
 
     async def stop(self) -> None:
         """Accept no more, end the streams, let requests finish within `graceful_timeout`."""
@@ -4148,7 +4167,8 @@ class Stario(_App):
             if debug is None:
                 debug = self._develops and sys.stdout is not None and sys.stdout.isatty()
             self.debug = debug
-            await server.start()
+            if not await server.start_or_stop():
+                return
             if self.debug:
                 for worker in server._workers:
                     worker.loop.call_soon_threadsafe(_Watchdog)
@@ -8097,8 +8117,9 @@ class Span:
         return Span(self.tracer, _safe_text(name), _noted(attributes), None)
 
     def link(self, other: Span) -> None:
-        """Note that this work has to do with another span's."""
-        self.links.append(other)
+        """Note that this work has to do with another span's. (What is no span is passed over.)"""
+        if isinstance(other, Span):
+            self.links.append(other)
 
     def fail(self, exc: BaseException) -> None:
         """Mark the span as failed by an exception; the trace shows where that came from, once."""

@@ -5028,6 +5028,60 @@ class TestSignalHandlers(StreamTest):
                 signal.signal(number, before)
                 mine.clear()
 
+    async def test_a_signal_while_it_starts_leaves_what_has_been_entered(self) -> None:
+        steps: list[str] = []
+        slow = asyncio.Event()
+
+        @asynccontextmanager
+        async def database(app: Stario) -> AsyncIterator[None]:
+            steps.append("open")
+            try:
+                yield
+            finally:
+                steps.append("closed")
+
+        @asynccontextmanager
+        async def migration(app: Stario) -> AsyncIterator[None]:
+            slow.set()
+            await asyncio.Event().wait()
+            yield
+
+        for name in ("SIGTERM", "SIGINT", "SIGHUP"):
+            number = getattr(signal, name)
+            before = signal.signal(number, signal.SIG_DFL)
+            try:
+                app = Stario()
+                app.lifespan(database)
+                app.lifespan(migration)
+                task = asyncio.create_task(app.serve(port=0))
+                await within(slow.wait())
+                os.kill(os.getpid(), number)
+                await within(task)
+                self.assertEqual((steps, task.cancelling()), (["open", "closed"], 0))
+                self.assertEqual(signal.getsignal(number), signal.SIG_DFL)
+            finally:
+                signal.signal(number, before)
+                steps.clear()
+                slow.clear()
+
+    async def test_who_cancels_a_server_that_starts_is_told(self) -> None:
+        begun = asyncio.Event()
+
+        @asynccontextmanager
+        async def slow(app: Stario) -> AsyncIterator[None]:
+            begun.set()
+            await asyncio.Event().wait()
+            yield
+
+        app = Stario()
+        app.lifespan(slow)
+        task = asyncio.create_task(app.serve(port=0))
+        await within(begun.wait())
+        task.cancel()
+        with self.assertRaises(asyncio.CancelledError):
+            await within(task)
+        self.assertEqual(stario._earlier_handlers, {})
+
     async def test_one_of_two_that_ends_leaves_the_signals_to_the_other(self) -> None:
         first, second = await self.serving(Stario(), Stario())
         first.cancel()
