@@ -67,30 +67,30 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        3377  10. The server
        4206  11. Trying it without a network: the test client [testclient]
      4650  ACT 3. Live
-       4699  12. Datastar: attributes and actions
-       5266  13. Streams: events, and staying with a client
-       5782  14. Relay: publish and subscribe
-     6099  ACT 4. For real
-       6106  15. Signals: from JSON to your dataclass
-       6849  16. Forms [forms]
-       7046  17. Behind a proxy
-       7153  18. Compression [compression]
-       7363  19. Static files [assets]
-       7925  20. Telemetry: spans, and who hears of them
-       8521  21. JsonTracer: for log collectors [json]
-       8598  22. RichTracer: for people [rich]
-       9059  23. Sessions [sessions]
-       9169  24. What lives as long as the server
-       9272  25. @baked
-       9526  26. ASGI: the same app under another server [asgi]
-       9746  27. RedisRelay: the same between processes and machines [redis]
-       9988  28. Reload: a saved file restarts the app [reload]
-      10139  29. Development: what went wrong, shown where one looks [development]
-      10252  30. What is refused
-    10506  ACT 5. The pocket client
-      10549  31. The pocket client (JavaScript) [client]
-      11900  32. This file as a page [read]
-      12086  33. An app to begin with
+       4698  12. Datastar: attributes and actions
+       5267  13. Streams: events, and staying with a client
+       5781  14. Relay: publish and subscribe
+     6100  ACT 4. For real
+       6107  15. Signals: from JSON to your dataclass
+       6847  16. Forms [forms]
+       7045  17. Behind a proxy
+       7152  18. Compression [compression]
+       7362  19. Static files [assets]
+       7924  20. Telemetry: spans, and who hears of them
+       8520  21. JsonTracer: for log collectors [json]
+       8597  22. RichTracer: for people [rich]
+       9058  23. Sessions [sessions]
+       9168  24. What lives as long as the server
+       9271  25. @baked
+       9525  26. ASGI: the same app under another server [asgi]
+       9745  27. RedisRelay: the same between processes and machines [redis]
+       9987  28. Reload: a saved file restarts the app [reload]
+      10138  29. Development: what went wrong, shown where one looks [development]
+      10251  30. What is refused
+    10505  ACT 5. The pocket client
+      10548  31. The pocket client (JavaScript) [client]
+      11899  32. This file as a page [read]
+      12085  33. An app to begin with
 
 READING PATH
 
@@ -108,10 +108,10 @@ Two hours, for a reader who wants to know how it works, not all that it does. Re
      3127-3373   `Connection`  one connection, many requests
      3804-3822   `Server.start`  listening
      3953-3970   `Server.stop`  ending without losing a request
-     5388-5511   `_EventWriter`  events
+     5389-5512   `_EventWriter`  events
      5602-5667   `_Scope`  how a disconnect reaches a handler
-     5694-5778   `Alive`  staying with a client
-     5941-6048   `Relay`  from one handler to another
+     5694-5777   `Alive`  staying with a client
+     5939-6046   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -4656,7 +4656,7 @@ class TestClient:
 #       <button data-on:click="@post('/click')">+1</button> <b id="count">0</b>
 #     </main>
 #
-# The app behind it:
+# The app behind it, without the handler that gives this page:
 #
 #     clicks, relay = 0, Relay()
 #
@@ -4691,8 +4691,7 @@ class TestClient:
 # 5. Datastar in both tabs finds the element with the id `count`, and *morphs* it into the new one:
 #    it changes only what differs, so that the focus and what somebody is typing stay.
 #
-# When a tab is closed, its connection breaks. `alive` ends the loop of that tab's handler, and the
-# code after the loop runs.
+# When a tab is closed, `alive` ends the loop of its handler, and the code after the loop runs.
 # ==================================================================================================
 
 # ==================================================================================================
@@ -4712,8 +4711,8 @@ class TestClient:
 # developer's own code. All other values are written as JSON, ASCII only, and with escapes in place
 # of the six characters `@ $ ; < > &`: `s("$5")` is `"\u00245"`. The first three, because the client
 # rewrites `$name` and `@name(` and splits at `;` before it runs an expression, inside strings, too.
-# The others, because the text may stand in a `<script>`: in HTML `<!--` or `</script` would end it,
-# and in SVG `&quot;` would be decoded to a quote.
+# The others, because the text may stand in a `<script>`: there `<!--`, `-->` and `</script` mean
+# something, and in SVG `&quot;` would be decoded to a quote.
 # ==================================================================================================
 
 
@@ -4775,7 +4774,7 @@ def _signal_name(name: str) -> str:
 
 
 Duration = int | float | str  # whole seconds; seconds with a fraction; or "250ms" as it is
-Timing = Duration | tuple[Any, ...]  # (0.5, "leading") adds flags of `_TIMES`
+Timing = Duration | tuple[Any, ...]  # (0.5, "leading") adds flags: see `_TIME_FLAGS`
 Pattern = str | re.Pattern[str] | None  # a regular expression, run by the browser; None fits all
 Expression = str | bool | int | float  # JavaScript; what is no text is written as JavaScript
 
@@ -4833,28 +4832,28 @@ def _modifier(name: str, value: object) -> str:
         if type(value) is int and 0 <= value <= 100:
             return f"__threshold.{value}"
         raise StarioError(f"threshold={value!r}: a whole number of percent, 0 to 100")
-    if name in _TIMES and not (value is True and name in ("debounce", "throttle")):  # (0 ms)
-        given: Any = value if isinstance(value, tuple) and value and _TIMES[name] else (value,)
-        for flag in given[1:]:
-            _check_word(f"flag of {name}", flag, _TIMES[name])
-        return ".".join((f"__{name}", _duration(name, given[0]), *given[1:]))
-    if value is not True:
+    if value is True and name not in ("delay", "duration"):  # (debounce=True: a time of 0)
+        return f"__{name}"
+    if name not in _TIME_FLAGS:
         raise StarioError(f"{name}={value!r}: write {name}=True")
-    return f"__{name}"
+    given: Any = value if isinstance(value, tuple) and value and _TIME_FLAGS[name] else (value,)
+    for flag in given[1:]:
+        _check_word(f"flag of {name}", flag, _TIME_FLAGS[name])
+    return ".".join((f"__{name}", _duration(name, given[0]), *given[1:]))
 
 
 # The modifiers that are times, each with the client's flags for it: whether the event at the
 # beginning (leading) or at the end (trailing) of the time counts, if that is not usual.
-_TIMING: dict[str, tuple[str, ...]] = {
+_DELAYS: dict[str, tuple[str, ...]] = {
     "delay": (), "debounce": ("leading", "notrailing"), "throttle": ("noleading", "trailing"),
 }  # fmt: skip
-_TIMES = {**_TIMING, "duration": ("leading",)}
+_TIME_FLAGS = {**_DELAYS, "duration": ("leading",)}
 _MODIFIERS: dict[str, Collection[str]] = {  # by attribute: the client passes over all others
     "data-on": ("once", "passive", "capture", "window", "document", "outside", "prevent", "stop",
-                *_TIMING, "viewtransition"),
-    "data-on-intersect": ("once", "exit", "half", "full", "threshold", *_TIMING, "viewtransition"),
+                *_DELAYS, "viewtransition"),
+    "data-on-intersect": ("once", "exit", "half", "full", "threshold", *_DELAYS, "viewtransition"),
     "data-on-interval": ("duration", "viewtransition"),
-    "data-on-signal-patch": _TIMING,
+    "data-on-signal-patch": _DELAYS,
     "data-init": ("delay", "viewtransition"),
 }  # fmt: skip
 
@@ -4943,11 +4942,12 @@ class DataAttributes:
         the events, one or several, after which it is read.
         """
         events = [event] if isinstance(event, str) else list(event or ())
-        name = f"data-bind__prop.{_kebab(prop)}" if prop else "data-bind"
-        for tag in (name[16:], *events) if prop or events else ():
-            if not re.fullmatch(r"[^A-Z\s._]*", tag):
-                raise StarioError(f"{tag!r} cannot be named in an attribute: small letters only")
-        return {".".join((name + "__event" * bool(events), *events)): _signal_name(signal)}
+        kebab = _kebab(prop) if prop else ""
+        for word in (kebab, *events) if prop or events else ():
+            if not re.fullmatch(r"[^A-Z\s._]*", word):
+                raise StarioError(f"{word!r} cannot be named in an attribute: small letters only")
+        name = "data-bind" + (f"__prop.{kebab}" if prop else "") + ("__event" if events else "")
+        return {".".join((name, *events)): _signal_name(signal)}
 
     def text(self, expression: Expression) -> Attributes:
         """Show the expression's value as the element's text."""
@@ -5126,11 +5126,11 @@ class Actions:
         return _request("delete", url, queries, options)
 
     def query(self, url: str, queries: Queries = None, **options: Unpack[RequestOptions]) -> str:
-        """Ask with QUERY, a GET whose signals go as JSON; client 1.0.4 and later (see README)."""
+        """Ask with QUERY, a GET with signals as JSON; client 1.0.4, newer than `DATASTAR_URL`."""
         return _request("query", url, queries, options)
 
     def peek(self, expression: Expression) -> str:
-        """The expression's value, without running again when its signals change."""
+        """The expression's value; when its signals change, the code around it is not run again."""
         return f"@peek(() => {_code(expression)})"
 
     def set_all(self, value: object, *, include: Pattern = None, exclude: Pattern = None) -> str:
@@ -5149,7 +5149,7 @@ def _request(method: str, url: str, queries: Queries, options: RequestOptions) -
     if _baking.get() and (mark := _mark_for(_request, method, url, queries, options)):
         return mark
     written = _request_options(method, options) if options else ""
-    pairs: list[str] = []  # names and values in turn
+    pairs: list[str] = []  # names and values in turn, for a cache that hashes them
     try:
         size = len(url) + len(written)
         for name, value in queries.items() if queries else ():
@@ -5161,7 +5161,7 @@ def _request(method: str, url: str, queries: Queries, options: RequestOptions) -
         return (_cached_action if size < 256 else _action)(method, url, written, *pairs)
     except (TypeError, AttributeError) as exc:
         if isinstance(url, str) and (queries is None or hasattr(queries, "items")):
-            raise
+            raise  # the arguments are right: a value has failed by itself
         wrong = f"not with {url!r} and {queries!r}"
         raise StarioError(f"write at.{method}('/x', {{'id': 3}}), {wrong}") from exc
 
@@ -5190,7 +5190,7 @@ _cached_action = lru_cache(maxsize=2048)(_action)
 
 
 def _request_options(method: str, options: RequestOptions) -> str:
-    """The second argument of an action: what differs from the client's defaults."""
+    """`, {retry: "never"}`: what differs from the client's defaults. Empty if nothing does."""
     given = cast("dict[str, Any]", dict(options))
     names = _filter(given.pop("include", None), given.pop("exclude", None))
     written = [f"filterSignals: {names}"] if names else []
@@ -5213,9 +5213,10 @@ def _option(name: str, value: Any) -> str:
     if name == "response_overrides":
         for key in value:
             _check_word("override", key, ResponseOverrides.__annotations__)
-            _check_word(key, value[key], _PATCH_WORDS.get(key, (value[key],)))
+            if key in _PATCH_WORDS:
+                _check_word(key, value[key], _PATCH_WORDS[key])
         return _script_json({_camel(key): item for key, item in value.items()})
-    # (a lone word that is not known is no expression)
+    # ("$controller" is an expression; "clean", a lone word, is a mistake)
     is_expression = isinstance(value, str) and re.search(r"[^\w-]", value) is not None
     is_code = name == "payload" or (name == "request_cancellation" and is_expression)
     if name in _OPTION_WORDS and not is_code:
@@ -5274,9 +5275,9 @@ await import(client);
 #
 # How a disconnect travels:
 # 1. The carrier learns that the client has gone: its socket is closed, or it has not acknowledged a
-#    heartbeat, the comment that is sent when there is no news. Or it learns that the server stops.
+#    heartbeat (the line `:`, sent when there is no news). Or it learns that the server stops.
 # 2. It ends its *scopes*. A scope is a stretch of a handler that may be interrupted: here one wait
-#    of the loop. It cancels the handler's task; asyncio raises CancelledError where the task waits.
+#    of the loop. The scope cancels its task: asyncio raises CancelledError where the task waits.
 # 3. The scope catches the error, which is its own, and the loop ends as if its source had ended.
 #
 # While the loop's body runs or waits, it is not interrupted: the loop ends when it asks for the
@@ -5307,7 +5308,7 @@ def _one_line(value: object) -> str:
 
 
 # HTML whose first element the client finds without a selector: by its id, or since a page has only
-# one <html>, <head> and <body>. What it does not find changes nothing.
+# one <html>, <head> and <body>. (`<!` is a doctype or a comment.) What is not found has no effect.
 _HAS_PLACE = re.compile(r"\s*<(!|(html|head|body)(?![^\s>/])|[a-z][^>]*\sid\s*=)", re.IGNORECASE)
 
 _CACHED_CALLS, _CACHED_SIZE = 4, 256 * 1024  # the last 4, of at most 256 KiB each
@@ -5316,8 +5317,8 @@ _CACHED_CALLS, _CACHED_SIZE = 4, 256 * 1024  # the last 4, of at most 256 KiB ea
 def _cache_last(make: Callable[Parameters, T]) -> Callable[Parameters, T]:
     """A decorator that keeps the last results: what goes to a thousand streams is made once.
 
-    The first argument is text or bytes. It is compared, where `lru_cache` would hash it: mostly
-    the lengths differ, so what is sent to one stream only is not read through for the cache.
+    The first argument is text or bytes. `lru_cache` would read all of it, for a hash. This compares
+    it with the last ones, which mostly have another length: then nothing is read.
     """
     calls: tuple[tuple[object, T], ...] = ()  # replaced as a whole, so threads may share it
 
@@ -5514,8 +5515,7 @@ class _EventWriter(_OneShotWriter):
 class Writer(_EventWriter):
     """The answer to one request: `w`. Each handler gets one, and answers through it.
 
-    `status_code` is 0 until something is sent; `started` says whether the headers have gone out,
-    `completed` whether the answer is complete.
+    `status_code` is 0 until the head is sent; then it has `started`. At its end it is `completed`.
     """
 
     _timer: asyncio.TimerHandle | None = None  # the next heartbeat
@@ -5539,13 +5539,13 @@ class Writer(_EventWriter):
     ) -> Alive[Any]:
         """Stay with the client until it goes, the server stops, or the source ends.
 
-        `async for item in w.alive(source)` yields the items of the source. `w.alive(every=0.5)`
-        yields None, at once and then every half second. `async for _ in w.alive()` runs its body
-        again and again: at once if the body has written or waited, else after a quarter of a
-        second. These end only between two rounds; `async with w.alive()` interrupts its block. The
-        code after them runs unless the body raises. Before each item `alive` waits until the
-        client has taken what was written. While a stream of events is silent, a comment is sent
-        every `heartbeat` seconds.
+        `async for item in w.alive(source)` yields the items of the source; `w.alive(every=0.5)`
+        yields None, at once and then every half second. `async for _ in w.alive()` is for a body
+        that waits by itself: it runs again at once, or in a quarter of a second if it has neither
+        written nor waited. Loops end only between two rounds; the block of `async with w.alive()`
+        is interrupted where it waits. The code after either runs unless the body raises. Before
+        each item `alive` waits until the client has taken what was written. While a stream of
+        events is silent, a comment (`:`) is sent every `heartbeat` seconds.
         """
         if not (heartbeat is None or _is_number(heartbeat)):
             raise StarioError(f"heartbeat={heartbeat!r} is neither a number of seconds nor None")
@@ -5596,7 +5596,7 @@ class Writer(_EventWriter):
 Stario._writer = Writer
 
 
-_CLEANUP = 1.0  # seconds for the code after an inner `alive`; then a loop around it ends, too
+_CLEANUP = 1.0  # seconds for the last code of a handler: a `finally`, or what follows an `alive`
 
 
 class _Scope:
@@ -5607,10 +5607,10 @@ class _Scope:
     takes its one away at `__exit__`. If the number is then what it was at `__enter__`, nobody else
     has cancelled the task, and the error is swallowed. (`asyncio.timeout` counts in the same way.)
 
-    Scopes of one task may be nested: a loop in an `async with` block, or a loop whose source loops
-    itself. One of them cancels, and the innermost, where the task waits, does the rest, so that the
-    code after it runs. Then a block around it is interrupted at its next await. A loop around it is
-    given `_CLEANUP` seconds, because the code that has to run belongs to its source.
+    Scopes of one task may be nested: a loop in an `async with` block, or a loop over a generator
+    that loops itself. One of them cancels; the innermost swallows the error, and the code after it
+    runs. Then a block around it is interrupted at its next await. A loop around it is interrupted
+    `_CLEANUP` seconds later: the code that runs is its generator's, and the loop waits for that.
     """
 
     __slots__ = (
@@ -5656,10 +5656,10 @@ class _Scope:
         around = self._of_task()
         interrupting = [scope for scope in (self, *around) if scope._interrupting]  # one at most
         if not interrupting:
-            return False  # or by somebody else
+            return False  # it was, but by somebody else
         interrupting[0]._interrupting = False
         loop = self._task.get_loop()
-        for scope in around:  # they are next, also where the task has swallowed the error itself
+        for scope in around:  # they are next, even if the handler has swallowed the error itself
             if scope._is_block:
                 loop.call_soon(scope._interrupt)
             else:
@@ -5682,7 +5682,7 @@ async def _paced_rounds(writer: Writer) -> AsyncIterator[None]:
     loop = asyncio.get_running_loop()
     while True:
         writes, waited = writer._writes, asyncio.Event()
-        loop.call_soon(waited.set)  # it is called only if the body awaits something
+        loop.call_soon(waited.set)  # the event loop gets to it only if the body waits
         yield
         busy = waited.is_set() or writer._writes != writes
         await asyncio.sleep(0 if busy else 0.25)
@@ -5754,17 +5754,16 @@ class Alive(Generic[T]):
             await aclose()
 
     def _close_source(self) -> Callable[[], Coroutine[Any, Any, None]] | None:
-        """Close a subscription at once. Of other sources, give `aclose` for the caller to await."""
+        """Close a subscription, which needs no await. Of other sources, give their `aclose`."""
         # The heartbeat goes on: the handler may send more, or wait in an `alive` around this one.
         was_open, self._open = self._open, False
-        if was_open and isinstance(self._iterator, _Messages):
+        if was_open and isinstance(self._iterator, _Messages):  # of a subscription (part 14)
             self._iterator.close()
         return getattr(self._iterator, "aclose", None) if was_open else None
 
     def __del__(self) -> None:
-        # After `break`, or an exception in the loop's body: Python tells an async iterator nothing
-        # but that nobody refers to it any more. CPython does so as soon as the loop is left, or
-        # later if there is a cycle of references: from the collector, which runs in any thread.
+        # After `break` or an exception in the loop's body Python only drops the async iterator: as
+        # soon as the loop is left, or in a cycle of references by the collector, in any thread.
         if aclose := self._close_source():
             loop = self._loop
 
@@ -5791,10 +5790,9 @@ class Alive(Generic[T]):
 #
 # Publishers and readers may be in different threads, with different event loops. One lock guards
 # the tables and queues of a relay. It is held for a few dict operations, and never while a loop is
-# woken. It keeps other threads out, but not its own (an RLock can be taken again by the thread that
-# has it): between any two steps of this code Python may run a signal handler, or collect a
-# subscription, which then closes itself. So a change that comes in the middle of another one waits
-# until that one is done (`Relay._change`).
+# woken. It keeps other threads out, but not its own, which can take it again (an RLock): between
+# any two steps of this code Python may run a signal handler, or collect a subscription, which then
+# closes. So a change that comes in the middle of another one waits for its end (`Relay._change`).
 # ==================================================================================================
 
 
@@ -5814,7 +5812,7 @@ class _Mailbox:
     maxsize: int
     overflow: Overflow
     queue: deque[Any] | OrderedDict[str, Any]  # the second one, by subject, for "latest"
-    gaps_before: int  # of the relay, when this was made
+    gaps_before: int  # the relay's when this was made: see `Subscription.gaps`
     dropped: int = 0
     closed: bool = False
     waiter: asyncio.Future[None] | None = None  # what the reader awaits, if it waits
@@ -5888,7 +5886,7 @@ class Subscription(Generic[T]):
         mailbox, lock = self._mailbox, self._relay._lock
         while True:
             with lock:
-                closed = mailbox.closed  # looked at first, so that no message is missed
+                closed = mailbox.closed  # (first: a signal handler may publish and close now)
                 if mailbox.queue:
                     return cast("tuple[str, T]", mailbox.take())
                 if closed:
@@ -5950,7 +5948,7 @@ class Relay(Generic[T]):
     def __init__(self) -> None:
         self._lock = threading.RLock()
         # One table for each length of prefix: "room.*" is the key "room." of table 5, "*" is "" of
-        # table 0. Table None is for whole subjects. To publish takes one look into each table.
+        # table 0. Table None is for whole subjects: `subject[:None]`. Publishing looks into each.
         self._tables: dict[int | None, dict[str, dict[_Mailbox, None]]] = {}
         self._is_changing = False  # a step is being run
         self._steps: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()  # to be run
@@ -6000,7 +5998,7 @@ class Relay(Generic[T]):
                         step, arguments = self._steps.popleft()
                         step(to_wake, *arguments)
                 finally:
-                    self._is_changing = False  # a step added just before is seen by the outer loop
+                    self._is_changing = False  # the outer loop sees a step that came just before
         if to_wake:
             _wake(to_wake)
 
@@ -6023,7 +6021,7 @@ class Relay(Generic[T]):
         return list(dict.fromkeys(mailbox for mailboxes in listeners for mailbox in mailboxes))
 
     def _listeners_at(self, pattern: str) -> dict[_Mailbox, None]:
-        """The mailboxes that have this pattern. (The dict is used as an ordered set.)"""
+        """The mailboxes that have this pattern, for part 27. (The dict is an ordered set.)"""
         length, key = _table_and_key(pattern)
         return self._tables.get(length, {}).get(key, {})
 
@@ -6083,14 +6081,17 @@ def _resolve(waiters: list[asyncio.Future[None]]) -> None:
             waiter.set_result(None)
 
 
-# -- Act 3 runs: a stream of one event. Without `break` it would go on until the client goes.
+# -- Act 3 runs: a message becomes an event. Without `break` more follow until the client goes.
+#
+#     app, relay = Stario(), Relay()
 #
 #     async def live(c: Context, w: Writer) -> None:
-#         async for _ in w.alive(every=0.01):
-#             w.patch(h.B({"id": "clock"}, "tick"))
+#         clicks = relay.subscribe("clicks")
+#         relay.publish("clicks", 1)  # as a handler of another tab does
+#         async for _, count in w.alive(clicks):
+#             w.patch(h.B({"id": "count"}, count))
 #             break
 #
-#     app = Stario()
 #     app.get("/live", live)
 #     # GET /live -> event: datastar-patch-elements
 
@@ -6122,8 +6123,8 @@ def _resolve(waiters: list[asyncio.Future[None]]) -> None:
 #     # weeks: is missing
 #     # paid: expected true or false, got "maybe"
 #
-# HTML inputs give only text, so "3" becomes a number where the schema wants one. Nothing is
-# converted the other way round: a number never becomes text.
+# HTML inputs give only text, so "3" becomes a number where the schema wants one. A number never
+# becomes text.
 #
 # Two rules must hold. A handler gets values of the types that it asked for, or the client gets one
 # list of all that is wrong. And the time to read grows with the size of the signals, not faster,
@@ -6155,8 +6156,7 @@ class SignalsError(HttpException):
     """The signals of a request do not fit their schema (422), or are no JSON (400).
 
     `problems` has one `Problem` for each field that is wrong, twenty at most; `more` says how many
-    were found beside these (reading stops after 10,000); `detail` is all of that as text, a line
-    for each.
+    were found beside these (reading stops after 10,000); `detail` is that as text, in lines.
     """
 
     def __init__(self, problems: Sequence[str], status_code: int = 422, more: int = 0) -> None:
@@ -6181,7 +6181,7 @@ _REJECTIONS = (ValueError, TypeError, ArithmeticError, LookupError, AttributeErr
 _Place = tuple[Any, str | int] | None
 # A problem: its place, what was expected, what came, and a message to show in place of these two.
 _Note = tuple[_Place, str, object, str]
-# What a reader gives, a value or `_WRONG`; the first problems; their number.
+# What a reader gives, a value or `_WRONG`; the first problems; the number of all.
 _Outcome = tuple[Any, list[_Note], int]
 Reader = Callable[[Any, "_Reading"], Any]
 
@@ -6226,12 +6226,12 @@ class _Reading:
         self.notes: list[_Note] = []  # the first problems
         self.count = 0  # of all problems
         self.cause: Exception | None = None  # what a dataclass or a model has raised
-        self.attempts = 0  # that are under way, one in the other
+        self.attempts = 0  # calls of `attempt` that are under way, one in the other
         self.tried: dict[tuple[int, int], _Outcome] = {}  # by reader and value: see `attempt`
 
     @cached_property
     def trial(self) -> _Reading:
-        """A reading to try a value with: only whether it fits is of interest."""
+        """A reading to try a plain value with: only whether it fits is of interest."""
         return _Trial()
 
     def expected(self, what: str, value: object, message: str = "") -> Any:
@@ -6324,7 +6324,7 @@ def _read_any(value: Any, reading: _Reading) -> Any:
 
 
 def _read_str(value: Any, reading: _Reading) -> Any:
-    if type(value) is _Field:
+    if type(value) is _Field:  # of a form: see below
         return value.values[0]
     return value if isinstance(value, str) else reading.expected("text", value)
 
@@ -6373,11 +6373,11 @@ def _read_decimal(value: Any, reading: _Reading) -> Any:
 
 
 def _text_reader(name: str, least: int, make: Callable[[str], Any]) -> Reader:
-    """A type that is text in JSON: `make` parses it, of `least` to 100 characters."""
+    """A type that is text in JSON, of `least` to 100 characters. `make` parses it."""
     words = f"a {name} as text"
 
     def _read(value: Any, reading: _Reading) -> Any:
-        # (Python passes over a NUL at the end)
+        # (printable, since `fromisoformat` passes over a NUL at the end)
         if isinstance(value, str) and least <= len(value) <= 100 and value.isprintable():
             with suppress(ValueError):
                 return make(value)
@@ -6419,7 +6419,7 @@ _READERS: dict[Any, Reader] = {
 
 
 def _choice_reader(choices: Iterable[Any]) -> Reader:
-    """`Literal` and enums: one of the choices (1 is not True), or else its text: "1" for 1."""
+    """`Literal` and enums: one of the choices (1 is not True) or its text: "1", "true"."""
     pairs = [(item.value if isinstance(item, enum.Enum) else item, item) for item in choices]
     by_value = {(type(value), value): item for value, item in pairs if type(value) in _PLAIN}
     by_text = {
@@ -6452,7 +6452,7 @@ class _Field(str):
     values: list[str]
 
 
-# What types of lists are made into.
+# What a list is made into, by the type in the schema.
 _SHAPES: dict[Any, Any] = {
     list: list, Sequence: list, Iterable: list, set: set, frozenset: frozenset, tuple: tuple,
 }  # fmt: skip
@@ -6599,7 +6599,7 @@ def _union_reader(options: Sequence[_Option]) -> Reader:
 
 
 def _choose_plain(value: Any, options: Sequence[_Option], words: str, reading: _Reading) -> Any:
-    """Read a plain value by the first type that fits, or by one that need not convert it."""
+    """Read a plain value by the type that need not convert it, or else by the first that fits."""
     first = _WRONG
     for option in options:
         found = option.read(value, reading.trial)
@@ -6621,7 +6621,7 @@ def _choose(value: Any, options: Sequence[_Option], words: str, reading: _Readin
         if found is not _WRONG:
             return found
         place, _, _, message = notes[0]
-        if message or place is not reading.place:
+        if message or place is not reading.place:  # its class refuses it, or a part is wrong
             near.append((number, notes))
     near.sort(key=lambda attempt: attempt[0])
     if near and (len(near) == 1 or near[0][0] < near[1][0]):
@@ -6666,7 +6666,7 @@ def _reader(kind: Any) -> Reader:
         return read if len(kinds) == len(arguments) else _optional_reader(read)
     if origin is typing.Literal:
         return _choice_reader(arguments)
-    if origin in _SHAPES:
+    if origin in _SHAPES:  # (fixed: `tuple[int, str]`, but neither `tuple` nor `tuple[int, ...]`)
         is_fixed = origin is tuple and kind is not tuple and arguments[-1:] != (Ellipsis,)
         items = arguments if is_fixed else arguments[:1] or (Any,)
         return _list_reader(_SHAPES[origin], list(map(_reader, items)), is_fixed)
@@ -6675,7 +6675,7 @@ def _reader(kind: Any) -> Reader:
     if isinstance(kind, TypeVar):
         among = typing.Union[kind.__constraints__] if kind.__constraints__ else Any  # noqa: UP007
         return _reader(kind.__bound__ or among)
-    if hasattr(origin, "__value__") or _is_record(origin):
+    if hasattr(origin, "__value__") or _is_record(origin):  # (`type Name = …` has a `__value__`)
         return _cached_reader(kind)
     if isinstance(origin, type):
         if issubclass(origin, enum.Enum):
@@ -6695,7 +6695,7 @@ def _no_schema(kind: Any) -> StarioError:
 def _cached_reader(kind: Any) -> Reader:
     """The reader of a schema, which is compiled once.
 
-    Generic schemas are told apart by their text, too: `Page[int | bool] == Page[bool | int]`.
+    Since `Page[int | bool] == Page[bool | int]`, the text of a generic schema is in the key, too.
     """
     if dataclasses.is_dataclass(type(kind)):
         raise StarioError(f"signals are read as a class: give {type(kind).__name__}, not one of it")
@@ -6706,9 +6706,7 @@ def _cached_reader(kind: Any) -> Reader:
 
 @lru_cache(maxsize=1024)
 def _schema_reader(schema: Any, text: str) -> Reader:
-    """A reader that is compiled at its first call. Before that, a schema that holds itself
-    (`class Node: children: list[Node]`) would be compiled without end.
-    """
+    """A reader that is compiled at its first call: a schema may hold itself (`list[Node]`)."""
     origin = typing.get_origin(schema) or schema
     made: Reader | None = None
 
@@ -6757,12 +6755,12 @@ def _hints_of(schema: Any) -> dict[str, Any]:
     origin = typing.get_origin(schema) or schema
     plain = typing.get_type_hints(origin, include_extras=True)
     found = {name: _bind(kind, schema) for name, kind in plain.items()}
-    # A field that a base has with the same type is inherited: it is what the base makes of it.
+    # `class Ints(Page[int])` inherits a field `list[T]`: only its base tells that T is int.
     for base in reversed(origin.__dict__.get("__orig_bases__", origin.__bases__)):
         if _is_record(of := typing.get_origin(base) or base):
             theirs = typing.get_type_hints(of, include_extras=True)
             for name, kind in _hints_of(_bind(base, schema)).items():
-                if plain[name] == theirs[name]:
+                if plain[name] == theirs[name]:  # (else the class has declared it anew)
                     found[name] = kind
     return found
 
@@ -6946,7 +6944,7 @@ class _MultipartReader:
         line = b"\r\n--%b(--)?[ \t]{0,99}(?=\r\n)" % re.escape(boundary)
         self._delimiter = re.compile(line)
         self._longest = len(boundary) + 107  # bytes of a delimiter, with the line ends around it
-        self._buffer, self._at = b"\r\n", 0  # what has come, and up to where it is done
+        self._buffer, self._at = b"\r\n", 0  # a line end, what has come; how far it is done
         self._parts: list[_Part] = []
         self._in_head = self._complete = False
 
@@ -6984,7 +6982,7 @@ class _MultipartReader:
 
     def form(self) -> Form:
         """All that has come, as a form. HttpException(400) if its end is missing."""
-        self.feed(b"\r\n")
+        self.feed(b"\r\n")  # (a delimiter stands between line ends, the last one too)
         if not self._complete:
             raise HttpException(400, "the multipart form is cut off: its last boundary is missing")
         form, texts = Form(), []
@@ -6995,6 +6993,7 @@ class _MultipartReader:
             elif filename or file.tell():  # a file field that was left empty has a part, too
                 file.seek(0)
                 form.files.setdefault(name, []).append(FormFile(filename, content_type, file))
+        # A field `_charset_` names the charset of those that name none (RFC 7578, section 4.6).
         usual = next((text.decode("latin-1") for name, _, text in texts if name == "_charset_"), "")
         for name, content_type, content in texts:
             charset = _parameters(content_type).get("charset") or usual or "utf-8"
