@@ -1,6 +1,6 @@
 """Stario in one file: real-time web apps with nothing but Python's standard library.
 
-Copy this file into your project, under any name. The smallest app:
+Copy this file into your project, under any name. The smallest app; its tracer prints each request:
 
     import asyncio
     from stario import Context, RichTracer, Stario, Writer, h
@@ -57,61 +57,61 @@ brackets can be left out of your copy: `python stario.py --without assets,client
       224  ACT 1. A framework
         232  2. Errors
         322  3. HTML: elements are strings
-        684  4. JSON
-        790  5. The request: headers, query, cookies, body
+        685  4. JSON
+        791  5. The request: headers, query, cookies, body
        1269  6. The answer: status, fields, body
-       1695  7. Context and routing
-       2137  8. The app
-     2327  ACT 2. On the network
-       2335  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3377  10. The server
-       4206  11. Trying it without a network: the test client [testclient]
-     4650  ACT 3. Live
-       4698  12. Datastar: attributes and actions
-       5267  13. Streams: events, and staying with a client
-       5781  14. Relay: publish and subscribe
-     6100  ACT 4. For real
-       6107  15. Signals: from JSON to your dataclass
-       6847  16. Forms [forms]
-       7045  17. Behind a proxy
-       7152  18. Compression [compression]
-       7362  19. Static files [assets]
-       7924  20. Telemetry: spans, and who hears of them
-       8520  21. JsonTracer: for log collectors [json]
-       8597  22. RichTracer: for people [rich]
-       9058  23. Sessions [sessions]
-       9168  24. What lives as long as the server
-       9271  25. @baked
-       9525  26. ASGI: the same app under another server [asgi]
-       9745  27. RedisRelay: the same between processes and machines [redis]
-       9987  28. Reload: a saved file restarts the app [reload]
-      10138  29. Development: what went wrong, shown where one looks [development]
-      10251  30. What is refused
-    10505  ACT 5. The pocket client
-      10548  31. The pocket client (JavaScript) [client]
-      11899  32. This file as a page [read]
-      12085  33. An app to begin with
+       1693  7. Context and routing
+       2136  8. The app
+     2326  ACT 2. On the network
+       2334  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
+       3376  10. The server
+       4205  11. Trying it without a network: the test client [testclient]
+     4649  ACT 3. Live
+       4697  12. Datastar: attributes and actions
+       5266  13. Streams: events, and staying with a client
+       5780  14. Relay: publish and subscribe
+     6099  ACT 4. For real
+       6106  15. Signals: from JSON to your dataclass
+       6846  16. Forms [forms]
+       7044  17. Behind a proxy
+       7151  18. Compression [compression]
+       7361  19. Static files [assets]
+       7923  20. Telemetry: spans, and who hears of them
+       8519  21. JsonTracer: for log collectors [json]
+       8596  22. RichTracer: for people [rich]
+       9057  23. Sessions [sessions]
+       9167  24. What lives as long as the server
+       9270  25. @baked
+       9524  26. ASGI: the same app under another server [asgi]
+       9744  27. RedisRelay: the same between processes and machines [redis]
+       9986  28. Reload: a saved file restarts the app [reload]
+      10137  29. Development: what went wrong, shown where one looks [development]
+      10250  30. What is refused
+    10504  ACT 5. The pocket client
+      10547  31. The pocket client (JavaScript) [client]
+      11898  32. This file as a page [read]
+      12084  33. An app to begin with
 
 READING PATH
 
 Two hours, for a reader who wants to know how it works, not all that it does. Read in this order:
 
       333-346    `SafeString`  an element is a string
-      648-677    `Tags`  `h.P` makes one
-     1050-1230   `Request`  what a client asks for
+      649-678    `Tags`  `h.P` makes one
+     1070-1250   `Request`  what a client asks for
      1280-1348   `Carrier`  what brings the answer back
-     1422-1608   `_RawWriter`  the answer
-     1713-1808   `Context`  what a handler gets beside it
-     1897-1912   `_Tree.find`  from a path to a handler
-     2244-2278   `_App.dispatch`  one request from end to end
-     2691-2807   `_Reader`  bytes to requests
-     3127-3373   `Connection`  one connection, many requests
-     3804-3822   `Server.start`  listening
-     3953-3970   `Server.stop`  ending without losing a request
-     5389-5512   `_EventWriter`  events
-     5602-5667   `_Scope`  how a disconnect reaches a handler
-     5694-5777   `Alive`  staying with a client
-     5939-6046   `Relay`  from one handler to another
+     1421-1606   `_RawWriter`  the answer
+     1711-1806   `Context`  what a handler gets beside it
+     1896-1911   `_Tree.find`  from a path to a handler
+     2243-2277   `_App.dispatch`  one request from end to end
+     2690-2806   `_Reader`  bytes to requests
+     3126-3372   `Connection`  one connection, many requests
+     3803-3821   `Server.start`  listening
+     3952-3969   `Server.stop`  ending without losing a request
+     5388-5511   `_EventWriter`  events
+     5601-5666   `_Scope`  how a disconnect reaches a handler
+     5693-5776   `Alive`  staying with a client
+     5938-6045   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -254,18 +254,18 @@ class StarioError(Exception):
 
 
 def _is_own(filename: str) -> bool:
-    """Whether a file is the program's own: not this one, Python's, or an installed package's."""
+    """Whether a file is the program's own: neither this one, nor in Python's own folder."""
     return not filename.startswith(_OTHER_CODE)
 
 
-# (in a program that was frozen into one file there is no __file__)
+# (a program that was frozen into one file has no __file__, but its functions tell its name)
 _OTHER_CODE = (os.path.dirname(os.__file__), _is_own.__code__.co_filename, "<frozen")
 
 
 class ClientDisconnected(Exception):
     """The client has gone. Raised where a handler waits to read from it, or to send to it.
 
-    Nobody needs to catch it.
+    A handler need not catch it: `dispatch` (part 8) does.
     """
 
 
@@ -299,7 +299,7 @@ _PHRASES = {status.value: status.phrase for status in HTTPStatus}
 
 
 def _check_status(status: object) -> None:
-    """StarioError for no status of an answer; up to 999 is let through, for a program's own."""
+    """StarioError for no status of an answer. 600 to 999 pass: a program may have its own."""
     if not isinstance(status, int) or not 200 <= status <= 999:
         raise StarioError(f"{status!r} is no status of an answer: 200 to 599 are")
 
@@ -396,7 +396,7 @@ def _add_other(part: object, content: list[str], attributes: Attributes | None) 
         attributes.update(_merged(attributes, part) if attributes else part)
     elif type(part) in (list, tuple, types.GeneratorType):
         _add(cast("Iterable[Any]", part), content, attributes)
-    elif hasattr(part, "__html__"):  # the string types of template libraries, too
+    elif hasattr(part, "__html__"):  # strings of template libraries, and `h.Br` uncalled
         content.append(part.__html__())
     elif isinstance(part, (str, int, float, Decimal)):
         content.append(_escape(_as_text(part)))
@@ -458,7 +458,7 @@ def _merged(first: Mapping[str, object], more: Mapping[str, object]) -> dict[str
 
 
 _BAD_NAME = re.compile(r"""[\s"'<>/=\x00-\x1f\x7f-\x9f]""")
-_known_names: set[object] = set()  # names found to be right: at most 512, each of 64 characters
+_known_names: set[object] = set()  # names that have passed: at most 512, of up to 64 characters
 
 
 def _check_name(name: object) -> None:
@@ -492,9 +492,10 @@ def _attributes(attributes: Mapping[str, object]) -> str:
 
 def _other_attribute(name: str, value: object) -> str:
     """An attribute whose value is no plain str. `{"data": {"id": 1}}` gives ` data-id="1"`."""
-    # `@baked` (part 25) calls a view with blanks for its arguments. A blank leaves a mark here.
+    # `@baked` (part 25) calls a function once, with placeholders (*blanks*) for its arguments. Here
+    # a blank is written as a *mark*, and at each later call the argument's text stands there.
     is_baking = _baking.get() and not isinstance(value, str)
-    if is_baking and (mark := _mark_for(_attribute, name, value, is_html=True)):
+    if is_baking and (mark := _mark_for(_filled_attribute, name, value, is_html=True)):
         return mark
     if type(value) is dict or isinstance(value, Mapping):
         if name == "style":
@@ -560,7 +561,7 @@ def _plain_tag(name: str) -> Tag:
             elif kind is int:
                 pieces.append(f"{part}")
             elif part is not None:
-                attributes = dict(attributes or {})  # a copy: this one may be the caller's
+                attributes = dict(attributes or {})  # a copy: it may be the caller's own dict
                 _add_other(part, pieces, attributes)
         if attributes:
             pieces[0] = f"{start}{_attributes(attributes)}>"
@@ -634,11 +635,11 @@ foreignObject g image line linearGradient marker mask metadata mpath path patter
 radialGradient rect set stop switch symbol text textPath tspan use view
 """
 _VOID_TAGS = "area base br col embed hr img input link meta param source track wbr"
-_TAG_KINDS = {
+_TAG_MAKERS = {
     **dict.fromkeys((_HTML_TAGS + _SVG_TAGS).split(), _plain_tag),
     **dict.fromkeys((_VOID_TAGS + " html pre script style textarea").split(), _special_tag),
 }
-_TAG_NAMES = {name.lower(): name for name in _TAG_KINDS}
+_TAG_NAMES = {name.lower(): name for name in _TAG_MAKERS}
 
 
 def _cap_words(name: str) -> str:
@@ -659,15 +660,15 @@ class Tags:
         return tag
 
     def __dir__(self) -> Iterable[str]:
-        return [*super().__dir__(), *map(_cap_words, _TAG_KINDS)]
+        return [*super().__dir__(), *map(_cap_words, _TAG_MAKERS)]
 
     def tag(self, name: str) -> Tag:
         """A factory for any other element, a web component's say: `card = h.tag("my-card")`."""
         if not re.fullmatch(r"[A-Za-z][^\s/<>=\"'\x00]*", name):
             raise StarioError(f"{name!r} cannot be the name of an HTML element")
         name = _TAG_NAMES.get(name.lower(), name)  # `<SCRIPT>` is a script to browsers
-        factory = _TAG_KINDS.get(name, _plain_tag)(name)
-        setattr(factory, "__html__", factory)  # noqa: B010 - what an uncalled factory stands for
+        factory = _TAG_MAKERS.get(name, _plain_tag)(name)
+        setattr(factory, "__html__", factory)  # noqa: B010 - so `h.Div(h.Br)` needs no call
         factory.__name__ = name
         # For `h.Div(id="x")` Python raises a TypeError that begins with this name, so it tells what
         # to write. (A parameter `**wrong`, to raise a better one, makes each call 5% slower.)
@@ -712,8 +713,8 @@ def _json_writer(default: Callable[[Any], object], ascii_only: bool = True) -> C
     """A `json.dumps` with these options, without blanks, NaN and Infinity.
 
     json.dumps makes an encoder at each call, and takes 4 times as long for a dict of two items.
-    Here it is made once, and without its search for values that hold themselves. So it keeps
-    nothing between calls, and threads can share it; such a value ends in a RecursionError.
+    Here it is made once. It does not look for circular references: for that it would keep a dict,
+    which threads cannot share. So a value that holds itself ends in a RecursionError.
     """
     encoder = json.encoder
     escape = encoder.encode_basestring_ascii if ascii_only else encoder.encode_basestring
@@ -768,8 +769,8 @@ _json_decoder = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)
 def _parse_json(text: str | bytes) -> Any:
     """The value of JSON in UTF-8 (RFC 8259); HttpException(400) where it is not JSON.
 
-    JSON may escape an emoji as two halves, `\\ud83d\\ude00`. One half alone is no text: it becomes
-    `?`.
+    JSON may escape an emoji as two *surrogates*, `\\ud83d\\ude00`. One alone is no text: to
+    write the value as UTF-8 and read it again makes it a `?`, at any depth.
     """
     try:
         plain = (text if isinstance(text, str) else text.decode()).strip("\ufeff \t\r\n")
@@ -795,9 +796,9 @@ _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 # ==================================================================================================
 
 
-_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # a name (RFC 9110, section 5.6.2)
-_BAD_VALUE = re.compile(r"[^\t\x20-\x7e\x80-\xff]")  # what no value has (section 5.5)
-_SURROGATE = re.compile("[\ud800-\udfff]")  # half of an emoji: see `_parse_json`
+_TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # a field's name (RFC 9110, section 5.6.2)
+_BAD_VALUE = re.compile(r"[^\t\x20-\x7e\x80-\xff]")  # no value of a field has these (section 5.5)
+_SURROGATE = re.compile("[\ud800-\udfff]")  # half of an emoji (see `_parse_json`)
 
 
 class _Missing(HttpException, KeyError):
@@ -842,7 +843,7 @@ class _Fields:
         `c.req.query.get("start", 0, type=int)`; a bool is true for "true", "on", "yes" and "1".
         A type refuses by a ValueError, LookupError, ArithmeticError or RecursionError.
         """
-        values = self._fields.get(name) or self._fields.get(self._fold(name))
+        values = self._fields.get(name) or self._fields.get(self._fold(name))  # (folding is slow)
         if not values or type is None:
             return values[0] if values else default
         if type is bool:
@@ -890,7 +891,7 @@ class Headers(_Fields):
     def _list(self, name: str) -> list[str]:
         """The items of a field that is a list, `a, b`, over all its lines (RFC 9110, section 5.3).
 
-        Only the last 32, so that a client cannot make it long. Proxies add theirs at the end.
+        `name` is in lower case. Of a long list only the last 32: proxies add theirs at the end.
         """
         lines = self._fields.get(name)
         if lines is None:
@@ -1009,6 +1010,25 @@ def _unquote(text: str) -> str:
     return _unescaped(text).decode("utf-8", "replace") if "%" in text else text
 
 
+_BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
+_SLASH = "\udcff"  # stands for `%2F` until a path is split: the byte FF, which UTF-8 never has
+
+
+def _decode_path(raw: str) -> str:
+    """Percent-decode a path. An escaped slash belongs to its segment: it becomes `_SLASH`.
+
+    HttpException(400) for a path that can be read in two ways (RFC 3986, sections 2.1 and 2.2).
+    """
+    if _BAD_ESCAPE.search(raw):
+        raise HttpException(400, "the path has a percent sign that escapes nothing")
+    marked, slashes = re.subn("%2[Ff]", "%FF", raw)
+    # Each byte that is no UTF-8 becomes a surrogate: FF is `_SLASH`, 80 would be `\udc80`.
+    path = _unescaped(marked).decode("utf-8", "surrogateescape")
+    if len(_SURROGATE.findall(path)) != slashes:
+        raise HttpException(400, "the path is not UTF-8")
+    return path
+
+
 # -- asyncio in short. A body comes in pieces, so whoever reads it has to wait. A call of an `async
 # def` function runs nothing: it makes a *coroutine*. That runs when it is awaited, or when it is
 # made a *task*, which runs beside the others. The *event loop* runs one task at a time, until its
@@ -1041,9 +1061,9 @@ class RequestLine:
         self.raw_path, _, self.query_string = target.partition("?")
         self.path = self.split_path = self.raw_path
         if "%" in self.raw_path:
-            self.split_path = _decode_path(self.raw_path)  # it still tells `%2F` from `/`
+            self.split_path = _decode_path(self.raw_path)  # for the router, with `_SLASH` for `%2F`
             self.path = self.split_path.replace(_SLASH, "/")
-        # HTTP/1.1, a path, no fragment: the usual case, which needs no more checks (part 9).
+        # The usual case: a path, no fragment, HTTP/1.1. All else goes to `_normalised` (part 9).
         self.is_plain = target.startswith("/") and "#" not in target and not http_1_0
 
 
@@ -1061,7 +1081,7 @@ class Request:
     def __init__(
         self, line: RequestLine, headers: Headers, body: Body | bytes, carrier: Carrier
     ) -> None:
-        """From what a carrier has read. Of a body of which more is to come it makes a Body (9)."""
+        """From what a carrier has read; `body` is a Body (part 9) where more of it is to come."""
         self.method = line.method
         self.raw_path = line.raw_path
         self.path = line.path
@@ -1072,10 +1092,10 @@ class Request:
         self.tail = ""
         self.subhost = ""
         self.max_body = 0  # until `dispatch` (part 8) says
-        self._body = body  # where it comes from
-        self._whole: bytes | None = None  # all of it, once `body()` has read it
-        self._begun = False  # somebody reads from `_body`, or has read: nobody else can
+        self._body = body  # what is to be read: the bytes, or a Body that waits for them
+        self._begun = False  # `_body` is being read, or was: a second reader is refused
         self._received = 0  # bytes that were taken from `_body`
+        self._whole: bytes | None = None  # all of it, once `body()` has it: can be read again
         self._carrier = carrier
         self._query: QueryParams | None = None
 
@@ -1111,7 +1131,7 @@ class Request:
 
     @cached_property
     def _hop(self) -> _Hop:
-        """Client, scheme and host: the connection's, or what a trusted proxy (part 17) tells."""
+        """The first hop of its way: the client's address, the scheme, the host (see part 17)."""
         carrier = self._carrier
         last = _Hop(carrier.client, carrier.scheme, self.headers.get("host") or "")
         return last if carrier.proxies is None else carrier.proxies.first_hop(self.headers, last)
@@ -1151,7 +1171,7 @@ class Request:
         return self.headers.get("datastar-request") == "true"
 
     _form: Form | None = None  # once it has been read (part 16)
-    _form_reader: _MultipartReader | None = None  # of a cancelled read, which goes on with it
+    _form_reader: _MultipartReader | None = None  # what a cancelled `form()` has read
 
     async def stream(self) -> AsyncIterator[bytes]:
         """The body in chunks as they come. A client that sends faster than they are taken waits.
@@ -1168,7 +1188,7 @@ class Request:
                 self._body.discard()
 
     def _begin(self) -> None:
-        """Before reading in pieces: once from the client, as often as one likes after `body()`."""
+        """Begin to read: from `_whole`, if `body()` has kept it; else from `_body`, only once."""
         if self._whole is not None:
             self._body = self._whole
         elif self._begun:
@@ -1209,7 +1229,7 @@ class Request:
             try:
                 while chunk := await self._read():
                     chunks.append(chunk)
-            except asyncio.CancelledError:
+            except asyncio.CancelledError:  # the next reader gets these bytes again
                 cast(Body, self._body).put_back(b"".join(chunks))
                 self._received, self._begun = 0, False
                 raise
@@ -1245,26 +1265,6 @@ def _split_host(host: str) -> tuple[str, str]:
     return name.lower().removesuffix("."), port
 
 
-_BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
-
-
-_SLASH = "\udcff"  # an escaped slash, until a path is split: the byte FF, which UTF-8 never has
-
-
-def _decode_path(raw: str) -> str:
-    """Percent-decode a path; an escaped slash, which is part of a segment, becomes `_SLASH`.
-
-    HttpException(400) for a path that can be read in two ways (RFC 3986, sections 2.1 and 2.2).
-    """
-    if _BAD_ESCAPE.search(raw):
-        raise HttpException(400, "the path has a percent sign that escapes nothing")
-    marked, slashes = re.subn("%2[Ff]", "%FF", raw)
-    path = _unescaped(marked).decode("utf-8", "surrogateescape")  # `\udc80` for a wrong byte 80
-    if len(_SURROGATE.findall(path)) != slashes:
-        raise HttpException(400, "the path is not UTF-8")
-    return path
-
-
 # ==================================================================================================
 # 6. The answer: status, fields, body
 #
@@ -1281,7 +1281,7 @@ class Carrier:
     """What brings the bytes of one answer to its client. `fields` are lines, `name: value\\r\\n`.
 
     A carrier must have `scopes` and the five methods that raise NotImplementedError here; it may
-    replace the others. (With an `answer` of its own, it needs no more for answers in one shot.)
+    replace the others. (Answers in one shot need only `scopes`, and an `answer` of its own.)
     Only the two `async` methods wait: what cannot be sent yet is kept in a buffer. Once the client
     has gone, bytes are dropped without an error.
     """
@@ -1400,8 +1400,7 @@ _DESCRIBING_FIELDS = (
 )  # fmt: skip
 _KEPT_TEXT = 256  # longest text, in characters, that goes into a cache: so a cache stays small
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-# What is not percent-encoded in an address.
-_REDIRECT_SAFE = "!#$%&'()*+,-./:;=?@[]_~"
+_REDIRECT_SAFE = "!#$%&'()*+,-./:;=?@[]_~"  # what is not percent-encoded in an address
 
 
 def _bytes(data: bytes) -> bytes:
@@ -1422,8 +1421,8 @@ def _check_target(url: object, status: int = 303) -> None:
 class _RawWriter:
     """An answer as HTTP has it: a status, header fields, and a body in pieces.
 
-    `started`: the head has been sent. `completed`: the answer is at its end. The class Writer has
-    four layers: this, answers in one shot, and then (part 13) streams of events, and `alive`.
+    `started`: the head has been sent. `completed`: the answer is at its end. Each subclass adds a
+    layer to the last one: answers in one shot, then (part 13) events, and `alive` in Writer.
     """
 
     def __init__(
@@ -1436,7 +1435,7 @@ class _RawWriter:
         self._request = request
         self._compression = compression
         self._headers: ResponseHeaders | None = None
-        self._compressor: Compressor | None = None  # to compress more, and to finish (part 18)
+        self._compressor: Compressor | None = None  # two functions: more, and the end (part 18)
         self._remaining: int | None = None  # bytes still due, if a Content-Length was given
         self._sse = False  # this is a stream of events (part 13)
         self._writes = 0  # pieces of the body so far: shows whether anything was written meanwhile
@@ -1524,8 +1523,7 @@ class _RawWriter:
         """Wait until the client has taken what was sent. Raises ClientDisconnected if it goes."""
         await self._carrier.drained()
 
-    # -- Inside. Every answer passes `_start`. It is sent whole (`_answer`), or its head goes first
-    # (`_begin`).
+    # -- Inside. Every answer passes `_start`: whole, by `_answer`, or its head first, by `_begin`.
 
     def _start(self, status: int) -> None:
         if self.started:
@@ -1615,7 +1613,7 @@ class _OneShotWriter(_RawWriter):
 
     def respond(self, body: bytes, content_type: str, status: int = 200) -> None:
         """Answer with these bytes. A second answer is a StarioError."""
-        content = _content if len(content_type) <= _KEPT_TEXT else _content.__wrapped__
+        content = _content if len(content_type) <= _KEPT_TEXT else _content.__wrapped__  # uncached
         self._answer(status, content(content_type), _bytes(body))
 
     def html(self, node: object, status: int = 200) -> None:
@@ -1651,10 +1649,10 @@ class _OneShotWriter(_RawWriter):
         large file is sent after the handler has ended, or by `await w.file(...)`.
         """
         _answer_download(self, source, filename, status)  # part 19
-        return self._rest or _Rest()
+        return self._rest or _Rest()  # (nothing is left: to await this one ends at once)
 
     def _redirect(self, url: str, status: int) -> None:
-        """A redirect by status and `location`, also for Datastar (`redirect`: see part 13)."""
+        """A redirect by status and `location`: for `redirect` (part 13), except for Datastar."""
         _check_target(url, status)
         # A backslash is a slash to browsers: "/\evil.com" would leave the site.
         location = quote(url.replace("\\", "%5C"), safe=_REDIRECT_SAFE, errors="replace")
@@ -1705,8 +1703,8 @@ class _OneShotWriter(_RawWriter):
 # A router keeps its routes in a tree of path segments, the texts between two `/`. Where several
 # routes fit a path, the order in which they were added does not count: `/users/me` wins over
 # `/users/{id:int}`, that over `/users/{name}`, and that over the catch-all `/users/*`. Only routes
-# with the request's method count; if only others fit, the answer is 405. An escaped `/` is no `/`,
-# but stays inside its segment.
+# with the request's method count; if only others fit, the answer is 405. An escaped `/` stays
+# inside its segment. What checks arguments, applies middleware and chooses by host is in part 30.
 # ==================================================================================================
 
 
@@ -1747,7 +1745,7 @@ class Context:
             if req.route:
                 attributes["http.route"] = req.route
             name = f"{req.method} {req.route}".rstrip()
-            caller = _caller_of(req.headers._fields.get("traceparent", ()))  # in another program
+            caller = _caller_of(req.headers._fields.get("traceparent", ()))  # a span elsewhere
             self._span = Span(self.app.tracer, name, attributes, caller)
         return self._span
 
@@ -1787,8 +1785,8 @@ class Context:
                 _current_step.set((self, outer))
 
     def _current(self) -> Span:
-        """The span of the step that this task is in: a ContextVar has a value for each task."""
-        context, span = _current_step.get()
+        """The span of the step of this request that the task is in, else the request's."""
+        context, span = _current_step.get()  # a ContextVar: it has a value for each task
         return span if context is self and span is not None else self.span
 
     @typing.overload
@@ -1809,7 +1807,7 @@ class Context:
 
 
 Handler = Callable[[Context, "Writer"], Awaitable[None]]  # (Writer is complete in part 13)
-_NO_HANDLER: Any = None  # given by `@app.get("/")`, which is told what to write instead
+_NO_HANDLER: Any = None  # for `@app.get("/")`, an error that says what to write instead
 Middleware = Callable[[Handler], Handler]
 ErrorHandler = Callable[[Context, "Writer", Any], Awaitable[None] | None]
 
@@ -1872,7 +1870,8 @@ class _Tree:
         for i, segment in enumerate(segments):
             named = _PARAMETER_SEGMENT.fullmatch(segment)
             if segment == "*" and i == len(segments) - 1:
-                node.catch_all = node = node.catch_all or _Node()
+                node.catch_all = node.catch_all or _Node()
+                node = node.catch_all
             elif named and (kind := named[2] or _ANY) in (*_PATH_TYPES, _ANY):
                 names.append(named[1])
                 node = node.parameter(kind)
@@ -2084,7 +2083,7 @@ class Router:
 
     def _take_over(self, router: Router, prefix: str, host: str = "") -> None:
         self._check_open()
-        life = vars(router).get("_life")  # a Stario's: what lives as long as its server (part 24)
+        life = vars(router).get("_life")  # a Stario's lifespans and tasks, if it has any (part 24)
         if life and (life.lifespans or life.waiting):
             raise StarioError("lifespans and background tasks are given to the app that is served")
         router._mounted = True
@@ -2122,7 +2121,7 @@ async def _handle_error(
     foreseen = isinstance(exc, (HttpException, ClientDisconnected))
     for kind in type(exc).__mro__:
         if kind in handlers and not (foreseen and kind is Exception):
-            # A silent app logs only what a handler for all of `Exception` gets.
+            # What has a handler of its own type was expected: a silent app does not log it.
             if kind is Exception or not c.app._silent:
                 _record(c, exc, is_handled=True)  # part 20
             w._forget_answer()
@@ -2143,7 +2142,7 @@ async def _handle_error(
 
 
 def _is_stopped(carrier: Carrier, exc: BaseException) -> bool:
-    """Whether the server, which is stopping, ends this handler: cancelled, or by Ctrl-C again."""
+    """Whether the stopping server ends this handler: it cancels it, or Ctrl-C is pressed again."""
     task = asyncio.current_task()
     cancelled = isinstance(exc, asyncio.CancelledError) and task is not None and task.cancelling()
     return carrier.shutting_down and bool(cancelled or isinstance(exc, KeyboardInterrupt))
@@ -2167,7 +2166,7 @@ async def _fail(c: Context, w: Writer, exc: BaseException) -> None:
         exc = another
         _record(c, exc)
     if c.app.debug and not (isinstance(exc, (HttpException, ClientDisconnected)) or w.completed):
-        _show_error(c, w, exc)
+        _show_error(c, w, exc)  # part 29
     if not (w.started or isinstance(exc, ClientDisconnected)):
         _answer_error(c, w, exc)
     if not w.completed:
@@ -2223,7 +2222,7 @@ class _App(Router):
             raise StarioError(f"compression is a CompressionConfig(...), not {compression!r}")
         self.max_body = max_body
         self._silent = type(self.tracer) is Tracer  # the base class, which does nothing
-        self._fallback: Handler = self._no_route  # with the app's middleware around it
+        self._fallback: Handler = self._no_route  # where no route fits; `use` wraps it
         if self._pocket is not None:
             self._tree.add("GET", "/_stario/*", self._pocket)
 
@@ -2232,7 +2231,7 @@ class _App(Router):
     _pocket: Assets | None = None  # the pocket client's file (part 31)
     _develops = False  # `debug` is possible (part 29)
     debug = False  # for development: show what goes wrong (part 29)
-    _writer: type[Writer]  # set where it is complete, or by development (part 29)
+    _writer: type[Writer]  # Writer (part 13), or one that development (part 29) makes
 
     def use(self, *middleware: Middleware) -> None:
         """Wrap every route that follows, and the answers where there is no route."""
@@ -2296,7 +2295,7 @@ class _App(Router):
         raise HttpException(404)
 
     def _methods_for(self, request: Request, path: str) -> set[str]:
-        if path == "*":
+        if path == "*":  # `OPTIONS *` asks what the server as a whole can do
             return {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"}
         trees = [self._tree, *(tree for tree, _ in _trees_for(self._hosts, request))]
         return {method for tree in trees for method in tree.methods(path)}
@@ -9516,7 +9515,7 @@ def _filling(value: object) -> str:
     return cast(str, value) if kind is SafeString else render(value)
 
 
-def _attribute(name: str, value: object) -> str:
+def _filled_attribute(name: str, value: object) -> str:
     """What is filled in for an attribute whose value is a blank: None leaves all of it out."""
     return f' {name}="{_quote(value)}"' if type(value) is str else _attributes({name: value})
 
