@@ -65,32 +65,32 @@ brackets can be left out of your copy: `python stario.py --without assets,client
      2326  ACT 2. On the network
        2334  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
        3376  10. The server
-       4205  11. Trying it without a network: the test client [testclient]
-     4649  ACT 3. Live
-       4697  12. Datastar: attributes and actions
-       5266  13. Streams: events, and staying with a client
-       5780  14. Relay: publish and subscribe
-     6099  ACT 4. For real
-       6106  15. Signals: from JSON to your dataclass
-       6846  16. Forms [forms]
-       7044  17. Behind a proxy
-       7151  18. Compression [compression]
-       7361  19. Static files [assets]
-       7923  20. Telemetry: spans, and who hears of them
-       8519  21. JsonTracer: for log collectors [json]
-       8596  22. RichTracer: for people [rich]
-       9057  23. Sessions [sessions]
-       9167  24. What lives as long as the server
-       9270  25. @baked
-       9524  26. ASGI: the same app under another server [asgi]
-       9744  27. RedisRelay: the same between processes and machines [redis]
-       9986  28. Reload: a saved file restarts the app [reload]
-      10137  29. Development: what went wrong, shown where one looks [development]
-      10250  30. What is refused
-    10504  ACT 5. The pocket client
-      10547  31. The pocket client (JavaScript) [client]
-      11898  32. This file as a page [read]
-      12084  33. An app to begin with
+       4202  11. Trying it without a network: the test client [testclient]
+     4646  ACT 3. Live
+       4694  12. Datastar: attributes and actions
+       5263  13. Streams: events, and staying with a client
+       5778  14. Relay: publish and subscribe
+     6097  ACT 4. For real
+       6104  15. Signals: from JSON to your dataclass
+       6844  16. Forms [forms]
+       7042  17. Behind a proxy
+       7149  18. Compression [compression]
+       7359  19. Static files [assets]
+       7921  20. Telemetry: spans, and who hears of them
+       8517  21. JsonTracer: for log collectors [json]
+       8594  22. RichTracer: for people [rich]
+       9055  23. Sessions [sessions]
+       9165  24. What lives as long as the server
+       9268  25. @baked
+       9522  26. ASGI: the same app under another server [asgi]
+       9742  27. RedisRelay: the same between processes and machines [redis]
+       9984  28. Reload: a saved file restarts the app [reload]
+      10135  29. Development: what went wrong, shown where one looks [development]
+      10248  30. What is refused
+    10502  ACT 5. The pocket client
+      10545  31. The pocket client (JavaScript) [client]
+      11896  32. This file as a page [read]
+      12082  33. An app to begin with
 
 READING PATH
 
@@ -104,14 +104,14 @@ Two hours, for a reader who wants to know how it works, not all that it does. Re
      1711-1806   `Context`  what a handler gets beside it
      1896-1911   `_Tree.find`  from a path to a handler
      2243-2277   `_App.dispatch`  one request from end to end
-     2690-2806   `_Reader`  bytes to requests
+     2689-2805   `_Reader`  bytes to requests
      3126-3372   `Connection`  one connection, many requests
-     3803-3821   `Server.start`  listening
-     3952-3969   `Server.stop`  ending without losing a request
-     5388-5511   `_EventWriter`  events
-     5601-5666   `_Scope`  how a disconnect reaches a handler
-     5693-5776   `Alive`  staying with a client
-     5938-6045   `Relay`  from one handler to another
+     3800-3818   `Server.start`  listening
+     3949-3966   `Server.stop`  ending without losing a request
+     5385-5508   `_EventWriter`  events
+     5598-5663   `_Scope`  how a disconnect reaches a handler
+     5691-5774   `Alive`  staying with a client
+     5936-6043   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -2341,6 +2341,7 @@ class _App(Router):
 #
 # A connection stays open for the next request (*keep-alive*), unless a head says
 # `connection: close`. A client may send its next request before it has its answer (*pipelining*).
+# With `expect: 100-continue` it sends a body only when it is told to: `HTTP/1.1 100 Continue`.
 #
 # Theory of operation. A connection works on one request at a time. Its state (see `_State`) says
 # what the next bytes are: a request's head, some of its body, or bytes to keep until it is
@@ -2373,37 +2374,36 @@ class Limits:
     write_timeout: float = 30.0  # for a client that takes nothing of its answer; then cut off
     max_header_bytes: int = 32 * 1024  # of a head, and of the trailers of a body; beyond: 431
     max_headers: int = 100  # fields in a head; beyond: 431
-    max_target: int = 32 * 1024  # of the target (a GET's signals are in it); beyond: 414
+    max_target: int = 32 * 1024  # of the target (a GET has its signals there, part 15); beyond: 414
     max_buffer: int = 16 * 1024 * 1024  # bytes of an answer that wait for the client; then cut off
     max_connections: int = 10_000  # at once; beyond: 503
-    max_handlers: int = 1000  # above one per connection; beyond: requests wait
+    max_handlers: int = 1000  # that go on after their answers, at least; beyond: requests wait
 
 
-_HIGH_WATER = 64 * 1024  # bytes kept of a body, or of later requests, before reading is paused
-_DISCARD_LIMIT = 256 * 1024  # bytes of an unread body; with more the connection is closed
+_HIGH_WATER = 64 * 1024  # bytes kept of what comes in, and of what goes out; then the sender waits
+_DISCARD_LIMIT = 256 * 1024  # bytes of an unwanted body that are read and dropped; beyond: closed
 _MAX_EXCESS = 100  # connections above `max_connections` that are answered, 503; more are closed
 _ACCEPT_BATCH = 64  # connections that are accepted before the loop runs other tasks
-_READ_BATCH = 64  # requests and pieces of bodies of one client, read before the loop runs others
+_READ_BATCH = 64  # requests and pieces of bodies, read of one client before others come
 _KEPT_HEAD = 4096  # bytes: a larger header block is not kept for the next request
 _IDLE_GRACE = 0.5  # seconds in which an idle connection may still ask when the server stops
-_LINGER = 2.0  # seconds in which a client may read an answer that ended its connection
+_LINGER = 2.0  # seconds in which a client may read an answer that ends its connection (`_linger`)
 _NEVER = float("inf")
 _NETWORK_GONE = {  # errors of a socket whose client is gone, beside ConnectionError
     errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN, errno.ENOTCONN
 }  # fmt: skip
-# For SO_LINGER, on and 0 seconds: a close sends a *reset*, which is an error to the client, no end.
+# For SO_LINGER, on and 0 seconds: a close sends a *reset*, which the client sees as an error.
 _RESET = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)
 
 _REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/([0-9])\.([0-9])")
-_ABSOLUTE = re.compile(r"https?://([^/?#@]+)(/[^?#]*)?(\?[^#]*)?", re.IGNORECASE)
-
+_WHOLE_URL = re.compile(r"https?://([^/?#@]+)(/[^?#]*)?(\?[^#]*)?", re.IGNORECASE)
 
 # A *header block* (RFC 9112, section 5) begins with the line break before the first field:
 #
 #     b"\r\nhost: a.example\r\naccept: */*\r\n\r\n"
 #
-# No field over two lines, no blank before the colon, no control characters. (`*+` never gives back
-# what it has matched, so that the time of a match grows only with the length.)
+# A field is one line, without a blank before its colon, without control characters. (`*+` never
+# gives back what it has matched, so that the time of a match grows only with the length.)
 _FIELD_LINE = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]++:[\t\x20-\x7e\x80-\xff]*+\r\n"
 _FIELD_LINES = re.compile(rb"\r\n(?:" + _FIELD_LINE + rb")*+\r\n")
 _FRAMING_FIELDS = re.compile(
@@ -2458,8 +2458,8 @@ class _Framing:
         self.keep_alive = "keep-alive" in options
         self.expects = ",".join(fields.get("expect", ())).lower()
         self.has_host = "host" in fields
-        # The request ends with its head: no body follows.
-        self.ends_here = self.has_host and not (self.length or self.chunked or self.expects)
+        # The usual case, which needs no more checks: a host, no body, nothing expected.
+        self.is_plain = self.has_host and not (self.length or self.chunked or self.expects)
 
 
 # A cache: these few fields are the same in most requests, whatever else their heads have.
@@ -2477,8 +2477,7 @@ class _ReceivedHeaders(Headers):
         return _split_fields(self._block)
 
 
-# Fields are latin-1, but browsers send these in UTF-8 (HTML standard, 9.2.4; cookies set by a
-# script).
+# Fields are latin-1, but browsers send these in UTF-8 (HTML standard, 9.2.4; a script's cookies).
 _UTF_8_FIELDS = {"cookie", "last-event-id"}
 
 
@@ -2497,7 +2496,7 @@ def _split_fields(block: bytes) -> dict[str, list[str]]:
 def _normalised(
     line: RequestLine, headers: Headers, framing: _Framing
 ) -> tuple[RequestLine, Headers]:
-    """What is rare: checks line and head against each other, and takes the host out of a target.
+    """The rare cases: check line and head against each other, take the host out of a target.
 
     `GET http://a.example/x` becomes a request for `/x` with `host: a.example`.
     """
@@ -2514,7 +2513,7 @@ def _normalised(
     # CONNECT's target is `host:port`; any other is a whole URL (RFC 9112, section 3.2).
     if line.method == "CONNECT":
         raise HttpException(501, "this is no proxy: CONNECT is not supported")
-    found = _ABSOLUTE.fullmatch(line.target)
+    found = _WHOLE_URL.fullmatch(line.target)
     if not found or not _HOST.fullmatch(found[1]):
         raise HttpException(400, "the target is malformed")
     # The target's host counts, not the Host field (section 3.2.2).
@@ -2639,7 +2638,7 @@ class _Chunks:
                 out.append(data)
                 self.left -= len(data)
                 at += len(data)
-            elif self.left:  # behind it
+            elif self.left:  # behind it: a line break, of which half may have come
                 if not b"\r\n".startswith(buffer[at : at + 2]):
                     raise HttpException(400, "a chunk is longer than its size says")
                 if at + 2 > len(buffer):
@@ -2672,7 +2671,7 @@ class _Chunks:
         self._count(line)
 
     def _check_start(self, line: bytes) -> None:
-        """Refuse a line that is not well-formed, unless its end has only not come yet."""
+        """Refuse a malformed line. One whose end has not come may still be well-formed."""
         if b"\n" in line:
             what = "trailer of the body" if self._line is self._TRAILER else "chunk's size"
             raise HttpException(400, f"a {what} is malformed")
@@ -2697,7 +2696,7 @@ class _Reader:
         self._limits = limits
         self.buffer = b""  # what has come; emptied when all of it has been read
         self._at = 0  # up to where the buffer has been read
-        self._searched = 0  # bytes of an incomplete head that were searched for its end
+        self._searched = 0  # bytes of an incomplete head, searched; the last 3 may begin its end
         # The last header block, and what was read from it.
         self._block = b""
         self._headers = Headers()
@@ -2723,7 +2722,7 @@ class _Reader:
         buffer, at, limits = self.buffer, self._at, self._limits
         headers, framing = self._headers, self._framing
         line_end = buffer.find(b"\r\n", at)
-        if framing is not None and buffer.startswith(self._block, line_end):
+        if framing is not None and buffer.startswith(self._block, line_end):  # as last time
             end = line_end + len(self._block)
         else:
             framing = None
@@ -2746,7 +2745,7 @@ class _Reader:
         line = read(raw_line)
         if len(line.target) > limits.max_target:
             raise HttpException(414, f"the target is longer than {limits.max_target} bytes")
-        if not (line.is_plain and framing.ends_here):
+        if not (line.is_plain and framing.is_plain):
             line, headers = _normalised(line, headers, framing)
         self._use(end)
         self._searched = 0
@@ -2755,7 +2754,7 @@ class _Reader:
     def _check_start(self) -> None:
         """Refuse an incomplete head at once if it is malformed or too large already."""
         start = self.buffer[self._at :]
-        checked = max(0, self._searched - 1)  # bytes that need no second look
+        checked = max(0, self._searched - 1)  # seen before, all but a last "\r"
         line, line_end, _ = start.partition(b"\r\n")
         if _LONE_LF.search(start, checked):
             raise HttpException(400, "a line of the head ends in a bare line feed")
@@ -2768,7 +2767,7 @@ class _Reader:
         self._searched = len(start)
 
     def _too_large(self, line: bytes) -> HttpException:
-        if len(line) > self._limits.max_target + 32:
+        if len(line) > self._limits.max_target + 32:  # with method and version
             return HttpException(414, f"the target is longer than {self._limits.max_target} bytes")
         return HttpException(431, f"the head is larger than {self._limits.max_header_bytes} bytes")
 
@@ -2816,14 +2815,14 @@ class _Reader:
 #
 # `transport.write(data)` returns at once: the transport keeps what the kernel does not take. When
 # it keeps more than `_HIGH_WATER` bytes it calls `pause_writing`, and when few are left
-# `resume_writing`. A handler that writes much awaits `drained`, which lasts from the one to the
-# other: a client that reads slowly slows the handler down. That is *backpressure*. The other way
-# round, `transport.pause_reading()` slows down a client that sends too much. For HTTPS the
-# transport encrypts and decrypts (TLS); a protocol sees no difference.
+# `resume_writing`. Between these two calls `drained` waits: so a client that reads slowly slows
+# down the handler that awaits it. The other way round, `transport.pause_reading()` slows down a
+# client that sends too much. For HTTPS the transport encrypts and decrypts (TLS); a protocol sees
+# no difference.
 
 
 def _limit_unsent(connection: socket.socket, size: int) -> None:
-    """Let the kernel take `size` bytes at most that it cannot send yet. 0: as many as it likes."""
+    """Let the kernel take at most `size` bytes that it cannot send yet; 0: without a limit."""
     with suppress(AttributeError, OSError):  # Windows, or a Unix socket
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, size)
 
@@ -2868,7 +2867,7 @@ class _Sender(Carrier, asyncio.Protocol):
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
         self._state = _IDLE
-        self._deadline = worker.now + worker.limits.header_timeout  # by the loop's clock
+        self._deadline = worker.now + worker.limits.header_timeout  # of a first head
         self._transport: asyncio.Transport = None  # type: ignore[assignment]  # connection_made
         # Between pause_writing and resume_writing: an event that the latter sets. Else None.
         self._paused_writing: asyncio.Event | None = None
@@ -2877,11 +2876,12 @@ class _Sender(Carrier, asyncio.Protocol):
         self._stalled_since = 0.0  # when that was; 0.0 while nothing waits
         self.client = ""  # the peer's address
 
-    def _is_lost(self) -> bool:
+    def _is_closing(self) -> bool:
+        """Whether it is closed, or will be: nothing more can be written."""
         return self._state is _CLOSING or self._transport.is_closing()
 
     def _write(self, data: bytes) -> None:
-        if not self._is_lost():
+        if not self._is_closing():
             self._sent += len(data)
             self._transport.write(data)
 
@@ -2897,9 +2897,9 @@ class _Sender(Carrier, asyncio.Protocol):
 
     async def drained(self) -> None:
         """See Carrier."""
-        if self._paused_writing and not self._is_lost():
+        if self._paused_writing and not self._is_closing():
             await self._paused_writing.wait()
-        if self._is_lost():
+        if self._is_closing():
             raise ClientDisconnected("the client has gone")
 
     async def send_file(self, file: IO[bytes], offset: int, count: int) -> None:
@@ -2908,7 +2908,7 @@ class _Sender(Carrier, asyncio.Protocol):
         transport = self._transport
         connection = transport.get_extra_info("socket")
         if hasattr(os, "sendfile") and transport.get_extra_info("sslcontext") is None:
-            transport.set_write_buffer_limits(0)  # `drained` waits until the transport is empty
+            transport.set_write_buffer_limits(0)  # `drained` now waits until it is empty
             _limit_unsent(connection, 0)  # (a limit keeps events fresh; a file does not age)
             # A descriptor of our own: the transport may close its own while we wait.
             descriptor = os.dup(connection.fileno())
@@ -2916,7 +2916,7 @@ class _Sender(Carrier, asyncio.Protocol):
                 sent = await self._send_by_system(descriptor, file, offset, count)
             finally:
                 os.close(descriptor)
-                if not self._is_lost():
+                if not self._is_closing():
                     transport.set_write_buffer_limits(_HIGH_WATER)
                     _limit_unsent(connection, _HIGH_WATER)
             offset, count = offset + sent, count - sent
@@ -2933,7 +2933,7 @@ class _Sender(Carrier, asyncio.Protocol):
             try:
                 sent = os.sendfile(descriptor, file.fileno(), offset + done, most)
             except BlockingIOError:
-                self.pause_writing()  # until the kernel has room again
+                self.pause_writing()  # `drained` waits until the kernel has room
                 loop.add_writer(descriptor, self.resume_writing)
                 try:
                     await self.drained()
@@ -3025,12 +3025,12 @@ class _Answers(_Sender):
     def shut_down(self) -> None:
         """The server stops: streams end, requests are answered, idle connections may still ask."""
         self._end_scopes()
-        # (One with bytes to read is not idle: they wait for room, as in `_do_next`.)
+        # (One with unread bytes is not idle: its request waits until fewer handlers run.)
         if self._state is _EXCESS or (self._state is _IDLE and not self._reader.buffer):
             self._deadline = self._worker.idle_deadline
 
     def answer(self, status: int, fields: bytes, body: bytes) -> None:
-        """See Carrier."""
+        """See Carrier. Mostly, in HTTP/1.1 that goes on, no field `connection` is needed."""
         stopping = self._worker.stopping
         if self._close_after or stopping or self._http_1_0 or self._state is not _ANSWER:
             fields = self._with_connection(fields)
@@ -3072,7 +3072,7 @@ class _Answers(_Sender):
 
     def abort(self) -> None:
         """See Carrier. In HTTP/1.0 a body ends with the connection: a reset tells of a fault."""
-        if self._http_1_0 and not self._is_lost():
+        if self._http_1_0 and not self._is_closing():
             connection = self._transport.get_extra_info("socket")
             with suppress(AttributeError, OSError):
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
@@ -3081,8 +3081,8 @@ class _Answers(_Sender):
 
     def _close(self) -> None:
         """Close, in bounded time. (With TLS a close waits for the client's answer to it.)"""
-        lost, self._state = self._is_lost(), _CLOSING
-        if not lost:
+        was_closing, self._state = self._is_closing(), _CLOSING
+        if not was_closing:
             self._deadline = self._worker.loop.time() + _LINGER
             self._transport.close()
 
@@ -3093,10 +3093,10 @@ class _Answers(_Sender):
         an answer that it has not read.
         """
         unread = self._reader.buffer or self._reader.decoder
-        # A TLS connection has no sides. If its client is about to send, `connection: close` has to
-        # be enough for it.
+        # TLS cannot close one side: it lingers only while its client is sending. One that is about
+        # to send has been told `connection: close`.
         half = self._transport.can_write_eof()
-        if self._is_lost() or self._eof or not (half or unread):
+        if self._is_closing() or self._eof or not (half or unread):
             self._close()
             return
         self._state = _CLOSING
@@ -3203,13 +3203,13 @@ class Connection(_Answers):
             raise HttpException(503, "too many connections")
         if not (state is _IDLE or state is _HEAD) or self._paused_writing:
             return False  # the answer before is not complete, or not taken
-        if worker.crowded:
+        if worker.crowded:  # too many handlers run (part 10)
             self._deadline = _NEVER
             worker.waiting.add(self)
             return False
         head = self._reader.head()
         if head is None:
-            # Again after it was crowded: the time for a head begins anew.
+            # A new head, or one that had no deadline while it was crowded: its time begins now.
             if self._deadline == _NEVER or (state is _IDLE and self._reader.buffer):
                 deadline = worker.loop.time() + worker.limits.header_timeout
                 self._state, self._deadline = _HEAD, deadline
@@ -3224,10 +3224,11 @@ class Connection(_Answers):
         self._state, self._deadline = _ANSWER, _NEVER
         self._http_1_0 = line.http_1_0
         self._close_after = framing.close or (line.http_1_0 and not framing.keep_alive)
-        body: Body | bytes = b"" if framing.ends_here else self._begin_body(framing)
+        body: Body | bytes = b"" if framing.is_plain else self._begin_body(framing)
         request = Request(line, headers, body, self)
         handling = worker.app.dispatch(request, self)
         # In a copy of the context variables: what a handler sets there ends with its request.
+        # From Python 3.12 on it runs at once, up to its first wait (`_spawn`, part 10).
         task = _spawn(handling, worker.loop, worker.context.copy())
         if not task.done():
             worker.track(task)
@@ -3268,7 +3269,7 @@ class Connection(_Answers):
 
     def _wants_body(self) -> None:
         """Called by the body when its reader waits for more, or has given it up."""
-        if not self._is_reading_body() or self._is_lost():
+        if not self._is_reading_body() or self._is_closing():
             return
         if self._expects and not self._body.discarding:
             self._expects = False
@@ -3286,24 +3287,23 @@ class Connection(_Answers):
 
     def _wait_for_more(self, batch_full: bool) -> None:
         """After `_advance`: go on later, close, or pause reading."""
+        held_back = self._paused_writing or self in self._worker.waiting  # perhaps a whole request
         if batch_full:  # more can be read, but other clients come first
             self._worker.loop.call_soon(self.go_on)
-        elif self._paused_writing or self in self._worker.waiting:
-            pass  # there may be a whole request in the buffer
-        elif self._eof and self._state in (_EXCESS, _IDLE, _HEAD):
+        elif self._eof and not held_back and self._state in (_EXCESS, _IDLE, _HEAD):
             self._close()  # what is left is a part of a request whose rest will not come
         self._pause_or_resume_reading()
 
     def _pause_or_resume_reading(self) -> None:
         """Read no more while enough unread bytes are in memory (backpressure)."""
-        if self._is_lost():
+        if self._is_closing():
             return
         if self._is_reading_body():
             full = self._body.buffered >= _HIGH_WATER or self._discarded > _DISCARD_LIMIT
         else:
             full = self._reader.waiting() > max(_HIGH_WATER, self._worker.limits.max_header_bytes)
         if full:
-            self._deadline = _NEVER  # also where reading was paused for an earlier request
+            self._deadline = _NEVER  # the client waits for us
         if full and not self._paused_reading:
             self._transport.pause_reading()
         elif self._paused_reading and not full:
@@ -3312,7 +3312,7 @@ class Connection(_Answers):
 
     def go_on(self) -> None:
         """Advance again, when what the connection waited for has come."""
-        if not (self._advancing or self._is_lost()):
+        if not (self._advancing or self._is_closing()):
             self._advance()
 
     def _refuse(self, exc: HttpException) -> None:
@@ -3399,14 +3399,11 @@ def _spawn(
     """Make a task of a coroutine.
 
     From Python 3.12 on it runs at once, up to its first wait, and not only when the loop comes to
-    it: a handler that never waits is done when this returns. (A task without a name makes one up.)
+    it: a handler that never waits is done when this returns. (`name` saves making one up.)
     """
     if _EAGER:
         return asyncio.Task(coroutine, loop=loop, name="stario", context=context, eager_start=True)  # type: ignore[call-arg]
     return loop.create_task(coroutine, name="stario", context=context)
-
-
-_closing: set[asyncio.Task[Any]] = set()  # tasks that close the source of an `alive` (part 13)
 
 
 def _keep(task: asyncio.Task[Any], tasks: set[asyncio.Task[Any]]) -> None:
@@ -3443,7 +3440,7 @@ class Worker:
         self.ended = False  # its loop is to end
         self.context = contextvars.copy_context()  # each handler gets a copy of it
         times = (time for name, time in dataclasses.asdict(limits).items() if "timeout" in name)
-        self._interval = max(0.01, min(1.0, min(times) / 4))  # seconds from sweep to sweep
+        self._interval = max(0.01, min(1.0, min(times) / 4))  # seconds between sweeps
         self.now = loop.time()  # the time of the last sweep
         self._sweep()
 
@@ -3467,7 +3464,7 @@ class Worker:
                 ssl=tls,
                 ssl_handshake_timeout=self.limits.header_timeout if tls else None,
             )
-        except (OSError, asyncio.CancelledError):  # no TLS, or the client has gone
+        except (OSError, asyncio.CancelledError):  # no TLS, the client has gone, or `stop`
             accepted.close()
 
     @property
@@ -3560,7 +3557,7 @@ def _cancel(tasks: set[asyncio.Task[None]]) -> None:
 class _Threads(ThreadPoolExecutor):
     """A thread pool for `asyncio.to_thread` that does not hold up the end of the program.
 
-    (When Python exits, it waits for the threads of a plain ThreadPoolExecutor.)
+    (At exit Python waits for a plain ThreadPoolExecutor's; asyncio takes only that or a subclass.)
     """
 
     def __init__(self) -> None:
@@ -3683,12 +3680,12 @@ class _Listener:
         for family, kind, protocol, _, address in dict.fromkeys(found):
             listening = socket.socket(family, kind, protocol)
             self.sockets.append(listening)
-            if os.name == "posix":
+            if os.name == "posix":  # listen again at once, while old connections still end
                 listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if self.reuse_port:
                 listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             _set_options(listening)
-            if family == socket.AF_INET6:
+            if family == socket.AF_INET6:  # for IPv4 there is a socket of its own
                 listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             listening.bind((address[0], self.port, *address[2:]))
             self.bound, self.port = listening.getsockname()[:2]  # port 0: the first one's for all
@@ -3780,7 +3777,7 @@ class Server:
             raise StarioError(f"ssl is {ssl!r}: an ssl.SSLContext is needed")
         where = {field.name for field in dataclasses.fields(_Listener)} & options.keys()
         self._listener = _Listener(host, port, **{name: options.pop(name) for name in where})
-        self._limits = _limits(options)
+        self._limits = _checked_limits(options)
         self._workers: list[Worker] = []
         self._threads: list[threading.Thread] = []
         self._accepting: list[asyncio.Task[None]] = []  # on Windows, see `_watch`
@@ -3805,18 +3802,18 @@ class Server:
         if self._workers:
             raise StarioError("this server runs already")
         self._loop = asyncio.get_running_loop()
-        async with AsyncExitStack() as stack:  # undone by `stop`, or here if a step fails
+        async with AsyncExitStack() as stack:  # to undo, last step first, if one fails
             stack.callback(_forget_signals, self)
             self._listener.open()
             self.port = self._listener.port
             stack.callback(self._listener.close)
-            await stack.enter_async_context(self.app._life.while_served())
+            await stack.enter_async_context(self.app._life.while_served())  # part 24
             stack.push_async_callback(self._end_workers)
             self._workers = [self._worker_on(self._loop)]
             for number in range(1, self._count):
                 self._workers.append(await self._start_thread(f"stario-{number}"))
             self._turns = cycle(self._workers)
-            self._ending = stack.pop_all()
+            self._ending = stack.pop_all()  # from here on `stop` undoes it
         for listening in self._listener.sockets:
             self._watch(listening)
 
@@ -3836,7 +3833,7 @@ class Server:
 
         def run() -> None:
             try:
-                with asyncio.Runner(loop_factory=type(self._loop)) as runner:
+                with asyncio.Runner(loop_factory=type(self._loop)) as runner:  # the same kind
                     runner.get_loop().set_default_executor(_Threads())
                     worker = self._worker_on(runner.get_loop())
                     started.set_result(worker)
@@ -3858,7 +3855,7 @@ class Server:
 
     def _watch(self, listening: socket.socket) -> None:
         """Have the loop call `_accept` whenever connections wait in the backlog."""
-        if listening not in self._listener.sockets:
+        if listening not in self._listener.sockets:  # closed by `stop`
             return
         try:
             self._loop.add_reader(listening, self._accept, listening)
@@ -3938,7 +3935,7 @@ class Server:
             self._asked = now
             self._loop.call_soon_threadsafe(self._ask)
         elif now - self._asked > 0.1:
-            if not self._stop.is_set() or not self._graceful_timeout:
+            if not self._stop.is_set() or not self._graceful_timeout:  # blocked, or a third
                 os._exit(128 + number)  # (process 1 of a container could not kill itself)
             self._asked, self._graceful_timeout = now, 0.0
             for worker in self._workers:
@@ -3997,7 +3994,7 @@ class Server:
         self._workers, self._threads = [], []
 
 
-def _limits(options: dict[str, Any]) -> Limits:
+def _checked_limits(options: dict[str, Any]) -> Limits:
     known = {field.name for field in dataclasses.fields(Limits)}
     for name, value in options.items():
         if name not in known:
@@ -4073,15 +4070,15 @@ def _refuse_taken(path: str, take_over: bool) -> None:
             raise StarioError("there is a file of that name, and it is no socket")
     except FileNotFoundError:
         return
-    with suppress(ConnectionRefusedError), socket.socket(socket.AF_UNIX) as probe:
-        probe.settimeout(1.0)  # the other server may hang
-        if not take_over:
+    if not take_over:
+        with suppress(ConnectionRefusedError), socket.socket(socket.AF_UNIX) as probe:
+            probe.settimeout(1.0)  # the other server may hang
             probe.connect(path)
             raise StarioError("another server is listening there")
 
 
 def _systemd_sockets() -> list[socket.socket]:
-    """The sockets that systemd, or whatever speaks its protocol (sd_listen_fds), has opened."""
+    """Sockets that systemd has opened, or what speaks its protocol (sd_listen_fds): from 3 on."""
     if os.environ.get("LISTEN_PID") != str(os.getpid()):
         return []  # none, or they are meant for another process
     count = int(os.environ.pop("LISTEN_FDS", "0"))
@@ -4170,7 +4167,7 @@ class Stario(_App):
                 return
             if self.debug:
                 for worker in server._workers:
-                    worker.loop.call_soon_threadsafe(_Watchdog)
+                    worker.loop.call_soon_threadsafe(_Watchdog)  # part 29: finds what blocks a loop
         except StarioError as exc:
             for work in self._life.waiting:  # or Python warns that nobody has awaited it
                 work.close()
@@ -4255,17 +4252,17 @@ class ServerEvent(NamedTuple):
         return json.loads(self.fields.get("signals", "{}"))
 
 
-def _named_lines(text: str, separator: str) -> dict[str, list[str]]:
+def _named_lines(text: str, pattern: str) -> dict[str, list[str]]:
     """Lines such as `data: hello` by their names: `{"data": ["hello"]}`."""
     found: dict[str, list[str]] = {}
     for line in text.split("\n"):
-        name, *value = re.split(separator, line, maxsplit=1)
+        name, *value = re.split(pattern, line, maxsplit=1)
         found.setdefault(name, []).append("".join(value))
     return found
 
 
 def _parse_event(block: bytes) -> ServerEvent | None:
-    """One event's lines (HTML standard, 9.2.6); None for a comment."""
+    """One event's lines (HTML standard, 9.2.6); None for a comment, `: hello`."""
     found = _named_lines(block.decode("utf-8"), ": ?")
     if "event" not in found and "data" not in found:
         return None
@@ -4312,7 +4309,7 @@ class _Jar:
             name, value, end = name.strip(), unquote(value.strip()), _NEVER
             with suppress(KeyError, ValueError, OverflowError):  # what is malformed is ignored
                 end = parsedate_to_datetime(attributes["expires"]).timestamp()
-            with suppress(KeyError, ValueError, OverflowError):  # it counts before the other
+            with suppress(KeyError, ValueError, OverflowError):  # it wins over `expires`
                 end = time.time() + int(attributes["max-age"])
             found[name] = self._cookies[name] = value
             self._rules[name] = value, end, attributes.get("path", "/")
@@ -4353,13 +4350,13 @@ class TestStream:
     def __init__(self, client: TestClient, name: str, timeout: float) -> None:
         self._name = name  # of the request, for messages
         self._timeout = timeout
-        self._failures: list[BaseException] = []  # of its handler
+        self._raised: list[BaseException] = []  # by its handler; `_record_fault` (20) puts it there
         self._events = self._read_events()
-        self._next: asyncio.Future[ServerEvent | None] | None = None  # of these, when it has come
+        self._next: asyncio.Future[ServerEvent | None] | None = None  # the one that is awaited
         self._last: ServerEvent | None = None
         self._worker = Worker(client.app, asyncio.get_running_loop(), client.limits)
         if client.raise_errors:
-            self._worker.context.run(_failures.set, self._failures)
+            self._worker.context.run(_failures.set, self._raised)
 
     def __aiter__(self) -> TestStream:
         return self
@@ -4461,7 +4458,7 @@ class TestStream:
 
     def _raise_failure(self) -> None:
         """Raise in the test what the handler has raised."""
-        failure = self._failures[0] if self._failures else None
+        failure = self._raised[0] if self._raised else None
         if isinstance(failure, Exception):
             raise failure
         if failure is not None:  # SystemExit or a cancellation would end the test, not fail it
@@ -4495,7 +4492,7 @@ class TestClient:
         self.host = host
         self.timeout = timeout
         self.raise_errors = raise_errors
-        self.limits = _limits(limits)
+        self.limits = _checked_limits(limits)
         self.cookies: dict[str, str] = {}
         self._jar = _Jar(self.cookies)
         self._ending = AsyncExitStack()
@@ -5688,6 +5685,7 @@ async def _paced_rounds(writer: Writer) -> AsyncIterator[None]:
 
 
 _LONGEST_RUN = 0.005  # seconds; then a loop that never had to wait lets other tasks run
+_closing_sources: set[asyncio.Task[Any]] = set()  # tasks that close the source of an `alive`
 
 
 class Alive(Generic[T]):
@@ -5767,7 +5765,7 @@ class Alive(Generic[T]):
             loop = self._loop
 
             def close() -> None:
-                _keep(loop.create_task(aclose()), _closing)
+                _keep(loop.create_task(aclose()), _closing_sources)
 
             if asyncio._get_running_loop() is loop:
                 close()

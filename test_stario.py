@@ -3242,7 +3242,7 @@ class TestConnections(HttpTest):
                     (connection,) = connections_of(server)
                     stop_reading(peer)
                     await peer.send(request)
-                    await until(lambda connection=connection: connection._is_lost())  # type: ignore[misc]
+                    await until(lambda connection=connection: connection._is_closing())  # type: ignore[misc]
                     for _ in range(3):
                         await peer.send(NEXT)
                     read_again(peer)
