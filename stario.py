@@ -84,11 +84,11 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        9268  25. @baked
        9522  26. ASGI: the same app under another server [asgi]
        9742  27. RedisRelay: the same between processes and machines [redis]
-       9984  28. Reload: a saved file restarts the app [reload]
-      10135  29. Development: what went wrong, shown where one looks [development]
+       9985  28. Reload: a saved file restarts the app [reload]
+      10136  29. Development: what went wrong, shown where one looks [development]
       10248  30. What is refused
-    10502  ACT 5. The pocket client
-      10545  31. The pocket client (JavaScript) [client]
+    10501  ACT 5. The pocket client
+      10542  31. The pocket client (JavaScript) [client]
       11896  32. This file as a page [read]
       12082  33. An app to begin with
 
@@ -4132,7 +4132,7 @@ class Stario(_App):
         if scope["type"] == "http":
             await _serve_asgi(self, scope, receive, send)
         elif scope["type"] == "lifespan":
-            await _live_asgi(self, receive, send)
+            await _asgi_lifespan(self, receive, send)
         elif scope["type"] == "websocket":
             await send({"type": "websocket.close"})
         else:
@@ -9522,10 +9522,10 @@ def _filled_attribute(name: str, value: object) -> str:
 # 26. ASGI: the same app under another server [asgi]
 #
 # ASGI (https://asgi.readthedocs.io) is how Python's servers call an app: one `await app(scope,
-# receive, send)` for each request. `scope` is its head; each `await receive()` gives some of its
-# body, or says that the client has gone; each `await send(message)` takes some of the answer, and
-# lasts as long as the client needs to take it. So `uvicorn myapp:app` serves a Stario, and
-# `Mount("/live", app)` puts one into a Starlette or FastAPI app.
+# receive, send)` for each request, and one for the server's life. `scope` is a request's head; each
+# `await receive()` gives some of its body, or says that the client has gone; each `await
+# send(message)` takes some of the answer, and lasts as long as the client needs to take it. So
+# `uvicorn myapp:app` serves a Stario, and `Mount("/live", app)` puts one into a FastAPI app.
 #
 #     scope        {"type": "http", "method": "GET", "path": "/", "headers": [...], ...}
 #     receive()    {"type": "http.request", "body": b"...", "more_body": False}
@@ -9533,10 +9533,10 @@ def _filled_attribute(name: str, value: object) -> str:
 #     send(...)    {"type": "http.response.start", "status": 200, "headers": [...]}
 #                  {"type": "http.response.body", "body": b"...", "more_body": False}
 #
-# Three tasks work on a request. One runs the handler; what it writes goes into a queue. The task
-# that the server has started sends what is in the queue (`pass_on`). The third receives (`listen`).
-# When the server stops it cancels its task; to the handler that is a disconnect, after which it has
-# `_ASGI_GRACE` seconds.
+# Up to three tasks work on a request. One runs the handler; what it writes goes into a queue. The
+# server's own task sends what is in the queue (`pass_on`). If the handler has to wait, a third one
+# receives (`listen`). All wait for one Event, `_news`; when it is set, each looks at what it needs.
+# A server that stops cancels its own task: a disconnect to the handler, with `_ASGI_GRACE` seconds.
 # ==================================================================================================
 
 
@@ -9558,13 +9558,13 @@ class _AsgiExchange(Carrier):
         self.client = str((scope.get("client") or ("",))[0] or "")
         self.scheme = str(scope.get("scheme") or "http")
         self._news = asyncio.Event()
-        self.wake = self._news.set  # called at every change of what one of the tasks waits for
+        self.wake = self._news.set  # called at every change of what a task waits for
         self.body = Body(self.wake)
         self._queue: deque[Message] = deque()
         self._unsent = 0  # bytes of the body that the server has not taken
         self._finished = False  # the answer is complete, or was aborted
         self._handled = False  # the handler has ended
-        self._error: Exception | None = None  # raised to the server when the handler has ended
+        self._error: Exception | None = None  # raised at the end: the server then cuts off
 
     def _next_change(self) -> Awaitable[object]:
         self._news.clear()
@@ -9649,7 +9649,7 @@ class _AsgiExchange(Carrier):
         try:
             while (message := await receive())["type"] != "http.disconnect":
                 if self.body.ended:
-                    return  # a `receive` that gives the last of the body again and again
+                    return  # `receive` repeats itself, and tells of no disconnect
                 if chunk := message.get("body"):
                     self.body.feed(chunk)
                 if not message.get("more_body"):
@@ -9662,7 +9662,7 @@ class _AsgiExchange(Carrier):
         self.disconnect()
 
     def disconnect(self) -> None:
-        """The client has gone. After the answer it tells nothing: then only the body has failed."""
+        """The client has gone, or the server stops. Only a stop ends work after the answer."""
         if not self.body.ended:
             self.body.fail(ClientDisconnected("the client left before its request was complete"))
         if not self._finished or self.shutting_down:
@@ -9671,7 +9671,7 @@ class _AsgiExchange(Carrier):
             self.wake()
 
 
-_asgi_handlers: dict[asyncio.Task[None], tuple[Stario, _AsgiExchange]] = {}  # they run
+_asgi_handlers: dict[asyncio.Task[None], tuple[Stario, _AsgiExchange]] = {}  # that run
 
 
 async def _serve_asgi(app: Stario, scope: Message, receive: Receive, send: Send) -> None:
@@ -9698,7 +9698,7 @@ def _asgi_request(scope: Message, exchange: _AsgiExchange) -> Request:
     """The request of a scope. Raises HttpException(400) for a path that cannot be decoded."""
     root = scope.get("root_path", "").rstrip("/")  # where this app is mounted
     path = (scope.get("raw_path") or quote(scope["path"]).encode()).decode("latin-1")
-    if root and f"{scope['path']}/".startswith(f"{root}/"):
+    if root and f"{scope['path']}/".startswith(f"{root}/"):  # there each byte is x or %xx
         path = "/" + re.sub(f"(%..|.){{,{len(root.encode()) + 1}}}", "", path, count=1)
     query = scope.get("query_string", b"").decode("latin-1")
     fields: dict[str, list[str]] = {}
@@ -9710,7 +9710,7 @@ def _asgi_request(scope: Message, exchange: _AsgiExchange) -> Request:
     return request
 
 
-async def _live_asgi(app: Stario, receive: Receive, send: Send) -> None:
+async def _asgi_lifespan(app: Stario, receive: Receive, send: Send) -> None:
     """From the server's start to its end (ASGI's lifespan protocol)."""
     await receive()
     stage = "startup"
@@ -9743,8 +9743,8 @@ async def _end_asgi_streams(app: Stario) -> None:
 #
 # Redis is a server that, among other things, passes messages on: PUBLISH sends one to a channel,
 # SUBSCRIBE asks for those of a channel, PSUBSCRIBE for those of all that fit a pattern. A
-# RedisRelay is a Relay (part 14) whose messages go through Redis, or Valkey, to all processes. A
-# pattern with subscriptions in this process is subscribed once at Redis.
+# RedisRelay is a Relay (part 14) whose messages go through Redis, or Valkey, to all processes. It
+# asks Redis for a pattern once, however many subscriptions in this process have it.
 #
 #     publish("room.1", x)  ->  _outgoing  ->  PUBLISH stario:room.1 "x"  ->  Redis
 #     subscriptions  <-  Relay._deliver  <-  one message for each pattern that fits  <-  Redis
@@ -9758,7 +9758,7 @@ async def _end_asgi_streams(app: Stario) -> None:
 # ==================================================================================================
 
 
-_UNSENT = 10_000  # messages that may wait to be sent, while Redis answers
+_MAX_OUTGOING = 10_000  # messages that may wait to be sent, while Redis answers
 _BATCH = 500  # commands that are sent at once
 _RedisCommand = tuple[str | bytes, ...]
 
@@ -9795,7 +9795,7 @@ class RedisRelay(Relay[T]):
         except ValueError as exc:
             raise StarioError(f"RedisRelay: {exc}") from None
         pool.connection_kwargs.update(  # whatever the url says
-            protocol=3,
+            protocol=3,  # in which answers and messages come over one connection
             decode_responses=False,
             socket_timeout=timeout,
             socket_connect_timeout=timeout,
@@ -9807,7 +9807,7 @@ class RedisRelay(Relay[T]):
         self._tracer = tracer or Tracer()
         # Under the lock:
         self._closed = False
-        self._connected = False  # to Redis, which has been told of all subscriptions
+        self._connected = False  # the first commands are made: tell Redis of each change
         self._down = ""  # why it could not be reached, if nothing has come from it since
         self._outgoing: deque[_RedisCommand] = deque()
         self._thread: threading.Thread | None = None  # started when it is needed
@@ -9826,7 +9826,7 @@ class RedisRelay(Relay[T]):
         message = "PUBLISH", self._channel(subject), _relay_json(data)
         with self._lock:
             waiting = len(self._outgoing)
-            if self._closed or waiting >= (self._queue if self._down else _UNSENT):
+            if self._closed or waiting >= (self._queue if self._down else _MAX_OUTGOING):
                 why = f"Redis cannot be reached: {self._down}" if self._down else "it is overrun"
                 why = "it is closed" if self._closed else why
                 raise StarioError(f"{subject!r} is not published: {why}, {waiting} messages wait")
@@ -9891,7 +9891,7 @@ class RedisRelay(Relay[T]):
     # -- In the thread
 
     async def _stay_connected(self) -> None:
-        """Connect, again and again, with pauses that grow up to two seconds."""
+        """Connect again and again, after up to two seconds, till this is closed and all is sent."""
         self._loop, pause = asyncio.get_running_loop(), 0.05
         while not self._closed or (self._outgoing and not self._down):
             try:
@@ -9940,10 +9940,11 @@ class RedisRelay(Relay[T]):
         return batch if batch or self._closed else [("PING",)]
 
     async def _receive(self, connection: Any) -> None:
-        """Take what Redis sends: messages, answers to PING, and for each PUBLISH how many got it.
+        """Take what Redis sends: answers to PING and PUBLISH, and messages (redis-py: "pushes").
 
-        A message comes once for each of our patterns that fits, and nothing comes in between. The
-        first is delivered. One with the same channel and data by another pattern is its copy.
+        A message comes once for each of our patterns that fits, and nothing comes in between:
+        `[b"message", b"room.1", b"7"]`, `[b"pmessage", b"room.*", b"room.1", b"7"]`. The first is
+        delivered. What then differs only in its pattern is its copy, what is equal a new message.
         """
         pattern, content = None, None  # of the last message that was delivered
         while True:
@@ -9986,9 +9987,9 @@ def _relay_json(data: object) -> bytes:
 # `serve(reload=True)` starts the program a second time, as a child process, and watches the files.
 # When one is saved, the child is ended and another is started. The parent opens the listening
 # sockets and keeps them, so that between two children a browser waits, and is not refused. A
-# script in each page holds an event stream open, on which the child tells its process id; when that
-# is another one, the page loads itself anew. On Windows sockets cannot be handed over: there each
-# child opens its own.
+# script in each page holds an event stream open, and the browser opens it again when it breaks. On
+# it the child tells its process id; when that is another one, the page loads itself anew. Windows
+# cannot hand sockets over: there each child opens its own.
 # ==================================================================================================
 
 
@@ -9997,7 +9998,7 @@ _LOOK_EVERY = 0.2  # seconds between two looks at the files
 
 
 def _watched_folders() -> set[str]:
-    """The folders of the program's own modules, and of its assets."""
+    """The folders of the program's modules (not Python's, not installed), and of its assets."""
     own = set()
     for module in list(sys.modules.values()):
         path = os.path.abspath(getattr(module, "__file__", None) or os.__file__)
@@ -10008,7 +10009,7 @@ def _watched_folders() -> set[str]:
             if any(name.endswith(".py") for name in files):
                 own.add(folder)
             else:
-                inside.clear()
+                inside.clear()  # `walk` does not go into these
     for assets in _collections.values():
         own |= {folder for folder, _, _ in os.walk(assets._root or "")}
     return own
@@ -10063,7 +10064,7 @@ def _keep_restarting(sockets: list[socket.socket]) -> int:
         before = _times(folders)
         children = [child for child in children if child.poll() is None]
         children.append(subprocess.Popen(command, env=environment, pass_fds=descriptors))
-        while not signals and children[-1].poll() != 0:  # (None while it runs)
+        while not signals and children[-1].poll() != 0:  # it runs (None), or it failed
             time.sleep(_LOOK_EVERY)
             now = _times(folders)
             changed = {path for path, _ in now.items() ^ before.items()}  # new, gone, or saved
@@ -10136,10 +10137,9 @@ def _join_reloading(app: Stario, server: Server) -> None:
 #
 # With `serve(debug=True)`, the default at a terminal, a handler's exception is answered with a page
 # that shows it: the frames of the program's own code first, with their lines and values, then the
-# request. If Datastar made the request, the page comes as a patch over the open one. And a handler
-# that blocks the event loop for more than 100 ms (with `time.sleep`, or a long computation) is told
-# on standard error, with the line where it was. The rule that must hold: without `debug` nothing of
-# this leaves the server.
+# request. If Datastar made the request, the page comes as a patch over the open one. A handler that
+# blocks the event loop for more than 100 ms (`time.sleep`, a long computation) is reported on
+# standard error, with its line. The rule: without `debug` nothing of this leaves the server.
 # ==================================================================================================
 
 
@@ -10194,7 +10194,7 @@ def _error_view(c: Context, exc: BaseException) -> SafeString:
 
 
 def _show_error(c: Context, w: Writer, exc: BaseException) -> None:
-    """Answer with the exception, or patch it over the page, unless an answer has begun."""
+    """Patch the exception over the open page, or answer with it if no answer has begun."""
     if w._sse or (c.req.is_datastar and not w.started):
         w._forget_answer()
         w.patch(_error_view(c, exc), selector="body", mode="append")
@@ -10235,13 +10235,13 @@ class _Watchdog:
     def _tell(self, frame: types.FrameType | None) -> None:
         while frame is not None and not _is_own(frame.f_code.co_filename):
             frame = frame.f_back
-        # (Where it is the line that runs the loop, nothing blocks it: the machine is slow.)
+        # (Where only the line that runs the loop is left, nothing blocks: the machine is slow.)
         if frame is not None and frame not in self._outside:
             where = f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
             print(f"stario: the event loop is blocked for over 100 ms at {where}", file=sys.stderr)
 
 
-Stario._develops = True
+Stario._develops = True  # so that `serve` turns `debug` on at a terminal
 
 
 # ==================================================================================================
@@ -10319,7 +10319,7 @@ def _check_order(wanted: str, first: object, second: object, kind: type = object
 
 
 def _filled_in(path: str, params: dict[str, object]) -> str:
-    """The path of a route with values for its parameters; `tail` is the one for `*`.
+    """`/u/{id:int}/*` with {"id": 7, "tail": "a/b"} is `/u/7/a/b`: a route's path with its values.
 
     StarioError for what does not fit the route, or would lead elsewhere: browsers take `.` and `..`
     out of a path, and a path that begins with `//` is another host.
@@ -10332,9 +10332,9 @@ def _filled_in(path: str, params: dict[str, object]) -> str:
             continue
         value = left.pop(named[1] if named else "tail", "")
         text = _as_text(value)
-        is_text = isinstance(value, str) or not (value is None or isinstance(value, Iterable))
+        is_single = isinstance(value, str) or not (value is None or isinstance(value, Iterable))
         fits = not named or _converted(named[2] or _ANY, text) is not None
-        if not (is_text and fits) or {".", ".."} & {*([text] if named else text.split("/"))}:
+        if not (is_single and fits) or {".", ".."} & {*([text] if named else text.split("/"))}:
             raise StarioError(f"{value!r} does not fit {segment} in {path}")
         filled.append(quote(text, safe="" if named else "/", errors="replace"))
     address = "/".join(filled)
@@ -10345,7 +10345,7 @@ def _filled_in(path: str, params: dict[str, object]) -> str:
     return address
 
 
-# -- Hosts
+# -- Hosts: what names they can have, and the routes (part 7) that belong to one
 
 _HOST_NAME = re.compile(r"\[[0-9a-f:.]+\]|[a-z0-9_-]+(\.[a-z0-9_-]+)*")
 
@@ -10368,13 +10368,13 @@ def _tree_of(router: Router, host: str) -> _Tree:
 
 
 def _trees_for(hosts: dict[str, _Tree], request: Request) -> Iterator[tuple[_Tree, str]]:
-    """The trees for the request's host, each with what `*` takes of it."""
+    """The trees for a request's host, with what `*` takes of it: `*.a.org` takes eu of eu.a.org."""
     host = request.host if hosts else ""
     for pattern, tree in hosts.items():
-        taken = host[: 1 - len(pattern)] if host.endswith(pattern[1:]) else ""
+        taken = host.removesuffix(pattern[1:])
         if pattern == host:
             yield tree, ""
-        elif pattern.startswith("*") and all(taken.split(".")):
+        elif pattern.startswith("*") and taken != host and all(taken.split(".")):
             yield tree, taken
 
 
@@ -10402,7 +10402,7 @@ class CookieOptions(TypedDict, total=False):
     partitioned: bool
 
 
-_COOKIE_SAFE = "!#$&'()*+-./:<=>?@[]^_`{|}~"  # not percent-encoded in a value (section 4.1.1)
+_COOKIE_SAFE = "!#$&'()*+-./:<=>?@[]^_`{|}~"  # not percent-encoded in a value (RFC 6265, 4.1.1)
 
 
 def _cookie_line(
@@ -10476,11 +10476,10 @@ def _is_own_origin(origin: str, request: Request) -> bool:
     scheme, _, place = origin.lower().partition("://")
     if scheme not in _PORTS or not place:
         return False
-    if request.scheme == "https" != scheme:  # (that we see http may be a proxy's doing)
+    if request.scheme == "https" and scheme == "http":  # (the reverse may be a proxy's doing)
         return False
     (host, port), (own, own_port) = _split_host(place), _split_host(request._hop.host)
-    default = _PORTS[scheme]
-    return host == own and (port or default) == (own_port or default)
+    return host == own and (port or _PORTS[scheme]) == (own_port or _PORTS[scheme])
 
 
 # -- Act 4 runs: what a browser sends, checked against a dataclass.
@@ -10501,9 +10500,8 @@ def _is_own_origin(origin: str, request: Request) -> bool:
 # ==================================================================================================
 # ACT 5. The pocket client
 #
-# The other half of a live page runs in the browser. Part 31 is JavaScript, which the server sends
-# where Datastar's own client cannot be reached. It is made of three ideas, which most libraries for
-# pages have in common.
+# The other half of a live page runs in the browser. Part 31 is JavaScript, for where Datastar's own
+# client cannot be reached. It is made of three ideas that most libraries for pages have in common.
 #
 # Signals. A signal is a named value in the page that knows who has read it.
 #
@@ -10521,9 +10519,8 @@ def _is_own_origin(origin: str, request: Request) -> bool:
 # Nobody declares what depends on what, each run finds out: `$open && $count` depends on `count`
 # only while `open` is true. When somebody types 4, the field writes `count`. Its readers become
 # due, and run when the event has been handled: once each, however many signals were written. A
-# computed signal (`data-computed:sum="$price * $count"`) reads and is read. A write only marks it
-# as stale: it is worked out when it is next asked for, and if its value is what it was, its own
-# readers need not run.
+# computed signal (`data-computed:sum="$price * $count"`) reads and is read. A write marks it as
+# stale: it is worked out when somebody asks for it. If its value stays, its readers need not run.
 #
 # Morphing. The server sends a view as HTML, the whole of it. Were it put in the place of the old
 # one, the field would lose its focus and what has been typed, and the list would jump to its top.
@@ -10543,6 +10540,13 @@ def _is_own_origin(origin: str, request: Request) -> bool:
 
 # ==================================================================================================
 # 31. The pocket client (JavaScript) [client]
+#
+# How its sections meet. `startPage` calls `follow` for each element. That makes an `Attribute` of
+# each `data-*` attribute and calls the plugin of its name, which listens or starts an effect. A
+# click runs an expression, and in it an action, `@post`: `request` sends it, `readEvents` takes in
+# the answer. Each event waits for its turn (`inTurn`), and `patchElements` morphs it into the page.
+# Then the MutationObserver calls `update`, which follows what came and went, and `runDue` runs the
+# effects whose signals were written.
 # ==================================================================================================
 
 
@@ -10551,16 +10555,15 @@ POCKET_CLIENT = r"""
 // fails is told in the console under its attribute's name, once, and everything else goes on. It
 // needs the right to compile expressions (CSP: 'unsafe-eval').
 //
-// Left out: Datastar Pro, plugins, shadow roots, bindings that hear a form's reset, attributes for
-// the script of a text/javascript answer.
+// Left out: Datastar Pro, plugins, shadow roots, resets of a form, a script answer's attributes.
 
 const report = (what, error, el = '') => console.error(`pocket client: ${what}: ${error}`, el);
 const unknown = (what, el) => console.warn(`pocket client: ${what} is not known here`, el);
 
 // A form's fields, and a page's images, hide properties of the same name: with a field that is
-// called "id", `form.id` is that field (HTML standard, 4.10.3). So nodes are asked through their
-// prototypes: `parentNode(el)` is el.parentNode, whatever the page is made of.
-function through(...kinds) {
+// called "id", `form.id` is that field (HTML standard, 4.10.3). So the properties of prototypes are
+// made functions: parentNode(el) is el.parentNode, contains(el, node) is el.contains(node).
+function functionsOf(...kinds) {
   const all = kinds.map((kind) => Object.getOwnPropertyDescriptors(kind.prototype));
   const jobs = Object.entries(Object.assign({}, ...all))
     .map(([name, { get, value }]) => [name, get ?? value])
@@ -10574,10 +10577,10 @@ const {
   localName, classList, closest, querySelectorAll, moveBefore, replaceChildren, getAttribute,
   setAttribute, hasAttribute, removeAttribute, getAttributeNames, getAttributeNode,
   setAttributeNode, addEventListener, removeEventListener, dispatchEvent,
-} = through(Node, Element, EventTarget);
-const doc = through(Document);
-const ofElement = through(Element);
-const { style: styleOfHtml } = through(HTMLElement);
+} = functionsOf(Node, Element, EventTarget);
+const doc = functionsOf(Document);
+const ofElement = functionsOf(Element);
+const { style: styleOfHtml } = functionsOf(HTMLElement);
 const styleOf = (el) => el instanceof HTMLElement ? styleOfHtml(el) : el.style;
 const page = doc.documentElement(document);
 const isElement = (node) => node instanceof Element;
@@ -10601,8 +10604,9 @@ class Cell {
   readers = new Set();
 }
 
-// A reader is a job and what it has read. An effect is an attribute's. A computed signal is
-// read, and reads: it is worked out when somebody asks.
+// A reader is a job, and the cells it has read, each with the `begunAt` of the run that did. An
+// effect is a reader with an attribute. A computed signal is a reader and a cell, and the value of
+// another cell: that of its name in the tree. It is worked out when somebody asks.
 const newReader = (job, attribute) => ({ job, attribute, cells: new Map(), begunAt: 0, ranAt: 0 });
 const newComputed = (job) => Object.assign(new Cell(), newReader(job), { stale: true });
 
@@ -10651,7 +10655,7 @@ function refresh(cell) {
   cell.changedAt = ++clock;
 }
 
-// What a reader changes itself does not wake it: that is why it has run after all of that.
+// `ranAt` is set last, after all that the run itself has changed: so that does not outdate it.
 function run(reader) {
   const outer = active;
   active = reader;
@@ -10699,7 +10703,7 @@ function runDue() {
 // one cell: it is read and told as a whole, and its entries may be null; elsewhere null means that
 // the signal is gone (JSON Merge Patch, RFC 7386).
 
-const branches = new WeakMap();  // branch -> { keys: its path, names: a cell, erased, proxy }
+const branches = new WeakMap();  // -> { keys: its path, names: cell of its keys, erased, proxy }
 const everything = new Cell();   // read by data-json-signals, changed by every write
 let changes = [];                // [keys, value] of this batch, for datastar-signal-patch
 
@@ -10743,7 +10747,7 @@ const handler = {
     return branches.get(value)?.proxy ?? inside(value, branch, key);
   },
   set(branch, key, value) {
-    const copy = plain(value);                     // whoever copies reads
+    const copy = plain(value);                     // not in the batch: its reads are noted
     batch(() => write(branch, key, copy));
     return true;
   },
@@ -10882,10 +10886,10 @@ function announce() {
 }
 
 // ---- Expressions: from an attribute's text to a function ----
-// A scanner goes over the text token by token. Only outside of strings, comments and regular
-// expressions $name and @name() are rewritten and ; ends a statement, so that text can hold
-// whatever it likes. An action's arguments become a function, which a retry calls again. The value
-// of the last statement is the value of the whole.
+// A scanner goes over the text token by token. Outside of strings, comments and regular expressions
+// ; ends a statement, and $name and @name() are rewritten: `@get('/' + $a.b)` becomes
+// `__act('get',()=>['/' + $['a']['b']])`, where a retry asks for the arguments anew. The value of
+// the last statement is that of the whole.
 
 // In this order: blanks and comments; strings; $a.b-c, but not $a -b; @name(; words; one character.
 const TOKEN = new RegExp([/(\s+|\/\/.*|\/\*[^]*?\*\/)/, /('(?:\\[^]|[^\\'])*'|"(?:\\[^]|[^\\"])*")/,
@@ -10923,8 +10927,7 @@ function translate(text) {
   return statements.filter((each) => !/^[\s;]*$/.test(each));
 }
 
-// A table's cells have their expressions in common, so functions are kept. Long texts are mostly
-// data, which comes once.
+// Functions are kept: the rows of a table share their expressions. Long texts are data, seen once.
 const compiled = new Map();          // text -> function
 
 function compile(text) {
@@ -10975,8 +10978,8 @@ class Attribute {
     try {
       return job();
     } catch (error) {
-      if (this.told !== String(error)) report(`${this.name}="${this.value}"`, error, this.el);
-      this.told = String(error);
+      if (this.lastError !== String(error)) report(`${this.name}="${this.value}"`, error, this.el);
+      this.lastError = String(error);
     }
   }
 
@@ -11155,7 +11158,7 @@ const plugins = {
       const some = busy || starting ? [] : leaves(evt.detail).filter(chosen);
       if (some.length) later(evt, nested(some));
     };
-    announce();
+    announce();                                    // what has changed before is no news
     addEventListener(document, 'datastar-signal-patch', hear);
     attribute.ends.add(() => removeEventListener(document, 'datastar-signal-patch', hear));
   },
@@ -11202,16 +11205,16 @@ function paced(job, tags, leading, trailing, anew) {
 }
 
 // ---- data-bind: a field and a signal follow each other ----
-// A signal that exists wins over what the field says at first, and keeps its type: what is typed
-// for a number's sake is a number. The field that somebody is editing is theirs: what came from
-// it is never written back (an emptied number field stays empty, "1." stays "1.").
+// `save` takes what the field says, `show` writes the signal into it. A signal that exists wins at
+// first, and keeps its type: a number stays one. The field that somebody is editing is theirs: what
+// came from it is never written back (an emptied number field stays empty, "1." stays "1.").
 
 const isNumeric = (el) => /^(?:number|range)$/.test(el.type);
 
-// An option that a list has chosen -> the list's entry, which may be a number.
+// An <option> -> the entry of the signal's list that chose it: 1, where its own value is "1".
 const entries = new WeakMap();
 
-// What no field of HTML's own holds is in a property (`prop`), or else in an attribute.
+// `prop` is for elements that are no fields: the property, or else the attribute, that is bound.
 function take(el, prop, old) {
   if (prop) return prop in el ? el[prop] : getAttribute(el, prop);
   if (el.type === 'checkbox') {      // its value is "on" if the page gives it none
@@ -11259,7 +11262,7 @@ function bind(attribute) {
   const isField = /^(?:input|select|textarea)$/.test(localName(el)) && !mods.has('prop');
   const prop = isField ? null : CASES.camel(mods.get('prop')?.[0] ?? 'value');
   const group = groups.get(path) ?? { binds: new Set() };
-  let taken = {};                    // what the signal got from here last
+  let taken = {};                    // what the signal last got from here; {} is nothing
   let seen = null;                   // what the field said then
   let waiting = false;               // something was not written because the field was half-way
   const self = { el, save, show, check };
@@ -11408,7 +11411,7 @@ function update(records) {
     }
     if (/^(?:select|optgroup|option)$/.test(localName(el))) selects.add(closest(el, 'select'));
   }
-  for (const select of selects) if (!told.has(select)) owners.get(select)?.bind?.show(true);
+  for (const select of selects) if (!refilled.has(select)) owners.get(select)?.bind?.show(true);
 }
 
 const observer = new MutationObserver((records) => batch(() => update(records)));
@@ -11436,8 +11439,8 @@ const actions = {
   toggleAll: (attribute, evt, args) => setEach(args()[0], (old) => !old),
 };
 
-// A call is a request with all its attempts. `given` are its arguments for the first one; those
-// after it ask `args` anew. An error before it is under way is the expression's.
+// A call is a request with all its attempts; what later functions need is set on it. `given` are
+// the arguments of the first attempt; the next ask `args` anew. An error here is the expression's.
 for (const method of ['GET', 'POST', 'PUT', 'PATCH', 'DELETE', 'QUERY']) {
   actions[method.toLowerCase()] = (attribute, evt, args) => {
     const given = args();
@@ -11485,8 +11488,7 @@ async function request(call) {
   });
 }
 
-// Asks until there is an answer. A hidden tab gives up its @get streams, and asks again when it is
-// shown.
+// Asks until there is an answer. A hidden tab lets go of its @get streams until it is shown.
 async function attempts(call, { openWhenHidden = call.method !== 'GET', retry = 'auto',
   retryInterval = 1000, retryScaler = 2, retryMaxWait = 30000, retryMaxCount = 10 }) {
   const { cancelled } = call;
@@ -11521,8 +11523,8 @@ async function attempts(call, { openWhenHidden = call.method !== 'GET', retry = 
   } while (!cancelled.aborted);
 }
 
-// Asks once. True if it is to be asked again: a stream that ended, an error, as `retry` says.
-// Status 200 grants new tries. The bodies of others are not read; 204 and 3xx are final.
+// Asks once; true: ask again. `retry` 'auto' does where the connection breaks, 'error' also from
+// status 400 on, 'always' also after a stream. Status 200 grants new tries; 204 and 3xx are final.
 async function attempt(call, signal, retry) {
   const { url, ...sent } = batch(() => sentWith(call));
   const answer = await fetch(url, { ...sent, signal });
@@ -11571,7 +11573,7 @@ function formOf(el, evt, selector) {
     each?.form === form && closest(each, BUTTONS) === each);
   const pressed = isElement(evt?.target) && closest(evt.target, BUTTONS);
   if (pressed || evt?.type === 'submit') evt.preventDefault();     // or a page is loaded as well
-  const { reportValidity, noValidate, enctype } = through(HTMLFormElement);
+  const { reportValidity, noValidate, enctype } = functionsOf(HTMLFormElement);
   if (!noValidate(form) && !button?.formNoValidate && !reportValidity(form)) return null;
   return () => {
     const fields = new FormData(form);
@@ -11601,15 +11603,14 @@ async function readAnswer(answer, call) {
   return false;
 }
 
-// Server-Sent Events, by the HTML standard. Datastar's data lines are "key value"; lines with the
-// same key belong together.
+// Server-Sent Events (HTML standard). Datastar's data lines are "key value"; a key can have many.
 async function readEvents(body, call) {
   const reading = body.pipeThrough(new TextDecoderStream()).getReader();
   let [rest, type, data, id] = ['', '', {}, null];
   for (;;) {
     const { done, value } = await reading.read();
     if (done) return;                            // an event without its blank line is dropped
-    const whole = /[\r\n]/.test(value) || rest.endsWith('\r');      // or else it only grows
+    const whole = /[\r\n]/.test(value) || rest.endsWith('\r');      // or no line is complete
     const lines = whole ? (rest + value).split(/\r\n|\n|\r(?!$)/) : [rest + value];
     rest = lines.pop();                          // perhaps only the first half of a line
     for (const line of lines) {
@@ -11694,8 +11695,7 @@ function parse(html, namespace) {
   return [...childNodes(wrapper ? template.content.firstChild : template.content)];
 }
 
-const told = new Set();              // fields whose content the morph has changed
-
+const refilled = new Set();          // fields whose content the morph has changed
 const MODES = /^(?:outer|inner|replace|prepend|append|before|after|remove)$/;
 
 function patchOne(mode, target, nodes) {
@@ -11709,8 +11709,8 @@ function patchOne(mode, target, nodes) {
   for (const script of scripts) if (isConnected(script)) enliven(script);
   // Bindings are told directly: the events `input` and `change` are a person's.
   settle();
-  for (const el of told) owners.get(el)?.bind?.save();
-  told.clear();
+  for (const el of refilled) owners.get(el)?.bind?.save();
+  refilled.clear();
 }
 
 // A script that was parsed never runs; one that is made by hand does, when it enters the page.
@@ -11755,7 +11755,7 @@ function planOf(parent, old, nodes) {
     const [fresh, other = twin] = after.get(id) ?? [];
     if (fresh && !other && nodeName(el) === nodeName(fresh)) pair(fresh, el);
   }
-  for (const [inner, partner] of [...partners]) {
+  for (const [inner, partner] of [...partners]) {  // from each pair outwards
     let el = partner;
     let fresh = parentNode(inner);
     for (; isElement(fresh) && !partners.has(fresh); fresh = parentNode(fresh)) {
@@ -11791,7 +11791,7 @@ function morphNodes(parent, old, nodes, plan) {
   nodes.forEach((node, n) => {
     while (leaving.has(at)) at = nextSibling(at);
     const match = matches[n];
-    if (match && at && nextSibling(at) === match) at = match;   // the one before goes elsewhere
+    if (match && at && nextSibling(at) === match) at = match;   // `at` moves later
     if (match && match === at) at = nextSibling(at);
     else if (match) move(parent, match, at);
     else {                                       // new itself, but perhaps around old elements
@@ -11861,7 +11861,7 @@ function writeField(el, name, value) {
   const field = name === 'selected' ? closest(el, 'select') ?? el : el;
   if (name === 'value' && isFocused(el) && (isHalf(el) || isSame(el, value))) return;
   el[name] = value;
-  told.add(field);
+  refilled.add(field);
 }
 
 // What somebody is typing may say the same already: "1." is 1, and so may be an empty field 0.
@@ -11895,9 +11895,9 @@ Stario._pocket = Assets({"pocket.js": POCKET_CLIENT}, "_stario")
 # ==================================================================================================
 # 32. This file as a page [read]
 #
-# What explains stands beside what it explains, a name leads to where it is defined, and an example
-# runs where it stands. An example is code in a comment; its last line is a request, and what the
-# answer begins with:
+# `python stario.py --read` serves it: comments beside their code, names that lead to where they are
+# defined, examples with a button that runs them. An example is code in a comment; its last line is
+# a request, and what the answer begins with:
 #
 #     async def hello(c: Context, w: Writer) -> None:
 #         w.html(h.P("Hello, ", c.req.query.get("name", "world")))
@@ -11923,7 +11923,7 @@ class _Row(NamedTuple):
 
 def _rows(source: str) -> list[_Row]:
     """Sort the lines of a file into rows: after code, a comment, function or class begins one."""
-    begins, docstrings = set[int](), dict[int, int]()  # line numbers; and how far it is indented
+    begins, docstrings = set[int](), dict[int, int]()  # lines; docstrings' lines, with their indent
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             begins.add(min(part.lineno for part in (node, *node.decorator_list)))
@@ -12150,7 +12150,7 @@ class _LeftOut:
 '''
 
 
-def _without(rooms: set[str]) -> str:
+def _without(leaving: set[str]) -> str:
     """The text of this file without these parts. Those that can go have a [name] in their title.
 
     SystemExit if another such part, or the import of the copy, needs one of them. Elsewhere what is
@@ -12163,20 +12163,20 @@ def _without(rooms: set[str]) -> str:
     names = [re.findall(r"\A.*\n# .*\[(\w+)\]\n", piece) for piece in pieces]
     parts = [("".join(name), piece) for name, piece in zip(names, pieces, strict=True)]
     known = list(filter(None, (name for name, _ in parts)))
-    if not rooms <= set(known):
-        unknown = ",".join(sorted(rooms - set(known)))
+    if not leaving <= set(known):
+        unknown = ",".join(sorted(leaving - set(known)))
         raise SystemExit(f"--without {unknown}: what can go is {', '.join(known)}")
     gone: dict[str, str] = {}  # names, and the parts that define them
     for name, part in parts:
-        symbols = symtable(part, "", "exec").get_symbols() if name in rooms else ()
+        symbols = symtable(part, "", "exec").get_symbols() if name in leaving else ()
         gone |= {symbol.get_name(): name for symbol in symbols if symbol.is_assigned()}
     for name, part in parts:
-        for node in ast.walk(ast.parse(part)) if name and name not in rooms else ():
+        for node in ast.walk(ast.parse(part)) if name and name not in leaving else ():
             if isinstance(node, ast.Name) and node.id in gone:
                 raise SystemExit(f"--without {gone[node.id]}: {name} needs {node.id}")
-    kept = [part for name, part in parts if name not in rooms]
+    kept = [part for name, part in parts if name not in leaving]
     stubs = [f'{name} = _LeftOut("{name}")\n' for name in gone]
-    copy = "".join([*kept[:3], _LEFT_OUT.lstrip(), *stubs, "\n\n", *kept[3:]])
+    copy = "".join([*kept[:3], _LEFT_OUT.lstrip(), *stubs, "\n\n", *kept[3:]])  # after part 2
     copy = re.sub(r"\nMAP\n.*?\nREADING PATH\n.*?\n\n(?=\S)", "", copy, count=1, flags=re.DOTALL)
     module = sys.modules["stario_copy"] = types.ModuleType("stario_copy")
     try:
@@ -12244,7 +12244,7 @@ __all__ = [
 async def _main() -> None:
     options = argparse.ArgumentParser(description="Stario in one file: an app to begin with.")
     options.add_argument("--read", action="store_true", help="show this file as a page instead")
-    options.add_argument("--without", metavar="ROOMS", help="write this file without these parts")
+    options.add_argument("--without", metavar="PARTS", help="write this file without these parts")
     options.add_argument("--port", type=int, default=8000)
     chosen = options.parse_args()
     if chosen.without is not None:
