@@ -76,21 +76,21 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        7042  17. Behind a proxy
        7149  18. Compression [compression]
        7359  19. Static files [assets]
-       7921  20. Telemetry: spans, and who hears of them
-       8517  21. JsonTracer: for log collectors [json]
-       8594  22. RichTracer: for people [rich]
-       9055  23. Sessions [sessions]
-       9165  24. What lives as long as the server
-       9268  25. @baked
-       9522  26. ASGI: the same app under another server [asgi]
-       9742  27. RedisRelay: the same between processes and machines [redis]
-       9985  28. Reload: a saved file restarts the app [reload]
-      10136  29. Development: what went wrong, shown where one looks [development]
-      10248  30. What is refused
-    10501  ACT 5. The pocket client
-      10542  31. The pocket client (JavaScript) [client]
-      11896  32. This file as a page [read]
-      12082  33. An app to begin with
+       7920  20. Telemetry: spans, and who hears of them
+       8518  21. JsonTracer: for log collectors [json]
+       8595  22. RichTracer: for people [rich]
+       9056  23. Sessions [sessions]
+       9166  24. What lives as long as the server
+       9267  25. @baked
+       9521  26. ASGI: the same app under another server [asgi]
+       9741  27. RedisRelay: the same between processes and machines [redis]
+       9984  28. Reload: a saved file restarts the app [reload]
+      10135  29. Development: what went wrong, shown where one looks [development]
+      10247  30. What is refused
+    10500  ACT 5. The pocket client
+      10541  31. The pocket client (JavaScript) [client]
+      11895  32. This file as a page [read]
+      12081  33. An app to begin with
 
 READING PATH
 
@@ -7043,13 +7043,13 @@ def _decode_text(content: bytes, charset: str) -> str:
 #
 # A proxy (nginx, a load balancer) takes requests and passes them on to us. It is the *peer* of our
 # connection, and tells in a header field who the client is. Each proxy adds its own peer on the
-# right; here nginx at 10.0.0.2 had the request from a proxy at 10.0.0.1, and that from 203.0.113.9:
+# right; here 203.0.113.9 asks a proxy at 10.0.0.1, which asks nginx at 10.0.0.2, which asks us:
 #
 #     x-forwarded-for: 198.51.100.7, 203.0.113.9, 10.0.0.1
 #
 # Anybody can send this field. So it is read only if the peer is trusted, and from the right, past
-# trusted proxies. If these are the two, 203.0.113.9 is the client: that is what a trusted proxy has
-# seen. What stands left of it the client may have made up.
+# trusted proxies. If both proxies are, 203.0.113.9 is the client: one of them has seen it. What
+# stands left of it the client may have made up.
 # ==================================================================================================
 
 
@@ -7078,44 +7078,44 @@ class TrustedProxies:
 
     def trust(self, peer: str) -> bool:
         """Whether this peer is a trusted proxy."""
-        if peer in ("", "unix"):
+        if peer in ("", "unix"):  # our own peer has no address; nginx writes `unix:` for its peer
             return self._unix
         try:
             address = ipaddress.ip_address(peer)
         except ValueError:
             return False
-        address = getattr(address, "ipv4_mapped", None) or address
+        address = getattr(address, "ipv4_mapped", None) or address  # of `::ffff:10.0.0.1`
         return any(address in network for network in self._networks)
 
     def first_hop(self, headers: Headers, last: _Hop) -> _Hop:
-        """The hop from the client, as the fields tell it, if the sender of `last` is trusted.
+        """The client's hop, as the fields tell it, if `last`, the hop to us, is of a trusted proxy.
 
-        What one family of fields tells and the other does not may come from the client: a proxy
-        passes on what it does not know. HttpException(400) if they contradict each other.
+        A proxy passes on the fields that it does not write as the client has sent them: have it
+        remove those. HttpException(400) if the two families of fields contradict each other.
         """
         if not self.trust(last.client):
             return last
         names = ("for", "proto", "host")
-        found = self._hop_by(*(headers._list(f"x-forwarded-{name}") for name in names))
+        usual = self._hop_by(*(headers._list(f"x-forwarded-{name}") for name in names))
         elements = [_parameters(";" + element) for element in headers._list("forwarded")]
-        other = self._hop_by(*([e.get(name, "") for e in elements] for name in names))
-        if any(a and b and a.lower() != b.lower() for a, b in zip(found, other, strict=True)):
+        standard = self._hop_by(*([e.get(name, "") for e in elements] for name in names))
+        if any(a and b and a.lower() != b.lower() for a, b in zip(usual, standard, strict=True)):
             raise HttpException(400, "Forwarded and X-Forwarded-For, -Proto, -Host disagree")
-        return _Hop(*(a or b or c for a, b, c in zip(found, other, last, strict=True)))
+        return _Hop(*(a or b or c for a, b, c in zip(usual, standard, last, strict=True)))
 
     def _hop_by(self, clients: list[str], schemes: list[str], hosts: list[str]) -> _Hop:
         """The first hop by these lists; "" for what they do not tell.
 
         The client is, from the right, the first address that is no trusted proxy.
         """
-        client, behind = "", 0
-        for behind, text in enumerate(reversed(clients)):  # noqa: B007
+        client, place = "", 0
+        for place, text in enumerate(reversed(clients)):  # noqa: B007
             client = _address(text)
             if not client or not self.trust(client):
                 break
-        # What the proxy that saw this client has added; the first one, if some have added nothing.
+        # Both stand at the same place; the first one counts if some proxies have added nothing.
         scheme, host = (
-            values[-1 - behind] if len(values) > behind else next(iter(values), "")
+            values[-1 - place] if len(values) > place else next(iter(values), "")
             for values in (schemes, hosts)
         )
         if not _HOST.fullmatch(host):
@@ -7127,7 +7127,7 @@ _PARAMETER = re.compile(r';\s*+([^\s=;"]++)\s*+=\s*+(?:"((?:[^"\\]++|\\.)*+)"|([
 
 
 def _parameters(value: str) -> dict[str, str]:
-    """The parameters of a header value such as `form-data; name="a"; filename="b.txt"`.
+    """What stands behind the semicolons of a field: `form-data; name="a"` (part 16 uses it, too).
 
     Browsers write a quote in a file name as %22, and a backslash as it is; so only `\\"` and `\\\\`
     are undone here.
@@ -7151,13 +7151,13 @@ def _address(text: str) -> str:
 # A client says what it can decode, and how gladly; the answer says how it was compressed. These
 # names are *content codings*; `br` is Brotli:
 #
-#     accept-encoding: gzip, br;q=0.8, zstd        in the request
+#     accept-encoding: gzip, br;q=0.8, zstd        in the request; `q` says how gladly, from 0 to 1
 #     content-encoding: zstd                       in the answer
 #     vary: accept-encoding                        for caches: other clients may get other bytes
 #
 # `_compress` is called for a whole answer, `_compress_stream` for one that comes in pieces. A
-# `Compressor` is a pair of functions. The first takes bytes and gives all that can be decoded so
-# far, so that an event does not wait for the next one. The second gives the end.
+# `Compressor` is a pair of functions. The first compresses a piece so that the client can decode it
+# at once: an event does not wait for the next one. The second gives the end.
 #
 # Compressing means to refer back to what was sent before. How far back is the *window*; both sides
 # keep it in memory. Streams get a small one, since thousands of them may be open.
@@ -7194,7 +7194,7 @@ class CompressionConfig:
 def _compress(
     config: CompressionConfig, headers: Headers, fields: bytes, body: bytes
 ) -> tuple[bytes, bytes]:
-    """The header fields and the body of an answer, compressed if the client takes that."""
+    """An answer's `fields` and body, compressed if the request's `headers` accept that."""
     coding = _coding_for(config, headers, fields)
     if coding is not None:
         compress, finish = _compressor(coding, config)
@@ -7249,12 +7249,12 @@ def _varied(fields: bytes, coding: str | None = None) -> bytes:
 
 
 def _gzip(level: int, streaming: bool) -> Compressor:
-    """gzip (RFC 1952). Between two pieces of a stream no compressor is kept, only the last bytes.
+    """gzip (RFC 1952). Between two pieces of a stream no compressor is kept, only the window.
 
-    Each piece gets a compressor of its own, whose dictionary is the end of what was sent before:
-    the client has that in its window. So an open stream keeps what it last sent, up to 16 kB, and
-    not the 50 kB of a zlib compressor (120 for zstd, 500 for brotli). And a piece that many streams
-    send after the same bytes is compressed once (`_cache_last`).
+    Each piece gets a compressor of its own, which may refer back to the last 16 kB that were sent
+    (zlib calls them a dictionary). They are all that an open stream keeps, and not the 50 kB of a
+    zlib compressor (120 for zstd, 500 for brotli). And a piece that many streams send after the
+    same bytes is compressed once (`_cache_last`, part 13).
     """
     if not streaming:
         coder = zlib.compressobj(level, zlib.DEFLATED, 31)  # 31 is gzip with a window of 32 kB
@@ -7280,7 +7280,7 @@ def _gzip(level: int, streaming: bool) -> Compressor:
 @_cache_last
 def _deflated(data: bytes, window: bytes, level: int) -> tuple[bytes, bytes]:
     """A piece of a stream, compressed, and the stream's window after it."""
-    coder = zlib.compressobj(level, zlib.DEFLATED, -15, zdict=window)
+    coder = zlib.compressobj(level, zlib.DEFLATED, -15, zdict=window)  # -15: no header
     block = coder.compress(data) + coder.flush(zlib.Z_SYNC_FLUSH)
     return block, (window + data)[-16 * 1024 :]
 
@@ -7288,7 +7288,7 @@ def _deflated(data: bytes, window: bytes, level: int) -> tuple[bytes, bytes]:
 def _brotli(level: int, streaming: bool) -> Compressor:
     import brotli
 
-    coder = brotli.Compressor(quality=level, lgwin=16 if streaming else 22)
+    coder = brotli.Compressor(quality=level, lgwin=16 if streaming else 22)  # 2**16 bytes
     return lambda data: coder.process(data) + coder.flush(), coder.finish
 
 
@@ -7346,7 +7346,7 @@ def _choose_coding(accepted: str, config: CompressionConfig, streaming: bool = F
         weight = weights.get(coding, weights.get("*", 0.0))
         if weight > best_weight and coding in _compressors() and _level(config, coding) >= 0:
             best, best_weight = coding, weight
-    return best if best_weight >= weights.get("identity", 0.0) else None
+    return best if best_weight >= weights.get("identity", 0.0) else None  # that is: uncompressed
 
 
 _WEIGHT = re.compile(r"\s*(?:q=\s*(0(?:\.\d{0,3})?|1(?:\.0{0,3})?)\s*)?")
@@ -7371,8 +7371,8 @@ Stario._compression = CompressionConfig()  # what an app does unless it is told 
 # Files change while they are served. Two rules hold all the same. An answer that may be kept for
 # ever has all the contents that its name stands for, or is cut off. And nothing is served from
 # outside of the directory, or from a file or folder whose name begins with a dot, whatever a name
-# or a symbolic link says. An old fingerprint gets the present file, with `no-cache`. A redirect
-# would not end: a log that is written to has a new name again when the client asks for it.
+# or a symbolic link says. A request with an old fingerprint gets the file as it is now, with
+# `no-cache`. A redirect to its new name might never end: a growing log has yet another by then.
 #
 # What is left out: listings of directories, and several ranges at once.
 # ==================================================================================================
@@ -7380,8 +7380,8 @@ Stario._compression = CompressionConfig()  # what an app does unless it is told 
 
 _IN_MEMORY = 256 * 1024  # bytes: files up to this size are kept in memory
 _IN_MEMORY_TOTAL = 64 * 1024 * 1024  # bytes that one collection keeps in memory
-_COPIED = 16 * 1024 * 1024  # bytes at the end of a large file that are not left to `sendfile`
-_TICK = 50_000_000  # nanoseconds: a file system may give two changes within them the same time
+_COPIED = 16 * 1024 * 1024  # bytes at the end of a large file: see `_send_pieces`
+_TICK = 50_000_000  # nanoseconds: a file that changes twice within them may show one time
 _IDENTITY = ""  # no content coding
 _FOREVER = b"cache-control: public, max-age=31536000, immutable\r\n"
 _COMPRESSED_ONCE = CompressionConfig(zstd_level=12, brotli_level=9, gzip_level=9)
@@ -7447,7 +7447,7 @@ class _Representation(NamedTuple):
 class _File:
     """One version of a file: its fingerprint, and its contents unless it is large.
 
-    `start` is its first two bytes.
+    `start` is its first two bytes, which tell whether it is gzip.
     """
 
     version: tuple[int, ...] = ()  # of a file on disk
@@ -7497,7 +7497,7 @@ def _read_file(
 ) -> _File:
     """Read an open file. A small one that is written to meanwhile is read again, up to three times.
 
-    Of a large one nothing is kept; `large_digest` makes its fingerprint, from it or its version.
+    Of a large one nothing is kept; `large_digest(opened, version)` gives its fingerprint.
     """
     for _ in range(3):
         before = os.fstat(opened.fileno())
@@ -7598,12 +7598,11 @@ class Assets:
     async def _find(self, name: str) -> _File | None:
         """As `file`, but a large one is read in a thread, so that others do not wait for it."""
         known, large = self._current(name), False
-        if known is None:
-            with suppress(OSError, ValueError):  # `_load` looks closer
-                large = os.stat(f"{self._root}/{name}").st_size > _IN_MEMORY
-        return (
-            await self._once(name, lambda: self.file(name)) if large else known or self._load(name)
-        )
+        if known is not None:
+            return known
+        with suppress(OSError, ValueError):  # `_load` looks closer
+            large = os.stat(f"{self._root}/{name}").st_size > _IN_MEMORY
+        return await self._once(name, lambda: self.file(name)) if large else self._load(name)
 
     async def _once(self, key: object, work: Callable[[], T]) -> T:
         """Do work in a thread. Who asks for the same meanwhile, on this loop, gets its result."""
@@ -7635,8 +7634,8 @@ class Assets:
                 raise
             self._forget(name)
             return None
-        # A change that follows another within `_TICK` may leave the version as it is. A time of
-        # modification in the future was set by somebody: the next change gives another one.
+        # Once the last change is older than `_TICK`, the next one is sure to give another version.
+        # (`modified` lies in the future if somebody has set it: the next change sets it back.)
         if found.consistent:
             modified, changed = found.version[-2:]
             if now - changed > _TICK and (now - modified > _TICK or modified > now):
@@ -7710,8 +7709,8 @@ class Assets:
         file = await self._find(plain)
         if file is not None and asked == file.fingerprinted and file.consistent:
             return await self._serve(file, w, _FOREVER)
-        # It is the plain name of a file, which may look like one with a fingerprint; or it has the
-        # fingerprint of an older version.
+        # `asked` is a plain name (a file may itself be called `a.0123456789abcdef.css`), or it has
+        # the fingerprint of an older version.
         literal = await self._find(asked) if asked != plain else file
         if literal is not None and literal.consistent:
             w.headers.set("cache-control", "no-cache")
@@ -7789,19 +7788,19 @@ def _answer_with(
     w: _OneShotWriter,
     file: _File,
     representation: _Representation,
-    fields: bytes,
+    more: bytes,
     opened: IO[bytes] | None = None,
     *,
     status: int = 200,
     compress: bool = False,
 ) -> None:
-    """Answer with a file (200) or a part of it (206), or without: 304, 412, 416.
+    """Answer with a file (200) or a part of it (206), or without: 304, 412, 416. `more` are fields.
 
     Of a large one only the head is sent; the rest is a `_Rest`, from the file that is `opened`.
     """
     try:
-        request, immutable = w._request, fields is _FOREVER
-        fields = representation.fields + fields
+        request = w._request
+        fields = representation.fields + more
         part: tuple[int, int] | None = (0, file.size)
         if status == 200 and request.method in ("GET", "HEAD"):
             if _has_copy(request, representation.etag):
@@ -7817,7 +7816,7 @@ def _answer_with(
         if representation.body is not None or opened is None:
             return w._answer(status, (fields, compress), (representation.body or b"")[start:stop])
         w._begin(status, fields, stop - start)
-        w._rest = _Rest(lambda: _send_pieces(w, file, opened, start, stop, immutable))
+        w._rest = _Rest(lambda: _send_pieces(w, file, opened, start, stop, more is _FOREVER))
     finally:  # unless a `_Rest` will read it
         if opened is not None and w._rest is None:
             opened.close()
@@ -7826,12 +7825,12 @@ def _answer_with(
 async def _send_pieces(
     w: _RawWriter, file: _File, opened: IO[bytes], start: int, stop: int, immutable: bool
 ) -> None:
-    """Send a part of a large file. If the file changes meanwhile, the answer is cut off.
+    """Send a part of a large file. If it shrinks, or an `immutable` one changes, it is cut off.
 
-    With `sendfile` the kernel sends the file's pages from its own memory. Until the client has
-    them, a change of the file changes them, too. So the last 16 MiB are read and written by us:
-    more than the network holds on the way. When the last piece is written, the client has all that
-    `sendfile` has sent; and before each piece is written the file's version is compared.
+    With `sendfile` the kernel sends the file's pages from its own memory: what is still on its way
+    changes with the file. So we copy the last 16 MiB ourselves, more than can be on its way. Before
+    each piece of them the file's version is compared; and when the last one is written, the client
+    has all that `sendfile` has sent.
     """
     with opened:
         if w._request.method == "HEAD":
@@ -7853,7 +7852,7 @@ async def _send_pieces(
 def _answer_download(
     w: _OneShotWriter, source: str | os.PathLike[str] | bytes, filename: str | None, status: int
 ) -> None:
-    """Answer with a file that is in no collection: `w.file(...)`."""
+    """Answer `w.file(...)`, a file of no collection. Of a large one only the version is hashed."""
     fields = b"cache-control: no-cache\r\n"
     if filename is not None:
         fields += _disposition(filename)
@@ -8001,7 +8000,10 @@ class SpanEvent(NamedTuple):
 
 
 class _Caller(NamedTuple):
-    """The span of another program that has sent us this request."""
+    """The span of another program that has sent us this request.
+
+    Programs with many requests record only some of their traces: those that are `sampled`.
+    """
 
     trace_id: str
     id: str
@@ -8028,9 +8030,8 @@ class Span:
     """A piece of work, from `start_ns` to `end_ns` (nanoseconds since 1970; 0 while it runs).
 
     Call it to note an event, index it to set an attribute, use it in `with` to end it. Ids are hex,
-    as W3C Trace Context has them: 16 digits for a span, 32 for a trace. Tracers hear of a span
-    whose `sampled` is False only if it fails. (A caller decides that for its whole trace: programs
-    with many requests record only some.)
+    as W3C Trace Context has them: 16 digits for a span, 32 for a trace. Of a trace that is not
+    `sampled`, tracers hear only the spans that fail.
     """
 
     __slots__ = (
@@ -8071,9 +8072,9 @@ class Span:
         self, event: str | BaseException, attributes: Mapping[str, Any] | None = None
     ) -> None:
         """Note an event by its name, or an exception. Neither makes the span an error."""
-        if isinstance(event, BaseException):  # by OpenTelemetry's names
-            event.__dict__["_traced_in"] = self.trace_id
-            attributes = {
+        if isinstance(event, BaseException):
+            event.__dict__["_traced_in"] = self.trace_id  # so that `fail` does not note it again
+            attributes = {  # by OpenTelemetry's names
                 "exception.type": type(event).__name__,
                 "exception.message": _safe_text(event),
                 "exception.stacktrace": _stack_of(event),
@@ -8238,9 +8239,8 @@ class _LogToSpan(logging.Handler):
         return True
 
 
-# -- What a handler has raised
+# -- What handlers have raised. The test client (part 11) sets a list, and raises what is in it.
 
-# What handlers have raised. The test client (part 11) sets a list, and raises what it finds there.
 _failures: contextvars.ContextVar[list[BaseException] | None]
 _failures = contextvars.ContextVar("stario_failures", default=None)
 
@@ -8299,12 +8299,12 @@ def _log_fault(text: str, exc: BaseException) -> None:
 # second, and writes all of it at once. The list has texts, and functions that this thread is to
 # call: what they touch belongs to it alone.
 #
-# The thread sleeps while there is nothing to do. `_put` wakes it when the queue has `_wakes_at`
-# entries, a number that the thread sets:
+# The thread sleeps while there is nothing to do. `_put` wakes it, once, when the queue has
+# `_wakes_at` entries. This number depends on what the thread does:
 #
 #     it waits for the first entry             1
 #     it waits for more, for `_pause` seconds  5,000
-#     it writes                                20,000, which is never
+#     it writes, or has just been woken        20,000, which is never
 
 _LONGEST_QUEUE = 20_000  # entries; more are dropped, and counted
 _STALLED = 1.0  # seconds after which a stream that takes nothing is not waited for
@@ -8341,14 +8341,14 @@ class _StreamTracer(Tracer):
         self._lines: list[Any] = []  # to be written next
         self._wakes_at = 1
         self._wake: queue.SimpleQueue[bool] = queue.SimpleQueue()  # True: write what is left, end
-        self._writer: threading.Thread | None = None
-        self._started = threading.Lock()  # held while there is a thread
-        self._writing = threading.Lock()  # held by the thread: the next one waits for its end
+        self._thread: threading.Thread | None = None
+        self._started = threading.Lock()  # held while there is a thread: only one is started
+        self._writing = threading.Lock()  # held while it runs; a stalled one outlives `_close`
         self._writes_since = 0.0  # on the monotonic clock; 0 while nothing is written
-        # What `_put` has dropped. `next` adds one in a single step, for any thread; to read the
-        # counter adds one, too, which `_seen` makes up for.
+        # `_put` calls `next(self._drops)` for what it drops: a single step, so any thread may. To
+        # read the count is such a call, too: it gives `_seen` if nothing was dropped meanwhile.
         self._drops, self._seen = count(), 0
-        self._lost = 0  # what could not be written, as far as it has not been told
+        self._lost = 0  # spans and events that could not be written, until that is told
 
     def __enter__(self) -> Self:
         if self._logging_level is not None and self._logging is None:
@@ -8379,14 +8379,14 @@ class _StreamTracer(Tracer):
                 self._wake.put(False)
 
     def _start_thread(self) -> None:
-        self._writer = threading.Thread(target=self._run, name="tracer", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="tracer", daemon=True)
         try:
-            self._writer.start()
+            self._thread.start()
             atexit.register(self._close)
-        except RuntimeError:  # the program is at its end, and starts no thread any more
+        except RuntimeError:  # the program ends, and starts no thread any more: write in this one
             self._wake.put(True)
             self._run()
-            self._writer = None
+            self._thread = None
             self._started.release()
 
     def _stalls(self) -> bool:
@@ -8394,15 +8394,15 @@ class _StreamTracer(Tracer):
 
     def _close(self) -> None:
         """Write what is left, unless the stream stalls. What comes later begins anew."""
-        writer, self._writer = self._writer, None
-        if writer is None:
+        thread, self._thread = self._thread, None
+        if thread is None:
             return
         atexit.unregister(self._close)
         self._wake.put(True)
-        while writer.is_alive() and not self._stalls():
-            writer.join(0.1)
+        while thread.is_alive() and not self._stalls():
+            thread.join(0.1)
         self._started.release()
-        if writer.is_alive():  # Python's own flush at the end would wait
+        if thread.is_alive():  # Python's own flush at the end would wait
             sys.stdout = None if sys.stdout is self._stream else sys.stdout
             self._complain(len(self._queue))
 
@@ -8417,7 +8417,7 @@ class _StreamTracer(Tracer):
         with self._writing:
             ending = False
             while not ending:
-                with suppress(queue.Empty):
+                with suppress(queue.Empty):  # nobody woke it in time
                     self._wakes_at = 1  # set before the queue is looked at, so that none is missed
                     if not self._queue:
                         ending = self._wake.get(timeout=1 if self._lost else self._longest_wait())
@@ -8433,7 +8433,8 @@ class _StreamTracer(Tracer):
         entries = len(taken)
         del self._queue[:entries]
         drops = next(self._drops)
-        missing, self._lost, self._seen = self._lost + drops - self._seen, 0, drops + 1
+        missing = self._lost + drops - self._seen
+        self._lost, self._seen = 0, drops + 1
         if missing:
             lost = Span(Tracer(), "telemetry.lost", {"count": missing}, None)
             lost.end()
@@ -8527,8 +8528,8 @@ class JsonTracer(_StreamTracer):
     """One JSON object a line, for log collectors; the names are OpenTelemetry's.
 
     A span is one line, written within a tenth of a second after its end. Events of one that is open
-    for longer are written before that, and those that come later, after it, in lines of their own
-    with the same ids and `"partial": true`. So each event is written once, and nothing is kept.
+    for longer do not wait for that: they get a line with the same ids and `"partial": true`. So do
+    those that come after the end. Thus each event is written once, and nothing is kept.
     """
 
     def _renew(self) -> None:
@@ -8633,7 +8634,7 @@ class _Branch:
             self.rows.append(row)
 
     def left_out(self) -> int:
-        """How many events and steps the tree has had beyond those that it keeps."""
+        """How many events and steps the tree has had beyond those that it keeps, or below 0."""
         return self.root.events + self.root.steps - _MOST_ROWS
 
     def tree(self, depth: int = 0) -> Iterator[tuple[int, SpanEvent | _Branch]]:
@@ -8719,7 +8720,7 @@ class RichTracer(_StreamTracer):
     # -- In the tracer's thread: what happens to spans
 
     def _longest_wait(self) -> float | None:
-        return 0.05 if self._open or self._summed else None  # Enter, held down, comes each 0.033
+        return 0.05 if self._open or self._summed else None  # Enter comes each 0.033, see below
 
     def _span_started(self, span: Span) -> None:
         parent = self._open.get(span.parent_id or "")
@@ -8753,7 +8754,7 @@ class RichTracer(_StreamTracer):
             self._shown += 1
             self._lines += self._look.tree(branch)
             if span.error:
-                self._summed[key] = durations or []  # the next that fail like it are counted only
+                self._summed[key] = durations or []  # now the next like it may be counted
         else:
             self._summed.setdefault(key, []).append(span.end_ns - span.start_ns)
 
@@ -8795,7 +8796,7 @@ class RichTracer(_StreamTracer):
             self._lines += [self._look.heading(root.span) for root in roots]
             self._open.clear()
         size = _terminal_size(self._stream) if self._live else None
-        moved, self._size = size != self._size, size
+        resized, self._size = size != self._size, size
         columns, height = size or (1_000_000, 0)
         self._look.width = columns
         text = "".join(map(self._written, self._lines))
@@ -8803,9 +8804,9 @@ class RichTracer(_StreamTracer):
         old = self._footer
         hidden = ending or self._in_line  # (the footer would be in the middle of a line)
         self._footer = [] if hidden else self._look.footer(roots, height // 3)
-        back = ("\r" if moved else "\x1b8") if old else ""
-        if not text and self._footer == old and not moved:
-            return back and f"{back}\x1b7"
+        back = ("\r" if resized else "\x1b8") if old else ""  # to the footer's first line
+        if not text and self._footer == old and not resized:
+            return back and f"{back}\x1b7"  # only the cursor may be elsewhere
         text = f"{back}\x1b[J{text}" if old else text
         if self._footer:
             rows = "".join(map(self._look.painted, self._footer))
@@ -9062,7 +9063,7 @@ _MOST_FRAMES = 8
 #
 # The rule that must hold: the browser can read the session, but cannot change it. What is left out:
 # the server cannot end a session before its time (a copy of the cookie stays good), and a cookie
-# holds no more than 4,096 bytes: what is larger stays on the server, and its key in the session.
+# holds no more than 4,096 bytes: keep what is larger on the server, and its key in the session.
 # ==================================================================================================
 
 
@@ -9092,7 +9093,7 @@ class Session:
                 "a session's key needs 16 bytes or more that nobody can guess: make one with "
                 'python -c "import secrets; print(secrets.token_hex())"'
             )
-        flags = dict.fromkeys(("Secure", "HttpOnly", "Partitioned"), True)
+        flags = dict.fromkeys(("Secure", "HttpOnly", "Partitioned"), True)  # (only to be checked)
         _cookie_line(name, "", "/", None, samesite, max_age=max_age, expires=None, **flags)
         if name.startswith("__") or not max_age or max_age < 0:
             raise StarioError("a session has a max_age above 0; its name gets __Host- by itself")
@@ -9191,7 +9192,7 @@ class _Life:
         self.lifespans: list[Lifespan] = []
         self.loop: asyncio.AbstractEventLoop | None = None  # of the server, while there is one
         self.tasks: set[asyncio.Task[None]] = set()
-        # What waits for the server, and how to start it.
+        # What is to start with the server, and how. (If no server starts, `serve` closes it.)
         self.waiting: dict[Coroutine[Any, Any, Any], Callable[[], None]] = {}
 
     @asynccontextmanager
@@ -9220,24 +9221,22 @@ class _Life:
             await asyncio.wait(self.tasks, timeout=_CLEANUP)
 
     def begin(self, work: Coroutine[Any, Any, T]) -> Future[T]:
-        """Start the work now, or when the server starts. Any thread may call this.
-
-        So it gives no `asyncio.Task`, but a `concurrent.futures.Future`, which any thread may wait
-        for or cancel.
+        """Start the work now, or when the server starts. Any thread may call this, and wait for the
+        `concurrent.futures.Future` that it gives, or cancel it. (A Task belongs to a loop.)
         """
         handle: Future[T] = Future()
 
-        def end(_: object = None) -> None:  # of what has begun, nothing is left to do
+        def end(_: object = None) -> None:  # (does nothing to what has ended)
             handle.cancel()
             work.close()
 
         def start() -> None:
             loop = self.loop
             if loop is None or handle.cancelled():
-                return end()
+                return end()  # the server, or who wanted this, has gone
             task = loop.create_task(self._watch(work, handle))
             _keep(task, self.tasks)
-            task.add_done_callback(end)
+            task.add_done_callback(end)  # who cancels the one cancels the other:
             handle.add_done_callback(lambda _: loop.call_soon_threadsafe(task.cancel))
 
         if self.loop is None:
@@ -9316,7 +9315,7 @@ def baked(view: Callable[Parameters, SafeString]) -> Callable[Parameters, SafeSt
         if call.__code__ is stub:  # else another thread has done it meanwhile
             code = _Bake(view, names).code_of_view(args, kwargs)
             call.__defaults__, call.__kwdefaults__ = view.__defaults__, view.__kwdefaults__
-            call.__code__ = code  # from now on a call runs this, and not `first`
+            call.__code__ = code  # from now on a call runs this, without a detour
         return call(*args, **kwargs)
 
     names = {"first": first}
@@ -9348,9 +9347,9 @@ class _Bake:
         given.arguments.update({name: _Blank.of(self, name, name) for name in values})
         filled = self.compiled(self.page(given), signature)
         for name, value in values.items():
-            is_text = isinstance(value, str) or not isinstance(value, (_Blank, Iterable))
-            values[name] = value if is_text else ""  # (an iterator can be read only once)
-        for name, usual in values.items():
+            reusable = isinstance(value, str) or not isinstance(value, (_Blank, Iterable))
+            values[name] = value if reusable else ""  # (an iterator can be read only once)
+        for name, usual in values.items():  # each argument in turn
             for value in (usual, *_PROBES):
                 given.arguments.update(values, **{name: value})
                 if _result_or_none(self.view, given) != _result_or_none(filled, given):
@@ -9386,7 +9385,7 @@ class _Bake:
 
     def compiled(self, page: str, signature: inspect.Signature) -> types.FunctionType:
         """A function that gives this page, with its holes filled."""
-        self.lines.append(f"return {self.name(SafeString)}({self.text(page, [], is_page=True)})")
+        self.lines.append(f"return {self.name_of(SafeString)}({self.text(page, [], is_page=True)})")
         for number, (argument, *_) in enumerate(self.holes):
             if number not in self.found:
                 raise self.error(
@@ -9404,7 +9403,7 @@ class _Bake:
         self.holes.append((argument, code, is_html))
         return f'"<{self.token}.{len(self.holes) - 1}>"'
 
-    def name(self, value: object) -> str:
+    def name_of(self, value: object) -> str:
         name = f"{self.token}_{id(value)}"
         self.names[name] = value
         return name
@@ -9421,7 +9420,7 @@ class _Bake:
             return "{" + ", ".join(items) + "}"
         if isinstance(value, (list, tuple)):
             return "[" + ", ".join([self.code(item, met) for item in value]) + "]"
-        return self.name(value)
+        return self.name_of(value)
 
     def text(self, text: str, met: list[str], is_page: bool = False) -> str:
         """An f-string for a text, with a variable in place of each mark."""
@@ -9434,7 +9433,7 @@ class _Bake:
             self.found.add(number)
             met.append(argument)
             variable = f"{self.token}{len(self.lines)}"
-            value = f"{self.name(escape)}({code})" if escape else code
+            value = f"{self.name_of(escape)}({code})" if escape else code
             self.lines.append(f"{variable} = {value}")
             return "{" + variable + "}"
 
@@ -9463,7 +9462,7 @@ class _Blank:
         return _mark_for(str, self) or ""
 
     def __format__(self, spec: str) -> str:
-        if self._code.isidentifier() and re.fullmatch(r"[\w.]*", spec, re.ASCII):
+        if self._code.isidentifier() and re.fullmatch(r"[\w.]*", spec, re.ASCII):  # `.2f`
             return self._bake.mark(self._argument, f"f'{{{self._code}:{spec}}}'", is_html=False)
         return _mark_for(format, self, spec) or ""
 
@@ -9495,11 +9494,11 @@ def _result_or_none(view: Callable[..., object], given: inspect.BoundArguments) 
 
 
 def _mark_for(function: Callable[..., str], *values: object, is_html: bool = False) -> str | None:
-    """A mark for what this function will give, if there are blanks in its arguments; or None."""
+    """A mark for the result of a function, also of parts 3 and 12, that gets blanks; else None."""
     if not (bakes := _baking.get()):
         return None
     bake, met = bakes[0], list[str]()
-    code = f"{bake.name(function)}({', '.join([bake.code(value, met) for value in values])})"
+    code = f"{bake.name_of(function)}({', '.join([bake.code(value, met) for value in values])})"
     return bake.mark(met[0], code, is_html) if met else None
 
 
