@@ -3654,10 +3654,10 @@ class _Listener:
 
     def unlink(self) -> None:
         """Remove the file of a Unix socket, unless another server has replaced it."""
-        if self._unix_file:
-            with suppress(OSError):
-                if os.path.samestat(self._unix_file, os.stat(self._unix_path)):
-                    os.unlink(self._unix_path)
+        ours, self._unix_file = self._unix_file, None  # a later file may get our inode number
+        with suppress(OSError):
+            if ours and os.path.samestat(ours, os.stat(self._unix_path)):
+                os.unlink(self._unix_path)
 
     def _take_address(self) -> None:
         """Take host and port, or the path, from a socket that was given or inherited."""

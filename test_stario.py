@@ -4450,6 +4450,29 @@ class TestUnixSockets(HttpTest):
         with self.assertRaisesRegex(StarioError, "path too long"):
             await Server(echo_app(), unix_socket=self.path.with_name("x" * 200)).start()
 
+    async def test_a_server_that_is_stopping_leaves_the_file_of_its_successor_alone(self) -> None:
+        """File systems give the number of an inode that was freed to the next file."""
+        app, closed = echo_app(), asyncio.Event()
+
+        @app.lifespan
+        @asynccontextmanager
+        async def slow(app: Stario) -> AsyncIterator[None]:
+            yield
+            await closed.wait()
+
+        old, new = Server(app, unix_socket=self.path), Server(echo_app(), unix_socket=self.path)
+        await old.start()
+        stopping = asyncio.create_task(old.stop())
+        while self.path.exists():
+            await asyncio.sleep(0.001)
+        await new.start()
+        with mock.patch("os.path.samestat", return_value=True):
+            closed.set()
+            await within(stopping)
+        self.assertTrue(self.path.exists())
+        await new.stop()
+        self.assertFalse(self.path.exists())
+
 
 @needs("openssl")
 class TestTls(HttpTest):
