@@ -3579,8 +3579,8 @@ class _Threads(ThreadPoolExecutor):
                     future.set_exception(exc)
 
         if self._started < self._max_workers:
-            self._started += 1
             threading.Thread(target=self._work, name="stario-thread", daemon=True).start()
+            self._started += 1  # (after it: there may be no room for one more thread)
         self._jobs.put(job)
         return future
 

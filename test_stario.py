@@ -5027,6 +5027,15 @@ class TestStopping(StreamTest):
         with self.assertRaisesRegex(RuntimeError, "StopIteration"):
             await within(asyncio.to_thread(next, iter(())))
 
+    async def test_threads_that_could_not_start_do_not_count(self) -> None:
+        threads = stario._Threads()
+        with mock.patch("threading.Thread.start", side_effect=RuntimeError("can't start")):
+            for _ in range(threads._max_workers):
+                with self.assertRaisesRegex(RuntimeError, "can't start"):
+                    threads.submit(str)
+        self.assertEqual(await within(asyncio.wrap_future(threads.submit(str, 7))), "7")
+        threads.shutdown()
+
 
 @unittest.skipIf(sys.platform == "win32", "Windows sends no signals")
 class TestSignalHandlers(StreamTest):
