@@ -2396,7 +2396,7 @@ _NETWORK_GONE = {  # errors of a socket whose client is gone, beside ConnectionE
 _RESET = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)
 
 _REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/([0-9])\.([0-9])")
-_WHOLE_URL = re.compile(r"https?://([^/?#@]+)(/[^?#]*)?(\?[^#]*)?", re.IGNORECASE)
+_WHOLE_URL = re.compile(r"https?://(?!:)([^/?#@]+)(/[^?#]*)?(\?[^#]*)?", re.IGNORECASE)
 
 # A *header block* (RFC 9112, section 5) begins with the line break before the first field:
 #

@@ -2489,13 +2489,14 @@ class TestRequestLine(HttpTest):
             self.assertEqual((answer.status, "GET" in answer.headers["allow"]), (204, True))
 
     async def test_other_targets_are_refused(self) -> None:
-        """RFC 9112, section 3.2: no relative paths, user names, other schemes; no proxy."""
+        """RFC 9112, section 3.2: no relative path, user, other scheme, empty host; no proxy."""
         forms = {
             "GET *": 400,
             "GET x": 400,
             "GET ftp://other/": 400,
             "GET http://": 400,
             "GET http:///x": 400,
+            "GET http://:80/x": 400,
             "GET http://user@other/": 400,
             "GET http://a,b c/": 400,
             "GET http://other/#x": 400,
