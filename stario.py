@@ -254,8 +254,8 @@ class StarioError(Exception):
 
 
 def _is_own(filename: str) -> bool:
-    """Whether a file is the program's own: neither this one, nor in Python's own folder."""
-    return not filename.startswith(_OTHER_CODE)
+    """Whether a file is the program's own: not this one, Python's, or an installed package's."""
+    return not (filename.startswith(_OTHER_CODE) or "-packages" in filename)
 
 
 # (a program that was frozen into one file has no __file__, but its functions tell its name)
@@ -9039,7 +9039,7 @@ def _failure(event: SpanEvent) -> str:
 def _frames(event: SpanEvent) -> list[str]:
     """The frames of an exception in the program's own code, the innermost first."""
     found = _FRAME.findall(str(event.attributes.get("exception.stacktrace", "")))
-    own = [f for f in found if not f[0].startswith(_OTHER_CODE) and "-packages" not in f[0]]
+    own = [frame for frame in found if _is_own(frame[0])]
     shown = [
         f"{os.path.basename(path)}:{line}  {function}  {code}".rstrip()
         for path, line, function, code in reversed((own or found)[-_MOST_FRAMES:])

@@ -1111,6 +1111,12 @@ class TestMistakes(unittest.TestCase):
         if isinstance(exc, StarioError):
             self.assertRegex(notes[0], rf"^at {re.escape(__file__)}:\d+$")
 
+    def test_a_note_names_no_line_of_an_installed_package(self) -> None:
+        code = compile("render(object())", "/home/ada/.venv/lib/site-packages/forms.py", "eval")
+        with self.assertRaises(StarioError) as e:
+            eval(code, {"render": render})
+        self._check_sentence("cannot stand in HTML", e.exception)
+
     def test_at_registration_and_in_views(self) -> None:
         for told, make in self._at_once().items():
             with (
