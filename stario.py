@@ -1155,8 +1155,6 @@ class Request:
     @property
     def host(self) -> str:
         """The host that was asked for: lower case, without port and final dot; IPv6 in brackets."""
-        if self._carrier.proxies is None:
-            return _split_host(self.headers.get("host") or "")[0]
         return _split_host(self._hop.host)[0]
 
     @property
@@ -1821,7 +1819,7 @@ class _Node:
         self.catch_all: _Node | None = None  # for all segments that follow, even none
         self.routes: dict[str, Handler] = {}  # by method
         self.names: list[str] = []  # of the parameters on the way here
-        self.shape = ""  # the path as it was written
+        self.path = ""  # as it was written
 
     def parameter(self, kind: str) -> _Node:
         """The place behind a parameter of this type."""
@@ -1885,11 +1883,11 @@ class _Tree:
         if len(set(names)) < len(names):
             raise StarioError(f"{path!r} has two parameters of one name")
         if method in node.routes:
-            raise StarioError(f"{method} {path} cannot be told apart from {method} {node.shape}")
+            raise StarioError(f"{method} {path} cannot be told apart from {method} {node.path}")
         if node.routes and node.names != names:
-            raise StarioError(f"{path} and {node.shape} name the same parameters differently")
+            raise StarioError(f"{path} and {node.path} name the same parameters differently")
         node.routes[method] = handler
-        node.names, node.shape = names, path
+        node.names, node.path = names, path
         if not names and "*" not in path and "%" not in path:
             self._exact[path] = node.routes
 
@@ -1906,7 +1904,7 @@ class _Tree:
             if handler is not None:
                 request.params = dict(zip(node.names, values, strict=True))
                 request.tail = tail
-                request.route = node.shape
+                request.route = node.path
                 return handler
         return None
 
@@ -2707,7 +2705,7 @@ class _Reader:
         """Add bytes that have come."""
         self.buffer, self._at = self.buffer[self._at :] + data, 0
 
-    def waiting(self) -> int:
+    def unread(self) -> int:
         """How many bytes are unread."""
         return len(self.buffer) - self._at
 
@@ -3301,7 +3299,7 @@ class Connection(_Answers):
         if self._is_reading_body():
             full = self._body.buffered >= _HIGH_WATER or self._discarded > _DISCARD_LIMIT
         else:
-            full = self._reader.waiting() > max(_HIGH_WATER, self._worker.limits.max_header_bytes)
+            full = self._reader.unread() > max(_HIGH_WATER, self._worker.limits.max_header_bytes)
         if full:
             self._deadline = _NEVER  # the client waits for us
         if full and not self._paused_reading:
@@ -3439,7 +3437,7 @@ class Worker:
         self.deadline = _NEVER  # when stopping: all is cut off then (the loop's clock)
         self.ended = False  # its loop is to end
         self.context = contextvars.copy_context()  # each handler gets a copy of it
-        times = (time for name, time in dataclasses.asdict(limits).items() if "timeout" in name)
+        times = [value for name, value in dataclasses.asdict(limits).items() if "timeout" in name]
         self._interval = max(0.01, min(1.0, min(times) / 4))  # seconds between sweeps
         self.now = loop.time()  # the time of the last sweep
         self._sweep()
