@@ -273,7 +273,7 @@ class HttpException(Exception):
     """An answer, raised. `HttpException(404, "no such room")` answers that text with that status.
 
     With a redirect's status the detail is the address to go to: `HttpException(302, "/login")`.
-    Without a detail the text is the status's standard phrase (RFC 9110, section 15).
+    Without a detail the text is the status's phrase, as Python's `http.HTTPStatus` has it.
     """
 
     def __init__(self, status_code: int, detail: str = "") -> None:
@@ -592,7 +592,7 @@ def _special_tag(name: str) -> Tag:
             return SafeString(f"{start}{_attributes(attributes)}/>")
         if is_raw and ("<!--" in content or f"</{name}" in content.lower()):
             raise StarioError(
-                f"text in <{name}> cannot hold '</{name}' or '<!--', which would end it: "
+                f"text in <{name}> cannot hold '</{name}' (its end) or '<!--' (which hides it): "
                 "write '<' as \\u003c in a JavaScript string, as \\3c in CSS"
             )
         if name in ("pre", "textarea"):
@@ -1486,7 +1486,7 @@ class _RawWriter:
         return self
 
     def end(self, data: bytes | None = None) -> None:
-        """Complete the answer, with some last bytes if you like. A second call does nothing."""
+        """Complete the answer, with some last bytes if you like. `end()` once more does nothing."""
         if data is not None:
             data = _bytes(data)
             if not self.started and "content-length" not in self.headers:
@@ -1518,7 +1518,7 @@ class _RawWriter:
         await self._carrier.send_file(file, offset, count)
 
     async def drain(self) -> None:
-        """Wait until the client has taken what was sent. Raises ClientDisconnected if it goes."""
+        """Wait until the client has taken most of what was sent. ClientDisconnected if it goes."""
         await self._carrier.drained()
 
     # -- Inside. Every answer passes `_start`: whole, by `_answer`, or its head first, by `_begin`.
@@ -2383,7 +2383,7 @@ _DISCARD_LIMIT = 256 * 1024  # bytes of an unwanted body that are read and dropp
 _MAX_EXCESS = 100  # connections above `max_connections` that are answered, 503; more are closed
 _ACCEPT_BATCH = 64  # connections that are accepted before the loop runs other tasks
 _READ_BATCH = 64  # requests and pieces of bodies, read of one client before others come
-_KEPT_HEAD = 4096  # bytes: a larger header block is not kept for the next request
+_KEPT_HEAD = 4096  # bytes: a larger header section is not kept for the next request
 _IDLE_GRACE = 0.5  # seconds in which an idle connection may still ask when the server stops
 _LINGER = 2.0  # seconds in which a client may read an answer that ends its connection (`_linger`)
 _NEVER = float("inf")
@@ -2396,7 +2396,7 @@ _RESET = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)
 _REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/([0-9])\.([0-9])")
 _WHOLE_URL = re.compile(r"https?://(?!:)([^/?#@]+)(/[^?#]*)?(\?[^#]*)?", re.IGNORECASE)
 
-# A *header block* (RFC 9112, section 5) begins with the line break before the first field:
+# A *header section* (RFC 9110, section 6.3), with the line breaks before and behind it, is a block:
 #
 #     b"\r\nhost: a.example\r\naccept: */*\r\n\r\n"
 #
@@ -2840,8 +2840,8 @@ class _State(enum.Enum):
 
     A request may pass through IDLE, HEAD, BODY, ANSWER and IDLE again. A head that comes whole
     skips HEAD, a body that comes with it skips BODY. REST is the rest of a body whose request is
-    answered already. A connection above `max_connections` begins in EXCESS. CLOSING is the last.
-    While it is not the client who has to act, `_deadline` is `_NEVER`.
+    answered already. A new connection is IDLE, for `header_timeout`; one above `max_connections` is
+    EXCESS. While it is not the client who has to act, `_deadline` is `_NEVER`.
     """
 
     EXCESS = 0
@@ -3091,7 +3091,7 @@ class _Answers(_Sender):
         an answer that it has not read.
         """
         unread = self._reader.buffer or self._reader.decoder
-        # TLS cannot close one side: it lingers only while its client is sending. One that is about
+        # asyncio's TLS cannot close one side: it lingers only while its client is sending. One that is about
         # to send has been told `connection: close`.
         half = self._transport.can_write_eof()
         if self._is_closing() or self._eof or not (half or unread):
@@ -3146,7 +3146,7 @@ class Connection(_Answers):
         self._fail_body(ClientDisconnected("the client closed in the middle of its request"))
         self._end_scopes()
         self.go_on()
-        return self.scheme == "http"  # TLS has no half-closed state
+        return self.scheme == "http"  # asyncio has no half-closed TLS
 
     def resume_writing(self) -> None:
         """There is room again: for this answer, or for the next request's."""
@@ -3966,8 +3966,8 @@ class Server:
     def _stop_accepting(self) -> None:
         """Accept what is in the backlog, then close the listening sockets.
 
-        To their clients those connections are open already, and a close would reset them. (A TCP
-        handshake that is under way is lost on Linux, unless net.ipv4.tcp_migrate_req is set.)
+        To their clients those connections are open already, and a close would reset them. (On Linux
+        a handshake under way is lost, but for `reuse_port` with net.ipv4.tcp_migrate_req set.)
         """
         self._listener.unlink()  # first, so that no more clients come
         for task in self._accepting:
