@@ -2894,10 +2894,10 @@ class _Sender(Carrier, asyncio.Protocol):
             paused.set()
 
     async def drained(self) -> None:
-        """See Carrier."""
-        if self._paused_writing and not self._is_closing():
+        """See Carrier. (An answer that ends its connection is still taken while CLOSING.)"""
+        if self._paused_writing and not self._transport.is_closing():
             await self._paused_writing.wait()
-        if self._is_closing():
+        if self._transport.is_closing():
             raise ClientDisconnected("the client has gone")
 
     async def send_file(self, file: IO[bytes], offset: int, count: int) -> None:
@@ -3091,8 +3091,8 @@ class _Answers(_Sender):
         an answer that it has not read.
         """
         unread = self._reader.buffer or self._reader.decoder
-        # asyncio's TLS cannot close one side: it lingers only while its client is sending. One that is about
-        # to send has been told `connection: close`.
+        # asyncio's TLS cannot close one side: it lingers only while its client is sending. One that
+        # is about to send has been told `connection: close`.
         half = self._transport.can_write_eof()
         if self._is_closing() or self._eof or not (half or unread):
             self._close()

@@ -3530,6 +3530,27 @@ class TestAnswers(HttpTest):
                 self.assertLess(abs(age), timedelta(minutes=1))
                 self.assertNotIn("server", answer.headers)
 
+    async def test_an_answer_that_ends_its_connection_can_be_drained(self) -> None:
+        drained: list[int] = []
+
+        async def page(c: Context, w: Writer) -> None:
+            size = int(c.req.query["size"])
+            w.respond(bytes(size), "text/plain")
+            await w.drain()
+            drained.append(size)
+
+        app = Stario()
+        app.get("/", page)
+        async with app.running() as server:
+            for size in (1, 20_000_000):
+                with self.subTest(size):
+                    peer = await Peer.connect(server.port)
+                    await peer.send(f"GET /?size={size} HTTP/1.0\r\n\r\n")
+                    self.assertGreater(len(await within(peer.rest())), size)
+                    await asyncio.sleep(0.01)
+                    await peer.close()
+        self.assertEqual(drained, [1, 20_000_000])
+
     async def test_a_stream_that_dies_is_cut_off_visibly(self) -> None:
         """RFC 9112, section 8: no last chunk, too few bytes, or a reset."""
 
