@@ -59,11 +59,11 @@ brackets can be left out of your copy: `python stario.py --without assets,client
         322  3. HTML: elements are strings
         685  4. JSON
         791  5. The request: headers, query, cookies, body
-       1269  6. The answer: status, fields, body
-       1693  7. Context and routing
-       2136  8. The app
-     2326  ACT 2. On the network
-       2334  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
+       1267  6. The answer: status, fields, body
+       1691  7. Context and routing
+       2134  8. The app
+     2324  ACT 2. On the network
+       2332  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
        3376  10. The server
        4202  11. Trying it without a network: the test client [testclient]
      4646  ACT 3. Live
@@ -98,14 +98,14 @@ Two hours, for a reader who wants to know how it works, not all that it does. Re
 
       333-346    `SafeString`  an element is a string
       649-678    `Tags`  `h.P` makes one
-     1070-1250   `Request`  what a client asks for
-     1280-1348   `Carrier`  what brings the answer back
-     1421-1606   `_RawWriter`  the answer
-     1711-1806   `Context`  what a handler gets beside it
-     1896-1911   `_Tree.find`  from a path to a handler
-     2243-2277   `_App.dispatch`  one request from end to end
-     2689-2805   `_Reader`  bytes to requests
-     3126-3372   `Connection`  one connection, many requests
+     1070-1248   `Request`  what a client asks for
+     1278-1346   `Carrier`  what brings the answer back
+     1419-1604   `_RawWriter`  the answer
+     1709-1804   `Context`  what a handler gets beside it
+     1894-1909   `_Tree.find`  from a path to a handler
+     2241-2275   `_App.dispatch`  one request from end to end
+     2687-2803   `_Reader`  bytes to requests
+     3124-3372   `Connection`  one connection, many requests
      3800-3818   `Server.start`  listening
      3949-3966   `Server.stop`  ending without losing a request
      5385-5508   `_EventWriter`  events
@@ -3256,10 +3256,12 @@ class Connection(_Answers):
                 limit = self._worker.loop.time() + self._worker.limits.body_timeout
                 self._deadline = min(limit, self._deadline + len(data) / 1024)
         if self._reader.decoder is not None:
-            self._close_if_rest_is_large()
+            self._close_if_rest_is_unwanted()
             return False
         if self._state is _BODY:
             self._state, self._deadline = _ANSWER, _NEVER
+        elif self._close_after:
+            self._linger()
         else:
             self._state, self._deadline = _IDLE, self._worker.idle_deadline
         body.end()
@@ -3274,13 +3276,14 @@ class Connection(_Answers):
             self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
         if self._deadline == _NEVER:
             self._deadline = self._worker.loop.time() + self._worker.limits.body_timeout
-        self._close_if_rest_is_large()
+        self._close_if_rest_is_unwanted()
         self._pause_or_resume_reading()
 
-    def _close_if_rest_is_large(self) -> None:
-        """After the answer, read an unwanted rest of a body only if it is small."""
+    def _close_if_rest_is_unwanted(self) -> None:
+        """After the answer, read an unwanted rest of a body only for the next request, if small."""
         unread = self._discarded + (self._reader.decoder.left if self._reader.decoder else 0)
-        if self._state is _REST and self._body.discarding and unread > _DISCARD_LIMIT:
+        is_useless = self._close_after or unread > _DISCARD_LIMIT
+        if is_useless and self._state is _REST and self._body.discarding:
             self._linger()
 
     def _wait_for_more(self, batch_full: bool) -> None:
@@ -3334,12 +3337,11 @@ class Connection(_Answers):
             self._chunked = False
         if self._state is _CLOSING:
             return
-        if self._close_after:
-            self._linger()
-            return
         if self._state is _BODY:
-            self._state = _REST
-            self._close_if_rest_is_large()
+            self._state = _REST  # the handler may still read it
+            self._close_if_rest_is_unwanted()
+        elif self._close_after:
+            self._linger()
         else:
             self._state, self._deadline = _IDLE, self._worker.idle_deadline
         if (self._reader.buffer or self._eof) and not self._advancing:

@@ -3210,6 +3210,33 @@ class TestConnections(HttpTest):
             await until(lambda: not connections_of(server))
             await peer.close()
 
+    async def test_a_handler_may_answer_before_it_reads_the_body(self) -> None:
+        """Whether or not the answer ends the connection, as it does before a large body."""
+        read: list[int] = []
+
+        async def early(c: Context, w: Writer) -> None:
+            w.text("accepted")
+            read.append(len(await c.req.body()))
+
+        app = Stario()
+        app.post("/", early)
+        async with app.running() as server:
+            for option, size in (("keep-alive", 10), ("close", 10), ("keep-alive", 1_000_000)):
+                with self.subTest(option, size=size):
+                    peer = await Peer.connect(server.port)
+                    head = f"POST / HTTP/1.1\r\n{HOST}Connection: {option}\r\n"
+                    await peer.send(f"{head}Content-Length: {size}\r\n\r\n")
+                    closes = (await within(peer.answer())).headers.get("connection") == "close"
+                    self.assertEqual(closes, (option, size) != ("keep-alive", 10))
+                    await peer.send(bytes(size))
+                    if closes:
+                        self.assertEqual(await within(peer.rest()), b"")
+                    else:
+                        await peer.send(f"POST / HTTP/1.1\r\n{HOST}Content-Length: 1\r\n\r\nx")
+                        self.assertEqual((await within(peer.answer())).text, "accepted")
+                    await peer.close()
+        self.assertEqual(read, [10, 1, 10, 1_000_000])
+
     async def test_a_long_answer_that_closes_is_not_cut_off(self) -> None:
         """RFC 9112, section 9.6: as long as the client takes it, whatever else it has sent."""
 
