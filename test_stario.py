@@ -3235,7 +3235,7 @@ class TestConnections(HttpTest):
                         await peer.send(f"POST / HTTP/1.1\r\n{HOST}Content-Length: 1\r\n\r\nx")
                         self.assertEqual((await within(peer.answer())).text, "accepted")
                     await peer.close()
-        self.assertEqual(read, [10, 1, 10, 1_000_000])
+        self.assertEqual(sorted(read), [1, 10, 10, 1_000_000])
 
     async def test_a_long_answer_that_closes_is_not_cut_off(self) -> None:
         """RFC 9112, section 9.6: as long as the client takes it, whatever else it has sent."""
