@@ -6500,12 +6500,11 @@ def _can_be_hashed(items: Iterable[Any]) -> bool:
     How Python hashes numbers is no secret. A client could send 40,000 different ones with the same
     hash, and a set would compare each with all before it. So at most 20 may share one.
     """
-    first: dict[int, Any] = {}  # by hash
-    alike: list[Any] = []  # other items with a hash that is in `first`
+    by_hash: dict[int, list[Any]] = {}  # the different items
     try:
         for item in items:
-            known = first.setdefault(hash(item), item)
-            if known != item and item not in alike:
+            alike = by_hash.setdefault(hash(item), [])
+            if item not in alike:
                 alike.append(item)
                 if len(alike) > 20:
                     return False

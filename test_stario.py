@@ -8152,6 +8152,8 @@ class TestSignals(unittest.TestCase):
                 self.problems(schema, signals)
         self.assertEqual(read_signals(set[int], [-1, -2] * 100), {-1, -2})
         self.assertEqual(len(read_signals(set[int], list(range(5000)))), 5000)
+        grid = [[x, y] for x in range(-9, 9) for y in range(-9, 9)]  # hash(-1) is that of -2
+        self.assertEqual(len(read_signals(set[tuple[int, int]], grid)), 18 * 18)
         self.assertEqual(len(read_signals(set[str], [f"{n}" for n in alike])), 99)
 
     def test_schemas_mean_what_python_means_by_them(self) -> None:
