@@ -10048,7 +10048,7 @@ def _keep_restarting(sockets: list[socket.socket]) -> int:
     signals: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: signals.append(number))
-    children: list[subprocess.Popen[bytes]] = []  # the newest is the last; others are still ending
+    children: list[subprocess.Popen[bytes]] = []  # the newest, and others still ending
     descriptors = []
     for opened in sockets:
         if os.name == "nt":
@@ -10057,22 +10057,23 @@ def _keep_restarting(sockets: list[socket.socket]) -> int:
             descriptors.append(opened.fileno())
     environment = {**os.environ, _RELOADED: ",".join(map(str, descriptors))}
     command = [sys.executable, *sys.orig_argv[1:]]
-    while not signals and not (children and children[-1].poll() == 0):
+    restart = True
+    while restart and not signals:
         folders = _watched_folders()
-        before = _times(folders)
-        children = [child for child in children if child.poll() is None]
-        children.append(subprocess.Popen(command, env=environment, pass_fds=descriptors))
-        while not signals and children[-1].poll() != 0:  # it runs (None), or it failed
+        now = _times(folders)
+        started = subprocess.Popen(command, env=environment, pass_fds=descriptors)
+        children = [*(child for child in children if child.poll() is None), started]
+        restart = False
+        while not (restart or signals or started.poll() == 0):  # it runs (None), or it failed
             time.sleep(_LOOK_EVERY)
-            now = _times(folders)
+            before, now = now, _times(folders)
             changed = {path for path, _ in now.items() ^ before.items()}  # new, gone, or saved
-            before = now
-            if changed and _compiles(changed):
-                print("reloading:", *map(os.path.basename, sorted(changed)), file=sys.stderr)
-                break
+            restart = bool(changed) and _compiles(changed)
+        if restart:
+            print("reloading:", *map(os.path.basename, sorted(changed)), file=sys.stderr)
         for child in children:
             child.terminate()
-    return max(child.wait() for child in children)
+    return max((child.wait() for child in children), default=0)
 
 
 class _ReloadingWriter(Writer):

@@ -11827,6 +11827,36 @@ class TestReload(AsyncTest):
         watched = {Path(path).name for path in stario._times({str(self.folder)})}
         self.assertEqual(watched, {"program.py", "words.py"})
 
+    def test_a_child_that_ends_as_soon_as_it_is_told_to_is_started_anew(self) -> None:
+        started: list[Child] = []
+
+        class Child(mock.Mock):
+            """The second one ends by itself."""
+
+            status: int | None = None
+
+            def poll(self) -> int | None:
+                return 0 if self is not started[0] else self.status
+
+            def terminate(self) -> None:
+                self.status = 0
+
+            wait = poll
+
+        def start(*arguments: object, **options: object) -> Child:
+            started.append(Child())
+            return started[-1]
+
+        with (
+            mock.patch.object(subprocess, "Popen", start),
+            mock.patch.object(signal, "signal"),
+            mock.patch.object(stario, "_LOOK_EVERY", 0),
+            mock.patch.object(stario, "_times", side_effect=[{}, {"a.css": 1}, {}]),
+            mock.patch("sys.stderr", io.StringIO()) as told,
+        ):
+            self.assertEqual(stario._keep_restarting([]), 0)
+        self.assertEqual((len(started), told.getvalue()), (2, "reloading: a.css\n"))
+
     async def test_what_cannot_start_is_shown_and_waited_out_and_nobody_is_refused(self) -> None:
         await self.listening()
         await self.shows("one")
