@@ -5898,7 +5898,8 @@ class Subscription(Generic[T]):
                 await waiter
             finally:
                 with lock:
-                    mailbox.waiter = None
+                    if mailbox.waiter is waiter:  # not a second reader's, who is told of it above
+                        mailbox.waiter = None
 
     def __aiter__(self) -> AsyncIterator[tuple[str, T]]:
         return _Messages(self)

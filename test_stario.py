@@ -7507,6 +7507,24 @@ class RelayPromises(AsyncTest):
         await self.settle(relay)
         self.assertEqual(await within(first), ("a", 1))
 
+    async def test_a_second_reader_that_comes_before_the_first_has_woken_gets_the_messages(
+        self,
+    ) -> None:
+        relay = self.relay()
+        subscription = relay.subscribe("a")
+        first = asyncio.ensure_future(anext(subscription))
+        await asyncio.sleep(0)
+
+        async def read_two() -> list[Any]:
+            return [await anext(subscription), await anext(subscription)]
+
+        second = asyncio.ensure_future(read_two())
+        relay._change(relay._deliver, "a", 1)  # the first is woken; the second runs before it
+        with self.assertRaisesRegex(StarioError, "one reader"):
+            await within(first)
+        relay._change(relay._deliver, "a", 2)
+        self.assertEqual(await within(second), [("a", 1), ("a", 2)])
+
     async def test_leaving_its_loop_or_block_closes_a_subscription(self) -> None:
         relay = self.relay()
         with relay.subscribe("a") as subscription:
