@@ -5347,7 +5347,7 @@ def _patch_data(
     _check_word("namespace", namespace or "html", _PATCH_WORDS["namespace"])
     if not selector and mode not in ("outer", "replace"):
         raise StarioError(f"mode {mode!r} needs a selector: only outer and replace do without")
-    has_id = html.find(" id=", 0, html.find(">")) > 0  # the usual case: no expression needed
+    has_id = html.find(" id=", 0, html.find(">") + 1) > 0  # the usual case: no expression needed
     if html and not selector and not has_id and not _HAS_PLACE.match(html):
         raise StarioError(
             f"no place for {html[:60]!r}: give the element an id that the page has, or say "

@@ -6138,6 +6138,7 @@ class TestBuildersWriteWhatWasMeant(unittest.TestCase):
             ("dict", lambda: writer.event("x", {"a": 1})),  # type: ignore[arg-type]
             ("milliseconds", lambda: writer.event("x", "y", retry=0.5)),  # type: ignore[arg-type]
             ("id", lambda: writer.patch("hello")),
+            ("id", lambda: writer.patch("the one with id=5")),
             ("id", lambda: writer.patch(h.P({"class": "id"}, "an id=5"))),
             ("'prepend'", lambda: writer.patch(h.P(), mode="prepnd", selector="p")),  # type: ignore[arg-type]
         ]
