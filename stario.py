@@ -5262,7 +5262,7 @@ await import(client);
 # ==================================================================================================
 # 13. Streams: events, and staying with a client
 #
-# A stream is an answer without an end. Its body is *events* (HTML standard, section 9.2.5), each
+# A stream is an answer that stays open. Its body is *events* (HTML standard, section 9.2.5), each
 # some lines of text. The handler writes them, and waits inside `alive` for what comes next:
 #
 #     async for subject, message in w.alive(relay.subscribe("chat")):  # waits here
@@ -5367,7 +5367,7 @@ def _patch_data(
     return lines.encode("utf-8", "replace")
 
 
-_SSE_FIELDS = (  # proxies must neither store a stream nor hold it back (the last one is for nginx)
+_SSE_FIELDS = (  # no proxy may answer from a copy, or hold events back (the last is for nginx)
     b"content-type: text/event-stream\r\ncache-control: no-cache\r\nx-accel-buffering: no\r\n"
 )
 
@@ -5683,7 +5683,7 @@ async def _paced_rounds(writer: Writer) -> AsyncIterator[None]:
         await asyncio.sleep(0 if busy else 0.25)
 
 
-_LONGEST_RUN = 0.005  # seconds; then a loop that never had to wait lets other tasks run
+_LONGEST_RUN = 0.005  # seconds; then a loop lets other tasks run, as it may never have to wait
 _closing_sources: set[asyncio.Task[Any]] = set()  # tasks that close the source of an `alive`
 
 
@@ -5704,7 +5704,7 @@ class Alive(Generic[T]):
         )
         self._open = True  # the source has not been closed
         self._loop = asyncio.get_running_loop()
-        self._runs_since = time.monotonic()  # when other tasks were last let in
+        self._runs_since = time.monotonic()  # when it last let other tasks run
         writer._start_heartbeat(heartbeat)
 
     def __aiter__(self) -> Alive[T]:
@@ -5799,7 +5799,7 @@ Overflow = Literal["oldest", "latest", "close"]  # the rule for a full queue: se
 
 @dataclasses.dataclass(slots=True, eq=False)
 class _Mailbox:
-    """The relay's side of a subscription. Everything is touched only under the relay's lock.
+    """The relay's side of a subscription. Everything is changed only under the relay's lock.
 
     It does not refer to the Subscription, so that one that nobody uses any more is collected.
     """
@@ -6103,8 +6103,8 @@ def _resolve(waiters: list[asyncio.Future[None]]) -> None:
 # ==================================================================================================
 # 15. Signals: from JSON to your dataclass
 #
-# The browser sends all its signals with every request. A *schema* is a class whose annotated fields
-# say which of them a handler wants:
+# With every request the browser sends all signals but those whose names begin with `_`. A *schema*
+# is a class whose annotated fields say which of them a handler wants:
 #
 #     @dataclass
 #     class Order:
@@ -7357,7 +7357,7 @@ Stario._compression = CompressionConfig()  # what an app does unless it is told 
 # ==================================================================================================
 # 19. Static files [assets]
 #
-# Each file has a second name, with a *fingerprint*: 16 digits of the SHA-256 of its contents. A
+# Each file has a second name, with a *fingerprint*: 16 hex digits of its contents' SHA-256. A
 # browser may keep what it gets by that name for ever, because other contents have another name. The
 # plain name redirects to it, and `asset("style.css")` gives it to a page:
 #
@@ -9058,7 +9058,7 @@ _MOST_FRAMES = 8
 # as JSON with a signature (HMAC-SHA256, RFC 2104): a checksum that only who has the key can make.
 # So the server keeps nothing, and every process that has the key can read the session:
 #
-#     session=eyJ1c2VyIjo3fQ.1764180000.kq0h…      JSON in base64 . seconds since 1970 . signature
+#     session=eyJ1c2VyIjo3fQ==.1764180000.kq0h…    JSON in base64 . seconds since 1970 . signature
 #
 # The rule that must hold: the browser can read the session, but cannot change it. What is left out:
 # the server cannot end a session before its time (a copy of the cookie stays good), and a cookie
@@ -9806,10 +9806,10 @@ class RedisRelay(Relay[T]):
         # Under the lock:
         self._closed = False
         self._connected = False  # the first commands are made: tell Redis of each change
-        self._down = ""  # why it could not be reached, if nothing has come from it since
         self._outgoing: deque[_RedisCommand] = deque()
         self._thread: threading.Thread | None = None  # started when it is needed
-        # The thread's:
+        # Set by the thread, and read by all:
+        self._down = ""  # why Redis could not be reached, if nothing has come from it since
         self._loop: asyncio.AbstractEventLoop | None = None
         self._work = asyncio.Event()  # there is something in `_outgoing`, or this is closed
 
@@ -10422,7 +10422,7 @@ def _cookie_line(
     prefix = name.lower().partition("-")[0]
     if prefix == "__host" and (path != "/" or domain):
         raise StarioError(f"{name!r} says: this host and all of it. Leave path and domain out")
-    # Without Secure, browsers take none of these (RFC 6265bis, sections 4.1.3 and 5.6).
+    # Without Secure, browsers take none of these (the drafts RFC 6265bis, section 5.7, and CHIPS).
     flags["Secure"] |= prefix in ("__host", "__secure") or flags["Partitioned"]
     flags["Secure"] |= samesite is not None and samesite.lower() == "none"
     pieces = [
@@ -10436,7 +10436,7 @@ def _cookie_line(
         f"SameSite={samesite.capitalize()}" if samesite else "",
         "Partitioned" if flags["Partitioned"] else "",
     ]
-    if len(pieces[0]) > 4096:  # RFC 6265bis, section 5.6
+    if len(pieces[0]) > 4096:  # (draft RFC 6265bis, section 5.6)
         raise StarioError(f"the cookie {name!r} is too large: browsers keep 4,096 bytes")
     return "; ".join(filter(None, pieces))
 
@@ -10451,9 +10451,9 @@ def same_origin(handler: Handler) -> Handler:
     """Middleware: refuse with 403 what other sites make a browser send.
 
     A form on another site can be sent to yours, and the browser adds your cookies: that is CSRF,
-    cross-site request forgery. Safe methods (GET) pass. For others a browser says in
-    `Sec-Fetch-Site` (Fetch Metadata) where the request comes from, an old one in `Origin`. What
-    says neither is no browser, and carries nobody's cookies.
+    cross-site request forgery. Safe methods (GET) pass. For others a browser says where the request
+    comes from: over HTTPS in `Sec-Fetch-Site` (Fetch Metadata), an old one, or over HTTP, in
+    `Origin`. What says neither is no browser, and carries nobody's cookies.
     """
 
     async def _guarded(c: Context, w: Writer) -> None:
