@@ -5103,27 +5103,27 @@ class Actions:
 
     def get(self, url: str, queries: Queries = None, **options: Unpack[RequestOptions]) -> str:
         """Ask with GET; signals go into the query. `@get('/subscribe')`"""
-        return _request("get", url, queries, options)
+        return _write_action("get", url, queries, options)
 
     def post(self, url: str, queries: Queries = None, **options: Unpack[RequestOptions]) -> str:
         """Ask with POST; signals go as JSON."""
-        return _request("post", url, queries, options)
+        return _write_action("post", url, queries, options)
 
     def put(self, url: str, queries: Queries = None, **options: Unpack[RequestOptions]) -> str:
         """Ask with PUT; signals go as JSON."""
-        return _request("put", url, queries, options)
+        return _write_action("put", url, queries, options)
 
     def patch(self, url: str, queries: Queries = None, **options: Unpack[RequestOptions]) -> str:
         """Ask with PATCH; signals go as JSON."""
-        return _request("patch", url, queries, options)
+        return _write_action("patch", url, queries, options)
 
     def delete(self, url: str, queries: Queries = None, **options: Unpack[RequestOptions]) -> str:
         """Ask with DELETE; signals go into the query."""
-        return _request("delete", url, queries, options)
+        return _write_action("delete", url, queries, options)
 
     def query(self, url: str, queries: Queries = None, **options: Unpack[RequestOptions]) -> str:
         """Ask with QUERY, a GET with signals as JSON; client 1.0.4, newer than `DATASTAR_URL`."""
-        return _request("query", url, queries, options)
+        return _write_action("query", url, queries, options)
 
     def peek(self, expression: Expression) -> str:
         """The expression's value; when its signals change, the code around it is not run again."""
@@ -5141,8 +5141,8 @@ class Actions:
 at = Actions()
 
 
-def _request(method: str, url: str, queries: Queries, options: RequestOptions) -> str:
-    if _baking.get() and (mark := _mark_for(_request, method, url, queries, options)):
+def _write_action(method: str, url: str, queries: Queries, options: RequestOptions) -> str:
+    if _baking.get() and (mark := _mark_for(_write_action, method, url, queries, options)):
         return mark
     written = _request_options(method, options) if options else ""
     pairs: list[str] = []  # names and values in turn, for a cache that hashes them
@@ -5195,7 +5195,7 @@ def _request_options(method: str, options: RequestOptions) -> str:
         _check_word("option", name, RequestOptions.__annotations__)
         if value is None or value == defaults.get(name):
             continue
-        written.append(f"{_camel(name.removesuffix('_ms'))}: {_option(name, value)}")
+        written.append(f"{_camel(name.removesuffix('_ms'))}: {_option_text(name, value)}")
     return f", {{{', '.join(written)}}}" if written else ""
 
 
@@ -5204,7 +5204,7 @@ def _camel(name: str) -> str:
     return re.sub("_([a-z])", lambda found: found[1].upper(), name)
 
 
-def _option(name: str, value: Any) -> str:
+def _option_text(name: str, value: Any) -> str:
     """An option's value: a word that the client knows, an expression, a number, an object."""
     if name == "response_overrides":
         for key in value:
@@ -6166,7 +6166,7 @@ class SignalsError(HttpException):
 
 _MOST_COUNTED = 10_000  # problems; after more than these the reading stops
 _MOST_PROBLEMS = 20  # that are listed in an answer
-_SHOWN = 60  # characters of a path or a value in a problem
+_LONGEST_SHOWN = 60  # characters of a path or a value in a problem
 _WRONG: Any = object()  # what a reader gives for a value that does not fit
 _MISSING = object()  # in place of a value that did not come
 # What a dataclass (in `__post_init__`) or a model raises for values that it refuses: a ValueError
@@ -6201,13 +6201,13 @@ def _shown(value: object) -> str:
     """The beginning of a value as JSON. (61 pieces of it are at least 61 characters: enough.)"""
     if value is _MISSING:
         return "nothing"
-    return _cut("".join(islice(_SHOWING.iterencode(value), _SHOWN + 1)))
+    return _cut("".join(islice(_ANY_JSON.iterencode(value), _LONGEST_SHOWN + 1)))
 
 
-_SHOWING = json.JSONEncoder(default=str, skipkeys=True)
+_ANY_JSON = json.JSONEncoder(default=str, skipkeys=True)
 
 
-def _cut(text: str, length: int = _SHOWN) -> str:
+def _cut(text: str, length: int = _LONGEST_SHOWN) -> str:
     return text if len(text) <= length else text[: length - 3] + "..."
 
 
@@ -6649,7 +6649,7 @@ _QUALIFIERS: set[Any] = {
 }  # fmt: skip
 
 
-def _reader(kind: Any) -> Reader:
+def _reader_of(kind: Any) -> Reader:
     """Compile a type. (The fields of a dataclass are compiled later: see `_schema_reader`.)"""
     kind = _bare(kind)
     origin, arguments = typing.get_origin(kind) or kind, typing.get_args(kind)
@@ -6657,7 +6657,7 @@ def _reader(kind: Any) -> Reader:
         return _READERS[origin]
     if origin in (typing.Union, types.UnionType):
         kinds = [bare for bare in map(_bare, arguments) if bare is not types.NoneType]
-        options = [_Option(kind, _reader(kind), _needed_names(kind)) for kind in kinds]
+        options = [_Option(kind, _reader_of(kind), _needed_names(kind)) for kind in kinds]
         read = _union_reader(options) if len(options) > 1 else options[0].read
         return read if len(kinds) == len(arguments) else _optional_reader(read)
     if origin is typing.Literal:
@@ -6665,12 +6665,12 @@ def _reader(kind: Any) -> Reader:
     if origin in _SHAPES:  # (fixed: `tuple[int, str]`, but neither `tuple` nor `tuple[int, ...]`)
         is_fixed = origin is tuple and kind is not tuple and arguments[-1:] != (Ellipsis,)
         items = arguments if is_fixed else arguments[:1] or (Any,)
-        return _list_reader(_SHAPES[origin], list(map(_reader, items)), is_fixed)
+        return _list_reader(_SHAPES[origin], list(map(_reader_of, items)), is_fixed)
     if origin in (dict, Mapping):
-        return _dict_reader(*map(_reader, arguments))
+        return _dict_reader(*map(_reader_of, arguments))
     if isinstance(kind, TypeVar):
         among = typing.Union[kind.__constraints__] if kind.__constraints__ else Any  # noqa: UP007
-        return _reader(kind.__bound__ or among)
+        return _reader_of(kind.__bound__ or among)
     if hasattr(origin, "__value__") or _is_record(origin):  # (`type Name = …` has a `__value__`)
         return _cached_reader(kind)
     if isinstance(origin, type):
@@ -6710,11 +6710,11 @@ def _schema_reader(schema: Any, text: str) -> Reader:
         nonlocal made
         if made is None:
             if hasattr(origin, "__value__"):  # `type Name = …`
-                made = _reader(_bind(origin.__value__, schema))
+                made = _reader_of(_bind(origin.__value__, schema))
             elif _is_record(origin):
                 made = _record_reader(origin, _fields_of(schema))
             else:
-                made = _reader(schema)
+                made = _reader_of(schema)
         return made(value, reading)
 
     return _read
@@ -6775,7 +6775,7 @@ def _fields_of(schema: Any) -> list[tuple[str, Reader, bool]]:
         needed = {name: _is_required(origin, name, kind) for name, kind in hints.items()}
     else:
         needed = _parameters_of(origin)
-    return [(name, _reader(hints.get(name, Any)), must) for name, must in needed.items()]
+    return [(name, _reader_of(hints.get(name, Any)), must) for name, must in needed.items()]
 
 
 def _parameters_of(origin: Any) -> dict[str, bool]:
@@ -7311,7 +7311,7 @@ def _zstd_package(level: int, streaming: bool) -> Compressor:
 
 
 @lru_cache(maxsize=1)
-def _compressors() -> dict[str, Callable[[int, bool], Compressor]]:
+def _codings() -> dict[str, Callable[[int, bool], Compressor]]:
     """What this Python can do, by content coding. Each is tried: a package may be broken."""
     found: dict[str, Callable[[int, bool], Compressor]] = {"gzip": _gzip}
     for coding, make in (("zstd", _zstd_library), ("zstd", _zstd_package), ("br", _brotli)):
@@ -7323,7 +7323,7 @@ def _compressors() -> dict[str, Callable[[int, bool], Compressor]]:
 
 
 def _compressor(coding: str, config: CompressionConfig, streaming: bool = False) -> Compressor:
-    return _compressors()[coding](_level(config, coding), streaming)
+    return _codings()[coding](_level(config, coding), streaming)
 
 
 def _level(config: CompressionConfig, coding: str) -> int:
@@ -7343,7 +7343,7 @@ def _choose_coding(accepted: str, config: CompressionConfig, streaming: bool = F
     best, best_weight = None, 0.0
     for coding in preference:
         weight = weights.get(coding, weights.get("*", 0.0))
-        if weight > best_weight and coding in _compressors() and _level(config, coding) >= 0:
+        if weight > best_weight and coding in _codings() and _level(config, coding) >= 0:
             best, best_weight = coding, weight
     return best if best_weight >= weights.get("identity", 0.0) else None  # that is: uncompressed
 
@@ -7750,7 +7750,7 @@ def _decoded(coding: str, body: bytes, most: int) -> bytes:
         import brotli
 
         decoder = brotli.Decompressor()
-    elif coding == "zstd" and _compressors()[coding] is _zstd_package:
+    elif coding == "zstd" and _codings()[coding] is _zstd_package:
         import zstandard
 
         decoder = zstandard.ZstdDecompressor().decompressobj()
@@ -10143,7 +10143,7 @@ def _join_reloading(app: Stario, server: Server) -> None:
 
 
 _SECRET = re.compile(r"(?i)pass|secret|token|key|cookie|auth|session")
-_FRAMES = 40  # the most that are shown with lines and values
+_FRAMES_SHOWN = 40  # the most that are shown with lines and values
 _DEBUG_STYLE = (
     "position:fixed;inset:0;z-index:9999;overflow:auto;margin:0;padding:1.5rem;white-space:pre-wrap;"
     "font:14px/1.5 ui-monospace,monospace;color:#eee;background:#1c1417;border:0;text-align:left"
@@ -10185,7 +10185,7 @@ def _error_view(c: Context, exc: BaseException) -> SafeString:
         {"id": "stario-error", "style": _DEBUG_STYLE},
         h.Button({"type": "button", **close}, "×"),
         h.H1("".join(traceback.format_exception_only(exc)).strip()),
-        [_frame_view(frame, at) for frame, at in frames[:_FRAMES]],
+        [_frame_view(frame, at) for frame, at in frames[:_FRAMES_SHOWN]],
         h.Details(h.Summary("Traceback"), _stack_of(exc)),
         h.Details(h.Summary("Request"), "\n".join(request)),
         h.Details(h.Summary("Trace"), "\n".join(events)),

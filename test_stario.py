@@ -1996,7 +1996,7 @@ class TestWriter(AsyncTest):
             for _ in range(3):
                 w.event("x", text)
 
-        for coding in stario._compressors():
+        for coding in stario._codings():
             for handler in (whole, stream):
                 found = await self.answer(handler, headers={"accept-encoding": coding})
                 self.assertEqual(found.headers.get("content-encoding"), coding)
