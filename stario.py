@@ -218,6 +218,7 @@ if typing.TYPE_CHECKING:
     import ssl as ssl_module
 
 T = TypeVar("T")
+P = ParamSpec("P")
 
 
 # ==================================================================================================
@@ -5310,7 +5311,7 @@ _HAS_PLACE = re.compile(r"\s*<(!|(html|head|body)(?![^\s>/])|[a-z][^>]*\sid\s*=)
 _CACHED_CALLS, _CACHED_SIZE = 4, 256 * 1024  # the last 4, of at most 256 KiB each
 
 
-def _cache_last(make: Callable[Parameters, T]) -> Callable[Parameters, T]:
+def _cache_last(make: Callable[P, T]) -> Callable[P, T]:
     """A decorator that keeps the last results: what goes to a thousand streams is made once.
 
     The first argument is text or bytes. `lru_cache` would read all of it, for a hash. This compares
@@ -5319,7 +5320,7 @@ def _cache_last(make: Callable[Parameters, T]) -> Callable[Parameters, T]:
     calls: tuple[tuple[object, T], ...] = ()  # replaced as a whole, so threads may share it
 
     @wraps(make)
-    def give(*arguments: Parameters.args, **options: Parameters.kwargs) -> T:
+    def give(*arguments: P.args, **options: P.kwargs) -> T:
         nonlocal calls
         asked = arguments, options
         for known, result in calls:
@@ -9289,7 +9290,6 @@ class _Life:
 # ==================================================================================================
 
 
-Parameters = ParamSpec("Parameters")
 _PROBES = (None, True, False, 7, 0.5, "", ' aA <Be> & "c"\r\n', (), SafeString("<i>"))
 # How the beginning of a mark looks in the text, and the function that escapes there.
 _ESCAPE_OF = {'"<': None, '"&lt;': _escape, "&quot;&lt;": _quote}
@@ -9297,7 +9297,7 @@ _ESCAPE_OF = {'"<': None, '"&lt;': _escape, "&quot;&lt;": _quote}
 _baking: contextvars.ContextVar[tuple[_Bake, ...]] = contextvars.ContextVar("baking", default=())
 
 
-def baked(view: Callable[Parameters, SafeString]) -> Callable[Parameters, SafeString]:
+def baked(view: Callable[P, SafeString]) -> Callable[P, SafeString]:
     """Build this view's element once; from then on, only fill the arguments into its text.
 
         @baked
@@ -9321,7 +9321,7 @@ def baked(view: Callable[Parameters, SafeString]) -> Callable[Parameters, SafeSt
     exec("def call(*args, **kwargs): return first(*args, **kwargs)", names)
     call: Any = names["call"]
     stub = call.__code__
-    return cast("Callable[Parameters, SafeString]", wraps(view)(call))
+    return cast("Callable[P, SafeString]", wraps(view)(call))
 
 
 class _Bake:
