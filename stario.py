@@ -54,24 +54,24 @@ After each act something runs, and you may stop there. Acts 1 to 3 are what one 
 a live page; each part of act 4 can be read alone, when it is needed. A part with a name in square
 brackets can be left out of your copy: `python stario.py --without assets,client >mine.py`.
 
-      224  ACT 1. A framework
-        232  2. Errors
-        322  3. HTML: elements are strings
-        685  4. JSON
-        791  5. The request: headers, query, cookies, body
-       1267  6. The answer: status, fields, body
-       1691  7. Context and routing
-       2134  8. The app
-     2324  ACT 2. On the network
-       2332  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3376  10. The server
-       4202  11. Trying it without a network: the test client [testclient]
-     4646  ACT 3. Live
-       4694  12. Datastar: attributes and actions
-       5263  13. Streams: events, and staying with a client
+      225  ACT 1. A framework
+        233  2. Errors
+        323  3. HTML: elements are strings
+        686  4. JSON
+        792  5. The request: headers, query, cookies, body
+       1268  6. The answer: status, fields, body
+       1692  7. Context and routing
+       2135  8. The app
+     2325  ACT 2. On the network
+       2333  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
+       3377  10. The server
+       4203  11. Trying it without a network: the test client [testclient]
+     4647  ACT 3. Live
+       4695  12. Datastar: attributes and actions
+       5264  13. Streams: events, and staying with a client
        5778  14. Relay: publish and subscribe
-     6097  ACT 4. For real
-       6104  15. Signals: from JSON to your dataclass
+     6098  ACT 4. For real
+       6105  15. Signals: from JSON to your dataclass
        6844  16. Forms [forms]
        7042  17. Behind a proxy
        7149  18. Compression [compression]
@@ -82,9 +82,9 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        9056  23. Sessions [sessions]
        9166  24. What lives as long as the server
        9267  25. @baked
-       9521  26. ASGI: the same app under another server [asgi]
-       9741  27. RedisRelay: the same between processes and machines [redis]
-       9984  28. Reload: a saved file restarts the app [reload]
+       9520  26. ASGI: the same app under another server [asgi]
+       9740  27. RedisRelay: the same between processes and machines [redis]
+       9983  28. Reload: a saved file restarts the app [reload]
       10135  29. Development: what went wrong, shown where one looks [development]
       10247  30. What is refused
     10500  ACT 5. The pocket client
@@ -96,22 +96,22 @@ READING PATH
 
 Two hours, for a reader who wants to know how it works, not all that it does. Read in this order:
 
-      333-346    `SafeString`  an element is a string
-      649-678    `Tags`  `h.P` makes one
-     1070-1248   `Request`  what a client asks for
-     1278-1346   `Carrier`  what brings the answer back
-     1419-1604   `_RawWriter`  the answer
-     1709-1804   `Context`  what a handler gets beside it
-     1894-1909   `_Tree.find`  from a path to a handler
-     2241-2275   `_App.dispatch`  one request from end to end
-     2687-2803   `_Reader`  bytes to requests
-     3124-3372   `Connection`  one connection, many requests
-     3800-3818   `Server.start`  listening
-     3949-3966   `Server.stop`  ending without losing a request
-     5385-5508   `_EventWriter`  events
+      334-347    `SafeString`  an element is a string
+      650-679    `Tags`  `h.P` makes one
+     1071-1249   `Request`  what a client asks for
+     1279-1347   `Carrier`  what brings the answer back
+     1420-1605   `_RawWriter`  the answer
+     1710-1805   `Context`  what a handler gets beside it
+     1895-1910   `_Tree.find`  from a path to a handler
+     2242-2276   `_App.dispatch`  one request from end to end
+     2688-2804   `_Reader`  bytes to requests
+     3125-3373   `Connection`  one connection, many requests
+     3801-3819   `Server.start`  listening
+     3950-3967   `Server.stop`  ending without losing a request
+     5386-5508   `_EventWriter`  events
      5598-5663   `_Scope`  how a disconnect reaches a handler
      5691-5774   `Alive`  staying with a client
-     5936-6043   `Relay`  from one handler to another
+     5937-6044   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -9206,8 +9206,9 @@ class _Life:
                 try:
                     for lifespan in self.lifespans:
                         await stack.enter_async_context(lifespan(self.app))
-                    while self.waiting:
-                        self.waiting.pop(next(iter(self.waiting)))()
+                    for work in list(self.waiting):
+                        if start := self.waiting.pop(work, None):
+                            start()
                     yield
                 finally:  # before the lifespans are left: tasks may use what they have opened
                     await self._end_tasks()
@@ -9239,10 +9240,9 @@ class _Life:
             task.add_done_callback(end)  # who cancels the one cancels the other:
             handle.add_done_callback(lambda _: loop.call_soon_threadsafe(task.cancel))
 
-        if self.loop is None:
-            self.waiting[work] = start
-        else:
-            self.loop.call_soon_threadsafe(start)
+        self.waiting[work] = start
+        if self.loop is not None and (mine := self.waiting.pop(work, None)):  # else it is started
+            self.loop.call_soon_threadsafe(mine)
         return handle
 
     async def _watch(self, work: Coroutine[Any, Any, T], handle: Future[T]) -> None:

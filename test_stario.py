@@ -10626,6 +10626,20 @@ class TestLife(AsyncTest):
         self.assertEqual(log[0], "first opens")
         self.assertEqual(log[-1], "first closes")
 
+    async def test_work_is_started_that_another_thread_gives_as_the_server_starts(self) -> None:
+        app = Stario()
+
+        class Starting(dict[Any, Any]):
+            """The server starts after it was looked for, and before the work is put here."""
+
+            def __setitem__(self, work: object, start: object) -> None:
+                app._life.loop = asyncio.get_running_loop()
+                super().__setitem__(work, start)
+
+        app._life.waiting = Starting()
+        self.assertEqual(await within(asyncio.wrap_future(app.background(asyncio.sleep(0, 7)))), 7)
+        self.assertFalse(app._life.waiting)
+
     async def test_a_lifespan_that_fails_keeps_the_server_from_starting(self) -> None:
         closed = []
 
