@@ -12168,7 +12168,8 @@ def _without(leaving: set[str]) -> str:
     gone: dict[str, str] = {}  # names, and the parts that define them
     for name, part in parts:
         symbols = symtable(part, "", "exec").get_symbols() if name in leaving else ()
-        gone |= {symbol.get_name(): name for symbol in symbols if symbol.is_assigned()}
+        assigned = {symbol.get_name() for symbol in symbols if symbol.is_assigned()}
+        gone |= dict.fromkeys(assigned & globals().keys(), name)  # (none of a comprehension's)
     for name, part in parts:
         for node in ast.walk(ast.parse(part)) if name and name not in leaving else ():
             if isinstance(node, ast.Name) and node.id in gone:
