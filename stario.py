@@ -80,17 +80,17 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        8518  21. JsonTracer: for log collectors [json]
        8595  22. RichTracer: for people [rich]
        9056  23. Sessions [sessions]
-       9166  24. What lives as long as the server
-       9267  25. @baked
-       9520  26. ASGI: the same app under another server [asgi]
-       9740  27. RedisRelay: the same between processes and machines [redis]
-       9983  28. Reload: a saved file restarts the app [reload]
-      10135  29. Development: what went wrong, shown where one looks [development]
-      10247  30. What is refused
-    10500  ACT 5. The pocket client
-      10541  31. The pocket client (JavaScript) [client]
-      11895  32. This file as a page [read]
-      12081  33. An app to begin with
+       9165  24. What lives as long as the server
+       9266  25. @baked
+       9519  26. ASGI: the same app under another server [asgi]
+       9739  27. RedisRelay: the same between processes and machines [redis]
+       9982  28. Reload: a saved file restarts the app [reload]
+      10134  29. Development: what went wrong, shown where one looks [development]
+      10246  30. What is refused
+    10499  ACT 5. The pocket client
+      10540  31. The pocket client (JavaScript) [client]
+      11894  32. This file as a page [read]
+      12080  33. An app to begin with
 
 READING PATH
 
@@ -9112,8 +9112,7 @@ class Session:
             def save() -> None:
                 nonlocal kept
                 text = _session_json(session)
-                if session or kept != "{}":
-                    w.headers.add("vary", "cookie")  # caches must not show it to others
+                w.headers.add("vary", "cookie")  # no cache may show one's page to another
                 if text != kept or age > self._max_age / 2:  # used, so it lasts on
                     self._write(w, name, text if session else "")
                 kept = text
