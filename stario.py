@@ -65,32 +65,32 @@ brackets can be left out of your copy: `python stario.py --without assets,client
      2325  ACT 2. On the network
        2333  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
        3377  10. The server
-       4203  11. Trying it without a network: the test client [testclient]
-     4647  ACT 3. Live
-       4695  12. Datastar: attributes and actions
-       5264  13. Streams: events, and staying with a client
-       5778  14. Relay: publish and subscribe
-     6098  ACT 4. For real
-       6105  15. Signals: from JSON to your dataclass
-       6844  16. Forms [forms]
-       7042  17. Behind a proxy
-       7149  18. Compression [compression]
-       7359  19. Static files [assets]
-       7920  20. Telemetry: spans, and who hears of them
-       8518  21. JsonTracer: for log collectors [json]
-       8595  22. RichTracer: for people [rich]
-       9056  23. Sessions [sessions]
-       9165  24. What lives as long as the server
-       9266  25. @baked
-       9519  26. ASGI: the same app under another server [asgi]
-       9739  27. RedisRelay: the same between processes and machines [redis]
-       9982  28. Reload: a saved file restarts the app [reload]
-      10134  29. Development: what went wrong, shown where one looks [development]
-      10246  30. What is refused
-    10499  ACT 5. The pocket client
-      10540  31. The pocket client (JavaScript) [client]
-      11894  32. This file as a page [read]
-      12080  33. An app to begin with
+       4193  11. Trying it without a network: the test client [testclient]
+     4637  ACT 3. Live
+       4685  12. Datastar: attributes and actions
+       5254  13. Streams: events, and staying with a client
+       5768  14. Relay: publish and subscribe
+     6088  ACT 4. For real
+       6095  15. Signals: from JSON to your dataclass
+       6834  16. Forms [forms]
+       7032  17. Behind a proxy
+       7139  18. Compression [compression]
+       7349  19. Static files [assets]
+       7910  20. Telemetry: spans, and who hears of them
+       8508  21. JsonTracer: for log collectors [json]
+       8585  22. RichTracer: for people [rich]
+       9046  23. Sessions [sessions]
+       9155  24. What lives as long as the server
+       9256  25. @baked
+       9509  26. ASGI: the same app under another server [asgi]
+       9729  27. RedisRelay: the same between processes and machines [redis]
+       9972  28. Reload: a saved file restarts the app [reload]
+      10124  29. Development: what went wrong, shown where one looks [development]
+      10236  30. What is refused
+    10489  ACT 5. The pocket client
+      10530  31. The pocket client (JavaScript) [client]
+      11884  32. This file as a page [read]
+      12070  33. An app to begin with
 
 READING PATH
 
@@ -106,12 +106,12 @@ Two hours, for a reader who wants to know how it works, not all that it does. Re
      2242-2276   `_App.dispatch`  one request from end to end
      2688-2804   `_Reader`  bytes to requests
      3125-3373   `Connection`  one connection, many requests
-     3801-3819   `Server.start`  listening
-     3950-3967   `Server.stop`  ending without losing a request
-     5386-5508   `_EventWriter`  events
-     5598-5663   `_Scope`  how a disconnect reaches a handler
-     5691-5774   `Alive`  staying with a client
-     5937-6044   `Relay`  from one handler to another
+     3801-3822   `Server.start`  listening
+     3937-3954   `Server.stop`  ending without losing a request
+     5376-5498   `_EventWriter`  events
+     5588-5653   `_Scope`  how a disconnect reaches a handler
+     5681-5764   `Alive`  staying with a client
+     5927-6034   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -3785,7 +3785,7 @@ class Server:
         self._ending = AsyncExitStack()  # what `start` has begun, and `stop` ends
         self._stop = asyncio.Event()
         self._asked = 0.0  # when a signal last asked to stop
-        self._starting: asyncio.Task[Any] | None = None  # what a signal cancels instead
+        self._starting: asyncio.Task[Any] | None = None  # the task in `start`: a signal cancels it
 
     @property
     def url(self) -> str:
@@ -3798,13 +3798,15 @@ class Server:
 
     # -- Starting
 
-    async def start(self) -> None:
-        """Listen, and start the workers. Raises StarioError with the reason if that fails."""
+    async def start(self, *, heed_signals: bool = False) -> None:
+        """Listen, and start the workers, or raise StarioError. `heed_signals`: one cancels this."""
         if self._workers:
             raise StarioError("this server runs already")
-        self._loop = asyncio.get_running_loop()
+        self._loop, self._starting = asyncio.get_running_loop(), asyncio.current_task()
         async with AsyncExitStack() as stack:  # to undo, last step first, if one fails
             stack.callback(_forget_signals, self)
+            if heed_signals:
+                _heed_signals(self)
             self._listener.open()
             self.port = self._listener.port
             stack.callback(self._listener.close)
@@ -3815,6 +3817,7 @@ class Server:
                 self._workers.append(await self._start_thread(f"stario-{number}"))
             self._turns = cycle(self._workers)
             self._ending = stack.pop_all()  # from here on `stop` undoes it
+            self._starting = None
         for listening in self._listener.sockets:
             self._watch(listening)
 
@@ -3903,23 +3906,6 @@ class Server:
 
     # -- Stopping
 
-    async def start_or_stop(self) -> bool:
-        """Start; false if a signal came first, and what had been opened is closed again.
-
-        A container that is stopped while its database is migrated must not wait to be killed.
-        """
-        self._loop, self._starting = asyncio.get_running_loop(), asyncio.current_task()
-        _heed_signals(self)
-        try:
-            await self.start()
-        except asyncio.CancelledError:
-            if not self._stop.is_set() or cast(asyncio.Task[Any], self._starting).uncancel():
-                raise
-            return False
-        finally:
-            self._starting = None
-        return True
-
     async def wait_for_signal(self) -> None:
         """Wait for Ctrl-C, SIGTERM, the terminal's end (SIGHUP), or Ctrl-Break (SIGBREAK).
 
@@ -3943,6 +3929,7 @@ class Server:
                 worker.deadline = 0.0
 
     def _ask(self) -> None:
+        """Stop. A server that is starting (its database is migrated, say) ends that, too."""
         self._stop.set()
         if self._starting is not None:
             self._starting.cancel()
@@ -4164,11 +4151,14 @@ class Stario(_App):
             if debug is None:
                 debug = self._develops and sys.stdout is not None and sys.stdout.isatty()
             self.debug = debug
-            if not await server.start_or_stop():
-                return
+            await server.start(heed_signals=True)
             if self.debug:
                 for worker in server._workers:
                     worker.loop.call_soon_threadsafe(_Watchdog)  # part 29: finds what blocks a loop
+        except asyncio.CancelledError:
+            if server._starting is None or not server._stop.is_set() or server._starting.uncancel():
+                raise
+            return  # a signal came first: what had been opened is closed again
         except StarioError as exc:
             for work in self._life.waiting:  # or Python warns that nobody has awaited it
                 work.close()
