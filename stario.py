@@ -76,21 +76,21 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        7032  17. Behind a proxy
        7139  18. Compression [compression]
        7349  19. Static files [assets]
-       7910  20. Telemetry: spans, and who hears of them
-       8508  21. JsonTracer: for log collectors [json]
-       8585  22. RichTracer: for people [rich]
-       9046  23. Sessions [sessions]
-       9155  24. What lives as long as the server
-       9256  25. @baked
-       9509  26. ASGI: the same app under another server [asgi]
-       9729  27. RedisRelay: the same between processes and machines [redis]
-       9972  28. Reload: a saved file restarts the app [reload]
-      10124  29. Development: what went wrong, shown where one looks [development]
-      10236  30. What is refused
-    10489  ACT 5. The pocket client
-      10530  31. The pocket client (JavaScript) [client]
-      11884  32. This file as a page [read]
-      12070  33. An app to begin with
+       7912  20. Telemetry: spans, and who hears of them
+       8510  21. JsonTracer: for log collectors [json]
+       8587  22. RichTracer: for people [rich]
+       9048  23. Sessions [sessions]
+       9157  24. What lives as long as the server
+       9258  25. @baked
+       9511  26. ASGI: the same app under another server [asgi]
+       9731  27. RedisRelay: the same between processes and machines [redis]
+       9974  28. Reload: a saved file restarts the app [reload]
+      10126  29. Development: what went wrong, shown where one looks [development]
+      10238  30. What is refused
+    10491  ACT 5. The pocket client
+      10532  31. The pocket client (JavaScript) [client]
+      11886  32. This file as a page [read]
+      12072  33. An app to begin with
 
 READING PATH
 
@@ -7673,8 +7673,10 @@ class Assets:
             self._held += found.memory
             if found.data is None:
                 self._large[found.version[:2]] = found.version, found.digest
-            while self._held > _IN_MEMORY_TOTAL:
-                self._forget(next(iter(self._files)))
+            while self._held > _IN_MEMORY_TOTAL and self._files:
+                # (no iterator: a `__del__` that runs now may ask for a file, too)
+                _, oldest = self._files.popitem(last=False)
+                self._held -= oldest.memory
 
     def _forget(self, name: str) -> None:
         with self._lock:
