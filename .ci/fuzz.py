@@ -305,7 +305,7 @@ class Reader:
         for _ in range(200):
             await asyncio.sleep(0)
             waits = connection._state is stario._BODY
-            more = connection._reader.waiting() > 0 and not connection._is_closing()
+            more = connection._reader.unread() > 0 and not connection._is_closing()
             if not self.worker.tasks or (waits and not more):
                 await asyncio.sleep(0)
                 await asyncio.sleep(0)
