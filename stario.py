@@ -64,33 +64,33 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        2135  8. The app
      2325  ACT 2. On the network
        2333  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3377  10. The server
-       4193  11. Trying it without a network: the test client [testclient]
-     4637  ACT 3. Live
-       4685  12. Datastar: attributes and actions
-       5254  13. Streams: events, and staying with a client
-       5768  14. Relay: publish and subscribe
-     6088  ACT 4. For real
-       6095  15. Signals: from JSON to your dataclass
-       6834  16. Forms [forms]
-       7032  17. Behind a proxy
-       7139  18. Compression [compression]
-       7349  19. Static files [assets]
-       7912  20. Telemetry: spans, and who hears of them
-       8510  21. JsonTracer: for log collectors [json]
-       8587  22. RichTracer: for people [rich]
-       9048  23. Sessions [sessions]
-       9157  24. What lives as long as the server
-       9258  25. @baked
-       9511  26. ASGI: the same app under another server [asgi]
-       9731  27. RedisRelay: the same between processes and machines [redis]
-       9974  28. Reload: a saved file restarts the app [reload]
-      10126  29. Development: what went wrong, shown where one looks [development]
-      10238  30. What is refused
-    10491  ACT 5. The pocket client
-      10532  31. The pocket client (JavaScript) [client]
-      11886  32. This file as a page [read]
-      12072  33. An app to begin with
+       3378  10. The server
+       4186  11. Trying it without a network: the test client [testclient]
+     4630  ACT 3. Live
+       4678  12. Datastar: attributes and actions
+       5247  13. Streams: events, and staying with a client
+       5761  14. Relay: publish and subscribe
+     6081  ACT 4. For real
+       6088  15. Signals: from JSON to your dataclass
+       6827  16. Forms [forms]
+       7025  17. Behind a proxy
+       7132  18. Compression [compression]
+       7342  19. Static files [assets]
+       7905  20. Telemetry: spans, and who hears of them
+       8503  21. JsonTracer: for log collectors [json]
+       8580  22. RichTracer: for people [rich]
+       9041  23. Sessions [sessions]
+       9150  24. What lives as long as the server
+       9251  25. @baked
+       9504  26. ASGI: the same app under another server [asgi]
+       9724  27. RedisRelay: the same between processes and machines [redis]
+       9967  28. Reload: a saved file restarts the app [reload]
+      10119  29. Development: what went wrong, shown where one looks [development]
+      10231  30. What is refused
+    10484  ACT 5. The pocket client
+      10525  31. The pocket client (JavaScript) [client]
+      11879  32. This file as a page [read]
+      12065  33. An app to begin with
 
 READING PATH
 
@@ -105,13 +105,13 @@ Two hours, for a reader who wants to know how it works, not all that it does. Re
      1895-1910   `_Tree.find`  from a path to a handler
      2242-2276   `_App.dispatch`  one request from end to end
      2688-2804   `_Reader`  bytes to requests
-     3125-3373   `Connection`  one connection, many requests
-     3801-3822   `Server.start`  listening
-     3937-3954   `Server.stop`  ending without losing a request
-     5376-5498   `_EventWriter`  events
-     5588-5653   `_Scope`  how a disconnect reaches a handler
-     5681-5764   `Alive`  staying with a client
-     5927-6034   `Relay`  from one handler to another
+     3125-3374   `Connection`  one connection, many requests
+     3794-3815   `Server.start`  listening
+     3930-3947   `Server.stop`  ending without losing a request
+     5369-5491   `_EventWriter`  events
+     5581-5646   `_Scope`  how a disconnect reaches a handler
+     5674-5757   `Alive`  staying with a client
+     5920-6027   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -3202,13 +3202,14 @@ class Connection(_Answers):
             raise HttpException(503, "too many connections")
         if not (state is _IDLE or state is _HEAD) or self._paused_writing:
             return False  # the answer before is not complete, or not taken
-        if worker.crowded:  # too many handlers run (part 10)
+        # A handler may go on after its answer, while its connection brings the next request.
+        if len(worker.tasks) >= len(worker.connections) + worker.limits.max_handlers:
             self._deadline = _NEVER
             worker.waiting.add(self)
             return False
         head = self._reader.head()
         if head is None:
-            # A new head, or one that had no deadline while it was crowded: its time begins now.
+            # A new head, or one that had no deadline while too many handlers ran: it begins now.
             if self._deadline == _NEVER or (state is _IDLE and self._reader.buffer):
                 deadline = worker.loop.time() + worker.limits.header_timeout
                 self._state, self._deadline = _HEAD, deadline
@@ -3435,7 +3436,7 @@ class Worker:
         self.connections: set[Connection] = set()
         self.arriving: set[asyncio.Task[None]] = set()  # accepted, in their TLS handshake
         self.tasks: set[asyncio.Task[None]] = set()  # handlers under way
-        self.waiting: set[Connection] = set()  # to start one, since it is crowded
+        self.waiting: set[Connection] = set()  # to start one, when fewer run
         self.stopping = False  # every answer says "connection: close", streams end
         self.deadline = _NEVER  # when stopping: all is cut off then (the loop's clock)
         self.ended = False  # its loop is to end
@@ -3467,14 +3468,6 @@ class Worker:
             )
         except (OSError, asyncio.CancelledError):  # no TLS, the client has gone, or `stop`
             accepted.close()
-
-    @property
-    def crowded(self) -> bool:
-        """Whether no more handlers may start: there is one for each connection, and `max_handlers`.
-
-        (A handler may go on after its answer, while its connection brings the next request.)
-        """
-        return len(self.tasks) >= len(self.connections) + self.limits.max_handlers
 
     def track(self, task: asyncio.Task[None]) -> None:
         """Keep a handler's task until it ends."""

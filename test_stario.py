@@ -2733,11 +2733,8 @@ class TestFraming(HttpTest):
                     break
                 except TimeoutError:
                     interrupted.set()
-            with (
-                self.assertRaisesRegex(StarioError, "comes only once")
-                if "multi" in kind
-                else (contextlib.nullcontext())
-            ):
+            gone = self.assertRaisesRegex(StarioError, "comes only once")
+            with gone if "multi" in kind else contextlib.nullcontext():
                 await c.req.body()
             w.text(str(text))
 
@@ -5369,8 +5366,7 @@ class TestRestarts(StreamTest):
                 writer.close()
                 return body
 
-            async def hello(c, w):
-                w.text("hello")
+            async def hello(c, w): w.text("hello")
 
             async def main():
                 app = Stario()
