@@ -83,14 +83,14 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        9150  24. What lives as long as the server
        9251  25. @baked
        9504  26. ASGI: the same app under another server [asgi]
-       9724  27. RedisRelay: the same between processes and machines [redis]
-       9967  28. Reload: a saved file restarts the app [reload]
-      10119  29. Development: what went wrong, shown where one looks [development]
-      10231  30. What is refused
-    10484  ACT 5. The pocket client
-      10525  31. The pocket client (JavaScript) [client]
-      11879  32. This file as a page [read]
-      12065  33. An app to begin with
+       9714  27. RedisRelay: the same between processes and machines [redis]
+       9957  28. Reload: a saved file restarts the app [reload]
+      10109  29. Development: what went wrong, shown where one looks [development]
+      10221  30. What is refused
+    10474  ACT 5. The pocket client
+      10515  31. The pocket client (JavaScript) [client]
+      11869  32. This file as a page [read]
+      12055  33. An app to begin with
 
 READING PATH
 
@@ -9515,10 +9515,12 @@ def _filled_attribute(name: str, value: object) -> str:
 #     send(...)    {"type": "http.response.start", "status": 200, "headers": [...]}
 #                  {"type": "http.response.body", "body": b"...", "more_body": False}
 #
-# Up to three tasks work on a request. One runs the handler; what it writes goes into a queue. The
-# server's own task sends what is in the queue (`pass_on`). If the handler has to wait, a third one
-# receives (`listen`). All wait for one Event, `_news`; when it is set, each looks at what it needs.
-# A server that stops cancels its own task: a disconnect to the handler, with `_ASGI_GRACE` seconds.
+# Up to three tasks work on a request. One runs the handler. The server's own task sends the answer
+# (`pass_on`). If the handler has to wait, a third one receives (`listen`). Between each two of them
+# there is a `Body` (part 9), which holds bytes until they are read:
+#
+#     receive()  ->  listen   ->  body     ->  the handler: `await c.req.body()`
+#     send(...)  <-  pass_on  <-  _answer  <-  the handler: `w.html(page)`
 # ==================================================================================================
 
 
@@ -9533,98 +9535,70 @@ Send = Callable[[Message], Awaitable[None]]
 class _AsgiExchange(Carrier):
     """The Carrier of one request that comes by ASGI. It lives on one loop."""
 
-    shutting_down = False
+    shutting_down = False  # the server stops, or has cancelled this request
 
     def __init__(self, scope: Message) -> None:
         self.scopes = []
         self.client = str((scope.get("client") or ("",))[0] or "")
         self.scheme = str(scope.get("scheme") or "http")
-        self._news = asyncio.Event()
-        self.wake = self._news.set  # called at every change of what a task waits for
-        self.body = Body(self.wake)
-        self._queue: deque[Message] = deque()
-        self._unsent = 0  # bytes of the body that the server has not taken
-        self._finished = False  # the answer is complete, or was aborted
-        self._handled = False  # the handler has ended
-        self._error: Exception | None = None  # raised at the end: the server then cuts off
+        self._was_read = asyncio.Event()  # set when one of the two bodies has been read
+        self.body = Body(self._was_read.set)
+        self._answer = Body(self._was_read.set)
+        self._head: Message | None = None  # of the answer, until it is sent
 
-    def _next_change(self) -> Awaitable[object]:
-        self._news.clear()
-        return self._news.wait()
+    async def _has_room(self, body: Body) -> None:
+        """Wait until whoever reads this body has taken enough of it."""
+        while body.buffered >= _HIGH_WATER:
+            self._was_read.clear()
+            await self._was_read.wait()
 
     # -- The handler's side
-
-    async def handle(self, app: Stario, scope: Message) -> None:
-        """Take the request through the app."""
-        try:
-            await app.dispatch(_asgi_request(scope, self), self)
-        except HttpException as exc:
-            text = exc.detail.encode()
-            self.answer(exc.status_code, _TEXT[0] + _length_line(len(text)), text)
-        finally:
-            self._handled = True
-            self.wake()
-
-    def answer(self, status: int, fields: bytes, body: bytes) -> None:
-        """See Carrier."""
-        self.begin(status, fields, unsized=False)
-        self._put_body(body, more=False)
 
     def begin(self, status: int, fields: bytes, unsized: bool) -> None:
         """See Carrier. `unsized` means nothing here: the server decides how a body ends."""
         lines = [tuple(line.split(b": ", 1)) for line in fields.split(b"\r\n") if line]
-        self._queue.append({"type": "http.response.start", "status": status, "headers": lines})
-        self.wake()
+        self._head = {"type": "http.response.start", "status": status, "headers": lines}
+        self._answer.feed(b"")  # it wakes `pass_on`, though there is no body yet
 
     def send(self, data: bytes) -> None:
-        """See Carrier."""
-        self._put_body(data, more=True)
-        if self._unsent > _ASGI_BUFFER and not self.disconnected:  # the client reads too slowly
-            self._error = ClientDisconnected(f"{self._unsent} bytes of the answer were not taken")
+        """See Carrier. A client that leaves more than `_ASGI_BUFFER` waiting is cut off."""
+        unsent = self._answer.buffered
+        if unsent > _ASGI_BUFFER:
+            self._answer.fail(ClientDisconnected(f"{unsent} bytes of the answer were not taken"))
             self.disconnect()
+        self._answer.feed(data)
 
     def finish(self) -> None:
         """See Carrier."""
-        self._put_body(b"", more=False)
+        self._answer.end()
 
     def abort(self) -> None:
         """See Carrier."""
-        if not (self._finished or self.disconnected):
-            self._error = ClientDisconnected("the answer was not completed: close the connection")
-        self._finished = True
+        self._answer.fail(ClientDisconnected("the answer is not complete: close the connection"))
 
     async def drained(self) -> None:
         """See Carrier."""
-        while self._unsent >= _HIGH_WATER and not self.disconnected:
-            await self._next_change()
+        await self._has_room(self._answer)
         if self.disconnected:
             raise ClientDisconnected("the client has gone")
-
-    def _put_body(self, data: bytes, more: bool) -> None:
-        self._finished = not more
-        if not self.disconnected:
-            self._queue.append({"type": "http.response.body", "body": data, "more_body": more})
-            self._unsent += len(data)
-            self.wake()
 
     # -- The server's side
 
     async def pass_on(self, send: Send) -> None:
-        """Send what the handler writes, until it has ended and all is sent."""
-        while self._queue or not self._handled:
-            if not self._queue:
-                await self._next_change()
-                continue
-            message = self._queue.popleft()
-            if not self.disconnected:
-                try:
-                    await send(message)
-                except OSError:  # what a server may raise when the client has gone
-                    self.disconnect()
-            self._unsent -= len(message.get("body", b""))
-            self.wake()
-        if self._error:
-            raise self._error
+        """Send the answer while the handler writes it. Raises what is to make the server cut it."""
+        more = True
+        try:
+            while more:
+                data = await self._answer.read()
+                more = not self._answer.ended
+                if self._head:
+                    head, self._head = self._head, None
+                    await send(head)
+                await send({"type": "http.response.body", "body": data, "more_body": more})
+        except OSError:  # the client has gone: `disconnect` says so, or the server by `send`
+            self.disconnect()
+        finally:
+            self._was_read.set()
 
     async def listen(self, receive: Receive) -> None:
         """Receive the body, no faster than the handler reads it, and then the disconnect."""
@@ -9634,23 +9608,29 @@ class _AsgiExchange(Carrier):
                     return  # `receive` repeats itself, and tells of no disconnect
                 if chunk := message.get("body"):
                     self.body.feed(chunk)
-                if not message.get("more_body"):
+                if message.get("more_body"):
+                    await self._has_room(self.body)
+                else:
                     self.body.end()
-                while self.body.buffered >= _HIGH_WATER and not self.body.ended:
-                    await self._next_change()
         except Exception as exc:
-            if not (self._finished or isinstance(exc, OSError)):
-                self._error = exc
+            if not (self._answer.ended or isinstance(exc, OSError)):
+                self._answer.fail(exc)
         self.disconnect()
 
     def disconnect(self) -> None:
-        """The client has gone, or the server stops. Only a stop ends work after the answer."""
+        """Nobody takes the answer any more. If it is complete, the handler hears nothing of it."""
         if not self.body.ended:
             self.body.fail(ClientDisconnected("the client left before its request was complete"))
-        if not self._finished or self.shutting_down:
+        if not self._answer.ended or self.shutting_down:
             self.disconnected = True
+            self._answer.fail(ConnectionResetError())  # ends `pass_on`
+            self._answer.discard()
             self._end_scopes()
-            self.wake()
+
+    def stop(self) -> None:
+        """The server stops: what waits in an `alive` is to end."""
+        self.shutting_down = True
+        self._end_scopes()
 
 
 _asgi_handlers: dict[asyncio.Task[None], tuple[Stario, _AsgiExchange]] = {}  # that run
@@ -9659,7 +9639,14 @@ _asgi_handlers: dict[asyncio.Task[None], tuple[Stario, _AsgiExchange]] = {}  # t
 async def _serve_asgi(app: Stario, scope: Message, receive: Receive, send: Send) -> None:
     """One request, from its scope to the end of its handler."""
     loop, exchange = asyncio.get_running_loop(), _AsgiExchange(scope)
-    handling = _spawn(exchange.handle(app, scope), loop)
+    try:
+        request = _asgi_request(scope, exchange)
+    except HttpException as exc:
+        text = exc.detail.encode()
+        exchange.answer(exc.status_code, _TEXT[0] + _length_line(len(text)), text)
+        await exchange.pass_on(send)
+        return
+    handling = _spawn(app.dispatch(request, exchange), loop)
     if handling.done():  # the handler had nothing to wait for, so the third task is not needed
         await exchange.pass_on(send)
         return
@@ -9668,19 +9655,23 @@ async def _serve_asgi(app: Stario, scope: Message, receive: Receive, send: Send)
     listening = loop.create_task(exchange.listen(receive))
     try:
         await exchange.pass_on(send)
+        if not handling.done():  # it goes on after its answer
+            await asyncio.wait([handling])
+    except asyncio.CancelledError:  # the server stops; the handler, a task of its own, may clean up
+        exchange.stop()
+        loop.call_later(_ASGI_GRACE, handling.cancel)
+        raise
     finally:
         listening.cancel()
-        if not handling.done():  # the server has cancelled us
-            exchange.shutting_down = True
-            exchange.disconnect()
-            loop.call_later(_ASGI_GRACE, handling.cancel)
+        exchange.disconnect()
 
 
 def _asgi_request(scope: Message, exchange: _AsgiExchange) -> Request:
     """The request of a scope. Raises HttpException(400) for a path that cannot be decoded."""
-    root = scope.get("root_path", "").rstrip("/")  # where this app is mounted
     path = (scope.get("raw_path") or quote(scope["path"]).encode()).decode("latin-1")
-    if root and f"{scope['path']}/".startswith(f"{root}/"):  # there each byte is x or %xx
+    root = scope.get("root_path", "").rstrip("/")
+    if root and f"{scope['path']}/".startswith(f"{root}/"):  # this app is mounted there
+        # Of "/%6cive/x" it leaves "/x": of the root each byte is a character or %xx.
         path = "/" + re.sub(f"(%..|.){{,{len(root.encode()) + 1}}}", "", path, count=1)
     query = scope.get("query_string", b"").decode("latin-1")
     fields: dict[str, list[str]] = {}
@@ -9713,8 +9704,7 @@ async def _end_asgi_streams(app: Stario) -> None:
     loop, own = asyncio.get_running_loop(), []
     for task, (its_app, exchange) in list(_asgi_handlers.items()):
         if its_app is app and task.get_loop() is loop:
-            exchange.shutting_down = True
-            exchange._end_scopes()
+            exchange.stop()
             own.append(task)
     if own:
         await asyncio.wait(own, timeout=_ASGI_GRACE)

@@ -11287,6 +11287,69 @@ class TestAsgi(StreamTest):
             await within(server.task)
         self.assertTrue(all(message.get("more_body", True) for message in server.sent))
 
+    async def test_who_answers_too_much_or_too_little_is_cut_off_at_once(self) -> None:
+        async def wrong(c: Context, w: Writer) -> None:
+            w.headers.set("content-length", 5)
+            w.write_headers(200)
+            await asyncio.sleep(0)
+            with self.assertRaises(StarioError):
+                w.end(b"more than five" if c.req.query else b"four")
+            self.log.append(f"goes on {w.disconnected}")
+            await go_on.wait()
+            self.log.append(f"ends {w.disconnected}")
+
+        for query in (b"", b"much=1"):
+            go_on = asyncio.Event()
+            server = AsgiServer(self.app(wrong), query_string=query)
+            with self.assertRaises(ClientDisconnected):
+                await within(server.task)
+            go_on.set()
+            await until(lambda: len(self.log) == 2)
+            self.assertEqual(self.log, ["goes on False", "ends True"])
+            self.log.clear()
+
+    async def test_the_head_goes_out_when_it_is_written_and_drain_waits_for_the_rest(self) -> None:
+        async def late(c: Context, w: Writer) -> None:
+            w.write_headers(200)
+            await go_on.wait()
+            w.end(bytes(1_000_000))
+            await w.drain()
+            self.log.append("drained")
+
+        go_on = asyncio.Event()
+        server = AsgiServer(self.app(late))
+        await until(lambda: server.sent)
+        self.assertEqual(server.sent[0]["type"], "http.response.start")
+        server.room.clear()
+        go_on.set()
+        for _ in range(20):
+            await asyncio.sleep(0)
+        self.assertEqual(self.log, [])
+        server.room.set()
+        await within(server.task)
+        self.assertEqual((self.log, len(server.body)), (["drained"], 1_000_000))
+
+    async def test_a_server_that_fails_to_send_ends_the_handler(self) -> None:
+        async def floods(c: Context, w: Writer) -> None:
+            async for _ in w.alive():
+                w.event("x", "y" * 100_000)
+            self.log.append(f"{w.disconnected}")
+            self.ended.set()
+
+        async def fails(message: Any) -> None:
+            raise failure
+
+        for failure in (RuntimeError("closed"), ConnectionResetError()):
+            self.setUp_again()
+            server = AsgiServer(Stario())
+            await within(server.task)
+            serving = self.app(floods)(server.scope, server.receive, fails)
+            raised = isinstance(failure, RuntimeError)
+            with self.assertRaises(RuntimeError) if raised else contextlib.nullcontext():
+                await within(serving)
+            await within(self.ended.wait())
+        self.assertEqual(self.log, ["True", "True"])
+
     async def test_its_life_is_that_of_the_server(self) -> None:
         @asynccontextmanager
         async def life(app: Stario) -> AsyncIterator[None]:
@@ -15258,11 +15321,16 @@ class TilesClient(AsyncTest):
         self.assertEqual((await peer.head()).status, 200)
         return peer
 
+    async def next_view(self, peer: Peer) -> str:
+        """What the next chunk shows: of several events in it, the last."""
+        chunk = (await within(peer.chunk())).decode()
+        return chunk.removesuffix("\n\n").rpartition("\n\n")[2]
+
     async def look(self, peer: Peer, wanted: Callable[[str], object]) -> str:
         """Read on until a view is as wanted."""
         text = ""
         while not text or not wanted(text):
-            text = (await within(peer.chunk())).decode()
+            text = await self.next_view(peer)
         return text
 
     async def view(self, peer: Peer, wanted: str) -> str:
@@ -15297,7 +15365,7 @@ class TilesTest(TilesClient):
             while (
                 (now := re.search(r'id="cell-7"[^>]*', text)) and painted and now[0] == painted[0]
             ):
-                text = (await within(tab.chunk())).decode()
+                text = await self.next_view(tab)
 
     async def test_a_player_is_there_until_the_last_stream_ends(self) -> None:
         tiles = self.start("--local")
@@ -15313,7 +15381,7 @@ class TilesTest(TilesClient):
         self.assertEqual(text.count("player-ada"), 1)
         await second.close()
         while "player-ada" in text:
-            text = (await within(watcher.chunk())).decode()
+            text = await self.next_view(watcher)
 
     async def test_a_cell_that_is_none_is_a_400_and_changes_nothing(self) -> None:
         tiles = self.start("--local")
@@ -15428,7 +15496,7 @@ class TilesBehindAProxy(TilesClient):
             text = ""
             while not ('<main id="home"' in text and "</main>" in text) or "player-bob" in text:
                 self.assertEqual((await self.click(tiles, "ada", 7)).status, 204)
-                text = (await within(a.chunk())).decode()
+                text = await self.next_view(a)
 
 
 @needs("nginx")
