@@ -70,27 +70,27 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        4678  12. Datastar: attributes and actions
        5247  13. Streams: events, and staying with a client
        5761  14. Relay: publish and subscribe
-     6081  ACT 4. For real
-       6088  15. Signals: from JSON to your dataclass
-       6827  16. Forms [forms]
-       7025  17. Behind a proxy
-       7132  18. Compression [compression]
-       7342  19. Static files [assets]
-       7905  20. Telemetry: spans, and who hears of them
-       8503  21. JsonTracer: for log collectors [json]
-       8580  22. RichTracer: for people [rich]
-       9041  23. Sessions [sessions]
-       9150  24. What lives as long as the server
-       9251  25. @baked
-       9504  26. ASGI: the same app under another server [asgi]
-       9714  27. RedisRelay: the same between processes and machines [redis]
-       9957  28. Reload: a saved file restarts the app [reload]
-      10109  29. Development: what went wrong, shown where one looks [development]
-      10221  30. What is refused
-    10474  ACT 5. The pocket client
-      10515  31. The pocket client (JavaScript) [client]
-      11869  32. This file as a page [read]
-      12055  33. An app to begin with
+     6067  ACT 4. For real
+       6074  15. Signals: from JSON to your dataclass
+       6813  16. Forms [forms]
+       7011  17. Behind a proxy
+       7118  18. Compression [compression]
+       7328  19. Static files [assets]
+       7891  20. Telemetry: spans, and who hears of them
+       8490  21. JsonTracer: for log collectors [json]
+       8567  22. RichTracer: for people [rich]
+       9028  23. Sessions [sessions]
+       9137  24. What lives as long as the server
+       9238  25. @baked
+       9491  26. ASGI: the same app under another server [asgi]
+       9701  27. RedisRelay: the same between processes and machines [redis]
+       9969  28. Reload: a saved file restarts the app [reload]
+      10121  29. Development: what went wrong, shown where one looks [development]
+      10233  30. What is refused
+    10486  ACT 5. The pocket client
+      10527  31. The pocket client (JavaScript) [client]
+      11881  32. This file as a page [read]
+      12067  33. An app to begin with
 
 READING PATH
 
@@ -111,7 +111,7 @@ Two hours, for a reader who wants to know how it works, not all that it does. Re
      5369-5491   `_EventWriter`  events
      5581-5646   `_Scope`  how a disconnect reaches a handler
      5674-5757   `Alive`  staying with a client
-     5920-6027   `Relay`  from one handler to another
+     5915-6012   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -5778,6 +5778,9 @@ class Alive(Generic[T]):
 
 # The futures that readers wait for, by event loop: the readers that a change has news for.
 ToWake = dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]]
+# A pattern, as the length of its prefix and the text: (5, "room.") for `room.*`, (0, "") for `*`.
+# A whole subject has no such length: (None, "room.1").
+_Pattern = tuple[int | None, str]
 Overflow = Literal["oldest", "latest", "close"]  # the rule for a full queue: see `subscribe`
 
 
@@ -5788,7 +5791,7 @@ class _Mailbox:
     It does not refer to the Subscription, so that one that nobody uses any more is collected.
     """
 
-    patterns: tuple[str, ...]
+    patterns: tuple[_Pattern, ...]
     maxsize: int
     overflow: Overflow
     queue: deque[Any] | OrderedDict[str, Any]  # the second one, by subject, for "latest"
@@ -5896,25 +5899,17 @@ class Subscription(Generic[T]):
     __del__ = close
 
 
-class _Messages(Generic[T]):
+class _Messages(Subscription[T]):
     """What `async for` holds while it runs. When it lets go, `__del__` closes the subscription."""
 
     __slots__ = ("_subscription",)
 
     def __init__(self, subscription: Subscription[T]) -> None:
-        self._subscription = subscription
+        super().__init__(subscription._relay, subscription._mailbox)
+        self._subscription = subscription  # which would close if nobody held it
 
     def __aiter__(self) -> AsyncIterator[tuple[str, T]]:
         return self
-
-    def __anext__(self) -> Awaitable[tuple[str, T]]:
-        return self._subscription.__anext__()
-
-    def close(self) -> None:
-        """The loop is over."""
-        self._subscription.close()
-
-    __del__ = close
 
 
 class Relay(Generic[T]):
@@ -5928,8 +5923,8 @@ class Relay(Generic[T]):
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        # One table for each length of prefix: "room.*" is the key "room." of table 5, "*" is "" of
-        # table 0. Table None is for whole subjects: `subject[:None]`. Publishing looks into each.
+        # One table for each length of prefix, and one, of None, for whole subjects: subject[:None]
+        # is the subject. Publishing looks once into each. (A dict of mailboxes: an ordered set.)
         self._tables: dict[int | None, dict[str, dict[_Mailbox, None]]] = {}
         self._is_changing = False  # a step is being run
         self._steps: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()  # to be run
@@ -5948,12 +5943,9 @@ class Relay(Generic[T]):
         _check_word("overflow rule", overflow, typing.get_args(Overflow))
         if not isinstance(maxsize, int) or maxsize < 1:
             raise StarioError(f"maxsize={maxsize!r}: a whole number of messages, at least 1")
-        for pattern in patterns:
-            if not isinstance(pattern, str):
-                raise StarioError(f"a pattern is text, not {pattern!r}: subscribe('a', 'b.*')")
-            _table_and_key(pattern)
+        read = tuple(map(_read_pattern, patterns))
         queue: Any = OrderedDict() if overflow == "latest" else deque()
-        mailbox = _Mailbox(patterns, maxsize, overflow, queue, self._gaps)
+        mailbox = _Mailbox(read, maxsize, overflow, queue, self._gaps)
         subscription = Subscription(self, mailbox)
         self._change(self._add, mailbox)
         return subscription
@@ -6001,15 +5993,9 @@ class Relay(Generic[T]):
             return list(listeners[0]) if listeners else []
         return list(dict.fromkeys(mailbox for mailboxes in listeners for mailbox in mailboxes))
 
-    def _listeners_at(self, pattern: str) -> dict[_Mailbox, None]:
-        """The mailboxes that have this pattern, for part 27. (The dict is an ordered set.)"""
-        length, key = _table_and_key(pattern)
-        return self._tables.get(length, {}).get(key, {})
-
     def _add(self, to_wake: ToWake, mailbox: _Mailbox) -> None:
         """A step: put a mailbox into the tables."""
-        for pattern in mailbox.patterns:
-            length, key = _table_and_key(pattern)
+        for length, key in mailbox.patterns:
             self._tables.setdefault(length, {}).setdefault(key, {})[mailbox] = None
 
     def _remove(self, to_wake: ToWake, mailbox: _Mailbox) -> None:
@@ -6017,8 +6003,7 @@ class Relay(Generic[T]):
         mailbox.closed = True
         mailbox.move_waiter(to_wake)
         patterns, mailbox.patterns = mailbox.patterns, ()
-        for pattern in patterns:
-            length, key = _table_and_key(pattern)
+        for length, key in patterns:
             table = self._tables.get(length, {})
             table.get(key, {}).pop(mailbox, None)
             if not table.get(key):
@@ -6027,8 +6012,9 @@ class Relay(Generic[T]):
                 self._tables.pop(length, None)
 
 
-def _table_and_key(pattern: str) -> tuple[int | None, str]:
-    """Where a pattern stands: `(5, "room.")` for `room.*`, `(None, "room.1")` for `room.1`."""
+def _read_pattern(pattern: str) -> _Pattern:
+    if not isinstance(pattern, str):
+        raise StarioError(f"a pattern is text, not {pattern!r}: subscribe('a', 'b.*')")
     if "*" not in pattern:
         return None, pattern
     if not (pattern == "*" or pattern.endswith(".*")) or "*" in pattern[:-1]:
@@ -8318,7 +8304,7 @@ class _StreamTracer(Tracer):
         self._logging_level = None if level is None else logging.Handler(level).level
         self._logging: _LogToSpan | None = None
         self._renew()
-        _stream_tracers.add(self)
+        _renewed_at_fork.add(self)
 
     def _renew(self) -> None:
         """Begin with nothing: at first, and in a forked process."""
@@ -8466,13 +8452,14 @@ class _StreamTracer(Tracer):
         raise NotImplementedError
 
 
-_stream_tracers: weakref.WeakSet[_StreamTracer] = weakref.WeakSet()
+# What has a thread of its own. It stays in the parent when a process forks, and so does its work.
+_renewed_at_fork: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def _begin_anew() -> None:
-    """In a forked process: the thread stayed in the parent, and writes what had come there."""
-    for tracer in _stream_tracers:
-        tracer._renew()
+    """In the forked process."""
+    for has_thread in _renewed_at_fork:
+        has_thread._renew()
 
 
 if hasattr(os, "register_at_fork"):
@@ -9731,8 +9718,9 @@ async def _end_asgi_streams(app: Stario) -> None:
 
 
 _MAX_OUTGOING = 10_000  # messages that may wait to be sent, while Redis answers
-_BATCH = 500  # commands that are sent at once
+_BATCH = 500  # messages that are sent at once
 _RedisCommand = tuple[str | bytes, ...]
+_PING: _RedisCommand = ("PING",)
 
 
 class RedisRelay(Relay[T]):
@@ -9756,36 +9744,30 @@ class RedisRelay(Relay[T]):
         tracer: Tracer | None = None,
     ) -> None:
         super().__init__()
-        try:
-            from redis.asyncio import ConnectionPool
-        except ImportError:
-            raise StarioError("RedisRelay needs the package redis: pip install redis") from None
         if timeout <= 0:
             raise StarioError(f"RedisRelay: timeout is in seconds and above 0, not {timeout!r}")
-        try:
-            pool: Any = ConnectionPool.from_url(f"{url}")
-        except ValueError as exc:
-            raise StarioError(f"RedisRelay: {exc}") from None
-        pool.connection_kwargs.update(  # whatever the url says
-            protocol=3,  # in which answers and messages come over one connection
-            decode_responses=False,
-            socket_timeout=timeout,
-            socket_connect_timeout=timeout,
-        )
-        self._new_connection = pool.make_connection
+        self._new_connection = _redis_connections(f"{url}", timeout)
         self._queue = queue
         self._timeout = timeout
         self._prefix = prefix
         self._tracer = tracer or Tracer()
-        # Under the lock:
         self._closed = False
-        self._connected = False  # the first commands are made: tell Redis of each change
+        self._renew()
+        _renewed_at_fork.add(self)
+
+    def _renew(self) -> None:
+        """What a forked process needs anew: the other threads, and their work, stay behind."""
+        self._lock = threading.RLock()
+        self._is_changing = False
+        self._steps.clear()
+        # Under the lock:
         self._outgoing: deque[_RedisCommand] = deque()
+        self._changed: set[_Pattern] = set()  # patterns that Redis is to be told of
         self._thread: threading.Thread | None = None  # started when it is needed
         # Set by the thread, and read by all:
         self._down = ""  # why Redis could not be reached, if nothing has come from it since
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._work = asyncio.Event()  # there is something in `_outgoing`, or this is closed
+        self._work = asyncio.Event()  # there is something to be sent, or this is closed
 
     # -- In any thread
 
@@ -9817,35 +9799,29 @@ class RedisRelay(Relay[T]):
         self._closed = True
         tables = self._tables.values()
         for mailbox in {one for table in tables for those in table.values() for one in those}:
-            self._remove(to_wake, mailbox)
+            super()._remove(to_wake, mailbox)
 
     def _add(self, to_wake: ToWake, mailbox: _Mailbox) -> None:
         if self._closed:
-            self._remove(to_wake, mailbox)
+            super()._remove(to_wake, mailbox)
             return
-        for pattern in mailbox.patterns:
-            if self._connected and not self._listeners_at(pattern):
-                self._outgoing.append(self._command("SUBSCRIBE", pattern))
+        self._note_change(mailbox.patterns)
         super()._add(to_wake, mailbox)
-        self._nudge()
 
     def _remove(self, to_wake: ToWake, mailbox: _Mailbox) -> None:
         patterns = mailbox.patterns
         super()._remove(to_wake, mailbox)
-        for pattern in patterns:
-            if self._connected and not self._listeners_at(pattern):
-                self._outgoing.append(self._command("UNSUBSCRIBE", pattern))
+        if self._thread is not None:
+            self._note_change(patterns)
+
+    def _note_change(self, patterns: tuple[_Pattern, ...]) -> None:
+        """Note those that nobody listens to: not yet, or not any more. Redis is told of them."""
+        self._changed.update(pattern for pattern in patterns if not self._is_heard(pattern))
         self._nudge()
 
-    def _command(self, verb: str, pattern: str) -> _RedisCommand:
-        """(UN)SUBSCRIBE to a pattern. Redis has more of them, `?` and `[a]`: these are escaped."""
-        channel = self._channel(pattern.removesuffix("*"))
-        if pattern[-1:] != "*":
-            return verb, channel
-        return "P" + verb, re.sub(rb"([\\*?\[\]^-])", rb"\\\1", channel) + b"*"
-
-    def _channel(self, subject: str) -> bytes:
-        return (self._prefix + subject).encode("utf-8", "surrogatepass")
+    def _is_heard(self, pattern: _Pattern) -> bool:
+        length, text = pattern
+        return text in self._tables.get(length, ())
 
     def _nudge(self) -> None:
         """Let the thread know that there is something to do; the first time, start it."""
@@ -9860,6 +9836,9 @@ class RedisRelay(Relay[T]):
             with suppress(RuntimeError):  # closed: the thread has ended
                 self._loop.call_soon_threadsafe(self._work.set)
 
+    def _channel(self, subject: str) -> bytes:
+        return (self._prefix + subject).encode("utf-8", "surrogatepass")
+
     # -- In the thread
 
     async def _stay_connected(self) -> None:
@@ -9869,6 +9848,7 @@ class RedisRelay(Relay[T]):
             try:
                 await self._talk(self._new_connection())
             except Exception as exc:  # whatever it is, the thread goes on
+                self._changed = set()  # (Redis is told of all patterns when it is back)
                 if not self._down:
                     reason = exc.exceptions[0] if isinstance(exc, ExceptionGroup) else exc
                     self._down, pause = f"{type(reason).__name__}: {reason}", 0.05
@@ -9882,34 +9862,45 @@ class RedisRelay(Relay[T]):
             await connection.connect()
             async with asyncio.TaskGroup() as group:
                 receiving = group.create_task(self._receive(connection))
-                commands = self._first_commands()
-                while commands:
-                    await connection.send_packed_command(connection.pack_commands(commands))
-                    commands = await self._next_commands()
+                await self._send(connection)
                 receiving.cancel()
         finally:
-            with self._lock:
-                self._connected = False  # messages stay, subscriptions are made anew
-                self._outgoing = deque(one for one in self._outgoing if one[0] == "PUBLISH")
             await connection.disconnect(nowait=True)
 
-    def _first_commands(self) -> list[_RedisCommand]:
-        """Subscribe to all patterns. The answer to PING then means that this has been done."""
-        with self._lock:
-            self._connected = True
-            places = [(n, key) for n, table in list(self._tables.items()) for key in list(table)]
-        patterns = [key if length is None else f"{key}*" for length, key in places]
-        return [*(self._command("SUBSCRIBE", pattern) for pattern in patterns), ("PING",)]
+    async def _send(self, connection: Any) -> None:
+        """Send what there is. First, all subscriptions: the answer to PING says that they are made.
 
-    async def _next_commands(self) -> list[_RedisCommand]:
-        """What waits to be sent, or a PING after half of the time-out; at the end, nothing."""
-        self._work.clear()
-        if not (self._outgoing or self._closed):
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._work.wait(), self._timeout / 2)
+        A PING is also sent when there was nothing else for half of the time-out.
+        """
         with self._lock:
-            batch = [self._outgoing.popleft() for _ in range(min(_BATCH, len(self._outgoing)))]
-        return batch if batch or self._closed else [("PING",)]
+            tables = list(self._tables.items())
+            self._changed = {(length, text) for length, table in tables for text in list(table)}
+        commands = [*self._next_commands(), _PING]
+        while commands or not self._closed:
+            await connection.send_packed_command(connection.pack_commands(commands or [_PING]))
+            if not (self._outgoing or self._changed or self._closed):
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._work.wait(), self._timeout / 2)
+            commands = self._next_commands()
+
+    def _next_commands(self) -> list[_RedisCommand]:
+        """Take what waits to be sent: first the subscriptions."""
+        self._work.clear()
+        with self._lock:
+            changed, self._changed = self._changed, set()
+            commands = [
+                self._command("SUBSCRIBE" if self._is_heard(pattern) else "UNSUBSCRIBE", pattern)
+                for pattern in changed
+            ]
+            messages = [self._outgoing.popleft() for _ in range(min(_BATCH, len(self._outgoing)))]
+        return commands + messages
+
+    def _command(self, verb: str, pattern: _Pattern) -> _RedisCommand:
+        """(UN)SUBSCRIBE to a pattern. Redis has more of them, `?` and `[a]`: these are escaped."""
+        length, text = pattern
+        if length is None:
+            return verb, self._channel(text)
+        return "P" + verb, re.sub(rb"([\\*?\[\]^-])", rb"\\\1", self._channel(text)) + b"*"
 
     async def _receive(self, connection: Any) -> None:
         """Take what Redis sends: answers to PING and PUBLISH, and messages (redis-py: "pushes").
@@ -9939,6 +9930,27 @@ class RedisRelay(Relay[T]):
             self._change(self._deliver, subject, json.loads(payload))
         except (ValueError, RecursionError) as exc:  # another program has published it
             self._tracer("relay.unreadable", {"reason": f"{exc}"}).end()
+
+
+def _redis_connections(url: str, timeout: float) -> Callable[[], Any]:
+    """What makes a connection to the Redis at this address. StarioError if there can be none."""
+    try:
+        from redis.asyncio import ConnectionPool
+
+        pool: Any = ConnectionPool.from_url(url)
+        pool.connection_kwargs.update(  # whatever the url says
+            protocol=3,  # in which answers and messages come over one connection
+            decode_responses=False,
+            socket_timeout=timeout,
+            socket_connect_timeout=timeout,
+            health_check_interval=0,
+        )
+        pool.make_connection()  # (it does not connect)
+    except ImportError:
+        raise StarioError("RedisRelay needs the package redis: pip install redis") from None
+    except (ValueError, TypeError) as exc:
+        raise StarioError(f"RedisRelay: {exc}") from None
+    return cast("Callable[[], Any]", pool.make_connection)
 
 
 def _relay_json(data: object) -> bytes:

@@ -7324,7 +7324,7 @@ VANISHING = """
                 keep.append(writer)
                 if path == "/stream":
                     await reader.readuntil(b"</p>")
-            while len(relay._listeners_at("*")) < 2:
+            while len(relay._listeners("any")) < 2:
                 await asyncio.sleep(0.01)
             lo("down")
             while relay._tables:
@@ -7362,6 +7362,7 @@ class TestVanishing(AsyncTest):
         process = await run_python(VANISHING, "unshare", "--net")
         output, _ = await within(process.communicate(), 30)
         self.assertEqual(sorted(output.decode().splitlines()), ["long poll ended", "stream ended"])
+        self.assertEqual(process.returncode, 0)
 
 
 # -- 14. The relay
@@ -11788,10 +11789,13 @@ class TestRedisRelay(RedisTest):
 
     async def test_a_program_ends_at_once_whether_redis_is_there_or_not(self) -> None:
         code = f"""
-            from stario import RedisRelay
+            from stario import RedisRelay, StarioError
             relay = RedisRelay("{self.redis.url}", prefix="{self.id()}:")
             kept = relay.subscribe("a")
-            relay.publish("last words", 1)
+            try:
+                relay.publish("last words", 1)
+            except StarioError:  # it knows already that Redis is not there
+                pass
         """
         listener = self.relay()
         subscription = listener.subscribe("last words")
@@ -11803,8 +11807,69 @@ class TestRedisRelay(RedisTest):
         process = await run_python(code)
         self.assertEqual(await within(process.wait()), 0)
 
+    @unittest.skipUnless(hasattr(os, "fork"), "needs fork")
+    async def test_a_forked_process_has_a_connection_of_its_own(self) -> None:
+        code = f"""
+            import asyncio, os, threading
+            from stario import RedisRelay
+            relay = RedisRelay("{self.redis.url}", prefix="{self.id()}:")
+            inherited = relay.subscribe("both")
+
+            async def hear(subscription):
+                return (await anext(subscription))[1]
+
+            relay.publish("both", "first")
+            assert asyncio.run(hear(inherited)) == "first"
+
+            def change():  # what another thread may be in the middle of
+                with relay._lock:
+                    relay._is_changing = True
+                    changing.set()
+                    forked.wait()
+                    relay._is_changing = False
+
+            changing, forked = threading.Event(), threading.Event()
+            threading.Thread(target=change).start()
+            changing.wait()
+            child = os.fork()
+            forked.set()
+            own = relay.subscribe("own")
+            relay.publish("own", bool(child))
+            assert asyncio.run(hear(own)) is bool(child)
+            if not child:
+                relay.publish("both", "of the child")
+                assert asyncio.run(hear(inherited)) == "of the child"
+                relay.close()
+                os._exit(0)
+            assert os.waitpid(child, 0)[1] == 0
+            assert asyncio.run(hear(inherited)) == "of the child"
+            relay.publish("both", "of the parent")
+        """
+        listener = self.relay()
+        subscription = listener.subscribe("both")
+        await listener.settle()
+        process = await run_python(code)
+        self.assertEqual(await within(process.wait(), 20), 0)
+        wanted = ["first", "of the child", "of the parent"]
+        self.assertEqual([await self.get(subscription) for _ in wanted], wanted)
+
+    async def test_who_comes_and_goes_while_redis_is_away_leaves_nothing(self) -> None:
+        self.redis.kill()
+        relay = self.relay(timeout=0.3)
+        stays = relay.subscribe("stays.*")
+        await until(lambda: relay._down)
+        for number in range(1000):
+            relay.subscribe(f"room.{number}").close()
+        await until(lambda: not relay._changed)
+        self.redis.start()
+        await until(lambda: not relay._down)
+        relay.publish("stays.1", 1)
+        self.assertEqual(await self.get(stays), 1)
+        self.assertNotIn("room", self.redis.tell("PUBSUB", "CHANNELS"))
+
     async def test_what_the_relay_needs_goes_before_the_options_of_a_url(self) -> None:
-        for option in ("decode_responses=True", "protocol=2", "socket_timeout=0.001"):
+        options = ("decode_responses=True", "protocol=2", "socket_timeout=0.001")
+        for option in (*options, "health_check_interval=1", "db=3", "retry_on_timeout=True"):
             with self.subTest(option):
                 relay = stario.RedisRelay[Any](f"{self.redis.url}?{option}", prefix=self.id())
                 subscription = relay.subscribe("é.*")
@@ -11817,6 +11882,8 @@ class TestRedisRelay(RedisTest):
         for url in ("localhost:6379", unset, ""):
             with self.assertRaisesRegex(StarioError, "RedisRelay: Redis URL must specify"):
                 stario.RedisRelay(url)
+        with self.assertRaisesRegex(StarioError, "RedisRelay: .*'colour'"):
+            stario.RedisRelay("redis://localhost?colour=red")
         with self.assertRaisesRegex(StarioError, "timeout is in seconds and above 0, not 0"):
             stario.RedisRelay("redis://localhost", timeout=0)
 
