@@ -64,33 +64,33 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        2135  8. The app
      2325  ACT 2. On the network
        2333  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3378  10. The server
-       4186  11. Trying it without a network: the test client [testclient]
-     4630  ACT 3. Live
-       4678  12. Datastar: attributes and actions
-       5247  13. Streams: events, and staying with a client
-       5761  14. Relay: publish and subscribe
-     6067  ACT 4. For real
-       6074  15. Signals: from JSON to your dataclass
-       6813  16. Forms [forms]
-       7011  17. Behind a proxy
-       7118  18. Compression [compression]
-       7328  19. Static files [assets]
-       7891  20. Telemetry: spans, and who hears of them
-       8490  21. JsonTracer: for log collectors [json]
-       8567  22. RichTracer: for people [rich]
-       9028  23. Sessions [sessions]
-       9137  24. What lives as long as the server
-       9238  25. @baked
-       9491  26. ASGI: the same app under another server [asgi]
-       9701  27. RedisRelay: the same between processes and machines [redis]
-       9969  28. Reload: a saved file restarts the app [reload]
-      10121  29. Development: what went wrong, shown where one looks [development]
-      10233  30. What is refused
-    10486  ACT 5. The pocket client
-      10527  31. The pocket client (JavaScript) [client]
-      11881  32. This file as a page [read]
-      12067  33. An app to begin with
+       3396  10. The server
+       4204  11. Trying it without a network: the test client [testclient]
+     4648  ACT 3. Live
+       4696  12. Datastar: attributes and actions
+       5265  13. Streams: events, and staying with a client
+       5779  14. Relay: publish and subscribe
+     6085  ACT 4. For real
+       6092  15. Signals: from JSON to your dataclass
+       6831  16. Forms [forms]
+       7029  17. Behind a proxy
+       7136  18. Compression [compression]
+       7346  19. Static files [assets]
+       7903  20. Telemetry: spans, and who hears of them
+       8502  21. JsonTracer: for log collectors [json]
+       8579  22. RichTracer: for people [rich]
+       9040  23. Sessions [sessions]
+       9149  24. What lives as long as the server
+       9250  25. @baked
+       9503  26. ASGI: the same app under another server [asgi]
+       9713  27. RedisRelay: the same between processes and machines [redis]
+       9981  28. Reload: a saved file restarts the app [reload]
+      10133  29. Development: what went wrong, shown where one looks [development]
+      10245  30. What is refused
+    10498  ACT 5. The pocket client
+      10539  31. The pocket client (JavaScript) [client]
+      11893  32. This file as a page [read]
+      12079  33. An app to begin with
 
 READING PATH
 
@@ -104,14 +104,14 @@ Two hours, for a reader who wants to know how it works, not all that it does. Re
      1710-1805   `Context`  what a handler gets beside it
      1895-1910   `_Tree.find`  from a path to a handler
      2242-2276   `_App.dispatch`  one request from end to end
-     2688-2804   `_Reader`  bytes to requests
-     3125-3374   `Connection`  one connection, many requests
-     3794-3815   `Server.start`  listening
-     3930-3947   `Server.stop`  ending without losing a request
-     5369-5491   `_EventWriter`  events
-     5581-5646   `_Scope`  how a disconnect reaches a handler
-     5674-5757   `Alive`  staying with a client
-     5915-6012   `Relay`  from one handler to another
+     2689-2805   `_Reader`  bytes to requests
+     3143-3392   `Connection`  one connection, many requests
+     3812-3833   `Server.start`  listening
+     3948-3965   `Server.stop`  ending without losing a request
+     5387-5509   `_EventWriter`  events
+     5599-5664   `_Scope`  how a disconnect reaches a handler
+     5692-5775   `Alive`  staying with a client
+     5933-6030   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -1273,7 +1273,7 @@ def _split_host(host: str) -> tuple[str, str]:
 # ==================================================================================================
 
 
-_FILE_PIECE = 1024 * 1024  # bytes of a file that are sent at a time
+_FILE_PIECE = 1024 * 1024  # bytes of a file that are read at a time
 
 
 class Carrier:
@@ -1507,7 +1507,7 @@ class _RawWriter:
         self._carrier.finish()
 
     async def send_file(self, file: IO[bytes], offset: int, count: int) -> None:
-        """Write `count` bytes of an open binary file, by the system's `sendfile` where it has one.
+        """Write `count` bytes of an open binary file, without reading it into memory.
 
         `content-length` must have been declared. Raises ClientDisconnected if the client goes.
         """
@@ -2386,6 +2386,7 @@ _ACCEPT_BATCH = 64  # connections that are accepted before the loop runs other t
 _READ_BATCH = 64  # requests and pieces of bodies, read of one client before others come
 _KEPT_HEAD = 4096  # bytes: a larger header section is not kept for the next request
 _IDLE_GRACE = 0.5  # seconds in which an idle connection may still ask when the server stops
+_FILE_WINDOW = 8 * 1024 * 1024  # bytes of a file that are mapped at a time
 _LINGER = 2.0  # seconds in which a client may read an answer that ends its connection (`_linger`)
 _NEVER = float("inf")
 _NETWORK_GONE = {  # errors of a socket whose client is gone, beside ConnectionError
@@ -2906,13 +2907,13 @@ class _Sender(Carrier, asyncio.Protocol):
         await self.drained()  # raises if the client has gone
         transport = self._transport
         connection = transport.get_extra_info("socket")
-        if hasattr(os, "sendfile") and transport.get_extra_info("sslcontext") is None:
+        if os.name == "posix" and transport.get_extra_info("sslcontext") is None:
             transport.set_write_buffer_limits(0)  # `drained` now waits until it is empty
             _limit_unsent(connection, 0)  # (a limit keeps events fresh; a file does not age)
             # A descriptor of our own: the transport may close its own while we wait.
             descriptor = os.dup(connection.fileno())
             try:
-                sent = await self._send_by_system(descriptor, file, offset, count)
+                sent = await self._send_mapped(descriptor, file, offset, count)
             finally:
                 os.close(descriptor)
                 if not self._is_closing():
@@ -2921,16 +2922,36 @@ class _Sender(Carrier, asyncio.Protocol):
             offset, count = offset + sent, count - sent
         await super().send_file(file, offset, count)
 
-    async def _send_by_system(
-        self, descriptor: int, file: IO[bytes], offset: int, count: int
-    ) -> int:
-        """Send by os.sendfile. Returns how many bytes: fewer where this file cannot be sent so."""
-        loop, done = self._worker.loop, 0
+    async def _send_mapped(self, descriptor: int, file: IO[bytes], offset: int, count: int) -> int:
+        """Send from the file's pages in the kernel, by mapping a window of it after the other.
+
+        Returns how many bytes: fewer where the file cannot be mapped. (`os.sendfile` would not copy
+        them, and what waits for the client would change with the file.)
+        """
+        import mmap
+
+        done = 0
         while done < count:
             await self.drained()
-            most = min(count - done, _FILE_PIECE)
+            skipped = (offset + done) % _FILE_WINDOW  # a window begins at a multiple of its size
+            length = min(_FILE_WINDOW, skipped + count - done)
             try:
-                sent = os.sendfile(descriptor, file.fileno(), offset + done, most)
+                start = offset + done - skipped
+                window = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_READ, offset=start)
+            except (OSError, ValueError):  # not mappable; or it has become shorter
+                break
+            await self._write_all(descriptor, memoryview(window)[skipped:])
+            done += length - skipped
+            await asyncio.sleep(0)  # a fast client must not keep the loop from the others
+        return done
+
+    async def _write_all(self, descriptor: int, data: memoryview) -> None:
+        """Write to the socket, past the transport, whose own buffer is empty."""
+        loop, done = self._worker.loop, 0
+        while done < len(data):
+            await self.drained()
+            try:
+                written = os.write(descriptor, data[done:])
             except BlockingIOError:
                 self.pause_writing()  # `drained` waits until the kernel has room
                 loop.add_writer(descriptor, self.resume_writing)
@@ -2940,16 +2961,13 @@ class _Sender(Carrier, asyncio.Protocol):
                     loop.remove_writer(descriptor)
                 continue
             except OSError as exc:
-                if exc.errno in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
-                    break
                 if isinstance(exc, ConnectionError) or exc.errno in _NETWORK_GONE:
                     raise ClientDisconnected("the client has gone") from None
+                if exc.errno == errno.EFAULT:  # a page of the window is no longer there
+                    raise StarioError("the file has become shorter while it was sent") from None
                 raise  # an error of the disk
-            if not sent:
-                raise StarioError(f"{file.name} has become shorter while it was sent")
-            self._sent += sent  # for `_check_taken`
-            done += sent
-        return done
+            self._sent += written  # for `_check_taken`
+            done += written
 
     def check_peer(self, seconds: float) -> None:
         """See Carrier. Linux tells, by TCP_INFO. (TCP_USER_TIMEOUT would end slow readers too.)"""
@@ -7349,7 +7367,7 @@ Stario._compression = CompressionConfig()  # what an app does unless it is told 
 
 _IN_MEMORY = 256 * 1024  # bytes: files up to this size are kept in memory
 _IN_MEMORY_TOTAL = 64 * 1024 * 1024  # bytes that one collection keeps in memory
-_COPIED = 16 * 1024 * 1024  # bytes at the end of a large file: see `_send_pieces`
+_HELD_BACK = 64 * 1024  # bytes at the end of a large file: see `_send_rest`
 _TICK = 50_000_000  # nanoseconds: a file that changes twice within them may show one time
 _IDENTITY = ""  # no content coding
 _FOREVER = b"cache-control: public, max-age=31536000, immutable\r\n"
@@ -7787,36 +7805,30 @@ def _answer_with(
         if representation.body is not None or opened is None:
             return w._answer(status, (fields, compress), (representation.body or b"")[start:stop])
         w._begin(status, fields, stop - start)
-        w._rest = _Rest(lambda: _send_pieces(w, file, opened, start, stop, more is _FOREVER))
+        w._rest = _Rest(lambda: _send_rest(w, file, opened, start, stop, more is _FOREVER))
     finally:  # unless a `_Rest` will read it
         if opened is not None and w._rest is None:
             opened.close()
 
 
-async def _send_pieces(
+async def _send_rest(
     w: _RawWriter, file: _File, opened: IO[bytes], start: int, stop: int, immutable: bool
 ) -> None:
     """Send a part of a large file. If it shrinks, or an `immutable` one changes, it is cut off.
 
-    With `sendfile` the kernel sends the file's pages from its own memory: what is still on its way
-    changes with the file. So we copy the last 16 MiB ourselves, more than can be on its way. Before
-    each piece of them the file's version is compared; and when the last one is written, the client
-    has all that `sendfile` has sent.
+    Its version is compared before the last bytes are sent, when all of it has been copied.
     """
     with opened:
-        if w._request.method == "HEAD":
-            start = stop
-        copied_from = max(start, stop - _COPIED)
-        if copied_from > start:
-            await w.send_file(opened, start, copied_from - start)
-        for at in range(copied_from, stop, _IN_MEMORY):
+        if w._request.method != "HEAD":
+            last = max(start, stop - _HELD_BACK)
+            await w.send_file(opened, start, last - start)
             await w.drain()
-            opened.seek(at)
-            piece = opened.read(min(stop - at, _IN_MEMORY))
+            opened.seek(last)
+            rest = opened.read(stop - last)
             now = os.fstat(opened.fileno())
             if now.st_size < file.size or (immutable and _version(now) != file.version):
                 raise StarioError(f"{file.name} has changed, or is shorter, while it is sent")
-            w.write(piece)
+            w.write(rest)
         w.end()
 
 
