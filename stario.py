@@ -57,61 +57,61 @@ brackets can be left out of your copy: `python stario.py --without assets,client
       225  ACT 1. A framework
         233  2. Errors
         323  3. HTML: elements are strings
-        686  4. JSON
-        792  5. The request: headers, query, cookies, body
-       1268  6. The answer: status, fields, body
-       1692  7. Context and routing
-       2135  8. The app
-     2325  ACT 2. On the network
-       2333  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3396  10. The server
-       4204  11. Trying it without a network: the test client [testclient]
-     4648  ACT 3. Live
-       4696  12. Datastar: attributes and actions
-       5265  13. Streams: events, and staying with a client
-       5779  14. Relay: publish and subscribe
-     6085  ACT 4. For real
-       6092  15. Signals: from JSON to your dataclass
-       6831  16. Forms [forms]
-       7029  17. Behind a proxy
-       7136  18. Compression [compression]
-       7346  19. Static files [assets]
-       7903  20. Telemetry: spans, and who hears of them
-       8502  21. JsonTracer: for log collectors [json]
-       8579  22. RichTracer: for people [rich]
-       9040  23. Sessions [sessions]
-       9149  24. What lives as long as the server
-       9250  25. @baked
-       9503  26. ASGI: the same app under another server [asgi]
-       9713  27. RedisRelay: the same between processes and machines [redis]
-       9981  28. Reload: a saved file restarts the app [reload]
-      10133  29. Development: what went wrong, shown where one looks [development]
-      10245  30. What is refused
-    10498  ACT 5. The pocket client
-      10539  31. The pocket client (JavaScript) [client]
-      11893  32. This file as a page [read]
-      12079  33. An app to begin with
+        692  4. JSON
+        798  5. The request: headers, query, cookies, body
+       1274  6. The answer: status, fields, body
+       1698  7. Context and routing
+       2141  8. The app
+     2331  ACT 2. On the network
+       2339  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
+       3402  10. The server
+       4210  11. Trying it without a network: the test client [testclient]
+     4654  ACT 3. Live
+       4702  12. Datastar: attributes and actions
+       5271  13. Streams: events, and staying with a client
+       5785  14. Relay: publish and subscribe
+     6091  ACT 4. For real
+       6098  15. Signals: from JSON to your dataclass
+       6837  16. Forms [forms]
+       7035  17. Behind a proxy
+       7142  18. Compression [compression]
+       7352  19. Static files [assets]
+       7909  20. Telemetry: spans, and who hears of them
+       8508  21. JsonTracer: for log collectors [json]
+       8585  22. RichTracer: for people [rich]
+       9046  23. Sessions [sessions]
+       9155  24. What lives as long as the server
+       9256  25. @baked
+       9536  26. ASGI: the same app under another server [asgi]
+       9746  27. RedisRelay: the same between processes and machines [redis]
+      10014  28. Reload: a saved file restarts the app [reload]
+      10166  29. Development: what went wrong, shown where one looks [development]
+      10278  30. What is refused
+    10531  ACT 5. The pocket client
+      10572  31. The pocket client (JavaScript) [client]
+      11926  32. This file as a page [read]
+      12112  33. An app to begin with
 
 READING PATH
 
 Two hours, for a reader who wants to know how it works, not all that it does. Read in this order:
 
       334-347    `SafeString`  an element is a string
-      650-679    `Tags`  `h.P` makes one
-     1071-1249   `Request`  what a client asks for
-     1279-1347   `Carrier`  what brings the answer back
-     1420-1605   `_RawWriter`  the answer
-     1710-1805   `Context`  what a handler gets beside it
-     1895-1910   `_Tree.find`  from a path to a handler
-     2242-2276   `_App.dispatch`  one request from end to end
-     2689-2805   `_Reader`  bytes to requests
-     3143-3392   `Connection`  one connection, many requests
-     3812-3833   `Server.start`  listening
-     3948-3965   `Server.stop`  ending without losing a request
-     5387-5509   `_EventWriter`  events
-     5599-5664   `_Scope`  how a disconnect reaches a handler
-     5692-5775   `Alive`  staying with a client
-     5933-6030   `Relay`  from one handler to another
+      656-685    `Tags`  `h.P` makes one
+     1077-1255   `Request`  what a client asks for
+     1285-1353   `Carrier`  what brings the answer back
+     1426-1611   `_RawWriter`  the answer
+     1716-1811   `Context`  what a handler gets beside it
+     1901-1916   `_Tree.find`  from a path to a handler
+     2248-2282   `_App.dispatch`  one request from end to end
+     2695-2811   `_Reader`  bytes to requests
+     3149-3398   `Connection`  one connection, many requests
+     3818-3839   `Server.start`  listening
+     3954-3971   `Server.stop`  ending without losing a request
+     5393-5515   `_EventWriter`  events
+     5605-5670   `_Scope`  how a disconnect reaches a handler
+     5698-5781   `Alive`  staying with a client
+     5939-6036   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -484,25 +484,26 @@ def _attributes(attributes: Mapping[str, object]) -> str:
         value = attributes[name]
         if type(value) is str:
             text += f' {name}="{_quote(value)}"'
-        elif value is True or value is None:
-            text += f" {name}"
-        elif value is not False:
+        else:
             text += _other_attribute(name, value)
     return text
 
 
 def _other_attribute(name: str, value: object) -> str:
     """An attribute whose value is no plain str. `{"data": {"id": 1}}` gives ` data-id="1"`."""
-    # `@baked` (part 25) calls a function once, with placeholders (*blanks*) for its arguments. Here
-    # a blank is written as a *mark*, and at each later call the argument's text stands there.
-    is_baking = _baking.get() and not isinstance(value, str)
-    if is_baking and (mark := _mark_for(_filled_attribute, name, value, is_html=True)):
-        return mark
+    if value is True or value is None:
+        return f" {name}"
+    if value is False:
+        return ""
     if type(value) is dict or isinstance(value, Mapping):
         if name == "style":
             return f' style="{_quote(_style(value))}"'
         if name != "class":
             return _attributes({f"{name}-{key}": item for key, item in value.items()})
+    # `@baked` (part 25) calls a function once, with placeholders (*blanks*) for its arguments. Here
+    # a blank is written as a *mark*, and at each later call the argument's text stands there.
+    if _baking.get() and (mark := _mark_for(_other_attribute, name, value, is_html=True)):
+        return mark
     return f' {name}="{_quote(_value_text(name, value))}"'
 
 
@@ -511,11 +512,16 @@ def _style(properties: Mapping[str, object]) -> str:
     text = ""
     for name in properties:
         value = properties[name]
-        if type(value) is str:
-            text += f"{name}:{value};"
-        elif value is not None and value is not False:
-            text += f"{name}:{_value_text(name, value)};"
+        text += f"{name}:{value};" if type(value) is str else _declaration(name, value)
     return text
+
+
+def _declaration(name: str, value: object) -> str:
+    if value is None or value is False:
+        return ""
+    if _baking.get() and (mark := _mark_for(_declaration, name, value)):
+        return mark
+    return f"{name}:{_value_text(name, value)};"
 
 
 def _value_text(name: str, value: object) -> str:
@@ -9257,12 +9263,11 @@ class _Life:
 #     def line(name: str, number: int) -> SafeString:
 #         return h.Li({"id": f"line-{number}"}, name)
 #
-# it makes this function (`_quote` escapes for an attribute, `_filling` for content):
+# it makes this function, which asks at once for the types that most values have:
 #
-#     def line(name, number):
-#         first = _quote(f"{number}")
-#         second = _filling(name)
-#         return SafeString(f'<li id="line-{first}">{second}</li>')
+#     lambda name, number: SafeString("".join([
+#         '<li id="line-', f"{number}" if number.__class__ is int else _quote(f"{number}"),
+#         '">', _escape(name) if name.__class__ is str else _filling(name), "</li>"]))
 #
 # A hole is found by the *mark* that a blank gives as its text, `"<b41f9….0>"`. Escaping changes it,
 # which tells where it stands: in content it begins with `"&lt;`, in an attribute with `&quot;&lt;`.
@@ -9275,7 +9280,7 @@ class _Life:
 
 _PROBES = (None, True, False, 7, 0.5, "", ' aA <Be> & "c"\r\n', (), SafeString("<i>"))
 # How the beginning of a mark looks in the text, and the function that escapes there.
-_ESCAPE_OF = {'"<': None, '"&lt;': _escape, "&quot;&lt;": _quote}
+_ESCAPE_OF = {'"<': "", '"&lt;': "_escape", "&quot;&lt;": "_quote"}
 # The views that this task is calling with blanks, the innermost first.
 _baking: contextvars.ContextVar[tuple[_Bake, ...]] = contextvars.ContextVar("baking", default=())
 
@@ -9297,12 +9302,13 @@ def baked(view: Callable[P, SafeString]) -> Callable[P, SafeString]:
         if call.__code__ is stub:  # else another thread has done it meanwhile
             code = _Bake(view, names).code_of_view(args, kwargs)
             call.__defaults__, call.__kwdefaults__ = view.__defaults__, view.__kwdefaults__
-            call.__code__ = code  # from now on a call runs this, without a detour
+            call.__code__ = code
         return call(*args, **kwargs)
 
-    names = {"first": first}
-    exec("def call(*args, **kwargs): return first(*args, **kwargs)", names)
-    call: Any = names["call"]
+    # What a function does is its code, and that can be replaced. That of `call` is a call of
+    # `first` until this has baked the view; then it is the baked one, and no call takes a detour.
+    names = {"first": first, "SafeString": SafeString, "_escape": _escape, "_quote": _quote}
+    call: Any = eval("lambda *args, **kwargs: first(*args, **kwargs)", names)
     stub = call.__code__
     return cast("Callable[P, SafeString]", wraps(view)(call))
 
@@ -9312,12 +9318,10 @@ class _Bake:
 
     def __init__(self, view: Any, names: dict[str, Any]) -> None:
         self.view = view
-        self.names = names  # the code's globals: the objects that it needs, by name
+        self.names = names  # the code's global names
         self.token = "b" + os.urandom(12).hex()  # in each mark, so that no text can forge one
-        # By the number in a mark: the argument, code for what is filled in, whether that is HTML.
-        self.holes: list[tuple[str, str, bool]] = []
+        self.holes: list[_Hole] = []  # by the number in their marks
         self.found: set[int] = set()  # the holes that are in the page
-        self.lines: list[str] = []  # the code's
         self.refusal: StarioError | None = None  # raised again if the view catches it
 
     def code_of_view(self, args: Iterable[object], kwargs: dict[str, object]) -> types.CodeType:
@@ -9339,7 +9343,11 @@ class _Bake:
                         f"with {name}={value!r} it gives another page than with a blank for "
                         f"{name!r}, so it decides by it, or changes it, or differs each time"
                     )
-        return filled.__code__
+        # (so that a traceback shows the view's first line)
+        own: types.CodeType = self.view.__code__
+        return filled.__code__.replace(
+            co_name=own.co_name, co_filename=own.co_filename, co_firstlineno=own.co_firstlineno
+        )
 
     def page(self, blanks: inspect.BoundArguments) -> str:
         """The view's text, with marks where the blanks are."""
@@ -9350,7 +9358,7 @@ class _Bake:
             page = self.view(*blanks.args, **blanks.kwargs)
         except Exception as exc:
             mark = rf'(["<]|&quot;|&lt;)*{self.token}\.(\d+)([">]|&quot;|&gt;)*'
-            said = re.sub(mark, lambda mark: self.holes[int(mark[2])][0], f"{exc}")
+            said = re.sub(mark, lambda mark: self.holes[int(mark[2])].argument, f"{exc}")
             raise self.refusal or self.error(f"{type(exc).__name__}: {said}") from exc
         finally:
             _baking.reset(outer)
@@ -9367,26 +9375,26 @@ class _Bake:
 
     def compiled(self, page: str, signature: inspect.Signature) -> types.FunctionType:
         """A function that gives this page, with its holes filled."""
-        self.lines.append(f"return {self.name_of(SafeString)}({self.text(page, [], is_page=True)})")
-        for number, (argument, *_) in enumerate(self.holes):
+        code = self.text(page, [], is_page=True)
+        for number, hole in enumerate(self.holes):
             if number not in self.found:
                 raise self.error(
-                    f"what was made of {argument!r} has not come into the page as it was: it is "
-                    "changed, or something is decided by it, or nothing escapes it there"
+                    f"what was made of {hole.argument!r} has not come into the page as it was: it "
+                    "is changed, or something is decided by it, or nothing escapes it there"
                 )
         given = signature.parameters.values()
         plain = [p.replace(default=p.empty, annotation=p.empty) for p in given]
-        head, body = f"def filled{inspect.Signature(plain)}:", "\n    ".join(self.lines)
-        exec(f"{head}\n    {body}", self.names)  # text is in it only as literals
-        return cast(types.FunctionType, self.names.pop("filled"))
+        parameters = str(inspect.Signature(plain))[1:-1]
+        source = f"lambda {parameters}: SafeString({code})"  # text is in it only as literals
+        return cast(types.FunctionType, eval(source, self.names))
 
-    def mark(self, argument: str, code: str, is_html: bool) -> str:
-        """The text that stands for what this code will give."""
-        self.holes.append((argument, code, is_html))
+    def mark(self, *hole: Any) -> str:
+        """The text that stands for what will be filled into this hole."""
+        self.holes.append(_Hole(*hole))
         return f'"<{self.token}.{len(self.holes) - 1}>"'
 
     def name_of(self, value: object) -> str:
-        name = f"{self.token}_{id(value)}"
+        name = f"_{id(value)}"
         self.names[name] = value
         return name
 
@@ -9397,6 +9405,8 @@ class _Bake:
             return value._code
         if isinstance(value, str) and self.token in value:
             return self.text(value, met)
+        if type(value) is str:
+            return repr(value)
         if isinstance(value, Mapping):
             items = [f"{self.code(name, met)}: {self.code(value[name], met)}" for name in value]
             return "{" + ", ".join(items) + "}"
@@ -9405,22 +9415,28 @@ class _Bake:
         return self.name_of(value)
 
     def text(self, text: str, met: list[str], is_page: bool = False) -> str:
-        """An f-string for a text, with a variable in place of each mark."""
-
-        def fill(mark: re.Match[str]) -> str:
-            number, escape = int(mark[2]), _ESCAPE_OF[mark[1]]
-            argument, code, is_html = self.holes[number]
-            if is_page and not is_html and escape is None:
-                return mark[0]  # no hole: the view has written HTML by hand, and escapes nothing
-            self.found.add(number)
-            met.append(argument)
-            variable = f"{self.token}{len(self.lines)}"
-            value = f"{self.name_of(escape)}({code})" if escape else code
-            self.lines.append(f"{variable} = {value}")
-            return "{" + variable + "}"
-
+        """Code for a text: `"".join([…])` of what stands between the marks, and of the holes."""
         mark = rf'("<|"&lt;|&quot;&lt;){self.token}\.(\d+)(?:>"|&gt;"|&gt;&quot;)'
-        return "f" + repr(re.sub(mark, fill, text.replace("{", "{{").replace("}", "}}")))
+        before, *rest = re.split(mark, text)
+        pieces = [repr(before)]
+        for start, number, after in zip(rest[::3], rest[1::3], rest[2::3], strict=True):
+            hole, escape = self.holes[int(number)], _ESCAPE_OF[start]
+            if is_page and not hole.is_html and not escape:
+                continue  # no hole: the view has written HTML by hand, and escapes nothing
+            self.found.add(int(number))
+            met.append(hole.argument)
+            code = f"{escape}({hole.code})" if escape else hole.code
+            if hole.number and escape:
+                code = f"{hole.code} if {hole.number} else {code}"
+            pieces += [code, repr(after)]
+        return f"''.join([{', '.join(pieces)}])"
+
+
+class _Hole(NamedTuple):
+    argument: str  # its name
+    code: str  # an expression for the text that is filled in, before it is escaped
+    is_html: bool = False  # there is nothing to escape in it, as content
+    number: str = ""  # an expression: whether it is a number, in which nothing is escaped
 
 
 class _Blank:
@@ -9441,12 +9457,18 @@ class _Blank:
         return _mark_for(_filling, self, is_html=True) or ""
 
     def __str__(self) -> str:
-        return _mark_for(str, self) or ""
+        return self._text("!s") or _mark_for(str, self) or ""
 
     def __format__(self, spec: str) -> str:
-        if self._code.isidentifier() and re.fullmatch(r"[\w.]*", spec, re.ASCII):  # `.2f`
-            return self._bake.mark(self._argument, f"f'{{{self._code}:{spec}}}'", is_html=False)
-        return _mark_for(format, self, spec) or ""
+        return self._text(spec and ":" + spec) or _mark_for(format, self, spec) or ""
+
+    def _text(self, form: str) -> str:
+        """A mark for `f"{name}"` or `f"{name:.2f}"`; empty for other forms."""
+        if not (self._code.isidentifier() and re.fullmatch(r"(!s|:[0-9.]*[defgx]?)?", form)):
+            return ""
+        kind = "float" if form.endswith(("e", "f", "g")) else "int"
+        number = f"{self._code}.__class__ is {kind}"
+        return self._bake.mark(self._argument, f"f'{{{self._code}{form}}}'", False, number)
 
     def __add__(self, other: object) -> _Blank:
         return self._sum(other, "({0} + {1})")
@@ -9480,23 +9502,34 @@ def _mark_for(function: Callable[..., str], *values: object, is_html: bool = Fal
     if not (bakes := _baking.get()):
         return None
     bake, met = bakes[0], list[str]()
-    code = f"{bake.name_of(function)}({', '.join([bake.code(value, met) for value in values])})"
-    return bake.mark(met[0], code, is_html) if met else None
+    codes = [bake.code(value, met) for value in values]
+    if not met:
+        return None
+    code = f"{bake.name_of(function)}({', '.join(codes)})"
+    name = "".join([value for value in values[:-1] if isinstance(value, str)])
+    if function in _SHORT and isinstance(values[-1], _Blank) and re.fullmatch(r"[\w:.-]*", name):
+        is_text, is_number = f"(_v := {codes[-1]}).__class__ is str", "_v.__class__ is int"
+        text, number = [short.replace("NAME", name) for short in _SHORT[function]]
+        code = f"({text} if {is_text} else {number} if {is_number} else {code})"
+    return bake.mark(met[0], code, is_html)
 
 
 def _filling(value: object) -> str:
     """What is filled into a hole in content."""
-    kind = type(value)
-    if kind is str:
-        return _escape(cast(str, value))
-    if kind is int:
-        return f"{value}"
-    return cast(str, value) if kind is SafeString else render(value)
+    if type(value) is str:
+        return _escape(value)
+    if type(value) is list:
+        return "".join([v if type(v) is SafeString else _filling(v) for v in value])
+    return value if type(value) is SafeString else render(value)
 
 
-def _filled_attribute(name: str, value: object) -> str:
-    """What is filled in for an attribute whose value is a blank: None leaves all of it out."""
-    return f' {name}="{_quote(value)}"' if type(value) is str else _attributes({name: value})
+# What these functions give for a text and for a number, `_v`: most values need no call of them.
+_SHORT: dict[Callable[..., str], tuple[str, str]] = {
+    _filling: ("_escape(_v)", "f'{_v}'"),
+    _other_attribute: ("f' NAME=\"{_quote(_v)}\"'", "f' NAME=\"{_v}\"'"),
+    _declaration: ("f'NAME:{_v};'", "f'NAME:{_v};'"),
+    _code: ("_v", "f'{_v}'"),
+}
 
 
 # ==================================================================================================
