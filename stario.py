@@ -57,61 +57,61 @@ brackets can be left out of your copy: `python stario.py --without assets,client
       225  ACT 1. A framework
         233  2. Errors
         323  3. HTML: elements are strings
-        692  4. JSON
-        798  5. The request: headers, query, cookies, body
-       1274  6. The answer: status, fields, body
-       1698  7. Context and routing
-       2141  8. The app
-     2331  ACT 2. On the network
-       2339  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3402  10. The server
-       4210  11. Trying it without a network: the test client [testclient]
-     4654  ACT 3. Live
-       4702  12. Datastar: attributes and actions
-       5271  13. Streams: events, and staying with a client
-       5785  14. Relay: publish and subscribe
-     6091  ACT 4. For real
-       6098  15. Signals: from JSON to your dataclass
-       6837  16. Forms [forms]
-       7035  17. Behind a proxy
-       7142  18. Compression [compression]
-       7352  19. Static files [assets]
-       7909  20. Telemetry: spans, and who hears of them
-       8508  21. JsonTracer: for log collectors [json]
-       8585  22. RichTracer: for people [rich]
-       9046  23. Sessions [sessions]
-       9155  24. What lives as long as the server
-       9256  25. @baked
-       9536  26. ASGI: the same app under another server [asgi]
-       9746  27. RedisRelay: the same between processes and machines [redis]
-      10014  28. Reload: a saved file restarts the app [reload]
-      10166  29. Development: what went wrong, shown where one looks [development]
-      10278  30. What is refused
-    10531  ACT 5. The pocket client
-      10572  31. The pocket client (JavaScript) [client]
-      11926  32. This file as a page [read]
-      12112  33. An app to begin with
+        696  4. JSON
+        802  5. The request: headers, query, cookies, body
+       1278  6. The answer: status, fields, body
+       1702  7. Context and routing
+       2145  8. The app
+     2335  ACT 2. On the network
+       2343  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
+       3406  10. The server
+       4214  11. Trying it without a network: the test client [testclient]
+     4658  ACT 3. Live
+       4706  12. Datastar: attributes and actions
+       5279  13. Streams: events, and staying with a client
+       5793  14. Relay: publish and subscribe
+     6099  ACT 4. For real
+       6106  15. Signals: from JSON to your dataclass
+       6845  16. Forms [forms]
+       7043  17. Behind a proxy
+       7150  18. Compression [compression]
+       7360  19. Static files [assets]
+       7917  20. Telemetry: spans, and who hears of them
+       8516  21. JsonTracer: for log collectors [json]
+       8593  22. RichTracer: for people [rich]
+       9054  23. Sessions [sessions]
+       9163  24. What lives as long as the server
+       9264  25. @baked
+       9540  26. ASGI: the same app under another server [asgi]
+       9750  27. RedisRelay: the same between processes and machines [redis]
+      10018  28. Reload: a saved file restarts the app [reload]
+      10170  29. Development: what went wrong, shown where one looks [development]
+      10282  30. What is refused
+    10535  ACT 5. The pocket client
+      10576  31. The pocket client (JavaScript) [client]
+      11930  32. This file as a page [read]
+      12116  33. An app to begin with
 
 READING PATH
 
 Two hours, for a reader who wants to know how it works, not all that it does. Read in this order:
 
       334-347    `SafeString`  an element is a string
-      656-685    `Tags`  `h.P` makes one
-     1077-1255   `Request`  what a client asks for
-     1285-1353   `Carrier`  what brings the answer back
-     1426-1611   `_RawWriter`  the answer
-     1716-1811   `Context`  what a handler gets beside it
-     1901-1916   `_Tree.find`  from a path to a handler
-     2248-2282   `_App.dispatch`  one request from end to end
-     2695-2811   `_Reader`  bytes to requests
-     3149-3398   `Connection`  one connection, many requests
-     3818-3839   `Server.start`  listening
-     3954-3971   `Server.stop`  ending without losing a request
-     5393-5515   `_EventWriter`  events
-     5605-5670   `_Scope`  how a disconnect reaches a handler
-     5698-5781   `Alive`  staying with a client
-     5939-6036   `Relay`  from one handler to another
+      660-689    `Tags`  `h.P` makes one
+     1081-1259   `Request`  what a client asks for
+     1289-1357   `Carrier`  what brings the answer back
+     1430-1615   `_RawWriter`  the answer
+     1720-1815   `Context`  what a handler gets beside it
+     1905-1920   `_Tree.find`  from a path to a handler
+     2252-2286   `_App.dispatch`  one request from end to end
+     2699-2815   `_Reader`  bytes to requests
+     3153-3402   `Connection`  one connection, many requests
+     3822-3843   `Server.start`  listening
+     3958-3975   `Server.stop`  ending without losing a request
+     5401-5523   `_EventWriter`  events
+     5613-5678   `_Scope`  how a disconnect reaches a handler
+     5706-5789   `Alive`  staying with a client
+     5947-6044   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -502,7 +502,9 @@ def _other_attribute(name: str, value: object) -> str:
             return _attributes({f"{name}-{key}": item for key, item in value.items()})
     # `@baked` (part 25) calls a function once, with placeholders (*blanks*) for its arguments. Here
     # a blank is written as a *mark*, and at each later call the argument's text stands there.
-    if _baking.get() and (mark := _mark_for(_other_attribute, name, value, is_html=True)):
+    if (bakes := _baking.get()) and (
+        mark := bakes[0].mark_for(_other_attribute, name, value, is_html=True)
+    ):
         return mark
     return f' {name}="{_quote(_value_text(name, value))}"'
 
@@ -519,7 +521,7 @@ def _style(properties: Mapping[str, object]) -> str:
 def _declaration(name: str, value: object) -> str:
     if value is None or value is False:
         return ""
-    if _baking.get() and (mark := _mark_for(_declaration, name, value)):
+    if (bakes := _baking.get()) and (mark := bakes[0].mark_for(_declaration, name, value)):
         return mark
     return f"{name}:{_value_text(name, value)};"
 
@@ -620,7 +622,9 @@ def _trust(part: object) -> object:
 
 def _keep_line_feed(content: str) -> str:
     """Browsers drop a line feed that comes first in <pre> and <textarea>: put one more there."""
-    if _baking.get() and (mark := _mark_for(_keep_line_feed, content, is_html=True)):
+    if (bakes := _baking.get()) and (
+        mark := bakes[0].mark_for(_keep_line_feed, content, is_html=True)
+    ):
         return mark
     return "\n" + content if content.startswith("\n") else content
 
@@ -4765,7 +4769,9 @@ def _code(value: object) -> str:
     """A value where an expression is meant: a str is one, and True is `true`."""
     if type(value) is str:
         return value
-    if _baking.get() and (mark := _mark_for(_code, value)):  # a blank of @baked (part 25)
+    if (bakes := _baking.get()) and (
+        mark := bakes[0].mark_for(_code, value)
+    ):  # a blank of @baked (part 25)
         return mark
     return str.__str__(value) if isinstance(value, str) else _script_json(value)
 
@@ -5150,7 +5156,9 @@ at = Actions()
 
 
 def _write_action(method: str, url: str, queries: Queries, options: RequestOptions) -> str:
-    if _baking.get() and (mark := _mark_for(_write_action, method, url, queries, options)):
+    if (bakes := _baking.get()) and (
+        mark := bakes[0].mark_for(_write_action, method, url, queries, options)
+    ):
         return mark
     written = _request_options(method, options) if options else ""
     pairs: list[str] = []  # names and values in turn, for a cache that hashes them
@@ -9278,13 +9286,6 @@ class _Life:
 # ==================================================================================================
 
 
-_PROBES = (None, True, False, 7, 0.5, "", ' aA <Be> & "c"\r\n', (), SafeString("<i>"))
-# How the beginning of a mark looks in the text, and the function that escapes there.
-_ESCAPE_OF = {'"<': "", '"&lt;': "_escape", "&quot;&lt;": "_quote"}
-# The views that this task is calling with blanks, the innermost first.
-_baking: contextvars.ContextVar[tuple[_Bake, ...]] = contextvars.ContextVar("baking", default=())
-
-
 def baked(view: Callable[P, SafeString]) -> Callable[P, SafeString]:
     """Build this view's element once; from then on, only fill the arguments into its text.
 
@@ -9297,40 +9298,60 @@ def baked(view: Callable[P, SafeString]) -> Callable[P, SafeString]:
     is done with it (`if name:` above all) is a StarioError at the first call, which names the
     argument. Globals and the like keep the values that they have at the first call.
     """
+    if not inspect.isfunction(view):
+        raise StarioError(f"@baked stands over a function (def), not over {view!r}")
 
     def first(*args: object, **kwargs: object) -> object:
-        if call.__code__ is stub:  # else another thread has done it meanwhile
-            code = _Bake(view, names).code_of_view(args, kwargs)
-            call.__defaults__, call.__kwdefaults__ = view.__defaults__, view.__kwdefaults__
-            call.__code__ = code
+        filled, own = _Bake(view, names).filled(args, kwargs), view.__code__
+        call.__defaults__, call.__kwdefaults__ = view.__defaults__, view.__kwdefaults__
+        call.__code__ = filled.__code__.replace(  # a traceback shows where the view stands
+            co_name=own.co_name, co_filename=own.co_filename, co_firstlineno=own.co_firstlineno
+        )
         return call(*args, **kwargs)
 
-    # What a function does is its code, and that can be replaced. That of `call` is a call of
-    # `first` until this has baked the view; then it is the baked one, and no call takes a detour.
+    # What a function does is its code, and Python lets that be replaced. `call` begins with the
+    # code of a call of `first`, which puts that of `filled` in its place: no later call takes a
+    # detour. `names` are the global names of both.
     names = {"first": first, "SafeString": SafeString, "_escape": _escape, "_quote": _quote}
-    call: Any = eval("lambda *args, **kwargs: first(*args, **kwargs)", names)
-    stub = call.__code__
+    call = eval("lambda *args, **kwargs: first(*args, **kwargs)", names)
     return cast("Callable[P, SafeString]", wraps(view)(call))
 
 
-class _Bake:
-    """One view, from the call with blanks to the code that fills its holes."""
+class _Hole(NamedTuple):
+    argument: str  # its name
+    code: str  # an expression for the text that is filled in, before it is escaped
+    is_html: bool = False  # there is nothing to escape in it, as content
+    is_number: str = "False"  # an expression: whether it is a number, in which nothing is escaped
 
-    def __init__(self, view: Any, names: dict[str, Any]) -> None:
+
+# How the beginning of a mark looks in the text, and the function that escapes there.
+_ESCAPE_OF = {'"<': "", '"&lt;': "_escape", "&quot;&lt;": "_quote"}
+_PROBES = (None, True, False, 7, 0.5, "", ' aA <Be> & "c"\r\n', (), SafeString("<i>"))
+# The views that this task is calling with blanks, the innermost first.
+_baking: contextvars.ContextVar[tuple[_Bake, ...]] = contextvars.ContextVar("baking", default=())
+
+
+class _Bake:
+    """One view, from the call with blanks to the function that fills its holes."""
+
+    def __init__(self, view: types.FunctionType, names: dict[str, Any]) -> None:
         self.view = view
-        self.names = names  # the code's global names
+        self.names = names
         self.token = "b" + os.urandom(12).hex()  # in each mark, so that no text can forge one
+        mark = rf'("<|"&lt;|&quot;&lt;){self.token}\.([0-9]+)(?:>|&gt;)(?:"|&quot;)'
+        self.marks = re.compile(mark)
         self.holes: list[_Hole] = []  # by the number in their marks
         self.found: set[int] = set()  # the holes that are in the page
+        self.met = ""  # the argument whose blank `code` has met last
         self.refusal: StarioError | None = None  # raised again if the view catches it
 
-    def code_of_view(self, args: Iterable[object], kwargs: dict[str, object]) -> types.CodeType:
-        """Code that fills the holes, after it has been compared with the view."""
+    def filled(self, args: Iterable[object], kwargs: dict[str, object]) -> types.FunctionType:
+        """A function that fills the holes, after it has been compared with the view."""
         signature = inspect.signature(self.view, follow_wrapped=False)
         given = signature.bind(*args, **kwargs)
         given.apply_defaults()
         values = given.arguments.copy()
-        given.arguments.update({name: _Blank.of(self, name, name) for name in values})
+        given.arguments.update({name: self.blank(name, name) for name in values})
         filled = self.compiled(self.page(given), signature)
         for name, value in values.items():
             reusable = isinstance(value, str) or not isinstance(value, (_Blank, Iterable))
@@ -9343,11 +9364,7 @@ class _Bake:
                         f"with {name}={value!r} it gives another page than with a blank for "
                         f"{name!r}, so it decides by it, or changes it, or differs each time"
                     )
-        # (so that a traceback shows the view's first line)
-        own: types.CodeType = self.view.__code__
-        return filled.__code__.replace(
-            co_name=own.co_name, co_filename=own.co_filename, co_firstlineno=own.co_firstlineno
-        )
+        return filled
 
     def page(self, blanks: inspect.BoundArguments) -> str:
         """The view's text, with marks where the blanks are."""
@@ -9357,8 +9374,7 @@ class _Bake:
         try:
             page = self.view(*blanks.args, **blanks.kwargs)
         except Exception as exc:
-            mark = rf'(["<]|&quot;|&lt;)*{self.token}\.(\d+)([">]|&quot;|&gt;)*'
-            said = re.sub(mark, lambda mark: self.holes[int(mark[2])].argument, f"{exc}")
+            said = self.marks.sub(lambda mark: self.holes[int(mark[2])].argument, f"{exc}")
             raise self.refusal or self.error(f"{type(exc).__name__}: {said}") from exc
         finally:
             _baking.reset(outer)
@@ -9375,7 +9391,7 @@ class _Bake:
 
     def compiled(self, page: str, signature: inspect.Signature) -> types.FunctionType:
         """A function that gives this page, with its holes filled."""
-        code = self.text(page, [], is_page=True)
+        code = self.text(page, is_page=True)
         for number, hole in enumerate(self.holes):
             if number not in self.found:
                 raise self.error(
@@ -9388,55 +9404,66 @@ class _Bake:
         source = f"lambda {parameters}: SafeString({code})"  # text is in it only as literals
         return cast(types.FunctionType, eval(source, self.names))
 
-    def mark(self, *hole: Any) -> str:
-        """The text that stands for what will be filled into this hole."""
-        self.holes.append(_Hole(*hole))
-        return f'"<{self.token}.{len(self.holes) - 1}>"'
-
-    def name_of(self, value: object) -> str:
-        name = f"_{id(value)}"
-        self.names[name] = value
-        return name
-
-    def code(self, value: object, met: list[str]) -> str:
-        """Code for a value. The arguments whose blanks are in it are added to `met`."""
-        if isinstance(value, _Blank):
-            met.append(value._argument)
-            return value._code
-        if isinstance(value, str) and self.token in value:
-            return self.text(value, met)
-        if type(value) is str:
-            return repr(value)
-        if isinstance(value, Mapping):
-            items = [f"{self.code(name, met)}: {self.code(value[name], met)}" for name in value]
-            return "{" + ", ".join(items) + "}"
-        if isinstance(value, (list, tuple)):
-            return "[" + ", ".join([self.code(item, met) for item in value]) + "]"
-        return self.name_of(value)
-
-    def text(self, text: str, met: list[str], is_page: bool = False) -> str:
+    def text(self, text: str, is_page: bool = False) -> str:
         """Code for a text: `"".join([…])` of what stands between the marks, and of the holes."""
-        mark = rf'("<|"&lt;|&quot;&lt;){self.token}\.(\d+)(?:>"|&gt;"|&gt;&quot;)'
-        before, *rest = re.split(mark, text)
+        before, *rest = self.marks.split(text)
         pieces = [repr(before)]
         for start, number, after in zip(rest[::3], rest[1::3], rest[2::3], strict=True):
             hole, escape = self.holes[int(number)], _ESCAPE_OF[start]
             if is_page and not hole.is_html and not escape:
                 continue  # no hole: the view has written HTML by hand, and escapes nothing
             self.found.add(int(number))
-            met.append(hole.argument)
-            code = f"{escape}({hole.code})" if escape else hole.code
-            if hole.number and escape:
-                code = f"{hole.code} if {hole.number} else {code}"
-            pieces += [code, repr(after)]
+            self.met = hole.argument
+            code = f"{escape}({hole.code})"
+            pieces += [f"{hole.code} if {hole.is_number} else {code}", repr(after)]
         return f"''.join([{', '.join(pieces)}])"
 
+    def code(self, value: object) -> str:
+        """Code for a value."""
+        if isinstance(value, _Blank):
+            self.met = value._argument
+            return value._code
+        if isinstance(value, str) and self.token in value:
+            return self.text(value)
+        if type(value) is str:
+            return repr(value)
+        if isinstance(value, Mapping):
+            items = [f"{self.code(name)}: {self.code(value[name])}" for name in value]
+            return "{" + ", ".join(items) + "}"
+        if isinstance(value, (list, tuple)):
+            return "[" + ", ".join(map(self.code, value)) + "]"
+        return self.name_of(value)
 
-class _Hole(NamedTuple):
-    argument: str  # its name
-    code: str  # an expression for the text that is filled in, before it is escaped
-    is_html: bool = False  # there is nothing to escape in it, as content
-    number: str = ""  # an expression: whether it is a number, in which nothing is escaped
+    def name_of(self, value: object) -> str:
+        name = f"_{id(value)}"
+        self.names[name] = value
+        return name
+
+    def blank(self, argument: str, code: str) -> _Blank:
+        """A blank of a type named after its argument, since Python's own errors name types."""
+        kind = type(f"argument {argument}", (_Blank,), {"__slots__": ()})
+        return cast(_Blank, kind(self, argument, code))
+
+    def mark(self, *hole: Any) -> str:
+        """The text that stands for what will be filled into this hole."""
+        self.holes.append(_Hole(*hole))
+        if self not in _baking.get():
+            raise self.error(f"{hole[0]!r} has been kept, and is used elsewhere")
+        return f'"<{self.token}.{len(self.holes) - 1}>"'
+
+    def mark_for(self, function: Callable[..., str], *values: Any, is_html: bool = False) -> str:
+        """A mark for the result of a function that gets blanks; empty if no value holds one."""
+        self.met = ""
+        codes = [self.code(value) for value in values]
+        if not self.met:
+            return ""
+        code, value = f"{self.name_of(function)}({', '.join(codes)})", values[-1]
+        name = values[0] if len(values) == 2 else ""
+        if function in _SHORT and isinstance(value, _Blank) and re.fullmatch(r"[\w:.-]*", name):
+            text, number = [short.replace("NAME", name) for short in _SHORT[function]]
+            is_text, is_number = f"(_v := {value._code}).__class__ is str", "_v.__class__ is int"
+            code = f"({text} if {is_text} else {number} if {is_number} else {code})"
+        return self.mark(self.met, code, is_html)
 
 
 class _Blank:
@@ -9447,28 +9474,22 @@ class _Blank:
     def __init__(self, bake: _Bake, argument: str, code: str) -> None:
         self._bake, self._argument, self._code = bake, argument, code
 
-    @staticmethod
-    def of(bake: _Bake, argument: str, code: str) -> _Blank:
-        """A blank of a type named after its argument, since Python's own errors name types."""
-        kind = type(f"argument {argument}", (_Blank,), {"__slots__": ()})
-        return cast(_Blank, kind(bake, argument, code))
-
     def __html__(self) -> str:
-        return _mark_for(_filling, self, is_html=True) or ""
+        return self._bake.mark_for(_filling, self, is_html=True)
 
     def __str__(self) -> str:
-        return self._text("!s") or _mark_for(str, self) or ""
+        return self._text("!s") or self._bake.mark_for(str, self)
 
     def __format__(self, spec: str) -> str:
-        return self._text(spec and ":" + spec) or _mark_for(format, self, spec) or ""
+        return self._text(spec and ":" + spec) or self._bake.mark_for(format, self, spec)
 
     def _text(self, form: str) -> str:
         """A mark for `f"{name}"` or `f"{name:.2f}"`; empty for other forms."""
         if not (self._code.isidentifier() and re.fullmatch(r"(!s|:[0-9.]*[defgx]?)?", form)):
             return ""
         kind = "float" if form.endswith(("e", "f", "g")) else "int"
-        number = f"{self._code}.__class__ is {kind}"
-        return self._bake.mark(self._argument, f"f'{{{self._code}{form}}}'", False, number)
+        is_number = f"{self._code}.__class__ is {kind}"
+        return self._bake.mark(self._argument, f"f'{{{self._code}{form}}}'", False, is_number)
 
     def __add__(self, other: object) -> _Blank:
         return self._sum(other, "({0} + {1})")
@@ -9479,8 +9500,8 @@ class _Blank:
     def _sum(self, other: object, code: str) -> _Blank:
         if isinstance(other, SafeString) or not isinstance(other, (str, _Blank)):
             return cast(_Blank, NotImplemented)
-        code = code.format(self._code, self._bake.code(other, []))
-        return _Blank.of(self._bake, self._argument, code)
+        code = code.format(self._code, self._bake.code(other))
+        return self._bake.blank(self._argument, code)
 
     def _refuse(self, *args: object) -> typing.NoReturn:
         error = self._bake.error(f"it decides by {self._argument!r}, or looks into it")
@@ -9495,23 +9516,6 @@ def _result_or_none(view: Callable[..., object], given: inspect.BoundArguments) 
         return view(*given.args, **given.kwargs)
     except Exception:
         return None
-
-
-def _mark_for(function: Callable[..., str], *values: object, is_html: bool = False) -> str | None:
-    """A mark for the result of a function, also of parts 3 and 12, that gets blanks; else None."""
-    if not (bakes := _baking.get()):
-        return None
-    bake, met = bakes[0], list[str]()
-    codes = [bake.code(value, met) for value in values]
-    if not met:
-        return None
-    code = f"{bake.name_of(function)}({', '.join(codes)})"
-    name = "".join([value for value in values[:-1] if isinstance(value, str)])
-    if function in _SHORT and isinstance(values[-1], _Blank) and re.fullmatch(r"[\w:.-]*", name):
-        is_text, is_number = f"(_v := {codes[-1]}).__class__ is str", "_v.__class__ is int"
-        text, number = [short.replace("NAME", name) for short in _SHORT[function]]
-        code = f"({text} if {is_text} else {number} if {is_number} else {code})"
-    return bake.mark(met[0], code, is_html)
 
 
 def _filling(value: object) -> str:
