@@ -54,64 +54,64 @@ After each act something runs, and you may stop there. Acts 1 to 3 are what one 
 a live page; each part of act 4 can be read alone, when it is needed. A part with a name in square
 brackets can be left out of your copy: `python stario.py --without assets,client >mine.py`.
 
-      225  ACT 1. A framework
-        233  2. Errors
-        323  3. HTML: elements are strings
-        696  4. JSON
-        802  5. The request: headers, query, cookies, body
-       1278  6. The answer: status, fields, body
-       1702  7. Context and routing
-       2145  8. The app
-     2335  ACT 2. On the network
-       2343  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3406  10. The server
-       4214  11. Trying it without a network: the test client [testclient]
-     4658  ACT 3. Live
-       4706  12. Datastar: attributes and actions
-       5279  13. Streams: events, and staying with a client
-       5793  14. Relay: publish and subscribe
-     6099  ACT 4. For real
-       6106  15. Signals: from JSON to your dataclass
-       6845  16. Forms [forms]
-       7043  17. Behind a proxy
-       7150  18. Compression [compression]
-       7360  19. Static files [assets]
-       7917  20. Telemetry: spans, and who hears of them
-       8516  21. JsonTracer: for log collectors [json]
-       8593  22. RichTracer: for people [rich]
-       9054  23. Sessions [sessions]
-       9163  24. What lives as long as the server
-       9264  25. @baked
-       9540  26. ASGI: the same app under another server [asgi]
-       9750  27. RedisRelay: the same between processes and machines [redis]
-      10018  28. Reload: a saved file restarts the app [reload]
-      10170  29. Development: what went wrong, shown where one looks [development]
-      10282  30. What is refused
-    10535  ACT 5. The pocket client
-      10576  31. The pocket client (JavaScript) [client]
-      11930  32. This file as a page [read]
-      12116  33. An app to begin with
+      222  ACT 1. A framework
+        230  2. Errors
+        320  3. HTML: elements are strings
+        693  4. JSON
+        799  5. The request: headers, query, cookies, body
+       1275  6. The answer: status, fields, body
+       1704  7. Context and routing
+       2147  8. The app
+     2337  ACT 2. On the network
+       2345  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
+       3408  10. The server
+       4218  11. Trying it without a network: the test client [testclient]
+     4662  ACT 3. Live
+       4710  12. Datastar: attributes and actions
+       5283  13. Streams: events, and staying with a client
+       5797  14. Relay: publish and subscribe
+     6103  ACT 4. For real
+       6110  15. Signals: from JSON to your dataclass
+       6849  16. Forms [forms]
+       7047  17. Behind a proxy
+       7154  18. Compression [compression]
+       7364  19. Static files [assets]
+       7928  20. Telemetry: spans, and who hears of them
+       8532  21. JsonTracer: for log collectors [json]
+       8609  22. RichTracer: for people [rich]
+       9070  23. Sessions [sessions]
+       9183  24. What lives as long as the server
+       9284  25. @baked
+       9560  26. ASGI: the same app under another server [asgi]
+       9770  27. RedisRelay: the same between processes and machines [redis]
+      10040  28. Reload: a saved file restarts the app [reload]
+      10192  29. Development: what went wrong, shown where one looks [development]
+      10304  30. What is refused
+    10557  ACT 5. The pocket client
+      10598  31. The pocket client (JavaScript) [client]
+      11952  32. This file as a page [read]
+      12143  33. An app to begin with
 
 READING PATH
 
 Two hours, for a reader who wants to know how it works, not all that it does. Read in this order:
 
-      334-347    `SafeString`  an element is a string
-      660-689    `Tags`  `h.P` makes one
-     1081-1259   `Request`  what a client asks for
-     1289-1357   `Carrier`  what brings the answer back
-     1430-1615   `_RawWriter`  the answer
-     1720-1815   `Context`  what a handler gets beside it
-     1905-1920   `_Tree.find`  from a path to a handler
-     2252-2286   `_App.dispatch`  one request from end to end
-     2699-2815   `_Reader`  bytes to requests
-     3153-3402   `Connection`  one connection, many requests
-     3822-3843   `Server.start`  listening
-     3958-3975   `Server.stop`  ending without losing a request
-     5401-5523   `_EventWriter`  events
-     5613-5678   `_Scope`  how a disconnect reaches a handler
-     5706-5789   `Alive`  staying with a client
-     5947-6044   `Relay`  from one handler to another
+      331-344    `SafeString`  an element is a string
+      657-686    `Tags`  `h.P` makes one
+     1078-1256   `Request`  what a client asks for
+     1286-1354   `Carrier`  what brings the answer back
+     1432-1617   `_RawWriter`  the answer
+     1722-1817   `Context`  what a handler gets beside it
+     1907-1922   `_Tree.find`  from a path to a handler
+     2254-2288   `_App.dispatch`  one request from end to end
+     2701-2817   `_Reader`  bytes to requests
+     3155-3404   `Connection`  one connection, many requests
+     3826-3847   `Server.start`  listening
+     3962-3979   `Server.stop`  ending without losing a request
+     5405-5527   `_EventWriter`  events
+     5617-5682   `_Scope`  how a disconnect reaches a handler
+     5710-5793   `Alive`  staying with a client
+     5951-6048   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -135,8 +135,6 @@ import dataclasses
 import enum
 import errno
 import functools
-import hashlib
-import hmac
 import inspect
 import ipaddress
 import json
@@ -146,7 +144,6 @@ import logging
 import math
 import os
 import queue
-import random
 import re
 import select
 import signal
@@ -1368,11 +1365,16 @@ _COMPRESSIBLE = re.compile(
 )
 
 
+_WEEKDAYS = ("Mon", "Tue", "Wed", "Thu", "Fri", "Sat", "Sun")
+_MONTHS = ("Jan", "Feb", "Mar", "Apr", "May", "Jun", "Jul", "Aug", "Sep", "Oct", "Nov", "Dec")
+
+
 def _http_date(timestamp: float) -> str:
     """Seconds since 1970 as `Sun, 06 Nov 1994 08:49:37 GMT` (RFC 9110, section 5.6.7)."""
-    from email.utils import formatdate
-
-    return formatdate(timestamp, usegmt=True)
+    t = time.gmtime(timestamp)
+    day, month = _WEEKDAYS[t.tm_wday], _MONTHS[t.tm_mon - 1]
+    clock = f"{t.tm_hour:02}:{t.tm_min:02}:{t.tm_sec:02}"
+    return f"{day}, {t.tm_mday:02} {month} {t.tm_year:04} {clock} GMT"
 
 
 Content = tuple[bytes, bool]  # header fields, and whether what they describe may be compressed
@@ -1783,7 +1785,7 @@ class Context:
     def step(self, name: str, attributes: Mapping[str, Any] | None = None) -> Iterator[Span]:
         """Record a part of the work in a child span. Tasks that are started inside belong to it."""
         if self.app._silent:
-            yield _unseen  # a span that ignores all it is told (part 20)
+            yield _unseen_span()  # a span that ignores all it is told (part 20)
             return
         outer = self._current()
         with outer.step(name, attributes) as span:
@@ -3695,8 +3697,10 @@ class _Listener:
             self.unix_socket = os.fsdecode(address)
 
     def _bind_tcp(self) -> None:
+        # As bytes: for a text Python imports the rules of international names (1 ms at the start).
+        host = self.host.encode() if self.host.isascii() else self.host
         found = socket.getaddrinfo(
-            self.host or None, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            host or None, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
         found = [entry for entry in found if _is_local(entry[0], entry[4])] or found
         for family, kind, protocol, _, address in dict.fromkeys(found):
@@ -7486,6 +7490,8 @@ class _File:
 
 
 def _digest(data: bytes) -> str:
+    import hashlib
+
     return hashlib.sha256(data).hexdigest()[:16]
 
 
@@ -7573,14 +7579,15 @@ class Assets:
         # many names, and it is to be read once.
         self._large: dict[tuple[int, ...], tuple[tuple[int, ...], str]] = {}
         self._under_way: dict[object, asyncio.Task[Any]] = {}
-        self._root: str | None = None
+        self._root: str | None = None  # the directory, or
+        self._given: dict[str, bytes] = {}  # contents by name
         if isinstance(source, Mapping):
             for name, text in source.items():
                 data = text.encode("utf-8", "replace") if isinstance(text, str) else text
                 if not (isinstance(name, str) and isinstance(data, bytes)) or name[:1] in ("", "/"):
                     example = '{"css/style.css": "..."} is needed, with text or bytes'
                     raise StarioError(f"assets: {example}, not {{{name!r}: {text!r:.40}}}")
-                self._files[name] = _file_of(name, data)
+                self._given[name] = data
         else:
             try:
                 self._root = os.path.abspath(os.fsdecode(source))
@@ -7599,8 +7606,8 @@ class Assets:
     async def _find(self, name: str) -> _File | None:
         """As `file`, but a large one is read in a thread, so that others do not wait for it."""
         known, large = self._current(name), False
-        if known is not None:
-            return known
+        if known is not None or self._root is None:
+            return known or self._load(name)
         with suppress(OSError, ValueError):  # `_load` looks closer
             large = os.stat(f"{self._root}/{name}").st_size > _IN_MEMORY
         return await self._once(name, lambda: self.file(name)) if large else self._load(name)
@@ -7626,6 +7633,8 @@ class Assets:
 
     def _load(self, name: str) -> _File | None:
         """Read the file, and keep it if later changes will show in its version."""
+        if name in self._given:
+            return self._files.setdefault(name, _file_of(name, self._given[name]))
         now = time.time_ns()
         try:
             with self.open(name) as opened:
@@ -7644,6 +7653,8 @@ class Assets:
         return found
 
     def _large_digest(self, opened: IO[bytes], version: tuple[int, ...]) -> str:
+        import hashlib
+
         known, digest = self._large.get(version[:2], ((), ""))
         if known != version:
             opened.seek(0)
@@ -8040,6 +8051,8 @@ class Span:
         self, tracer: Tracer, name: str, attributes: dict[str, Any], parent: Span | _Caller | None
     ) -> None:
         """Started by `tracer(name)`, `span.step(name)` or `span.root(name)`."""
+        import random  # (here, since an app without a tracer starts without it)
+
         self.tracer = tracer
         self.name = name
         ids = random.getrandbits(192).to_bytes(24, "big").hex()
@@ -8190,7 +8203,10 @@ class _UnseenSpan(Span):
     root = step  # type: ignore[assignment]
 
 
-_unseen = _UnseenSpan(Tracer(), "unseen", {}, _Caller("f" * 32, "f" * 16, False))
+@functools.cache
+def _unseen_span() -> Span:
+    return _UnseenSpan(Tracer(), "unseen", {}, _Caller("f" * 32, "f" * 16, False))
+
 
 # The Context that this task works for, and the span of its present step. Tasks that it starts
 # inherit it, and so do the threads of `asyncio.to_thread`.
@@ -9129,6 +9145,8 @@ class Session:
         """The session's JSON and its age in seconds; `{}` if the cookie is missing, bad or old."""
         if not cookie:
             return "{}", 0
+        import hmac
+
         payload, _, signature = cookie.rpartition(".")
         given = signature.encode("utf-8", "replace")
         if not any(hmac.compare_digest(self._sign(key, payload), given) for key in self._keys):
@@ -9148,6 +9166,8 @@ class Session:
         )  # fmt: skip
 
     def _sign(self, key: bytes, payload: str) -> bytes:
+        import hmac
+
         digest = hmac.digest(key, f"{self._name}={payload}".encode(), "sha256")
         return base64.urlsafe_b64encode(digest).rstrip(b"=")
 
@@ -9892,6 +9912,8 @@ class RedisRelay(Relay[T]):
 
     async def _stay_connected(self) -> None:
         """Connect again and again, after up to two seconds, till this is closed and all is sent."""
+        import random
+
         self._loop, pause = asyncio.get_running_loop(), 0.05
         while not self._closed or (self._outgoing and not self._down):
             try:
@@ -11980,13 +12002,18 @@ def _rows(source: str) -> list[_Row]:
 
 
 _KEYWORDS = "|".join((*keyword.kwlist, "const|export|function|let|new|null|of|this|typeof"))
-_CODE = re.compile(  # of Python or JavaScript: comment, string, keyword, where a name is defined
-    r"(?P<c>(?:#|// ).*)|(?P<s>'(?:\\.|[^'\\\n])*'|\"(?:\\.|[^\"\\\n])*\"|`[^`]*`)"
-    rf"|\b(?P<k>{_KEYWORDS})\b|(?P<d>(?:(?<=^def )|(?<=^async def )|(?<=^class )|(?<=^const )"
-    r"|(?<=^let )|(?<=^function )|(?<=^export function ))\w+|^[A-Za-z_]\w*(?=(?:: .+)? = ))"
-    r"|(?P<n>[A-Za-z_]\w*)",  # or another name
-    re.MULTILINE,
-)
+
+
+@functools.cache
+def _code_pattern() -> re.Pattern[str]:
+    """Comment, string, keyword, the definition of a name, or another name: for two languages."""
+    return re.compile(
+        r"(?P<c>(?:#|// ).*)|(?P<s>'(?:\\.|[^'\\\n])*'|\"(?:\\.|[^\"\\\n])*\"|`[^`]*`)"
+        rf"|\b(?P<k>{_KEYWORDS})\b|(?P<d>(?:(?<=^def )|(?<=^async def )|(?<=^class )|(?<=^const )"
+        r"|(?<=^let )|(?<=^function )|(?<=^export function ))\w+|^[A-Za-z_]\w*(?=(?:: .+)? = ))"
+        r"|(?P<n>[A-Za-z_]\w*)",  # or another name
+        re.MULTILINE,
+    )
 
 
 def _colored(code: str, defined: set[str]) -> SafeString:
@@ -12000,7 +12027,7 @@ def _colored(code: str, defined: set[str]) -> SafeString:
             return h.Span({"class": kind}, text)
         return h.A({"href": f"#{text}"}, text) if text in defined else text
 
-    return SafeString(_CODE.sub(mark, render(code)))
+    return SafeString(_code_pattern().sub(mark, render(code)))
 
 
 def _prose(lines: list[str]) -> SafeString:
@@ -12041,7 +12068,7 @@ addEventListener("scrollend", () => find.value || (localStorage.place = scrollY)
 def _book_page(source: str) -> SafeString:
     """The file as a page."""
     rows = _rows(source)
-    defined = {found["d"] for found in _CODE.finditer(source)}
+    defined = {found["d"] for found in _code_pattern().finditer(source)}
     return h.Html(
         {"lang": "en"},
         h.Head(

@@ -18,6 +18,7 @@ import contextlib
 import contextvars
 import copy
 import dataclasses
+import email.utils
 import enum
 import errno
 import functools
@@ -497,6 +498,30 @@ class TestFile(unittest.TestCase):
             cwd=folder, capture_output=True, text=True, check=False,
         )  # fmt: skip
         self.assertEqual((done.stdout, done.stderr, done.returncode), ("", "", 0))
+
+    def test_a_plain_app_starts_without_the_modules_that_only_others_need(self) -> None:
+        code = """
+            import asyncio, sys
+            from stario import Stario
+
+            async def home(c, w): w.text("hello")
+
+            async def main():
+                app = Stario()
+                app.get("/", home)
+                async with app.running() as server:
+                    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+                    writer.write(b"GET / HTTP/1.1\\r\\nHost: x\\r\\n\\r\\n")
+                    assert b"200" in await reader.readline()
+                    writer.close()
+
+            asyncio.run(main())
+            others = "hashlib hmac random tempfile mimetypes difflib email.utils encodings.idna"
+            print(*(name for name in others.split() if name in sys.modules), end="")
+            """
+        with tempfile.TemporaryDirectory() as folder:
+            shutil.copy(stario.__file__, Path(folder, "stario.py"))
+            self.python(folder, code)
 
     SERVES = """
         import asyncio, urllib.request
@@ -3537,6 +3562,12 @@ class TestAnswers(HttpTest):
             answer = await within(peer.get("/unsized"))
             self.assertEqual((answer.headers["transfer-encoding"], answer.body), ("chunked", b"ab"))
             self.assertNotIn("content-length", answer.headers)
+
+    def test_dates_are_written_in_every_month_as_the_standard_library_writes_them(self) -> None:
+        for timestamp in range(0, 10**11, 10**8 // 3):
+            self.assertEqual(
+                stario._http_date(timestamp), email.utils.formatdate(timestamp, usegmt=True)
+            )
 
     async def test_every_answer_has_one_date_and_no_server(self) -> None:
         """RFC 9110, sections 6.6.1 and 5.6.7."""
@@ -10067,9 +10098,10 @@ class TestTelemetry(unittest.TestCase):
             async with TestClient(app) as client:
                 self.assertEqual((await client.get("/")).text, "ada")
 
+        unseen = stario._unseen_span()  # one for all
         with mock.patch.object(Span, "__init__", side_effect=AssertionError):
             asyncio.run(run())
-        self.assertEqual(stario._unseen.attributes, {})
+        self.assertEqual(unseen.attributes, {})
 
     def test_steps_nest_under_what_started_their_task_or_thread(self) -> None:
         spans = Spans()
