@@ -2395,7 +2395,6 @@ _HIGH_WATER = 64 * 1024  # bytes kept of what comes in, and of what goes out; th
 _DISCARD_LIMIT = 256 * 1024  # bytes of an unwanted body that are read and dropped; beyond: closed
 _MAX_EXCESS = 100  # connections above `max_connections` that are answered, 503; more are closed
 _ACCEPT_BATCH = 64  # connections that are accepted before the loop runs other tasks
-_READ_BATCH = 64  # requests and pieces of bodies, read of one client before others come
 _KEPT_HEAD = 4096  # bytes: a larger header section is not kept for the next request
 _IDLE_GRACE = 0.5  # seconds in which an idle connection may still ask when the server stops
 _FILE_WINDOW = 8 * 1024 * 1024  # bytes of a file that are mapped at a time
@@ -2419,7 +2418,8 @@ _WHOLE_URL = re.compile(r"https?://(?!:)([^/?#@]+)(/[^?#]*)?(\?[^#]*)?", re.IGNO
 _FIELD_LINE = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]++:[\t\x20-\x7e\x80-\xff]*+\r\n"
 _FIELD_LINES = re.compile(rb"\r\n(?:" + _FIELD_LINE + rb")*+\r\n")
 _FRAMING_FIELDS = re.compile(
-    rb"\n((?:host|connection|content-length|transfer-encoding|expect):[^\r]*)", re.IGNORECASE
+    rb"\n(?=[hcte])((?:host|connection|content-length|transfer-encoding|expect):[^\r]*)",
+    re.IGNORECASE,
 )
 _LONE_LF = re.compile(rb"[^\r]\n")
 _LINE_SO_FAR = re.compile(rb"[ -~]*+\r?")  # a request line whose end has not come
@@ -2543,12 +2543,16 @@ class Body:
     wait, and fills no memory: that is called *backpressure*.
     """
 
-    __slots__ = ("_chunks", "_error", "_waiter", "buffered", "discarding", "ended", "want_more")
+    __slots__ = (
+        *("_chunks", "_error", "_waiter", "buffered", "discarding", "dropped", "ended"),
+        "want_more",
+    )
 
     def __init__(self, want_more: Callable[[], None] = lambda: None) -> None:
         self.want_more = want_more
         self.buffered = 0  # bytes that nobody has read yet
         self.discarding = False  # nobody will read any more
+        self.dropped = 0  # bytes that have come since
         self.ended = False
         self._chunks: list[bytes] = []
         self._error: Exception | None = None
@@ -2556,7 +2560,9 @@ class Body:
 
     def feed(self, chunk: bytes) -> None:
         """The next bytes have come."""
-        if not self.discarding:
+        if self.discarding:
+            self.dropped += len(chunk)
+        else:
             self._chunks.append(chunk)
             self.buffered += len(chunk)
             self._wake()
@@ -2607,55 +2613,42 @@ class Body:
             waiter.set_result(None)
 
 
-class _Sized:
-    """A body whose length is known. `left` is how many bytes of it are still to come."""
+class _BodyDecoder:
+    """Takes one body out of a connection's bytes: a known number of them, or chunks.
 
-    def __init__(self, length: int) -> None:
-        self.left = length
+    A chunk follows a line with its size, which may have an extension (`5;name=value`). Behind the
+    last one, of size 0, come *trailers*, fields like those of a head, and an empty line (RFC 9112,
+    section 7.1).
+    """
+
+    _SIZE = rb"([0-9A-Fa-f]{1,15})([ \t]*;[\t\x20-\x7e\x80-\xff]*)?\r\n"
+    _FIRST_SIZE = re.compile(_SIZE)
+    _NEXT_SIZE = re.compile(rb"\r\n" + _SIZE)  # with the line break behind the chunk before
+    _TRAILER = re.compile(_FIELD_LINE + rb"|\r\n")
+
+    def __init__(self, framing: _Framing, limits: Limits) -> None:
+        self._max_ignored = limits.max_header_bytes
+        self._ignored = 0  # bytes of extensions and trailers so far
+        self.left = framing.length  # bytes to come of the body, or of this chunk
+        # The line that follows them; None where the body ends there.
+        self._line = self._FIRST_SIZE if framing.chunked else None
 
     @property
     def ended(self) -> bool:
         """Whether all of it has been read."""
-        return self.left == 0
-
-    def decode(self, buffer: bytes, at: int) -> tuple[bytes, int]:
-        """The body's bytes in the buffer from `at` on, and the position behind them."""
-        data = buffer[at : at + self.left]
-        self.left -= len(data)
-        return data, at + len(data)
-
-
-class _Chunks:
-    """Decodes a chunked body (RFC 9112, section 7.1): sizes, chunks, and trailers at its end.
-
-    A size may have an extension (`5;name=value`); a *trailer* is a field behind the last chunk.
-    """
-
-    _SIZE = re.compile(rb"([0-9A-Fa-f]{1,15})([ \t]*;[\t\x20-\x7e\x80-\xff]*)?\r\n")
-    _TRAILER = re.compile(_FIELD_LINE + rb"|\r\n")  # the empty line ends the body
-
-    def __init__(self, limits: Limits) -> None:
-        self._limits = limits
-        self._line = self._SIZE  # what the next line has to be
-        self.left = 0  # bytes to come of this chunk, with the line break behind it
-        self._overhead = 0  # bytes of extensions and trailers so far
-        self.ended = False
+        return self.left == 0 and self._line is None
 
     def decode(self, buffer: bytes, at: int) -> tuple[bytes, int]:
         """The body's bytes in the buffer from `at` on, and the position behind what was read."""
         out: list[bytes] = []
-        while at < len(buffer) and not self.ended:
-            if self.left > 2:  # inside a chunk
-                data = buffer[at : at + self.left - 2]
+        while at < len(buffer):
+            if self.left:
+                data = buffer[at : at + self.left]
                 out.append(data)
-                self.left -= len(data)
                 at += len(data)
-            elif self.left:  # behind it: a line break, of which half may have come
-                if not b"\r\n".startswith(buffer[at : at + 2]):
-                    raise HttpException(400, "a chunk is longer than its size says")
-                if at + 2 > len(buffer):
-                    break
-                self.left, at = 0, at + 2
+                self.left -= len(data)
+            elif self._line is None:
+                break
             elif not (line := self._line.match(buffer, at)):
                 self._check_start(buffer[at:])
                 break
@@ -2663,42 +2656,40 @@ class _Chunks:
                 at = line.end()
                 self._read_trailer(line[0])
             else:
-                at, size = line.end(), int(line[1], 16)
+                at, self.left = line.end(), int(line[1], 16)
+                self._line = self._NEXT_SIZE if self.left else self._TRAILER
                 if line[2]:
-                    self._count(line[2])
-                if size and buffer.startswith(b"\r\n", at + size):  # the whole chunk is here
-                    out.append(buffer[at : at + size])
-                    at += size + 2
-                elif size:
-                    self.left = size + 2
-                else:
-                    self._line = self._TRAILER
+                    self._ignored = self._ignored_with(line[2])
         return b"".join(out), at
 
     def _read_trailer(self, line: bytes) -> None:
         # It must not change the framing (RFC 9110, section 6.5.1): a proxy may heed it.
         if _FRAMING_FIELDS.match(b"\n" + line):
             raise HttpException(400, "a trailer of the body is malformed")
-        self.ended = line == b"\r\n"
-        self._count(line)
+        self._ignored = self._ignored_with(line)
+        if line == b"\r\n":
+            self._line = None
 
-    def _check_start(self, line: bytes) -> None:
+    def _check_start(self, start: bytes) -> None:
         """Refuse a malformed line. One whose end has not come may still be well-formed."""
-        if b"\n" in line:
+        if self._line is self._NEXT_SIZE:
+            if not b"\r\n".startswith(start[:2]):
+                raise HttpException(400, "a chunk is longer than its size says")
+            start = start[2:]
+        if b"\n" in start:
             what = "trailer of the body" if self._line is self._TRAILER else "chunk's size"
             raise HttpException(400, f"a {what} is malformed")
-        self._count(line, so_far=True)
+        self._ignored_with(start)
 
-    def _count(self, overhead: bytes, so_far: bool = False) -> None:
+    def _ignored_with(self, more: bytes) -> int:
         """Bound what is ignored, extensions and trailers: a client could send them for ever."""
-        total = self._overhead + len(overhead)
-        if total > self._limits.max_header_bytes:
+        total = self._ignored + len(more)
+        if total > self._max_ignored:
             raise HttpException(431, "the chunk extensions or trailers of the body are too large")
-        if not so_far:
-            self._overhead = total
+        return total
 
 
-class _Reader:
+class _RequestReader:
     """Reads heads and bodies from a client's bytes, in whatever pieces they come.
 
     It knows of no socket and no time. What is malformed raises HttpException, and stays unread.
@@ -2713,7 +2704,7 @@ class _Reader:
         self._block = b""
         self._headers = Headers()
         self._framing: _Framing | None = None
-        self.decoder: _Sized | _Chunks | None = None  # while a body is coming in
+        self.decoder: _BodyDecoder | None = None  # while a body is coming in
 
     def feed(self, data: bytes) -> None:
         """Add bytes that have come."""
@@ -2804,7 +2795,7 @@ class _Reader:
             whole = self.buffer[at:upto]
             self._use(upto)
             return whole
-        self.decoder = _Chunks(self._limits) if framing.chunked else _Sized(framing.length)
+        self.decoder = _BodyDecoder(framing, self._limits)
         return None
 
     def body(self) -> bytes:
@@ -2839,58 +2830,53 @@ def _limit_unsent(connection: socket.socket, size: int) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, size)
 
 
-class _State(enum.Enum):
-    """What a connection is doing: this decides what the next bytes are, and what it waits for.
+class _SocketCarrier(Carrier, asyncio.Protocol):
+    """A connection's socket: it sends bytes, notices who has gone, and ends in bounded time.
 
-    | state   | the handler | the next bytes are    | it waits, at most            | and then |
-    | ------- | ----------- | --------------------- | ---------------------------- | -------- |
-    | EXCESS  | -           | refused with 503      | `header_timeout`             | closes   |
-    | IDLE    | -           | a request             | `keep_alive_timeout`         | closes   |
-    | HEAD    | -           | the rest of a head    | `header_timeout`             | 408      |
-    | BODY    | answers     | of its request's body | `body_timeout`               | 408      |
-    | ANSWER  | answers     | kept for later        | as long as the handler takes |          |
-    | REST    | has answered| of its request's body | `body_timeout`               | closes   |
-    | CLOSING | -           | dropped               | `_LINGER`                    | resets   |
-
-    A request may pass through IDLE, HEAD, BODY, ANSWER and IDLE again. A head that comes whole
-    skips HEAD, a body that comes with it skips BODY. REST is the rest of a body whose request is
-    answered already. A new connection is IDLE, for `header_timeout`; one above `max_connections` is
-    EXCESS. While it is not the client who has to act, `_deadline` is `_NEVER`.
-    """
-
-    EXCESS = 0
-    IDLE = 1
-    HEAD = 2
-    BODY = 3
-    ANSWER = 4
-    REST = 5
-    CLOSING = 6
-
-
-_EXCESS, _IDLE, _HEAD, _BODY, _ANSWER, _REST, _CLOSING = _State
-
-
-class _Sender(Carrier, asyncio.Protocol):
-    """A connection's sending side: it writes bytes, and knows how many the client has not taken.
-
-    A connection is told in three steps: this, answers, and requests.
+    It knows nothing of requests. Once it is `_closing`, what was written still goes out, and
+    nothing more is written or read.
     """
 
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
-        self._state = _IDLE
-        self._deadline = worker.now + worker.limits.header_timeout  # of a first head
         self._transport: asyncio.Transport = None  # type: ignore[assignment]  # connection_made
+        self._closing = False
+        self._deadline = worker.now + worker.limits.header_timeout  # of a first head
+        self._eof = False  # the client has closed its side (it may still read)
+        self._paused_reading = False
         # Between pause_writing and resume_writing: an event that the latter sets. Else None.
         self._paused_writing: asyncio.Event | None = None
         self._sent = 0  # bytes given to the transport
         self._taken = 0  # how many of them had left it when the sweep last saw progress
         self._stalled_since = 0.0  # when that was; 0.0 while nothing waits
-        self.client = ""  # the peer's address
+        # As every Carrier has them; a scope is a handler's wait that can be ended (part 13):
+        self.client = ""
+        self.scheme = "http"
+        self.proxies = worker.proxies
+        self.scopes: list[_Scope] = []
+        self.disconnected = False
+
+    @property
+    def shutting_down(self) -> bool:
+        """See Carrier."""
+        return self._worker.stopping
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """A client has connected."""
+        self._transport = cast(asyncio.Transport, transport)
+        peer = transport.get_extra_info("peername")
+        self.client = str(peer[0]) if isinstance(peer, tuple) else ""
+        if transport.get_extra_info("sslcontext") is not None:
+            self.scheme = "https"
+        self._worker.connections.add(cast(Connection, self))
+        if self._worker.stopping:
+            self._deadline = self._worker.idle_deadline
 
     def _is_closing(self) -> bool:
         """Whether it is closed, or will be: nothing more can be written."""
-        return self._state is _CLOSING or self._transport.is_closing()
+        return self._closing or self._transport.is_closing()
+
+    # -- Sending
 
     def _write(self, data: bytes) -> None:
         if not self._is_closing():
@@ -2908,10 +2894,10 @@ class _Sender(Carrier, asyncio.Protocol):
             paused.set()
 
     async def drained(self) -> None:
-        """See Carrier. (An answer that ends its connection is still taken while CLOSING.)"""
-        if self._paused_writing and not self._transport.is_closing():
+        """See Carrier. (An answer that ends its connection is still taken while that closes.)"""
+        if self._paused_writing and (self._closing or not self._transport.is_closing()):
             await self._paused_writing.wait()
-        if self._transport.is_closing():
+        if self._transport.is_closing() and (self.disconnected or not self._closing):
             raise ClientDisconnected("the client has gone")
 
     async def send_file(self, file: IO[bytes], offset: int, count: int) -> None:
@@ -2981,15 +2967,25 @@ class _Sender(Carrier, asyncio.Protocol):
             self._sent += written  # for `_check_taken`
             done += written
 
-    def check_peer(self, seconds: float) -> None:
-        """See Carrier. Linux tells, by TCP_INFO. (TCP_USER_TIMEOUT would end slow readers too.)"""
-        connection = self._transport.get_extra_info("socket")
-        with suppress(AttributeError, OSError):  # another system, or a Unix socket
-            info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 60)
-            # linux/tcp.h: tcpi_retransmits (sent again without an answer), tcpi_last_ack_recv.
-            repeats, silent_ms = info[2], int.from_bytes(info[56:60], sys.byteorder)
-            if repeats and silent_ms >= seconds * 1000:
+    # -- Time: about once a second the sweep calls `check`
+
+    def check(self, now: float) -> None:
+        """Act if the client has taken too long, or has gone."""
+        if now >= self._deadline:
+            self._deadline = _NEVER
+            if not self._closing:
+                self._timed_out()
+            elif self._transport.get_write_buffer_size():  # the client still reads our answer
+                self._deadline = now + _LINGER
+            else:
                 self._transport.abort()
+        if self._paused_reading and not self._closing:
+            self._poll_peer()
+        self._check_taken(now)
+
+    def _timed_out(self) -> None:
+        """The deadline has passed. For Connection to say what that means."""
+        raise NotImplementedError
 
     def extend_deadlines(self, seconds: float) -> None:
         """Give the client `seconds` more: for so long the server itself stood still."""
@@ -3011,45 +3007,146 @@ class _Sender(Carrier, asyncio.Protocol):
         self._worker.note_refusal(self.client, HttpException(408, "the answer was not taken"))
         self._transport.abort()
 
+    def check_peer(self, seconds: float) -> None:
+        """See Carrier. Linux tells, by TCP_INFO. (TCP_USER_TIMEOUT would end slow readers too.)"""
+        connection = self._transport.get_extra_info("socket")
+        with suppress(AttributeError, OSError):  # another system, or a Unix socket
+            info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 60)
+            # linux/tcp.h: tcpi_retransmits (sent again without an answer), tcpi_last_ack_recv.
+            repeats, silent_ms = info[2], int.from_bytes(info[56:60], sys.byteorder)
+            if repeats and silent_ms >= seconds * 1000:
+                self._transport.abort()
 
-class _Answers(_Sender):
-    """Answers as HTTP/1.1 writes them, each with what its head says of the connection."""
+    def _poll_peer(self) -> None:
+        """While reading is paused no callback tells that the client has gone: ask the system."""
+        connection = self._transport.get_extra_info("socket")
+        if connection is None or not hasattr(select, "poll"):  # Windows
+            return
+        poll, half = select.poll(), getattr(select, "POLLRDHUP", 0)  # closed its side (Linux)
+        poll.register(connection.fileno(), half)
+        found = poll.poll(0)
+        if found and found[0][1] & ~half:  # it has reset the connection
+            self._transport.abort()
+        elif found and not self.disconnected:
+            self.disconnected = True
+            self._end_scopes()
+
+    # -- Ending
+
+    def _close(self) -> None:
+        """Close, in bounded time. (With TLS a close waits for the client's answer to it.)"""
+        was_closing, self._closing = self._is_closing(), True
+        if not was_closing:
+            self._deadline = self._worker.loop.time() + _LINGER
+            self._transport.close()
+
+    def _linger(self, sending: bool) -> None:
+        """Close after an answer: our side only, and read on for a while (RFC 9112, section 9.6).
+
+        What a client sends to a closed socket comes back as a reset, and its kernel may then drop
+        an answer that it has not read. `sending`: more of its bytes are on their way, or here.
+        """
+        # asyncio's TLS cannot close one side: it lingers only while its client is sending. One that
+        # is about to send has been told `connection: close`.
+        half = self._transport.can_write_eof()
+        if self._is_closing() or self._eof or not (half or sending):
+            self._close()
+            return
+        self._closing = True
+        self._deadline = self._worker.loop.time() + (_LINGER if sending else _IDLE_GRACE)
+        if half:
+            with suppress(OSError):  # it has gone already
+                self._transport.write_eof()
+        if self._paused_reading:
+            self._transport.resume_reading()
+
+    def abort(self) -> None:
+        """See Carrier."""
+        self._close()
+        self.disconnected = True  # whatever comes of it, the client gets no more
+
+
+class _State(enum.Enum):
+    """What a connection is doing: this decides what the next bytes are, and what it waits for.
+
+    | state     | the handler  | the next bytes are    | it waits, at most            | then   |
+    | --------- | ------------ | --------------------- | ---------------------------- | ------ |
+    | EXCESS    | -            | refused with 503      | `header_timeout`             | closes |
+    | IDLE      | -            | a request             | `keep_alive_timeout`         | closes |
+    | HEAD      | -            | the rest of a head    | `header_timeout`             | 408    |
+    | BODY      | answers      | of its request's body | `body_timeout`               | 408    |
+    | ANSWER    | answers      | kept for later        | as long as the handler takes |        |
+    | LATE_BODY | has answered | of its request's body | `body_timeout`               | closes |
+
+    A request may pass through IDLE, HEAD, BODY, ANSWER and IDLE again. A head that comes whole
+    skips HEAD, a body that comes with it skips BODY. LATE_BODY is the rest of a body whose request
+    is answered already. A new connection is IDLE, for `header_timeout`; one above `max_connections`
+    is EXCESS. While it is not the client who has to act, `_deadline` is `_NEVER`.
+    """
+
+    EXCESS = 0
+    IDLE = 1
+    HEAD = 2
+    BODY = 3
+    ANSWER = 4
+    LATE_BODY = 5
+
+
+_EXCESS, _IDLE, _HEAD, _BODY, _ANSWER, _LATE_BODY = _State
+
+
+class Connection(_SocketCarrier):
+    """A client's connection: it reads requests, one at a time, and sends their answers."""
 
     def __init__(self, worker: Worker) -> None:
         super().__init__(worker)
-        self._reader = _Reader(worker.limits)
-        self._paused_reading = False
-        self._eof = False  # the client has closed its side (it may still read)
+        self._state = _IDLE
+        self._reader = _RequestReader(worker.limits)
+        self._body: Body  # in BODY and LATE_BODY: the one that is coming in
         # Of the request that is answered:
         self._http_1_0 = False
         self._expects = False  # the client sends its body only after "100 Continue"
         # Of its answer:
         self._close_after = False  # with it the connection ends
         self._chunked = False  # it is sent in chunks
-        # As every Carrier has them; a scope is a handler's wait that can be ended (part 13):
-        self.scheme = "http"
-        self.proxies = worker.proxies
-        self.scopes: list[_Scope] = []
-        self.disconnected = False
 
-    @property
-    def shutting_down(self) -> bool:
-        """See Carrier."""
-        return self._worker.stopping
+    # -- What the transport calls, and the worker
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """A client has connected."""
-        self._transport = cast(asyncio.Transport, transport)
-        peer = transport.get_extra_info("peername")
-        self.client = str(peer[0]) if isinstance(peer, tuple) else ""
-        if transport.get_extra_info("sslcontext") is not None:
-            self.scheme = "https"
-        worker = self._worker
-        worker.connections.add(cast(Connection, self))
-        if worker.stopping:
-            self._deadline = worker.idle_deadline
-        if len(worker.connections) > worker.limits.max_connections:
+        super().connection_made(transport)
+        if len(self._worker.connections) > self._worker.limits.max_connections:
             self._state = _EXCESS
+
+    def data_received(self, data: bytes) -> None:
+        """Bytes have come."""
+        if not self._closing:
+            self._reader.feed(data)
+            self._advance()
+
+    def eof_received(self) -> bool:
+        """The client will send no more. It may still be reading: what it asked for is answered."""
+        if self._closing:
+            return False  # it has read our answer, or never will: the transport closes
+        self._eof = self.disconnected = True
+        self._fail_body(ClientDisconnected("the client closed in the middle of its request"))
+        self._end_scopes()
+        self.go_on()
+        return self.scheme == "http"  # asyncio has no half-closed TLS
+
+    def resume_writing(self) -> None:
+        """There is room again: for this answer, or for the next request's."""
+        super().resume_writing()
+        self._worker.loop.call_soon(self.go_on)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """The connection is closed: wake whoever waits for it."""
+        self._worker.connections.discard(self)
+        self._worker.waiting.discard(self)
+        self._closing = self.disconnected = True
+        self._fail_body(ClientDisconnected("the client left before its request was complete"))
+        self._end_scopes()
+        super().resume_writing()
 
     def shut_down(self) -> None:
         """The server stops: streams end, requests are answered, idle connections may still ask."""
@@ -3058,12 +3155,172 @@ class _Answers(_Sender):
         if self._state is _EXCESS or (self._state is _IDLE and not self._reader.buffer):
             self._deadline = self._worker.idle_deadline
 
+    def _timed_out(self) -> None:
+        if self._state is _IDLE or self._state is _EXCESS:
+            self._close()
+        else:
+            what = "head" if self._state is _HEAD else "body"
+            self._refuse(HttpException(408, f"the {what} did not come in time"))
+
+    # -- Requests
+
+    def go_on(self) -> None:
+        """Advance again, when what the connection waited for has come."""
+        if not self._is_closing():
+            self._advance()
+
+    def _advance(self) -> None:
+        """Read the next request's head, or more of a body, if its time has come."""
+        state, reader = self._state, self._reader
+        try:
+            if state is _IDLE or state is _HEAD:
+                self._read_head()
+            elif state is _BODY or state is _LATE_BODY:
+                self._read_body()
+            elif state is _EXCESS:
+                raise HttpException(503, "too many connections")
+        except HttpException as exc:
+            self._refuse(exc)
+        # Most often a whole request has come, and nothing else.
+        if reader.buffer or reader.decoder or self._paused_reading:
+            self._pause_or_resume_reading()
+
+    def _read_head(self) -> None:
+        """Read a head, and start the handler of its request."""
+        worker = self._worker
+        if self._paused_writing:
+            return  # the answer before is not taken
+        # A handler may go on after its answer, while its connection brings the next request.
+        if len(worker.tasks) >= len(worker.connections) + worker.limits.max_handlers:
+            self._deadline = _NEVER
+            worker.waiting.add(self)
+            return
+        head = self._reader.head()
+        if head is None:
+            self._wait_for_head()
+            return
+        line, headers, framing = head
+        self._state, self._deadline = _ANSWER, _NEVER
+        self._http_1_0 = line.http_1_0
+        self._close_after = framing.close or (line.http_1_0 and not framing.keep_alive)
+        body: Body | bytes = b"" if framing.is_plain else self._begin_body(framing)
+        handling = worker.app.dispatch(Request(line, headers, body, self), self)
+        # In a copy of the context variables: what a handler sets there ends with its request.
+        # From Python 3.12 on it runs at once, up to its first wait (`_spawn`, part 10).
+        task = _spawn(handling, worker.loop, worker.context.copy())
+        if not task.done():
+            worker.track(task)
+        if self._reader.buffer and self._is_reading_body():
+            self._read_body()
+
+    def _wait_for_head(self) -> None:
+        if self._eof:
+            self._close()  # what is left is a part of a request whose rest will not come
+        # A new head, or one that had no deadline while too many handlers ran: it begins now.
+        elif self._deadline == _NEVER or (self._state is _IDLE and self._reader.buffer):
+            self._state = _HEAD
+            self._deadline = self._worker.loop.time() + self._worker.limits.header_timeout
+
+    def _begin_body(self, framing: _Framing) -> Body | bytes:
+        if (whole := self._reader.whole_body(framing)) is not None:
+            return whole
+        self._state = _BODY
+        self._body = body = Body(self._wants_body)
+        self._expects = bool(framing.expects) and not (self._http_1_0 or self._reader.buffer)
+        if not self._expects:
+            self._deadline = self._worker.now + self._worker.limits.body_timeout
+        return body
+
+    def _is_reading_body(self) -> bool:
+        return self._state is _BODY or self._state is _LATE_BODY
+
+    def _read_body(self) -> None:
+        """Hand on what has come of a body."""
+        body, data = self._body, self._reader.body()
+        self._expects = False  # it sends without waiting
+        if data:
+            body.feed(data)
+            # Each kilobyte moves the deadline by a second, to `body_timeout` from now at most: so
+            # a client cannot hold a handler for ever with a byte now and then.
+            if self._deadline != _NEVER:
+                limit = self._worker.loop.time() + self._worker.limits.body_timeout
+                self._deadline = min(limit, self._deadline + len(data) / 1024)
+        if self._reader.decoder is not None:
+            self._close_if_rest_is_unwanted()
+            return
+        if self._state is _BODY:
+            self._state, self._deadline = _ANSWER, _NEVER
+        else:
+            self._end_request()
+        body.end()
+
+    def _wants_body(self) -> None:
+        """Called by the body when its reader waits for more, or has given it up."""
+        if not self._is_reading_body() or self._is_closing():
+            return
+        if self._expects and not self._body.discarding:
+            self._expects = False
+            self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        if self._deadline == _NEVER:
+            self._deadline = self._worker.loop.time() + self._worker.limits.body_timeout
+        self._close_if_rest_is_unwanted()
+        self._pause_or_resume_reading()
+
+    def _close_if_rest_is_unwanted(self) -> None:
+        """After the answer, read an unwanted rest of a body only for the next request, if small."""
+        unread = self._body.dropped + (self._reader.decoder.left if self._reader.decoder else 0)
+        is_useless = self._close_after or unread > _DISCARD_LIMIT
+        if is_useless and self._state is _LATE_BODY and self._body.discarding:
+            self._end()
+
+    def _fail_body(self, error: Exception) -> None:
+        """If a body is coming in, its rest will not come: its reader gets the error."""
+        if self._state is _BODY:
+            self._state, self._deadline = _ANSWER, _NEVER
+            self._close_after = True
+            self._body.fail(error)
+        elif self._state is _LATE_BODY:
+            self._body.fail(error)
+            self._close()
+
+    def _pause_or_resume_reading(self) -> None:
+        """Read no more while enough unread bytes are in memory (backpressure)."""
+        if self._is_closing():
+            return
+        if self._is_reading_body():
+            full = self._body.buffered >= _HIGH_WATER or self._body.dropped > _DISCARD_LIMIT
+        else:
+            full = self._reader.unread() > max(_HIGH_WATER, self._worker.limits.max_header_bytes)
+        if full:
+            self._deadline = _NEVER  # the client waits for us
+        if full and not self._paused_reading:
+            self._transport.pause_reading()
+        elif self._paused_reading and not full:
+            self._transport.resume_reading()
+        self._paused_reading = full
+
+    def _refuse(self, exc: HttpException) -> None:
+        """Refuse a malformed request, and close: where the next one begins is not known."""
+        self._worker.note_refusal(self.client, exc)
+        self._close_after = True
+        if self._is_reading_body():
+            self._fail_body(exc)
+        else:
+            self._state = _ANSWER
+            text = f"{exc.detail}\n".encode("latin-1", "replace")
+            fields = _TEXT[0] + _length_line(len(text))
+            if exc.status_code == 503:
+                fields += b"retry-after: 5\r\n"
+            self.answer(exc.status_code, fields, text)
+
+    # -- Answers: see Carrier
+
     def answer(self, status: int, fields: bytes, body: bytes) -> None:
         """See Carrier. Mostly, in HTTP/1.1 that goes on, no field `connection` is needed."""
         stopping = self._worker.stopping
         if self._close_after or stopping or self._http_1_0 or self._state is not _ANSWER:
             fields = self._with_connection(fields)
-        if self._state is not _CLOSING:
+        if not self._closing:
             data = b"".join((_status_line(status), fields, self._worker.end_of_head, body))
             self._sent += len(data)
             self._transport.write(data)
@@ -3099,6 +3356,32 @@ class _Answers(_Sender):
             self._cut_off()
         self._write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
 
+    def finish(self) -> None:
+        """See Carrier."""
+        if self._chunked:
+            self._write(b"0\r\n\r\n")
+            self._chunked = False
+        if self._state is _BODY:
+            self._state = _LATE_BODY  # the handler may still read it
+            self._close_if_rest_is_unwanted()
+        else:
+            self._end_request()
+
+    def _end_request(self) -> None:
+        """All of a request is here, and its answer is complete: the next one may come."""
+        if self._close_after:
+            self._end()
+        elif not self._closing:
+            self._state, self._deadline = _IDLE, self._worker.idle_deadline
+            if self._reader.buffer or self._eof:
+                # Not at once: other clients come first, and the handler that has just answered.
+                self._worker.loop.call_soon(self.go_on)
+
+    def _end(self) -> None:
+        unread = self._reader.buffer or self._reader.decoder
+        self._reader.buffer = b""
+        self._linger(bool(unread))
+
     def abort(self) -> None:
         """See Carrier. In HTTP/1.0 a body ends with the connection: a reset tells of a fault."""
         if self._http_1_0 and not self._is_closing():
@@ -3106,302 +3389,7 @@ class _Answers(_Sender):
             with suppress(AttributeError, OSError):
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
             self._transport.abort()
-        self._close()
-
-    def _close(self) -> None:
-        """Close, in bounded time. (With TLS a close waits for the client's answer to it.)"""
-        was_closing, self._state = self._is_closing(), _CLOSING
-        if not was_closing:
-            self._deadline = self._worker.loop.time() + _LINGER
-            self._transport.close()
-
-    def _linger(self) -> None:
-        """Close after an answer: our side only, and read on for a while (RFC 9112, section 9.6).
-
-        What a client sends to a closed socket comes back as a reset, and its kernel may then drop
-        an answer that it has not read.
-        """
-        unread = self._reader.buffer or self._reader.decoder
-        # asyncio's TLS cannot close one side: it lingers only while its client is sending. One that
-        # is about to send has been told `connection: close`.
-        half = self._transport.can_write_eof()
-        if self._is_closing() or self._eof or not (half or unread):
-            self._close()
-            return
-        self._state = _CLOSING
-        self._deadline = self._worker.loop.time() + (_LINGER if unread else _IDLE_GRACE)
-        self._reader.buffer = b""
-        if half:
-            with suppress(OSError):  # it has gone already
-                self._transport.write_eof()
-        if self._paused_reading:
-            self._transport.resume_reading()
-
-    def _poll_peer(self) -> None:
-        """While reading is paused no callback tells that the client has gone: ask the system."""
-        connection = self._transport.get_extra_info("socket")
-        if connection is None or not hasattr(select, "poll"):  # Windows
-            return
-        poll, half = select.poll(), getattr(select, "POLLRDHUP", 0)  # closed its side (Linux)
-        poll.register(connection.fileno(), half)
-        found = poll.poll(0)
-        if found and found[0][1] & ~half:  # it has reset the connection
-            self._transport.abort()
-        elif found and not self.disconnected:
-            self.disconnected = True
-            self._end_scopes()
-
-
-class Connection(_Answers):
-    """A client's connection: it reads requests, one at a time, and starts their handlers."""
-
-    def __init__(self, worker: Worker) -> None:
-        super().__init__(worker)
-        self._advancing = False  # `_advance` runs; what it calls must not start it again
-        self._body = Body()  # in BODY and REST: the one that is coming in
-        self._discarded = 0  # bytes of it that were dropped unread
-
-    # -- What the transport calls
-
-    def data_received(self, data: bytes) -> None:
-        """Bytes have come."""
-        if self._state is not _CLOSING:
-            self._reader.feed(data)
-            self._advance()
-
-    def eof_received(self) -> bool:
-        """The client will send no more. It may still be reading: what it asked for is answered."""
-        if self._state is _CLOSING:
-            return False  # it has read our answer, or never will: the transport closes
-        self._eof = self.disconnected = True
-        self._fail_body(ClientDisconnected("the client closed in the middle of its request"))
-        self._end_scopes()
-        self.go_on()
-        return self.scheme == "http"  # asyncio has no half-closed TLS
-
-    def resume_writing(self) -> None:
-        """There is room again: for this answer, or for the next request's."""
-        super().resume_writing()
-        self._worker.loop.call_soon(self.go_on)
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        """The connection is closed: wake whoever waits for it."""
-        self._worker.connections.discard(self)
-        self._worker.waiting.discard(self)
-        self._fail_body(ClientDisconnected("the client left before its request was complete"))
-        self._state = _CLOSING
-        self.disconnected = True
-        self._end_scopes()
-        super().resume_writing()
-
-    def _fail_body(self, error: Exception) -> None:
-        """If a body is coming in, its rest will not come: its reader gets the error."""
-        if self._state is _BODY:
-            self._state, self._deadline = _ANSWER, _NEVER
-            self._close_after = True
-            self._body.fail(error)
-        elif self._state is _REST:
-            self._body.fail(error)
-            self._close()
-
-    def _is_reading_body(self) -> bool:
-        return self._state is _BODY or self._state is _REST
-
-    # -- Requests
-
-    def _advance(self) -> None:
-        """Do all that can be done with the bytes that are here."""
-        self._advancing, rounds, reader = True, 0, self._reader
-        try:
-            while reader.buffer and rounds < _READ_BATCH and self._do_next():
-                rounds += 1
-        except HttpException as exc:
-            self._refuse(exc)
-        finally:
-            self._advancing = False
-        # Most often a whole request has come, and nothing else has to be done.
-        if reader.buffer or reader.decoder or self._eof or self._paused_reading:
-            self._wait_for_more(rounds == _READ_BATCH)
-
-    def _do_next(self) -> bool:
-        """Read the next request's head, or some of a body; false if that must wait."""
-        state, worker = self._state, self._worker
-        if state is _BODY or state is _REST:
-            return self._read_body()
-        if state is _EXCESS:
-            raise HttpException(503, "too many connections")
-        if not (state is _IDLE or state is _HEAD) or self._paused_writing:
-            return False  # the answer before is not complete, or not taken
-        # A handler may go on after its answer, while its connection brings the next request.
-        if len(worker.tasks) >= len(worker.connections) + worker.limits.max_handlers:
-            self._deadline = _NEVER
-            worker.waiting.add(self)
-            return False
-        head = self._reader.head()
-        if head is None:
-            # A new head, or one that had no deadline while too many handlers ran: it begins now.
-            if self._deadline == _NEVER or (state is _IDLE and self._reader.buffer):
-                deadline = worker.loop.time() + worker.limits.header_timeout
-                self._state, self._deadline = _HEAD, deadline
-            return False
-        self._start(*head)
-        # The requests that follow are left if the client has gone meanwhile.
-        return not (self._reader.buffer and self._transport.is_closing())
-
-    def _start(self, line: RequestLine, headers: Headers, framing: _Framing) -> None:
-        """Start the handler of a request."""
-        worker = self._worker
-        self._state, self._deadline = _ANSWER, _NEVER
-        self._http_1_0 = line.http_1_0
-        self._close_after = framing.close or (line.http_1_0 and not framing.keep_alive)
-        body: Body | bytes = b"" if framing.is_plain else self._begin_body(framing)
-        request = Request(line, headers, body, self)
-        handling = worker.app.dispatch(request, self)
-        # In a copy of the context variables: what a handler sets there ends with its request.
-        # From Python 3.12 on it runs at once, up to its first wait (`_spawn`, part 10).
-        task = _spawn(handling, worker.loop, worker.context.copy())
-        if not task.done():
-            worker.track(task)
-
-    def _begin_body(self, framing: _Framing) -> Body | bytes:
-        if (whole := self._reader.whole_body(framing)) is not None:
-            return whole
-        self._state = _BODY
-        self._body = body = Body(self._wants_body)
-        self._discarded = 0
-        self._expects = bool(framing.expects) and not (self._http_1_0 or self._reader.buffer)
-        if not self._expects:
-            self._deadline = self._worker.now + self._worker.limits.body_timeout
-        return body
-
-    def _read_body(self) -> bool:
-        """Hand on what has come of a body; true at its end."""
-        body, data = self._body, self._reader.body()
-        self._expects = False  # it sends without waiting
-        if data:
-            body.feed(data)
-            if body.discarding:
-                self._discarded += len(data)
-            # Each kilobyte moves the deadline by a second, to `body_timeout` from now at most: so
-            # a client cannot hold a handler for ever with a byte now and then.
-            if self._deadline != _NEVER:
-                limit = self._worker.loop.time() + self._worker.limits.body_timeout
-                self._deadline = min(limit, self._deadline + len(data) / 1024)
-        if self._reader.decoder is not None:
-            self._close_if_rest_is_unwanted()
-            return False
-        if self._state is _BODY:
-            self._state, self._deadline = _ANSWER, _NEVER
-        elif self._close_after:
-            self._linger()
-        else:
-            self._state, self._deadline = _IDLE, self._worker.idle_deadline
-        body.end()
-        return True
-
-    def _wants_body(self) -> None:
-        """Called by the body when its reader waits for more, or has given it up."""
-        if not self._is_reading_body() or self._is_closing():
-            return
-        if self._expects and not self._body.discarding:
-            self._expects = False
-            self._write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        if self._deadline == _NEVER:
-            self._deadline = self._worker.loop.time() + self._worker.limits.body_timeout
-        self._close_if_rest_is_unwanted()
-        self._pause_or_resume_reading()
-
-    def _close_if_rest_is_unwanted(self) -> None:
-        """After the answer, read an unwanted rest of a body only for the next request, if small."""
-        unread = self._discarded + (self._reader.decoder.left if self._reader.decoder else 0)
-        is_useless = self._close_after or unread > _DISCARD_LIMIT
-        if is_useless and self._state is _REST and self._body.discarding:
-            self._linger()
-
-    def _wait_for_more(self, batch_full: bool) -> None:
-        """After `_advance`: go on later, close, or pause reading."""
-        held_back = self._paused_writing or self in self._worker.waiting  # perhaps a whole request
-        if batch_full:  # more can be read, but other clients come first
-            self._worker.loop.call_soon(self.go_on)
-        elif self._eof and not held_back and self._state in (_EXCESS, _IDLE, _HEAD):
-            self._close()  # what is left is a part of a request whose rest will not come
-        self._pause_or_resume_reading()
-
-    def _pause_or_resume_reading(self) -> None:
-        """Read no more while enough unread bytes are in memory (backpressure)."""
-        if self._is_closing():
-            return
-        if self._is_reading_body():
-            full = self._body.buffered >= _HIGH_WATER or self._discarded > _DISCARD_LIMIT
-        else:
-            full = self._reader.unread() > max(_HIGH_WATER, self._worker.limits.max_header_bytes)
-        if full:
-            self._deadline = _NEVER  # the client waits for us
-        if full and not self._paused_reading:
-            self._transport.pause_reading()
-        elif self._paused_reading and not full:
-            self._transport.resume_reading()
-        self._paused_reading = full
-
-    def go_on(self) -> None:
-        """Advance again, when what the connection waited for has come."""
-        if not (self._advancing or self._is_closing()):
-            self._advance()
-
-    def _refuse(self, exc: HttpException) -> None:
-        """Refuse a malformed request, and close: where the next one begins is not known."""
-        self._worker.note_refusal(self.client, exc)
-        self._close_after = True
-        if self._is_reading_body():
-            self._fail_body(exc)
-        else:
-            self._state = _ANSWER
-            text = f"{exc.detail}\n".encode("latin-1", "replace")
-            fields = _TEXT[0] + _length_line(len(text))
-            if exc.status_code == 503:
-                fields += b"retry-after: 5\r\n"
-            self.answer(exc.status_code, fields, text)
-
-    def finish(self) -> None:
-        """See Carrier."""
-        if self._chunked:
-            self._write(b"0\r\n\r\n")
-            self._chunked = False
-        if self._state is _CLOSING:
-            return
-        if self._state is _BODY:
-            self._state = _REST  # the handler may still read it
-            self._close_if_rest_is_unwanted()
-        elif self._close_after:
-            self._linger()
-        else:
-            self._state, self._deadline = _IDLE, self._worker.idle_deadline
-        if (self._reader.buffer or self._eof) and not self._advancing:
-            # Not at once: that would be inside the handler that has just answered.
-            self._worker.loop.call_soon(self.go_on)
-
-    # -- Time, and the end
-
-    def check(self, now: float) -> None:
-        """Called by the sweep, about once a second: act if the client has taken too long."""
-        if now >= self._deadline:
-            self._deadline = _NEVER
-            self._timed_out()
-        if self._paused_reading and self._state is not _CLOSING:
-            self._poll_peer()
-        self._check_taken(now)
-
-    def _timed_out(self) -> None:
-        if self._state is _IDLE or self._state is _EXCESS:
-            self._close()
-        elif self._state is _HEAD:
-            self._refuse(HttpException(408, "the head did not come in time"))
-        elif self._state is not _CLOSING:
-            self._refuse(HttpException(408, "the body did not come in time"))
-        elif self._transport.get_write_buffer_size():  # the client is still reading our answer
-            self._deadline = self._worker.now + _LINGER
-        else:
-            self._transport.abort()
+        super().abort()
 
 
 # ==================================================================================================

@@ -283,7 +283,7 @@ class Reader:
                     break
                 connection.data_received(piece)
                 await self._settle(connection)
-            if connection._state is stario._ANSWER:
+            if connection._state is stario._ANSWER and not connection._closing:
                 ours.problems.append("a whole request was not answered")
             if end and not transport.lost and not transport.closing:
                 if not connection.eof_received():
@@ -306,6 +306,8 @@ class Reader:
             await asyncio.sleep(0)
             waits = connection._state is stario._BODY
             more = connection._reader.unread() > 0 and not connection._is_closing()
+            if more and connection._state is stario._IDLE:
+                continue  # the next request is read when the loop comes to it
             if not self.worker.tasks or (waits and not more):
                 await asyncio.sleep(0)
                 await asyncio.sleep(0)
