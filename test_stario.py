@@ -3261,6 +3261,28 @@ class TestConnections(HttpTest):
                     await peer.close()
         self.assertEqual(sorted(read), [1, 10, 10, 1_000_000])
 
+    async def test_a_body_whose_answer_is_cut_off_keeps_no_handler(self) -> None:
+        """What a handler wrote beyond its Content-Length ends the connection, and so the body."""
+        ended = asyncio.Event()
+
+        async def too_long(c: Context, w: Writer) -> None:
+            w.headers.set("content-length", 1)
+            try:
+                w.write(b"too long")
+            except StarioError:
+                try:
+                    await c.req.body()
+                except ClientDisconnected:
+                    ended.set()
+
+        app = Stario()
+        app.post("/", too_long)
+        for version in ("1.0", "1.1"):
+            async with connected(app) as peer:
+                await peer.send(f"POST / HTTP/{version}\r\n{HOST}Content-Length: 9\r\n\r\nsome")
+                await within(ended.wait())
+                ended.clear()
+
     async def test_a_long_answer_that_closes_is_not_cut_off(self) -> None:
         """RFC 9112, section 9.6: as long as the client takes it, whatever else it has sent."""
 
@@ -4638,6 +4660,27 @@ class TestTls(HttpTest):
             go_on.set()
             await within(server.stop())
             peer.writer.transport.abort()
+
+    async def test_an_answer_that_ends_its_connection_can_be_drained(self) -> None:
+        """asyncio closes both sides at once; what was written still goes out."""
+        drained: list[int] = []
+
+        async def page(c: Context, w: Writer) -> None:
+            size = int(c.req.query["size"])
+            w.respond(bytes(size), "text/plain")
+            await w.drain()
+            drained.append(size)
+
+        app = Stario()
+        app.get("/", page)
+        async with app.running(ssl=self.server_side) as server:
+            for size in (1, 5_000_000):
+                peer = await self.connect(server)
+                await peer.send(f"GET /?size={size} HTTP/1.1\r\n{HOST}Connection: close\r\n\r\n")
+                self.assertEqual(len((await within(peer.answer())).body), size)
+                await until(lambda: not server._workers[0].tasks)
+                await peer.close()
+        self.assertEqual(drained, [1, 5_000_000])
 
     async def test_a_client_that_speaks_no_tls_is_let_go(self) -> None:
         async with echo_app().running(ssl=self.server_side) as server:
