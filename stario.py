@@ -1555,6 +1555,8 @@ class _RawWriter:
         config = self._compression
         if compressible and config is not None and len(body) >= config.min_size:
             fields, body = _compress(config, self._request.headers, fields, body)
+        if status == 205:  # "Reset Content" has none, and says so (RFC 9110, section 15.3.6)
+            body = b""
         if status in _BODILESS:
             body = b""
         else:
@@ -1568,6 +1570,7 @@ class _RawWriter:
         """Send the head. A body of `length` bytes follows, or (None) of a length not known yet."""
         self._start(status)
         fields = self._own_fields(fields)
+        length = 0 if status == 205 else length
         has_body = status not in _BODILESS and self._request.method != "HEAD"
         compressor = None
         if length is None:
@@ -2356,7 +2359,7 @@ class _App(Router):
 #
 # Theory of operation. A connection works on one request at a time. Its state (see `_State`) says
 # what the next bytes are: a request's head, some of its body, or bytes to keep until it is
-# answered. `_advance` reads on until bytes or state allow no more. It is called when bytes have
+# answered. `_advance` reads one head, or what has come of a body. It is called when bytes have
 # come, when an answer is complete, and when the client has taken earlier answers. A connection
 # belongs to a `Worker` (part 10): an event loop, the app, and all connections of that loop.
 #

@@ -3296,9 +3296,7 @@ class TestConnections(HttpTest):
                 peer = await Peer.connect(server.port)
                 stop_reading(peer)
                 await peer.send(f"GET / HTTP/1.1\r\n{HOST}Connection: close\r\n\r\n{NEXT}")
-                await until(
-                    lambda: [c for c in connections_of(server) if c._closing]
-                )
+                await until(lambda: [c for c in connections_of(server) if c._closing])
                 (connection,) = connections_of(server)
                 deadline = connection._deadline
                 await until(lambda: connection._deadline != deadline)  # it would have been closed
@@ -3549,6 +3547,8 @@ class TestAnswers(HttpTest):
             ("HEAD", "/sse"): None,
             ("GET", "/one?status=204"): None,
             ("GET", "/one?status=304"): None,
+            ("GET", "/one?status=205"): "0",  # RFC 9110, section 15.3.6
+            ("GET", "/len?status=205"): "0",
             ("GET", "/len?status=204"): None,
             ("GET", "/len?status=304"): "7",
         }
