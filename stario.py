@@ -1116,7 +1116,7 @@ class Request:
     def query(self) -> QueryParams:
         """The parameters of the query string. More than 1,000 are an HttpException(400)."""
         if self._query is None:
-            self._query = QueryParams(_parse_pairs(self.query_string) if self.query_string else ())
+            self._query = QueryParams(_parse_pairs(self.query_string))
         return self._query
 
     @cached_property
@@ -2546,11 +2546,6 @@ class Body:
     wait, and fills no memory: that is called *backpressure*.
     """
 
-    __slots__ = (
-        *("_chunks", "_error", "_waiter", "buffered", "discarding", "dropped", "ended"),
-        "want_more",
-    )
-
     def __init__(self, want_more: Callable[[], None] = lambda: None) -> None:
         self.want_more = want_more
         self.buffered = 0  # bytes that nobody has read yet
@@ -2559,7 +2554,7 @@ class Body:
         self.ended = False
         self._chunks: list[bytes] = []
         self._error: Exception | None = None
-        self._waiter: asyncio.Future[None] | None = None  # what `read` waits for
+        self._news = asyncio.Event()  # what `read` waits for: any of these has changed
 
     def feed(self, chunk: bytes) -> None:
         """The next bytes have come."""
@@ -2568,17 +2563,17 @@ class Body:
         else:
             self._chunks.append(chunk)
             self.buffered += len(chunk)
-            self._wake()
+            self._news.set()
 
     def end(self) -> None:
         """All of it has come."""
         self.ended = True
-        self._wake()
+        self._news.set()
 
     def fail(self, error: Exception) -> None:
         """The rest will not come: `read` raises this error after what has come."""
         self._error = self._error or error
-        self._wake()
+        self._news.set()
 
     async def read(self) -> bytes:
         """Wait for bytes, and give all that have come since the last call; at the end, b""."""
@@ -2587,9 +2582,9 @@ class Body:
                 raise self._error
             if self.ended:
                 return b""
-            self._waiter = asyncio.get_running_loop().create_future()
+            self._news.clear()
             self.want_more()
-            await self._waiter
+            await self._news.wait()
         data = b"".join(self._chunks)
         self._chunks.clear()
         self.buffered = 0
@@ -2609,11 +2604,6 @@ class Body:
         self.buffered = 0
         if not self.ended:
             self.want_more()
-
-    def _wake(self) -> None:
-        waiter, self._waiter = self._waiter, None
-        if waiter and not waiter.done():
-            waiter.set_result(None)
 
 
 class _BodyDecoder:
@@ -3069,32 +3059,22 @@ class _SocketCarrier(Carrier, asyncio.Protocol):
         self.disconnected = True  # whatever comes of it, the client gets no more
 
 
-class _State(enum.Enum):
-    """What a connection is doing: this decides what the next bytes are, and what it waits for.
-
-    | state     | the handler  | the next bytes are    | it waits, at most            | then   |
-    | --------- | ------------ | --------------------- | ---------------------------- | ------ |
-    | EXCESS    | -            | refused with 503      | `header_timeout`             | closes |
-    | IDLE      | -            | a request             | `keep_alive_timeout`         | closes |
-    | HEAD      | -            | the rest of a head    | `header_timeout`             | 408    |
-    | BODY      | answers      | of its request's body | `body_timeout`               | 408    |
-    | ANSWER    | answers      | kept for later        | as long as the handler takes |        |
-    | LATE_BODY | has answered | of its request's body | `body_timeout`               | closes |
-
-    A request may pass through IDLE, HEAD, BODY, ANSWER and IDLE again. A head that comes whole
-    skips HEAD, a body that comes with it skips BODY. LATE_BODY is the rest of a body whose request
-    is answered already. A new connection is IDLE, for `header_timeout`; one above `max_connections`
-    is EXCESS. While it is not the client who has to act, `_deadline` is `_NEVER`.
-    """
-
-    EXCESS = 0
-    IDLE = 1
-    HEAD = 2
-    BODY = 3
-    ANSWER = 4
-    LATE_BODY = 5
-
-
+# What a connection is doing decides what the next bytes are, and what it waits for:
+#
+# | state     | the handler  | the next bytes are    | it waits, at most            | and then |
+# | --------- | ------------ | --------------------- | ---------------------------- | -------- |
+# | EXCESS    | -            | refused with 503      | `header_timeout`             | closes   |
+# | IDLE      | -            | a request             | `keep_alive_timeout`         | closes   |
+# | HEAD      | -            | the rest of a head    | `header_timeout`             | 408      |
+# | BODY      | answers      | of its request's body | `body_timeout`               | 408      |
+# | ANSWER    | answers      | kept for later        | as long as the handler takes |          |
+# | LATE_BODY | has answered | of its request's body | `body_timeout`               | closes   |
+#
+# A request may pass through IDLE, HEAD, BODY, ANSWER and IDLE again. A head that comes whole skips
+# HEAD, a body that comes with it skips BODY. LATE_BODY is the rest of a body whose request is
+# answered already. A new connection is IDLE, for `header_timeout`; one above `max_connections` is
+# EXCESS. While it is not the client who has to act, `_deadline` is `_NEVER`.
+_State = enum.Enum("_State", "EXCESS IDLE HEAD BODY ANSWER LATE_BODY")
 _EXCESS, _IDLE, _HEAD, _BODY, _ANSWER, _LATE_BODY = _State
 
 
