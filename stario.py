@@ -60,37 +60,37 @@ brackets can be left out of your copy: `python stario.py --without assets,client
         693  4. JSON
         799  5. The request: headers, query, cookies, body
        1275  6. The answer: status, fields, body
-       1704  7. Context and routing
-       2147  8. The app
-     2337  ACT 2. On the network
-       2345  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3408  10. The server
-       4218  11. Trying it without a network: the test client [testclient]
-     4662  ACT 3. Live
-       4710  12. Datastar: attributes and actions
-       5283  13. Streams: events, and staying with a client
-       5797  14. Relay: publish and subscribe
-     6103  ACT 4. For real
-       6110  15. Signals: from JSON to your dataclass
-       6849  16. Forms [forms]
-       7047  17. Behind a proxy
-       7154  18. Compression [compression]
-       7364  19. Static files [assets]
-       7928  20. Telemetry: spans, and who hears of them
-       8532  21. JsonTracer: for log collectors [json]
-       8609  22. RichTracer: for people [rich]
-       9070  23. Sessions [sessions]
-       9183  24. What lives as long as the server
-       9284  25. @baked
-       9560  26. ASGI: the same app under another server [asgi]
-       9770  27. RedisRelay: the same between processes and machines [redis]
-      10040  28. Reload: a saved file restarts the app [reload]
-      10192  29. Development: what went wrong, shown where one looks [development]
-      10304  30. What is refused
-    10557  ACT 5. The pocket client
-      10598  31. The pocket client (JavaScript) [client]
-      11952  32. This file as a page [read]
-      12143  33. An app to begin with
+       1707  7. Context and routing
+       2150  8. The app
+     2340  ACT 2. On the network
+       2348  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
+       3398  10. The server
+       4208  11. Trying it without a network: the test client [testclient]
+     4652  ACT 3. Live
+       4700  12. Datastar: attributes and actions
+       5273  13. Streams: events, and staying with a client
+       5787  14. Relay: publish and subscribe
+     6093  ACT 4. For real
+       6100  15. Signals: from JSON to your dataclass
+       6839  16. Forms [forms]
+       7037  17. Behind a proxy
+       7144  18. Compression [compression]
+       7354  19. Static files [assets]
+       7918  20. Telemetry: spans, and who hears of them
+       8522  21. JsonTracer: for log collectors [json]
+       8599  22. RichTracer: for people [rich]
+       9060  23. Sessions [sessions]
+       9173  24. What lives as long as the server
+       9274  25. @baked
+       9550  26. ASGI: the same app under another server [asgi]
+       9760  27. RedisRelay: the same between processes and machines [redis]
+      10030  28. Reload: a saved file restarts the app [reload]
+      10182  29. Development: what went wrong, shown where one looks [development]
+      10294  30. What is refused
+    10547  ACT 5. The pocket client
+      10588  31. The pocket client (JavaScript) [client]
+      11942  32. This file as a page [read]
+      12133  33. An app to begin with
 
 READING PATH
 
@@ -100,18 +100,18 @@ Two hours, for a reader who wants to know how it works, not all that it does. Re
       657-686    `Tags`  `h.P` makes one
      1078-1256   `Request`  what a client asks for
      1286-1354   `Carrier`  what brings the answer back
-     1432-1617   `_RawWriter`  the answer
-     1722-1817   `Context`  what a handler gets beside it
-     1907-1922   `_Tree.find`  from a path to a handler
-     2254-2288   `_App.dispatch`  one request from end to end
-     2701-2817   `_Reader`  bytes to requests
-     3155-3404   `Connection`  one connection, many requests
-     3826-3847   `Server.start`  listening
-     3962-3979   `Server.stop`  ending without losing a request
-     5405-5527   `_EventWriter`  events
-     5617-5682   `_Scope`  how a disconnect reaches a handler
-     5710-5793   `Alive`  staying with a client
-     5951-6048   `Relay`  from one handler to another
+     1432-1620   `_RawWriter`  the answer
+     1725-1820   `Context`  what a handler gets beside it
+     1910-1925   `_Tree.find`  from a path to a handler
+     2257-2291   `_App.dispatch`  one request from end to end
+     2685-2801   `_RequestReader`  bytes to requests
+     3153-3394   `Connection`  one connection, many requests
+     3816-3837   `Server.start`  listening
+     3952-3969   `Server.stop`  ending without losing a request
+     5395-5517   `_EventWriter`  events
+     5607-5672   `_Scope`  how a disconnect reaches a handler
+     5700-5783   `Alive`  staying with a client
+     5941-6038   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -2885,6 +2885,7 @@ class _SocketCarrier(Carrier, asyncio.Protocol):
         paused, self._paused_writing = self._paused_writing, None
         if paused:
             paused.set()
+        self._worker.loop.call_soon(self.go_on)  # perhaps a next request waits for it
 
     async def drained(self) -> None:
         """See Carrier. (An answer that ends its connection is still taken while that closes.)"""
@@ -2977,7 +2978,11 @@ class _SocketCarrier(Carrier, asyncio.Protocol):
         self._check_taken(now)
 
     def _timed_out(self) -> None:
-        """The deadline has passed. For Connection to say what that means."""
+        """The deadline has passed: for Connection, which knows what it waits for."""
+        raise NotImplementedError
+
+    def go_on(self) -> None:
+        """The client has taken what was written: a next request may be read."""
         raise NotImplementedError
 
     def extend_deadlines(self, seconds: float) -> None:
@@ -3053,10 +3058,77 @@ class _SocketCarrier(Carrier, asyncio.Protocol):
         if self._paused_reading:
             self._transport.resume_reading()
 
-    def abort(self) -> None:
+
+class _AnswerCarrier(_SocketCarrier):
+    """Sends answers as HTTP/1.1 writes them. What they answer is the business of Connection."""
+
+    def __init__(self, worker: Worker) -> None:
+        super().__init__(worker)
+        self._http_1_0 = False  # the version of the request
+        self._close_after = False  # the connection ends with this answer
+        self._is_usual = False  # all of the request is here, and its head says nothing of the end
+        self._chunked = False  # the answer is sent in chunks
+
+    def answer(self, status: int, fields: bytes, body: bytes) -> None:
+        """See Carrier. Mostly, in HTTP/1.1 that goes on, no field `connection` is needed."""
+        if not self._is_usual or self._worker.stopping:
+            fields = self._with_connection(fields)
+        if not self._closing:
+            data = b"".join((_status_line(status), fields, self._worker.end_of_head, body))
+            self._sent += len(data)
+            self._transport.write(data)
+        self._answered()
+
+    def begin(self, status: int, fields: bytes, unsized: bool) -> None:
         """See Carrier."""
+        self._chunked = unsized and not self._http_1_0
+        if self._chunked:
+            fields += b"transfer-encoding: chunked\r\n"
+        elif unsized:
+            self._close_after = True  # HTTP/1.0: the end of the connection is the end of the body
+        fields = self._with_connection(fields)
+        self._write(b"".join((_status_line(status), fields, self._worker.end_of_head)))
+
+    def _with_connection(self, fields: bytes) -> bytes:
+        """Add the field `connection`, and settle whether it stays open (RFC 9112, section 9.3)."""
+        self._close_after = self._must_close() or self._close_after or self._worker.stopping
+        if self._close_after:
+            fields += b"connection: close\r\n"
+        elif self._http_1_0:
+            fields += b"connection: keep-alive\r\n"
+        return fields
+
+    def send(self, data: bytes) -> None:
+        """See Carrier. A client that leaves more than `max_buffer` bytes waiting is cut off."""
+        limit = self._worker.limits.max_buffer
+        if self._paused_writing and self._transport.get_write_buffer_size() > limit:
+            self._cut_off()
+        self._write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
+
+    def finish(self) -> None:
+        """See Carrier."""
+        if self._chunked:
+            self._write(b"0\r\n\r\n")
+            self._chunked = False
+        self._answered()
+
+    def abort(self) -> None:
+        """See Carrier. In HTTP/1.0 a body ends with the connection: a reset tells of a fault."""
+        if self._http_1_0 and not self._is_closing():
+            connection = self._transport.get_extra_info("socket")
+            with suppress(AttributeError, OSError):
+                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
+            self._transport.abort()
         self._close()
         self.disconnected = True  # whatever comes of it, the client gets no more
+
+    def _must_close(self) -> bool:
+        """Whether too much of the request is still to come for a next one to follow it."""
+        raise NotImplementedError
+
+    def _answered(self) -> None:
+        """The answer is complete: what comes next?"""
+        raise NotImplementedError
 
 
 # What a connection is doing decides what the next bytes are, and what it waits for:
@@ -3078,20 +3150,18 @@ _State = enum.Enum("_State", "EXCESS IDLE HEAD BODY ANSWER LATE_BODY")
 _EXCESS, _IDLE, _HEAD, _BODY, _ANSWER, _LATE_BODY = _State
 
 
-class Connection(_SocketCarrier):
-    """A client's connection: it reads requests, one at a time, and sends their answers."""
+class Connection(_AnswerCarrier):
+    """A client's connection: it reads requests, one at a time, and starts their handlers.
+
+    It is told in three steps: the socket, the answers, and this. Each knows only those before it.
+    """
 
     def __init__(self, worker: Worker) -> None:
         super().__init__(worker)
         self._state = _IDLE
         self._reader = _RequestReader(worker.limits)
         self._body: Body  # in BODY and LATE_BODY: the one that is coming in
-        # Of the request that is answered:
-        self._http_1_0 = False
-        self._expects = False  # the client sends its body only after "100 Continue"
-        # Of its answer:
-        self._close_after = False  # with it the connection ends
-        self._chunked = False  # it is sent in chunks
+        self._expects = False  # the client sends it only after "100 Continue"
 
     # -- What the transport calls, and the worker
 
@@ -3117,11 +3187,6 @@ class Connection(_SocketCarrier):
         self.go_on()
         return self.scheme == "http"  # asyncio has no half-closed TLS
 
-    def resume_writing(self) -> None:
-        """There is room again: for this answer, or for the next request's."""
-        super().resume_writing()
-        self._worker.loop.call_soon(self.go_on)
-
     def connection_lost(self, exc: Exception | None) -> None:
         """The connection is closed: wake whoever waits for it."""
         self._worker.connections.discard(self)
@@ -3129,7 +3194,8 @@ class Connection(_SocketCarrier):
         self._closing = self.disconnected = True
         self._fail_body(ClientDisconnected("the client left before its request was complete"))
         self._end_scopes()
-        super().resume_writing()
+        if self._paused_writing:
+            self._paused_writing.set()
 
     def shut_down(self) -> None:
         """The server stops: streams end, requests are answered, idle connections may still ask."""
@@ -3187,6 +3253,7 @@ class Connection(_SocketCarrier):
         self._http_1_0 = line.http_1_0
         self._close_after = framing.close or (line.http_1_0 and not framing.keep_alive)
         body: Body | bytes = b"" if framing.is_plain else self._begin_body(framing)
+        self._is_usual = not (self._close_after or line.http_1_0 or self._state is _BODY)
         handling = worker.app.dispatch(Request(line, headers, body, self), self)
         # In a copy of the context variables: what a handler sets there ends with its request.
         # From Python 3.12 on it runs at once, up to its first wait (`_spawn`, part 10).
@@ -3251,8 +3318,7 @@ class Connection(_SocketCarrier):
 
     def _close_if_rest_is_unwanted(self) -> None:
         """After the answer, read an unwanted rest of a body only for the next request, if small."""
-        unread = self._body.dropped + (self._reader.decoder.left if self._reader.decoder else 0)
-        is_useless = self._close_after or unread > _DISCARD_LIMIT
+        is_useless = self._close_after or self._body.dropped + self._unread() > _DISCARD_LIMIT
         if is_useless and self._state is _LATE_BODY and self._body.discarding:
             self._end()
 
@@ -3289,61 +3355,23 @@ class Connection(_SocketCarrier):
         if self._is_reading_body():
             self._fail_body(exc)
         else:
-            self._state = _ANSWER
+            self._state, self._is_usual = _ANSWER, False
             text = f"{exc.detail}\n".encode("latin-1", "replace")
             fields = _TEXT[0] + _length_line(len(text))
             if exc.status_code == 503:
                 fields += b"retry-after: 5\r\n"
             self.answer(exc.status_code, fields, text)
 
-    # -- Answers: see Carrier
-
-    def answer(self, status: int, fields: bytes, body: bytes) -> None:
-        """See Carrier. Mostly, in HTTP/1.1 that goes on, no field `connection` is needed."""
-        stopping = self._worker.stopping
-        if self._close_after or stopping or self._http_1_0 or self._state is not _ANSWER:
-            fields = self._with_connection(fields)
-        if not self._closing:
-            data = b"".join((_status_line(status), fields, self._worker.end_of_head, body))
-            self._sent += len(data)
-            self._transport.write(data)
-        self.finish()
-
-    def begin(self, status: int, fields: bytes, unsized: bool) -> None:
-        """See Carrier."""
-        self._chunked = unsized and not self._http_1_0
-        if self._chunked:
-            fields += b"transfer-encoding: chunked\r\n"
-        elif unsized:
-            self._close_after = True  # HTTP/1.0: the end of the connection is the end of the body
-        fields = self._with_connection(fields)
-        self._write(b"".join((_status_line(status), fields, self._worker.end_of_head)))
-
-    def _with_connection(self, fields: bytes) -> bytes:
-        """Add the field `connection`, and settle whether it stays open (RFC 9112, section 9.3)."""
-        too_much = self._reader.decoder is not None and self._reader.decoder.left > _DISCARD_LIMIT
+    def _must_close(self) -> bool:
         # A client that still waits for "100 Continue" may send its body now, or never.
-        if self._worker.stopping or self._expects or too_much:
-            self._close_after = True
-        self._expects = False
-        if self._close_after:
-            fields += b"connection: close\r\n"
-        elif self._http_1_0:
-            fields += b"connection: keep-alive\r\n"
-        return fields
+        expects, self._expects = self._expects, False
+        return expects or self._unread() > _DISCARD_LIMIT
 
-    def send(self, data: bytes) -> None:
-        """See Carrier. A client that leaves more than `max_buffer` bytes waiting is cut off."""
-        limit = self._worker.limits.max_buffer
-        if self._paused_writing and self._transport.get_write_buffer_size() > limit:
-            self._cut_off()
-        self._write(b"%x\r\n%b\r\n" % (len(data), data) if self._chunked else data)
+    def _unread(self) -> int:
+        """How many bytes of a body are known to come."""
+        return self._reader.decoder.left if self._reader.decoder else 0
 
-    def finish(self) -> None:
-        """See Carrier."""
-        if self._chunked:
-            self._write(b"0\r\n\r\n")
-            self._chunked = False
+    def _answered(self) -> None:
         if self._state is _BODY:
             self._state = _LATE_BODY  # the handler may still read it
             self._close_if_rest_is_unwanted()
@@ -3361,18 +3389,9 @@ class Connection(_SocketCarrier):
                 self._worker.loop.call_soon(self.go_on)
 
     def _end(self) -> None:
-        unread = self._reader.buffer or self._reader.decoder
+        sending = bool(self._reader.buffer or self._reader.decoder)
         self._reader.buffer = b""
-        self._linger(bool(unread))
-
-    def abort(self) -> None:
-        """See Carrier. In HTTP/1.0 a body ends with the connection: a reset tells of a fault."""
-        if self._http_1_0 and not self._is_closing():
-            connection = self._transport.get_extra_info("socket")
-            with suppress(AttributeError, OSError):
-                connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
-            self._transport.abort()
-        super().abort()
+        self._linger(sending)
 
 
 # ==================================================================================================
