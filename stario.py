@@ -57,61 +57,61 @@ brackets can be left out of your copy: `python stario.py --without assets,client
       222  ACT 1. A framework
         230  2. Errors
         320  3. HTML: elements are strings
-        693  4. JSON
-        799  5. The request: headers, query, cookies, body
-       1275  6. The answer: status, fields, body
-       1707  7. Context and routing
-       2150  8. The app
-     2340  ACT 2. On the network
-       2348  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3398  10. The server
-       4208  11. Trying it without a network: the test client [testclient]
-     4652  ACT 3. Live
-       4700  12. Datastar: attributes and actions
-       5273  13. Streams: events, and staying with a client
-       5787  14. Relay: publish and subscribe
-     6093  ACT 4. For real
-       6100  15. Signals: from JSON to your dataclass
-       6839  16. Forms [forms]
-       7037  17. Behind a proxy
-       7144  18. Compression [compression]
-       7354  19. Static files [assets]
-       7918  20. Telemetry: spans, and who hears of them
-       8522  21. JsonTracer: for log collectors [json]
-       8599  22. RichTracer: for people [rich]
-       9060  23. Sessions [sessions]
-       9173  24. What lives as long as the server
-       9274  25. @baked
-       9550  26. ASGI: the same app under another server [asgi]
-       9760  27. RedisRelay: the same between processes and machines [redis]
-      10030  28. Reload: a saved file restarts the app [reload]
-      10182  29. Development: what went wrong, shown where one looks [development]
-      10294  30. What is refused
-    10547  ACT 5. The pocket client
-      10588  31. The pocket client (JavaScript) [client]
-      11942  32. This file as a page [read]
-      12133  33. An app to begin with
+        661  4. JSON
+        767  5. The request: headers, query, cookies, body
+       1243  6. The answer: status, fields, body
+       1675  7. Context and routing
+       2118  8. The app
+     2308  ACT 2. On the network
+       2316  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
+       3366  10. The server
+       4176  11. Trying it without a network: the test client [testclient]
+     4620  ACT 3. Live
+       4668  12. Datastar: attributes and actions
+       5241  13. Streams: events, and staying with a client
+       5755  14. Relay: publish and subscribe
+     6061  ACT 4. For real
+       6068  15. Signals: from JSON to your dataclass
+       6807  16. Forms [forms]
+       7005  17. Behind a proxy
+       7112  18. Compression [compression]
+       7322  19. Static files [assets]
+       7886  20. Telemetry: spans, and who hears of them
+       8490  21. JsonTracer: for log collectors [json]
+       8567  22. RichTracer: for people [rich]
+       9028  23. Sessions [sessions]
+       9141  24. What lives as long as the server
+       9242  25. @baked
+       9509  26. ASGI: the same app under another server [asgi]
+       9719  27. RedisRelay: the same between processes and machines [redis]
+       9989  28. Reload: a saved file restarts the app [reload]
+      10141  29. Development: what went wrong, shown where one looks [development]
+      10253  30. What is refused
+    10506  ACT 5. The pocket client
+      10547  31. The pocket client (JavaScript) [client]
+      11901  32. This file as a page [read]
+      12092  33. An app to begin with
 
 READING PATH
 
 Two hours, for a reader who wants to know how it works, not all that it does. Read in this order:
 
       331-344    `SafeString`  an element is a string
-      657-686    `Tags`  `h.P` makes one
-     1078-1256   `Request`  what a client asks for
-     1286-1354   `Carrier`  what brings the answer back
-     1432-1620   `_RawWriter`  the answer
-     1725-1820   `Context`  what a handler gets beside it
-     1910-1925   `_Tree.find`  from a path to a handler
-     2257-2291   `_App.dispatch`  one request from end to end
-     2685-2801   `_RequestReader`  bytes to requests
-     3153-3394   `Connection`  one connection, many requests
-     3816-3837   `Server.start`  listening
-     3952-3969   `Server.stop`  ending without losing a request
-     5395-5517   `_EventWriter`  events
-     5607-5672   `_Scope`  how a disconnect reaches a handler
-     5700-5783   `Alive`  staying with a client
-     5941-6038   `Relay`  from one handler to another
+      625-654    `Tags`  `h.P` makes one
+     1046-1224   `Request`  what a client asks for
+     1254-1322   `Carrier`  what brings the answer back
+     1400-1588   `_RawWriter`  the answer
+     1693-1788   `Context`  what a handler gets beside it
+     1878-1893   `_Tree.find`  from a path to a handler
+     2225-2259   `_App.dispatch`  one request from end to end
+     2653-2769   `_RequestReader`  bytes to requests
+     3121-3362   `Connection`  one connection, many requests
+     3784-3805   `Server.start`  listening
+     3920-3937   `Server.stop`  ending without losing a request
+     5363-5485   `_EventWriter`  events
+     5575-5640   `_Scope`  how a disconnect reaches a handler
+     5668-5751   `Alive`  staying with a client
+     5909-6006   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -363,42 +363,31 @@ def _quote(text: str) -> str:
 
 def render(*parts: object) -> SafeString:
     """Join parts into one piece of HTML: elements, text, numbers, and iterables of them."""
-    content: list[str] = []
-    _add(parts, content, None)
-    return SafeString("".join(content))
+    return SafeString(_html(parts))
 
-
-# -- Content. The parts of an element are added to two things: `content`, a list of pieces of HTML,
-# and `attributes`, a dict. Where there is no element, as in `render()`, `attributes` is None.
 
 Attributes = dict[str, object]
 
 
-def _add(parts: Iterable[Any], content: list[str], attributes: Attributes | None) -> None:
-    """Add each part to the content, or to the attributes."""
-    for part in parts:
-        kind = type(part)
-        if kind is SafeString:
-            content.append(part)
-        elif kind is str:
-            content.append(_escape(part))
-        else:
-            _add_other(part, content, attributes)
-
-
-def _add_other(part: object, content: list[str], attributes: Attributes | None) -> None:
-    """Add a part that is neither a plain str nor a SafeString."""
+def _html(
+    part: Any, attributes: Attributes | None = None, escape: Callable[[str], str] = _escape
+) -> str:
+    """A part of an element as HTML; a dict goes to the attributes. None: there is no element."""
+    kind = type(part)
+    if kind is str:
+        return escape(part)
+    if kind is list or kind is tuple or kind is types.GeneratorType:
+        items = [
+            item if type(item) is SafeString else _html(item, attributes, escape) for item in part
+        ]
+        return "".join(items)
     if part is None or part is True or part is False:
-        pass
-    elif type(part) is dict and attributes is not None:  # isinstance() below takes 9 times as long
-        attributes.update(_merged(attributes, part) if attributes else part)
-    elif type(part) in (list, tuple, types.GeneratorType):
-        _add(cast("Iterable[Any]", part), content, attributes)
-    elif hasattr(part, "__html__"):  # strings of template libraries, and `h.Br` uncalled
-        content.append(part.__html__())
-    elif isinstance(part, (str, int, float, Decimal)):
-        content.append(_escape(_as_text(part)))
-    elif isinstance(part, Mapping):
+        return ""
+    if hasattr(part, "__html__"):  # elements, strings of template libraries, `h.Br` uncalled
+        return cast(str, part.__html__())
+    if isinstance(part, (str, int, float, Decimal)):
+        return escape(_as_text(part))
+    if isinstance(part, Mapping):
         if attributes is None:
             raise StarioError(
                 f"a {type(part).__name__} is the attributes of an element, as in "
@@ -406,13 +395,13 @@ def _add_other(part: object, content: list[str], attributes: Attributes | None) 
                 "(for JSON: w.json)"
             )
         attributes.update(_merged(attributes, part))
-    elif isinstance(part, Iterable) and not isinstance(part, (bytes, bytearray, memoryview)):
-        _add(part, content, attributes)
-    else:
-        raise StarioError(
-            f"{type(part).__name__} cannot stand in HTML: give text, a number, an element, "
-            f"a dict of attributes, or an iterable of those{_hint(part)}"
-        )
+        return ""
+    if isinstance(part, Iterable) and not isinstance(part, (bytes, bytearray, memoryview)):
+        return _html(list(part), attributes, escape)
+    raise StarioError(
+        f"{type(part).__name__} cannot stand in HTML: give text, a number, an element, "
+        f"a dict of attributes, or an iterable of those{_hint(part)}"
+    )
 
 
 def _as_text(value: object) -> str:
@@ -494,7 +483,11 @@ def _other_attribute(name: str, value: object) -> str:
         return ""
     if type(value) is dict or isinstance(value, Mapping):
         if name == "style":
-            return f' style="{_quote(_style(value))}"'
+            style = ""
+            for key in value:
+                item = value[key]
+                style += f"{key}:{item};" if type(item) is str else _declaration(key, item)
+            return f' style="{_quote(style)}"'
         if name != "class":
             return _attributes({f"{name}-{key}": item for key, item in value.items()})
     # `@baked` (part 25) calls a function once, with placeholders (*blanks*) for its arguments. Here
@@ -506,16 +499,8 @@ def _other_attribute(name: str, value: object) -> str:
     return f' {name}="{_quote(_value_text(name, value))}"'
 
 
-def _style(properties: Mapping[str, object]) -> str:
-    """Declarations of CSS: `a:b;c:d;`, without those whose value is None or False."""
-    text = ""
-    for name in properties:
-        value = properties[name]
-        text += f"{name}:{value};" if type(value) is str else _declaration(name, value)
-    return text
-
-
 def _declaration(name: str, value: object) -> str:
+    """A declaration of a style, `top:0;`, or nothing for None and False."""
     if value is None or value is False:
         return ""
     if (bakes := _baking.get()) and (mark := bakes[0].mark_for(_declaration, name, value)):
@@ -547,13 +532,19 @@ def _value_text(name: str, value: object) -> str:
 Tag = Callable[..., SafeString]
 
 
-def _plain_tag(name: str) -> Tag:
-    """A factory for an element without rules of its own."""
-    start, bare, end = f"<{name}", f"<{name}>", f"</{name}>"
+def _factory(name: str) -> Tag:
+    """The factory for the elements of this name."""
+    # Without a doctype a browser lays a page out as in the 1990s ("quirks mode").
+    start = "<!doctype html><html" if name == "html" else f"<{name}"
+    is_void = name in _VOID_TAGS.split()
+    close, end = ("/>", "") if is_void else (">", f"</{name}>")
+    bare = start + close
+    escape = str if name in ("script", "style") else _escape  # (see `_check_raw`)
+    check = _refuse_content if is_void else _CONTENT_RULES.get(name)
 
     def _element(*parts: Any) -> SafeString:
-        # The loop of `_add` once more: a page calls this function for each element, and with a call
-        # of `_add` it takes a third longer.
+        # A page calls this function for each element. So what most parts are is asked here, and
+        # not by a call of `_html`, with which it takes a third longer.
         attributes: Attributes | None = None
         pieces: list[str] = [bare]
         for part in parts:
@@ -561,78 +552,59 @@ def _plain_tag(name: str) -> Tag:
             if kind is SafeString:
                 pieces.append(part)
             elif kind is str:
-                pieces.append(_escape(part))
+                pieces.append(escape(part))
             elif kind is dict:
                 attributes = _merged(attributes, part) if attributes else part
             elif kind is int:
                 pieces.append(f"{part}")
             elif part is not None:
                 attributes = dict(attributes or {})  # a copy: it may be the caller's own dict
-                _add_other(part, pieces, attributes)
+                pieces.append(_html(part, attributes, escape))
+        if check is not None:
+            pieces[1:] = [check(name, "".join(pieces[1:]))]
         if attributes:
-            pieces[0] = f"{start}{_attributes(attributes)}>"
+            pieces[0] = f"{start}{_attributes(attributes)}{close}"
         pieces.append(end)
         return SafeString("".join(pieces))
 
     return _element
 
 
-def _special_tag(name: str) -> Tag:
-    """A factory for `<html>`, `<script>`, `<style>`, `<pre>`, `<textarea>` or a void element.
-
-    A void element, such as `<br/>`, has no content and no end tag.
-    """
-    # Without a doctype a browser lays a page out as in the 1990s ("quirks mode").
-    start = "<!doctype html><html" if name == "html" else f"<{name}"
-    is_raw = name in ("script", "style")  # the browser does not decode their text
-    is_void = name in _VOID_TAGS.split()
-
-    def _element(*parts: Any) -> SafeString:
-        attributes: Attributes = {}
-        pieces: list[str] = []
-        _add(map(_trust, parts) if is_raw else parts, pieces, attributes)
-        content = "".join(pieces)
-        if is_void:
-            if content:
-                raise StarioError(f"<{name}> is void: it cannot have content ({content!r})")
-            return SafeString(f"{start}{_attributes(attributes)}/>")
-        if is_raw and ("<!--" in content or f"</{name}" in content.lower()):
-            raise StarioError(
-                f"text in <{name}> cannot hold '</{name}' (its end) or '<!--' (which hides it): "
-                "write '<' as \\u003c in a JavaScript string, as \\3c in CSS"
-            )
-        if name in ("pre", "textarea"):
-            content = _keep_line_feed(content)
-        return SafeString(f"{start}{_attributes(attributes)}>{content}</{name}>")
-
-    return _element
+def _refuse_content(name: str, content: str) -> str:
+    """For a void element, `<br/>` say, which has no end tag."""
+    if content:
+        raise StarioError(f"<{name}> is void: it cannot have content ({content!r})")
+    return ""
 
 
-def _trust(part: object) -> object:
-    """A part of a script or a style, in which text is not escaped."""
-    if isinstance(part, str):
-        return SafeString(str.__str__(part))
-    if isinstance(part, Iterable) and not isinstance(part, (Mapping, bytes, bytearray, memoryview)):
-        return map(_trust, part)
-    return part
+def _check_raw(name: str, content: str) -> str:
+    """For a script or a style, whose text no browser decodes."""
+    if "<!--" in content or f"</{name}" in content.lower():
+        raise StarioError(
+            f"text in <{name}> cannot hold '</{name}' (its end) or '<!--' (which hides it): "
+            "write '<' as \\u003c in a JavaScript string, as \\3c in CSS"
+        )
+    return content
 
 
-def _keep_line_feed(content: str) -> str:
+def _keep_line_feed(name: str, content: str) -> str:
     """Browsers drop a line feed that comes first in <pre> and <textarea>: put one more there."""
-    if (bakes := _baking.get()) and (
-        mark := bakes[0].mark_for(_keep_line_feed, content, is_html=True)
-    ):
+    bakes = _baking.get()
+    if bakes and (mark := bakes[0].mark_for(_keep_line_feed, name, content, is_html=True)):
         return mark
     return "\n" + content if content.startswith("\n") else content
 
 
+_CONTENT_RULES = {
+    "script": _check_raw, "style": _check_raw, "pre": _keep_line_feed, "textarea": _keep_line_feed,
+}  # fmt: skip
 _HTML_TAGS = """
 a abbr address article aside audio b bdi bdo blockquote body button canvas caption cite code
 colgroup data datalist dd del details dfn dialog div dl dt em fieldset figcaption figure footer form
-h1 h2 h3 h4 h5 h6 head header hgroup i iframe ins kbd label legend li main map mark math menu meter
-nav noscript object ol optgroup option output p picture portal progress q rp rt ruby s samp search
-section select slot small span strong sub summary sup svg table tbody td template tfoot th thead
-time title tr u ul var video
+h1 h2 h3 h4 h5 h6 head header hgroup html i iframe ins kbd label legend li main map mark math menu
+meter nav noscript object ol optgroup option output p picture portal pre progress q rp rt ruby s
+samp script search section select slot small span strong style sub summary sup svg table tbody td
+template textarea tfoot th thead time title tr u ul var video
 """
 _SVG_TAGS = """
 animate animateMotion animateTransform circle clipPath defs desc ellipse feBlend feColorMatrix
@@ -643,11 +615,7 @@ foreignObject g image line linearGradient marker mask metadata mpath path patter
 radialGradient rect set stop switch symbol text textPath tspan use view
 """
 _VOID_TAGS = "area base br col embed hr img input link meta param source track wbr"
-_TAG_MAKERS = {
-    **dict.fromkeys((_HTML_TAGS + _SVG_TAGS).split(), _plain_tag),
-    **dict.fromkeys((_VOID_TAGS + " html pre script style textarea").split(), _special_tag),
-}
-_TAG_NAMES = {name.lower(): name for name in _TAG_MAKERS}
+_TAG_NAMES = {name.lower(): name for name in (_HTML_TAGS + _SVG_TAGS + _VOID_TAGS).split()}
 
 
 def _cap_words(name: str) -> str:
@@ -668,14 +636,14 @@ class Tags:
         return tag
 
     def __dir__(self) -> Iterable[str]:
-        return [*super().__dir__(), *map(_cap_words, _TAG_MAKERS)]
+        return [*super().__dir__(), *map(_cap_words, _TAG_NAMES.values())]
 
     def tag(self, name: str) -> Tag:
         """A factory for any other element, a web component's say: `card = h.tag("my-card")`."""
         if not re.fullmatch(r"[A-Za-z][^\s/<>=\"'\x00]*", name):
             raise StarioError(f"{name!r} cannot be the name of an HTML element")
         name = _TAG_NAMES.get(name.lower(), name)  # `<SCRIPT>` is a script to browsers
-        factory = _TAG_MAKERS.get(name, _plain_tag)(name)
+        factory = _factory(name)
         setattr(factory, "__html__", factory)  # noqa: B010 - so `h.Div(h.Br)` needs no call
         factory.__name__ = name
         # For `h.Div(id="x")` Python raises a TypeError that begins with this name, so it tells what
@@ -9285,7 +9253,7 @@ class _Life:
 #
 #     lambda name, number: SafeString("".join([
 #         '<li id="line-', f"{number}" if number.__class__ is int else _quote(f"{number}"),
-#         '">', _escape(name) if name.__class__ is str else _filling(name), "</li>"]))
+#         '">', _escape(name) if name.__class__ is str else _html(name), "</li>"]))
 #
 # A hole is found by the *mark* that a blank gives as its text, `"<b41f9….0>"`. Escaping changes it,
 # which tells where it stands: in content it begins with `"&lt;`, in an attribute with `&quot;&lt;`.
@@ -9485,7 +9453,7 @@ class _Blank:
         self._bake, self._argument, self._code = bake, argument, code
 
     def __html__(self) -> str:
-        return self._bake.mark_for(_filling, self, is_html=True)
+        return self._bake.mark_for(_html, self, is_html=True)
 
     def __str__(self) -> str:
         return self._text("!s") or self._bake.mark_for(str, self)
@@ -9528,18 +9496,9 @@ def _result_or_none(view: Callable[..., object], given: inspect.BoundArguments) 
         return None
 
 
-def _filling(value: object) -> str:
-    """What is filled into a hole in content."""
-    if type(value) is str:
-        return _escape(value)
-    if type(value) is list:
-        return "".join([v if type(v) is SafeString else _filling(v) for v in value])
-    return value if type(value) is SafeString else render(value)
-
-
 # What these functions give for a text and for a number, `_v`: most values need no call of them.
 _SHORT: dict[Callable[..., str], tuple[str, str]] = {
-    _filling: ("_escape(_v)", "f'{_v}'"),
+    _html: ("_escape(_v)", "f'{_v}'"),
     _other_attribute: ("f' NAME=\"{_quote(_v)}\"'", "f' NAME=\"{_v}\"'"),
     _declaration: ("f'NAME:{_v};'", "f'NAME:{_v};'"),
     _code: ("_v", "f'{_v}'"),
