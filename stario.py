@@ -66,31 +66,31 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        2316  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
        3366  10. The server
        4176  11. Trying it without a network: the test client [testclient]
-     4620  ACT 3. Live
-       4668  12. Datastar: attributes and actions
-       5241  13. Streams: events, and staying with a client
-       5755  14. Relay: publish and subscribe
-     6061  ACT 4. For real
-       6068  15. Signals: from JSON to your dataclass
-       6807  16. Forms [forms]
-       7005  17. Behind a proxy
-       7112  18. Compression [compression]
-       7322  19. Static files [assets]
-       7886  20. Telemetry: spans, and who hears of them
-       8490  21. JsonTracer: for log collectors [json]
-       8567  22. RichTracer: for people [rich]
-       9028  23. Sessions [sessions]
-       9141  24. What lives as long as the server
-       9242  25. @baked
-       9509  26. ASGI: the same app under another server [asgi]
-       9719  27. RedisRelay: the same between processes and machines [redis]
-       9989  28. Reload: a saved file restarts the app [reload]
-      10141  29. Development: what went wrong, shown where one looks [development]
-      10253  30. What is refused
-    10506  ACT 5. The pocket client
-      10547  31. The pocket client (JavaScript) [client]
-      11901  32. This file as a page [read]
-      12092  33. An app to begin with
+     4611  ACT 3. Live
+       4659  12. Datastar: attributes and actions
+       5232  13. Streams: events, and staying with a client
+       5746  14. Relay: publish and subscribe
+     6052  ACT 4. For real
+       6059  15. Signals: from JSON to your dataclass
+       6798  16. Forms [forms]
+       6996  17. Behind a proxy
+       7103  18. Compression [compression]
+       7313  19. Static files [assets]
+       7877  20. Telemetry: spans, and who hears of them
+       8481  21. JsonTracer: for log collectors [json]
+       8558  22. RichTracer: for people [rich]
+       9019  23. Sessions [sessions]
+       9132  24. What lives as long as the server
+       9233  25. @baked
+       9500  26. ASGI: the same app under another server [asgi]
+       9710  27. RedisRelay: the same between processes and machines [redis]
+       9980  28. Reload: a saved file restarts the app [reload]
+      10132  29. Development: what went wrong, shown where one looks [development]
+      10244  30. What is refused
+    10497  ACT 5. The pocket client
+      10538  31. The pocket client (JavaScript) [client]
+      11892  32. This file as a page [read]
+      12083  33. An app to begin with
 
 READING PATH
 
@@ -108,10 +108,10 @@ Two hours, for a reader who wants to know how it works, not all that it does. Re
      3121-3362   `Connection`  one connection, many requests
      3784-3805   `Server.start`  listening
      3920-3937   `Server.stop`  ending without losing a request
-     5363-5485   `_EventWriter`  events
-     5575-5640   `_Scope`  how a disconnect reaches a handler
-     5668-5751   `Alive`  staying with a client
-     5909-6006   `Relay`  from one handler to another
+     5354-5476   `_EventWriter`  events
+     5566-5631   `_Scope`  how a disconnect reaches a handler
+     5659-5742   `Alive`  staying with a client
+     5900-5997   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -4325,8 +4325,9 @@ class TestStream:
         self._name = name  # of the request, for messages
         self._timeout = timeout
         self._raised: list[BaseException] = []  # by its handler; `_record_fault` (20) puts it there
-        self._events = self._read_events()
-        self._next: asyncio.Future[ServerEvent | None] | None = None  # the one that is awaited
+        self._unread = b""  # bytes that have come, and of which the body's decoder needs more
+        self._unparsed = b""  # the beginning of an event
+        self._events: deque[ServerEvent] = deque()  # that have come, and are not asked for yet
         self._last: ServerEvent | None = None
         self._worker = Worker(client.app, asyncio.get_running_loop(), client.limits)
         if client.raise_errors:
@@ -4336,25 +4337,17 @@ class TestStream:
         return self
 
     async def __anext__(self) -> ServerEvent:
-        after = f" after {self._last}" if self._last else ""
-        # A test may give up waiting, and ask again: so what waits is not cancelled with it.
-        self._next = self._next or asyncio.ensure_future(anext(self._events, None))
-        async with self._awaiting(f"the next event{after}"):
-            event = await asyncio.shield(self._next)
-        self._next, self._last = None, event
-        if event is None:
+        # A test may give up waiting, and ask again: what has come until then is kept.
+        async with self._awaiting(f"the next event{f' after {self._last}' if self._last else ''}"):
+            while not self._events and (piece := await self._read_piece()):
+                text = (self._unparsed + piece).replace(b"\r\n", b"\n")
+                *blocks, self._unparsed = text.split(b"\n\n")
+                self._events.extend(filter(None, map(_parse_event, blocks)))
+        if not self._events:
             self._raise_failure()
             raise StopAsyncIteration
-        return event
-
-    async def _read_events(self) -> AsyncIterator[ServerEvent]:
-        await asyncio.shield(self._head)
-        unread = b""
-        async for piece in self._pieces:
-            *blocks, unread = (unread + piece).replace(b"\r\n", b"\n").split(b"\n\n")
-            for event in map(_parse_event, blocks):
-                if event:
-                    yield event
+        self._last = self._events.popleft()
+        return self._last
 
     async def _send(self, head: str, body: bytes) -> None:
         """Connect, and send the request."""
@@ -4373,17 +4366,22 @@ class TestStream:
             line, _, fields = block.partition(b"\r\n")
             status = int(line.split()[1])
         self.headers = Headers(_split_fields(fields))
-        no_body |= status in _BODILESS
-        self._pieces = self._body(0 if no_body else int(self.headers.get("content-length") or 0))
+        framing = _Framing(b"" if no_body or status in _BODILESS else fields)
+        self._decoder = _BodyDecoder(framing, self._worker.limits)
         self.status = status
 
-    async def _body(self, length: int) -> AsyncIterator[bytes]:
-        """The body as it comes, without its framing."""
-        if "transfer-encoding" in self.headers:
-            while size := int(await self._reader.readuntil(b"\r\n"), 16):
-                yield (await self._reader.readexactly(size + 2))[:-2]
-        else:
-            yield await self._reader.readexactly(length)
+    async def _read_piece(self) -> bytes:
+        """Some more of the body; nothing at its end."""
+        await asyncio.shield(self._head)
+        while not self._decoder.ended:
+            if not (data := await self._reader.read(_HIGH_WATER)):
+                raise EOFError
+            self._unread += data
+            piece, upto = self._decoder.decode(self._unread, 0)
+            self._unread = self._unread[upto:]
+            if piece:
+                return piece
+        return b""
 
     @asynccontextmanager
     async def _awaiting(self, what: str) -> AsyncIterator[None]:
@@ -4407,21 +4405,13 @@ class TestStream:
             if not self._head.done():
                 await asyncio.sleep(0)
 
-    async def _close(self, *, stopping: bool = False) -> None:
-        """Hang up, or stop the server for this stream alone; then wait for the handler."""
-        self._worker.stopping = stopping
-        if stopping:
-            for connection in self._worker.connections:
-                connection.shut_down()
-        else:
-            self._writer.close()
+    async def _hang_up(self) -> None:
+        """Close our end, and wait until the handler has ended."""
+        self._writer.close()
         try:
             await self._wait_for_handler()
         finally:
             self._head.cancel()
-            if self._next:
-                self._next.cancel()
-            self._writer.close()
             await self._worker.stop(0.0)
 
     async def _wait_for_handler(self) -> None:
@@ -4480,7 +4470,8 @@ class TestClient:
 
     async def __aexit__(self, kind: type[BaseException] | None, *exc: object) -> None:
         for stream in self._unfinished:
-            self._ending.push_async_callback(stream._close, stopping=True)
+            stream._worker.stopping = True
+            self._ending.push_async_callback(stream._hang_up)
         await self._ending.aclose()
         for stream in self._unfinished:
             if kind is None:
@@ -4519,21 +4510,21 @@ class TestClient:
     async def _request(
         self, method: str, path: str, wait: bool, options: dict[str, Any]
     ) -> TestResponse:
-        stream = await self._send(method, path, **options)
+        stream, pieces = await self._send(method, path, **options), list[bytes]()
         try:
             async with stream._awaiting("its answer"):
-                await stream._head
-                body = b"".join([piece async for piece in stream._pieces])
+                while piece := await stream._read_piece():
+                    pieces.append(piece)
             if wait:
                 await stream._wait_for_handler()
                 stream._raise_failure()
         finally:
             if wait:
-                await stream._close()
+                await stream._hang_up()
             else:
                 self._unfinished.append(stream)
         set_cookies = self._jar.take(stream.headers)
-        return TestResponse(stream.status, stream.headers, body, set_cookies)
+        return TestResponse(stream.status, stream.headers, b"".join(pieces), set_cookies)
 
     @asynccontextmanager
     async def stream(self, method: str, path: str, **options: Any) -> AsyncIterator[TestStream]:
@@ -4551,7 +4542,7 @@ class TestClient:
             self._jar.take(stream.headers)
             yield stream
         finally:
-            await stream._close()
+            await stream._hang_up()
         stream._raise_failure()
 
     async def _send(
