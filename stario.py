@@ -83,14 +83,14 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        9132  24. What lives as long as the server
        9233  25. @baked
        9500  26. ASGI: the same app under another server [asgi]
-       9710  27. RedisRelay: the same between processes and machines [redis]
-       9980  28. Reload: a saved file restarts the app [reload]
-      10132  29. Development: what went wrong, shown where one looks [development]
-      10244  30. What is refused
-    10497  ACT 5. The pocket client
-      10538  31. The pocket client (JavaScript) [client]
-      11892  32. This file as a page [read]
-      12083  33. An app to begin with
+       9725  27. RedisRelay: the same between processes and machines [redis]
+       9995  28. Reload: a saved file restarts the app [reload]
+      10147  29. Development: what went wrong, shown where one looks [development]
+      10259  30. What is refused
+    10512  ACT 5. The pocket client
+      10553  31. The pocket client (JavaScript) [client]
+      11907  32. This file as a page [read]
+      12098  33. An app to begin with
 
 READING PATH
 
@@ -9520,7 +9520,7 @@ _SHORT: dict[Callable[..., str], tuple[str, str]] = {
 # ==================================================================================================
 
 
-_ASGI_GRACE = 5.0  # seconds for a handler whose server has stopped
+_ASGI_GRACE = 5.0  # seconds for a handler whose server has stopped, and for a body nobody reads
 _ASGI_BUFFER = 16 * 1024 * 1024  # bytes that may wait for the client; with more it is cut off
 
 Message = MutableMapping[str, Any]
@@ -9537,16 +9537,16 @@ class _AsgiExchange(Carrier):
         self.scopes = []
         self.client = str((scope.get("client") or ("",))[0] or "")
         self.scheme = str(scope.get("scheme") or "http")
-        self._was_read = asyncio.Event()  # set when one of the two bodies has been read
-        self.body = Body(self._was_read.set)
-        self._answer = Body(self._was_read.set)
+        self.may_have_body = scope["method"] not in ("GET", "HEAD")
+        self._news = asyncio.Event()  # one of the two bodies has been read, or has ended
+        self.body = Body(self._news.set)
+        self._answer = Body(self._news.set)
         self._head: Message | None = None  # of the answer, until it is sent
 
-    async def _has_room(self, body: Body) -> None:
-        """Wait until whoever reads this body has taken enough of it."""
-        while body.buffered >= _HIGH_WATER:
-            self._was_read.clear()
-            await self._was_read.wait()
+    async def _until(self, is_so: Callable[[], bool]) -> None:
+        while not is_so():
+            self._news.clear()
+            await self._news.wait()
 
     # -- The handler's side
 
@@ -9574,7 +9574,7 @@ class _AsgiExchange(Carrier):
 
     async def drained(self) -> None:
         """See Carrier."""
-        await self._has_room(self._answer)
+        await self._until(lambda: self._answer.buffered < _HIGH_WATER)
         if self.disconnected:
             raise ClientDisconnected("the client has gone")
 
@@ -9590,11 +9590,23 @@ class _AsgiExchange(Carrier):
                 if self._head:
                     head, self._head = self._head, None
                     await send(head)
+                if self.may_have_body and not (more or self.body.ended):
+                    await send({"type": "http.response.body", "body": data, "more_body": True})
+                    await self._end_of_request()
+                    data = b""
                 await send({"type": "http.response.body", "body": data, "more_body": more})
         except OSError:  # the client has gone: `disconnect` says so, or the server by `send`
             self.disconnect()
         finally:
-            self._was_read.set()
+            self._news.set()
+
+    async def _end_of_request(self) -> None:
+        """Wait for the rest of a body that nobody wants, which would come after the answer's end.
+
+        Servers then reset the connection; with HTTP/2, hypercorn, and so all the other streams.
+        """
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._until(lambda: self.body.ended), _ASGI_GRACE)
 
     async def listen(self, receive: Receive) -> None:
         """Receive the body, no faster than the handler reads it, and then the disconnect."""
@@ -9605,9 +9617,10 @@ class _AsgiExchange(Carrier):
                 if chunk := message.get("body"):
                     self.body.feed(chunk)
                 if message.get("more_body"):
-                    await self._has_room(self.body)
+                    await self._until(lambda: self.body.buffered < _HIGH_WATER)
                 else:
                     self.body.end()
+                    self._news.set()
         except Exception as exc:
             if not (self._answer.ended or isinstance(exc, OSError)):
                 self._answer.fail(exc)
@@ -9617,6 +9630,8 @@ class _AsgiExchange(Carrier):
         """Nobody takes the answer any more. If it is complete, the handler hears nothing of it."""
         if not self.body.ended:
             self.body.fail(ClientDisconnected("the client left before its request was complete"))
+            self.body.end()
+            self._news.set()
         if not self._answer.ended or self.shutting_down:
             self.disconnected = True
             self._answer.fail(ConnectionResetError())  # ends `pass_on`
@@ -9643,7 +9658,7 @@ async def _serve_asgi(app: Stario, scope: Message, receive: Receive, send: Send)
         await exchange.pass_on(send)
         return
     handling = _spawn(app.dispatch(request, exchange), loop)
-    if handling.done():  # the handler had nothing to wait for, so the third task is not needed
+    if handling.done() and not exchange.may_have_body:  # so the third task is not needed
         await exchange.pass_on(send)
         return
     _asgi_handlers[handling] = app, exchange

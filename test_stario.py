@@ -11397,6 +11397,33 @@ class TestAsgi(StreamTest):
         await within(server.task)
         self.assertEqual((self.log, len(server.body)), (["drained"], 1_000_000))
 
+    async def test_an_answer_ends_when_its_request_has(self) -> None:
+        async def answers(c: Context, w: Writer) -> None:
+            w.text("unread")
+
+        async def receive() -> dict[str, Any]:
+            if not begun.is_set():
+                begun.set()
+                return {"type": "http.request", "body": b"a", "more_body": True}
+            await rest.wait()
+            return {"type": "http.request", "body": b"b", "more_body": False}
+
+        app, server = Stario(), AsgiServer(Stario(), method="POST")
+        await within(server.task)
+        app.post("/", answers)
+        for comes in (True, False):
+            begun, rest = asyncio.Event(), asyncio.Event()
+            server.sent.clear()
+            with mock.patch.object(stario, "_ASGI_GRACE", 30 if comes else 0.01):
+                serving = asyncio.create_task(app(server.scope, receive, server.send))
+                await within(begun.wait())
+                await until(lambda: server.body == b"unread")
+                if comes:
+                    self.assertTrue(server.sent[-1]["more_body"])
+                    rest.set()
+                await within(serving)
+            self.assertEqual((server.body, server.sent[-1]["more_body"]), (b"unread", False))
+
     async def test_a_server_that_fails_to_send_ends_the_handler(self) -> None:
         async def floods(c: Context, w: Writer) -> None:
             async for _ in w.alive():
@@ -15682,7 +15709,9 @@ class TestTilesUnderHypercorn(TilesTest):
         async def read_until(wanted: Callable[[], bool]) -> None:
             while not wanted():
                 writer.write(client.data_to_send())
-                for event in client.receive_data(await within(reader.read(65536))):
+                data = await within(reader.read(65536))
+                self.assertTrue(data, "the connection is closed")
+                for event in client.receive_data(data):
                     if isinstance(event, ResponseReceived):
                         status[event.stream_id] = dict(event.headers)[b":status"]
                     elif isinstance(event, DataReceived):
@@ -15695,6 +15724,11 @@ class TestTilesUnderHypercorn(TilesTest):
         signals = [json.dumps({"user_id": f"user-{number}"}) for number in range(10)]
         streams = [ask("GET", f"/subscribe?{urlencode({'datastar': one})}") for one in signals]
         await read_until(lambda: all(bodies[stream] for stream in streams))
+        unread = client.get_next_available_stream_id()  # answered before its body comes
+        fields = {":method": "POST", ":path": "/none", ":scheme": "http", ":authority": "x"}
+        client.send_headers(unread, fields.items())
+        await read_until(lambda: unread in status)
+        client.send_data(unread, b"{}", end_stream=True)
         before = bodies.copy()
         click = ask("POST", "/click?cellId=3", signals[0].encode(), "application/json")
         await read_until(lambda: click in status)
