@@ -59,38 +59,38 @@ brackets can be left out of your copy: `python stario.py --without assets,client
         320  3. HTML: elements are strings
         661  4. JSON
         767  5. The request: headers, query, cookies, body
-       1243  6. The answer: status, fields, body
-       1675  7. Context and routing
-       2118  8. The app
-     2308  ACT 2. On the network
-       2316  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3366  10. The server
-       4176  11. Trying it without a network: the test client [testclient]
-     4611  ACT 3. Live
-       4659  12. Datastar: attributes and actions
-       5232  13. Streams: events, and staying with a client
-       5746  14. Relay: publish and subscribe
-     6052  ACT 4. For real
-       6059  15. Signals: from JSON to your dataclass
-       6798  16. Forms [forms]
-       6996  17. Behind a proxy
-       7103  18. Compression [compression]
-       7313  19. Static files [assets]
-       7877  20. Telemetry: spans, and who hears of them
-       8481  21. JsonTracer: for log collectors [json]
-       8558  22. RichTracer: for people [rich]
-       9019  23. Sessions [sessions]
-       9132  24. What lives as long as the server
-       9233  25. @baked
-       9500  26. ASGI: the same app under another server [asgi]
-       9725  27. RedisRelay: the same between processes and machines [redis]
-       9995  28. Reload: a saved file restarts the app [reload]
-      10147  29. Development: what went wrong, shown where one looks [development]
-      10259  30. What is refused
-    10512  ACT 5. The pocket client
-      10553  31. The pocket client (JavaScript) [client]
-      11907  32. This file as a page [read]
-      12098  33. An app to begin with
+       1246  6. The answer: status, fields, body
+       1678  7. Context and routing
+       2121  8. The app
+     2311  ACT 2. On the network
+       2319  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
+       3391  10. The server
+       4201  11. Trying it without a network: the test client [testclient]
+     4636  ACT 3. Live
+       4684  12. Datastar: attributes and actions
+       5257  13. Streams: events, and staying with a client
+       5771  14. Relay: publish and subscribe
+     6077  ACT 4. For real
+       6084  15. Signals: from JSON to your dataclass
+       6823  16. Forms [forms]
+       7021  17. Behind a proxy
+       7128  18. Compression [compression]
+       7338  19. Static files [assets]
+       7902  20. Telemetry: spans, and who hears of them
+       8506  21. JsonTracer: for log collectors [json]
+       8583  22. RichTracer: for people [rich]
+       9044  23. Sessions [sessions]
+       9157  24. What lives as long as the server
+       9258  25. @baked
+       9525  26. ASGI: the same app under another server [asgi]
+       9750  27. RedisRelay: the same between processes and machines [redis]
+      10020  28. Reload: a saved file restarts the app [reload]
+      10172  29. Development: what went wrong, shown where one looks [development]
+      10284  30. What is refused
+    10537  ACT 5. The pocket client
+      10578  31. The pocket client (JavaScript) [client]
+      11932  32. This file as a page [read]
+      12123  33. An app to begin with
 
 READING PATH
 
@@ -98,20 +98,20 @@ Two hours, for a reader who wants to know how it works, not all that it does. Re
 
       331-344    `SafeString`  an element is a string
       625-654    `Tags`  `h.P` makes one
-     1046-1224   `Request`  what a client asks for
-     1254-1322   `Carrier`  what brings the answer back
-     1400-1588   `_RawWriter`  the answer
-     1693-1788   `Context`  what a handler gets beside it
-     1878-1893   `_Tree.find`  from a path to a handler
-     2225-2259   `_App.dispatch`  one request from end to end
-     2653-2769   `_RequestReader`  bytes to requests
-     3121-3362   `Connection`  one connection, many requests
-     3784-3805   `Server.start`  listening
-     3920-3937   `Server.stop`  ending without losing a request
-     5354-5476   `_EventWriter`  events
-     5566-5631   `_Scope`  how a disconnect reaches a handler
-     5659-5742   `Alive`  staying with a client
-     5900-5997   `Relay`  from one handler to another
+     1049-1227   `Request`  what a client asks for
+     1257-1325   `Carrier`  what brings the answer back
+     1403-1591   `_RawWriter`  the answer
+     1696-1791   `Context`  what a handler gets beside it
+     1881-1896   `_Tree.find`  from a path to a handler
+     2228-2262   `_App.dispatch`  one request from end to end
+     2678-2794   `_RequestReader`  bytes to requests
+     3146-3387   `Connection`  one connection, many requests
+     3809-3830   `Server.start`  listening
+     3945-3962   `Server.stop`  ending without losing a request
+     5379-5501   `_EventWriter`  events
+     5591-5656   `_Scope`  how a disconnect reaches a handler
+     5684-5767   `Alive`  staying with a client
+     5925-6022   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -789,13 +789,19 @@ class _Fields:
     def __init__(self, fields: dict[str, list[str]] | None = None) -> None:
         self._fields = fields if fields is not None else {}  # name -> its values, in order
 
+    def _values(self, name: str) -> Sequence[str]:
+        """All values of a name, in order."""
+        return (
+            self._fields.get(name) or self._fields.get(self._fold(name)) or ()
+        )  # (folding is slow)
+
     def items(self) -> list[tuple[str, str]]:
         """All fields as pairs of name and value; a name that came twice is in two of them."""
         return [(name, value) for name, values in self._fields.items() for value in values]
 
     def getlist(self, name: str) -> list[str]:
         """All values of a name, in order; an empty list where there is none."""
-        return list(self._fields.get(self._fold(name), ()))
+        return list(self._values(name))
 
     def keys(self) -> list[str]:
         """The names, each once."""
@@ -819,7 +825,7 @@ class _Fields:
         `c.req.query.get("start", 0, type=int)`; a bool is true for "true", "on", "yes" and "1".
         A type refuses by a ValueError, LookupError, ArithmeticError or RecursionError.
         """
-        values = self._fields.get(name) or self._fields.get(self._fold(name))  # (folding is slow)
+        values = self._values(name)
         if not values or type is None:
             return values[0] if values else default
         if type is bool:
@@ -837,7 +843,7 @@ class _Fields:
         return values[0]
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and self._fold(name) in self._fields
+        return isinstance(name, str) and bool(self._values(name))
 
     def __len__(self) -> int:
         return sum(map(len, self._fields.values()))
@@ -867,12 +873,9 @@ class Headers(_Fields):
     def _list(self, name: str) -> list[str]:
         """The items of a field that is a list, `a, b`, over all its lines (RFC 9110, section 5.3).
 
-        `name` is in lower case. Of a long list only the last 32: proxies add theirs at the end.
+        Of a long list only the last 32: proxies add theirs at the end.
         """
-        lines = self._fields.get(name)
-        if lines is None:
-            return []
-        items = ",".join(lines).rsplit(",", 32)
+        items = ",".join(self._values(name)).rsplit(",", 32)
         return [item for text in items[-32:] if (item := text.strip(" \t"))]
 
 
@@ -1727,7 +1730,7 @@ class Context:
             if req.route:
                 attributes["http.route"] = req.route
             name = f"{req.method} {req.route}".rstrip()
-            caller = _caller_of(req.headers._fields.get("traceparent", ()))  # a span elsewhere
+            caller = _caller_of(req.headers._values("traceparent"))  # a span elsewhere
             self._span = Span(self.app.tracer, name, attributes, caller)
         return self._span
 
@@ -2339,7 +2342,7 @@ class _App(Router):
 # worker looks at all of them: the *sweep*. So a time limit is an attribute, and no timer.
 #
 # What has been read before, byte for byte, is not read again: a browser repeats its header block,
-# so the last one is kept. Header fields are split up when somebody asks for one.
+# so the last one is kept. A header field is looked up when somebody asks for it.
 # ==================================================================================================
 
 
@@ -2450,14 +2453,36 @@ _kept_framing = lru_cache(maxsize=256)(_Framing)
 
 
 class _ReceivedHeaders(Headers):
-    """Headers that are split up when a handler asks for one of them."""
+    """Headers as they came. The first three that are asked for are looked up in their block.
+
+    All of it is split up for a fourth one: for a browser's block that takes as long as five are
+    looked up.
+    """
 
     def __init__(self, block: bytes) -> None:
         self._block = block
+        self._known: dict[str, Sequence[str]] = {}  # what has been looked up
 
     @cached_property
     def _fields(self) -> dict[str, list[str]]:  # type: ignore[override]
         return _split_fields(self._block)
+
+    def _values(self, name: str) -> Sequence[str]:
+        values = self._known.get(name)
+        if values is None:
+            if len(self._known) == 3:
+                return super()._values(name)
+            values = self._known[name] = self._look_up(name.lower())
+        return values
+
+    def _look_up(self, name: str) -> Sequence[str]:
+        start, end = f"\n{name}:".encode("ascii", "replace"), 0
+        in_lower_case, values = self._block.lower(), []
+        while ":" not in name and (at := in_lower_case.find(start, end)) >= 0:
+            end = in_lower_case.find(b"\r", at)
+            value = self._block[at + len(start) : end].strip(b" \t")
+            values.append(value.decode("utf-8" if name in _UTF_8_FIELDS else "latin-1", "replace"))
+        return values
 
 
 # Fields are latin-1, but browsers send these in UTF-8 (HTML standard, 9.2.4; a script's cookies).
@@ -7184,7 +7209,7 @@ def _coding_for(
     config: CompressionConfig, headers: Headers, fields: bytes, streaming: bool = False
 ) -> str | None:
     """The coding for an answer with these fields, or None."""
-    lines = headers._fields.get("accept-encoding")
+    lines = headers._values("accept-encoding")
     if lines is None or _UNCOMPRESSED.search(fields):
         return None
     accepted = ",".join(lines)

@@ -2582,6 +2582,42 @@ class TestFields(HttpTest):
                     await peer.send(f"GET / HTTP/1.1\r\nHost: {given}\r\n\r\n")
                     self.assertEqual(understood(await within(peer.answer()))[2], host)
 
+    async def test_a_field_that_is_looked_up_is_what_all_of_them_say(self) -> None:
+        """Whatever is asked for first, and whether the block has come before."""
+        block = (
+            f"{HOST}X-A: 1\r\nX: x-b: y\r\nx-a:\t2 \r\nX-AB: 3\r\nX-Empty:\r\n"
+            "Cookie: a=\u20ac\r\nX-L: \xe4\r\nLast-Event-ID: \xff\r\n"
+        )
+        names = ["X-A", "cookie", "x-b", "X", "x: x-b", "\u20ac", "X-L", "last-event-id"]
+        names += ["x-empty", "a\r\nx", "", "x-", "host"]
+        heads: list[stario.Headers] = []
+
+        async def keep(c: Context, w: Writer) -> None:
+            heads.append(c.req.headers)
+            w.empty()
+
+        app = Stario()
+        app.get("/", keep)
+        line = block.replace("\u20ac", "\xe2\x82\xac").encode("latin-1")
+        for name in names:
+            async with connected(app) as peer:
+                for _ in range(2):
+                    await peer.send(b"GET / HTTP/1.1\r\n" + line + b"\r\n")
+                    self.assertEqual((await within(peer.answer())).status, 204)
+            for headers in heads:
+                with self.subTest(name):
+                    order = [name, *names]
+                    found = {key: (headers.getlist(key), key in headers) for key in order}
+                    split: dict[str, list[str]] = {}
+                    for key, value in headers.items():
+                        split.setdefault(key, []).append(value)
+                    self.assertEqual(split["x-a"], ["1", "2"])
+                    self.assertEqual(split["cookie"], ["a=\u20ac"])
+                    for key in order:
+                        values = split.get(key.lower(), [])
+                        self.assertEqual(found[key], (values, key.lower() in split))
+            heads.clear()
+
     async def test_names_are_caseless_and_values_are_stripped_latin_1(self) -> None:
         """RFC 9110, sections 5.1 and 5.5; RFC 9112, section 5."""
 
