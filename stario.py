@@ -90,7 +90,7 @@ brackets can be left out of your copy: `python stario.py --without assets,client
     10537  ACT 5. The pocket client
       10578  31. The pocket client (JavaScript) [client]
       11932  32. This file as a page [read]
-      12123  33. An app to begin with
+      12103  33. An app to begin with
 
 READING PATH
 
@@ -11932,8 +11932,8 @@ Stario._pocket = Assets({"pocket.js": POCKET_CLIENT}, "_stario")
 # 32. This file as a page [read]
 #
 # `python stario.py --read` serves it: comments beside their code, names that lead to where they are
-# defined, examples with a button that runs them. An example is code in a comment; its last line is
-# a request, and what the answer begins with:
+# defined, examples with a button that runs them. An example is code in a comment, which makes an
+# `app`; its last line is a request to that, and what the answer begins with:
 #
 #     async def hello(c: Context, w: Writer) -> None:
 #         w.html(h.P("Hello, ", c.req.query.get("name", "world")))
@@ -11955,6 +11955,13 @@ class _Row(NamedTuple):
     def title(self) -> str:
         """Of the act or part that begins here; else empty."""
         return self.prose[1] if self.prose and self.prose[0].startswith("====") else ""
+
+    @property
+    def example(self) -> list[str]:
+        """What stands in the comment as an example: code, target, answer; or nothing."""
+        example = r"((?:^(?: {4}.*)?\n)+)^ {4}# GET (/\S*) -> (.*)$"
+        found = re.search(example, "\n".join(self.prose), re.MULTILINE)
+        return list(found.groups()) if found else []
 
 
 def _rows(source: str) -> list[_Row]:
@@ -11981,17 +11988,15 @@ def _rows(source: str) -> list[_Row]:
     return rows
 
 
-_KEYWORDS = "|".join((*keyword.kwlist, "const|export|function|let|new|null|of|this|typeof"))
-
-
 @functools.cache
 def _code_pattern() -> re.Pattern[str]:
-    """Comment, string, keyword, the definition of a name, or another name: for two languages."""
+    """For Python and JavaScript: a comment, string, keyword, the definition of a name, a name."""
+    keywords = "|".join((*keyword.kwlist, "const|export|function|let|new|null|of|this|typeof"))
+    before = "def", "async def", "class", "const", "let", "function", "export function"
+    defining = "|".join(f"(?<=^{words} )" for words in before)
     return re.compile(
-        r"(?P<c>(?:#|// ).*)|(?P<s>'(?:\\.|[^'\\\n])*'|\"(?:\\.|[^\"\\\n])*\"|`[^`]*`)"
-        rf"|\b(?P<k>{_KEYWORDS})\b|(?P<d>(?:(?<=^def )|(?<=^async def )|(?<=^class )|(?<=^const )"
-        r"|(?<=^let )|(?<=^function )|(?<=^export function ))\w+|^[A-Za-z_]\w*(?=(?:: .+)? = ))"
-        r"|(?P<n>[A-Za-z_]\w*)",  # or another name
+        r"(?P<c>(?:#|// ).*)|(?P<s>(['\"])(?:\\.|(?!\3)[^\\\n])*\3|`[^`]*`)|"
+        rf"\b(?P<k>{keywords})\b|(?P<d>(?:{defining})\w+|^\w+(?=(?:: .+)? = ))|(?P<n>\w+)",
         re.MULTILINE,
     )
 
@@ -12010,15 +12015,13 @@ def _colored(code: str, defined: set[str]) -> SafeString:
     return SafeString(_code_pattern().sub(mark, render(code)))
 
 
-def _prose(lines: list[str]) -> SafeString:
+def _prose(lines: list[str]) -> Iterator[SafeString]:
     """The text of a comment: paragraphs, and what is indented as it is."""
-    blocks = [block.strip("\n") for block in "\n".join(lines).split("\n\n")]
-    return render(
-        h.Pre(block) if block.startswith("    ") else h.P(
-            h.Code(text) if i % 2 else text for i, text in enumerate(block.split("`"))
-        )
-        for block in blocks
-    )  # fmt: skip
+    for block in "\n".join(lines).split("\n\n"):
+        if block.strip("\n").startswith("    "):
+            yield h.Pre(block.strip("\n"))
+        else:
+            yield h.P(h.Code(text) if i % 2 else text for i, text in enumerate(block.split("`")))
 
 
 _STYLE = """
@@ -12030,8 +12033,8 @@ nav { padding: 1rem 1.5rem; columns: 20rem; } nav a { display: block; }
 section { display: grid; grid-template-columns: minmax(18rem, 34rem) minmax(0, 1fr); }
 section > * { padding: .25rem 1.5rem; margin: 0; min-width: 0; }
 section > pre { background: #8881; } h2 { margin: 3rem 0 1rem; }
-p { margin: .4rem 0; overflow-wrap: break-word; }
-pre, code { font: .8rem/1.5 ui-monospace, Menlo, Consolas, monospace; overflow-x: auto; }
+p { margin: .4rem 0; overflow-wrap: break-word; } output { display: block; white-space: pre-wrap; }
+pre, code, output { font: .8rem/1.5 ui-monospace, Menlo, Consolas, monospace; overflow-x: auto; }
 .c { opacity: .6; } .s { color: light-dark(#0a6b3d, #8fd19e); }
 .k { color: light-dark(#8b2f8f, #d6a0dc); } :target { outline: 2px solid #8888; }
 @media (max-width: 60rem) { section { grid-template-columns: minmax(0, 1fr); } }
@@ -12040,83 +12043,60 @@ _SCRIPT = """
 const rows = [...document.querySelectorAll("section")], find = document.querySelector("input");
 find.oninput = () => rows.forEach((row) =>
   row.hidden = !row.textContent.toLowerCase().includes(find.value.toLowerCase()));
+for (const run of document.querySelectorAll("button")) run.onclick = async () =>
+  run.nextSibling.value = await (await fetch(run.value)).text();
 if (!location.hash) scrollTo(0, localStorage.place ?? 0);
 addEventListener("scrollend", () => find.value || (localStorage.place = scrollY));
 """
 
 
-def _book_page(source: str) -> SafeString:
+def _book_page(rows: list[_Row]) -> SafeString:
     """The file as a page."""
-    rows = _rows(source)
-    defined = {found["d"] for found in _code_pattern().finditer(source)}
-    return h.Html(
-        {"lang": "en"},
-        h.Head(
-            h.Meta({"charset": "utf-8"}),
-            h.Meta({"name": "viewport", "content": "width=device-width"}),
-            h.Title("stario.py, to read"),
-            h.Style(_STYLE),
-            datastar_script(),
-        ),
-        h.Body(
-            h.Header(h.A({"href": "#"}, "stario.py"), h.Input({"placeholder": "Search"})),
-            h.Nav(h.A({"href": f"#{row.title}"}, row.title) for row in rows if row.title),
-            h.Main(_book_row(row, defined) for row in rows),
-            h.Script(_SCRIPT),
-        ),
+    codes = ["\n".join(row.code).strip("\n") for row in rows]
+    defined = {found["d"] for code in codes for found in _code_pattern().finditer(code)}
+
+    def view(row: _Row, code: str) -> SafeString:
+        title = row.title and h.H2({"id": row.title}, row.title)
+        prose = _prose(row.prose[3:-1] if title else row.prose)
+        run = row.example and [
+            h.Button({"value": f"/{row.line}{row.example[1]}"}, "Run"),
+            h.Output(),
+        ]
+        return h.Section(h.Div(title, prose, run), h.Pre(_colored(code, defined)))
+
+    head = h.Head(
+        h.Meta({"charset": "utf-8"}),
+        h.Meta({"name": "viewport", "content": "width=device-width"}),
+        h.Title("stario.py, to read"),
+        h.Style(_STYLE),
     )
-
-
-def _book_row(row: _Row, defined: set[str]) -> SafeString:
-    title = h.H2({"id": row.title}, row.title) if row.title else None
-    example = None
-    if _example(row):
-        run = data.on("click", at.post("/run", {"line": row.line}))
-        example = h.Button(run, "Run"), h.Pre({"id": f"out-{row.line}"})
-    return h.Section(
-        {"id": f"L{row.line}"},
-        h.Div(title, _prose(row.prose[3:-1] if title else row.prose), example),
-        h.Pre(_colored("\n".join(row.code).strip("\n"), defined)),
-    )
-
-
-def _example(row: _Row) -> list[str]:
-    """What stands in a comment as an example: code, method, target, answer; or nothing."""
-    example = r"((?:^(?: {4}.*)?\n)+)^ {4}# ([A-Z]+) (/\S*) -> (.*)$"
-    found = re.search(example, "\n".join(row.prose), re.MULTILINE)
-    return list(found.groups()) if found else []
-
-
-async def _run_example(row: _Row) -> TestResponse:
-    """Run the code of an example, and send its request to the `app` that it has made."""
-    names = dict(globals())
-    code, method, target, _ = _example(row)
-    exec(textwrap.dedent(code), names)
-    async with TestClient(names["app"]) as client:
-        return await client.request(method, target)
+    header = h.Header(h.A({"href": "#"}, "stario.py"), h.Input({"placeholder": "Search"}))
+    contents = h.Nav(h.A({"href": f"#{row.title}"}, row.title) for row in rows if row.title)
+    main = h.Main(map(view, rows, codes))
+    return h.Html({"lang": "en"}, head, h.Body(header, contents, main, h.Script(_SCRIPT)))
 
 
 def _book_app() -> Stario:
-    """The app that `python stario.py --read` runs."""
-    source = inspect.getsource(sys.modules[__name__])
-    examples = {str(row.line): row for row in _rows(source) if _example(row)}
-    book = _book_page(source)
+    """The app that `python stario.py --read` runs: the page, and the app of each example."""
+    rows = _rows(inspect.getsource(sys.modules[__name__]))
+    book = _book_page(rows)
 
     async def page(c: Context, w: Writer) -> None:
         w.html(book)
 
-    async def run(c: Context, w: Writer) -> None:
-        line = c.req.query["line"]
-        if line not in examples:
-            raise HttpException(404, "there is no example on this line")
-        answer = await _run_example(examples[line])
-        w.patch(h.Pre({"id": f"out-{line}"}, f"{answer.status}\n{answer.text}"))
-
     app = Stario()
-    app.use(same_origin)
     app.get("/", page)
-    app.post("/run", run)
+    for row in rows:
+        if row.example:
+            app.mount(f"/{row.line}", _example_app(row))
     return app
+
+
+def _example_app(row: _Row) -> Stario:
+    names = dict(globals())
+    exec(textwrap.dedent(row.example[0]), names)
+    made: Stario = names["app"]
+    return made
 
 
 # ==================================================================================================

@@ -14707,12 +14707,14 @@ class TestReadingPage(AsyncTest):
 
     async def test_the_examples_of_the_file_give_what_they_say(self) -> None:
         rows = stario._rows(Path(stario.__file__).read_text(encoding="utf-8"))
-        examples = [row for row in rows if stario._example(row)]
+        examples = [row for row in rows if row.example]
         self.assertTrue(examples)
         for row in examples:
-            with self.subTest(line=row.line):
-                answer = await stario._run_example(row)
-                self.assertTrue(answer.text.startswith(stario._example(row)[3]), answer.text)
+            _, target, begins = row.example
+            async with TestClient(stario._example_app(row)) as client:
+                with self.subTest(line=row.line):
+                    answer = await client.get(target)
+                    self.assertTrue(answer.text.startswith(begins), answer.text)
 
     async def test_as_a_page_its_names_are_links_and_its_examples_run(self) -> None:
         port = await self.run_file("--read")
@@ -14724,11 +14726,11 @@ class TestReadingPage(AsyncTest):
             {html.unescape(link) for link in links} - {html.unescape(i) for i in ids}, set()
         )
         self.assertIn("Router", links)
-        run = re.search(r"(/run\?line=(\d+))", page)
+        run = re.search(r'<button value="(/\d+)/\?name=you">Run</button><output></output>', page)
         assert run
-        answer = await within(peer.get(run[1], method="POST"))
-        self.assertIn(f'<pre id="out-{run[2]}">200', answer.text)
-        self.assertEqual((await within(peer.get("/run?line=1", method="POST"))).status, 404)
+        answer = await within(peer.get(f"{run[1]}?name=you"))
+        self.assertEqual((answer.status, answer.text), (200, "<p>Hello, you</p>"))
+        self.assertEqual((await within(peer.get("/1"))).status, 404)
 
 
 class TestWithout(unittest.TestCase):
@@ -14736,7 +14738,7 @@ class TestWithout(unittest.TestCase):
 
     # What can go, and what has to go with it.
     ROOMS = (
-        "testclient,read", "forms", "assets,client", "compression,assets,client", "json", "rich",
+        "testclient", "forms", "assets,client", "compression,assets,client", "json", "rich",
         "sessions", "asgi", "redis", "reload", "development", "client", "read",
     )  # fmt: skip
 
@@ -14814,7 +14816,6 @@ class TestWithout(unittest.TestCase):
         for rooms, reason in (
             ("assets", "client needs Assets"),
             ("compression", "assets needs CompressionConfig"),
-            ("testclient", "read needs Test"),
             ("router", "--without router: what can go is testclient, forms,"),
             ("", "what can go is"),
         ):
