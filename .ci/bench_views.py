@@ -122,7 +122,7 @@ def ours() -> Views:
 
 def ours_baked() -> Views:
     plain = ours()
-    from stario import SafeString, at, baked, data, h
+    from stario import SafeString, at, baked, data, h, s
 
     @baked
     def tile(cell: int, cls: str, color: str, click: str) -> SafeString:
@@ -139,13 +139,14 @@ def ours_baked() -> Views:
         )
 
     @baked
-    def document(body: SafeString) -> SafeString:
+    def document(signals: str, board: SafeString) -> SafeString:
         head = h.Head(
             h.Meta({"charset": "utf-8"}),
             h.Title("Tiles"),
             h.Link({"rel": "stylesheet", "href": "/static/style.css"}),
             h.Script({"type": "module", "src": DATASTAR}),
         )
+        body = h.Body({"data-signals__ifmissing": signals}, subscribe, board)
         return h.Html({"lang": "en"}, head, body)
 
     @baked
@@ -174,8 +175,7 @@ def ours_baked() -> Views:
         return home(user, stamp, len(USERS), tiles)
 
     def page(user: str) -> Node:
-        signals = data.signals({"user_id": user}, ifmissing=True)
-        return document(h.Body(signals, subscribe, board(user, "0")))
+        return document(f'{{"user_id":{s(user)}}}', board(user, "0"))
 
     def table(rows: list[Row]) -> Node:
         return rows_table(
