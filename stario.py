@@ -58,39 +58,39 @@ brackets can be left out of your copy: `python stario.py --without assets,client
         230  2. Errors
         320  3. HTML: elements are strings
         661  4. JSON
-        767  5. The request: headers, query, cookies, body
-       1246  6. The answer: status, fields, body
-       1678  7. Context and routing
-       2121  8. The app
-     2311  ACT 2. On the network
-       2319  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3391  10. The server
-       4201  11. Trying it without a network: the test client [testclient]
-     4636  ACT 3. Live
-       4684  12. Datastar: attributes and actions
-       5257  13. Streams: events, and staying with a client
-       5771  14. Relay: publish and subscribe
-     6077  ACT 4. For real
-       6084  15. Signals: from JSON to your dataclass
-       6823  16. Forms [forms]
-       7021  17. Behind a proxy
-       7128  18. Compression [compression]
-       7338  19. Static files [assets]
-       7902  20. Telemetry: spans, and who hears of them
-       8506  21. JsonTracer: for log collectors [json]
-       8583  22. RichTracer: for people [rich]
-       9044  23. Sessions [sessions]
-       9157  24. What lives as long as the server
-       9258  25. @baked
-       9525  26. ASGI: the same app under another server [asgi]
-       9750  27. RedisRelay: the same between processes and machines [redis]
-      10020  28. Reload: a saved file restarts the app [reload]
-      10172  29. Development: what went wrong, shown where one looks [development]
-      10284  30. What is refused
-    10537  ACT 5. The pocket client
-      10578  31. The pocket client (JavaScript) [client]
-      11932  32. This file as a page [read]
-      12103  33. An app to begin with
+        779  5. The request: headers, query, cookies, body
+       1258  6. The answer: status, fields, body
+       1690  7. Context and routing
+       2133  8. The app
+     2323  ACT 2. On the network
+       2331  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
+       3403  10. The server
+       4213  11. Trying it without a network: the test client [testclient]
+     4648  ACT 3. Live
+       4696  12. Datastar: attributes and actions
+       5269  13. Streams: events, and staying with a client
+       5783  14. Relay: publish and subscribe
+     6089  ACT 4. For real
+       6096  15. Signals: from JSON to your dataclass
+       6859  16. Forms [forms]
+       7057  17. Behind a proxy
+       7164  18. Compression [compression]
+       7374  19. Static files [assets]
+       7938  20. Telemetry: spans, and who hears of them
+       8542  21. JsonTracer: for log collectors [json]
+       8619  22. RichTracer: for people [rich]
+       9080  23. Sessions [sessions]
+       9193  24. What lives as long as the server
+       9294  25. @baked
+       9561  26. ASGI: the same app under another server [asgi]
+       9786  27. RedisRelay: the same between processes and machines [redis]
+      10056  28. Reload: a saved file restarts the app [reload]
+      10208  29. Development: what went wrong, shown where one looks [development]
+      10320  30. What is refused
+    10573  ACT 5. The pocket client
+      10614  31. The pocket client (JavaScript) [client]
+      11968  32. This file as a page [read]
+      12139  33. An app to begin with
 
 READING PATH
 
@@ -98,20 +98,20 @@ Two hours, for a reader who wants to know how it works, not all that it does. Re
 
       331-344    `SafeString`  an element is a string
       625-654    `Tags`  `h.P` makes one
-     1049-1227   `Request`  what a client asks for
-     1257-1325   `Carrier`  what brings the answer back
-     1403-1591   `_RawWriter`  the answer
-     1696-1791   `Context`  what a handler gets beside it
-     1881-1896   `_Tree.find`  from a path to a handler
-     2228-2262   `_App.dispatch`  one request from end to end
-     2678-2794   `_RequestReader`  bytes to requests
-     3146-3387   `Connection`  one connection, many requests
-     3809-3830   `Server.start`  listening
-     3945-3962   `Server.stop`  ending without losing a request
-     5379-5501   `_EventWriter`  events
-     5591-5656   `_Scope`  how a disconnect reaches a handler
-     5684-5767   `Alive`  staying with a client
-     5925-6022   `Relay`  from one handler to another
+     1061-1239   `Request`  what a client asks for
+     1269-1337   `Carrier`  what brings the answer back
+     1415-1603   `_RawWriter`  the answer
+     1708-1803   `Context`  what a handler gets beside it
+     1893-1908   `_Tree.find`  from a path to a handler
+     2240-2274   `_App.dispatch`  one request from end to end
+     2690-2806   `_RequestReader`  bytes to requests
+     3158-3399   `Connection`  one connection, many requests
+     3821-3842   `Server.start`  listening
+     3957-3974   `Server.stop`  ending without losing a request
+     5391-5513   `_EventWriter`  events
+     5603-5668   `_Scope`  how a disconnect reaches a handler
+     5696-5779   `Alive`  staying with a client
+     5937-6034   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -187,7 +187,7 @@ from datetime import time as time_of_day
 from decimal import Decimal
 from functools import cached_property, lru_cache, wraps
 from http import HTTPStatus
-from itertools import count, cycle, islice, repeat
+from itertools import chain, count, cycle, islice, repeat
 from typing import (
     IO,
     Any,
@@ -750,6 +750,8 @@ def _parse_json(text: str | bytes) -> Any:
     """
     try:
         plain = (text if isinstance(text, str) else text.decode()).strip("\ufeff \t\r\n")
+        if _is_dense(plain):
+            raise ValueError("too many of its lists and objects are almost empty")
         value, end = _json_decoder.raw_decode(plain)  # for two items `decode` takes 3 times as long
         if end < len(plain):
             raise ValueError(f"{plain[end:][:20]!r} follows its end")
@@ -760,6 +762,16 @@ def _parse_json(text: str | bytes) -> Any:
         raise HttpException(400, f"this is not JSON: {exc}") from None
 
 
+def _is_dense(text: str) -> bool:
+    """Whether JSON is little else than `[],[],[]`: that takes 40 times its length in memory."""
+    most = max(10_000, len(text) // 5)
+    if text.count("[") + text.count("{") <= most:
+        return False
+    rest = _JSON_STRING.sub("", text)  # what stands within text opens nothing
+    return rest.count("[") + rest.count("{") > most
+
+
+_JSON_STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
@@ -6108,8 +6120,9 @@ def _resolve(waiters: list[asyncio.Future[None]]) -> None:
 # whatever the schema: else a small request could keep the server busy.
 #
 # A schema is compiled once into *readers*, one for each type in it. A reader is a function: it
-# takes a value and gives it as its type says. If the value does not fit, it adds a note to the
-# `_Reading` and gives `_WRONG`. The notes are put into words at the end.
+# takes a value and gives it as its type says. If the value does not fit, it gives a `_Wrong`. That
+# of a list or an object holds those of its parts, so what is wrong is a tree, as the signals are.
+# At the end its leaves are put into words.
 # ==================================================================================================
 
 
@@ -6133,48 +6146,72 @@ class SignalsError(HttpException):
     """The signals of a request do not fit their schema (422), or are no JSON (400).
 
     `problems` has one `Problem` for each field that is wrong, twenty at most; `more` says how many
-    were found beside these (reading stops after 10,000); `detail` is that as text, in lines.
+    were found beside these, `stopped` whether reading stopped there, which it does after thousands;
+    `detail` is that as text, in lines.
     """
 
-    def __init__(self, problems: Sequence[str], status_code: int = 422, more: int = 0) -> None:
+    def __init__(
+        self, problems: Sequence[str], status_code: int = 422, more: int = 0, stopped: bool = False
+    ) -> None:
         self.problems = [p if isinstance(p, Problem) else Problem(p) for p in problems]
-        self.more = more
-        least = "at least " if more + len(self.problems) > _MOST_COUNTED else ""
-        rest = [f"and {least}{more} more"] if more else []
+        self.more, self.stopped = more, stopped
+        rest = [f"and {'at least ' if stopped else ''}{more} more"] if more else []
         super().__init__(status_code, "\n".join([*self.problems, *rest]))
 
 
-_MOST_COUNTED = 10_000  # problems; after more than these the reading stops
-_MOST_PROBLEMS = 20  # that are listed in an answer
+_MOST_LISTED = 20  # problems in an answer
+_MOST_WORK = 10_000  # reading stops when wrong values took more time than so many wrong numbers do
 _LONGEST_SHOWN = 60  # characters of a path or a value in a problem
-_WRONG: Any = object()  # what a reader gives for a value that does not fit
 _MISSING = object()  # in place of a value that did not come
 # What a dataclass (in `__post_init__`) or a model raises for values that it refuses: a ValueError
 # on purpose, the others by accident (`self.stop < self.start` where one of them is None).
 _REJECTIONS = (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, AssertionError)
 
-# Where a value is: the place that holds it, and its name there; None for the signals as a whole.
-# `pets[0].age` is (((None, "pets"), 0), "age").
-_Place = tuple[Any, str | int] | None
-# A problem: its place, what was expected, what came, and a message to show in place of these two.
-_Note = tuple[_Place, str, object, str]
-# What a reader gives, a value or `_WRONG`; the first problems; the number of all.
-_Outcome = tuple[Any, list[_Note], int]
-Reader = Callable[[Any, "_Reading"], Any]
+
+class _Wrong:
+    """What a reader gives for a value that does not fit."""
+
+    def __init__(self, expected: str = "", message: str = "") -> None:
+        self.expected = expected  # in words
+        self.message = message  # to be shown in place of what was expected and what came
+        self.cause: Exception | None = None  # what a dataclass or a model has raised
+        self.count = 1  # of problems, those of its parts if it has some
+        self.work = 1  # the time it took to find them, as a multiple of that for a wrong number
+        # The first parts that are wrong: the path to each, the value there, what is wrong with it.
+        self.parts: list[tuple[Sequence[str | int], Any, _Wrong]] = []
+
+    def add(self, path: Sequence[str | int], value: object, wrong: _Wrong) -> None:
+        """Add a part that is wrong."""
+        if not self.parts:
+            self.count = self.work = 0
+        self.count += wrong.count
+        self.work += wrong.work
+        self.cause = self.cause or wrong.cause
+        if len(self.parts) < _MOST_LISTED:
+            self.parts.append((path, value, wrong))
 
 
-def _in_words(note: _Note) -> Problem:
-    """`pets[0].age: expected a whole number, got "x"`"""
-    place, expected, value, message = note
-    parts: list[str] = []
-    while place is not None:
-        place, name = place
-        is_word = isinstance(name, str) and re.fullmatch(r"[\w-]{1,60}", name)
-        parts.append(f".{name}" if is_word else f"[{_shown(name)}]")  # else as JSON
-    path, got = _cut("".join(reversed(parts)).removeprefix(".")), _shown(value)
-    where = path if path or message else "the signals"
-    sentence = _cut(" ".join(message.split()), 200) or f"expected {expected}, got {got}"
-    return Problem(f"{where}: {sentence}" if where else sentence, path, expected, got)
+@lru_cache(maxsize=256)
+def _expected(what: str) -> _Wrong:
+    """The value itself is wrong: one for all values of which this was expected."""
+    return _Wrong(what)
+
+
+def _problems_of(wrong: _Wrong, value: object, path: Sequence[str | int] = ()) -> Iterator[Problem]:
+    """The leaves of the tree in words: `pets[0].age: expected a whole number, got "x"`."""
+    for names, part, wrong_part in wrong.parts:
+        yield from _problems_of(wrong_part, part, (*path, *names))
+    if not wrong.parts:
+        steps = [f".{name}" if _is_word(name) else f"[{_shown(name)}]" for name in path]
+        field, got = _cut("".join(steps).removeprefix(".")), _shown(value)
+        where = field if path or wrong.message else "the signals"
+        told = _cut(" ".join(wrong.message.split()), 200) or f"expected {wrong.expected}, got {got}"
+        yield Problem(f"{where}: {told}" if where else told, field, wrong.expected, got)
+
+
+def _is_word(name: str | int) -> bool:
+    """Whether a name is shown as it is; others are shown as JSON."""
+    return isinstance(name, str) and re.fullmatch(r"[\w-]{1,60}", name) is not None
 
 
 def _shown(value: object) -> str:
@@ -6191,184 +6228,96 @@ def _cut(text: str, length: int = _LONGEST_SHOWN) -> str:
     return text if len(text) <= length else text[: length - 3] + "..."
 
 
-class _Enough(Exception):
-    """More than `_MOST_COUNTED` problems were found: stop reading."""
-
-
-class _Reading:
-    """The state of one call of `read_signals`: where it is, and what was wrong so far."""
-
-    def __init__(self) -> None:
-        self.place: _Place = None  # of the value that is being read
-        self.notes: list[_Note] = []  # the first problems
-        self.count = 0  # of all problems
-        self.cause: Exception | None = None  # what a dataclass or a model has raised
-        self.attempts = 0  # calls of `attempt` that are under way, one in the other
-        self.tried: dict[tuple[int, int], _Outcome] = {}  # by reader and value: see `attempt`
-
-    @cached_property
-    def trial(self) -> _Reading:
-        """A reading to try a plain value with: only whether it fits is of interest."""
-        return _Trial()
-
-    def expected(self, what: str, value: object, message: str = "") -> Any:
-        """Note that the value here is not what was expected."""
-        return self.add([(self.place, what, value, message)])
-
-    def add(self, notes: list[_Note], count: int = 1) -> Any:
-        """Add problems, of which these are the first."""
-        self.notes += notes[: _MOST_PROBLEMS - len(self.notes)]
-        self.count += count
-        if self.count > _MOST_COUNTED:
-            raise _Enough
-        return _WRONG
-
-    def rejected(self, exc: Exception) -> Any:
-        """Note why a dataclass or a model has refused its values."""
-        self.cause = exc
-        if not callable(errors := getattr(exc, "errors", None)):
-            message = str(exc) if isinstance(exc, (ValueError, AssertionError)) else ""
-            return self.expected("", _MISSING, message or "the values do not fit together")
-        here = self.place
-        for error in errors():  # pydantic's list, one for each field
-            for name in error.get("loc", ()):
-                self.place = self.place, name
-            value = _MISSING if error.get("type") == "missing" else error.get("input", _MISSING)
-            message = error.get("msg") or str(exc)
-            self.expected(message, value, message)
-            self.place = here
-        return _WRONG
-
-    def read_each(self, parts: Iterable[tuple[str | int, Any, Reader]]) -> Any:
-        """Read values, each with its name and its reader: a list of them, or `_WRONG`."""
-        before, here, found = self.count, self.place, []
-        for name, value, read in parts:
-            self.place = here, name
-            found.append(read(value, self))
-        self.place = here
-        return found if self.count == before else _WRONG
-
-    def attempt(self, read: Reader, value: Any) -> _Outcome:
-        """Read a list or an object, but give what is wrong with it instead of noting it.
-
-        If A and B both hold `A | B`, each level would be tried twice as often as the one around it.
-        So the outcome is kept until the outermost attempt is done. (A value that holds no others is
-        quickly read again.)
-        """
-        key = id(read), id(value)
-        if key in self.tried:
-            return self.tried[key]
-        before = self.notes, self.count, self.place
-        self.notes, self.count = [], 0
-        self.attempts += 1
-        try:
-            found = read(value, self)
-        except _Enough:
-            found = _WRONG
-        self.attempts -= 1
-        outcome = found, self.notes, self.count
-        self.notes, self.count, self.place = before
-        items = value.values() if isinstance(value, dict) else value
-        if not self.attempts:
-            self.tried.clear()
-        elif any(type(item) in (dict, list) for item in items):
-            self.tried[key] = outcome
-        return outcome
-
-
-class _Trial(_Reading):
-    """A reading that keeps no notes."""
-
-    def add(self, notes: list[_Note], count: int = 1) -> Any:
-        """Count the problems."""
-        self.count += count
-        return _WRONG
-
-
 # -- Plain values
 
+# What the types of a union gave for a list or an object, by reader and value. None where no union
+# is looking for its type: see `_union_reader`.
+_Tried = dict[tuple[int, int], Any] | None
+Reader = Callable[[Any, _Tried], Any]
+
 _PLAIN = (str, int, float, bool, types.NoneType)
-_TRUE = frozenset(("true", "on", "yes", "1"))
-_FALSE = frozenset(("false", "off", "no", "0", ""))
+_BOOLS = {
+    "true": True, "on": True, "yes": True, "1": True,
+    "false": False, "off": False, "no": False, "0": False, "": False,
+}  # fmt: skip
 _HUGE = 10**400  # to print a number of twice as many digits takes four times as long
 # int() and float() would take "1_000", "nan" and Arabic digits as well.
 _WHOLE = re.compile(r"[+-]?\d{1,400}", re.ASCII)
 _NUMBER = re.compile(r"[+-]?(\d{1,400}(\.\d{0,400})?|\.\d{1,400})([eE][+-]?\d{1,5})?", re.ASCII)
 
 
-def _read_any(value: Any, reading: _Reading) -> Any:
+def _read_any(value: Any, tried: _Tried) -> Any:
     return value
 
 
-def _read_str(value: Any, reading: _Reading) -> Any:
+def _read_str(value: Any, tried: _Tried) -> Any:
     if type(value) is _Field:  # of a form: see below
         return value.values[0]
-    return value if isinstance(value, str) else reading.expected("text", value)
+    return value if isinstance(value, str) else _expected("text")
 
 
-def _read_none(value: Any, reading: _Reading) -> Any:
-    return None if value is None else reading.expected("null", value)
+def _read_none(value: Any, tried: _Tried) -> Any:
+    return None if value is None else _expected("null")
 
 
-def _read_bool(value: Any, reading: _Reading) -> Any:
-    if isinstance(value, bool):
-        return value
-    word = value.strip().lower() if isinstance(value, str) else None
-    if word in _TRUE or word in _FALSE:
-        return word in _TRUE
-    return reading.expected("true or false", value)
+def _read_bool(value: Any, tried: _Tried) -> Any:
+    if isinstance(value, str):
+        value = _BOOLS.get(value.strip().lower())
+    return value if isinstance(value, bool) else _expected("true or false")
 
 
-def _read_int(value: Any, reading: _Reading) -> Any:
+def _read_int(value: Any, tried: _Tried) -> Any:
     if type(value) is int and -_HUGE < value < _HUGE:
         return value
     if isinstance(value, str) and _WHOLE.fullmatch(text := value.strip()):
         return int(text)
     if isinstance(value, float) and value.is_integer():
         return int(value)
-    return reading.expected("a whole number", value)
+    return _expected("a whole number")
 
 
-def _read_float(value: Any, reading: _Reading) -> Any:
+def _read_float(value: Any, tried: _Tried) -> Any:
     text = value.strip() if isinstance(value, str) else ""
-    if not _NUMBER.fullmatch(text) and type(value) not in (int, float):
-        return reading.expected("a number", value)
+    if type(value) not in (float, int) and not _NUMBER.fullmatch(text):
+        return _expected("a number")
     try:
         number = float(text or value)
     except OverflowError:  # a whole number beyond the largest float
-        number = math.inf
-    return number if math.isfinite(number) else reading.expected("a finite number", value)
+        return _expected("a finite number")
+    return number if math.isfinite(number) else _expected("a finite number")
 
 
-def _read_decimal(value: Any, reading: _Reading) -> Any:
-    text = str(value) if type(value) in (int, float) else value
+def _read_decimal(value: Any, tried: _Tried) -> Any:
+    if type(value) is int and -_HUGE < value < _HUGE:
+        return Decimal(value)
+    text = str(value) if type(value) is float else value
     if isinstance(text, str) and _NUMBER.fullmatch(text := text.strip()):
         number = Decimal(text)
         if abs(number.adjusted()) <= 400:  # 1e9999 is short, until it is printed
             return number
-    return reading.expected("a number", value)
+    return _expected("a number")
 
 
 def _text_reader(name: str, least: int, make: Callable[[str], Any]) -> Reader:
     """A type that is text in JSON, of `least` to 100 characters. `make` parses it."""
-    words = f"a {name} as text"
+    wrong = _Wrong(f"a {name} as text")
 
-    def _read(value: Any, reading: _Reading) -> Any:
+    def _read(value: Any, tried: _Tried) -> Any:
         # (printable, since `fromisoformat` passes over a NUL at the end)
         if isinstance(value, str) and least <= len(value) <= 100 and value.isprintable():
             with suppress(ValueError):
                 return make(value)
-        return reading.expected(words, value)
+        return wrong
 
     return _read
 
 
-def _read_bytes(value: Any, reading: _Reading) -> Any:
+def _read_bytes(value: Any, tried: _Tried) -> Any:
     """The contents of a file input: the client sends them as base64."""
     if isinstance(value, str) and len(value) % 4 == 0:
         with suppress(ValueError):
             return base64.b64decode(value, validate=True)
-    return reading.expected("base64", value)
+    return _expected("base64")
 
 
 def _make_uuid(text: str) -> UUID:
@@ -6396,23 +6345,27 @@ _READERS: dict[Any, Reader] = {
 
 
 def _choice_reader(choices: Iterable[Any]) -> Reader:
-    """`Literal` and enums: one of the choices (1 is not True) or its text: "1", "true"."""
+    """`Literal` and enums: one of the choices, or its text: "1", "true"."""
+    found = _choices_by_key(choices)
+    values = (item.value if isinstance(item, enum.Enum) else item for item in choices)
+    wrong = _Wrong(_cut("one of " + ", ".join(map(_shown, values)), 200))
+    return lambda value, tried: found.get(_key_of(value), wrong)
+
+
+def _choices_by_key(choices: Iterable[Any]) -> dict[Any, Any]:
     pairs = [(item.value if isinstance(item, enum.Enum) else item, item) for item in choices]
-    by_value = {(type(value), value): item for value, item in pairs if type(value) in _PLAIN}
-    by_text = {
-        text: item
+    texts = [
+        (text, item)
         for value, item in pairs
         for text in ((value,) if isinstance(value, str) else (str(value), _shown(value)))
-    }
-    words = _cut("one of " + ", ".join(_shown(value) for value, _ in pairs), 200)
+    ]
+    return {_key_of(value): item for value, item in texts + pairs}
 
-    def _read(value: Any, reading: _Reading) -> Any:
-        found = by_value.get((type(value), value), _WRONG) if type(value) in _PLAIN else _WRONG
-        if found is _WRONG and isinstance(value, str):
-            found = by_text.get(value, _WRONG)
-        return reading.expected(words, value) if found is _WRONG else found
 
-    return _read
+def _key_of(value: Any) -> Any:
+    """What tells choices apart: 1 is equal to True, and a list has no hash."""
+    kind = str if isinstance(value, str) else type(value)
+    return (kind, value) if kind in _PLAIN else None
 
 
 # -- Values that hold others
@@ -6435,21 +6388,35 @@ _SHAPES: dict[Any, Any] = {
 }  # fmt: skip
 
 
+def _read_each(parts: Iterable[tuple[str | int, Any, Reader]], tried: _Tried) -> Any:
+    """Read parts, each with its name and its reader: a list of them, or what is wrong."""
+    found, wrong = [], None
+    for name, value, read in parts:
+        item = read(value, tried)
+        found.append(item)
+        if type(item) is _Wrong:
+            wrong = wrong or _Wrong()
+            wrong.add((name,), value, item)
+            if wrong.work > (_MOST_WORK if tried is None else _MOST_LISTED):
+                break
+    return wrong or found
+
+
 def _list_reader(make: Any, readers: Sequence[Reader], is_fixed: bool) -> Reader:
     """A list, made into a list, set or tuple by `make`; if `is_fixed`, a reader for each item."""
-    words = f"a list of {len(readers)}" if is_fixed else "a list"
+    wrong = _Wrong(f"a list of {len(readers)}" if is_fixed else "a list")
 
-    def _read(value: Any, reading: _Reading) -> Any:
+    def _read(value: Any, tried: _Tried) -> Any:
         if isinstance(value, _Field):
             value = value.values
         if not isinstance(value, list) or (is_fixed and len(value) != len(readers)):
-            return reading.expected(words, value)
+            return wrong
         each = readers if is_fixed else repeat(readers[0])
-        items = reading.read_each(zip(count(), value, each))
-        if items is _WRONG or make is list:
+        items = _read_each(zip(count(), value, each), tried)
+        if make is list or type(items) is _Wrong:
             return items
         if make is not tuple and not _can_be_hashed(items):
-            return reading.expected("a list of values that a set can hold", value)
+            return _expected("a list of values that a set can hold")
         return make(items)
 
     return _read
@@ -6458,76 +6425,105 @@ def _list_reader(make: Any, readers: Sequence[Reader], is_fixed: bool) -> Reader
 def _dict_reader(read_key: Reader = _read_str, read: Reader = _read_any) -> Reader:
     """An object with any names: names and values have a type each."""
 
-    def _read(value: Any, reading: _Reading) -> Any:
+    def _read(value: Any, tried: _Tried) -> Any:
         if not isinstance(value, dict):
-            return reading.expected("an object", value)
-        keys: Any = value
-        if read_key is not _read_str:
-            keys = reading.read_each(zip(value, value, repeat(read_key)))
-        items = reading.read_each(zip(value, value.values(), repeat(read)))
-        if keys is _WRONG or items is _WRONG:
-            return _WRONG
-        if keys is not value and not _can_be_hashed(keys):
-            return reading.expected("an object with names that a dict can hold", value)
+            return _expected("an object")
+        keys_and_items = chain(
+            zip(value, value, repeat(read_key)), zip(value, value.values(), repeat(read))
+        )
+        found = _read_each(keys_and_items, tried)
+        if type(found) is _Wrong:
+            return found
+        keys, items = found[: len(value)], found[len(value) :]
+        if read_key is not _read_str and not _can_be_hashed(keys):
+            return _expected("an object with names that a dict can hold")
         return dict(zip(keys, items, strict=True))
 
     return _read
 
 
-def _can_be_hashed(items: Iterable[Any]) -> bool:
+def _can_be_hashed(items: Sequence[Any]) -> bool:
     """Whether these can be put into a set, and in a time that grows with their number.
 
     How Python hashes numbers is no secret. A client could send 40,000 different ones with the same
     hash, and a set would compare each with all before it. So at most 20 may share one.
     """
-    by_hash: dict[int, list[Any]] = {}  # the different items
     try:
-        for item in items:
-            alike = by_hash.setdefault(hash(item), [])
-            if item not in alike:
-                alike.append(item)
-                if len(alike) > 20:
-                    return False
+        hashes = list(map(hash, items))
     except TypeError:  # a list, say
         return False
+    shared = Counter(hashes) if len(hashes) > 20 else {}
+    different: dict[int, list[Any]] = {number: [] for number, n in shared.items() if n > 20}
+    for item, number in zip(items, hashes, strict=True) if different else ():
+        alike = different.get(number)
+        if alike is not None and item not in alike:
+            alike.append(item)
+            if len(alike) > 20:
+                return False
     return True
 
 
-def _record_reader(make: Any, fields: Sequence[tuple[str, Reader, bool]]) -> Reader:
-    """A dataclass or a TypedDict: each field has its name, its reader, and whether it must come."""
+def _record_reader(schema: Any) -> Reader:
+    """A dataclass or a TypedDict. Its fields are compiled at the first call: it may hold itself."""
+    make = typing.get_origin(schema) or schema
+    fields: list[tuple[str, Reader, bool]] | None = None
 
-    def _read(value: Any, reading: _Reading) -> Any:
+    def _read(value: Any, tried: _Tried) -> Any:
+        nonlocal fields
+        if fields is None:
+            fields = [(name, _reader_of(kind), must) for name, kind, must in _fields_of(schema)]
         if not isinstance(value, dict):
-            return reading.expected("an object", value)
+            return _expected("an object")
         found: dict[str, Any] = {}
-        before, here = reading.count, reading.place
+        wrong = None
         for name, read, is_required in fields:
-            reading.place = here, name
             if name in value:
-                found[name] = read(value[name], reading)
+                found[name] = part = read(value[name], tried)
+                if type(part) is _Wrong:
+                    wrong = wrong or _Wrong()
+                    wrong.add((name,), value[name], part)
             elif is_required:
-                reading.expected("a value", _MISSING, "is missing")
-        reading.place = here
-        if reading.count > before:
-            return _WRONG
+                wrong = wrong or _Wrong()
+                wrong.add((name,), _MISSING, _IS_MISSING)
+        if wrong:
+            return wrong
         try:
             return make(**found)
         except _REJECTIONS as exc:
-            return reading.rejected(exc)
+            return _rejection(exc)
 
     return _read
+
+
+_IS_MISSING = _Wrong("a value", "is missing")
 
 
 def _model_reader(model: Any) -> Reader:
     """A class that checks the values itself, by `model_validate`, as pydantic's do."""
 
-    def _read(value: Any, reading: _Reading) -> Any:
+    def _read(value: Any, tried: _Tried) -> Any:
         try:
             return model.model_validate(value)
         except _REJECTIONS as exc:  # pydantic's is a ValueError
-            return reading.rejected(exc)
+            return _rejection(exc)
 
     return _read
+
+
+def _rejection(exc: Exception) -> _Wrong:
+    """Why a dataclass or a model has refused its values."""
+    number = getattr(exc, "error_count", int)()  # pydantic's has one error for each field
+    if number > 1000:  # a list of them takes 200 times its size in memory
+        whole = _Wrong("", f"{number} values do not fit")
+    else:
+        message = str(exc) if isinstance(exc, (ValueError, AssertionError)) else ""
+        whole = _Wrong("", message or "the values do not fit together")
+        for error in getattr(exc, "errors", list)():
+            value = _MISSING if error.get("type") == "missing" else error.get("input", _MISSING)
+            message = error.get("msg") or str(exc)
+            whole.add(error.get("loc", ()), value, _Wrong(message, message))
+    whole.cause, whole.work = exc, 10 * whole.count
+    return whole
 
 
 # -- Unions
@@ -6536,13 +6532,11 @@ def _model_reader(model: Any) -> Reader:
 def _optional_reader(read: Reader) -> Reader:
     """`T | None`. An input that was left empty is None, and neither False nor an error."""
 
-    def _read(value: Any, reading: _Reading) -> Any:
+    def _read(value: Any, tried: _Tried) -> Any:
         if value is None:
             return None
-        if value == "":
-            found = read(value, reading.trial)
-            return None if found is _WRONG or found is False else found
-        return read(value, reading)
+        found = read(value, tried)
+        return None if value == "" and (found is False or type(found) is _Wrong) else found
 
     return _read
 
@@ -6552,57 +6546,102 @@ class _Option(NamedTuple):
 
     kind: Any
     read: Reader
+    fields: list[tuple[str, Any, bool]]  # of a dataclass or a TypedDict: see `_fields_of`
     needed: frozenset[str]  # the names without which an object cannot be of this type
+    is_uniform: bool  # a list or an object with any number of items, all of one type
 
 
-def _union_reader(options: Sequence[_Option]) -> Reader:
+def _union_reader(kinds: Sequence[Any]) -> Reader:
     """`A | B`: the first type that fits; a value of one of the types stays as it is."""
-    words = " or ".join(getattr(option.kind, "__name__", str(option.kind)) for option in options)
-    options_for = {  # those that can take a value, by the value's type
-        came: [option for option in options if option.kind is came and came in _PLAIN]
-        or [option for option in options if came in _json_types_of(option.kind)]
-        for came in (*_PLAIN, list, dict)
-    }
+    options = []
+    for kind in kinds:
+        fields = _fields_of(kind) if _is_record(typing.get_origin(kind) or kind) else []
+        needed = frozenset(name for name, _, is_needed in fields if is_needed)
+        options.append(_Option(kind, _reader_of(kind), fields, needed, _is_uniform(kind)))
+    options_for = {came: _options_for(came, options) for came in (*_PLAIN, list, dict)}
+    tag, by_tag = _tag_of(options_for[dict])
+    nothing_fits = _Wrong(" or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds))
+    nothing_fits.work = len(options)
 
-    def _read(value: Any, reading: _Reading) -> Any:
+    def _read(value: Any, tried: _Tried) -> Any:
         fitting = options_for.get(type(value), options)
+        if isinstance(value, dict) and len(fitting) > 1:
+            if tag in value:
+                fitting = by_tag.get(_key_of(value[tag]), [])
+            fitting = [option for option in fitting if value.keys() >= option.needed]
         if len(fitting) == 1:
-            return fitting[0].read(value, reading)
-        choose = _choose if isinstance(value, (list, dict)) else _choose_plain
-        return choose(value, fitting, words, reading)
+            return fitting[0].read(value, tried)
+        return _read_first(value, fitting, tried, nothing_fits)
 
     return _read
 
 
-def _choose_plain(value: Any, options: Sequence[_Option], words: str, reading: _Reading) -> Any:
-    """Read a plain value by the type that need not convert it, or else by the first that fits."""
-    first = _WRONG
-    for option in options:
-        found = option.read(value, reading.trial)
-        if found is value:  # nothing had to be converted
-            return found
-        first = found if first is _WRONG else first
-    return reading.expected(words, value) if first is _WRONG else first
+def _options_for(came: type, options: Sequence[_Option]) -> Sequence[_Option]:
+    """The types to try for a value of this type of JSON: that type itself, or all that may fit."""
+
+    def converts(option: _Option) -> bool:
+        choices = _literals_of(option.kind)
+        return option.kind not in (Any, object) and came not in map(type, choices)
+
+    able = [option for option in options if came in _json_types_of(option.kind)]
+    if came not in _PLAIN:
+        return able
+    same = [option for option in options if option.kind is came]
+    return same or sorted(able, key=converts)  # first `Literal["1"]` for "1", and then `int`
 
 
-def _choose(value: Any, options: Sequence[_Option], words: str, reading: _Reading) -> Any:
-    """Read a list or an object by the first type that fits."""
-    # Attempts where the value has the right shape, and what is wrong is inside of it. The one with
-    # the fewest problems is what was meant: its problems are shown.
-    near = []
+def _literals_of(kind: Any) -> tuple[Any, ...]:
+    kind = _bare(kind)
+    return typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
+
+
+def _tag_of(options: Sequence[_Option]) -> tuple[str, dict[Any, list[_Option]]]:
+    """The field that tells these types apart, a `Literal` in each; the types by its values."""
+    tables: dict[str, dict[Any, list[_Option]]] = {}
+    times: Counter[str] = Counter()
     for option in options:
-        if option.needed and not option.needed <= value.keys():
+        for name, kind, _ in option.fields:
+            keys = _choices_by_key(_literals_of(kind))
+            times[name] += bool(keys)
+            for key in keys:
+                tables.setdefault(name, {}).setdefault(key, []).append(option)
+    in_all = [(name, table) for name, table in tables.items() if times[name] == len(options)]
+    return max(in_all, key=lambda tag: len(tag[1]), default=("", {}))
+
+
+def _read_first(value: Any, options: Sequence[_Option], tried: _Tried, nothing_fits: _Wrong) -> Any:
+    """Read a value by the first type that fits.
+
+    If A and B both hold `A | B`, each level would be tried twice as often as the one around it. So
+    what came of it is kept until the outermost union is read. (A value that holds no others is
+    quickly read again.)
+    """
+    keeps = tried is not None and _holds_others(value)
+    tried = {} if tried is None else tried
+    nearest, fewest, suspect = nothing_fits, sys.maxsize, None
+    for option in options:
+        if suspect and option.is_uniform and type(option.read(suspect, tried)) is _Wrong:
             continue
-        found, notes, number = reading.attempt(option.read, value)
-        if found is not _WRONG:
+        key = (id(option.read), id(value)) if keeps else None
+        found = tried[key] if key in tried else option.read(value, tried)
+        if key:
+            tried[key] = found
+        if type(found) is not _Wrong:
             return found
-        place, _, _, message = notes[0]
-        if message or place is not reading.place:  # its class refuses it, or a part is wrong
-            near.append((number, notes))
-    near.sort(key=lambda attempt: attempt[0])
-    if near and (len(near) == 1 or near[0][0] < near[1][0]):
-        return reading.add(near[0][1], near[0][0])
-    return reading.expected(words, value)
+        # If parts of it are wrong, the type with the fewest problems is the one that was meant.
+        if (found.parts or found.message) and found.count <= fewest:
+            nearest = found if found.count < fewest else nothing_fits
+            fewest = found.count
+        # If it is long and one item is wrong, the other types are asked of this item first.
+        if found.parts and found.count * 100 < len(value):
+            (name, *_), item, _ = found.parts[0]
+            suspect = {name: item} if isinstance(value, dict) else [item]
+    return nearest
+
+
+def _holds_others(value: Any) -> bool:
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return not {list, dict}.isdisjoint(map(type, items))
 
 
 def _json_types_of(kind: Any) -> tuple[Any, ...]:
@@ -6612,9 +6651,18 @@ def _json_types_of(kind: Any) -> tuple[Any, ...]:
         return (list,)
     if origin in (dict, Mapping) or _is_record(origin):
         return (dict,)
-    if origin is typing.Literal or (origin in _READERS and origin not in (Any, object)):
+    is_enum = isinstance(origin, type) and issubclass(origin, enum.Enum)
+    if is_enum or origin is typing.Literal or (origin in _READERS and origin not in (Any, object)):
         return _PLAIN
     return (*_PLAIN, list, dict)
+
+
+def _is_uniform(kind: Any) -> bool:
+    """Whether it is a list or a dict of any length: `tuple[int, ...]`, but no `tuple[int, str]`."""
+    origin, arguments = typing.get_origin(kind) or kind, typing.get_args(kind)
+    if origin is tuple:
+        return kind is tuple or arguments[-1:] == (Ellipsis,)
+    return origin in _SHAPES or origin in (dict, Mapping)
 
 
 def _is_record(origin: Any) -> bool:
@@ -6637,13 +6685,12 @@ def _reader_of(kind: Any) -> Reader:
         return _READERS[origin]
     if origin in (typing.Union, types.UnionType):
         kinds = [bare for bare in map(_bare, arguments) if bare is not types.NoneType]
-        options = [_Option(kind, _reader_of(kind), _needed_names(kind)) for kind in kinds]
-        read = _union_reader(options) if len(options) > 1 else options[0].read
+        read = _union_reader(kinds) if len(kinds) > 1 else _reader_of(kinds[0])
         return read if len(kinds) == len(arguments) else _optional_reader(read)
     if origin is typing.Literal:
         return _choice_reader(arguments)
-    if origin in _SHAPES:  # (fixed: `tuple[int, str]`, but neither `tuple` nor `tuple[int, ...]`)
-        is_fixed = origin is tuple and kind is not tuple and arguments[-1:] != (Ellipsis,)
+    if origin in _SHAPES:
+        is_fixed = not _is_uniform(kind)
         items = arguments if is_fixed else arguments[:1] or (Any,)
         return _list_reader(_SHAPES[origin], list(map(_reader_of, items)), is_fixed)
     if origin in (dict, Mapping):
@@ -6682,20 +6729,17 @@ def _cached_reader(kind: Any) -> Reader:
 
 @lru_cache(maxsize=1024)
 def _schema_reader(schema: Any, text: str) -> Reader:
-    """A reader that is compiled at its first call: a schema may hold itself (`list[Node]`)."""
     origin = typing.get_origin(schema) or schema
-    made: Reader | None = None
+    if _is_record(origin):
+        return _record_reader(schema)
+    if not hasattr(origin, "__value__"):
+        return _reader_of(schema)
+    compiled: Reader | None = None
 
-    def _read(value: Any, reading: _Reading) -> Any:
-        nonlocal made
-        if made is None:
-            if hasattr(origin, "__value__"):  # `type Name = …`
-                made = _reader_of(_bind(origin.__value__, schema))
-            elif _is_record(origin):
-                made = _record_reader(origin, _fields_of(schema))
-            else:
-                made = _reader_of(schema)
-        return made(value, reading)
+    def _read(value: Any, tried: _Tried) -> Any:  # of `type Name = …`, which may hold itself
+        nonlocal compiled
+        compiled = compiled or _reader_of(_bind(origin.__value__, schema))
+        return compiled(value, tried)
 
     return _read
 
@@ -6709,6 +6753,8 @@ def _bare(kind: Any) -> Any:
             kind = kind.type
         elif hasattr(kind, "__supertype__"):  # NewType
             kind = kind.__supertype__
+        elif getattr(kind, "__value__", None) in _READERS:  # type Word = str
+            kind = kind.__value__
         else:
             return types.NoneType if kind is None else kind
 
@@ -6741,8 +6787,8 @@ def _hints_of(schema: Any) -> dict[str, Any]:
     return found
 
 
-def _fields_of(schema: Any) -> list[tuple[str, Reader, bool]]:
-    """For each field its name, its reader, and whether it is required."""
+def _fields_of(schema: Any) -> list[tuple[str, Any, bool]]:
+    """For each field its name, its type, and whether it is required."""
     origin = typing.get_origin(schema) or schema
     try:
         hints = _hints_of(schema)
@@ -6755,7 +6801,7 @@ def _fields_of(schema: Any) -> list[tuple[str, Reader, bool]]:
         needed = {name: _is_required(origin, name, kind) for name, kind in hints.items()}
     else:
         needed = _parameters_of(origin)
-    return [(name, _reader_of(hints.get(name, Any)), must) for name, must in needed.items()]
+    return [(name, hints.get(name, Any), must) for name, must in needed.items()]
 
 
 def _parameters_of(origin: Any) -> dict[str, bool]:
@@ -6763,13 +6809,6 @@ def _parameters_of(origin: Any) -> dict[str, bool]:
     _, *parameters = inspect.signature(origin.__init__).parameters.values()  # (`self` first)
     named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
     return {parameter.name: parameter.default is parameter.empty for parameter in named}
-
-
-def _needed_names(kind: Any) -> frozenset[str]:
-    """The names that must be given to make a dataclass."""
-    origin = typing.get_origin(kind) or kind
-    names = _parameters_of(origin) if dataclasses.is_dataclass(origin) else {}
-    return frozenset(name for name, is_needed in names.items() if is_needed)
 
 
 def _is_required(schema: Any, name: str, kind: Any) -> bool:
@@ -6802,21 +6841,18 @@ def read_signals(schema: type[T], signals: object) -> T:
     `schema` is a dataclass, a TypedDict, or a class with `model_validate` (pydantic's). Fields that
     it does not know are ignored. Raises SignalsError with the fields that do not fit.
     """
-    reading = _Reading()
     find_all = getattr(signals, "getlist", None)
     if find_all:  # a Form or QueryParams: a name may come several times
         signals = {name: _Field(find_all(name)) for name in cast("Iterable[str]", signals)}
     try:
-        found = _cached_reader(schema)(signals, reading)
-    except _Enough:
-        found = _WRONG
+        found = _cached_reader(schema)(signals, None)
     except RecursionError:
-        reading = _Reading()
-        reading.expected("", _MISSING, "the signals are nested too deeply")
-    if reading.count:
-        problems = [_in_words(note) for note in reading.notes]
-        raise SignalsError(problems, more=reading.count - len(problems)) from reading.cause
-    return cast(T, found)
+        found = _Wrong("", "the signals are nested too deeply")
+    if type(found) is not _Wrong:
+        return cast(T, found)
+    problems = list(islice(_problems_of(found, signals), _MOST_LISTED))
+    stopped = found.work > _MOST_WORK
+    raise SignalsError(problems, more=found.count - len(problems), stopped=stopped) from found.cause
 
 
 # ==================================================================================================

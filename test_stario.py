@@ -1406,6 +1406,20 @@ class TestJson(unittest.TestCase):
             with self.assertRaises(StarioError):
                 stario._json(wrong)
 
+    def test_json_of_almost_empty_lists_and_objects_is_refused_where_it_is_long(self) -> None:
+        for piece in ("[]", "{}", "[1]", "[[]]", '[{}, ""]', '{"":[[]]}'):
+            few = "[" + ",".join([piece] * 3000) + "]"
+            self.assertEqual(stario._parse_json(few), json.loads(few))
+            many = "[" + ",".join([piece] * 30_000) + "]"
+            with self.subTest(piece), self.assertRaisesRegex(HttpException, "almost empty"):
+                stario._parse_json(many)
+        rows = [{"id": n, "tags": []} for n in range(12_000)]
+        self.assertEqual(stario._parse_json(json.dumps(rows)), rows)
+        for text in ("[{" * 30_000, '"[\\' * 20_000, "{[\n" * 20_000):
+            self.assertEqual(stario._parse_json(json.dumps([text, text])), [text, text])
+        with self.assertRaises(HttpException):
+            stario._parse_json('["' + '\\"[' * 30_000)
+
     def test_a_value_may_fail_to_be_written_while_another_is(self) -> None:
         class Model:
             def model_dump(self, mode: str) -> object:
@@ -8180,10 +8194,11 @@ class TestSignals(unittest.TestCase):
     def test_types_that_hold_each_other_cost_what_the_signals_are_long(self) -> None:
         readings: list[object] = []
 
-        def counted(value: object, reading: object) -> object:
+        def counted(value: object, tried: object) -> object:
             readings.append(value)
             return value
 
+        stario._schema_reader.cache_clear()
         with mock.patch.dict(stario._READERS, {str: counted}):
             for depth in (50, 100):
                 fields = {"name": "x", "left": "wrong", "right": "wrong"}
@@ -8221,9 +8236,9 @@ class TestSignals(unittest.TestCase):
     def test_only_types_that_may_take_a_value_are_tried(self) -> None:
         tried: list[object] = []
 
-        def counted(value: Any, reading: Any) -> Any:
+        def counted(value: Any, tried_before: Any) -> Any:
             tried.append(value)
-            return reading.expected("something", value)
+            return stario._expected("something")
 
         with mock.patch.dict(stario._READERS, dict.fromkeys((date, uuid.UUID, int), counted)):
             for value, times in [([], 0), ({}, 0), ("x", 3), (True, 3), (1, 1), ({"n": 1}, 0)]:
@@ -8235,10 +8250,11 @@ class TestSignals(unittest.TestCase):
     def test_an_object_that_lacks_a_name_is_no_such_dataclass(self) -> None:
         tried: list[object] = []
 
-        def counted(value: Any, reading: Any) -> Any:
+        def counted(value: Any, tried_before: Any) -> Any:
             tried.append(value)
             return value
 
+        stario._schema_reader.cache_clear()
         with mock.patch.dict(stario._READERS, {str: counted}):
             left = {"name": "x", "right": "1"}
             lacking: list[Any] = [{}, {"name": "x"}, {"name": "x", "next": left}, {"right": 1}]
@@ -8267,6 +8283,100 @@ class TestSignals(unittest.TestCase):
         cat: Cat = {"kind": "cat", "age": 1, "name": "x"}
         self.assertEqual(read_signals(cast("Any", Dog | Cat), dict(cat)), cat)
 
+    def counting(self, *kinds: Any) -> list[object]:
+        """The values that plain types are asked to read; none of them is wrong but a list."""
+        seen: list[object] = []
+
+        def counted(value: Any, tried: Any) -> Any:
+            seen.append(value)
+            return stario._expected("no list") if isinstance(value, list) else value
+
+        stario._schema_reader.cache_clear()
+        self.addCleanup(stario._schema_reader.cache_clear)
+        patch = mock.patch.dict(stario._READERS, dict.fromkeys(kinds, counted))
+        patch.start()
+        self.addCleanup(patch.stop)
+        return seen
+
+    def test_of_a_long_list_only_the_item_that_fits_no_type_is_read_by_each(self) -> None:
+        seen = self.counting(int, float, Decimal)
+        for last, is_right in (([], False), ("x", True)):
+            schema = list[int] | list[float] | list[Decimal]
+            with self.subTest(str(schema)), contextlib.suppress(SignalsError):
+                seen.clear()
+                read_signals(schema, [*range(2000), last])  # type: ignore[arg-type]
+                self.assertTrue(is_right)
+            self.assertLessEqual(len(seen), 2003)
+        seen.clear()
+        schema = dict[str, int] | dict[str, float]  # type: ignore[assignment]
+        signals = {f"{n}": n for n in range(2000)} | {"z": []}
+        self.assertEqual(self.problems(schema, signals), ["z: expected no list, got []"])
+        self.assertLessEqual(len(seen), 2002)
+        found = read_signals(list[bool] | list[str], ["yes"] * 999 + ["x"])  # type: ignore[arg-type,var-annotated]
+        self.assertEqual(found[998:], ["yes", "x"])
+
+    def test_a_tag_says_which_type_of_a_union_an_object_is(self) -> None:
+        seen = self.counting(int)
+        kinds = [
+            dataclasses.make_dataclass(
+                f"Kind{n}", [("kind", Literal[n, f"k{n}"]), ("value", int, 0)]
+            )
+            for n in range(20)
+        ]
+        schema: Any = list[functools.reduce(lambda one, other: one | other, kinds)]  # type: ignore[misc]
+        found = read_signals(schema, [{"kind": "k19", "value": 1}, {"kind": 3, "value": 2}])
+        self.assertEqual(found, [kinds[19]("k19", 1), kinds[3](3, 2)])
+        self.assertEqual(seen, [1, 2])
+        for wrong in ({"kind": "k20"}, {"kind": []}, {"kind": True}, {"value": 1}, {}):
+            self.assertIn("[0]: expected Kind0 or Kind1", self.problems(schema, [wrong])[0])
+        [problem] = self.problems(schema, [{"kind": "k7", "value": []}])
+        self.assertEqual(problem, "[0].value: expected no list, got []")
+
+    def test_what_is_long_to_refuse_ends_the_reading_sooner(self) -> None:
+        made: list[int] = []
+
+        @dataclass
+        class Refused:
+            n: int
+
+            def __post_init__(self) -> None:
+                made.append(self.n)
+                raise ValueError("no")
+
+        class Errors(ValueError):
+            def error_count(self) -> int:
+                return 30_000
+
+            def errors(self) -> list[Any]:
+                raise AssertionError("a list of all of them is too long")
+
+        class Model:
+            @classmethod
+            def model_validate(cls, value: object) -> Model:
+                raise Errors
+
+        with self.assertRaises(SignalsError) as caught:
+            read_signals(list[Refused], [{"n": 1}] * 10_000)
+        self.assertLessEqual(len(made), 1_001)
+        self.assertTrue(caught.exception.stopped)
+        self.assertRegex(caught.exception.detail, r"\nand at least \d+ more$")
+        self.assertEqual(self.problems(Model, {}), ["30000 values do not fit"])
+        for schema in (list[int | date | uuid.UUID], list[Left | Right]):
+            seen: list[int] = []
+            self.problems(schema, Watched([{"left": 1, "right": 2, "name": 3}] * 20_000, seen))
+            self.assertLessEqual(len(seen), 10_001)
+
+    def test_a_value_of_one_of_the_types_stays_as_it_is(self) -> None:
+        for schema, text, expected in [
+            (int | Literal["100"], '"100"', "100"), (int | Any, '"1"', "1"),
+            (float | int | Literal["x"], "3", 3), (Decimal | Literal[7], "7", 7),
+            (date | bool | str, '"2024-02-29"', "2024-02-29"),
+            (list[int] | Any, '["1"]', [1]), (int | Size, '"1"', 1),
+        ]:  # fmt: skip
+            with self.subTest(f"{schema} {text}"):
+                found: Any = read_signals(schema, json.loads(text))
+                self.assertEqual((type(found), found), (type(expected), expected))
+
     def test_numbers_that_hash_alike_are_refused_where_hashes_count(self) -> None:
         prime = 2**61 - 1
         alike = [n * prime for n in range(1, 100)]
@@ -8279,6 +8389,8 @@ class TestSignals(unittest.TestCase):
             with self.subTest(str(schema)):
                 self.problems(schema, signals)
         self.assertEqual(read_signals(set[int], [-1, -2] * 100), {-1, -2})
+        self.assertEqual(read_signals(set[int], [7] * 5000 + [*range(5000)]), set(range(5000)))
+        self.problems(set[int], [7] * 5000 + alike)
         self.assertEqual(len(read_signals(set[int], list(range(5000)))), 5000)
         grid = [[x, y] for x in range(-9, 9) for y in range(-9, 9)]  # hash(-1) is that of -2
         self.assertEqual(len(read_signals(set[tuple[int, int]], grid)), 18 * 18)
