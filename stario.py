@@ -89,8 +89,8 @@ brackets can be left out of your copy: `python stario.py --without assets,client
       10320  30. What is refused
     10573  ACT 5. The pocket client
       10614  31. The pocket client (JavaScript) [client]
-      11968  32. This file as a page [read]
-      12139  33. An app to begin with
+      11972  32. This file as a page [read]
+      12143  33. An app to begin with
 
 READING PATH
 
@@ -10660,99 +10660,100 @@ const family = (node) => isElement(node) ? [node, ...querySelectorAll(node, '*')
 const tell = (name, detail) => dispatchEvent(document, new CustomEvent(name, { detail }));
 
 // ---- Effects: functions that run again when what they read has changed ----
-// What can be read is a cell. It knows who has read it, and a reader knows what it has read. A
-// clock counts the changes: who ran before one of its cells changed is outdated. A write makes
-// effects `due` and computed signals `stale`. Due effects run when the outermost batch ends, in
+// What can be read is a cell, with a version. A reader keeps the versions of what it has read, and
+// runs again when one of them is another by now. A write makes its readers stale. Computed signals
+// are worked out when somebody asks. Effects are `due`: they run when the outermost batch ends, in
 // the order of their elements and attributes, whichever signal was written first.
 
 let active = null;           // the reader that is running
-let clock = 0;
 let depth = 0;               // how many batches are open
 const due = new Set();       // effects to look at when the last of them ends
 
 class Cell {
-  value = undefined;
-  changedAt = 0;             // by the clock
+  version = 0;
   readers = new Set();
 }
 
-// A reader is a job, and the cells it has read, each with the `begunAt` of the run that did. An
-// effect is a reader with an attribute. A computed signal is a reader and a cell, and the value of
-// another cell: that of its name in the tree. It is worked out when somebody asks.
-const newReader = (job, attribute) => ({ job, attribute, cells: new Map(), begunAt: 0, ranAt: 0 });
-const newComputed = (job) => Object.assign(new Cell(), newReader(job), { stale: true });
-
-const isComputed = (cell) => cell?.value instanceof Cell;
-
-function read(cell) {
-  if (active) {
-    active.cells.set(cell, active.begunAt);
-    cell.readers.add(active);
+// A reader with an attribute is an effect. One without is a computed signal, and a cell itself.
+class Reader extends Cell {
+  cells = new Map();         // what it has read -> the version
+  stale = true;
+  value = undefined;
+  constructor(job, attribute) {
+    super();
+    Object.assign(this, { job, attribute });
   }
-  if (cell.stale) refresh(cell);
-  return isComputed(cell) ? read(cell.value) : cell.value;
+}
+
+function note(cell) {
+  active?.cells.set(cell, cell.version);
+  if (active) cell.readers.add(active);
 }
 
 function wake(cell) {
-  cell.changedAt = ++clock;
+  cell.version++;
   mark(cell);
 }
 
 function mark(cell) {
   for (const reader of cell.readers) {
+    if (reader.stale) continue;
+    reader.stale = true;
     if (reader.attribute) due.add(reader);
-    else if (!reader.stale) {
-      reader.stale = true;
-      mark(reader);
-    }
+    else mark(reader);
   }
 }
 
-function outdated(reader) {
-  if (!reader.ranAt) return true;
-  for (const cell of reader.cells.keys()) {
-    refresh(cell);
-    if (cell.changedAt > reader.ranAt) return true;
-  }
-  return false;
+const versionOf = (cell) => (cell instanceof Reader && refresh(cell), cell.version);
+
+function isOutdated(reader) {
+  for (const [cell, version] of reader.cells) if (versionOf(cell) !== version) return true;
+  return !reader.cells.size;
 }
 
-function refresh(cell) {
-  if (!cell.stale) return;
-  cell.stale = false;
-  if (!outdated(cell)) return;
-  const value = run(cell);
-  if (Object.is(value, cell.value)) return;
-  cell.value = value;
-  cell.changedAt = ++clock;
+// What the run itself has changed does not make the reader stale.
+function refresh(reader) {
+  if (!reader.stale) return;
+  reader.stale = false;
+  if (!isOutdated(reader)) return;
+  forget(reader);
+  const value = within(reader, reader.job);
+  for (const cell of reader.cells.keys()) reader.cells.set(cell, versionOf(cell));
+  reader.stale = false;
+  due.delete(reader);
+  if (Object.is(value, reader.value)) return;
+  reader.value = value;
+  reader.version++;
 }
 
-// `ranAt` is set last, after all that the run itself has changed: so that does not outdate it.
-function run(reader) {
+function forget(reader) {
+  for (const cell of reader.cells.keys()) cell.readers.delete(reader);
+  reader.cells.clear();
+}
+
+function runAgain(effect) {
+  forget(effect);
+  effect.stale = true;
+  due.add(effect);
+}
+
+// What a job reads is this reader's, or nobody's.
+function within(reader, job) {
   const outer = active;
   active = reader;
-  reader.begunAt = ++clock;
-  try {
-    return reader.job();
-  } finally {
-    active = outer;
-    reader.cells.forEach((readAt, cell) => {
-      if (readAt === reader.begunAt) refresh(cell);
-      else if (reader.cells.delete(cell)) cell.readers.delete(reader);     // not read any more
-    });
-    reader.ranAt = ++clock;
-  }
-}
-
-// All that a job writes is one change. What it reads is nobody's.
-function batch(job) {
-  const outer = active;
-  active = null;
-  depth++;
   try {
     return job();
   } finally {
     active = outer;
+  }
+}
+
+// All that a job writes is one change.
+function batch(job) {
+  depth++;
+  try {
+    return within(null, job);
+  } finally {
     if (depth === 1) runDue();
     if (--depth === 0) announce();
   }
@@ -10765,24 +10766,25 @@ function runDue() {
       due.clear();
       report('effects', 'they wake each other without end: stopped', now[0].attribute.el);
     }
-    for (const effect of now) if (due.delete(effect) && outdated(effect)) run(effect);
+    for (const effect of now) if (due.delete(effect)) refresh(effect);
   }
 }
 
-// ---- Signals: a tree of cells, and a proxy for each branch ----
-// A branch maps keys to cells. It has no prototype, so that a signal called "constructor" is one
-// like any other. What comes from outside is copied. A list, with what is in it, is the value of
-// one cell: it is read and told as a whole, and its entries may be null; elsewhere null means that
-// the signal is gone (JSON Merge Patch, RFC 7386).
+// ---- Signals: a tree of values, and a proxy for each branch ----
+// A branch is an object without prototype, so that a signal called "constructor" is one like any
+// other. What comes from outside is copied. A list, with what is in it, is one signal: it is read
+// and told as a whole, and its entries may be null; elsewhere null means that the signal is gone
+// (JSON Merge Patch, RFC 7386).
 
-const branches = new WeakMap();  // -> { keys: its path, names: cell of its keys, erased, proxy }
+const branches = new WeakMap();  // -> { keys: its path, cells: of the keys that somebody has read }
+const proxies = new WeakMap();   // of branches, of lists, and of objects in lists
 const everything = new Cell();   // read by data-json-signals, changed by every write
+const ALL_KEYS = Symbol('all keys');   // the cell of a branch's keys
 let changes = [];                // [keys, value] of this batch, for datastar-signal-patch
 
 const has = Object.hasOwn;
 const isPlain = (value) => Object(value) === value
   && [Object.prototype, null].includes(Object.getPrototypeOf(value));
-const isBranch = (value) => branches.has(value);
 const isRefused = (key) => key === '__proto__';    // JSON.stringify and {...} would misread it
 
 // A copy without proxies. What is neither an object nor a list (an element, say) stays itself.
@@ -10796,9 +10798,22 @@ function plain(value) {
 
 function newBranch(keys) {
   const branch = Object.create(null);
-  const proxy = new Proxy(branch, handler);
-  branches.set(branch, { keys, names: new Cell(), erased: new Set(), proxy });
+  branches.set(branch, { keys, cells: new Map() });
+  proxies.set(branch, new Proxy(branch, handler));
   return branch;
+}
+
+function noteKey(branch, key) {
+  const { cells } = branches.get(branch);
+  if (!cells.has(key)) cells.set(key, new Cell());
+  note(cells.get(key));
+}
+
+function current(value) {
+  if (!(value instanceof Reader)) return value;
+  refresh(value);
+  note(value);
+  return value.value;
 }
 
 // `then`, `toJSON` and the like are asked for by JavaScript itself.
@@ -10807,16 +10822,12 @@ const BY_LANGUAGE = /^(?:then|toJSON|toString|valueOf)$/;
 const handler = {
   get(branch, key) {
     if (typeof key === 'symbol') return undefined;
-    if (!(key in branch)) {
+    if (!(key in branch) && !branches.get(branch).cells.has(key)) {
       if (BY_LANGUAGE.test(key)) return Object.prototype[key];
-      const { erased, names } = branches.get(branch);
-      if (erased.has(key)) return (read(names), '');
       batch(() => write(branch, key, ''));         // a signal that nobody declared is empty text
     }
-    const cell = branch[key] ?? new Cell();
-    const value = read(cell);
-    if (isComputed(cell)) return value;
-    return branches.get(value)?.proxy ?? inside(value, branch, key);
+    noteKey(branch, key);
+    return key in branch ? inside(current(branch[key]), branch, key) : '';    // it was erased
   },
   set(branch, key, value) {
     const copy = plain(value);                     // not in the batch: its reads are noted
@@ -10824,17 +10835,15 @@ const handler = {
     return true;
   },
   deleteProperty: (branch, key) => (batch(() => erase(branch, key)), true),
-  has: (branch, key) => (read(branch[key] ?? branches.get(branch).names), key in branch),
-  ownKeys: (branch) => (read(branches.get(branch).names), Reflect.ownKeys(branch)),
+  has: (branch, key) => (noteKey(branch, key in branch ? key : ALL_KEYS), key in branch),
+  ownKeys: (branch) => (noteKey(branch, ALL_KEYS), Reflect.ownKeys(branch)),
 };
 
 // What is in a list has proxies, too: a write in there is a change of the list's own signal.
-const lists = new WeakMap();     // list, or an object in one -> its proxy
-
 function inside(value, branch, key) {
   if (!Array.isArray(value) && !isPlain(value)) return value;
-  if (!lists.has(value)) {
-    lists.set(value, new Proxy(value, {
+  if (!proxies.has(value)) {
+    proxies.set(value, new Proxy(value, {
       get: (list, at) => inside(list[at], branch, key),
       set(list, at, each) {
         if (has(list, at) && Object.is(list[at], each)) return true;
@@ -10845,15 +10854,15 @@ function inside(value, branch, key) {
       deleteProperty: (list, at) => delete list[at] && (batch(() => changed(branch, key)), true),
     }));
   }
-  return lists.get(value);
+  return proxies.get(value);
 }
 
 const data = newBranch([]);
-const root = branches.get(data).proxy;
+const root = proxies.get(data);
 
 // [keys, value] of each signal in an object, or in a branch.
 function leaves(value, keys = [], found = []) {
-  if (value instanceof Cell) value = read(value);
+  value = current(value);
   if (!isPlain(value)) found.push([keys, value]);
   else for (const key of Object.keys(value)) leaves(value[key], [...keys, key], found);
   return found;
@@ -10861,52 +10870,52 @@ function leaves(value, keys = [], found = []) {
 
 // Objects merge into what is there, so that only what differs wakes its readers.
 function write(branch, key, value) {
-  const old = branch[key]?.value;
+  const old = branch[key];
   if (isRefused(key) || Object.is(old, value)) return;
   if ((value ?? null) === null) erase(branch, key);
-  else if (isComputed(branch[key]) && !(value instanceof Cell)) return;  // it has no other value
+  else if (old instanceof Reader && !(value instanceof Reader)) return;   // it has no other value
   else if (!isPlain(value)) assign(branch, key, plain(value));
   else {
-    if (!isBranch(old)) assign(branch, key, newBranch([...branches.get(branch).keys, key]));
+    if (!isPlain(old)) assign(branch, key, newBranch([...branches.get(branch).keys, key]));
     else for (const gone of Object.keys(old)) if (!has(value, gone)) erase(old, gone);
-    merge(value, false, branch[key].value);
+    merge(value, false, branch[key]);
   }
 }
 
 function assign(branch, key, value) {
-  if (!(key in branch)) {
-    const { erased, names } = branches.get(branch);
-    erased.delete(key);
-    wake(names);
-    branch[key] = new Cell();
-  }
-  branch[key].value = value;
+  const isNew = !(key in branch);
+  branch[key] = value;
   changed(branch, key);
+  if (isNew) wakeKey(branch, ALL_KEYS);
 }
 
 function changed(branch, key) {
-  const cell = branch[key];
-  if (!cell) return;                               // a list that somebody kept
+  const value = branch[key];
   const path = [...branches.get(branch).keys, key];
-  if (!isBranch(cell.value)) changes.push([path, isComputed(cell) ? '' : cell.value]);
-  wake(cell);
+  if (!isPlain(value)) changes.push([path, value instanceof Reader ? '' : value]);
+  wakeKey(branch, key);
+}
+
+function wakeKey(branch, key) {
+  const cell = branches.get(branch).cells.get(key);
+  if (cell) wake(cell);
   wake(everything);
 }
 
+// Who has read a signal that goes is not to make it again: its cell stays.
 function erase(branch, key) {
-  const cell = branch[key];
-  if (!cell) return;
-  const { keys, names, erased } = branches.get(branch);
-  if (cell.readers.size) erased.add(key);          // they are not to make it again
-  changes = changes.concat(leaves(cell, [...keys, key]).map(([path]) => [path, null]));
+  if (!(key in branch)) return;
+  const { keys, cells } = branches.get(branch);
+  changes = changes.concat(leaves(branch[key], [...keys, key]).map(([path]) => [path, null]));
   delete branch[key];
-  for (const each of [cell, names, everything]) wake(each);
+  for (const each of [key, ALL_KEYS]) wakeKey(branch, each);
+  if (!cells.get(key)?.readers.size) cells.delete(key);
 }
 
 function merge(patch, onlyIfMissing, branch = data) {
   for (const key of Object.keys(patch)) {
-    const old = branch[key]?.value;
-    if (isBranch(old) && isPlain(patch[key])) merge(patch[key], onlyIfMissing, old);
+    const old = branch[key];
+    if (isPlain(old) && isPlain(patch[key])) merge(patch[key], onlyIfMissing, old);
     else if (!onlyIfMissing || !(key in branch)) write(branch, key, patch[key]);
   }
 }
@@ -10943,7 +10952,7 @@ function chooser({ include = '', exclude = '(?!)' } = {}) {
 }
 
 function pick(filter) {
-  read(everything);
+  note(everything);
   return nested(batch(() => leaves(data)).filter(chooser(filter)));
 }
 
@@ -10971,32 +10980,34 @@ const TEMPLATE = /[`}](?:\\[^]|\$(?!\{)|[^\\`$])*(?:`|\$\{|$)/y;   // from ` or 
 const REGEX = /\/(?![/*])(?:\\.|\[(?:\\.|[^\]\\\n])*\]|[^/\\[\n])+\/[a-z]*/y;
 const NO_VALUE = /^(?:return|typeof|case|in|of|new|delete|void|throw|else|do)$/;
 
+// Gives what stands before the last statement, and that one.
 function translate(text) {
-  const statements = [''];
   const open = [];                   // brackets that are open; ` for the ${ of a template
+  let [code, at, last] = ['', 0, 0]; // last: where in `code` the last statement begins
   let value = false;                 // is a value behind us? Then / divides
-  let at = 0;
+  let ended = false;                 // is a ; ?
   const next = (kind) => Object.assign(kind, { lastIndex: at }).exec(text);
   while (at < text.length) {
     const char = text[at];
     const special = char === '`' || (char === '}' && open.at(-1) === '`') ? next(TEMPLATE)
       : char === '/' && !value ? next(REGEX) : null;
     const [all, blank, string, signal, action, word] = special ?? next(TOKEN);
-    let code = all;
-    if (signal) code = '$' + signal.split('.').map((key) => `['${key}']`).join('');
-    if (action) code = `__act('${action}',()=>[`;
-    if (action && !(action in actions)) unknown(`data-…="${text}": @${action}`);
-    if (!special && blank && /\S/.test(blank)) code = ' ';             // a comment
-    if (')]}'.includes(char) && open.pop() === '@') code = '])';
-    const hole = special && all.endsWith('${');
-    if (hole || action || '([{'.includes(char)) open.push(hole ? '`' : action ? '@' : char);
-    if (special || string || signal) value = !hole;
-    else if (!blank) value = word ? !NO_VALUE.test(word) : ')]}'.includes(char);
-    statements[statements.length - 1] += code;
-    if (char === ';' && !open.length) statements.push('');
     at += all.length;
+    if (blank) {
+      code += /\S/.test(blank) ? ' ' : blank;      // no comments
+      continue;
+    }
+    if (action && !(action in actions)) unknown(`data-…="${text}": @${action}`);
+    const closes = ')]}'.includes(char) && open.pop();
+    const opens = special ? all.endsWith('${') && '`' : action ? '@' : '([{'.includes(char) && char;
+    if (opens) open.push(opens);
+    value = word ? !NO_VALUE.test(word) : !opens && Boolean(special || string || signal || closes);
+    if (ended && char !== ';') last = code.length;
+    ended = char === ';' && !open.length;
+    if (signal) code += '$' + signal.split('.').map((key) => `['${key}']`).join('');
+    else code += action ? `__act('${action}',()=>[` : closes === '@' ? '])' : all;
   }
-  return statements.filter((each) => !/^[\s;]*$/.test(each));
+  return [code.slice(0, last), code.slice(last).replace(/[\s;]*$/, '')];
 }
 
 // Functions are kept: the rows of a table share their expressions. Long texts are data, seen once.
@@ -11004,14 +11015,13 @@ const compiled = new Map();          // text -> function
 
 function compile(text) {
   if (compiled.has(text)) return compiled.get(text);
-  const statements = translate(text);
-  const build = (...body) => new Function('$', '__act', 'el', 'evt', 'patch', body.join('\n'));
-  const last = (statements.at(-1) ?? '').replace(/;\s*$/, '');
+  const [first, last] = translate(text);
+  const build = (code) => new Function('$', '__act', 'el', 'evt', 'patch', first + code);
   let job;
   try {
-    job = build(...statements.slice(0, -1), `return (${last}\n)`);
+    job = build(`return (${last}\n)`);
   } catch {                                      // it ends in `if`, or has its own `return`
-    job = build(...statements);
+    job = build(last);
   }
   if (compiled.size >= 2000) compiled.clear();
   if (text.length <= 2000) compiled.set(text, job);
@@ -11026,22 +11036,33 @@ const owners = new WeakMap();        // element -> { el, order, attributes, wrot
 let ownersSoFar = 0;
 
 class Attribute {
+  ends = new Set();                  // jobs that undo what it started
+  ended = false;
   constructor(owner, name, value) {
-    const [head, ...rest] = name.slice(5).split('__');
+    const [head, ...mods] = name.slice(5).split('__');
     const [plugin, ...keys] = head.split(':');
-    this.mods = new Map(rest.map((each) => each.split('.')).map(([mod, ...tags]) => [mod, tags]));
-    Object.assign(this, { owner, el: owner.el, name, value, plugin, order: owner.order });
-    this.ends = new Set();           // jobs that undo what it started
-    this.ended = false;
+    Object.assign(this, { owner, el: owner.el, name, value, plugin });
+    this.mods = new Map(mods.map((mod) => mod.split('.')).map(([mod, ...tags]) => [mod, tags]));
     const style = this.mods.get('case')?.[0] ?? (SIGNAL_KEYS.test(plugin) ? 'camel' : 'kebab');
     this.key = CASES[style]?.(keys.join(':'));
     this.path = this.key || value.trim();
   }
 
+  start() {
+    const { plugin, name, mods, el } = this;
+    const isMissing = !(plugin in plugins) && (name.includes(':') || MISSING.test(plugin));
+    if (isMissing) unknown(name, el);
+    if (!(plugin in plugins)) return;
+    for (const mod of mods.keys()) if (!MODIFIERS.has(mod)) unknown(`${name}: __${mod}`, el);
+    this.act(() => {
+      if (!NAMES.test(plugin)) this.compiled = compile(this.value);
+      plugins[plugin](this);
+    });
+  }
+
   // What its expression gives. It may throw: `guard` tells that, once, and `act` is for what
   // comes from outside, such as events and timers.
   run(evt, patch) {
-    this.compiled ??= compile(this.value);
     const act = (action, args) => actions[action](this, evt, args);
     return this.compiled(root, act, this.el, evt, patch);
   }
@@ -11060,16 +11081,16 @@ class Attribute {
   }
 
   effect(job) {
-    const effect = newReader(() => this.guard(job), this);
+    const effect = new Reader(() => this.guard(job), this);
     this.ends.add(() => {
       due.delete(effect);
-      for (const cell of effect.cells.keys()) cell.readers.delete(effect);
+      forget(effect);
     });
-    run(effect);
+    refresh(effect);
     return effect;
   }
 
-  // An effect that writes into its element (`job` gives the names of attributes, or #text). It
+  // An effect that writes into its element (`job` gives the names of attributes). It
   // has the last word: when a script or a morph writes there, it writes again.
   keep(job) {
     this.keeper = this.effect(() => {
@@ -11083,6 +11104,11 @@ class Attribute {
     this.ends.add(() => removeEventListener(target, name, heard, options));
   }
 
+  watch(observer, options) {
+    observer.observe(this.el, options);
+    this.ends.add(() => observer.disconnect());
+  }
+
   end() {
     for (const job of this.ends) this.guard(job);
     this.ends.clear();
@@ -11092,11 +11118,12 @@ class Attribute {
 
 const present = (el, name) => name === '#text' ? textContent(el) : getAttribute(el, name);
 
-function showText(el, text) {
+function showText({ el, owner }, text) {
   const only = firstChild(el);
   if (!(only instanceof Text) || nextSibling(only)) replaceChildren(el, text);
   else if (only.data !== text) only.data = text;
-  return ['#text'];
+  owner.wrote.set('#text', text);
+  return [];
 }
 
 // Key by key or all at once: data-class:done="$x" and data-class="{done: $x}". What is no longer
@@ -11122,12 +11149,12 @@ const plugins = {
   computed(attribute) {
     const jobs = attribute.key ? { [attribute.key]: () => attribute.run() } : attribute.run() ?? {};
     for (const [keys, job] of leaves(jobs)) {
-      put(keys.join('.'), newComputed(() => attribute.guard(job)));
+      put(keys.join('.'), new Reader(() => attribute.guard(job)));
     }
   },
   effect: (attribute) => { attribute.effect(() => { attribute.run(); }); },
   init: (attribute) => { timed(attribute)(); },
-  text: (attribute) => attribute.keep(() => showText(attribute.el, String(attribute.run() ?? ''))),
+  text: (attribute) => attribute.keep(() => showText(attribute, String(attribute.run() ?? ''))),
   show: (attribute) => attribute.keep(() => {
     const style = styleOf(attribute.el);
     if (!attribute.run()) style.display = 'none';
@@ -11175,7 +11202,7 @@ const plugins = {
   'json-signals'(attribute) {
     const indent = attribute.mods.has('terse') ? 0 : 2;
     const filter = () => attribute.value ? attribute.run() : {};
-    attribute.keep(() => showText(attribute.el, toJson(pick(filter()), indent)));
+    attribute.keep(() => showText(attribute, toJson(pick(filter()), indent)));
   },
   bind,
   on(attribute) {
@@ -11205,8 +11232,7 @@ const plugins = {
       later();
       if (mods.has('once')) observer.disconnect();
     }, { threshold: percent / 100 });
-    observer.observe(el);
-    attribute.ends.add(() => observer.disconnect());
+    attribute.watch(observer);
   },
   'on-interval'(attribute) {
     const tags = attribute.mods.get('duration') ?? [];
@@ -11221,18 +11247,17 @@ const plugins = {
     const filter = getAttribute(attribute.el, 'data-on-signal-patch-filter');
     const chosen = chooser(filter ? compile(filter)(root) : {});
     let busy = false;
-    const later = timed(attribute, (evt, some) => {
+    const later = timed(attribute, (evt, some) => attribute.act(() => {
       busy = true;
-      attribute.act(() => attribute.run(evt, some));
+      attribute.guard(() => attribute.run(evt, some));
+      announce();                                  // now, while this one does not listen
       busy = false;
-    });
-    const hear = (evt) => {
+    }));
+    announce();                                    // what has changed before is no news
+    attribute.listen(document, 'datastar-signal-patch', (evt) => {
       const some = busy || starting ? [] : leaves(evt.detail).filter(chosen);
       if (some.length) later(evt, nested(some));
-    };
-    announce();                                    // what has changed before is no news
-    addEventListener(document, 'datastar-signal-patch', hear);
-    attribute.ends.add(() => removeEventListener(document, 'datastar-signal-patch', hear));
+    });
   },
 };
 
@@ -11317,6 +11342,9 @@ function give(el, prop, value) {
   } else if (el.value !== text) el.value = text;
 }
 
+// The official client's name for what is told to a field that a patch has written into.
+const REFILLED = 'datastar-prop-change';
+
 let composing = null;                            // the field with an input method (IME) at work
 addEventListener(document, 'compositionstart', (evt) => { composing = evt.target; }, true);
 addEventListener(document, 'compositionend', () => { composing = null; }, true);
@@ -11326,25 +11354,24 @@ const isHalf = (el) => composing === el || Boolean(el.validity?.badInput);
 const isFocused = (el) => doc.activeElement(document) === el;
 
 // Several fields may share one list. The place in the page is the place in the list.
-const groups = new Map();                        // path -> { binds, sorted: them, or null }
+const groups = new Map();                        // path -> { els, sorted: them, or null }
 
 function bind(attribute) {
-  const { el, path, mods, owner, ends } = attribute;
+  const { el, path, mods, ends } = attribute;
   if (el.type === 'file' && localName(el) === 'input') return bindFiles(attribute);
   const isField = /^(?:input|select|textarea)$/.test(localName(el)) && !mods.has('prop');
   const prop = isField ? null : CASES.camel(mods.get('prop')?.[0] ?? 'value');
-  const group = groups.get(path) ?? { binds: new Set() };
+  const group = groups.get(path) ?? { els: new Set() };
   let taken = {};                    // what the signal last got from here; {} is nothing
   let seen = null;                   // what the field said then
   let waiting = false;               // something was not written because the field was half-way
-  const self = { el, save, show, check };
   const state = () => String([take(el, prop, ''), el.checked]);
   const isUnchosen = () => el.type === 'radio' && !el.checked;
   function place() {
     if (!Array.isArray(find(path)) || el.type === 'select-multiple') return path;
-    group.sorted ??= [...group.binds].sort((a, b) =>
-      compareDocumentPosition(a.el, b.el) & Node.DOCUMENT_POSITION_FOLLOWING ? -1 : 1);
-    return `${path}.${group.sorted.indexOf(self)}`;
+    group.sorted ??= [...group.els].sort((a, b) =>
+      compareDocumentPosition(a, b) & Node.DOCUMENT_POSITION_FOLLOWING ? -1 : 1);
+    return `${path}.${group.sorted.indexOf(el)}`;
   }
   function save() {
     if (isUnchosen() || el.validity?.badInput) return;
@@ -11354,32 +11381,33 @@ function bind(attribute) {
     seen = state();
     put(where, taken);
   }
-  function show(force) {
+  function show() {
     const value = find(place());
-    if (!force && Object.is(value, taken)) return;
+    if (Object.is(value, taken)) return;
+    taken = {};
     waiting = isFocused(el) && isHalf(el);
     if (waiting) return;
-    taken = {};
     give(el, prop, value);
     seen = state();
   }
-  // The browser may have filled in the field since, without an event.
-  function check() {
-    if (state() !== seen) save();
-  }
   groups.set(path, group);
-  group.binds.add(self);
+  group.els.add(el);
   group.sorted = null;
-  ends.add(() => group.binds.delete(self) && !group.binds.size && groups.delete(path));
+  ends.add(() => group.els.delete(el) && !group.els.size && groups.delete(path));
   if (el.type === 'radio' && !el.name) setAttribute(el, 'name', path);
   if (find(place()) === undefined && !isUnchosen()) save();
   const isChoice = /^(?:checkbox|radio|select-.*)$/.test(el.type);
   const events = mods.get('event') ?? (isChoice ? ['change'] : ['input', 'change']);
-  for (const name of events) attribute.listen(el, name, save);
-  attribute.listen(el, 'blur', () => waiting && show(true));
-  attribute.effect(() => show());
-  owner.bind = self;
-  ends.add(() => owner.bind === self && (owner.bind = null));
+  for (const name of [...events, REFILLED]) attribute.listen(el, name, save);
+  attribute.listen(el, 'blur', () => waiting && show());
+  attribute.effect(show);
+  // A browser that comes back to a page fills in its fields again, and tells nobody.
+  attribute.listen(window, 'pageshow', () => setTimeout(() => state() !== seen && save()));
+  if (localName(el) !== 'select') return;
+  attribute.watch(new MutationObserver(() => {   // other options may have come
+    taken = {};
+    show();
+  }), { subtree: true, childList: true, attributes: true, characterData: true });
 }
 
 // A file field's signal is a list of { name, contents in base64, mime }.
@@ -11420,21 +11448,6 @@ const CASES = {
   kebab: (key) => key,
 };
 
-function start(owner, name, value) {
-  const attribute = new Attribute(owner, name, value);
-  const { plugin, mods, el } = attribute;
-  owner.attributes.set(name, attribute);
-  if (!(plugin in plugins)) {
-    if (name.includes(':') || MISSING.test(plugin)) unknown(name, el);
-    return;
-  }
-  for (const mod of mods.keys()) if (!MODIFIERS.has(mod)) unknown(`${name}: __${mod}`, el);
-  attribute.act(() => {
-    if (!NAMES.test(plugin)) attribute.compiled = compile(value);
-    plugins[plugin](attribute);
-  });
-}
-
 // Ends and starts what has changed among an element's attributes: all, when it has left.
 function follow(el) {
   const names = getAttributeNames(el).filter((name) => name.startsWith('data-'));
@@ -11442,14 +11455,18 @@ function follow(el) {
   const owner = owners.get(el)
     ?? { el, order: ++ownersSoFar, attributes: new Map(), wrote: new Map(), requests: 0 };
   owners.set(el, owner);
+  const { attributes, order } = owner;
   const isSilent = !isConnected(el) || closest(el, '[data-ignore]')
     || hasAttribute(el, 'data-ignore__self');
-  for (const [name, attribute] of owner.attributes) {
-    if (isSilent || getAttribute(el, name) !== attribute.value) quit(owner, name);
+  for (const [name, { value }] of attributes) {
+    if (isSilent || getAttribute(el, name) !== value) quit(owner, name);
   }
   for (const [n, name] of isSilent ? [] : names.entries()) {
-    if (!owner.attributes.has(name)) start(owner, name, getAttribute(el, name));
-    owner.attributes.get(name).order = owner.order + n / 1000;
+    const old = attributes.get(name);
+    const attribute = old ?? new Attribute(owner, name, getAttribute(el, name));
+    attribute.order = order + n / 1000;
+    attributes.set(name, attribute);
+    if (!old) attribute.start();
   }
 }
 
@@ -11459,31 +11476,21 @@ function quit(owner, name) {
 }
 
 function update(records) {
-  const selects = new Set();         // their options came or went
   const ofChildren = records.filter(({ type }) => type === 'childList');
-  for (const { removedNodes } of ofChildren) {
-    for (const node of removedNodes) if (!isConnected(node)) family(node).forEach(follow);
-  }
+  const gone = ofChildren.flatMap(({ removedNodes }) => [...removedNodes]);
+  for (const node of gone) if (!isConnected(node)) family(node).forEach(follow);
   if (ofChildren.length) for (const group of groups.values()) group.sorted = null;
   for (const record of records) {
     const { type, target, attributeName: name } = record;
+    if (type === 'childList') Array.from(record.addedNodes, family).flat().forEach(follow);
+    else if (name === 'data-ignore') family(target).forEach(follow);
+    else if (name?.startsWith('data-')) follow(target);
     const el = type === 'characterData' ? parentNode(target) : target;
-    if (!el || !isConnected(el)) continue;
-    if (name === 'data-ignore') family(el).forEach(follow);
-    else if (name?.startsWith('data-')) follow(el);
-    else if (type === 'childList') {
-      for (const node of record.addedNodes) if (isConnected(node)) family(node).forEach(follow);
-    }
-    const part = name ?? '#text';
     const { wrote, attributes } = owners.get(el) ?? {};
-    if (wrote?.has(part) && wrote.get(part) !== present(el, part)) {
-      for (const { keeper } of attributes.values()) {
-        if (keeper) due.add(Object.assign(keeper, { ranAt: 0 }));    // as if it had never run
-      }
-    }
-    if (/^(?:select|optgroup|option)$/.test(localName(el))) selects.add(closest(el, 'select'));
+    const part = name ?? '#text';
+    if (!wrote?.has(part) || wrote.get(part) === present(el, part)) continue;
+    for (const { keeper } of attributes.values()) if (keeper) runAgain(keeper);
   }
-  for (const select of selects) if (!refilled.has(select)) owners.get(select)?.bind?.show(true);
 }
 
 const observer = new MutationObserver((records) => batch(() => update(records)));
@@ -11781,7 +11788,7 @@ function patchOne(mode, target, nodes) {
   for (const script of scripts) if (isConnected(script)) enliven(script);
   // Bindings are told directly: the events `input` and `change` are a person's.
   settle();
-  for (const el of refilled) owners.get(el)?.bind?.save();
+  for (const el of refilled) dispatchEvent(el, new Event(REFILLED));
   refilled.clear();
 }
 
@@ -11951,9 +11958,6 @@ function startPage() {
   starting = false;
   observer.observe(document, { subtree: true, childList: true, attributes: true,
     characterData: true });
-  addEventListener(window, 'pageshow', () => setTimeout(() => batch(() => {
-    for (const { binds } of groups.values()) for (const each of binds) each.check();
-  })));
   tell('datastar-ready');
 }
 

@@ -59,6 +59,11 @@ def dashboard(turn: int) -> str:
     return f'<table id="it"><tbody>{"".join(rows)}</tbody></table>'
 
 
+def shown(count: int) -> str:
+    """Elements that show a signal each."""
+    return "".join(f'<i data-text="$s{n}"></i>' for n in range(count))
+
+
 def elements(markup: str) -> str:
     return f"event: datastar-patch-elements\ndata: elements {markup}\n\n"
 
@@ -69,7 +74,7 @@ def signals(value: object) -> str:
 
 ROWS = range(2000)
 MANY = {f"s{n}": n for n in range(8000)}
-SHOWN = "".join(f'<i data-text="$s{n}"></i>' for n in MANY.values())
+SHOWN = shown(8000)
 HELD = f"<div data-signals='{json.dumps(MANY)}'></div>"
 
 # name -> what the page holds at first, and the answers that are applied to it one after the other
@@ -90,9 +95,10 @@ WORK: dict[str, tuple[str, list[str]]] = {
     ),
     "8,000 signals come": ('<p id="it"></p>', [signals(MANY)]),
     "8,000 signals change": (HELD, [signals({name: n + 1 for name, n in MANY.items()})]),
-    "8,000 signals change in 8,000 elements": (
-        HELD + SHOWN,
-        [signals({name: n + 1 for name, n in MANY.items()})],
+    # Of 8,000 at once the official client shows about 2,900: then its stack is full.
+    "2,000 signals change in 2,000 elements": (
+        HELD + shown(2000),
+        [signals({f"s{n}": n + 1 for n in range(2000)})],
     ),
     "one of 8,000 signals changes, 20 times": (
         HELD + SHOWN,
