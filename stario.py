@@ -3335,7 +3335,7 @@ class Connection(_AnswerCarrier):
             self._body.fail(error)
         elif self._state is _LATE_BODY:
             self._body.fail(error)
-            self._close()
+            self._end()
 
     def _pause_or_resume_reading(self) -> None:
         """Read no more while enough unread bytes are in memory (backpressure)."""

@@ -3379,6 +3379,30 @@ class TestConnections(HttpTest):
                     await peer.close()
                     await until(lambda: not connections_of(server))
 
+    async def test_a_fault_behind_an_early_answer_does_not_destroy_it(self) -> None:
+        """RFC 9112, section 9.6: a malformed rest of a body ends the connection, but gently."""
+
+        async def early(c: Context, w: Writer) -> None:
+            w.text("early")
+
+        app = Stario()
+        app.post("/", early)
+        async with app.running() as server:
+            peer = await Peer.connect(server.port)
+            stop_reading(peer)
+            await peer.send(f"POST / HTTP/1.1\r\n{HOST}Transfer-Encoding: chunked\r\n\r\n5\r\nhel")
+            await until(lambda: connections_of(server))
+            (connection,) = connections_of(server)
+            await until(lambda: connection._state is stario._LATE_BODY)
+            await peer.send("lo, malformed")
+            await until(connection._is_closing)
+            for _ in range(3):
+                await peer.send(NEXT)
+            read_again(peer)
+            self.assertEqual((await within(peer.answer())).text, "early")
+            self.assertEqual(await within(peer.rest()), b"")
+            await peer.close()
+
     async def test_a_refused_client_may_go_on_sending(self) -> None:
         """RFC 9112, section 9.6: closing at once would be a reset, which destroys the answer."""
         async with echo_app(max_body=1000).running() as server:
