@@ -59,38 +59,38 @@ brackets can be left out of your copy: `python stario.py --without assets,client
         320  3. HTML: elements are strings
         661  4. JSON
         779  5. The request: headers, query, cookies, body
-       1258  6. The answer: status, fields, body
-       1690  7. Context and routing
-       2133  8. The app
-     2323  ACT 2. On the network
-       2331  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3403  10. The server
-       4213  11. Trying it without a network: the test client [testclient]
-     4648  ACT 3. Live
-       4696  12. Datastar: attributes and actions
-       5269  13. Streams: events, and staying with a client
-       5783  14. Relay: publish and subscribe
-     6089  ACT 4. For real
-       6096  15. Signals: from JSON to your dataclass
-       6859  16. Forms [forms]
-       7057  17. Behind a proxy
-       7164  18. Compression [compression]
-       7374  19. Static files [assets]
-       7938  20. Telemetry: spans, and who hears of them
-       8542  21. JsonTracer: for log collectors [json]
-       8619  22. RichTracer: for people [rich]
-       9080  23. Sessions [sessions]
-       9193  24. What lives as long as the server
-       9294  25. @baked
-       9561  26. ASGI: the same app under another server [asgi]
-       9786  27. RedisRelay: the same between processes and machines [redis]
-      10056  28. Reload: a saved file restarts the app [reload]
-      10208  29. Development: what went wrong, shown where one looks [development]
-      10320  30. What is refused
-    10573  ACT 5. The pocket client
-      10614  31. The pocket client (JavaScript) [client]
-      11972  32. This file as a page [read]
-      12143  33. An app to begin with
+       1256  6. The answer: status, fields, body
+       1688  7. Context and routing
+       2131  8. The app
+     2321  ACT 2. On the network
+       2329  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
+       3402  10. The server
+       4212  11. Trying it without a network: the test client [testclient]
+     4647  ACT 3. Live
+       4695  12. Datastar: attributes and actions
+       5268  13. Streams: events, and staying with a client
+       5782  14. Relay: publish and subscribe
+     6088  ACT 4. For real
+       6095  15. Signals: from JSON to your dataclass
+       6858  16. Forms [forms]
+       7056  17. Behind a proxy
+       7163  18. Compression [compression]
+       7373  19. Static files [assets]
+       7937  20. Telemetry: spans, and who hears of them
+       8541  21. JsonTracer: for log collectors [json]
+       8618  22. RichTracer: for people [rich]
+       9079  23. Sessions [sessions]
+       9192  24. What lives as long as the server
+       9293  25. @baked
+       9560  26. ASGI: the same app under another server [asgi]
+       9785  27. RedisRelay: the same between processes and machines [redis]
+      10055  28. Reload: a saved file restarts the app [reload]
+      10207  29. Development: what went wrong, shown where one looks [development]
+      10319  30. What is refused
+    10572  ACT 5. The pocket client
+      10613  31. The pocket client (JavaScript) [client]
+      11971  32. This file as a page [read]
+      12142  33. An app to begin with
 
 READING PATH
 
@@ -98,20 +98,20 @@ Two hours, for a reader who wants to know how it works, not all that it does. Re
 
       331-344    `SafeString`  an element is a string
       625-654    `Tags`  `h.P` makes one
-     1061-1239   `Request`  what a client asks for
-     1269-1337   `Carrier`  what brings the answer back
-     1415-1603   `_RawWriter`  the answer
-     1708-1803   `Context`  what a handler gets beside it
-     1893-1908   `_Tree.find`  from a path to a handler
-     2240-2274   `_App.dispatch`  one request from end to end
-     2690-2806   `_RequestReader`  bytes to requests
-     3158-3399   `Connection`  one connection, many requests
-     3821-3842   `Server.start`  listening
-     3957-3974   `Server.stop`  ending without losing a request
-     5391-5513   `_EventWriter`  events
-     5603-5668   `_Scope`  how a disconnect reaches a handler
-     5696-5779   `Alive`  staying with a client
-     5937-6034   `Relay`  from one handler to another
+     1059-1237   `Request`  what a client asks for
+     1267-1335   `Carrier`  what brings the answer back
+     1413-1601   `_RawWriter`  the answer
+     1706-1801   `Context`  what a handler gets beside it
+     1891-1906   `_Tree.find`  from a path to a handler
+     2238-2272   `_App.dispatch`  one request from end to end
+     2688-2804   `_RequestReader`  bytes to requests
+     3156-3398   `Connection`  one connection, many requests
+     3820-3841   `Server.start`  listening
+     3956-3973   `Server.stop`  ending without losing a request
+     5390-5512   `_EventWriter`  events
+     5602-5667   `_Scope`  how a disconnect reaches a handler
+     5695-5778   `Alive`  staying with a client
+     5936-6033   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -910,9 +910,7 @@ class ResponseHeaders(Headers):
         self._unsent[key] = [text]
         return self
 
-    def __setitem__(self, name: str | bytes, value: str | bytes | int) -> None:
-        """The same: `w.headers["cache-control"] = "no-store"`."""
-        self.set(name, value)
+    __setitem__ = set  # `w.headers["cache-control"] = "no-store"`
 
     def add(self, name: str | bytes, value: str | bytes | int) -> ResponseHeaders:
         """Add one more field of this name."""
@@ -3243,7 +3241,8 @@ class Connection(_AnswerCarrier):
         """Read a head, and start the handler of its request."""
         worker = self._worker
         if self._paused_writing:
-            return  # the answer before is not taken
+            self._deadline = _NEVER  # the answer before is not taken: `write_timeout` counts
+            return
         # A handler may go on after its answer, while its connection brings the next request.
         if len(worker.tasks) >= len(worker.connections) + worker.limits.max_handlers:
             self._deadline = _NEVER
@@ -3271,7 +3270,7 @@ class Connection(_AnswerCarrier):
     def _wait_for_head(self) -> None:
         if self._eof:
             self._close()  # what is left is a part of a request whose rest will not come
-        # A new head, or one that had no deadline while too many handlers ran: it begins now.
+        # A new head, or one that had no deadline while it could not be read: it begins now.
         elif self._deadline == _NEVER or (self._state is _IDLE and self._reader.buffer):
             self._state = _HEAD
             self._deadline = self._worker.loop.time() + self._worker.limits.header_timeout

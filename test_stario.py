@@ -3379,6 +3379,30 @@ class TestConnections(HttpTest):
                     await peer.close()
                     await until(lambda: not connections_of(server))
 
+    async def test_a_request_behind_a_slow_download_is_answered(self) -> None:
+        """However long the client takes what is before it: the connection is not idle."""
+
+        async def large(c: Context, w: Writer) -> None:
+            w.respond(bytes(20_000_000), "application/octet-stream")
+
+        app = Stario()
+        app.get("/", large)
+        async with app.running(keep_alive_timeout=0.2, write_timeout=60.0) as server:
+            peer = await Peer.connect(server.port)
+            stop_reading(peer)
+            await peer.send(GET)
+            await until(lambda: [c for c in connections_of(server) if c._paused_writing])
+            (connection,) = connections_of(server)
+            await peer.send(GET)
+            await until(lambda: connection._reader.buffer)
+            (worker,) = server._workers
+            start = worker.now
+            await until(lambda: worker.now > start + 0.5)
+            read_again(peer)
+            for _ in range(2):
+                self.assertEqual(len((await within(peer.answer())).body), 20_000_000)
+            await peer.close()
+
     async def test_a_fault_behind_an_early_answer_does_not_destroy_it(self) -> None:
         """RFC 9112, section 9.6: a malformed rest of a body ends the connection, but gently."""
 
