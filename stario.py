@@ -54,64 +54,64 @@ After each act something runs, and you may stop there. Acts 1 to 3 are what one 
 a live page; each part of act 4 can be read alone, when it is needed. A part with a name in square
 brackets can be left out of your copy: `python stario.py --without assets,client >mine.py`.
 
-      222  ACT 1. A framework
-        230  2. Errors
-        320  3. HTML: elements are strings
-        661  4. JSON
-        779  5. The request: headers, query, cookies, body
-       1256  6. The answer: status, fields, body
-       1688  7. Context and routing
-       2131  8. The app
-     2321  ACT 2. On the network
-       2329  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3402  10. The server
-       4212  11. Trying it without a network: the test client [testclient]
-     4647  ACT 3. Live
-       4695  12. Datastar: attributes and actions
-       5268  13. Streams: events, and staying with a client
-       5782  14. Relay: publish and subscribe
-     6088  ACT 4. For real
-       6095  15. Signals: from JSON to your dataclass
-       6858  16. Forms [forms]
-       7056  17. Behind a proxy
-       7163  18. Compression [compression]
-       7373  19. Static files [assets]
-       7937  20. Telemetry: spans, and who hears of them
-       8541  21. JsonTracer: for log collectors [json]
-       8618  22. RichTracer: for people [rich]
-       9079  23. Sessions [sessions]
-       9192  24. What lives as long as the server
-       9293  25. @baked
-       9560  26. ASGI: the same app under another server [asgi]
-       9785  27. RedisRelay: the same between processes and machines [redis]
-      10055  28. Reload: a saved file restarts the app [reload]
-      10207  29. Development: what went wrong, shown where one looks [development]
-      10319  30. What is refused
-    10572  ACT 5. The pocket client
-      10613  31. The pocket client (JavaScript) [client]
-      11971  32. This file as a page [read]
-      12142  33. An app to begin with
+      223  ACT 1. A framework
+        231  2. Errors
+        321  3. HTML: elements are strings
+        662  4. JSON
+        780  5. The request: headers, query, cookies, body
+       1257  6. The answer: status, fields, body
+       1689  7. Context and routing
+       2136  8. The app
+     2326  ACT 2. On the network
+       2334  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
+       3407  10. The server
+       4217  11. Trying it without a network: the test client [testclient]
+     4652  ACT 3. Live
+       4700  12. Datastar: attributes and actions
+       5279  13. Streams: events, and staying with a client
+       5793  14. Relay: publish and subscribe
+     6099  ACT 4. For real
+       6106  15. Signals: from JSON to your dataclass
+       6869  16. Forms [forms]
+       7067  17. Behind a proxy
+       7174  18. Compression [compression]
+       7384  19. Static files [assets]
+       7948  20. Telemetry: spans, and who hears of them
+       8555  21. JsonTracer: for log collectors [json]
+       8632  22. RichTracer: for people [rich]
+       9093  23. Sessions [sessions]
+       9206  24. What lives as long as the server
+       9307  25. @baked
+       9574  26. ASGI: the same app under another server [asgi]
+       9799  27. RedisRelay: the same between processes and machines [redis]
+      10069  28. Reload: a saved file restarts the app [reload]
+      10221  29. Development: what went wrong, shown where one looks [development]
+      10333  30. What is refused
+    10683  ACT 5. The pocket client
+      10724  31. The pocket client (JavaScript) [client]
+      12082  32. This file as a page [read]
+      12253  33. An app to begin with
 
 READING PATH
 
 Two hours, for a reader who wants to know how it works, not all that it does. Read in this order:
 
-      331-344    `SafeString`  an element is a string
-      625-654    `Tags`  `h.P` makes one
-     1059-1237   `Request`  what a client asks for
-     1267-1335   `Carrier`  what brings the answer back
-     1413-1601   `_RawWriter`  the answer
-     1706-1801   `Context`  what a handler gets beside it
-     1891-1906   `_Tree.find`  from a path to a handler
-     2238-2272   `_App.dispatch`  one request from end to end
-     2688-2804   `_RequestReader`  bytes to requests
-     3156-3398   `Connection`  one connection, many requests
-     3820-3841   `Server.start`  listening
-     3956-3973   `Server.stop`  ending without losing a request
-     5390-5512   `_EventWriter`  events
-     5602-5667   `_Scope`  how a disconnect reaches a handler
-     5695-5778   `Alive`  staying with a client
-     5936-6033   `Relay`  from one handler to another
+      332-345    `SafeString`  an element is a string
+      626-655    `Tags`  `h.P` makes one
+     1060-1238   `Request`  what a client asks for
+     1268-1336   `Carrier`  what brings the answer back
+     1414-1602   `_RawWriter`  the answer
+     1707-1802   `Context`  what a handler gets beside it
+     1892-1907   `_Tree.find`  from a path to a handler
+     2243-2277   `_App.dispatch`  one request from end to end
+     2693-2809   `_RequestReader`  bytes to requests
+     3161-3403   `Connection`  one connection, many requests
+     3825-3846   `Server.start`  listening
+     3961-3978   `Server.stop`  ending without losing a request
+     5401-5523   `_EventWriter`  events
+     5613-5678   `_Scope`  how a disconnect reaches a handler
+     5706-5789   `Alive`  staying with a client
+     5947-6044   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -194,6 +194,7 @@ from typing import (
     Generic,
     Literal,
     NamedTuple,
+    NoReturn,
     ParamSpec,
     Self,
     TypedDict,
@@ -682,7 +683,7 @@ def _json_default(value: object) -> object:
         return list(value)
     if isinstance(value, Mapping):
         return dict(value)
-    raise TypeError(f"{type(value).__name__} cannot be written as JSON")
+    raise TypeError(f"there is a {type(value).__name__} in it")
 
 
 def _json_writer(default: Callable[[Any], object], ascii_only: bool = True) -> Callable[[Any], str]:
@@ -1829,7 +1830,7 @@ class _Node:
 # What is found for a path: a node, the values of the parameters, the text that a catch-all took.
 _Match = tuple[_Node, list[Any], str]
 _PARAMETER_SEGMENT = re.compile(r"\{([A-Za-z_]\w*)(?::(\w+))?\}")
-_NO_SEGMENT = re.compile(r"[{}*<>?#]|^:\w")  # `<id>` and `:id` are parameters elsewhere
+_NO_SEGMENT = re.compile(r"[{}*<>?#\\]|^:\w")  # `<id>`, `:id` and `\d` are parameters elsewhere
 
 
 # The types of parameters, in the order in which they are tried: what fits, and what converts it.
@@ -1994,6 +1995,8 @@ class Router:
         """
         if not (isinstance(path, str) and isinstance(method, str) and _TOKEN.fullmatch(method)):
             raise StarioError(f"one method and one path are needed, not {method!r} and {path!r}")
+        if "://" in path:
+            raise StarioError(f"a path has no scheme and no host, as {path!r} has: write '/users'")
         _check_handler(f"{method} {path}", handler)
         name, path = getattr(handler, "__name__", ""), "/" + path.lstrip("/")
         for wrap in reversed(middleware):
@@ -2043,6 +2046,8 @@ class Router:
         self._check_open()
         if self._routes:
             raise StarioError("use() comes before the routes: it would not wrap those that exist")
+        for each in middleware:
+            _check_middleware(each)
         self._middleware.extend(middleware)
 
     def on_error(self, exception_type: type[Exception], handler: ErrorHandler) -> None:
@@ -2209,7 +2214,7 @@ class _App(Router):
         super().__init__()
         if tracer is not None and not isinstance(tracer, Tracer):
             raise StarioError(f"a tracer is needed, not {tracer!r}: `with RichTracer() as tracer:`")
-        if not isinstance(max_body, int):
+        if not isinstance(max_body, int) or max_body < 0:
             raise StarioError(f"max_body is a number of bytes, not {max_body!r}")
         self.tracer = tracer or Tracer()
         self.compression = compression or self._compression
@@ -4762,6 +4767,8 @@ def _code(value: object) -> str:
         mark := bakes[0].mark_for(_code, value)
     ):  # a blank of @baked (part 25)
         return mark
+    if isinstance(value, SafeString) or callable(value):
+        raise StarioError(f"an expression is JavaScript, as text: not {value!r}")
     return str.__str__(value) if isinstance(value, str) else _script_json(value)
 
 
@@ -4878,7 +4885,7 @@ def _event_name(event: str) -> str:
         raise StarioError(f"no event {event!r}: without 'on', {event[2:].lower()!r}")
     kebab = _kebab(event)
     back = re.sub("-[a-z]", lambda found: found[0][1].upper(), kebab)
-    if "__" in event or (kebab != event and back[1:] != event[1:]):
+    if "__" in event or event[0] == "@" or (kebab != event and back[1:] != event[1:]):
         raise StarioError(f"the event {event!r} cannot be named in an attribute: rename it")
     case = "" if kebab == event else "__case.pascal" if event[0].isupper() else "__case.camel"
     return f"data-on:{kebab}{case}"
@@ -5211,6 +5218,10 @@ def _camel(name: str) -> str:
 
 def _option_text(name: str, value: Any) -> str:
     """An option's value: a word that the client knows, an expression, a number, an object."""
+    kind = {"headers": Mapping, "response_overrides": Mapping, "open_when_hidden": bool}.get(name)
+    if kind and not isinstance(value, kind):
+        wanted = "True or False" if kind is bool else "a dict"
+        raise StarioError(f"{name} is {wanted}, not {value!r}")
     if name == "response_overrides":
         for key in value:
             _check_word("override", key, ResponseOverrides.__annotations__)
@@ -8269,6 +8280,9 @@ _failures = contextvars.ContextVar("stario_failures", default=None)
 _HINTS = (  # what Python says where an `await` is missing or too much, and what to write instead
     (r"NoneType.* can't be (used in 'await'|awaited)",
      "the methods of a Writer are not awaited: w.html(...); nor are c(...) and publish(...)"),
+    (r"'(?:method|function)' object (?:is not subscriptable|has no attribute)",
+     "call it, and await what is async: `(await c.signals())['name']`, `await c.req.form()`"),
+    (r"\bFuture can't be", "a loop's own futures are awaited: await asyncio.wrap_future(...)"),
     (r"\bcoroutine\b", "`await` is missing: await c.signals(), await c.req.json()"),
     (r"\b(Alive|Subscription|async_generator)\b",
      "loop over it, `async for item in w.alive(source):`, or write `async with w.alive():`"),
@@ -10223,13 +10237,13 @@ _DEBUG_STYLE = (
 
 
 def _shown_value(name: object, value: object) -> str:
-    """A value in a line: short, and hidden if its name sounds like a secret."""
-    if _SECRET.search(str(name)):
-        return "(hidden)"
+    """A value in a line: short, and hidden if it, or a name inside of it, sounds like a secret."""
     try:
         text = repr(value)
     except Exception as exc:
         text = f"(its repr raises {type(exc).__name__})"
+    if _SECRET.search(f"{name} {text}"):
+        return "(hidden)"
     return text if len(text) <= 120 else text[:119] + "…"
 
 
@@ -10336,9 +10350,13 @@ def _check_word(what: str, word: object, known: Collection[str]) -> None:
 
 def _check_handler(route: str, handler: Any) -> None:
     """Raise StarioError for what is no handler."""
-    if handler is None or isinstance(handler, type):
+    if handler is None:
         raise StarioError(
-            f"{route}: {handler} is no handler. Not a decorator: app.get('/', handler)"
+            f"{route}: the handler is missing. Not a decorator: app.get('/', handler)"
+        )
+    if isinstance(handler, type):
+        raise StarioError(
+            f"{route}: a handler is no class: give a function, or {handler.__name__}()"
         )
     _check_arguments(handler, "c, w")
     plain = inspect.unwrap(handler)  # the function behind decorators, partials and objects
@@ -10368,14 +10386,22 @@ def _check_arguments(function: Any, wanted: str) -> None:
         raise StarioError(f"{name} is called as {name}({wanted}): {exc}") from None
 
 
-def _wrapped(middleware: Middleware, handler: Handler) -> Handler:
-    """The handler within a middleware. StarioError where that is none."""
-    name = getattr(middleware, "__name__", repr(middleware))
+def _check_middleware(middleware: Any) -> None:
+    """Raise StarioError for what is no middleware."""
+    if middleware is Session:
+        raise StarioError("a Session needs its key: app.use(Session(key))")
     _check_arguments(middleware, "handler")
     if inspect.iscoroutinefunction(middleware):
+        name = middleware.__name__
         raise StarioError(f"the middleware {name} is a plain function: `def`, without async")
+
+
+def _wrapped(middleware: Middleware, handler: Handler) -> Handler:
+    """The handler within a middleware. StarioError where that is none."""
+    _check_middleware(middleware)
     wrapped = middleware(handler)
     if not callable(wrapped):
+        name = getattr(middleware, "__name__", repr(middleware))
         raise StarioError(f"the middleware {name} gives {wrapped!r}: it has to return a handler")
     return wrapped
 
@@ -10401,6 +10427,8 @@ def _filled_in(path: str, params: dict[str, object]) -> str:
         if not named and segment != "*":
             filled.append(quote(_unquote(segment), safe=""))
             continue
+        if named and named[1] not in left:
+            raise StarioError(f"{path} needs a value for {segment}: write {named[1]}=...")
         value = left.pop(named[1] if named else "tail", "")
         text = _as_text(value)
         is_single = isinstance(value, str) or not (value is None or isinstance(value, Iterable))
@@ -10511,6 +10539,89 @@ def _cookie_line(
     if len(pieces[0]) > 4096:  # (draft RFC 6265bis, section 5.6)
         raise StarioError(f"the cookie {name!r} is too large: browsers keep 4,096 bytes")
     return "; ".join(filter(None, pieces))
+
+
+# -- Names that other frameworks have. Here they are attributes that say what to write instead.
+
+_ELSEWHERE: dict[type, dict[str, str]] = {
+    Router: {
+        "await app.serve()": "run listen start",
+        'app.get("/users", handler)': "route add_route add_api_route",
+        "app.use(middleware)": "middleware add_middleware before_request after_request",
+        "app.on_error(KeyError, handler)": "errorhandler exception_handler add_exception_handler",
+        'app.mount("/shop", router)': "include_router register_blueprint",
+        'app.assets("/static", "folder")': "static",
+        'app.url("handler", id=3)': "url_for url_path_for",
+        "app.lifespan(manager)": "on_event on_startup on_shutdown add_event_handler",
+        "app.background(work())": "create_task add_task",
+        "TestClient(app)": "test_client",
+        "a stream, `async for item in w.alive(source):`": "websocket",
+    },
+    Context: {
+        "c.req": "request",
+        "c.req.query": "query args",
+        "c.req.params": "params",
+        "c.req.headers": "headers",
+        "c.req.cookies": "cookies",
+        "await c.req.json()": "json",
+        "await c.req.form()": "form",
+        'c.state["user"]': "user g",
+    },
+    Request: {
+        "c.req.query": "args query_params",
+        "c.req.params": "path_params view_args match_info",
+        "await c.req.json()": "get_json",
+        'await c.req.form(), and .file("photo") of it': "files",
+        "await c.req.body()": "text data",
+        "c.req.client": "remote_addr ip",
+        "c.session": "session",
+        "c.state": "state user",
+    },
+    Writer: {
+        "w.text(text)": "send send_text",
+        "w.html(page)": "render render_template",
+        "w.html(page, 404)": "status set_status",
+        "w.headers.set(name, value)": "header set_header add_header",
+        "w.cookie(name, value)": "set_cookie",
+        "w.file(path)": "send_file",
+        "w.end()": "close finish",
+        "w.patch(element)": "patch_elements merge_fragments",
+        "w.sync(signals)": "patch_signals merge_signals",
+        "w.execute(code)": "execute_script",
+    },
+    DataAttributes: {
+        'data.on("click", expression)': "click on_click onclick on_submit",
+        "data.class_({name: expression})": "classes class_name",
+    },
+}
+
+
+class _NoSuchName(StarioError, AttributeError):
+    """So that `hasattr` is False."""
+
+
+class _Elsewhere:
+    """An attribute that is not there: whoever reads it is told what to write instead."""
+
+    def __init__(self, name: str, instead: str) -> None:
+        self._told = f"there is no {name}: write {instead}"
+
+    def __get__(self, owner: object, kind: object = None) -> NoReturn:
+        raise _NoSuchName(self._told)
+
+
+class _NotOfWriter(_Elsewhere):
+    """It cannot be set either: `w.status = 404` would have no effect."""
+
+    def __set__(self, owner: object, value: object) -> NoReturn:
+        raise _NoSuchName(self._told)
+
+
+for _kind, _names in _ELSEWHERE.items():
+    for _instead, _words in _names.items():
+        for _word in _words.split():
+            _made = _NotOfWriter if _kind is Writer else _Elsewhere
+            setattr(_kind, _word, _made(_word, _instead))
 
 
 # -- Requests from other sites

@@ -1102,6 +1102,9 @@ class TestMistakes(unittest.TestCase):
             async with c.step("x"):
                 pass
 
+        async def futures(c: Any, w: Any) -> None:
+            await c.app.background(asyncio.sleep(0))
+
         def measured(c: Any, w: Any) -> None:
             body = c.req.body()
             try:
@@ -1127,6 +1130,44 @@ class TestMistakes(unittest.TestCase):
             "samesite is lax, strict or none": lambda c, w: w.cookie("a", "b", samesite="no"),
             "for ticks write w.alive(every=0.5)": lambda c, w: w.alive(any_),
             "add app.use(Session(key))": lambda c, w: c.session,
+            "as JSON: there is a object in it": lambda c, w: w.json([any_]),
+            "call it, and await what is async": lambda c, w: c.req.form["x"],
+            "await asyncio.wrap_future(...)": futures,
+        }
+
+    def _of_options(self) -> dict[str, Callable[[], Any]]:
+        """More of what a program does wrong before anybody asks."""
+        h, data, at, app = stario.h, stario.data, stario.at, Stario
+        any_: Any = object()
+
+        def url(**params: object) -> str:
+            return self._app("/{id:int}").url("_fine", **params)
+
+        def mount_itself() -> None:
+            one = self._app("/")
+            one.mount("/x", one)
+
+        return {
+            "a Session needs its key: app.use(Session(key))": lambda: app().use(stario.Session),  # type: ignore[arg-type]
+            "called with (handler): not '/api'": lambda: app().use(cast("Any", "/api")),
+            "called as <lambda>(handler): missing": lambda: app().use(lambda c, w: any_),  # type: ignore[arg-type,misc]
+            "a handler is no class: give a function, or dict()": lambda: app().get("/", dict),
+            r"'/x/(\\d+)': a parameter is a whole segment": lambda: self._app(r"/x/(\d+)"),
+            "no scheme and no host, as 'http://a/x' has": lambda: self._app("http://a/x"),
+            "mounted already": mount_itself,
+            "needs a value for {id:int}: write id=...": url,
+            "'x' does not fit {id:int} in /{id:int}": lambda: url(id="x"),
+            "max_body is a number of bytes, not -1": lambda: app(max_body=-1),
+            "as text: not '<p>x</p>'": lambda: data.text(h.P("x")),
+            "is JavaScript, as text: not <function": lambda: data.on("x", cast("Any", _fine)),
+            "cannot be named in an attribute: rename it": lambda: data.on(at.get("/x"), "click"),
+            "headers is a dict, not 'a: b'": lambda: at.get("/", headers=cast("Any", "a: b")),
+            "response_overrides is a dict, not 'inner'": lambda: at.get(
+                "/", response_overrides=cast("Any", "inner")
+            ),
+            "open_when_hidden is True or False, not 'no'": lambda: at.get(
+                "/", open_when_hidden=cast("Any", "no")
+            ),
         }
 
     def _check_sentence(self, told: str, exc: BaseException) -> None:
@@ -1144,7 +1185,7 @@ class TestMistakes(unittest.TestCase):
         self._check_sentence("cannot stand in HTML", e.exception)
 
     def test_at_registration_and_in_views(self) -> None:
-        for told, make in self._at_once().items():
+        for told, make in (self._at_once() | self._of_options()).items():
             with (
                 self.subTest(told),
                 self.assertRaises((StarioError, TypeError, AttributeError)) as e,
@@ -1152,6 +1193,22 @@ class TestMistakes(unittest.TestCase):
                 make()
             with self.subTest(told):
                 self._check_sentence(told, e.exception)
+
+    def test_names_of_other_frameworks_say_what_to_write(self) -> None:
+        for kind, names in stario._ELSEWHERE.items():
+            for instead, words in names.items():
+                for word in words.split():
+                    with self.subTest(f"{kind.__name__}.{word}"):
+                        self.assertFalse(hasattr(kind, word))
+                        thing = kind.__new__(kind)
+                        with self.assertRaises(AttributeError) as e:
+                            getattr(thing, word)
+                        self._check_sentence(f"there is no {word}: write {instead}", e.exception)
+        with self.assertRaisesRegex(StarioError, "no status: write w.html"):
+            Writer.__new__(Writer).status = 404  # type: ignore[attr-defined]
+        context = Context(Stario(), cast("Any", None))
+        context.user = "ada"  # type: ignore[attr-defined]
+        self.assertEqual(context.user, "ada")  # type: ignore[attr-defined]
 
     def test_in_a_handler(self) -> None:
         async def ask(make: Callable[[Context, Writer], Any]) -> None:
@@ -12463,6 +12520,25 @@ class TestDevelopment(AsyncTest):
                     self.assertIn("data: selector body\ndata: mode append\n", answer.text)
                     self.assertIn('id="stario-error"', answer.text)
 
+    async def test_a_secret_inside_of_a_value_is_not_shown(self) -> None:
+        @dataclasses.dataclass
+        class User:
+            api_key: str
+
+        async def broken(c: Context, w: Writer) -> None:
+            secret = "ge" + "heim"
+            row, user = {"name": "Ada", "password": secret}, [User(secret)]
+            c("found", {"row": row})
+            raise KeyError(len(row) + len(user))
+
+        app = self.app(debug=True)
+        app.get("/secret", broken)
+        async with connected(app) as peer:
+            text = html.unescape((await peer.get("/secret")).text)
+        self.assertIn("row = (hidden)", text)
+        self.assertIn("user = (hidden)", text)
+        self.assertNotIn("geheim", text)
+
     async def test_an_answer_that_is_raised_is_no_error(self) -> None:
         async with connected(self.app(debug=True)) as peer:
             self.assertEqual((await peer.get("/gone")).text, "no such room")
@@ -15124,8 +15200,8 @@ class TestReadme(unittest.TestCase):
             stario.TestClient, stario.ServerEvent, type(stario.data), type(stario.at),
         ]  # fmt: skip
         for kind in objects:
-            for name in vars(kind):
-                if not name.startswith("_"):
+            for name, found in vars(kind).items():
+                if not (name.startswith("_") or isinstance(found, stario._Elsewhere)):
                     with self.subTest(name=f"{kind.__name__}.{name}"):
                         self.assertTrue(re.search(rf"\b{name}\b", self.code), name)
 
