@@ -72,25 +72,25 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        5793  14. Relay: publish and subscribe
      6099  ACT 4. For real
        6106  15. Signals: from JSON to your dataclass
-       6869  16. Forms [forms]
-       7067  17. Behind a proxy
-       7174  18. Compression [compression]
-       7384  19. Static files [assets]
-       7948  20. Telemetry: spans, and who hears of them
-       8555  21. JsonTracer: for log collectors [json]
-       8632  22. RichTracer: for people [rich]
-       9093  23. Sessions [sessions]
-       9206  24. What lives as long as the server
-       9307  25. @baked
-       9574  26. ASGI: the same app under another server [asgi]
-       9799  27. RedisRelay: the same between processes and machines [redis]
-      10069  28. Reload: a saved file restarts the app [reload]
-      10221  29. Development: what went wrong, shown where one looks [development]
-      10333  30. What is refused
-    10683  ACT 5. The pocket client
-      10724  31. The pocket client (JavaScript) [client]
-      12082  32. This file as a page [read]
-      12253  33. An app to begin with
+       6849  16. Forms [forms]
+       7047  17. Behind a proxy
+       7154  18. Compression [compression]
+       7364  19. Static files [assets]
+       7928  20. Telemetry: spans, and who hears of them
+       8535  21. JsonTracer: for log collectors [json]
+       8612  22. RichTracer: for people [rich]
+       9073  23. Sessions [sessions]
+       9186  24. What lives as long as the server
+       9287  25. @baked
+       9554  26. ASGI: the same app under another server [asgi]
+       9779  27. RedisRelay: the same between processes and machines [redis]
+      10049  28. Reload: a saved file restarts the app [reload]
+      10201  29. Development: what went wrong, shown where one looks [development]
+      10313  30. What is refused
+    10663  ACT 5. The pocket client
+      10704  31. The pocket client (JavaScript) [client]
+      12062  32. This file as a page [read]
+      12233  33. An app to begin with
 
 READING PATH
 
@@ -6588,21 +6588,28 @@ def _union_reader(kinds: Sequence[Any]) -> Reader:
 
 def _options_for(came: type, options: Sequence[_Option]) -> Sequence[_Option]:
     """The types to try for a value of this type of JSON: that type itself, or all that may fit."""
-
-    def converts(option: _Option) -> bool:
-        choices = _literals_of(option.kind)
-        return option.kind not in (Any, object) and came not in map(type, choices)
-
-    able = [option for option in options if came in _json_types_of(option.kind)]
-    if came not in _PLAIN:
-        return able
-    same = [option for option in options if option.kind is came]
-    return same or sorted(able, key=converts)  # first `Literal["1"]` for "1", and then `int`
+    same = [option for option in options if option.kind is came and came in _PLAIN]
+    able = [(_fitness(option.kind, came), option) for option in options]
+    able.sort(key=lambda pair: -pair[0])
+    return same or [option for fitness, option in able if fitness]
 
 
-def _literals_of(kind: Any) -> tuple[Any, ...]:
-    kind = _bare(kind)
-    return typing.get_args(kind) if typing.get_origin(kind) is typing.Literal else ()
+def _fitness(kind: Any, came: type) -> int:
+    """2: a value of the type that came may stay as it is. 1: it may be converted. 0: it never fits.
+
+    So `int | Literal["1"]` tries the `Literal` first for "1".
+    """
+    origin = typing.get_origin(kind) or kind
+    if origin in _SHAPES:
+        return came is list
+    if origin in (dict, Mapping) or _is_record(origin):
+        return came is dict
+    if origin is typing.Literal:
+        return 1 + (came in map(type, typing.get_args(kind))) if came in _PLAIN else 0
+    if origin in (Any, object):
+        return 2 if came in _PLAIN else 1
+    is_enum = isinstance(origin, type) and issubclass(origin, enum.Enum)
+    return came in _PLAIN if is_enum or origin in _READERS else 1
 
 
 def _tag_of(options: Sequence[_Option]) -> tuple[str, dict[Any, list[_Option]]]:
@@ -6611,10 +6618,10 @@ def _tag_of(options: Sequence[_Option]) -> tuple[str, dict[Any, list[_Option]]]:
     times: Counter[str] = Counter()
     for option in options:
         for name, kind, _ in option.fields:
-            keys = _choices_by_key(_literals_of(kind))
-            times[name] += bool(keys)
-            for key in keys:
-                tables.setdefault(name, {}).setdefault(key, []).append(option)
+            if typing.get_origin(kind := _bare(kind)) is typing.Literal:
+                times[name] += 1
+                for key in _choices_by_key(typing.get_args(kind)):
+                    tables.setdefault(name, {}).setdefault(key, []).append(option)
     in_all = [(name, table) for name, table in tables.items() if times[name] == len(options)]
     return max(in_all, key=lambda tag: len(tag[1]), default=("", {}))
 
@@ -6654,19 +6661,6 @@ def _holds_others(value: Any) -> bool:
     return not {list, dict}.isdisjoint(map(type, items))
 
 
-def _json_types_of(kind: Any) -> tuple[Any, ...]:
-    """The types of parsed JSON that a type's reader can take: `(list,)` for `set[int]`."""
-    origin = typing.get_origin(kind) or kind
-    if origin in _SHAPES:
-        return (list,)
-    if origin in (dict, Mapping) or _is_record(origin):
-        return (dict,)
-    is_enum = isinstance(origin, type) and issubclass(origin, enum.Enum)
-    if is_enum or origin is typing.Literal or (origin in _READERS and origin not in (Any, object)):
-        return _PLAIN
-    return (*_PLAIN, list, dict)
-
-
 def _is_uniform(kind: Any) -> bool:
     """Whether it is a list or a dict of any length: `tuple[int, ...]`, but no `tuple[int, str]`."""
     origin, arguments = typing.get_origin(kind) or kind, typing.get_args(kind)
@@ -6688,11 +6682,22 @@ _QUALIFIERS: set[Any] = {
 
 
 def _reader_of(kind: Any) -> Reader:
-    """Compile a type. (The fields of a dataclass are compiled later: see `_schema_reader`.)"""
+    """The reader of a type, which is compiled once.
+
+    Since `Page[int | bool] == Page[bool | int]`, the text of a generic type is in the key, too.
+    """
     kind = _bare(kind)
+    if dataclasses.is_dataclass(type(kind)):
+        raise StarioError(f"signals are read as a class: give {type(kind).__name__}, not one of it")
+    if isinstance(kind, (dict, list, set)):
+        raise _no_schema(kind)
+    return _READERS.get(kind) or _schema_reader(kind, "" if isinstance(kind, type) else repr(kind))
+
+
+@lru_cache(maxsize=1024)
+def _schema_reader(kind: Any, text: str) -> Reader:
+    """Compile a type. (What may hold itself is compiled at its first call.)"""
     origin, arguments = typing.get_origin(kind) or kind, typing.get_args(kind)
-    if origin in _READERS:
-        return _READERS[origin]
     if origin in (typing.Union, types.UnionType):
         kinds = [bare for bare in map(_bare, arguments) if bare is not types.NoneType]
         read = _union_reader(kinds) if len(kinds) > 1 else _reader_of(kinds[0])
@@ -6705,17 +6710,25 @@ def _reader_of(kind: Any) -> Reader:
         return _list_reader(_SHAPES[origin], list(map(_reader_of, items)), is_fixed)
     if origin in (dict, Mapping):
         return _dict_reader(*map(_reader_of, arguments))
+    if _is_record(origin):
+        return _record_reader(kind)
+    if hasattr(origin, "__value__"):
+        return _alias_reader(kind)
     if isinstance(kind, TypeVar):
         among = typing.Union[kind.__constraints__] if kind.__constraints__ else Any  # noqa: UP007
         return _reader_of(kind.__bound__ or among)
-    if hasattr(origin, "__value__") or _is_record(origin):  # (`type Name = …` has a `__value__`)
-        return _cached_reader(kind)
-    if isinstance(origin, type):
-        if issubclass(origin, enum.Enum):
-            return _choice_reader(origin)
-        if hasattr(origin, "model_validate"):
-            return _model_reader(kind)
+    if isinstance(origin, type) and issubclass(origin, enum.Enum):
+        return _choice_reader(origin)
+    if isinstance(origin, type) and hasattr(origin, "model_validate"):
+        return _model_reader(kind)
     raise _no_schema(kind)
+
+
+def _alias_reader(kind: Any) -> Reader:
+    """`type Name = …`"""
+    alias = typing.get_origin(kind) or kind
+    compiled = lru_cache(lambda: _reader_of(_bind(alias.__value__, kind)))
+    return lambda value, tried: compiled()(value, tried)
 
 
 def _no_schema(kind: Any) -> StarioError:
@@ -6723,35 +6736,6 @@ def _no_schema(kind: Any) -> StarioError:
         f"signals cannot be read as {getattr(kind, '__name__', repr(kind))}: a schema is a "
         "dataclass, a TypedDict or a class with model_validate"
     )
-
-
-def _cached_reader(kind: Any) -> Reader:
-    """The reader of a schema, which is compiled once.
-
-    Since `Page[int | bool] == Page[bool | int]`, the text of a generic schema is in the key, too.
-    """
-    if dataclasses.is_dataclass(type(kind)):
-        raise StarioError(f"signals are read as a class: give {type(kind).__name__}, not one of it")
-    if isinstance(kind, (dict, list, set)):
-        raise _no_schema(kind)
-    return _schema_reader(kind, "" if isinstance(kind, type) else repr(kind))
-
-
-@lru_cache(maxsize=1024)
-def _schema_reader(schema: Any, text: str) -> Reader:
-    origin = typing.get_origin(schema) or schema
-    if _is_record(origin):
-        return _record_reader(schema)
-    if not hasattr(origin, "__value__"):
-        return _reader_of(schema)
-    compiled: Reader | None = None
-
-    def _read(value: Any, tried: _Tried) -> Any:  # of `type Name = …`, which may hold itself
-        nonlocal compiled
-        compiled = compiled or _reader_of(_bind(origin.__value__, schema))
-        return compiled(value, tried)
-
-    return _read
 
 
 def _bare(kind: Any) -> Any:
@@ -6785,12 +6769,12 @@ def _bind(kind: Any, generic: Any) -> Any:
 def _hints_of(schema: Any) -> dict[str, Any]:
     """The types of the fields of a schema, by name, with type variables filled in."""
     origin = typing.get_origin(schema) or schema
-    plain = typing.get_type_hints(origin, include_extras=True)
+    plain = typing.get_type_hints(origin)
     found = {name: _bind(kind, schema) for name, kind in plain.items()}
     # `class Ints(Page[int])` inherits a field `list[T]`: only its base tells that T is int.
     for base in reversed(origin.__dict__.get("__orig_bases__", origin.__bases__)):
         if _is_record(of := typing.get_origin(base) or base):
-            theirs = typing.get_type_hints(of, include_extras=True)
+            theirs = typing.get_type_hints(of)
             for name, kind in _hints_of(_bind(base, schema)).items():
                 if plain[name] == theirs[name]:  # (else the class has declared it anew)
                     found[name] = kind
@@ -6808,17 +6792,13 @@ def _fields_of(schema: Any) -> list[tuple[str, Any, bool]]:
             "what it names at the top of a module"
         ) from exc
     if typing.is_typeddict(origin):
-        needed = {name: _is_required(origin, name, kind) for name, kind in hints.items()}
-    else:
-        needed = _parameters_of(origin)
+        declared = typing.get_type_hints(origin, include_extras=True).items()
+        needed = {name: _is_required(origin, name, kind) for name, kind in declared}
+    else:  # what a dataclass is made with, `InitVar`s too
+        _, *parameters = inspect.signature(origin.__init__).parameters.values()  # (`self` first)
+        named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+        needed = {parameter.name: parameter.default is parameter.empty for parameter in named}
     return [(name, hints.get(name, Any), must) for name, must in needed.items()]
-
-
-def _parameters_of(origin: Any) -> dict[str, bool]:
-    """The names that a dataclass is made with, and whether each must be given."""
-    _, *parameters = inspect.signature(origin.__init__).parameters.values()  # (`self` first)
-    named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
-    return {parameter.name: parameter.default is parameter.empty for parameter in named}
 
 
 def _is_required(schema: Any, name: str, kind: Any) -> bool:
@@ -6855,7 +6835,7 @@ def read_signals(schema: type[T], signals: object) -> T:
     if find_all:  # a Form or QueryParams: a name may come several times
         signals = {name: _Field(find_all(name)) for name in cast("Iterable[str]", signals)}
     try:
-        found = _cached_reader(schema)(signals, None)
+        found = _reader_of(schema)(signals, None)
     except RecursionError:
         found = _Wrong("", "the signals are nested too deeply")
     if type(found) is not _Wrong:

@@ -8129,6 +8129,11 @@ class Pair(First, Second):  # type: ignore[misc]
 Number = TypeVar("Number", int, float, str)
 
 
+@dataclass
+class Noted:
+    notes: list[Annotated[int, {"metadata": "need no hash"}]]
+
+
 class Cat(TypedDict):
     kind: Literal["cat"]
     age: int
@@ -8515,7 +8520,7 @@ class TestSignals(unittest.TestCase):
             (Labelled, {"tags": ["1"], "label": 5}, {"tags": [1], "label": 5}),
             (list[Number], ["1", 2.5, 1], ["1", 2.5, 1]),  # type: ignore[valid-type]
             (Counted, {"n": 2}, Counted(2)),
-            (Annotated[int, "?"], "3", 3),
+            (Annotated[int, "?"], "3", 3), (Noted, {"notes": ["1"]}, Noted([1])),
             (list[Annotated[UserId, "?"] | None], ["7", "", None], [7, None, None]),
             (float | int, 3, 3), (int | bool, "1", 1), (bool | int, "1", True),
             (int | Literal["1"], "1", "1"), (Literal[Size.LARGE, 3], "l", Size.LARGE),
