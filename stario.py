@@ -64,33 +64,33 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        2136  8. The app
      2326  ACT 2. On the network
        2334  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3407  10. The server
-       4217  11. Trying it without a network: the test client [testclient]
-     4652  ACT 3. Live
-       4700  12. Datastar: attributes and actions
-       5279  13. Streams: events, and staying with a client
-       5793  14. Relay: publish and subscribe
-     6099  ACT 4. For real
-       6106  15. Signals: from JSON to your dataclass
-       6849  16. Forms [forms]
-       7047  17. Behind a proxy
-       7154  18. Compression [compression]
-       7364  19. Static files [assets]
-       7928  20. Telemetry: spans, and who hears of them
-       8535  21. JsonTracer: for log collectors [json]
-       8612  22. RichTracer: for people [rich]
-       9073  23. Sessions [sessions]
-       9186  24. What lives as long as the server
-       9287  25. @baked
-       9554  26. ASGI: the same app under another server [asgi]
-       9779  27. RedisRelay: the same between processes and machines [redis]
-      10049  28. Reload: a saved file restarts the app [reload]
-      10201  29. Development: what went wrong, shown where one looks [development]
-      10313  30. What is refused
-    10663  ACT 5. The pocket client
-      10704  31. The pocket client (JavaScript) [client]
-      12062  32. This file as a page [read]
-      12233  33. An app to begin with
+       3403  10. The server
+       4213  11. Trying it without a network: the test client [testclient]
+     4648  ACT 3. Live
+       4696  12. Datastar: attributes and actions
+       5275  13. Streams: events, and staying with a client
+       5789  14. Relay: publish and subscribe
+     6095  ACT 4. For real
+       6102  15. Signals: from JSON to your dataclass
+       6845  16. Forms [forms]
+       7043  17. Behind a proxy
+       7150  18. Compression [compression]
+       7360  19. Static files [assets]
+       7924  20. Telemetry: spans, and who hears of them
+       8531  21. JsonTracer: for log collectors [json]
+       8608  22. RichTracer: for people [rich]
+       9069  23. Sessions [sessions]
+       9182  24. What lives as long as the server
+       9283  25. @baked
+       9550  26. ASGI: the same app under another server [asgi]
+       9775  27. RedisRelay: the same between processes and machines [redis]
+      10045  28. Reload: a saved file restarts the app [reload]
+      10197  29. Development: what went wrong, shown where one looks [development]
+      10309  30. What is refused
+    10659  ACT 5. The pocket client
+      10700  31. The pocket client (JavaScript) [client]
+      12058  32. This file as a page [read]
+      12229  33. An app to begin with
 
 READING PATH
 
@@ -104,14 +104,14 @@ Two hours, for a reader who wants to know how it works, not all that it does. Re
      1707-1802   `Context`  what a handler gets beside it
      1892-1907   `_Tree.find`  from a path to a handler
      2243-2277   `_App.dispatch`  one request from end to end
-     2693-2809   `_RequestReader`  bytes to requests
-     3161-3403   `Connection`  one connection, many requests
-     3825-3846   `Server.start`  listening
-     3961-3978   `Server.stop`  ending without losing a request
-     5401-5523   `_EventWriter`  events
-     5613-5678   `_Scope`  how a disconnect reaches a handler
-     5706-5789   `Alive`  staying with a client
-     5947-6044   `Relay`  from one handler to another
+     2693-2805   `_RequestReader`  bytes to requests
+     3157-3399   `Connection`  one connection, many requests
+     3821-3842   `Server.start`  listening
+     3957-3974   `Server.stop`  ending without losing a request
+     5397-5519   `_EventWriter`  events
+     5609-5674   `_Scope`  how a disconnect reaches a handler
+     5702-5785   `Alive`  staying with a client
+     5943-6040   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -2701,10 +2701,8 @@ class _RequestReader:
         self.buffer = b""  # what has come; emptied when all of it has been read
         self._at = 0  # up to where the buffer has been read
         self._searched = 0  # bytes of an incomplete head, searched; the last 3 may begin its end
-        # The last header block, and what was read from it.
-        self._block = b""
-        self._headers = Headers()
-        self._framing: _Framing | None = None
+        # The last header block, and what was read from it. At first, one without fields.
+        self._block, self._headers, self._framing = b"\r\n\r\n", Headers(), _kept_framing(b"")
         self.decoder: _BodyDecoder | None = None  # while a body is coming in
 
     def feed(self, data: bytes) -> None:
@@ -2724,25 +2722,23 @@ class _RequestReader:
     def head(self) -> tuple[RequestLine, Headers, _Framing] | None:
         """The next request's head, or None if not all of it is here."""
         buffer, at, limits = self.buffer, self._at, self._limits
-        headers, framing = self._headers, self._framing
-        line_end = buffer.find(b"\r\n", at)
-        if framing is not None and buffer.startswith(self._block, line_end):  # as last time
+        while (line_end := buffer.find(b"\r\n", at)) == at:  # allowed in front (RFC 9112, 2.2)
+            at += 2
+        is_known = buffer.startswith(self._block, line_end)
+        if is_known:
             end = line_end + len(self._block)
         else:
-            framing = None
-            while buffer.startswith(b"\r\n", at):  # allowed in front (RFC 9112, section 2.2)
-                at += 2
-            line_end = buffer.find(b"\r\n", at)
-            found = buffer.find(b"\r\n\r\n", at + max(0, self._searched - 3))
-            if found < 0:
+            end = buffer.find(b"\r\n\r\n", at + max(0, self._searched - 3)) + 4
+            if end < 4:  # not found
                 self._use(at)
                 self._check_start()
                 return None
-            end = found + 4
         raw_line = buffer[at:line_end]
         if end - at > limits.max_header_bytes:
             raise self._too_large(raw_line)
-        if framing is None:
+        if is_known:
+            headers, framing = self._headers, self._framing
+        else:
             headers, framing = self._read_block(buffer[line_end:end])
         keep = len(raw_line) <= _KEPT_TEXT  # (`__wrapped__` is the function without its cache)
         read = _parse_request_line if keep else _parse_request_line.__wrapped__
