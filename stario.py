@@ -84,13 +84,13 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        9283  25. @baked
        9550  26. ASGI: the same app under another server [asgi]
        9775  27. RedisRelay: the same between processes and machines [redis]
-      10045  28. Reload: a saved file restarts the app [reload]
-      10197  29. Development: what went wrong, shown where one looks [development]
-      10309  30. What is refused
-    10659  ACT 5. The pocket client
-      10700  31. The pocket client (JavaScript) [client]
-      12058  32. This file as a page [read]
-      12229  33. An app to begin with
+      10050  28. Reload: a saved file restarts the app [reload]
+      10202  29. Development: what went wrong, shown where one looks [development]
+      10314  30. What is refused
+    10664  ACT 5. The pocket client
+      10705  31. The pocket client (JavaScript) [client]
+      12063  32. This file as a page [read]
+      12234  33. An app to begin with
 
 READING PATH
 
@@ -9934,13 +9934,16 @@ class RedisRelay(Relay[T]):
 
     async def _talk(self, connection: Any) -> None:
         """One connection, from its beginning to its end."""
+        await connection.connect()
+        transport = connection._writer.transport
         try:
-            await connection.connect()
             async with asyncio.TaskGroup() as group:
                 receiving = group.create_task(self._receive(connection))
                 await self._send(connection)
                 receiving.cancel()
+            await connection.disconnect()  # when all is sent
         finally:
+            transport.abort()  # what is not sent shall not come after what the next one sends
             await connection.disconnect(nowait=True)
 
     async def _send(self, connection: Any) -> None:
@@ -9987,7 +9990,9 @@ class RedisRelay(Relay[T]):
         """
         pattern, content = None, None  # of the last message that was delivered
         while True:
-            answer = await connection.read_response(timeout=self._timeout, push_request=True)
+            answer = await connection.read_response(
+                timeout=self._timeout, push_request=True, disconnect_on_error=False
+            )
             if answer is None:
                 raise TimeoutError(f"no word from Redis for {self._timeout} seconds")
             if answer == b"PONG" and self._down:

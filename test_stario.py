@@ -12099,6 +12099,37 @@ class TestRedisRelay(RedisTest):
         self.assertEqual((await self.get(subscription), await self.get(other)), (3, 3))
         self.assertEqual(other.gaps, 0)
 
+    async def test_what_a_lost_connection_had_to_send_does_not_come_after_newer_messages(
+        self,
+    ) -> None:
+        relay, patient = self.relay(timeout=0.3, queue=1000), self.relay(timeout=30)
+        subscription = patient.subscribe("*", maxsize=10**6)
+        await patient.settle()
+        await relay.settle()
+        self.redis.signal(signal.SIGSTOP)
+        self.addCleanup(self.redis.signal, signal.SIGCONT)
+        for number in range(499):  # more than the sockets hold
+            relay.publish("a", [number, "x" * 50_000])
+        await until(lambda: relay._down)
+        relay.publish("a", [499, ""])
+        self.redis.signal(signal.SIGCONT)
+        heard = [-1]
+        while heard[-1] != 499:
+            heard.append((await self.get(subscription))[0])
+        await relay.settle()
+        relay.publish("a", [500, ""])
+        while heard[-1] != 500:
+            heard.append((await self.get(subscription))[0])
+        self.assertEqual(heard, sorted(heard))
+
+    async def test_closing_sends_all_of_a_large_message(self) -> None:
+        relay, other = self.relay(), self.relay()
+        subscription = other.subscribe("a")
+        await other.settle()
+        relay.publish("a", "x" * 8_000_000)
+        relay.close()
+        self.assertEqual(len(await self.get(subscription)), 8_000_000)
+
     async def test_a_silent_redis_that_answers_is_not_given_up(self) -> None:
         relay = self.relay(timeout=0.4)
         subscription = relay.subscribe("a")
