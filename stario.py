@@ -66,31 +66,31 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        2334  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
        3403  10. The server
        4213  11. Trying it without a network: the test client [testclient]
-     4648  ACT 3. Live
-       4696  12. Datastar: attributes and actions
-       5275  13. Streams: events, and staying with a client
-       5789  14. Relay: publish and subscribe
-     6095  ACT 4. For real
-       6102  15. Signals: from JSON to your dataclass
-       6845  16. Forms [forms]
-       7043  17. Behind a proxy
-       7150  18. Compression [compression]
-       7360  19. Static files [assets]
-       7924  20. Telemetry: spans, and who hears of them
-       8531  21. JsonTracer: for log collectors [json]
-       8608  22. RichTracer: for people [rich]
-       9069  23. Sessions [sessions]
-       9182  24. What lives as long as the server
-       9283  25. @baked
-       9550  26. ASGI: the same app under another server [asgi]
-       9775  27. RedisRelay: the same between processes and machines [redis]
-      10050  28. Reload: a saved file restarts the app [reload]
-      10202  29. Development: what went wrong, shown where one looks [development]
-      10314  30. What is refused
-    10664  ACT 5. The pocket client
-      10705  31. The pocket client (JavaScript) [client]
-      12063  32. This file as a page [read]
-      12234  33. An app to begin with
+     4654  ACT 3. Live
+       4702  12. Datastar: attributes and actions
+       5281  13. Streams: events, and staying with a client
+       5795  14. Relay: publish and subscribe
+     6101  ACT 4. For real
+       6108  15. Signals: from JSON to your dataclass
+       6851  16. Forms [forms]
+       7049  17. Behind a proxy
+       7156  18. Compression [compression]
+       7366  19. Static files [assets]
+       7930  20. Telemetry: spans, and who hears of them
+       8538  21. JsonTracer: for log collectors [json]
+       8615  22. RichTracer: for people [rich]
+       9076  23. Sessions [sessions]
+       9189  24. What lives as long as the server
+       9290  25. @baked
+       9557  26. ASGI: the same app under another server [asgi]
+       9782  27. RedisRelay: the same between processes and machines [redis]
+      10057  28. Reload: a saved file restarts the app [reload]
+      10209  29. Development: what went wrong, shown where one looks [development]
+      10321  30. What is refused
+    10675  ACT 5. The pocket client
+      10716  31. The pocket client (JavaScript) [client]
+      12074  32. This file as a page [read]
+      12245  33. An app to begin with
 
 READING PATH
 
@@ -108,10 +108,10 @@ Two hours, for a reader who wants to know how it works, not all that it does. Re
      3157-3399   `Connection`  one connection, many requests
      3821-3842   `Server.start`  listening
      3957-3974   `Server.stop`  ending without losing a request
-     5397-5519   `_EventWriter`  events
-     5609-5674   `_Scope`  how a disconnect reaches a handler
-     5702-5785   `Alive`  staying with a client
-     5943-6040   `Relay`  from one handler to another
+     5405-5525   `_EventWriter`  events
+     5615-5680   `_Scope`  how a disconnect reaches a handler
+     5708-5791   `Alive`  staying with a client
+     5949-6046   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -4335,7 +4335,10 @@ def _multipart(
     """A form with files as a body, and its content type (RFC 7578)."""
     boundary, body = os.urandom(16).hex(), b""
     parts = [(f'"{name}"', str(value).encode("utf-8", "replace")) for name, value in form.items()]
-    parts += [(f'"{name}"; filename="{file[0]}"', file[1]) for name, file in files.items()]
+    for name, file in files.items():
+        if not (isinstance(file, tuple) and len(file) == 2 and isinstance(file[1], bytes)):
+            raise StarioError(f'write files={{"{name}": ("a.txt", b"its bytes")}}, not {file!r}')
+        parts.append((f'"{name}"; filename="{file[0]}"', file[1]))
     for name, content in parts:
         head = f"--{boundary}\r\ncontent-disposition: form-data; name={name}\r\n\r\n"
         body += head.encode("utf-8", "replace") + content + b"\r\n"
@@ -4595,6 +4598,9 @@ class TestClient:
         body: bytes = b"",
         timeout: float | None = None,
     ) -> TestStream:
+        for option, given in (("headers", headers), ("form", form), ("files", files)):
+            if not isinstance(given, Mapping | None):
+                raise StarioError(f"{option} is a dict, not {given!r}")
         method, path, body = method.upper(), path.partition("#")[0], _bytes(body)
         fields = {"host": self.host}
         if cookies := self._jar.header(path):
@@ -5357,6 +5363,8 @@ def _patch_data(
     """The data lines of `datastar-patch-elements`."""
     _check_word("patch mode", mode, _PATCH_WORDS["mode"])
     _check_word("namespace", namespace or "html", _PATCH_WORDS["namespace"])
+    if selector is not None and (not isinstance(selector, str) or selector.startswith("<")):
+        raise StarioError(f"a selector is text, as '#cart', not {selector!r}")
     if not selector and mode not in ("outer", "replace"):
         raise StarioError(f"mode {mode!r} needs a selector: only outer and replace do without")
     has_id = html.find(" id=", 0, html.find(">") + 1) > 0  # the usual case: no expression needed
@@ -5426,8 +5434,6 @@ class _EventWriter(_OneShotWriter):
         self, selector: str, *, use_view_transition: bool = False, **options: Unpack[EventOptions]
     ) -> None:
         """Remove the elements that `selector` finds."""
-        if not isinstance(selector, str) or selector.startswith("<"):
-            raise StarioError(f"remove takes a selector, as '#cart', not {selector!r}")
         data = _patch_data("", "remove", selector, None, use_view_transition)
         self._send_event("datastar-patch-elements", data, **options)
 
@@ -8255,7 +8261,8 @@ _failures = contextvars.ContextVar("stario_failures", default=None)
 
 _HINTS = (  # what Python says where an `await` is missing or too much, and what to write instead
     (r"NoneType.* can't be (used in 'await'|awaited)",
-     "the methods of a Writer are not awaited: w.html(...); nor are c(...) and publish(...)"),
+     "the methods of a Writer are not awaited: w.html(...); nor are c(...) and publish(...). "
+     "And a handler is an `async def`"),
     (r"'(?:method|function)' object (?:is not subscriptable|has no attribute)",
      "call it, and await what is async: `(await c.signals())['name']`, `await c.req.form()`"),
     (r"\bFuture can't be", "a loop's own futures are awaited: await asyncio.wrap_future(...)"),
@@ -10569,6 +10576,10 @@ _ELSEWHERE: dict[type, dict[str, str]] = {
         "w.patch(element)": "patch_elements merge_fragments",
         "w.sync(signals)": "patch_signals merge_signals",
         "w.execute(code)": "execute_script",
+    },
+    TestResponse: {
+        "answer.status": "status_code",
+        "answer.body": "content data",
     },
     DataAttributes: {
         'data.on("click", expression)': "click on_click onclick on_submit",

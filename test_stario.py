@@ -1123,7 +1123,9 @@ class TestMistakes(unittest.TestCase):
             "to go to is text, not 3": lambda c, w: w.navigate(3),
             "one of outer, inner, replace": lambda c, w: w.patch(p, mode="iner", selector="#x"),
             "give the element an id that the page has": lambda c, w: w.patch(p),
-            "remove takes a selector, as '#cart', not '<p>": lambda c, w: w.remove(p),
+            "a selector is text, as '#cart', not '<p>": lambda c, w: w.remove(p),
+            "a selector is text, as '#cart', not 3": lambda c, w: w.patch(p, selector=3),
+            "And a handler is an `async def`": awaited,
             "give a dict from names to values, a dataclass": lambda c, w: w.sync(3),
             "set them before the first write": lambda c, w: [w.empty(), w.headers.set("a", "b")],
             "the status is given with the answer": lambda c, w: setattr(w, "status_code", 404),
@@ -1194,15 +1196,29 @@ class TestMistakes(unittest.TestCase):
             with self.subTest(told):
                 self._check_sentence(told, e.exception)
 
+    def test_in_the_test_client(self) -> None:
+        async def ask(**options: Any) -> None:
+            async with TestClient(self._app("/")) as client:
+                await client.get("/", **options)
+
+        wrong: dict[str, dict[str, Any]] = {
+            "headers is a dict, not [('a', 'b')]": {"headers": [("a", "b")]},
+            "form is a dict, not 'a=1'": {"form": "a=1"},
+            'write files={"x": ("a.txt", b"its bytes")}, not b\'abc\'': {"files": {"x": b"abc"}},
+        }
+        for told, options in wrong.items():
+            with self.subTest(told), self.assertRaises(StarioError) as e:
+                asyncio.run(ask(**options))
+            self._check_sentence(told, e.exception)
+
     def test_names_of_other_frameworks_say_what_to_write(self) -> None:
         for kind, names in stario._ELSEWHERE.items():
             for instead, words in names.items():
                 for word in words.split():
                     with self.subTest(f"{kind.__name__}.{word}"):
                         self.assertFalse(hasattr(kind, word))
-                        thing = kind.__new__(kind)
                         with self.assertRaises(AttributeError) as e:
-                            getattr(thing, word)
+                            getattr(kind, word)
                         self._check_sentence(f"there is no {word}: write {instead}", e.exception)
         with self.assertRaisesRegex(StarioError, "no status: write w.html"):
             Writer.__new__(Writer).status = 404  # type: ignore[attr-defined]
