@@ -57,61 +57,61 @@ brackets can be left out of your copy: `python stario.py --without assets,client
       223  ACT 1. A framework
         231  2. Errors
         321  3. HTML: elements are strings
-        662  4. JSON
-        780  5. The request: headers, query, cookies, body
-       1257  6. The answer: status, fields, body
-       1689  7. Context and routing
-       2136  8. The app
-     2326  ACT 2. On the network
-       2334  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3403  10. The server
-       4213  11. Trying it without a network: the test client [testclient]
-     4654  ACT 3. Live
-       4702  12. Datastar: attributes and actions
-       5281  13. Streams: events, and staying with a client
-       5795  14. Relay: publish and subscribe
-     6101  ACT 4. For real
-       6108  15. Signals: from JSON to your dataclass
-       6851  16. Forms [forms]
-       7049  17. Behind a proxy
-       7156  18. Compression [compression]
-       7366  19. Static files [assets]
-       7930  20. Telemetry: spans, and who hears of them
-       8538  21. JsonTracer: for log collectors [json]
-       8615  22. RichTracer: for people [rich]
-       9076  23. Sessions [sessions]
-       9189  24. What lives as long as the server
-       9290  25. @baked
-       9557  26. ASGI: the same app under another server [asgi]
-       9782  27. RedisRelay: the same between processes and machines [redis]
-      10057  28. Reload: a saved file restarts the app [reload]
-      10209  29. Development: what went wrong, shown where one looks [development]
-      10321  30. What is refused
-    10675  ACT 5. The pocket client
-      10716  31. The pocket client (JavaScript) [client]
-      12074  32. This file as a page [read]
-      12245  33. An app to begin with
+        667  4. JSON
+        785  5. The request: headers, query, cookies, body
+       1262  6. The answer: status, fields, body
+       1694  7. Context and routing
+       2141  8. The app
+     2331  ACT 2. On the network
+       2339  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
+       3408  10. The server
+       4218  11. Trying it without a network: the test client [testclient]
+     4659  ACT 3. Live
+       4707  12. Datastar: attributes and actions
+       5296  13. Streams: events, and staying with a client
+       5810  14. Relay: publish and subscribe
+     6116  ACT 4. For real
+       6123  15. Signals: from JSON to your dataclass
+       6866  16. Forms [forms]
+       7064  17. Behind a proxy
+       7171  18. Compression [compression]
+       7381  19. Static files [assets]
+       7945  20. Telemetry: spans, and who hears of them
+       8553  21. JsonTracer: for log collectors [json]
+       8630  22. RichTracer: for people [rich]
+       9091  23. Sessions [sessions]
+       9204  24. What lives as long as the server
+       9305  25. @baked
+       9582  26. ASGI: the same app under another server [asgi]
+       9807  27. RedisRelay: the same between processes and machines [redis]
+      10082  28. Reload: a saved file restarts the app [reload]
+      10234  29. Development: what went wrong, shown where one looks [development]
+      10346  30. What is refused
+    10700  ACT 5. The pocket client
+      10741  31. The pocket client (JavaScript) [client]
+      12099  32. This file as a page [read]
+      12270  33. An app to begin with
 
 READING PATH
 
 Two hours, for a reader who wants to know how it works, not all that it does. Read in this order:
 
-      332-345    `SafeString`  an element is a string
-      626-655    `Tags`  `h.P` makes one
-     1060-1238   `Request`  what a client asks for
-     1268-1336   `Carrier`  what brings the answer back
-     1414-1602   `_RawWriter`  the answer
-     1707-1802   `Context`  what a handler gets beside it
-     1892-1907   `_Tree.find`  from a path to a handler
-     2243-2277   `_App.dispatch`  one request from end to end
-     2693-2805   `_RequestReader`  bytes to requests
-     3157-3399   `Connection`  one connection, many requests
-     3821-3842   `Server.start`  listening
-     3957-3974   `Server.stop`  ending without losing a request
-     5405-5525   `_EventWriter`  events
-     5615-5680   `_Scope`  how a disconnect reaches a handler
-     5708-5791   `Alive`  staying with a client
-     5949-6046   `Relay`  from one handler to another
+      332-349    `SafeString`  an element is a string
+      631-660    `Tags`  `h.P` makes one
+     1065-1243   `Request`  what a client asks for
+     1273-1341   `Carrier`  what brings the answer back
+     1419-1607   `_RawWriter`  the answer
+     1712-1807   `Context`  what a handler gets beside it
+     1897-1912   `_Tree.find`  from a path to a handler
+     2248-2282   `_App.dispatch`  one request from end to end
+     2698-2810   `_RequestReader`  bytes to requests
+     3162-3404   `Connection`  one connection, many requests
+     3826-3847   `Server.start`  listening
+     3962-3979   `Server.stop`  ending without losing a request
+     5420-5540   `_EventWriter`  events
+     5630-5695   `_Scope`  how a disconnect reaches a handler
+     5723-5806   `Alive`  staying with a client
+     5964-6061   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -344,6 +344,10 @@ class SafeString(str):
     def __radd__(self, other: object) -> SafeString:
         return render(other, self)
 
+    def __format__(self, spec: str) -> str:
+        """In an f-string it is text again, which is escaped."""
+        return format(str.__str__(self), spec)
+
 
 def _escape(text: str) -> str:
     """`a < b & c` as `a &lt; b &amp; c`."""
@@ -378,10 +382,7 @@ def _html(
     if kind is str:
         return escape(part)
     if kind is list or kind is tuple or kind is types.GeneratorType:
-        items = [
-            item if type(item) is SafeString else _html(item, attributes, escape) for item in part
-        ]
-        return "".join(items)
+        return "".join([v if type(v) is SafeString else _html(v, attributes, escape) for v in part])
     if part is None or part is True or part is False:
         return ""
     if hasattr(part, "__html__"):  # elements, strings of template libraries, `h.Br` uncalled
@@ -398,7 +399,9 @@ def _html(
         attributes.update(_merged(attributes, part))
         return ""
     if isinstance(part, Iterable) and not isinstance(part, (bytes, bytearray, memoryview)):
-        return _html(list(part), attributes, escape)
+        items = list(part)
+        if type(items and items[0]) is not kind or items != [part]:  # (an enum.Flag holds itself)
+            return _html(items, attributes, escape)
     raise StarioError(
         f"{type(part).__name__} cannot stand in HTML: give text, a number, an element, "
         f"a dict of attributes, or an iterable of those{_hint(part)}"
@@ -580,6 +583,8 @@ def _refuse_content(name: str, content: str) -> str:
 
 def _check_raw(name: str, content: str) -> str:
     """For a script or a style, whose text no browser decodes."""
+    if (bakes := _baking.get()) and (mark := bakes[0].marks.search(content)):
+        raise StarioError(f"{mark[0]} cannot stand in a <{name}>")
     if "<!--" in content or f"</{name}" in content.lower():
         raise StarioError(
             f"text in <{name}> cannot hold '</{name}' (its end) or '<!--' (which hides it): "
@@ -641,7 +646,7 @@ class Tags:
 
     def tag(self, name: str) -> Tag:
         """A factory for any other element, a web component's say: `card = h.tag("my-card")`."""
-        if not re.fullmatch(r"[A-Za-z][^\s/<>=\"'\x00]*", name):
+        if not (isinstance(name, str) and re.fullmatch(r"[A-Za-z][^\s/<>=\"'\x00]*", name)):
             raise StarioError(f"{name!r} cannot be the name of an HTML element")
         name = _TAG_NAMES.get(name.lower(), name)  # `<SCRIPT>` is a script to browsers
         factory = _factory(name)
@@ -4752,13 +4757,14 @@ def s(text: object) -> str:
 
 def js(mapping: Mapping[str, object] | None = None, /, **expressions: object) -> str:
     """A JavaScript object whose values are expressions: `js(total="$a + $b")`."""
-    if not isinstance(mapping, (Mapping, types.NoneType)):
+    is_dict = isinstance(mapping, (Mapping, types.NoneType))
+    if not is_dict or not all(isinstance(name, str) for name in mapping or ()):
         raise StarioError(f"give a dict from names to expressions in place of {mapping!r}")
-    pairs = {
-        '["__proto__"]' if name == "__proto__" else s(name): _code(code)
+    pairs = [
+        ('["__proto__"]' if name == "__proto__" else s(name)) + f": {_code(code)}"
         for name, code in {**(mapping or {}), **expressions}.items()
-    }
-    return "{" + ", ".join(f"{name}: {code}" for name, code in pairs.items()) + "}"
+    ]
+    return "{" + ", ".join(pairs) + "}"
 
 
 def _code(value: object) -> str:
@@ -4824,7 +4830,7 @@ def _duration(name: str, value: Duration) -> str:
 
 
 def _is_number(value: object) -> bool:
-    return type(value) in (int, float) and 0 <= cast(float, value) < math.inf
+    return type(value) in (int, float) and 0 <= cast(float, value) < 1e12
 
 
 def _kebab(name: str) -> str:
@@ -4949,13 +4955,14 @@ class DataAttributes:
         `prop` is the element's property to bind (`"checked"` of a component of your own), `event`
         the events, one or several, after which it is read.
         """
-        events = [event] if isinstance(event, str) else list(event or ())
-        kebab = _kebab(prop) if prop else ""
-        for word in (kebab, *events) if prop or events else ():
-            if not re.fullmatch(r"[^A-Z\s._]*", word):
+        one_event = isinstance(event, str) or not isinstance(event, Iterable)
+        props = [] if prop is None else [_kebab(prop) if isinstance(prop, str) else prop]
+        events = [] if event is None else [event] if one_event else list(event)
+        for word in (*props, *events):
+            if not (isinstance(word, str) and re.fullmatch(r"[^A-Z\s._]+", word)):
                 raise StarioError(f"{word!r} cannot be named in an attribute: small letters only")
-        name = "data-bind" + (f"__prop.{kebab}" if prop else "") + ("__event" if events else "")
-        return {".".join((name, *events)): _signal_name(signal)}
+        name = "data-bind" + "".join([f"__prop.{word}" for word in props])
+        return {".".join((name + ("__event" if events else ""), *events)): _signal_name(signal)}
 
     def text(self, expression: Expression) -> Attributes:
         """Show the expression's value as the element's text."""
@@ -5049,6 +5056,8 @@ class DataAttributes:
 
     def preserve_attr(self, *names: str) -> Attributes:
         """Keep these attributes of the element as they are when a patch comes."""
+        if not names or not all(isinstance(name, str) for name in names):
+            raise StarioError(f"give names of attributes, preserve_attr('open'), not {names!r}")
         return {"data-preserve-attr": " ".join(names)}
 
 
@@ -5098,6 +5107,11 @@ _OPTION_WORDS = {  # the words that the client knows, its default first
     "retry": ("auto", "error", "always", "never"),
     "request_cancellation": ("auto", "cleanup", "disabled"),
 }
+_OPTION_TYPES: tuple[tuple[type, str, tuple[str, ...]], ...] = (
+    (str, "text", ("selector",)),
+    (bool, "True or False", ("open_when_hidden",)),
+    (Mapping, "a dict", ("headers", "response_overrides")),
+)
 _REQUEST_DEFAULTS: dict[str, object] = {
     "retry_interval_ms": 1000, "retry_scaler": 2, "retry_max_wait_ms": 30_000,
     "retry_max_count": 10, **{name: words[0] for name, words in _OPTION_WORDS.items()},
@@ -5161,8 +5175,10 @@ def _write_action(method: str, url: str, queries: Queries, options: RequestOptio
     written = _request_options(method, options) if options else ""
     pairs: list[str] = []  # names and values in turn, for a cache that hashes them
     try:
+        url = url if type(url) is str else str.__str__(url)
         size = len(url) + len(written)
         for name, value in queries.items() if queries else ():
+            name = name if type(name) is str else _as_text(name)
             kind = type(value)
             for text in (str(value),) if kind is str or kind is int else _texts(name, value):
                 pairs += (name, text)
@@ -5220,10 +5236,9 @@ def _camel(name: str) -> str:
 
 def _option_text(name: str, value: Any) -> str:
     """An option's value: a word that the client knows, an expression, a number, an object."""
-    kind = {"headers": Mapping, "response_overrides": Mapping, "open_when_hidden": bool}.get(name)
-    if kind and not isinstance(value, kind):
-        wanted = "True or False" if kind is bool else "a dict"
-        raise StarioError(f"{name} is {wanted}, not {value!r}")
+    for kind, wanted, names in _OPTION_TYPES:
+        if name in names and not isinstance(value, kind):
+            raise StarioError(f"{name} is {wanted}, not {value!r}")
     if name == "response_overrides":
         for key in value:
             _check_word("override", key, ResponseOverrides.__annotations__)
@@ -9329,6 +9344,8 @@ def baked(view: Callable[P, SafeString]) -> Callable[P, SafeString]:
 
     def first(*args: object, **kwargs: object) -> object:
         filled, own = _Bake(view, names).filled(args, kwargs), view.__code__
+        if filled is None:
+            return view(*args, **kwargs)
         call.__defaults__, call.__kwdefaults__ = view.__defaults__, view.__kwdefaults__
         call.__code__ = filled.__code__.replace(  # a traceback shows where the view stands
             co_name=own.co_name, co_filename=own.co_filename, co_firstlineno=own.co_firstlineno
@@ -9371,8 +9388,13 @@ class _Bake:
         self.met = ""  # the argument whose blank `code` has met last
         self.refusal: StarioError | None = None  # raised again if the view catches it
 
-    def filled(self, args: Iterable[object], kwargs: dict[str, object]) -> types.FunctionType:
-        """A function that fills the holes, after it has been compared with the view."""
+    def filled(
+        self, args: Iterable[object], kwargs: dict[str, object]
+    ) -> types.FunctionType | None:
+        """A function that fills the holes, after it has been compared with the view.
+
+        None where the view fails with these values, so that there is nothing to compare.
+        """
         signature = inspect.signature(self.view, follow_wrapped=False)
         given = signature.bind(*args, **kwargs)
         given.apply_defaults()
@@ -9382,6 +9404,9 @@ class _Bake:
         for name, value in values.items():
             reusable = isinstance(value, str) or not isinstance(value, (_Blank, Iterable))
             values[name] = value if reusable else ""  # (an iterator can be read only once)
+        given.arguments.update(values)
+        if _result_or_none(self.view, given) is None:
+            return None
         for name, usual in values.items():  # each argument in turn
             for value in (usual, *_PROBES):
                 given.arguments.update(values, **{name: value})

@@ -58,7 +58,7 @@ import uuid
 import weakref
 import zipfile
 import zlib
-from collections import ChainMap, Counter
+from collections import ChainMap, Counter, UserString, deque
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import InitVar, dataclass, field
@@ -1303,6 +1303,21 @@ class TestHtml(unittest.TestCase):
             ):
                 h.P(wrong)
 
+    def test_content_that_holds_itself_is_refused(self) -> None:
+        class Rights(enum.Flag):  # to iterate over a flag gives the flag
+            READ = 1
+
+        for part in (Rights.READ, UserString("text")):
+            with self.subTest(type(part)), self.assertRaisesRegex(StarioError, "cannot stand"):
+                h.P(part)
+        self.assertEqual(h.P(deque([deque(["a"]), frozenset([frozenset("b")])])), "<p>ab</p>")
+
+    def test_in_an_f_string_an_element_is_text(self) -> None:
+        element = h.B("x")
+        for text in (f"{element}", f"{element:s}", f"{element:>3}", f"{element!s}"):
+            with self.subTest(text):
+                self.assertEqual(h.P(text), "<p>&lt;b&gt;x&lt;/b&gt;</p>")
+
     def test_attributes_of_every_kind(self) -> None:
         for attributes, text in [
             ({"title": 'a"b<c>&'}, ' title="a&quot;b&lt;c&gt;&amp;"'),
@@ -1394,8 +1409,9 @@ class TestHtml(unittest.TestCase):
     def test_unknown_tags_and_bad_names_are_refused_with_a_hint(self) -> None:
         with self.assertRaisesRegex(AttributeError, "h.tag"):
             h.Dvi  # noqa: B018
-        with self.assertRaises(StarioError):
-            h.tag("a b")
+        for name in ("a b", "", None, 3):
+            with self.subTest(name), self.assertRaises(StarioError):
+                h.tag(name)  # type: ignore[arg-type]
         for wrong in ({"class": "x"}, {}, types.MappingProxyType({})):  # type: ignore[var-annotated]
             with self.assertRaisesRegex(StarioError, "attributes"):
                 render(wrong)
@@ -6368,6 +6384,24 @@ class TestBuildersWriteWhatWasMeant(unittest.TestCase):
             with self.subTest(word), self.assertRaisesRegex(StarioError, word):
                 make()
 
+    def test_what_is_of_another_type_is_named_at_the_call(self) -> None:
+        wrong: list[tuple[str, Callable[[Any], object], tuple[object, ...]]] = [
+            ("small letters", lambda prop: data.bind("a", prop=prop), (3, "", b"x", ["x"])),
+            ("small letters", lambda event: data.bind("a", event=event), (3, "", b"x", [3])),
+            ("preserve_attr", lambda name: data.preserve_attr(name), (3, None, ["open"])),
+            ("preserve_attr", lambda names: data.preserve_attr(*names), ((), [1])),
+            ("dict", lambda name: js({name: "$x"}), (None, 3)),
+            ("duration", lambda time: data.on("x", "y()", delay=time), (10**400, float("nan"))),
+            ("selector", lambda value: at.get("/x", selector=value), (3, ["#form"])),
+            ("headers", lambda value: at.get("/x", headers=value), ("x-a: b", ["x-a"])),
+            ("hidden", lambda value: at.get("/x", open_when_hidden=value), ("yes", 2)),
+            ("overrides", lambda value: at.get("/x", response_overrides=value), ("inner", 3)),
+        ]
+        for word, call, values in wrong:
+            for value in values:
+                with self.subTest(word, value=value), self.assertRaisesRegex(StarioError, word):
+                    call(value)
+
     def test_writers_refuse_what_is_no_data_and_patches_without_a_place(self) -> None:
         writer = Writer(Kept(), a_request(), CompressionConfig())
         wrong: list[tuple[str, Callable[..., object]]] = [
@@ -6481,6 +6515,15 @@ class TestActionQueries(unittest.TestCase):
         self.assertEqual(
             at.get("/x", {"p": re.RegexFlag.I}), "@get('/x?p=2')"
         )  # (it can be iterated)
+        written = [at.get("/x", {name: 1}) for name in values]  # type: ignore[dict-item]
+        self.assertEqual(written, [f"@get('/x?{name}=1')" for name in values])
+
+    def test_a_member_of_an_enum_is_its_value(self) -> None:
+        class Place(str, enum.Enum):  # noqa: UP042 - a StrEnum is written as its value anyway
+            HOME = "/home"
+
+        self.assertEqual(at.get(Place.HOME), "@get('/home')")
+        self.assertEqual(at.get("/x", {Place.HOME: Place.HOME}), "@get('/x?%2Fhome=%2Fhome')")
 
 
 # -- 13. Streams
@@ -11319,6 +11362,89 @@ class TestBaked(unittest.TestCase):
         view("x")
         for text in list(seen):
             self.same(view, text)
+
+    def test_types_that_write_themselves_otherwise_are_escaped(self) -> None:
+        class Number(int):
+            def __format__(self, spec: str) -> str:
+                return "<b>&"
+
+            __str__ = __repr__ = lambda self: "<i>&"
+
+        class Word(str):
+            __slots__ = ()
+            __format__ = Number.__format__  # type: ignore[assignment]
+            __str__ = Number.__str__
+
+        @baked
+        def view(a: Any) -> SafeString:
+            return h.P({"id": f"x-{a}", "alt": a, "style": {"top": a}}, a, f"{a}{a!s}", [a])
+
+        @baked
+        def formats(a: Any) -> SafeString:
+            return h.P(f"{a:.2f}", {"alt": f"{a:d}", "title": f"{a:c}"})
+
+        for value in (1, Number(60), Word("w<"), h.B("x"), "<"):
+            self.same(view, value)
+        for value in (60, 34, Number(60), Word("w"), True, 1.5):
+            self.same(formats, value)
+
+    def test_names_of_every_kind(self) -> None:
+        @baked
+        def view(a: Any) -> SafeString:
+            names = {"x{y}": a, "x\\y": a, "{_v}": a, "NAME": a}
+            return h.P(names, {"style": {"a'b": a, 'c"d': a, "{e}": a, "--f\n": a}}, data.text(a))
+
+        for value in self.VALUES:
+            self.same(view, value)
+
+    def test_a_first_call_that_fails_shows_nothing_and_is_not_kept(self) -> None:
+        @baked
+        def view(price: Any, code: Any) -> SafeString:
+            return h.Div(f"{price:.2f}", h.P(code if code != "" else "none"))
+
+        @baked
+        def script(price: Any, code: Any) -> SafeString:
+            return h.Div(f"{price:.2f}", h.Script(code))
+
+        with self.assertRaisesRegex(StarioError, "code.*outside"):
+            view("no number", "x")
+        with self.assertRaisesRegex(StarioError, "code.*outside"):
+            script("no number", "x")
+
+        @baked
+        def price_of(price: Any) -> SafeString:
+            return h.P(f"{price:.2f}")
+
+        with self.assertRaises(ValueError):
+            price_of("no number")
+        self.assertEqual([price_of(1), price_of(1.5)], ["<p>1.00</p>", "<p>1.50</p>"])
+
+    def test_a_blank_that_is_kept_is_refused(self) -> None:
+        kept: list[Any] = []
+
+        @baked
+        def view(name: Any) -> SafeString:
+            kept.append(name)
+            return h.P(name)
+
+        view("x")
+        with self.assertRaisesRegex(StarioError, "name.*kept"):
+            h.P(kept[0])
+
+    def test_an_error_names_the_line_of_the_view(self) -> None:
+        @baked
+        def view(name: Any) -> SafeString:
+            return h.P(name)
+
+        view("x")
+        with self.assertRaises(StarioError) as caught:
+            view(b"bytes")
+        line = view.__wrapped__.__code__.co_firstlineno  # type: ignore[attr-defined]
+        self.assertEqual(caught.exception.__notes__, [f"at {__file__}:{line}"])
+
+    def test_what_is_no_function_is_refused(self) -> None:
+        with self.assertRaisesRegex(StarioError, "function"):
+            baked(functools.partial(h.P, "x"))
 
     def test_a_baked_view_is_called_like_the_view(self) -> None:
         def view(a: str, /, b: str = "B", *, c: str = "C") -> SafeString:
