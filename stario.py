@@ -80,17 +80,17 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        8553  21. JsonTracer: for log collectors [json]
        8630  22. RichTracer: for people [rich]
        9091  23. Sessions [sessions]
-       9204  24. What lives as long as the server
-       9305  25. @baked
-       9582  26. ASGI: the same app under another server [asgi]
-       9807  27. RedisRelay: the same between processes and machines [redis]
-      10082  28. Reload: a saved file restarts the app [reload]
-      10234  29. Development: what went wrong, shown where one looks [development]
-      10346  30. What is refused
-    10700  ACT 5. The pocket client
-      10741  31. The pocket client (JavaScript) [client]
-      12099  32. This file as a page [read]
-      12270  33. An app to begin with
+       9206  24. What lives as long as the server
+       9307  25. @baked
+       9584  26. ASGI: the same app under another server [asgi]
+       9809  27. RedisRelay: the same between processes and machines [redis]
+      10084  28. Reload: a saved file restarts the app [reload]
+      10229  29. Development: what went wrong, shown where one looks [development]
+      10341  30. What is refused
+    10696  ACT 5. The pocket client
+      10737  31. The pocket client (JavaScript) [client]
+      12095  32. This file as a page [read]
+      12266  33. An app to begin with
 
 READING PATH
 
@@ -9142,6 +9142,8 @@ class Session:
         async def _with_session(c: Context, w: Writer) -> None:
             name = f"__Host-{self._name}" if c.req.scheme == "https" else self._name
             kept, age = self._read(c, c.req.cookies.get(name))
+            if "session" in c.state:
+                raise StarioError("there are two Sessions around this handler: take one out")
             session = c.state["session"] = json.loads(kept)
 
             def save() -> None:
@@ -10096,11 +10098,8 @@ _LOOK_EVERY = 0.2  # seconds between two looks at the files
 
 def _watched_folders() -> set[str]:
     """The folders of the program's modules (not Python's, not installed), and of its assets."""
-    own = set()
-    for module in list(sys.modules.values()):
-        path = os.path.abspath(getattr(module, "__file__", None) or os.__file__)
-        if not path.startswith(os.path.dirname(os.__file__)) and "site-packages" not in path:
-            own.add(os.path.dirname(path))
+    paths = (getattr(module, "__file__", None) for module in list(sys.modules.values()))
+    own = {os.path.dirname(os.path.abspath(path)) for path in paths if path and _is_own(path)}
     for top in list(own):  # what is imported there later, too
         for folder, inside, files in os.walk(top):
             if any(name.endswith(".py") for name in files):
@@ -10148,12 +10147,7 @@ def _keep_restarting(sockets: list[socket.socket]) -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda number, _: signals.append(number))
     children: list[subprocess.Popen[bytes]] = []  # the newest, and others still ending
-    descriptors = []
-    for opened in sockets:
-        if os.name == "nt":
-            opened.close()
-        else:
-            descriptors.append(opened.fileno())
+    descriptors = [opened.fileno() for opened in sockets]
     environment = {**os.environ, _RELOADED: ",".join(map(str, descriptors))}
     command = [sys.executable, *sys.orig_argv[1:]]
     restart = True
@@ -10205,7 +10199,8 @@ def _reload(app: Stario, server: Server) -> None:
     if _RELOADED in os.environ:
         _join_reloading(app, server)
     else:
-        server._listener.open()
+        if os.name != "nt":
+            server._listener.open()
         raise SystemExit(_keep_restarting(server._listener.sockets))
 
 
@@ -10416,6 +10411,7 @@ def _wrapped(middleware: Middleware, handler: Handler) -> Handler:
     if not callable(wrapped):
         name = getattr(middleware, "__name__", repr(middleware))
         raise StarioError(f"the middleware {name} gives {wrapped!r}: it has to return a handler")
+    _check_arguments(wrapped, "c, w")
     return wrapped
 
 

@@ -1142,6 +1142,11 @@ class TestMistakes(unittest.TestCase):
         h, data, at, app = stario.h, stario.data, stario.at, Stario
         any_: Any = object()
 
+        def express(handler: Any) -> Any:
+            async def inner(c: Any, w: Any, next: Any) -> None: ...
+
+            return inner
+
         def url(**params: object) -> str:
             return self._app("/{id:int}").url("_fine", **params)
 
@@ -1152,6 +1157,7 @@ class TestMistakes(unittest.TestCase):
         return {
             "a Session needs its key: app.use(Session(key))": lambda: app().use(stario.Session),  # type: ignore[arg-type]
             "called with (handler): not '/api'": lambda: app().use(cast("Any", "/api")),
+            "called as inner(c, w): missing": lambda: app().get("/", _fine, express),
             "called as <lambda>(handler): missing": lambda: app().use(lambda c, w: any_),  # type: ignore[arg-type,misc]
             "a handler is no class: give a function, or dict()": lambda: app().get("/", dict),
             r"'/x/(\\d+)': a parameter is a whole segment": lambda: self._app(r"/x/(\d+)"),
@@ -10943,6 +10949,14 @@ class TestSession(AsyncTest):
                     answer = await peer.get("/bad")
             self.assertEqual(answer.status, 500)
             self.assertIn(message, "".join(logs.output))
+
+    async def test_a_handler_has_one_session(self) -> None:
+        app = Stario()
+        app.use(Session(self.KEY), Session(self.KEY, name="basket"))
+        app.get("/", self.show)
+        async with TestClient(app) as client:
+            with self.assertRaisesRegex(StarioError, "two Sessions around this handler"):
+                await client.get("/")
 
     def test_a_short_key_is_refused(self) -> None:
         with self.assertRaisesRegex(StarioError, "16 bytes"):
