@@ -64,33 +64,33 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        2141  8. The app
      2331  ACT 2. On the network
        2339  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3408  10. The server
-       4218  11. Trying it without a network: the test client [testclient]
-     4659  ACT 3. Live
-       4707  12. Datastar: attributes and actions
-       5296  13. Streams: events, and staying with a client
-       5810  14. Relay: publish and subscribe
-     6116  ACT 4. For real
-       6123  15. Signals: from JSON to your dataclass
-       6866  16. Forms [forms]
-       7064  17. Behind a proxy
-       7171  18. Compression [compression]
-       7381  19. Static files [assets]
-       7945  20. Telemetry: spans, and who hears of them
-       8553  21. JsonTracer: for log collectors [json]
-       8630  22. RichTracer: for people [rich]
-       9091  23. Sessions [sessions]
-       9206  24. What lives as long as the server
-       9307  25. @baked
-       9584  26. ASGI: the same app under another server [asgi]
-       9809  27. RedisRelay: the same between processes and machines [redis]
-      10084  28. Reload: a saved file restarts the app [reload]
-      10229  29. Development: what went wrong, shown where one looks [development]
-      10341  30. What is refused
-    10696  ACT 5. The pocket client
-      10737  31. The pocket client (JavaScript) [client]
-      12095  32. This file as a page [read]
-      12266  33. An app to begin with
+       3413  10. The server
+       4223  11. Trying it without a network: the test client [testclient]
+     4664  ACT 3. Live
+       4712  12. Datastar: attributes and actions
+       5301  13. Streams: events, and staying with a client
+       5815  14. Relay: publish and subscribe
+     6121  ACT 4. For real
+       6128  15. Signals: from JSON to your dataclass
+       6871  16. Forms [forms]
+       7069  17. Behind a proxy
+       7176  18. Compression [compression]
+       7386  19. Static files [assets]
+       7950  20. Telemetry: spans, and who hears of them
+       8558  21. JsonTracer: for log collectors [json]
+       8635  22. RichTracer: for people [rich]
+       9096  23. Sessions [sessions]
+       9211  24. What lives as long as the server
+       9312  25. @baked
+       9589  26. ASGI: the same app under another server [asgi]
+       9814  27. RedisRelay: the same between processes and machines [redis]
+      10089  28. Reload: a saved file restarts the app [reload]
+      10234  29. Development: what went wrong, shown where one looks [development]
+      10346  30. What is refused
+    10701  ACT 5. The pocket client
+      10742  31. The pocket client (JavaScript) [client]
+      12100  32. This file as a page [read]
+      12271  33. An app to begin with
 
 READING PATH
 
@@ -104,14 +104,14 @@ Two hours, for a reader who wants to know how it works, not all that it does. Re
      1712-1807   `Context`  what a handler gets beside it
      1897-1912   `_Tree.find`  from a path to a handler
      2248-2282   `_App.dispatch`  one request from end to end
-     2698-2810   `_RequestReader`  bytes to requests
-     3162-3404   `Connection`  one connection, many requests
-     3826-3847   `Server.start`  listening
-     3962-3979   `Server.stop`  ending without losing a request
-     5420-5540   `_EventWriter`  events
-     5630-5695   `_Scope`  how a disconnect reaches a handler
-     5723-5806   `Alive`  staying with a client
-     5964-6061   `Relay`  from one handler to another
+     2702-2815   `_RequestReader`  bytes to requests
+     3167-3409   `Connection`  one connection, many requests
+     3831-3852   `Server.start`  listening
+     3967-3984   `Server.stop`  ending without losing a request
+     5425-5545   `_EventWriter`  events
+     5635-5700   `_Scope`  how a disconnect reaches a handler
+     5728-5811   `Alive`  staying with a client
+     5969-6066   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -2410,13 +2410,17 @@ _WHOLE_URL = re.compile(r"https?://(?!:)([^/?#@]+)(/[^?#]*)?(\?[^#]*)?", re.IGNO
 # A field is one line, without a blank before its colon, without control characters. (`*+` never
 # gives back what it has matched, so that the time of a match grows only with the length.)
 _FIELD_LINE = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]++:[\t\x20-\x7e\x80-\xff]*+\r\n"
-_FIELD_LINES = re.compile(rb"\r\n(?:" + _FIELD_LINE + rb")*+\r\n")
 _FRAMING_FIELDS = re.compile(
     rb"\n(?=[hcte])((?:host|connection|content-length|transfer-encoding|expect):[^\r]*)",
     re.IGNORECASE,
 )
 _LONE_LF = re.compile(rb"[^\r]\n")
 _LINE_SO_FAR = re.compile(rb"[ -~]*+\r?")  # a request line whose end has not come
+
+
+@lru_cache
+def _block_pattern(max_headers: int) -> re.Pattern[bytes]:
+    return re.compile(rb"\r\n(?:%b){0,%d}+\r\n" % (_FIELD_LINE, max_headers))
 
 
 @lru_cache(maxsize=256)
@@ -2703,6 +2707,7 @@ class _RequestReader:
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
+        self._block_pattern = _block_pattern(limits.max_headers)
         self.buffer = b""  # what has come; emptied when all of it has been read
         self._at = 0  # up to where the buffer has been read
         self._searched = 0  # bytes of an incomplete head, searched; the last 3 may begin its end
@@ -2778,10 +2783,10 @@ class _RequestReader:
 
     def _read_block(self, block: bytes) -> tuple[Headers, _Framing]:
         """Read a header block, and keep it for the next request unless it is large."""
-        if not _FIELD_LINES.fullmatch(block):
+        if not self._block_pattern.fullmatch(block):
+            if block.count(b"\n") - 2 > self._limits.max_headers:
+                raise HttpException(431, f"more than {self._limits.max_headers} header fields")
             raise HttpException(400, "a header line is malformed")
-        if block.count(b"\n") - 2 > self._limits.max_headers:
-            raise HttpException(431, f"more than {self._limits.max_headers} header fields")
         headers = _ReceivedHeaders(block)
         found = b"\r\n".join(_FRAMING_FIELDS.findall(block))
         if len(block) > _KEPT_HEAD:
