@@ -72,25 +72,25 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        5815  14. Relay: publish and subscribe
      6121  ACT 4. For real
        6128  15. Signals: from JSON to your dataclass
-       6871  16. Forms [forms]
-       7069  17. Behind a proxy
-       7176  18. Compression [compression]
-       7386  19. Static files [assets]
-       7950  20. Telemetry: spans, and who hears of them
-       8558  21. JsonTracer: for log collectors [json]
-       8635  22. RichTracer: for people [rich]
-       9096  23. Sessions [sessions]
-       9211  24. What lives as long as the server
-       9312  25. @baked
-       9589  26. ASGI: the same app under another server [asgi]
-       9814  27. RedisRelay: the same between processes and machines [redis]
-      10089  28. Reload: a saved file restarts the app [reload]
-      10234  29. Development: what went wrong, shown where one looks [development]
-      10346  30. What is refused
-    10701  ACT 5. The pocket client
-      10742  31. The pocket client (JavaScript) [client]
-      12100  32. This file as a page [read]
-      12271  33. An app to begin with
+       6876  16. Forms [forms]
+       7077  17. Behind a proxy
+       7184  18. Compression [compression]
+       7394  19. Static files [assets]
+       7958  20. Telemetry: spans, and who hears of them
+       8566  21. JsonTracer: for log collectors [json]
+       8643  22. RichTracer: for people [rich]
+       9104  23. Sessions [sessions]
+       9219  24. What lives as long as the server
+       9320  25. @baked
+       9597  26. ASGI: the same app under another server [asgi]
+       9822  27. RedisRelay: the same between processes and machines [redis]
+      10097  28. Reload: a saved file restarts the app [reload]
+      10242  29. Development: what went wrong, shown where one looks [development]
+      10354  30. What is refused
+    10709  ACT 5. The pocket client
+      10750  31. The pocket client (JavaScript) [client]
+      12108  32. This file as a page [read]
+      12279  33. An app to begin with
 
 READING PATH
 
@@ -6600,7 +6600,9 @@ def _union_reader(kinds: Sequence[Any]) -> Reader:
         if isinstance(value, dict) and len(fitting) > 1:
             if tag in value:
                 fitting = by_tag.get(_key_of(value[tag]), [])
-            fitting = [option for option in fitting if value.keys() >= option.needed]
+            fitting = [
+                option for option in fitting if not option.needed or value.keys() >= option.needed
+            ]
         if len(fitting) == 1:
             return fitting[0].read(value, tried)
         return _read_first(value, fitting, tried, nothing_fits)
@@ -6680,7 +6682,10 @@ def _read_first(value: Any, options: Sequence[_Option], tried: _Tried, nothing_f
 
 def _holds_others(value: Any) -> bool:
     items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
-    return not {list, dict}.isdisjoint(map(type, items))
+    return not _HOLDERS.isdisjoint(map(type, items))
+
+
+_HOLDERS = frozenset((list, dict))
 
 
 def _is_uniform(kind: Any) -> bool:
@@ -6968,41 +6973,44 @@ class _MultipartReader:
         line = b"\r\n--%b(--)?[ \t]{0,99}(?=\r\n)" % re.escape(boundary)
         self._delimiter = re.compile(line)
         self._longest = len(boundary) + 107  # bytes of a delimiter, with the line ends around it
-        self._buffer, self._at = b"\r\n", 0  # a line end, what has come; how far it is done
+        self._buffer = b"\r\n"  # what is not done yet (a delimiter may be the first line)
         self._parts: list[_Part] = []
-        self._in_head = self._complete = False
+        self._complete = False
 
     def feed(self, data: bytes) -> None:
         """Take these bytes. HttpException(400) if they are no form."""
-        self._buffer += data
-        while not self._complete and (self._take_head() if self._in_head else self._take_content()):
-            pass
-        self._buffer, self._at = self._buffer[self._at :], 0
+        if self._complete:  # what follows the last delimiter is no content
+            return
+        buffer, at = self._buffer + data, 0
+        while found := self._delimiter.search(buffer, at):
+            self._write(buffer[at : found.start()])
+            at = found.start()
+            self._complete = found[1] is not None
+            head = b"" if self._complete else self._head_at(buffer, found.end())
+            if not head:
+                self._buffer = buffer[at:]
+                return
+            self._parts.append(_read_part_head(head))
+            at = found.end() + len(head) + 2
+        end = max(at, len(buffer) - self._longest)
+        self._write(buffer[at:end])
+        self._buffer = buffer[end:]
 
-    def _take_content(self) -> bool:
-        """Move content to its part. False if the delimiter after it has not come yet."""
-        found = self._delimiter.search(self._buffer, self._at)
-        end = found.start() if found else max(self._at, len(self._buffer) - self._longest)
-        if self._parts:  # (text before the first delimiter is no content)
-            self._parts[-1].file.write(self._buffer[self._at : end])
-        self._at = found.end() if found else end
-        self._in_head, self._complete = found is not None, bool(found and found[1])
-        return found is not None
+    def _write(self, content: bytes) -> None:
+        if self._parts:  # text before the first delimiter is no content
+            self._parts[-1].file.write(content)
 
-    def _take_head(self) -> bool:
-        """Begin the next part. False if its head has not come completely."""
-        start = self._at
-        end = self._buffer.find(b"\r\n\r\n", start, start + _MAX_PART_HEAD)
-        if end < 0 and len(self._buffer) - start < _MAX_PART_HEAD:
-            return False
-        head = self._buffer[start : end + 2]
+    def _head_at(self, buffer: bytes, start: int) -> bytes:
+        """The head of a part, with its first and its last line end; nothing if it has not come."""
+        end = buffer.find(b"\r\n\r\n", start, start + _MAX_PART_HEAD)
+        if end < 0 and len(buffer) - start < _MAX_PART_HEAD:
+            return b""
+        head = buffer[start : end + 2]
         if end < 0 or head.count(b"\r\n") > _MAX_PART_FIELDS or self._delimiter.search(head):
             raise HttpException(400, "the head of a part of the form has no end, or too much in it")
         if len(self._parts) >= _MAX_FORM_FIELDS:
             raise HttpException(400, f"more than {_MAX_FORM_FIELDS} parts")
-        self._parts.append(_read_part_head(head))
-        self._at, self._in_head = end + 4, False
-        return True
+        return head
 
     def form(self) -> Form:
         """All that has come, as a form. HttpException(400) if its end is missing."""
@@ -7011,11 +7019,11 @@ class _MultipartReader:
             raise HttpException(400, "the multipart form is cut off: its last boundary is missing")
         form, texts = Form(), []
         for name, filename, content_type, file in self._parts:
+            size = file.tell()
+            file.seek(0)
             if filename is None:
-                file.seek(0)
                 texts.append((name, content_type, file.read()))
-            elif filename or file.tell():  # a file field that was left empty has a part, too
-                file.seek(0)
+            elif filename or size:  # a file field that was left empty has a part, too
                 form.files.setdefault(name, []).append(FormFile(filename, content_type, file))
         # A field `_charset_` names the charset of those that name none (RFC 7578, section 4.6).
         usual = next((text.decode("latin-1") for name, _, text in texts if name == "_charset_"), "")

@@ -8886,6 +8886,20 @@ class TestForms(AsyncTest):
                     (file,) = form.files["b"]
                     self.assertEqual((file.data, file.data), (text * 9, text * 9))
 
+    def test_what_stands_around_the_parts_is_dropped_however_long_it_is(self) -> None:
+        part = b"\r\n--Xy\r\n" + self.named("a").encode() + b"\r\n\r\n1\r\n--Xy--\r\n"
+        for around in (
+            b"x" * 9000,
+            b"\r\n" * 9000,
+            b"\r\n--X" * 9000,
+            b"\r\n\r\n" + b"--Xy" * 9000,
+        ):
+            reader = stario._MultipartReader("multipart/form-data; boundary=Xy")
+            for piece in (around, part, around, part, *[around] * 9):
+                reader.feed(piece)
+                self.assertLess(len(reader._buffer), 40_000)
+            self.assertEqual(reader.form().items(), [("a", "1")])
+
     async def test_a_large_file_goes_to_disk_and_a_form_is_given_again(self) -> None:
         async def upload(c: Context, w: Writer) -> None:
             form = await c.req.form()
