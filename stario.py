@@ -61,36 +61,36 @@ brackets can be left out of your copy: `python stario.py --without assets,client
         785  5. The request: headers, query, cookies, body
        1262  6. The answer: status, fields, body
        1694  7. Context and routing
-       2141  8. The app
-     2331  ACT 2. On the network
-       2339  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3413  10. The server
-       4223  11. Trying it without a network: the test client [testclient]
-     4664  ACT 3. Live
-       4712  12. Datastar: attributes and actions
-       5301  13. Streams: events, and staying with a client
-       5815  14. Relay: publish and subscribe
-     6121  ACT 4. For real
-       6128  15. Signals: from JSON to your dataclass
-       6876  16. Forms [forms]
-       7077  17. Behind a proxy
-       7184  18. Compression [compression]
-       7394  19. Static files [assets]
-       7958  20. Telemetry: spans, and who hears of them
-       8566  21. JsonTracer: for log collectors [json]
-       8643  22. RichTracer: for people [rich]
-       9104  23. Sessions [sessions]
-       9219  24. What lives as long as the server
-       9320  25. @baked
-       9597  26. ASGI: the same app under another server [asgi]
-       9822  27. RedisRelay: the same between processes and machines [redis]
-      10097  28. Reload: a saved file restarts the app [reload]
-      10242  29. Development: what went wrong, shown where one looks [development]
-      10354  30. What is refused
-    10709  ACT 5. The pocket client
-      10750  31. The pocket client (JavaScript) [client]
-      12108  32. This file as a page [read]
-      12279  33. An app to begin with
+       2143  8. The app
+     2333  ACT 2. On the network
+       2341  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
+       3415  10. The server
+       4225  11. Trying it without a network: the test client [testclient]
+     4666  ACT 3. Live
+       4714  12. Datastar: attributes and actions
+       5303  13. Streams: events, and staying with a client
+       5817  14. Relay: publish and subscribe
+     6123  ACT 4. For real
+       6130  15. Signals: from JSON to your dataclass
+       6878  16. Forms [forms]
+       7079  17. Behind a proxy
+       7186  18. Compression [compression]
+       7396  19. Static files [assets]
+       7961  20. Telemetry: spans, and who hears of them
+       8569  21. JsonTracer: for log collectors [json]
+       8646  22. RichTracer: for people [rich]
+       9107  23. Sessions [sessions]
+       9222  24. What lives as long as the server
+       9323  25. @baked
+       9600  26. ASGI: the same app under another server [asgi]
+       9825  27. RedisRelay: the same between processes and machines [redis]
+      10100  28. Reload: a saved file restarts the app [reload]
+      10245  29. Development: what went wrong, shown where one looks [development]
+      10357  30. What is refused
+    10711  ACT 5. The pocket client
+      10752  31. The pocket client (JavaScript) [client]
+      12110  32. This file as a page [read]
+      12281  33. An app to begin with
 
 READING PATH
 
@@ -103,15 +103,15 @@ Two hours, for a reader who wants to know how it works, not all that it does. Re
      1419-1607   `_RawWriter`  the answer
      1712-1807   `Context`  what a handler gets beside it
      1897-1912   `_Tree.find`  from a path to a handler
-     2248-2282   `_App.dispatch`  one request from end to end
-     2702-2815   `_RequestReader`  bytes to requests
-     3167-3409   `Connection`  one connection, many requests
-     3831-3852   `Server.start`  listening
-     3967-3984   `Server.stop`  ending without losing a request
-     5425-5545   `_EventWriter`  events
-     5635-5700   `_Scope`  how a disconnect reaches a handler
-     5728-5811   `Alive`  staying with a client
-     5969-6066   `Relay`  from one handler to another
+     2250-2284   `_App.dispatch`  one request from end to end
+     2704-2817   `_RequestReader`  bytes to requests
+     3169-3411   `Connection`  one connection, many requests
+     3833-3854   `Server.start`  listening
+     3969-3986   `Server.stop`  ending without losing a request
+     5427-5547   `_EventWriter`  events
+     5637-5702   `_Scope`  how a disconnect reaches a handler
+     5730-5813   `Alive`  staying with a client
+     5971-6068   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -2088,6 +2088,8 @@ class Router:
 
     def _take_over(self, router: Router, prefix: str, host: str = "") -> None:
         self._check_open()
+        if router is self:
+            raise StarioError("a router cannot be mounted in itself")
         life = vars(router).get("_life")  # a Stario's lifespans and tasks, if it has any (part 24)
         if life and (life.lifespans or life.waiting):
             raise StarioError("lifespans and background tasks are given to the app that is served")
@@ -7589,7 +7591,8 @@ def asset(name: str, collection: str = "static") -> str:
     """
     if collection not in _collections:
         raise StarioError(f"no collection {collection!r}: call app.assets(...) for it first")
-    file = _collections[collection].file(name) if isinstance(name, str) else None
+    can_be_asked_for = isinstance(name, str) and not _SURROGATE.search(name)  # by an address
+    file = _collections[collection].file(name) if can_be_asked_for else None
     if file is None:
         raise StarioError(f"{collection!r} has no file {name!r}")
     return quote(file.fingerprinted)
@@ -10605,7 +10608,6 @@ _ELSEWHERE: dict[type, dict[str, str]] = {
         "w.html(page, 404)": "status set_status",
         "w.headers.set(name, value)": "header set_header add_header",
         "w.cookie(name, value)": "set_cookie",
-        "w.file(path)": "send_file",
         "w.end()": "close finish",
         "w.patch(element)": "patch_elements merge_fragments",
         "w.sync(signals)": "patch_signals merge_signals",

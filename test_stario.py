@@ -1162,7 +1162,7 @@ class TestMistakes(unittest.TestCase):
             "a handler is no class: give a function, or dict()": lambda: app().get("/", dict),
             r"'/x/(\\d+)': a parameter is a whole segment": lambda: self._app(r"/x/(\d+)"),
             "no scheme and no host, as 'http://a/x' has": lambda: self._app("http://a/x"),
-            "mounted already": mount_itself,
+            "a router cannot be mounted in itself": mount_itself,
             "needs a value for {id:int}: write id=...": url,
             "'x' does not fit {id:int} in /{id:int}": lambda: url(id="x"),
             "max_body is a number of bytes, not -1": lambda: app(max_body=-1),
@@ -1223,6 +1223,8 @@ class TestMistakes(unittest.TestCase):
                 for word in words.split():
                     with self.subTest(f"{kind.__name__}.{word}"):
                         self.assertFalse(hasattr(kind, word))
+                        hidden = [base for base in kind.__mro__[1:] if word in vars(base)]
+                        self.assertEqual(hidden, [], "a name of ours")
                         with self.assertRaises(AttributeError) as e:
                             getattr(kind, word)
                         self._check_sentence(f"there is no {word}: write {instead}", e.exception)
@@ -9941,8 +9943,16 @@ class TestAssets(HttpTest):
         for source in wrong:
             with self.subTest(source), self.assertRaisesRegex(StarioError, "^assets"):
                 Stario().assets("/static", source)
-        for name in (None, Path("style.css"), "/style.css", "./style.css"):
-            with self.subTest(name), self.assertRaisesRegex(StarioError, "has no file"):
+        with suppress(OSError):  # where names are text, there can be no such file
+            (self.root / os.fsdecode(b"\xff.css")).write_bytes(b"no address leads here")
+        for name in (
+            None,
+            Path("style.css"),
+            "/style.css",
+            "./style.css",
+            os.fsdecode(b"\xff.css"),
+        ):
+            with self.subTest(repr(name)), self.assertRaisesRegex(StarioError, "has no file"):
                 asset(name)  # type: ignore[arg-type]
 
     async def test_types_agree_with_what_is_sent(self) -> None:
@@ -12917,6 +12927,8 @@ class TestHosts(AsyncTest):
     def test_what_would_have_no_effect_is_refused(self) -> None:
         router, app = Router(), Stario()
         app.mount("/x", router)
+        self.assertRaises(StarioError, app.mount, "/itself", app)
+        app.get("/later", _fine)  # nothing has come of that attempt
         with self.assertRaisesRegex(StarioError, "mounted already"):
             router.on_error(KeyError, lambda c, w, exc: None)
         with self.assertRaisesRegex(StarioError, "mounted already"):
