@@ -57,61 +57,61 @@ brackets can be left out of your copy: `python stario.py --without assets,client
       223  ACT 1. A framework
         231  2. Errors
         321  3. HTML: elements are strings
-        667  4. JSON
-        785  5. The request: headers, query, cookies, body
-       1262  6. The answer: status, fields, body
-       1694  7. Context and routing
-       2143  8. The app
-     2333  ACT 2. On the network
-       2341  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3415  10. The server
-       4225  11. Trying it without a network: the test client [testclient]
-     4666  ACT 3. Live
-       4714  12. Datastar: attributes and actions
-       5303  13. Streams: events, and staying with a client
-       5817  14. Relay: publish and subscribe
-     6123  ACT 4. For real
-       6130  15. Signals: from JSON to your dataclass
-       6878  16. Forms [forms]
-       7079  17. Behind a proxy
-       7186  18. Compression [compression]
-       7396  19. Static files [assets]
-       7961  20. Telemetry: spans, and who hears of them
-       8569  21. JsonTracer: for log collectors [json]
-       8646  22. RichTracer: for people [rich]
-       9107  23. Sessions [sessions]
-       9222  24. What lives as long as the server
-       9323  25. @baked
-       9600  26. ASGI: the same app under another server [asgi]
-       9825  27. RedisRelay: the same between processes and machines [redis]
-      10100  28. Reload: a saved file restarts the app [reload]
-      10245  29. Development: what went wrong, shown where one looks [development]
-      10357  30. What is refused
-    10711  ACT 5. The pocket client
-      10752  31. The pocket client (JavaScript) [client]
-      12110  32. This file as a page [read]
-      12281  33. An app to begin with
+        664  4. JSON
+        782  5. The request: headers, query, cookies, body
+       1259  6. The answer: status, fields, body
+       1691  7. Context and routing
+       2140  8. The app
+     2330  ACT 2. On the network
+       2338  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
+       3412  10. The server
+       4222  11. Trying it without a network: the test client [testclient]
+     4663  ACT 3. Live
+       4711  12. Datastar: attributes and actions
+       5292  13. Streams: events, and staying with a client
+       5806  14. Relay: publish and subscribe
+     6112  ACT 4. For real
+       6119  15. Signals: from JSON to your dataclass
+       6867  16. Forms [forms]
+       7068  17. Behind a proxy
+       7175  18. Compression [compression]
+       7385  19. Static files [assets]
+       7950  20. Telemetry: spans, and who hears of them
+       8558  21. JsonTracer: for log collectors [json]
+       8635  22. RichTracer: for people [rich]
+       9096  23. Sessions [sessions]
+       9211  24. What lives as long as the server
+       9312  25. @baked
+       9592  26. ASGI: the same app under another server [asgi]
+       9817  27. RedisRelay: the same between processes and machines [redis]
+      10092  28. Reload: a saved file restarts the app [reload]
+      10237  29. Development: what went wrong, shown where one looks [development]
+      10349  30. What is refused
+    10703  ACT 5. The pocket client
+      10744  31. The pocket client (JavaScript) [client]
+      12102  32. This file as a page [read]
+      12273  33. An app to begin with
 
 READING PATH
 
 Two hours, for a reader who wants to know how it works, not all that it does. Read in this order:
 
       332-349    `SafeString`  an element is a string
-      631-660    `Tags`  `h.P` makes one
-     1065-1243   `Request`  what a client asks for
-     1273-1341   `Carrier`  what brings the answer back
-     1419-1607   `_RawWriter`  the answer
-     1712-1807   `Context`  what a handler gets beside it
-     1897-1912   `_Tree.find`  from a path to a handler
-     2250-2284   `_App.dispatch`  one request from end to end
-     2704-2817   `_RequestReader`  bytes to requests
-     3169-3411   `Connection`  one connection, many requests
-     3833-3854   `Server.start`  listening
-     3969-3986   `Server.stop`  ending without losing a request
-     5427-5547   `_EventWriter`  events
-     5637-5702   `_Scope`  how a disconnect reaches a handler
-     5730-5813   `Alive`  staying with a client
-     5971-6068   `Relay`  from one handler to another
+      628-657    `Tags`  `h.P` makes one
+     1062-1240   `Request`  what a client asks for
+     1270-1338   `Carrier`  what brings the answer back
+     1416-1604   `_RawWriter`  the answer
+     1709-1804   `Context`  what a handler gets beside it
+     1894-1909   `_Tree.find`  from a path to a handler
+     2247-2281   `_App.dispatch`  one request from end to end
+     2701-2814   `_RequestReader`  bytes to requests
+     3166-3408   `Connection`  one connection, many requests
+     3830-3851   `Server.start`  listening
+     3966-3983   `Server.stop`  ending without losing a request
+     5416-5536   `_EventWriter`  events
+     5626-5691   `_Scope`  how a disconnect reaches a handler
+     5719-5802   `Alive`  staying with a client
+     5960-6057   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -496,9 +496,7 @@ def _other_attribute(name: str, value: object) -> str:
             return _attributes({f"{name}-{key}": item for key, item in value.items()})
     # `@baked` (part 25) calls a function once, with placeholders (*blanks*) for its arguments. Here
     # a blank is written as a *mark*, and at each later call the argument's text stands there.
-    if (bakes := _baking.get()) and (
-        mark := bakes[0].mark_for(_other_attribute, name, value, is_html=True)
-    ):
+    if _baking.get() and (mark := _mark_for(_other_attribute, name, value, is_html=True)):
         return mark
     return f' {name}="{_quote(_value_text(name, value))}"'
 
@@ -507,7 +505,7 @@ def _declaration(name: str, value: object) -> str:
     """A declaration of a style, `top:0;`, or nothing for None and False."""
     if value is None or value is False:
         return ""
-    if (bakes := _baking.get()) and (mark := bakes[0].mark_for(_declaration, name, value)):
+    if _baking.get() and (mark := _mark_for(_declaration, name, value)):
         return mark
     return f"{name}:{_value_text(name, value)};"
 
@@ -595,8 +593,7 @@ def _check_raw(name: str, content: str) -> str:
 
 def _keep_line_feed(name: str, content: str) -> str:
     """Browsers drop a line feed that comes first in <pre> and <textarea>: put one more there."""
-    bakes = _baking.get()
-    if bakes and (mark := bakes[0].mark_for(_keep_line_feed, name, content, is_html=True)):
+    if _baking.get() and (mark := _mark_for(_keep_line_feed, name, content, is_html=True)):
         return mark
     return "\n" + content if content.startswith("\n") else content
 
@@ -4778,9 +4775,7 @@ def _code(value: object) -> str:
     """A value where an expression is meant: a str is one, and True is `true`."""
     if type(value) is str:
         return value
-    if (bakes := _baking.get()) and (
-        mark := bakes[0].mark_for(_code, value)
-    ):  # a blank of @baked (part 25)
+    if _baking.get() and (mark := _mark_for(_code, value)):  # a blank of @baked (part 25)
         return mark
     if isinstance(value, SafeString) or callable(value):
         raise StarioError(f"an expression is JavaScript, as text: not {value!r}")
@@ -4994,10 +4989,8 @@ class DataAttributes:
     def computed(self, signals: Mapping[str, Expression]) -> Attributes:
         """Signals that are computed from others: `{"total": "$price * $count"}`."""
         js(signals)  # (it refuses what is no dict)
-        pairs = signals.items()
-        return {
-            "data-computed": js({_signal_name(n): f"() => ({_code(code)})" for n, code in pairs})
-        }
+        getters = {_signal_name(n): f"() => ({_code(code)})" for n, code in signals.items()}
+        return {"data-computed": js(getters)}
 
     def effect(self, expression: Expression) -> Attributes:
         """Run the expression now, and again whenever a signal in it changes."""
@@ -5009,11 +5002,9 @@ class DataAttributes:
 
     def on(self, event: str, expression: Expression, **modifiers: Unpack[Modifiers]) -> Attributes:
         """Run the expression at an event: `data.on("click", at.post("/click"), debounce=0.5)`."""
-        try:
-            start = _event_name(event)
-        except (TypeError, AttributeError) as exc:
-            raise StarioError(f"{event!r} is no event's name: give one, as text") from exc
-        return {_attribute_name(start, modifiers): _code(expression)}
+        if not isinstance(event, str):
+            raise StarioError(f"{event!r} is no event's name: give one, as text")
+        return {_attribute_name(_event_name(event), modifiers): _code(expression)}
 
     def on_intersect(self, expression: Expression, **modifiers: Unpack[Modifiers]) -> Attributes:
         """Run the expression when the element scrolls into view (or out, with `exit`)."""
@@ -5109,19 +5100,17 @@ class RequestOptions(TypedDict, total=False):
     response_overrides: ResponseOverrides
 
 
-_OPTION_WORDS = {  # the words that the client knows, its default first
+# What an option may be: one of these words, the client's default first, or of a type.
+_OPTION_KINDS: dict[str, Any] = {
     "content_type": ("json", "form"),
     "retry": ("auto", "error", "always", "never"),
     "request_cancellation": ("auto", "cleanup", "disabled"),
-}
-_OPTION_TYPES: tuple[tuple[type, str, tuple[str, ...]], ...] = (
-    (str, "text", ("selector",)),
-    (bool, "True or False", ("open_when_hidden",)),
-    (Mapping, "a dict", ("headers", "response_overrides")),
-)
-_REQUEST_DEFAULTS: dict[str, object] = {
+    "selector": str, "headers": Mapping, "response_overrides": Mapping, "open_when_hidden": bool,
+}  # fmt: skip
+_KIND_NAMES: dict[Any, str] = {str: "text", bool: "True or False", Mapping: "a dict"}
+_RETRY_DEFAULTS = {
     "retry_interval_ms": 1000, "retry_scaler": 2, "retry_max_wait_ms": 30_000,
-    "retry_max_count": 10, **{name: words[0] for name, words in _OPTION_WORDS.items()},
+    "retry_max_count": 10,
 }  # fmt: skip
 # Parameters for a URL. A list as a value is written once for each of its items; None is left out.
 Queries = Mapping[str, object] | None
@@ -5175,9 +5164,7 @@ at = Actions()
 
 
 def _write_action(method: str, url: str, queries: Queries, options: RequestOptions) -> str:
-    if (bakes := _baking.get()) and (
-        mark := bakes[0].mark_for(_write_action, method, url, queries, options)
-    ):
+    if _baking.get() and (mark := _mark_for(_write_action, method, url, queries, options)):
         return mark
     written = _request_options(method, options) if options else ""
     pairs: list[str] = []  # names and values in turn, for a cache that hashes them
@@ -5227,10 +5214,11 @@ def _request_options(method: str, options: RequestOptions) -> str:
     given = cast("dict[str, Any]", dict(options))
     names = _filter(given.pop("include", None), given.pop("exclude", None))
     written = [f"filterSignals: {names}"] if names else []
-    defaults = {**_REQUEST_DEFAULTS, "open_when_hidden": method != "get"}
+    defaults = {**_RETRY_DEFAULTS, "open_when_hidden": method != "get"}
     for name, value in given.items():
         _check_word("option", name, RequestOptions.__annotations__)
-        if value is None or value == defaults.get(name):
+        kind = _OPTION_KINDS.get(name)
+        if value is None or value == (kind[0] if isinstance(kind, tuple) else defaults.get(name)):
             continue
         written.append(f"{_camel(name.removesuffix('_ms'))}: {_option_text(name, value)}")
     return f", {{{', '.join(written)}}}" if written else ""
@@ -5243,23 +5231,24 @@ def _camel(name: str) -> str:
 
 def _option_text(name: str, value: Any) -> str:
     """An option's value: a word that the client knows, an expression, a number, an object."""
-    for kind, wanted, names in _OPTION_TYPES:
-        if name in names and not isinstance(value, kind):
-            raise StarioError(f"{name} is {wanted}, not {value!r}")
-    if name == "response_overrides":
+    # ("$controller" is an expression; "clean", a lone word, is a mistake)
+    is_expression = isinstance(value, str) and re.search(r"[^\w-]", value) is not None
+    if name == "payload" or (name == "request_cancellation" and is_expression):
+        return _code(value)
+    kind = _OPTION_KINDS.get(name, object)
+    if isinstance(kind, tuple):
+        _check_word(name, value, kind)
+    elif not isinstance(value, kind):
+        raise StarioError(f"{name} is {_KIND_NAMES[kind]}, not {value!r}")
+    elif name in _RETRY_DEFAULTS and not _is_number(value):
+        raise StarioError(f"{name}={value!r}: a number, 0 or more")
+    elif name == "response_overrides":
         for key in value:
             _check_word("override", key, ResponseOverrides.__annotations__)
             if key in _PATCH_WORDS:
                 _check_word(key, value[key], _PATCH_WORDS[key])
-        return _script_json({_camel(key): item for key, item in value.items()})
-    # ("$controller" is an expression; "clean", a lone word, is a mistake)
-    is_expression = isinstance(value, str) and re.search(r"[^\w-]", value) is not None
-    is_code = name == "payload" or (name == "request_cancellation" and is_expression)
-    if name in _OPTION_WORDS and not is_code:
-        _check_word(name, value, _OPTION_WORDS[name])
-    if name.startswith("retry_") and not _is_number(value):
-        raise StarioError(f"{name}={value!r}: a number, 0 or more")
-    return _code(value) if is_code else _script_json(value)
+        value = {_camel(key): item for key, item in value.items()}
+    return _script_json(value)
 
 
 DATASTAR_URL = "https://cdn.jsdelivr.net/gh/starfederation/datastar@1.0.2/bundles/datastar.js"
@@ -9406,9 +9395,7 @@ class _Bake:
         self.met = ""  # the argument whose blank `code` has met last
         self.refusal: StarioError | None = None  # raised again if the view catches it
 
-    def filled(
-        self, args: Iterable[object], kwargs: dict[str, object]
-    ) -> types.FunctionType | None:
+    def filled(self, args: Any, kwargs: Any) -> types.FunctionType | None:
         """A function that fills the holes, after it has been compared with the view.
 
         None where the view fails with these values, so that there is nothing to compare.
@@ -9585,6 +9572,11 @@ def _result_or_none(view: Callable[..., object], given: inspect.BoundArguments) 
         return view(*given.args, **given.kwargs)
     except Exception:
         return None
+
+
+def _mark_for(function: Callable[..., str], *values: object, is_html: bool = False) -> str:
+    """The same, for functions of other parts: a mark by the view that is being baked."""
+    return _baking.get()[0].mark_for(function, *values, is_html=is_html)
 
 
 # What these functions give for a text and for a number, `_v`: most values need no call of them.
