@@ -9907,7 +9907,7 @@ class RedisRelay(Relay[T]):
         """Send what waits, for a second at most, end all subscriptions, and let go of Redis."""
         atexit.unregister(self.close)
         self._change(self._end)
-        if self._thread is not None:
+        if self._thread is not None and not self._down:
             self._nudge()
             self._thread.join(1.0)
 

@@ -16258,6 +16258,37 @@ class TestTilesInManyProcesses(TilesClient):
         )
         self.assertIn("player-bob", text)
 
+    async def test_who_leaves_while_redis_is_away_is_gone_when_it_is_back(self) -> None:
+        code = f"""
+            import asyncio, tiles_app
+            from unittest import mock
+            from redis import RedisError
+
+            async def main():
+                state = tiles_app.SharedState("{self.redis.url}", tiles_app.Tracer(), 60.0)
+                for user_id in ("ada", "bob"):
+                    await state.join(user_id)
+                with mock.patch.object(state, "exchange", side_effect=RedisError):
+                    await state.leave("ada")
+                print(sorted(state.players))
+                await state.refresh()
+                print(sorted(state.players), sorted(state.own))
+                await state.redis.aclose()
+
+            asyncio.run(main())
+        """
+        process = await run_python(code)
+        output, _ = await within(process.communicate())
+        self.assertEqual(output.decode().split("\n"), ["['ada', 'bob']", "['bob'] ['bob']", ""])
+
+    async def test_whoever_comes_while_redis_is_away_is_served(self) -> None:
+        self.redis.kill()
+        tiles = self.processes[0]
+        tabs = [await self.join(tiles, f"ada-{number}") for number in range(3)]
+        self.redis.start()
+        for tab in tabs:
+            await self.view(tab, "player-ada-2")
+
     async def test_the_board_catches_up_after_redis_has_been_restarted(self) -> None:
         tiles = self.processes[0]
         tab, other = await self.join(tiles, "ada"), await self.join(self.processes[1], "bob")

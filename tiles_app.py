@@ -31,6 +31,7 @@ from stario import (
     RichTracer,
     SafeString,
     Stario,
+    StarioError,
     Tracer,
     Writer,
     asset,
@@ -110,10 +111,12 @@ class SharedState(State):
 
     def __init__(self, url: str, tracer: Tracer, expiry: float) -> None:
         super().__init__()
-        self.others = RedisRelay[str](url, queue=1000, tracer=tracer)
-        from redis import RedisError, asyncio
+        self.others = RedisRelay[str](url, tracer=tracer)
+        from redis import RedisError
+        from redis.asyncio import Redis
 
-        self.redis = asyncio.Redis.from_url(url, decode_responses=True, socket_timeout=5)
+        self.redis = Redis.from_url(url, decode_responses=True, socket_timeout=5)
+        self.refreshing = asyncio.Lock()  # one at a time: what is older must not come last
         self.away = (RedisError, OSError)  # what it raises while Redis cannot be reached
         self.expiry = expiry
         self.process = uuid.uuid4().hex
@@ -125,17 +128,14 @@ class SharedState(State):
 
     async def leave(self, user_id: str) -> None:
         self.own[user_id] -= 1
-        if not self.own[user_id]:
-            del self.own[user_id]
-            with suppress(*self.away):
-                await self.redis.zrem("tiles:players", f"{self.process} {user_id}")
         await self.refresh()
 
     async def paint(self, cell: int, user_id: str) -> None:
         await self.redis.eval(self.PAINT, 1, "tiles:board", cell, color_for_user(user_id))
 
     def tell(self, event: str, user_id: str) -> None:
-        self.others.publish(event, user_id)
+        with suppress(StarioError):  # Redis is away; they look again when it is back
+            self.others.publish(event, user_id)
 
     async def follow(self) -> None:
         """Keep the copy like what Redis has: at every word of the others, and now and then."""
@@ -146,22 +146,34 @@ class SharedState(State):
                 await asyncio.wait_for(anext(events), self.expiry / 4)
 
     async def refresh(self) -> None:
-        """Put off our players' end, read everything, and tell our tabs if something has changed."""
+        """Tell Redis of our players, read everything, and let our tabs know what has changed."""
+        async with self.refreshing:
+            with suppress(*self.away):  # the copy stays as it is; the next time may go better
+                board, players = await self.exchange()
+                if (board, players) != (self.board, self.players):
+                    self.board, self.players = board, players
+                    self.relay.publish("change", "")
+
+    async def exchange(self) -> tuple[dict[int, str], Counter[str]]:
+        """Put off our players' end, remove who has left, and read board and players."""
         now = time.time()
-        own = {f"{self.process} {user_id}": now + self.expiry for user_id in self.own}
-        with suppress(*self.away):  # the copy stays as it is; the next time may go better
-            async with self.redis.pipeline() as all_at_once:
-                if own:
-                    all_at_once.zadd("tiles:players", own)
-                all_at_once.zremrangebyscore("tiles:players", 0, now)
-                all_at_once.zrange("tiles:players", 0, -1)
-                all_at_once.hgetall("tiles:board")
-                *_, members, cells = await all_at_once.execute()
-            players = Counter(member.partition(" ")[2] for member in members)
-            board = {int(cell): color for cell, color in cells.items()}
-            if (board, players) != (self.board, self.players):
-                self.board, self.players = board, players
-                self.relay.publish("change", "")
+        members = {user_id: f"{self.process} {user_id}" for user_id in self.own}
+        left = [user_id for user_id in members if not self.own[user_id]]
+        async with self.redis.pipeline() as all_at_once:
+            if members:
+                until = now + self.expiry
+                all_at_once.zadd("tiles:players", dict.fromkeys(members.values(), until))
+            if left:
+                all_at_once.zrem("tiles:players", *[members[user_id] for user_id in left])
+            all_at_once.zremrangebyscore("tiles:players", 0, now)
+            all_at_once.zrange("tiles:players", 0, -1)
+            all_at_once.hgetall("tiles:board")
+            *_, present, cells = await all_at_once.execute()
+        for user_id in left:
+            if not self.own[user_id]:  # nor has come back meanwhile
+                del self.own[user_id]
+        players = Counter(member.partition(" ")[2] for member in present)
+        return {int(cell): color for cell, color in cells.items()}, players
 
 
 state = State()  # `make_app` may put a SharedState in its place
