@@ -6382,7 +6382,7 @@ def _choices_by_key(choices: Iterable[Any]) -> dict[Any, Any]:
         for value, item in pairs
         for text in ((value,) if isinstance(value, str) else (str(value), _shown(value)))
     ]
-    return {_key_of(value): item for value, item in texts + pairs}
+    return {_key_of(value): item for value, item in texts + pairs if _key_of(value)}
 
 
 def _key_of(value: Any) -> Any:
@@ -6665,7 +6665,7 @@ def _read_first(value: Any, options: Sequence[_Option], tried: _Tried, nothing_f
             nearest = found if found.count < fewest else nothing_fits
             fewest = found.count
         # If it is long and one item is wrong, the other types are asked of this item first.
-        if found.parts and found.count * 100 < len(value):
+        if option.is_uniform and found.parts and found.count * 100 < len(value):
             (name, *_), item, _ = found.parts[0]
             suspect = {name: item} if isinstance(value, dict) else [item]
     return nearest

@@ -8554,6 +8554,32 @@ class TestSignals(unittest.TestCase):
                 found: Any = read_signals(schema, json.loads(text))
                 self.assertEqual((type(found), found), (type(expected), expected))
 
+    def test_what_a_union_is_told_by_a_model_is_no_place_in_the_value(self) -> None:
+        class Errors(ValueError):
+            def errors(self) -> list[dict[str, Any]]:
+                return [{"type": "x", "loc": (), "msg": "not like that", "input": 1}]
+
+        class Model:
+            @classmethod
+            def model_validate(cls, value: object) -> Model:
+                raise Errors
+
+        for value in (5, None, True, "x" * 500, [1] * 500, {f"{n}": n for n in range(500)}):
+            self.assertEqual(
+                self.problems(list[Model | date], [value]), ["[0]: not like that"], value
+            )
+            self.problems(list[dict[str, Model] | Model | date], [value])
+
+    def test_a_list_or_an_object_is_none_of_the_choices(self) -> None:
+        class Odd(enum.Enum):
+            PAIR = (1, 2)
+            ONE = 1
+
+        for wrong in ([], [1, 2], {}, {"a": 1}, None, True, 1.0):
+            self.problems(list[Odd], [wrong])
+            self.problems(list[Literal[b"x", "y"]], [wrong])
+        self.assertEqual(read_signals(list[Odd], ["(1, 2)", "1", 1]), [Odd.PAIR, Odd.ONE, Odd.ONE])
+
     def test_numbers_that_hash_alike_are_refused_where_hashes_count(self) -> None:
         prime = 2**61 - 1
         alike = [n * prime for n in range(1, 100)]
