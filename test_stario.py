@@ -15421,7 +15421,7 @@ class TestReadme(unittest.TestCase):
         for line, code in blocks("python"):
             if code.startswith("# "):
                 with self.subTest(line=line):
-                    self.assertRegex(code, rf"\A(?:{EXCERPT}|# [a-z]+\.py\n|# in a handler\n)")
+                    self.assertRegex(code, rf"\A(?:{EXCERPT}|# [a-z_]+\.py\n|# in a handler\n)")
 
     def test_excerpts_are_from_tiles(self) -> None:
         tiles = (HERE / "tiles_app.py").read_text(encoding="utf-8")
@@ -15584,24 +15584,36 @@ class TestRecipes(AsyncTest):
 
     @contextmanager
     def recipe(self, name: str) -> Iterator[Any]:
-        """The program of that name, imported; `rooms`, which another imports, comes before it."""
+        """The program of that name, imported; what others import comes before it."""
         found = {code[2:].partition(".py\n")[0]: (n, code) for n, code in blocks("python")}
         with ExitStack() as stack:
-            for each in dict.fromkeys(("rooms", name)):
+            for each in dict.fromkeys(("chat", "rooms", name)):
                 line, code = found[each]
                 sys.modules[each] = module = types.ModuleType(each)
-                stack.callback(sys.modules.pop, each)
+                stack.callback(sys.modules.pop, each, None)
                 exec(compile("\n" * (line - 1) + code, str(README), "exec"), vars(module))
             yield module
 
     async def test_every_recipe_is_driven(self) -> None:
         programs = re.findall(
-            r"(?m)^```python\n# ([a-z]+)\.py$", README.read_text(encoding="utf-8")
+            r"(?m)^```python\n# (?!tiles_app)([a-z_]+)\.py$", README.read_text(encoding="utf-8")
         )
         self.assertGreater(len(programs), 8)
         tests = Path(__file__).read_text(encoding="utf-8")
         for name in programs:
-            self.assertIn(f'self.recipe("{name}")', tests)
+            if name != "chat":  # which its own test drives
+                self.assertIn(f'self.recipe("{name}")', tests)
+
+    async def test_a_chat_whose_tests_pass(self) -> None:
+        with self.recipe("test_chat") as tests:
+            async with TestClient(tests.make_app()) as client:
+                page = (await client.get("/")).text
+                self.assertIn('<ul id="lines"></ul>', page)
+                self.assertIn("@post('/say')", html.unescape(page))
+            result = unittest.TestResult()
+            suite = unittest.defaultTestLoader.loadTestsFromModule(tests)
+            await asyncio.to_thread(suite.run, result)
+        self.assertEqual((result.testsRun, result.failures, result.errors), (1, [], []))
 
     async def test_a_form_with_errors_beside_its_fields(self) -> None:
         with self.recipe("order") as order:
