@@ -82,15 +82,15 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        9096  23. Sessions [sessions]
        9211  24. What lives as long as the server
        9312  25. @baked
-       9592  26. ASGI: the same app under another server [asgi]
-       9817  27. RedisRelay: the same between processes and machines [redis]
-      10092  28. Reload: a saved file restarts the app [reload]
-      10237  29. Development: what went wrong, shown where one looks [development]
-      10349  30. What is refused
-    10703  ACT 5. The pocket client
-      10744  31. The pocket client (JavaScript) [client]
-      12102  32. This file as a page [read]
-      12273  33. An app to begin with
+       9596  26. ASGI: the same app under another server [asgi]
+       9821  27. RedisRelay: the same between processes and machines [redis]
+      10096  28. Reload: a saved file restarts the app [reload]
+      10241  29. Development: what went wrong, shown where one looks [development]
+      10353  30. What is refused
+    10707  ACT 5. The pocket client
+      10748  31. The pocket client (JavaScript) [client]
+      12106  32. This file as a page [read]
+      12277  33. An app to begin with
 
 READING PATH
 
@@ -9371,7 +9371,7 @@ class _Hole(NamedTuple):
     argument: str  # its name
     code: str  # an expression for the text that is filled in, before it is escaped
     is_html: bool = False  # there is nothing to escape in it, as content
-    is_number: str = "False"  # an expression: whether it is a number, in which nothing is escaped
+    is_number: str = ""  # an expression: whether it is a number, in which nothing is escaped
 
 
 # How the beginning of a mark looks in the text, and the function that escapes there.
@@ -9471,7 +9471,9 @@ class _Bake:
             self.found.add(int(number))
             self.met = hole.argument
             code = f"{escape}({hole.code})"
-            pieces += [f"{hole.code} if {hole.is_number} else {code}", repr(after)]
+            if hole.is_number:
+                code = f"{hole.code} if {hole.is_number} else {code}"
+            pieces += [code, repr(after)]
         return f"''.join([{', '.join(pieces)}])"
 
     def code(self, value: object) -> str:
@@ -9513,12 +9515,14 @@ class _Bake:
         codes = [self.code(value) for value in values]
         if not self.met:
             return ""
-        code, value = f"{self.name_of(function)}({', '.join(codes)})", values[-1]
-        name = values[0] if len(values) == 2 else ""
-        if function in _SHORT and isinstance(value, _Blank) and re.fullmatch(r"[\w:.-]*", name):
-            text, number = [short.replace("NAME", name) for short in _SHORT[function]]
-            is_text, is_number = f"(_v := {value._code}).__class__ is str", "_v.__class__ is int"
-            code = f"({text} if {is_text} else {number} if {is_number} else {code})"
+        name, short = values[0] if len(values) == 2 else "", ""
+        is_blank = isinstance(values[-1], _Blank)
+        if function in _SHORT and is_blank and re.fullmatch(r"[\w:.-]*", name):
+            text, number = [code.replace("NAME", name) for code in _SHORT[function]]
+            is_text, is_number = f"(_v := {codes[-1]}).__class__ is str", "_v.__class__ is int"
+            short = f"{text} if {is_text} else {number} if {is_number} else "
+            codes[-1] = "_v"
+        code = f"({short}{self.name_of(function)}({', '.join(codes)}))"
         return self.mark(self.met, code, is_html)
 
 

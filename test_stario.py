@@ -11538,6 +11538,17 @@ class TestBaked(unittest.TestCase):
         for value in self.VALUES:
             self.same(outer, value)
 
+    def test_the_code_of_a_deep_view_is_not_longer_than_the_view(self) -> None:
+        @baked
+        def view(a: Any) -> SafeString:
+            page = h.P({"title": a + "!"}, a)
+            for _ in range(30):  # (each asks whether a line feed comes first)
+                page = h.Pre(page)
+            return page
+
+        for value in ("\n<", "x"):
+            self.same(view, value)
+
     def test_an_error_of_the_first_call_is_not_kept(self) -> None:
         broken = True
 
