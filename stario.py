@@ -72,25 +72,25 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        5806  14. Relay: publish and subscribe
      6112  ACT 4. For real
        6119  15. Signals: from JSON to your dataclass
-       6867  16. Forms [forms]
-       7068  17. Behind a proxy
-       7175  18. Compression [compression]
-       7385  19. Static files [assets]
-       7950  20. Telemetry: spans, and who hears of them
-       8558  21. JsonTracer: for log collectors [json]
-       8635  22. RichTracer: for people [rich]
-       9096  23. Sessions [sessions]
-       9211  24. What lives as long as the server
-       9312  25. @baked
-       9596  26. ASGI: the same app under another server [asgi]
-       9821  27. RedisRelay: the same between processes and machines [redis]
-      10096  28. Reload: a saved file restarts the app [reload]
-      10241  29. Development: what went wrong, shown where one looks [development]
-      10353  30. What is refused
-    10707  ACT 5. The pocket client
-      10748  31. The pocket client (JavaScript) [client]
-      12106  32. This file as a page [read]
-      12277  33. An app to begin with
+       6871  16. Forms [forms]
+       7080  17. Behind a proxy
+       7187  18. Compression [compression]
+       7397  19. Static files [assets]
+       7962  20. Telemetry: spans, and who hears of them
+       8570  21. JsonTracer: for log collectors [json]
+       8647  22. RichTracer: for people [rich]
+       9108  23. Sessions [sessions]
+       9223  24. What lives as long as the server
+       9324  25. @baked
+       9608  26. ASGI: the same app under another server [asgi]
+       9833  27. RedisRelay: the same between processes and machines [redis]
+      10108  28. Reload: a saved file restarts the app [reload]
+      10253  29. Development: what went wrong, shown where one looks [development]
+      10365  30. What is refused
+    10723  ACT 5. The pocket client
+      10764  31. The pocket client (JavaScript) [client]
+      12122  32. This file as a page [read]
+      12293  33. An app to begin with
 
 READING PATH
 
@@ -6837,7 +6837,9 @@ async def _sent_signals(request: Request) -> dict[str, Any]:
     try:
         found = _parse_json(text) if text.strip() else {}
     except HttpException as exc:
-        raise SignalsError([f"the signals are not JSON: {exc.detail}"], 400) from None
+        is_form = "form" in request.headers.get("content-type", "")
+        hint = "read_signals(schema, await c.req.form()) reads a form" if is_form else exc.detail
+        raise SignalsError([f"the signals are not JSON: {hint}"], 400) from None
     if not isinstance(found, dict):
         raise SignalsError([f"the signals: expected an object, got {type(found).__name__}"])
     return found
@@ -6858,6 +6860,8 @@ def read_signals(schema: type[T], signals: object) -> T:
         found = _Wrong("", "the signals are nested too deeply")
     if type(found) is not _Wrong:
         return cast(T, found)
+    if inspect.iscoroutine(signals):
+        raise StarioError("`await` is missing: read_signals(schema, await c.req.form())")
     problems = list(islice(_problems_of(found, signals), _MOST_LISTED))
     stopped = found.work > _MOST_WORK
     raise SignalsError(problems, more=found.count - len(problems), stopped=stopped) from found.cause
@@ -6904,6 +6908,14 @@ class Form(QueryParams):
     def __init__(self, pairs: Iterable[tuple[str, str]] = ()) -> None:
         super().__init__(pairs)
         self.files: dict[str, list[FormFile]] = {}
+
+    def __getitem__(self, name: str) -> str:
+        """The first value of a field; as in QueryParams, HttpException(400) without one."""
+        if name in self.files and name not in self:
+            raise HttpException(
+                400, f"{name!r} came as a file, form.file({name!r}), and not as text"
+            )
+        return super().__getitem__(name)
 
     def file(self, key: str) -> FormFile | None:
         """The first file of a field, or None."""
@@ -10608,6 +10620,10 @@ _ELSEWHERE: dict[type, dict[str, str]] = {
         "w.patch(element)": "patch_elements merge_fragments",
         "w.sync(signals)": "patch_signals merge_signals",
         "w.execute(code)": "execute_script",
+    },
+    FormFile: {
+        "file.filename": "name",
+        "file.data, or read what file.file has": "read content save stream",
     },
     TestResponse: {
         "answer.status": "status_code",

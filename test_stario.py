@@ -1112,7 +1112,15 @@ class TestMistakes(unittest.TestCase):
             finally:
                 body.close()
 
+        def unread(c: Any, w: Any) -> None:
+            form = c.req.form()
+            try:
+                read_signals(Right, form)
+            finally:
+                form.close()
+
         return {
+            "`await` is missing: read_signals(schema, await": unread,
             "the methods of a Writer are not awaited": awaited,
             "`await` is missing: await c.signals()": unawaited,
             "`await` is missing: await": measured,
@@ -1216,6 +1224,24 @@ class TestMistakes(unittest.TestCase):
             with self.subTest(told), self.assertRaises(StarioError) as e:
                 asyncio.run(ask(**options))
             self._check_sentence(told, e.exception)
+
+    def test_a_form_that_is_read_as_something_else_is_a_400_that_says_so(self) -> None:
+        async def signals(c: Context, w: Writer) -> None:
+            await c.signals(Right)
+
+        async def text(c: Context, w: Writer) -> None:
+            w.text((await c.req.form())["photo"])
+
+        async def ask(handler: Any) -> str:
+            app = Stario()
+            app.post("/", handler)
+            async with TestClient(app) as client:
+                answer = await client.post("/", files={"photo": ("a.png", b"PNG")})
+                self.assertEqual(answer.status, 400)
+                return answer.text
+
+        self.assertIn("await c.req.form()) reads a form", asyncio.run(ask(signals)))
+        self.assertIn("'photo' came as a file, form.file('photo')", asyncio.run(ask(text)))
 
     def test_names_of_other_frameworks_say_what_to_write(self) -> None:
         for kind, names in stario._ELSEWHERE.items():
