@@ -64,33 +64,33 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        2140  8. The app
      2330  ACT 2. On the network
        2338  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3412  10. The server
-       4222  11. Trying it without a network: the test client [testclient]
-     4663  ACT 3. Live
-       4711  12. Datastar: attributes and actions
-       5292  13. Streams: events, and staying with a client
-       5806  14. Relay: publish and subscribe
-     6112  ACT 4. For real
-       6119  15. Signals: from JSON to your dataclass
-       6871  16. Forms [forms]
-       7080  17. Behind a proxy
-       7187  18. Compression [compression]
-       7397  19. Static files [assets]
-       7962  20. Telemetry: spans, and who hears of them
-       8570  21. JsonTracer: for log collectors [json]
-       8647  22. RichTracer: for people [rich]
-       9108  23. Sessions [sessions]
-       9223  24. What lives as long as the server
-       9324  25. @baked
-       9608  26. ASGI: the same app under another server [asgi]
-       9833  27. RedisRelay: the same between processes and machines [redis]
-      10108  28. Reload: a saved file restarts the app [reload]
-      10253  29. Development: what went wrong, shown where one looks [development]
-      10365  30. What is refused
-    10723  ACT 5. The pocket client
-      10764  31. The pocket client (JavaScript) [client]
-      12122  32. This file as a page [read]
-      12293  33. An app to begin with
+       3408  10. The server
+       4218  11. Trying it without a network: the test client [testclient]
+     4659  ACT 3. Live
+       4707  12. Datastar: attributes and actions
+       5288  13. Streams: events, and staying with a client
+       5802  14. Relay: publish and subscribe
+     6108  ACT 4. For real
+       6115  15. Signals: from JSON to your dataclass
+       6867  16. Forms [forms]
+       7076  17. Behind a proxy
+       7183  18. Compression [compression]
+       7393  19. Static files [assets]
+       7958  20. Telemetry: spans, and who hears of them
+       8566  21. JsonTracer: for log collectors [json]
+       8643  22. RichTracer: for people [rich]
+       9104  23. Sessions [sessions]
+       9219  24. What lives as long as the server
+       9320  25. @baked
+       9604  26. ASGI: the same app under another server [asgi]
+       9829  27. RedisRelay: the same between processes and machines [redis]
+      10104  28. Reload: a saved file restarts the app [reload]
+      10249  29. Development: what went wrong, shown where one looks [development]
+      10361  30. What is refused
+    10719  ACT 5. The pocket client
+      10760  31. The pocket client (JavaScript) [client]
+      12118  32. This file as a page [read]
+      12289  33. An app to begin with
 
 READING PATH
 
@@ -105,13 +105,13 @@ Two hours, for a reader who wants to know how it works, not all that it does. Re
      1894-1909   `_Tree.find`  from a path to a handler
      2247-2281   `_App.dispatch`  one request from end to end
      2701-2814   `_RequestReader`  bytes to requests
-     3166-3408   `Connection`  one connection, many requests
-     3830-3851   `Server.start`  listening
-     3966-3983   `Server.stop`  ending without losing a request
-     5416-5536   `_EventWriter`  events
-     5626-5691   `_Scope`  how a disconnect reaches a handler
-     5719-5802   `Alive`  staying with a client
-     5960-6057   `Relay`  from one handler to another
+     3159-3404   `Connection`  one connection, many requests
+     3826-3847   `Server.start`  listening
+     3962-3979   `Server.stop`  ending without losing a request
+     5412-5532   `_EventWriter`  events
+     5622-5687   `_Scope`  how a disconnect reaches a handler
+     5715-5798   `Alive`  staying with a client
+     5956-6053   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -2843,6 +2843,10 @@ class _SocketCarrier(Carrier, asyncio.Protocol):
     nothing more is written or read.
     """
 
+    # What Connection adds, which knows what it waits for:
+    _timed_out: Callable[[], None]  # the deadline has passed
+    go_on: Callable[[], None]  # the client has taken what was written
+
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
         self._transport: asyncio.Transport = None  # type: ignore[assignment]  # connection_made
@@ -2990,14 +2994,6 @@ class _SocketCarrier(Carrier, asyncio.Protocol):
             self._poll_peer()
         self._check_taken(now)
 
-    def _timed_out(self) -> None:
-        """The deadline has passed: for Connection, which knows what it waits for."""
-        raise NotImplementedError
-
-    def go_on(self) -> None:
-        """The client has taken what was written: a next request may be read."""
-        raise NotImplementedError
-
     def extend_deadlines(self, seconds: float) -> None:
         """Give the client `seconds` more: for so long the server itself stood still."""
         self._deadline += seconds
@@ -3075,16 +3071,21 @@ class _SocketCarrier(Carrier, asyncio.Protocol):
 class _AnswerCarrier(_SocketCarrier):
     """Sends answers as HTTP/1.1 writes them. What they answer is the business of Connection."""
 
+    _must_close: Callable[[], bool]  # too much of the request is still to come for a next one
+    _answered: Callable[[], None]  # the answer is complete
+
     def __init__(self, worker: Worker) -> None:
         super().__init__(worker)
         self._http_1_0 = False  # the version of the request
         self._close_after = False  # the connection ends with this answer
-        self._is_usual = False  # all of the request is here, and its head says nothing of the end
+        self._is_plain = (
+            False  # the usual case: HTTP/1.1 that goes on, and all of the request is here
+        )
         self._chunked = False  # the answer is sent in chunks
 
     def answer(self, status: int, fields: bytes, body: bytes) -> None:
         """See Carrier. Mostly, in HTTP/1.1 that goes on, no field `connection` is needed."""
-        if not self._is_usual or self._worker.stopping:
+        if not self._is_plain or self._worker.stopping:
             fields = self._with_connection(fields)
         if not self._closing:
             data = b"".join((_status_line(status), fields, self._worker.end_of_head, body))
@@ -3134,14 +3135,6 @@ class _AnswerCarrier(_SocketCarrier):
             self._transport.abort()
         self._close()
         self.disconnected = True  # whatever comes of it, the client gets no more
-
-    def _must_close(self) -> bool:
-        """Whether too much of the request is still to come for a next one to follow it."""
-        raise NotImplementedError
-
-    def _answered(self) -> None:
-        """The answer is complete: what comes next?"""
-        raise NotImplementedError
 
 
 # What a connection is doing decides what the next bytes are, and what it waits for:
@@ -3267,7 +3260,7 @@ class Connection(_AnswerCarrier):
         self._http_1_0 = line.http_1_0
         self._close_after = framing.close or (line.http_1_0 and not framing.keep_alive)
         body: Body | bytes = b"" if framing.is_plain else self._begin_body(framing)
-        self._is_usual = not (self._close_after or line.http_1_0 or self._state is _BODY)
+        self._is_plain = not (self._close_after or line.http_1_0 or self._state is _BODY)
         handling = worker.app.dispatch(Request(line, headers, body, self), self)
         # In a copy of the context variables: what a handler sets there ends with its request.
         # From Python 3.12 on it runs at once, up to its first wait (`_spawn`, part 10).
@@ -3332,7 +3325,9 @@ class Connection(_AnswerCarrier):
 
     def _close_if_rest_is_unwanted(self) -> None:
         """After the answer, read an unwanted rest of a body only for the next request, if small."""
-        is_useless = self._close_after or self._body.dropped + self._unread() > _DISCARD_LIMIT
+        is_useless = (
+            self._close_after or self._body.dropped + self._still_to_come() > _DISCARD_LIMIT
+        )
         if is_useless and self._state is _LATE_BODY and self._body.discarding:
             self._end()
 
@@ -3369,7 +3364,7 @@ class Connection(_AnswerCarrier):
         if self._is_reading_body():
             self._fail_body(exc)
         else:
-            self._state, self._is_usual = _ANSWER, False
+            self._state, self._is_plain = _ANSWER, False
             text = f"{exc.detail}\n".encode("latin-1", "replace")
             fields = _TEXT[0] + _length_line(len(text))
             if exc.status_code == 503:
@@ -3377,11 +3372,12 @@ class Connection(_AnswerCarrier):
             self.answer(exc.status_code, fields, text)
 
     def _must_close(self) -> bool:
-        # A client that still waits for "100 Continue" may send its body now, or never.
+        # A client that still waits for "100 Continue", which comes no more, may send its body now,
+        # or never.
         expects, self._expects = self._expects, False
-        return expects or self._unread() > _DISCARD_LIMIT
+        return expects or self._still_to_come() > _DISCARD_LIMIT
 
-    def _unread(self) -> int:
+    def _still_to_come(self) -> int:
         """How many bytes of a body are known to come."""
         return self._reader.decoder.left if self._reader.decoder else 0
 
