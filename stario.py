@@ -65,32 +65,32 @@ brackets can be left out of your copy: `python stario.py --without assets,client
      2330  ACT 2. On the network
        2338  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
        3408  10. The server
-       4218  11. Trying it without a network: the test client [testclient]
-     4659  ACT 3. Live
-       4707  12. Datastar: attributes and actions
-       5288  13. Streams: events, and staying with a client
-       5802  14. Relay: publish and subscribe
-     6108  ACT 4. For real
-       6115  15. Signals: from JSON to your dataclass
-       6867  16. Forms [forms]
-       7076  17. Behind a proxy
-       7183  18. Compression [compression]
-       7393  19. Static files [assets]
-       7958  20. Telemetry: spans, and who hears of them
-       8566  21. JsonTracer: for log collectors [json]
-       8643  22. RichTracer: for people [rich]
-       9104  23. Sessions [sessions]
-       9219  24. What lives as long as the server
-       9320  25. @baked
-       9604  26. ASGI: the same app under another server [asgi]
-       9829  27. RedisRelay: the same between processes and machines [redis]
-      10104  28. Reload: a saved file restarts the app [reload]
-      10249  29. Development: what went wrong, shown where one looks [development]
-      10361  30. What is refused
-    10719  ACT 5. The pocket client
-      10760  31. The pocket client (JavaScript) [client]
-      12118  32. This file as a page [read]
-      12289  33. An app to begin with
+       4220  11. Trying it without a network: the test client [testclient]
+     4661  ACT 3. Live
+       4709  12. Datastar: attributes and actions
+       5290  13. Streams: events, and staying with a client
+       5804  14. Relay: publish and subscribe
+     6110  ACT 4. For real
+       6117  15. Signals: from JSON to your dataclass
+       6869  16. Forms [forms]
+       7078  17. Behind a proxy
+       7185  18. Compression [compression]
+       7395  19. Static files [assets]
+       7960  20. Telemetry: spans, and who hears of them
+       8568  21. JsonTracer: for log collectors [json]
+       8645  22. RichTracer: for people [rich]
+       9106  23. Sessions [sessions]
+       9221  24. What lives as long as the server
+       9322  25. @baked
+       9606  26. ASGI: the same app under another server [asgi]
+       9831  27. RedisRelay: the same between processes and machines [redis]
+      10106  28. Reload: a saved file restarts the app [reload]
+      10251  29. Development: what went wrong, shown where one looks [development]
+      10363  30. What is refused
+    10721  ACT 5. The pocket client
+      10762  31. The pocket client (JavaScript) [client]
+      12120  32. This file as a page [read]
+      12291  33. An app to begin with
 
 READING PATH
 
@@ -106,12 +106,12 @@ Two hours, for a reader who wants to know how it works, not all that it does. Re
      2247-2281   `_App.dispatch`  one request from end to end
      2701-2814   `_RequestReader`  bytes to requests
      3159-3404   `Connection`  one connection, many requests
-     3826-3847   `Server.start`  listening
-     3962-3979   `Server.stop`  ending without losing a request
-     5412-5532   `_EventWriter`  events
-     5622-5687   `_Scope`  how a disconnect reaches a handler
-     5715-5798   `Alive`  staying with a client
-     5956-6053   `Relay`  from one handler to another
+     3828-3849   `Server.start`  listening
+     3964-3981   `Server.stop`  ending without losing a request
+     5414-5534   `_EventWriter`  events
+     5624-5689   `_Scope`  how a disconnect reaches a handler
+     5717-5800   `Alive`  staying with a client
+     5958-6055   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -3690,6 +3690,8 @@ class _Listener:
                 raise StarioError(f"{given!r} is no stream socket")
             _set_options(given)
         address = self.sockets[0].getsockname()
+        if isinstance(address, tuple) and not address[1]:
+            raise StarioError(f"{self.sockets[0]!r} is not bound to a port")
         if isinstance(address, tuple):
             self.host, self.port = address[:2]
             self.bound = self.host

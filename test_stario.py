@@ -5627,6 +5627,8 @@ class TestRestarts(StreamTest):
             self.assertEqual((await within(peer.get())).text, "hello")
             await peer.close()
         datagrams = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        with socket.socket() as unbound, self.assertRaisesRegex(StarioError, "not bound"):
+            await Server(Stario(), sock=unbound).start()
         with self.assertRaisesRegex(StarioError, "no stream socket"):
             async with Stario().running(sock=datagrams):
                 pass
