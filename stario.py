@@ -9635,9 +9635,13 @@ Send = Callable[[Message], Awaitable[None]]
 
 
 class _AsgiExchange(Carrier):
-    """The Carrier of one request that comes by ASGI. It lives on one loop."""
+    """The Carrier of one request that comes by ASGI. It lives on one loop.
 
-    shutting_down = False  # the server stops, or has cancelled this request
+    When the handler has completed its answer, `_answer.ended`. When nobody takes it any more,
+    `disconnected`. When the server stops, or has cancelled this request, `shutting_down`.
+    """
+
+    shutting_down = False
 
     def __init__(self, scope: Message) -> None:
         self.scopes = []
@@ -9707,9 +9711,9 @@ class _AsgiExchange(Carrier):
             self._news.set()
 
     async def _end_of_request(self) -> None:
-        """Wait for the rest of a body that nobody wants, which would come after the answer's end.
+        """Wait for the rest of a body that nobody wants, so that it comes before the answer's end.
 
-        Servers then reset the connection; with HTTP/2, hypercorn, and so all the other streams.
+        If it comes later, hypercorn closes the connection: with HTTP/2 that ends all its streams.
         """
         with suppress(TimeoutError):
             await asyncio.wait_for(self._until(lambda: self.body.ended), _ASGI_GRACE)
@@ -9728,7 +9732,7 @@ class _AsgiExchange(Carrier):
                     self.body.end()
                     self._news.set()
         except Exception as exc:
-            if not (self._answer.ended or isinstance(exc, OSError)):
+            if not self._answer.ended:
                 self._answer.fail(exc)
         self.disconnect()
 
@@ -9743,11 +9747,6 @@ class _AsgiExchange(Carrier):
             self._answer.fail(ConnectionResetError())  # ends `pass_on`
             self._answer.discard()
             self._end_scopes()
-
-    def stop(self) -> None:
-        """The server stops: what waits in an `alive` is to end."""
-        self.shutting_down = True
-        self._end_scopes()
 
 
 _asgi_handlers: dict[asyncio.Task[None], tuple[Stario, _AsgiExchange]] = {}  # that run
@@ -9775,7 +9774,7 @@ async def _serve_asgi(app: Stario, scope: Message, receive: Receive, send: Send)
         if not handling.done():  # it goes on after its answer
             await asyncio.wait([handling])
     except asyncio.CancelledError:  # the server stops; the handler, a task of its own, may clean up
-        exchange.stop()
+        exchange.shutting_down = True
         loop.call_later(_ASGI_GRACE, handling.cancel)
         raise
     finally:
@@ -9821,7 +9820,8 @@ async def _end_asgi_streams(app: Stario) -> None:
     loop, own = asyncio.get_running_loop(), []
     for task, (its_app, exchange) in list(_asgi_handlers.items()):
         if its_app is app and task.get_loop() is loop:
-            exchange.stop()
+            exchange.shutting_down = True
+            exchange._end_scopes()
             own.append(task)
     if own:
         await asyncio.wait(own, timeout=_ASGI_GRACE)
