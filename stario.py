@@ -5320,7 +5320,7 @@ def _data_lines(text: str, key: str = "") -> str:
     # Most HTML is one line, and the expression takes 20 microseconds for 2,000 characters.
     if "\n" in text or "\r" in text:
         text = _LINE_BREAK.sub(f"\ndata: {key}", text)
-    return f"data: {key}{text}\n"
+    return "".join(("data: ", key, text, "\n"))  # (an f-string would copy an element once more)
 
 
 def _one_line(value: object) -> str:
@@ -9361,7 +9361,7 @@ def baked(view: Callable[P, SafeString]) -> Callable[P, SafeString]:
 
     def first(*args: object, **kwargs: object) -> object:
         filled, own = _Bake(view, names).filled(args, kwargs), view.__code__
-        if filled is None:
+        if filled is None:  # the view fails: let the caller see how
             return view(*args, **kwargs)
         call.__defaults__, call.__kwdefaults__ = view.__defaults__, view.__kwdefaults__
         call.__code__ = filled.__code__.replace(  # a traceback shows where the view stands
