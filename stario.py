@@ -83,14 +83,14 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        9221  24. What lives as long as the server
        9322  25. @baked
        9606  26. ASGI: the same app under another server [asgi]
-       9831  27. RedisRelay: the same between processes and machines [redis]
-      10106  28. Reload: a saved file restarts the app [reload]
-      10251  29. Development: what went wrong, shown where one looks [development]
-      10363  30. What is refused
-    10721  ACT 5. The pocket client
-      10762  31. The pocket client (JavaScript) [client]
-      12120  32. This file as a page [read]
-      12291  33. An app to begin with
+       9833  27. RedisRelay: the same between processes and machines [redis]
+      10108  28. Reload: a saved file restarts the app [reload]
+      10253  29. Development: what went wrong, shown where one looks [development]
+      10365  30. What is refused
+    10723  ACT 5. The pocket client
+      10764  31. The pocket client (JavaScript) [client]
+      12122  32. This file as a page [read]
+      12293  33. An app to begin with
 
 READING PATH
 
@@ -9783,7 +9783,7 @@ async def _serve_asgi(app: Stario, scope: Message, receive: Receive, send: Send)
 
 
 def _asgi_request(scope: Message, exchange: _AsgiExchange) -> Request:
-    """The request of a scope. Raises HttpException(400) for a path that cannot be decoded."""
+    """The request of a scope. HttpException(400) for a malformed path or host, as in part 9."""
     path = (scope.get("raw_path") or quote(scope["path"]).encode()).decode("latin-1")
     root = scope.get("root_path", "").rstrip("/")
     if root and f"{scope['path']}/".startswith(f"{root}/"):  # this app is mounted there
@@ -9793,6 +9793,8 @@ def _asgi_request(scope: Message, exchange: _AsgiExchange) -> Request:
     fields: dict[str, list[str]] = {}
     for name, value in scope.get("headers", ()):
         fields.setdefault(name.decode("latin-1").lower(), []).append(value.decode("latin-1"))
+    if not _HOST.fullmatch(" ".join(fields.get("host", ()))):
+        raise HttpException(400, "Host is not one valid host")
     line = RequestLine(scope["method"], f"{path}?{query}" if query else path)
     request = Request(line, Headers(fields), exchange.body, exchange)
     request.root_path = root

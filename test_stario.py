@@ -11667,6 +11667,9 @@ class TestAsgi(StreamTest):
         self.assertEqual([m.get("more_body") for m in server.sent], [None, False])
         refused = await self.asked(app, "/%zz", raw_path=b"/%zz")
         self.assertEqual(refused.sent[0]["status"], 400)
+        for hosts in ([b"evil.example/x"], [b"me@evil.example"], [b"a", b"b"], [b"a b"]):
+            refused = await self.asked(app, "/", headers=[(b"Host", host) for host in hosts])
+            self.assertEqual(refused.body, b"Host is not one valid host")
 
     async def test_a_mounted_app_begins_at_its_root(self) -> None:
         async def show(c: Context, w: Writer) -> None:
