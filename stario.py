@@ -12370,23 +12370,23 @@ def _without(leaving: set[str]) -> str:
     from symtable import symtable
 
     text = inspect.getsource(sys.modules[__name__])
-    pieces = re.split(r"^(?=# ={90,}\n# (?:ACT )?\d+\. )", text, flags=re.MULTILINE)
-    names = [re.findall(r"\A.*\n# .*\[(\w+)\]\n", piece) for piece in pieces]
-    parts = [("".join(name), piece) for name, piece in zip(names, pieces, strict=True)]
-    known = list(filter(None, (name for name, _ in parts)))
-    if not leaving <= set(known):
-        unknown = ",".join(sorted(leaving - set(known)))
-        raise SystemExit(f"--without {unknown}: what can go is {', '.join(known)}")
+    parts = re.split(r"^(?=# ={90,}\n# (?:ACT )?\d+\. )", text, flags=re.MULTILINE)
+    titles = [re.match(r".*\n# .*\[(\w+)\]\n", part) for part in parts]
+    rooms = {title[1]: part for title, part in zip(titles, parts, strict=True) if title}
+    if unknown := leaving - rooms.keys():
+        wrong = ",".join(sorted(unknown))
+        raise SystemExit(f"--without {wrong}: what can go is {', '.join(rooms)}")
+    left = {name: rooms.pop(name) for name in sorted(leaving)}
     gone: dict[str, str] = {}  # names, and the parts that define them
-    for name, part in parts:
-        symbols = symtable(part, "", "exec").get_symbols() if name in leaving else ()
+    for name, part in left.items():
+        symbols = symtable(part, "", "exec").get_symbols()
         assigned = {symbol.get_name() for symbol in symbols if symbol.is_assigned()}
         gone |= dict.fromkeys(assigned & globals().keys(), name)  # (none of a comprehension's)
-    for name, part in parts:
-        for node in ast.walk(ast.parse(part)) if name and name not in leaving else ():
+    for name, part in rooms.items():
+        for node in ast.walk(ast.parse(part)):
             if isinstance(node, ast.Name) and node.id in gone:
                 raise SystemExit(f"--without {gone[node.id]}: {name} needs {node.id}")
-    kept = [part for name, part in parts if name not in leaving]
+    kept = [part for part in parts if part not in left.values()]
     stubs = [f'{name} = _LeftOut("{name}")\n' for name in gone]
     copy = "".join([*kept[:3], _LEFT_OUT.lstrip(), *stubs, "\n\n", *kept[3:]])  # after part 2
     copy = re.sub(r"\nMAP\n.*?\nREADING PATH\n.*?\n\n(?=\S)", "", copy, count=1, flags=re.DOTALL)
