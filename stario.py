@@ -60,37 +60,37 @@ brackets can be left out of your copy: `python stario.py --without assets,client
         664  4. JSON
         782  5. The request: headers, query, cookies, body
        1259  6. The answer: status, fields, body
-       1691  7. Context and routing
-       2140  8. The app
-     2330  ACT 2. On the network
-       2338  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3408  10. The server
-       4220  11. Trying it without a network: the test client [testclient]
-     4661  ACT 3. Live
-       4709  12. Datastar: attributes and actions
-       5290  13. Streams: events, and staying with a client
-       5804  14. Relay: publish and subscribe
-     6110  ACT 4. For real
-       6117  15. Signals: from JSON to your dataclass
-       6869  16. Forms [forms]
-       7078  17. Behind a proxy
-       7185  18. Compression [compression]
-       7395  19. Static files [assets]
-       7960  20. Telemetry: spans, and who hears of them
-       8568  21. JsonTracer: for log collectors [json]
-       8645  22. RichTracer: for people [rich]
-       9106  23. Sessions [sessions]
-       9221  24. What lives as long as the server
-       9322  25. @baked
-       9606  26. ASGI: the same app under another server [asgi]
-       9833  27. RedisRelay: the same between processes and machines [redis]
-      10108  28. Reload: a saved file restarts the app [reload]
-      10253  29. Development: what went wrong, shown where one looks [development]
-      10365  30. What is refused
-    10723  ACT 5. The pocket client
-      10764  31. The pocket client (JavaScript) [client]
-      12122  32. This file as a page [read]
-      12293  33. An app to begin with
+       1690  7. Context and routing
+       2139  8. The app
+     2329  ACT 2. On the network
+       2337  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
+       3407  10. The server
+       4219  11. Trying it without a network: the test client [testclient]
+     4660  ACT 3. Live
+       4708  12. Datastar: attributes and actions
+       5289  13. Streams: events, and staying with a client
+       5803  14. Relay: publish and subscribe
+     6109  ACT 4. For real
+       6116  15. Signals: from JSON to your dataclass
+       6868  16. Forms [forms]
+       7077  17. Behind a proxy
+       7184  18. Compression [compression]
+       7394  19. Static files [assets]
+       7959  20. Telemetry: spans, and who hears of them
+       8567  21. JsonTracer: for log collectors [json]
+       8644  22. RichTracer: for people [rich]
+       9105  23. Sessions [sessions]
+       9219  24. What lives as long as the server
+       9320  25. @baked
+       9604  26. ASGI: the same app under another server [asgi]
+       9831  27. RedisRelay: the same between processes and machines [redis]
+      10106  28. Reload: a saved file restarts the app [reload]
+      10251  29. Development: what went wrong, shown where one looks [development]
+      10363  30. What is refused
+    10721  ACT 5. The pocket client
+      10762  31. The pocket client (JavaScript) [client]
+      12120  32. This file as a page [read]
+      12291  33. An app to begin with
 
 READING PATH
 
@@ -101,17 +101,17 @@ Two hours, for a reader who wants to know how it works, not all that it does. Re
      1062-1240   `Request`  what a client asks for
      1270-1338   `Carrier`  what brings the answer back
      1416-1604   `_RawWriter`  the answer
-     1709-1804   `Context`  what a handler gets beside it
-     1894-1909   `_Tree.find`  from a path to a handler
-     2247-2281   `_App.dispatch`  one request from end to end
-     2701-2814   `_RequestReader`  bytes to requests
-     3159-3404   `Connection`  one connection, many requests
-     3828-3849   `Server.start`  listening
-     3964-3981   `Server.stop`  ending without losing a request
-     5414-5534   `_EventWriter`  events
-     5624-5689   `_Scope`  how a disconnect reaches a handler
-     5717-5800   `Alive`  staying with a client
-     5958-6055   `Relay`  from one handler to another
+     1708-1803   `Context`  what a handler gets beside it
+     1893-1908   `_Tree.find`  from a path to a handler
+     2246-2280   `_App.dispatch`  one request from end to end
+     2700-2813   `_RequestReader`  bytes to requests
+     3158-3403   `Connection`  one connection, many requests
+     3827-3848   `Server.start`  listening
+     3963-3980   `Server.stop`  ending without losing a request
+     5413-5533   `_EventWriter`  events
+     5623-5688   `_Scope`  how a disconnect reaches a handler
+     5716-5799   `Alive`  staying with a client
+     5957-6054   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -1676,9 +1676,8 @@ class _OneShotWriter(_RawWriter):
         browser would not take is a StarioError.
         """
         line = _cookie_line(  # part 30
-            name, value, path, domain, samesite, max_age=max_age, expires=expires,
-            Secure=secure, HttpOnly=httponly, Partitioned=partitioned,
-        )  # fmt: skip
+            name, value, max_age, expires, path, domain, secure, httponly, samesite, partitioned
+        )
         self.headers.add("set-cookie", line)
 
     def delete_cookie(self, name: str, **options: Unpack[CookieOptions]) -> None:
@@ -9143,8 +9142,7 @@ class Session:
                 "a session's key needs 16 bytes or more that nobody can guess: make one with "
                 'python -c "import secrets; print(secrets.token_hex())"'
             )
-        flags = dict.fromkeys(("Secure", "HttpOnly", "Partitioned"), True)  # (only to be checked)
-        _cookie_line(name, "", "/", None, samesite, max_age=max_age, expires=None, **flags)
+        _cookie_line(name, "", max_age, samesite=samesite)  # (only to be checked)
         if name.startswith("__") or not max_age or max_age < 0:
             raise StarioError("a session has a max_age above 0; its name gets __Host- by itself")
         self._name = name
@@ -10538,8 +10536,9 @@ _COOKIE_SAFE = "!#$&'()*+-./:<=>?@[]^_`{|}~"  # not percent-encoded in a value (
 
 
 def _cookie_line(
-    name: str, value: str, path: str, domain: str | None, samesite: str | None, *,
-    max_age: int | None, expires: datetime | None, **flags: bool,
+    name: str, value: str, max_age: int | None = None, expires: datetime | None = None,
+    path: str = "/", domain: str | None = None, secure: bool = False, httponly: bool = False,
+    samesite: str | None = None, partitioned: bool = False,
 ) -> str:  # fmt: skip
     """A cookie as the value of `set-cookie` (RFC 6265). StarioError where a browser drops it."""
     if not (isinstance(name, str) and _TOKEN.fullmatch(name)):
@@ -10556,18 +10555,17 @@ def _cookie_line(
     if prefix == "__host" and (path != "/" or domain):
         raise StarioError(f"{name!r} says: this host and all of it. Leave path and domain out")
     # Without Secure, browsers take none of these (the drafts RFC 6265bis, section 5.7, and CHIPS).
-    flags["Secure"] |= prefix in ("__host", "__secure") or flags["Partitioned"]
-    flags["Secure"] |= samesite is not None and samesite.lower() == "none"
+    is_for_others = partitioned or (samesite is not None and samesite.lower() == "none")
     pieces = [
         f"{name}={quote(value, safe=_COOKIE_SAFE, errors='replace')}",
         f"Max-Age={int(max_age)}" if max_age is not None else "",
         f"Expires={_http_date(expires.replace(microsecond=0).timestamp())}" if expires else "",
         f"Domain={_host_name(domain.removeprefix('.'))}" if domain else "",
         f"Path={quote(path, safe=_REDIRECT_SAFE, errors='replace')}" if path else "",
-        "Secure" if flags["Secure"] else "",
-        "HttpOnly" if flags["HttpOnly"] else "",
+        "Secure" if secure or is_for_others or prefix in ("__host", "__secure") else "",
+        "HttpOnly" if httponly else "",
         f"SameSite={samesite.capitalize()}" if samesite else "",
-        "Partitioned" if flags["Partitioned"] else "",
+        "Partitioned" if partitioned else "",
     ]
     if len(pieces[0]) > 4096:  # (draft RFC 6265bis, section 5.6)
         raise StarioError(f"the cookie {name!r} is too large: browsers keep 4,096 bytes")
