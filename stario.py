@@ -64,33 +64,33 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        2139  8. The app
      2329  ACT 2. On the network
        2337  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3407  10. The server
-       4219  11. Trying it without a network: the test client [testclient]
-     4660  ACT 3. Live
-       4708  12. Datastar: attributes and actions
-       5289  13. Streams: events, and staying with a client
-       5803  14. Relay: publish and subscribe
-     6109  ACT 4. For real
-       6116  15. Signals: from JSON to your dataclass
-       6868  16. Forms [forms]
-       7077  17. Behind a proxy
-       7184  18. Compression [compression]
-       7394  19. Static files [assets]
-       7959  20. Telemetry: spans, and who hears of them
-       8567  21. JsonTracer: for log collectors [json]
-       8644  22. RichTracer: for people [rich]
-       9105  23. Sessions [sessions]
-       9219  24. What lives as long as the server
-       9320  25. @baked
-       9604  26. ASGI: the same app under another server [asgi]
-       9831  27. RedisRelay: the same between processes and machines [redis]
-      10106  28. Reload: a saved file restarts the app [reload]
-      10251  29. Development: what went wrong, shown where one looks [development]
-      10363  30. What is refused
-    10721  ACT 5. The pocket client
-      10762  31. The pocket client (JavaScript) [client]
-      12120  32. This file as a page [read]
-      12291  33. An app to begin with
+       3413  10. The server
+       4225  11. Trying it without a network: the test client [testclient]
+     4666  ACT 3. Live
+       4714  12. Datastar: attributes and actions
+       5295  13. Streams: events, and staying with a client
+       5809  14. Relay: publish and subscribe
+     6115  ACT 4. For real
+       6122  15. Signals: from JSON to your dataclass
+       6874  16. Forms [forms]
+       7083  17. Behind a proxy
+       7190  18. Compression [compression]
+       7400  19. Static files [assets]
+       7965  20. Telemetry: spans, and who hears of them
+       8573  21. JsonTracer: for log collectors [json]
+       8650  22. RichTracer: for people [rich]
+       9111  23. Sessions [sessions]
+       9225  24. What lives as long as the server
+       9326  25. @baked
+       9610  26. ASGI: the same app under another server [asgi]
+       9837  27. RedisRelay: the same between processes and machines [redis]
+      10112  28. Reload: a saved file restarts the app [reload]
+      10257  29. Development: what went wrong, shown where one looks [development]
+      10369  30. What is refused
+    10727  ACT 5. The pocket client
+      10768  31. The pocket client (JavaScript) [client]
+      12126  32. This file as a page [read]
+      12297  33. An app to begin with
 
 READING PATH
 
@@ -105,13 +105,13 @@ Two hours, for a reader who wants to know how it works, not all that it does. Re
      1893-1908   `_Tree.find`  from a path to a handler
      2246-2280   `_App.dispatch`  one request from end to end
      2700-2813   `_RequestReader`  bytes to requests
-     3158-3403   `Connection`  one connection, many requests
-     3827-3848   `Server.start`  listening
-     3963-3980   `Server.stop`  ending without losing a request
-     5413-5533   `_EventWriter`  events
-     5623-5688   `_Scope`  how a disconnect reaches a handler
-     5716-5799   `Alive`  staying with a client
-     5957-6054   `Relay`  from one handler to another
+     3163-3409   `Connection`  one connection, many requests
+     3833-3854   `Server.start`  listening
+     3969-3986   `Server.stop`  ending without losing a request
+     5419-5539   `_EventWriter`  events
+     5629-5694   `_Scope`  how a disconnect reaches a handler
+     5722-5805   `Alive`  staying with a client
+     5963-6060   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -2988,7 +2988,7 @@ class _SocketCarrier(Carrier, asyncio.Protocol):
             elif self._transport.get_write_buffer_size():  # the client still reads our answer
                 self._deadline = now + _LINGER
             else:
-                self._transport.abort()
+                self._abort()
         if self._paused_reading and not self._closing:
             self._poll_peer()
         self._check_taken(now)
@@ -3011,7 +3011,7 @@ class _SocketCarrier(Carrier, asyncio.Protocol):
 
     def _cut_off(self) -> None:
         self._worker.note_refusal(self.client, HttpException(408, "the answer was not taken"))
-        self._transport.abort()
+        self._abort()
 
     def check_peer(self, seconds: float) -> None:
         """See Carrier. Linux tells, by TCP_INFO. (TCP_USER_TIMEOUT would end slow readers too.)"""
@@ -3021,7 +3021,7 @@ class _SocketCarrier(Carrier, asyncio.Protocol):
             # linux/tcp.h: tcpi_retransmits (sent again without an answer), tcpi_last_ack_recv.
             repeats, silent_ms = info[2], int.from_bytes(info[56:60], sys.byteorder)
             if repeats and silent_ms >= seconds * 1000:
-                self._transport.abort()
+                self._abort()
 
     def _poll_peer(self) -> None:
         """While reading is paused no callback tells that the client has gone: ask the system."""
@@ -3032,12 +3032,17 @@ class _SocketCarrier(Carrier, asyncio.Protocol):
         poll.register(connection.fileno(), half)
         found = poll.poll(0)
         if found and found[0][1] & ~half:  # it has reset the connection
-            self._transport.abort()
+            self._abort()
         elif found and not self.disconnected:
             self.disconnected = True
             self._end_scopes()
 
     # -- Ending
+
+    def _abort(self) -> None:
+        """End at once: what was not sent yet is dropped."""
+        self._closing = self.disconnected = True
+        self._transport.abort()
 
     def _close(self) -> None:
         """Close, in bounded time. (With TLS a close waits for the client's answer to it.)"""
@@ -3131,7 +3136,7 @@ class _AnswerCarrier(_SocketCarrier):
             connection = self._transport.get_extra_info("socket")
             with suppress(AttributeError, OSError):
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
-            self._transport.abort()
+            self._abort()
         self._close()
         self.disconnected = True  # whatever comes of it, the client gets no more
 
@@ -3187,7 +3192,6 @@ class Connection(_AnswerCarrier):
         if self._closing:
             return False  # it has read our answer, or never will: the transport closes
         self._eof = self.disconnected = True
-        self._fail_body(ClientDisconnected("the client closed in the middle of its request"))
         self._end_scopes()
         self.go_on()
         return self.scheme == "http"  # asyncio has no half-closed TLS
@@ -3266,7 +3270,7 @@ class Connection(_AnswerCarrier):
         task = _spawn(handling, worker.loop, worker.context.copy())
         if not task.done():
             worker.track(task)
-        if self._reader.buffer and self._is_reading_body():
+        if (self._reader.buffer or self._eof) and self._is_reading_body():
             self._read_body()
 
     def _wait_for_head(self) -> None:
@@ -3301,14 +3305,16 @@ class Connection(_AnswerCarrier):
             if self._deadline != _NEVER:
                 limit = self._worker.loop.time() + self._worker.limits.body_timeout
                 self._deadline = min(limit, self._deadline + len(data) / 1024)
-        if self._reader.decoder is not None:
-            self._close_if_rest_is_unwanted()
-            return
-        if self._state is _BODY:
-            self._state, self._deadline = _ANSWER, _NEVER
+        if self._reader.decoder is None:  # this was all
+            if self._state is _BODY:
+                self._state, self._deadline = _ANSWER, _NEVER
+            else:
+                self._end_request()
+            body.end()
+        elif self._eof:
+            self._fail_body(ClientDisconnected("the client closed in the middle of its request"))
         else:
-            self._end_request()
-        body.end()
+            self._close_if_rest_is_unwanted()
 
     def _wants_body(self) -> None:
         """Called by the body when its reader waits for more, or has given it up."""

@@ -3390,6 +3390,43 @@ class TestConnections(HttpTest):
         events = [event.name for span in spans.ended for event in span.events]
         self.assertEqual(events, ["client.disconnected"] * 2)
 
+    async def test_a_request_that_is_cut_off_behind_a_slow_one_keeps_no_handler(self) -> None:
+        """RFC 9112, section 8: also where the client had gone before its handler began."""
+        go_on = asyncio.Event()
+        ended: list[str] = []
+
+        async def slow(c: Context, w: Writer) -> None:
+            await go_on.wait()
+            w.text("slow")
+
+        async def read(c: Context, w: Writer) -> None:
+            try:
+                await c.req.body()
+            except ClientDisconnected:
+                ended.append(c.req.path)
+                raise
+
+        app = Stario()
+        app.get("/", slow)
+        app.post("/*", read)
+        parts = ["Content-Length: 5\r\n\r\nabc", "Content-Length: 5\r\n\r\n"]
+        parts += [
+            "Transfer-Encoding: chunked\r\n\r\n5\r\nabc",
+            "Transfer-Encoding: chunked\r\n\r\n",
+        ]
+        async with app.running() as server:
+            for number, part in enumerate(parts):
+                peer = await Peer.connect(server.port)
+                await peer.send(GET, f"POST /{number} HTTP/1.1\r\n{HOST}{part}")
+                peer.writer.write_eof()
+                await until(lambda: [c for c in connections_of(server) if c._eof])
+                go_on.set()
+                self.assertEqual((await within(peer.rest())).count(b"HTTP/1.1 "), 1)
+                go_on.clear()
+                await peer.close()
+                await until(lambda: not connections_of(server))
+        self.assertEqual(ended, ["/0", "/1", "/2", "/3"])
+
     async def test_a_cut_off_rest_of_an_unwanted_body_closes(self) -> None:
         """RFC 9112, section 8."""
 
