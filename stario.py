@@ -58,39 +58,39 @@ brackets can be left out of your copy: `python stario.py --without assets,client
         231  2. Errors
         321  3. HTML: elements are strings
         664  4. JSON
-        782  5. The request: headers, query, cookies, body
-       1259  6. The answer: status, fields, body
-       1690  7. Context and routing
-       2139  8. The app
-     2329  ACT 2. On the network
-       2337  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3413  10. The server
-       4225  11. Trying it without a network: the test client [testclient]
-     4666  ACT 3. Live
-       4714  12. Datastar: attributes and actions
-       5295  13. Streams: events, and staying with a client
-       5809  14. Relay: publish and subscribe
-     6115  ACT 4. For real
-       6122  15. Signals: from JSON to your dataclass
-       6874  16. Forms [forms]
-       7083  17. Behind a proxy
-       7190  18. Compression [compression]
-       7400  19. Static files [assets]
-       7965  20. Telemetry: spans, and who hears of them
-       8573  21. JsonTracer: for log collectors [json]
-       8650  22. RichTracer: for people [rich]
-       9111  23. Sessions [sessions]
-       9225  24. What lives as long as the server
-       9326  25. @baked
-       9610  26. ASGI: the same app under another server [asgi]
-       9837  27. RedisRelay: the same between processes and machines [redis]
-      10112  28. Reload: a saved file restarts the app [reload]
-      10257  29. Development: what went wrong, shown where one looks [development]
-      10369  30. What is refused
-    10727  ACT 5. The pocket client
-      10768  31. The pocket client (JavaScript) [client]
-      12126  32. This file as a page [read]
-      12297  33. An app to begin with
+        785  5. The request: headers, query, cookies, body
+       1262  6. The answer: status, fields, body
+       1693  7. Context and routing
+       2142  8. The app
+     2332  ACT 2. On the network
+       2340  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
+       3416  10. The server
+       4228  11. Trying it without a network: the test client [testclient]
+     4669  ACT 3. Live
+       4717  12. Datastar: attributes and actions
+       5298  13. Streams: events, and staying with a client
+       5812  14. Relay: publish and subscribe
+     6118  ACT 4. For real
+       6125  15. Signals: from JSON to your dataclass
+       6877  16. Forms [forms]
+       7086  17. Behind a proxy
+       7193  18. Compression [compression]
+       7403  19. Static files [assets]
+       7968  20. Telemetry: spans, and who hears of them
+       8576  21. JsonTracer: for log collectors [json]
+       8653  22. RichTracer: for people [rich]
+       9114  23. Sessions [sessions]
+       9228  24. What lives as long as the server
+       9329  25. @baked
+       9613  26. ASGI: the same app under another server [asgi]
+       9840  27. RedisRelay: the same between processes and machines [redis]
+      10115  28. Reload: a saved file restarts the app [reload]
+      10260  29. Development: what went wrong, shown where one looks [development]
+      10372  30. What is refused
+    10730  ACT 5. The pocket client
+      10771  31. The pocket client (JavaScript) [client]
+      12129  32. This file as a page [read]
+      12300  33. An app to begin with
 
 READING PATH
 
@@ -98,20 +98,20 @@ Two hours, for a reader who wants to know how it works, not all that it does. Re
 
       332-349    `SafeString`  an element is a string
       628-657    `Tags`  `h.P` makes one
-     1062-1240   `Request`  what a client asks for
-     1270-1338   `Carrier`  what brings the answer back
-     1416-1604   `_RawWriter`  the answer
-     1708-1803   `Context`  what a handler gets beside it
-     1893-1908   `_Tree.find`  from a path to a handler
-     2246-2280   `_App.dispatch`  one request from end to end
-     2700-2813   `_RequestReader`  bytes to requests
-     3163-3409   `Connection`  one connection, many requests
-     3833-3854   `Server.start`  listening
-     3969-3986   `Server.stop`  ending without losing a request
-     5419-5539   `_EventWriter`  events
-     5629-5694   `_Scope`  how a disconnect reaches a handler
-     5722-5805   `Alive`  staying with a client
-     5963-6060   `Relay`  from one handler to another
+     1065-1243   `Request`  what a client asks for
+     1273-1341   `Carrier`  what brings the answer back
+     1419-1607   `_RawWriter`  the answer
+     1711-1806   `Context`  what a handler gets beside it
+     1896-1911   `_Tree.find`  from a path to a handler
+     2249-2283   `_App.dispatch`  one request from end to end
+     2703-2816   `_RequestReader`  bytes to requests
+     3166-3412   `Connection`  one connection, many requests
+     3836-3857   `Server.start`  listening
+     3972-3989   `Server.stop`  ending without losing a request
+     5422-5542   `_EventWriter`  events
+     5632-5697   `_Scope`  how a disconnect reaches a handler
+     5725-5808   `Alive`  staying with a client
+     5966-6063   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -753,7 +753,7 @@ def _parse_json(text: str | bytes) -> Any:
     """
     try:
         plain = (text if isinstance(text, str) else text.decode()).strip("\ufeff \t\r\n")
-        if _is_dense(plain):
+        if len(plain) > _MANY_HOLDERS and _is_dense(plain):
             raise ValueError("too many of its lists and objects are almost empty")
         value, end = _json_decoder.raw_decode(plain)  # for two items `decode` takes 3 times as long
         if end < len(plain):
@@ -765,9 +765,12 @@ def _parse_json(text: str | bytes) -> Any:
         raise HttpException(400, f"this is not JSON: {exc}") from None
 
 
+_MANY_HOLDERS = 10_000  # lists and objects
+
+
 def _is_dense(text: str) -> bool:
     """Whether JSON is little else than `[],[],[]`: that takes 40 times its length in memory."""
-    most = max(10_000, len(text) // 5)
+    most = max(_MANY_HOLDERS, len(text) // 5)
     if text.count("[") + text.count("{") <= most:
         return False
     rest = _JSON_STRING.sub("", text)  # what stands within text opens nothing
@@ -6186,7 +6189,7 @@ class SignalsError(HttpException):
 
 
 _MOST_LISTED = 20  # problems in an answer
-_MOST_WORK = 10_000  # reading stops when wrong values took more time than so many wrong numbers do
+_MOST_WORK = 10_000  # reading stops where wrong values took longer than so many wrong numbers do
 _LONGEST_SHOWN = 60  # characters of a path or a value in a problem
 _MISSING = object()  # in place of a value that did not come
 # What a dataclass (in `__post_init__`) or a model raises for values that it refuses: a ValueError
@@ -6423,6 +6426,7 @@ def _read_each(parts: Iterable[tuple[str | int, Any, Reader]], tried: _Tried) ->
         if type(item) is _Wrong:
             wrong = wrong or _Wrong()
             wrong.add((name,), value, item)
+            # (A type that a union only tries is given up sooner.)
             if wrong.work > (_MOST_WORK if tried is None else _MOST_LISTED):
                 break
     return wrong or found
@@ -6503,14 +6507,12 @@ def _record_reader(schema: Any) -> Reader:
         found: dict[str, Any] = {}
         wrong = None
         for name, read, is_required in fields:
-            if name in value:
-                found[name] = part = read(value[name], tried)
-                if type(part) is _Wrong:
+            sent = value.get(name, _MISSING)
+            if sent is not _MISSING or is_required:
+                found[name] = item = _IS_MISSING if sent is _MISSING else read(sent, tried)
+                if type(item) is _Wrong:
                     wrong = wrong or _Wrong()
-                    wrong.add((name,), value[name], part)
-            elif is_required:
-                wrong = wrong or _Wrong()
-                wrong.add((name,), _MISSING, _IS_MISSING)
+                    wrong.add((name,), sent, item)
         if wrong:
             return wrong
         try:
@@ -6647,9 +6649,9 @@ def _tag_of(options: Sequence[_Option]) -> tuple[str, dict[Any, list[_Option]]]:
 def _read_first(value: Any, options: Sequence[_Option], tried: _Tried, nothing_fits: _Wrong) -> Any:
     """Read a value by the first type that fits.
 
-    If A and B both hold `A | B`, each level would be tried twice as often as the one around it. So
-    what came of it is kept until the outermost union is read. (A value that holds no others is
-    quickly read again.)
+    If A and B both hold `A | B`, each level would be read twice as often as the one around it. So
+    what each type gave is kept in `tried` until the outermost union is read. (A value that holds no
+    others is quickly read again.)
     """
     keeps = tried is not None and _holds_others(value)
     tried = {} if tried is None else tried
@@ -6663,11 +6665,11 @@ def _read_first(value: Any, options: Sequence[_Option], tried: _Tried, nothing_f
             tried[key] = found
         if type(found) is not _Wrong:
             return found
-        # If parts of it are wrong, the type with the fewest problems is the one that was meant.
+        # Where only parts are wrong, the type with the fewest problems is the one that was meant.
         if (found.parts or found.message) and found.count <= fewest:
             nearest = found if found.count < fewest else nothing_fits
             fewest = found.count
-        # If it is long and one item is wrong, the other types are asked of this item first.
+        # Where few items of many are wrong, the next types are asked about the first of them.
         if option.is_uniform and found.parts and found.count * 100 < len(value):
             (name, *_), item, _ = found.parts[0]
             suspect = {name: item} if isinstance(value, dict) else [item]
@@ -6761,7 +6763,7 @@ def _no_schema(kind: Any) -> StarioError:
 
 def _bare(kind: Any) -> Any:
     """The type inside of `Annotated[...]`, `Required[...]`, `NewType` and the like."""
-    while True:
+    while not isinstance(kind, type):
         if typing.get_origin(kind) in _QUALIFIERS:
             kind = typing.get_args(kind)[0]
         elif isinstance(kind, dataclasses.InitVar):
@@ -6772,6 +6774,7 @@ def _bare(kind: Any) -> Any:
             kind = kind.__value__
         else:
             return types.NoneType if kind is None else kind
+    return kind
 
 
 def _bind(kind: Any, generic: Any) -> Any:
