@@ -77,20 +77,20 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        7193  18. Compression [compression]
        7403  19. Static files [assets]
        7968  20. Telemetry: spans, and who hears of them
-       8576  21. JsonTracer: for log collectors [json]
-       8653  22. RichTracer: for people [rich]
-       9114  23. Sessions [sessions]
-       9228  24. What lives as long as the server
-       9329  25. @baked
-       9613  26. ASGI: the same app under another server [asgi]
-       9840  27. RedisRelay: the same between processes and machines [redis]
-      10115  28. Reload: a saved file restarts the app [reload]
-      10260  29. Development: what went wrong, shown where one looks [development]
-      10372  30. What is refused
-    10730  ACT 5. The pocket client
-      10771  31. The pocket client (JavaScript) [client]
-      12129  32. This file as a page [read]
-      12300  33. An app to begin with
+       8577  21. JsonTracer: for log collectors [json]
+       8654  22. RichTracer: for people [rich]
+       9115  23. Sessions [sessions]
+       9229  24. What lives as long as the server
+       9330  25. @baked
+       9614  26. ASGI: the same app under another server [asgi]
+       9841  27. RedisRelay: the same between processes and machines [redis]
+      10116  28. Reload: a saved file restarts the app [reload]
+      10261  29. Development: what went wrong, shown where one looks [development]
+      10373  30. What is refused
+    10735  ACT 5. The pocket client
+      10776  31. The pocket client (JavaScript) [client]
+      12134  32. This file as a page [read]
+      12305  33. An app to begin with
 
 READING PATH
 
@@ -8383,8 +8383,9 @@ class _StreamTracer(Tracer):
         """`stream` is standard output by default. With a `logging_level`, what the program logs
         during a request, from that level on, becomes an event of it while the tracer's `with` runs.
         """
-        if stream is not None and not (hasattr(stream, "write") and hasattr(stream, "flush")):
-            raise StarioError(f"a tracer needs a stream like sys.stdout, not {stream!r}")
+        is_text = hasattr(stream, "write") and hasattr(stream, "flush")
+        if stream is not None and (not is_text or hasattr(stream, "readinto")):  # (of bytes)
+            raise StarioError(f"a tracer needs a stream of text, like sys.stdout, not {stream!r}")
         self._stream = sys.stdout if stream is None else stream
         level = logging_level
         self._logging_level = None if level is None else logging.Handler(level).level
@@ -10405,8 +10406,12 @@ def _check_handler(route: str, handler: Any) -> None:
     if not inspect.isfunction(plain):
         plain = type(plain).__call__
     name = getattr(plain, "__name__", "")
-    if inspect.isfunction(plain) and name != "<lambda>" and not inspect.iscoroutinefunction(plain):
+    if not inspect.isfunction(plain) or name == "<lambda>":
+        return
+    if not inspect.iscoroutinefunction(plain):
         raise StarioError(f"{route}: write `async def {name}(c, w)`, without a yield")
+    if [*inspect.signature(plain).parameters][-2:] == ["w", "c"]:
+        raise StarioError(f"{route}: {name}(w, c) gets them in the other order: write (c, w)")
 
 
 def _check_arguments(function: Any, wanted: str) -> None:

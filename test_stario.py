@@ -1150,6 +1150,10 @@ class TestMistakes(unittest.TestCase):
         h, data, at, app = stario.h, stario.data, stario.at, Stario
         any_: Any = object()
 
+        any_binary: Any = io.BytesIO()
+
+        async def swapped(w: Any, c: Any) -> None: ...
+
         def express(handler: Any) -> Any:
             async def inner(c: Any, w: Any, next: Any) -> None: ...
 
@@ -1163,6 +1167,8 @@ class TestMistakes(unittest.TestCase):
             one.mount("/x", one)
 
         return {
+            "swapped(w, c) gets them in the other order": lambda: app().get("/", swapped),
+            "stream of text, like sys.stdout, not <_io.B": lambda: JsonTracer(any_binary),
             "a Session needs its key: app.use(Session(key))": lambda: app().use(stario.Session),  # type: ignore[arg-type]
             "called with (handler): not '/api'": lambda: app().use(cast("Any", "/api")),
             "called as inner(c, w): missing": lambda: app().get("/", _fine, express),
