@@ -16173,6 +16173,17 @@ class TilesTest(TilesClient):
         self.assertEqual(before.count(": painted"), 4)
         self.assertIn(after.count(": painted"), (4, 5))  # 4 if cell 3 was painted at the start
 
+    async def test_what_is_answered_before_it_was_read_is_not_reset(self) -> None:
+        tiles = self.start("--local")
+        await until_listening(tiles.port)
+        peer = await Peer.connect(tiles.port)
+        head = (
+            "POST /none HTTP/1.1\r\nHost: x\r\nConnection: close\r\nContent-Length: 3000000\r\n\r\n"
+        )
+        await peer.send(head + "x" * 3_000_000)
+        self.assertEqual((await peer.answer()).status, 404)
+        self.assertEqual(await within(peer.rest()), b"")
+
     async def test_who_is_not_connected_cannot_paint(self) -> None:
         tiles = self.start("--local")
         await until_listening(tiles.port)
