@@ -9339,9 +9339,9 @@ class _Life:
 #
 # it makes this function, which asks at once for the types that most values have:
 #
-#     lambda name, number: SafeString("".join([
+#     lambda name, number: SafeString("".join((
 #         '<li id="line-', f"{number}" if number.__class__ is int else _quote(f"{number}"),
-#         '">', _escape(name) if name.__class__ is str else _html(name), "</li>"]))
+#         '">', _escape(name) if name.__class__ is str else _html(name), "</li>")))
 #
 # A hole is found by the *mark* that a blank gives as its text, `"<b41f9….0>"`. Escaping changes it,
 # which tells where it stands: in content it begins with `"&lt;`, in an attribute with `&quot;&lt;`.
@@ -9479,7 +9479,7 @@ class _Bake:
         return cast(types.FunctionType, eval(source, self.names))
 
     def text(self, text: str, is_page: bool = False) -> str:
-        """Code for a text: `"".join([…])` of what stands between the marks, and of the holes."""
+        """Code for a text: `"".join((…))` of what stands between the marks, and of the holes."""
         before, *rest = self.marks.split(text)
         pieces = [repr(before)]
         for start, number, after in zip(rest[::3], rest[1::3], rest[2::3], strict=True):
@@ -9492,7 +9492,7 @@ class _Bake:
             if hole.is_number:
                 code = f"{hole.code} if {hole.is_number} else {code}"
             pieces += [code, repr(after)]
-        return f"''.join([{', '.join(pieces)}])"
+        return f"''.join(({', '.join(pieces)},))"
 
     def code(self, value: object) -> str:
         """Code for a value."""
