@@ -60,22 +60,22 @@ brackets can be left out of your copy: `python stario.py --without assets,client
         664  4. JSON
         785  5. The request: headers, query, cookies, body
        1262  6. The answer: status, fields, body
-       1693  7. Context and routing
-       2142  8. The app
-     2332  ACT 2. On the network
-       2340  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3416  10. The server
-       4228  11. Trying it without a network: the test client [testclient]
-     4669  ACT 3. Live
-       4717  12. Datastar: attributes and actions
-       5298  13. Streams: events, and staying with a client
-       5812  14. Relay: publish and subscribe
-     6118  ACT 4. For real
-       6125  15. Signals: from JSON to your dataclass
-       6877  16. Forms [forms]
-       7086  17. Behind a proxy
-       7193  18. Compression [compression]
-       7403  19. Static files [assets]
+       1695  7. Context and routing
+       2144  8. The app
+     2334  ACT 2. On the network
+       2342  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
+       3418  10. The server
+       4230  11. Trying it without a network: the test client [testclient]
+     4671  ACT 3. Live
+       4719  12. Datastar: attributes and actions
+       5300  13. Streams: events, and staying with a client
+       5814  14. Relay: publish and subscribe
+     6120  ACT 4. For real
+       6127  15. Signals: from JSON to your dataclass
+       6879  16. Forms [forms]
+       7088  17. Behind a proxy
+       7195  18. Compression [compression]
+       7405  19. Static files [assets]
        7968  20. Telemetry: spans, and who hears of them
        8577  21. JsonTracer: for log collectors [json]
        8654  22. RichTracer: for people [rich]
@@ -100,18 +100,18 @@ Two hours, for a reader who wants to know how it works, not all that it does. Re
       628-657    `Tags`  `h.P` makes one
      1065-1243   `Request`  what a client asks for
      1273-1341   `Carrier`  what brings the answer back
-     1419-1607   `_RawWriter`  the answer
-     1711-1806   `Context`  what a handler gets beside it
-     1896-1911   `_Tree.find`  from a path to a handler
-     2249-2283   `_App.dispatch`  one request from end to end
-     2703-2816   `_RequestReader`  bytes to requests
-     3166-3412   `Connection`  one connection, many requests
-     3836-3857   `Server.start`  listening
-     3972-3989   `Server.stop`  ending without losing a request
-     5422-5542   `_EventWriter`  events
-     5632-5697   `_Scope`  how a disconnect reaches a handler
-     5725-5808   `Alive`  staying with a client
-     5966-6063   `Relay`  from one handler to another
+     1421-1609   `_RawWriter`  the answer
+     1713-1808   `Context`  what a handler gets beside it
+     1898-1913   `_Tree.find`  from a path to a handler
+     2251-2285   `_App.dispatch`  one request from end to end
+     2705-2818   `_RequestReader`  bytes to requests
+     3168-3414   `Connection`  one connection, many requests
+     3838-3859   `Server.start`  listening
+     3974-3991   `Server.stop`  ending without losing a request
+     5424-5544   `_EventWriter`  events
+     5634-5699   `_Scope`  how a disconnect reaches a handler
+     5727-5810   `Alive`  staying with a client
+     5968-6065   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -1342,13 +1342,13 @@ class Carrier:
 
 
 # Types of content that compression (part 18) makes smaller: images and films mostly are compressed.
-_COMPRESSIBLE = re.compile(
-    r"text/|application/(json|[\w.-]+\+(json|xml|yaml)\b|(x-)?(javascript|ndjson|yaml|toml|sh|tar)"
+# (The pattern is compiled at its first use: an app of pages needs none.)
+_COMPRESSIBLE = (
+    r"(?i)text/|application/(json|[\w.-]+\+(json|xml|yaml)\b|(x-)?(javascript|ndjson|yaml|toml|sh|tar)"
     r"|json-seq|jsonl(ines)?|xml|xml-dtd|wasm|graphql|sql|rtf|postscript|x-www-form-urlencoded"
     r"|vnd\.ms-fontobject|x-font-(ttf|otf)|geo\+json)"
     r"|image/(svg\+xml|bmp|x-ms-bmp|vnd\.microsoft\.icon|x-icon)|font/(ttf|otf|collection|sfnt)"
-    r"|model/(gltf\+json|obj|stl)|message/|audio/(wav|x-wav|midi)",
-    re.IGNORECASE,
+    r"|model/(gltf\+json|obj|stl)|message/|audio/(wav|x-wav|midi)"
 )
 
 
@@ -1371,7 +1371,8 @@ Content = tuple[bytes, bool]  # header fields, and whether what they describe ma
 def _content(content_type: str) -> Content:
     """`image/png` as `(b"content-type: image/png\\r\\n", False)`."""
     _, text = _field("content-type", content_type)
-    return f"content-type: {text}\r\n".encode("latin-1"), bool(_COMPRESSIBLE.match(content_type))
+    can_be_smaller = re.match(_COMPRESSIBLE, content_type) is not None
+    return f"content-type: {text}\r\n".encode("latin-1"), can_be_smaller
 
 
 @lru_cache(maxsize=1024)  # (to format the line takes 3 times as long as to find it here)
@@ -1379,8 +1380,9 @@ def _length_line(length: int) -> bytes:
     return b"content-length: %d\r\n" % length
 
 
-_HTML, _TEXT = _content("text/html; charset=utf-8"), _content("text/plain; charset=utf-8")
-_JSON = _content("application/json")
+_HTML: Content = b"content-type: text/html; charset=utf-8\r\n", True
+_TEXT: Content = b"content-type: text/plain; charset=utf-8\r\n", True
+_JSON: Content = b"content-type: application/json\r\n", True
 
 
 # Fields that tell how the answer travels. Only the Writer and its carrier know that; what a handler
@@ -7253,7 +7255,7 @@ def _compress_stream(
 ) -> tuple[bytes, Compressor | None]:
     """The same for an answer whose body is to come: its fields, and what compresses it."""
     kind = _CONTENT_TYPE.search(fields)
-    if kind is None or not _COMPRESSIBLE.match(kind[1].decode("latin-1")):
+    if kind is None or not re.match(_COMPRESSIBLE, kind[1].decode("latin-1")):
         return fields, None
     coding = _coding_for(config, headers, fields, streaming=True)
     if coding is None:
@@ -7433,8 +7435,8 @@ _SUFFIX_OF_CODING = {"zstd": ".zst", "br": ".br", "gzip": ".gz"}
 _FINGERPRINT = re.compile(r"\.[0-9a-f]{16}(?=\.[^./]*\Z|\Z)")
 # On Windows a file has more than one name: `a.txt::$DATA`, `A~1.TXT`, `a.txt.`; and some names are
 # devices in every directory.
-_OTHER_NAME = re.compile(
-    r'[<>:"|?*]|[. ]\Z|~\d|\A(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[\d¹²³]) *(\.|\Z)', re.I
+_OTHER_NAME = (
+    r'(?i)[<>:"|?*]|[. ]\Z|~\d|\A(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[\d¹²³]) *(\.|\Z)'
 )
 # Errors of the operating system that mean: no such file, or none that we may read.
 _ABSENT = {
@@ -7508,8 +7510,8 @@ class _File:
         self.content_type = _content_type(suffix.lower())
         # A `.svgz` is the one compressed file that browsers want unpacked.
         self.is_svgz = suffix.lower() == ".svgz" and start == b"\x1f\x8b"
-        self.compressible = bool(data is not None and _COMPRESSIBLE.match(self.content_type))
-        self.compressible &= not self.is_svgz
+        can_be_smaller = data is not None and re.match(_COMPRESSIBLE, self.content_type)
+        self.compressible = bool(can_be_smaller and not self.is_svgz)
         self.representations: dict[str, _Representation] = {}  # by coding
         self.encode(_IDENTITY, data)
 
@@ -7682,14 +7684,14 @@ class Assets:
         except (OSError, ValueError) as exc:
             if not _is_absent(exc):
                 raise
-            self._forget(name)
+            self._keep(name, None)
             return None
         # Once the last change is older than `_TICK`, the next one is sure to give another version.
         # (`modified` lies in the future if somebody has set it: the next change sets it back.)
         if found.consistent:
             modified, changed = found.version[-2:]
             if now - changed > _TICK and (now - modified > _TICK or modified > now):
-                self._keep(found)
+                self._keep(name, found)
         return found
 
     def _large_digest(self, opened: IO[bytes], version: tuple[int, ...]) -> str:
@@ -7717,7 +7719,7 @@ class Assets:
     def _resolve(self, name: str) -> str:
         """The path, free of links, that a name leads to; it is in the directory, and not hidden."""
         for part in name.split("/"):
-            odd = "\\" in part or (os.name == "nt" and _OTHER_NAME.search(part))
+            odd = "\\" in part or (os.name == "nt" and re.search(_OTHER_NAME, part))
             if self._root is None or not part or part[0] == "." or odd:
                 raise FileNotFoundError(errno.ENOENT, "hidden, or a way around that", name)
         root = os.path.realpath(self._root or "")
@@ -7728,10 +7730,14 @@ class Assets:
                 raise FileNotFoundError(errno.ENOENT, "a link to outside or to a hidden file", name)
         return path
 
-    def _keep(self, found: _File) -> None:
+    def _keep(self, name: str, found: _File | None) -> None:
+        """Keep what was read of this name instead of what was known."""
         with self._lock:
-            self._forget(found.name)
-            self._files[found.name] = found
+            if known := self._files.pop(name, None):
+                self._held -= known.memory
+            if found is None:
+                return
+            self._files[name] = found
             self._held += found.memory
             if found.data is None:
                 self._large[found.version[:2]] = found.version, found.digest
@@ -7739,12 +7745,6 @@ class Assets:
                 # (no iterator: a `__del__` that runs now may ask for a file, too)
                 _, oldest = self._files.popitem(last=False)
                 self._held -= oldest.memory
-
-    def _forget(self, name: str) -> None:
-        with self._lock:
-            known = self._files.pop(name, None)
-            if known is not None:
-                self._held -= known.memory
 
     # -- Answering
 
