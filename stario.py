@@ -61,36 +61,36 @@ brackets can be left out of your copy: `python stario.py --without assets,client
         785  5. The request: headers, query, cookies, body
        1262  6. The answer: status, fields, body
        1695  7. Context and routing
-       2144  8. The app
-     2334  ACT 2. On the network
-       2342  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3418  10. The server
-       4230  11. Trying it without a network: the test client [testclient]
-     4671  ACT 3. Live
-       4719  12. Datastar: attributes and actions
-       5300  13. Streams: events, and staying with a client
-       5814  14. Relay: publish and subscribe
-     6120  ACT 4. For real
-       6127  15. Signals: from JSON to your dataclass
-       6879  16. Forms [forms]
-       7088  17. Behind a proxy
-       7195  18. Compression [compression]
-       7405  19. Static files [assets]
-       7968  20. Telemetry: spans, and who hears of them
-       8577  21. JsonTracer: for log collectors [json]
-       8654  22. RichTracer: for people [rich]
-       9115  23. Sessions [sessions]
-       9229  24. What lives as long as the server
-       9330  25. @baked
-       9614  26. ASGI: the same app under another server [asgi]
-       9841  27. RedisRelay: the same between processes and machines [redis]
-      10116  28. Reload: a saved file restarts the app [reload]
-      10261  29. Development: what went wrong, shown where one looks [development]
-      10373  30. What is refused
-    10735  ACT 5. The pocket client
-      10776  31. The pocket client (JavaScript) [client]
-      12134  32. This file as a page [read]
-      12305  33. An app to begin with
+       2147  8. The app
+     2337  ACT 2. On the network
+       2345  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
+       3421  10. The server
+       4233  11. Trying it without a network: the test client [testclient]
+     4674  ACT 3. Live
+       4722  12. Datastar: attributes and actions
+       5303  13. Streams: events, and staying with a client
+       5817  14. Relay: publish and subscribe
+     6123  ACT 4. For real
+       6130  15. Signals: from JSON to your dataclass
+       6882  16. Forms [forms]
+       7091  17. Behind a proxy
+       7198  18. Compression [compression]
+       7408  19. Static files [assets]
+       7971  20. Telemetry: spans, and who hears of them
+       8592  21. JsonTracer: for log collectors [json]
+       8669  22. RichTracer: for people [rich]
+       9130  23. Sessions [sessions]
+       9244  24. What lives as long as the server
+       9345  25. @baked
+       9629  26. ASGI: the same app under another server [asgi]
+       9856  27. RedisRelay: the same between processes and machines [redis]
+      10131  28. Reload: a saved file restarts the app [reload]
+      10276  29. Development: what went wrong, shown where one looks [development]
+      10388  30. What is refused
+    10750  ACT 5. The pocket client
+      10791  31. The pocket client (JavaScript) [client]
+      12149  32. This file as a page [read]
+      12320  33. An app to begin with
 
 READING PATH
 
@@ -101,17 +101,17 @@ Two hours, for a reader who wants to know how it works, not all that it does. Re
      1065-1243   `Request`  what a client asks for
      1273-1341   `Carrier`  what brings the answer back
      1421-1609   `_RawWriter`  the answer
-     1713-1808   `Context`  what a handler gets beside it
-     1898-1913   `_Tree.find`  from a path to a handler
-     2251-2285   `_App.dispatch`  one request from end to end
-     2705-2818   `_RequestReader`  bytes to requests
-     3168-3414   `Connection`  one connection, many requests
-     3838-3859   `Server.start`  listening
-     3974-3991   `Server.stop`  ending without losing a request
-     5424-5544   `_EventWriter`  events
-     5634-5699   `_Scope`  how a disconnect reaches a handler
-     5727-5810   `Alive`  staying with a client
-     5968-6065   `Relay`  from one handler to another
+     1713-1811   `Context`  what a handler gets beside it
+     1901-1916   `_Tree.find`  from a path to a handler
+     2254-2288   `_App.dispatch`  one request from end to end
+     2708-2821   `_RequestReader`  bytes to requests
+     3171-3417   `Connection`  one connection, many requests
+     3841-3862   `Server.start`  listening
+     3977-3994   `Server.stop`  ending without losing a request
+     5427-5547   `_EventWriter`  events
+     5637-5702   `_Scope`  how a disconnect reaches a handler
+     5730-5813   `Alive`  staying with a client
+     5971-6068   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -1741,9 +1741,12 @@ class Context:
         if self._span is None:
             req = self.req
             attributes = {"http.request.method": req.method, "url.path": req.path}
-            with suppress(HttpException):  # proxies may contradict each other
-                if req.client:
-                    attributes["client.address"] = req.client
+            try:
+                client = req.client
+            except HttpException:  # proxies contradict each other
+                client = ""
+            if client:
+                attributes["client.address"] = client
             if req.route:
                 attributes["http.route"] = req.route
             name = f"{req.method} {req.route}".rstrip()
@@ -8074,6 +8077,19 @@ def _caller_of(fields: Sequence[str]) -> _Caller | None:
     return _Caller(found[2], found[3], bool(int(found[4], 16) & 1))
 
 
+# Random ids that no span has yet, as 48 hex digits: the system is asked for many at once.
+_unused_ids: list[str] = []
+
+
+def _new_ids() -> str:
+    try:
+        return _unused_ids.pop()
+    except IndexError:
+        text = os.urandom(24 * 500).hex()
+        _unused_ids.extend(text[at : at + 48] for at in range(48, len(text), 48))
+        return text[:48]
+
+
 class Span:
     """A piece of work, from `start_ns` to `end_ns` (nanoseconds since 1970; 0 while it runs).
 
@@ -8091,11 +8107,9 @@ class Span:
         self, tracer: Tracer, name: str, attributes: dict[str, Any], parent: Span | _Caller | None
     ) -> None:
         """Started by `tracer(name)`, `span.step(name)` or `span.root(name)`."""
-        import random  # (here, since an app without a tracer starts without it)
-
         self.tracer = tracer
         self.name = name
-        ids = random.getrandbits(192).to_bytes(24, "big").hex()
+        ids = _new_ids()
         self.id = ids[:16]
         self.parent_id: str | None = None
         self.trace_id = ids[16:]
@@ -8545,6 +8559,7 @@ _renewed_at_fork: weakref.WeakSet[Any] = weakref.WeakSet()
 
 def _begin_anew() -> None:
     """In the forked process."""
+    _unused_ids.clear()
     for has_thread in _renewed_at_fork:
         has_thread._renew()
 

@@ -10468,6 +10468,37 @@ class TestTelemetry(unittest.TestCase):
         names = sorted(json.loads(line)["name"] for line in done.stdout.splitlines())
         self.assertEqual(names, ["child", "parent"])
 
+    def test_no_two_spans_have_one_id_in_threads_and_forks_neither(self) -> None:
+        if not hasattr(os, "fork"):
+            self.skipTest("no fork here")
+        tracer, made = Tracer(), list[Span]()
+
+        def work() -> None:
+            made.extend([tracer("job") for _ in range(1000)])
+
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        ids = [part for span in made for part in (span.id, span.trace_id)]
+        self.assertEqual(len(set(ids)), 8000)
+        program = (
+            "import os, stario\n"
+            "tracer = stario.Tracer()\n"
+            "tracer('job').end()\n"
+            "child = not os.fork()\n"
+            "child or os.wait()\n"
+            "print(*(tracer('job').traceparent for _ in range(2000)), sep='\\n', flush=True)\n"
+        )
+        done = subprocess.run(
+            [sys.executable, "-W", "ignore", "-c", program],
+            cwd=HERE,
+            capture_output=True,
+            timeout=60,
+        )
+        self.assertEqual(len(set(done.stdout.split())), 4000, done.stderr)
+
     def test_attributes_of_any_kind_are_shown(self) -> None:
         """Even what was put into `attributes` directly, or under a name that is no text."""
         for make in (JsonTracer, RichTracer):
