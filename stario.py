@@ -89,8 +89,8 @@ brackets can be left out of your copy: `python stario.py --without assets,client
       10388  30. What is refused
     10750  ACT 5. The pocket client
       10791  31. The pocket client (JavaScript) [client]
-      12149  32. This file as a page [read]
-      12320  33. An app to begin with
+      12148  32. This file as a page [read]
+      12319  33. An app to begin with
 
 READING PATH
 
@@ -11082,8 +11082,7 @@ function wakeKey(branch, key) {
 // Who has read a signal that goes is not to make it again: its cell stays.
 function erase(branch, key) {
   if (!(key in branch)) return;
-  const { keys, cells } = branches.get(branch);
-  changes = changes.concat(leaves(branch[key], [...keys, key]).map(([path]) => [path, null]));
+  const { cells } = branches.get(branch);
   delete branch[key];
   for (const each of [key, ALL_KEYS]) wakeKey(branch, each);
   if (!cells.get(key)?.readers.size) cells.delete(key);

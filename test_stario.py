@@ -14040,6 +14040,22 @@ class ClientPromises(_Case):
         self.page.clock.run_for(1000)
         self.now("[count.second, count.fast]", [3, 10])
 
+    def test_what_goes_is_no_news_to_on_signal_patch(self) -> None:
+        self.answers(
+            "/s", patch_signals({"user": {"mail": None}, "n": None}) + patch_signals({"a": 2})
+        )
+        self.show(
+            """<div data-signals="{a: 1, n: 1, user: {name: 'Ann', mail: 'x'}, l: [1, 2]}"></div>
+            <p data-on-signal-patch="made.push(patch)"></p>
+            <b id="b" data-on:click="@get('/s')"></b>
+            <b id="c" data-on:click="delete $user.name; $l = [1]"></b>"""
+        )
+        self.do("byId('b').click()")
+        self.see("made", [{"a": 2}])
+        self.do("byId('c').click()")
+        self.see("made", [{"a": 2}, {"l": [1]}])
+        self.now("own()", {"a": 2, "l": [1]})
+
     def test_on_signal_patch_hears_the_changes_it_wants(self) -> None:
         self.show(
             """<div data-signals="{a: 0, ab: 0, c: {d: 0}}"></div>
