@@ -54,64 +54,64 @@ After each act something runs, and you may stop there. Acts 1 to 3 are what one 
 a live page; each part of act 4 can be read alone, when it is needed. A part with a name in square
 brackets can be left out of your copy: `python stario.py --without assets,client >mine.py`.
 
-      223  ACT 1. A framework
-        231  2. Errors
-        321  3. HTML: elements are strings
-        664  4. JSON
-        785  5. The request: headers, query, cookies, body
-       1262  6. The answer: status, fields, body
-       1695  7. Context and routing
-       2147  8. The app
-     2337  ACT 2. On the network
-       2345  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3421  10. The server
-       4233  11. Trying it without a network: the test client [testclient]
-     4674  ACT 3. Live
-       4722  12. Datastar: attributes and actions
-       5303  13. Streams: events, and staying with a client
-       5817  14. Relay: publish and subscribe
-     6123  ACT 4. For real
-       6130  15. Signals: from JSON to your dataclass
-       6882  16. Forms [forms]
-       7091  17. Behind a proxy
-       7198  18. Compression [compression]
-       7408  19. Static files [assets]
-       7971  20. Telemetry: spans, and who hears of them
-       8592  21. JsonTracer: for log collectors [json]
-       8669  22. RichTracer: for people [rich]
-       9130  23. Sessions [sessions]
-       9244  24. What lives as long as the server
-       9345  25. @baked
-       9629  26. ASGI: the same app under another server [asgi]
-       9856  27. RedisRelay: the same between processes and machines [redis]
-      10131  28. Reload: a saved file restarts the app [reload]
-      10276  29. Development: what went wrong, shown where one looks [development]
-      10388  30. What is refused
-    10750  ACT 5. The pocket client
-      10791  31. The pocket client (JavaScript) [client]
-      12148  32. This file as a page [read]
-      12319  33. An app to begin with
+      224  ACT 1. A framework
+        232  2. Errors
+        322  3. HTML: elements are strings
+        665  4. JSON
+        786  5. The request: headers, query, cookies, body
+       1263  6. The answer: status, fields, body
+       1696  7. Context and routing
+       2148  8. The app
+     2338  ACT 2. On the network
+       2346  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
+       3422  10. The server
+       4234  11. Trying it without a network: the test client [testclient]
+     4682  ACT 3. Live
+       4730  12. Datastar: attributes and actions
+       5311  13. Streams: events, and staying with a client
+       5825  14. Relay: publish and subscribe
+     6131  ACT 4. For real
+       6138  15. Signals: from JSON to your dataclass
+       6890  16. Forms [forms]
+       7099  17. Behind a proxy
+       7206  18. Compression [compression]
+       7416  19. Static files [assets]
+       7979  20. Telemetry: spans, and who hears of them
+       8600  21. JsonTracer: for log collectors [json]
+       8677  22. RichTracer: for people [rich]
+       9138  23. Sessions [sessions]
+       9252  24. What lives as long as the server
+       9353  25. @baked
+       9637  26. ASGI: the same app under another server [asgi]
+       9864  27. RedisRelay: the same between processes and machines [redis]
+      10139  28. Reload: a saved file restarts the app [reload]
+      10284  29. Development: what went wrong, shown where one looks [development]
+      10396  30. What is refused
+    10758  ACT 5. The pocket client
+      10799  31. The pocket client (JavaScript) [client]
+      12156  32. This file as a page [read]
+      12327  33. An app to begin with
 
 READING PATH
 
 Two hours, for a reader who wants to know how it works, not all that it does. Read in this order:
 
-      332-349    `SafeString`  an element is a string
-      628-657    `Tags`  `h.P` makes one
-     1065-1243   `Request`  what a client asks for
-     1273-1341   `Carrier`  what brings the answer back
-     1421-1609   `_RawWriter`  the answer
-     1713-1811   `Context`  what a handler gets beside it
-     1901-1916   `_Tree.find`  from a path to a handler
-     2254-2288   `_App.dispatch`  one request from end to end
-     2708-2821   `_RequestReader`  bytes to requests
-     3171-3417   `Connection`  one connection, many requests
-     3841-3862   `Server.start`  listening
-     3977-3994   `Server.stop`  ending without losing a request
-     5427-5547   `_EventWriter`  events
-     5637-5702   `_Scope`  how a disconnect reaches a handler
-     5730-5813   `Alive`  staying with a client
-     5971-6068   `Relay`  from one handler to another
+      333-350    `SafeString`  an element is a string
+      629-658    `Tags`  `h.P` makes one
+     1066-1244   `Request`  what a client asks for
+     1274-1342   `Carrier`  what brings the answer back
+     1422-1610   `_RawWriter`  the answer
+     1714-1812   `Context`  what a handler gets beside it
+     1902-1917   `_Tree.find`  from a path to a handler
+     2255-2289   `_App.dispatch`  one request from end to end
+     2709-2822   `_RequestReader`  bytes to requests
+     3172-3418   `Connection`  one connection, many requests
+     3842-3863   `Server.start`  listening
+     3978-3995   `Server.stop`  ending without losing a request
+     5435-5555   `_EventWriter`  events
+     5645-5710   `_Scope`  how a disconnect reaches a handler
+     5738-5821   `Alive`  staying with a client
+     5979-6076   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -203,6 +203,7 @@ from typing import (
     cast,
 )
 from urllib.parse import (
+    parse_qsl,
     quote,
     unquote,
     unquote_to_bytes,
@@ -4349,16 +4350,23 @@ class _Jar:
         return found
 
 
+def _quoted(name: str) -> str:
+    """As browsers write the name of a field or a file (HTML standard, 4.10.21.8)."""
+    return '"' + name.translate({10: "%0A", 13: "%0D", 34: "%22"}) + '"'
+
+
 def _multipart(
     form: Mapping[str, object], files: Mapping[str, tuple[str, bytes]]
 ) -> tuple[bytes, str]:
     """A form with files as a body, and its content type (RFC 7578)."""
     boundary, body = os.urandom(16).hex(), b""
-    parts = [(f'"{name}"', str(value).encode("utf-8", "replace")) for name, value in form.items()]
+    # A list is several fields of one name, as in the other kind of form.
+    fields = parse_qsl(urlencode(form, doseq=True, errors="replace"), keep_blank_values=True)
+    parts = [(_quoted(name), value.encode()) for name, value in fields]
     for name, file in files.items():
         if not (isinstance(file, tuple) and len(file) == 2 and isinstance(file[1], bytes)):
             raise StarioError(f'write files={{"{name}": ("a.txt", b"its bytes")}}, not {file!r}')
-        parts.append((f'"{name}"; filename="{file[0]}"', file[1]))
+        parts.append((f"{_quoted(name)}; filename={_quoted(file[0])}", file[1]))
     for name, content in parts:
         head = f"--{boundary}\r\ncontent-disposition: form-data; name={name}\r\n\r\n"
         body += head.encode("utf-8", "replace") + content + b"\r\n"

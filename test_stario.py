@@ -6095,6 +6095,24 @@ class TestTheTestClient(AsyncTest):
                 answer = await ask("/signals", signals={"files": [{"contents": b"\xff"}]})
                 self.assertEqual(answer.json(), {"files": [{"contents": "/w=="}]})
 
+    async def test_a_form_is_the_same_with_files_and_without(self) -> None:
+        async def show(c: Context, w: Writer) -> None:
+            form = await c.req.form()
+            names = [file.filename for files in form.files.values() for file in files]
+            w.json([{name: form.getlist(name) for name in form}, names])
+
+        app = Stario()
+        app.post("/", show)
+        form = {"tags": ["a", "b c"], "empty": "", "n": 7, "half \ud83d": "\ud83d"}
+        async with TestClient(app) as client:
+            plain, _ = (await client.post("/", form=form)).json()
+            odd = 'a"b\r\ncontent-type: text/html'
+            answer = await client.post("/", form=form, files={"f": (odd, b"x")})
+            self.assertEqual(answer.json()[0], plain)
+            self.assertEqual(plain["tags"], ["a", "b c"])
+            self.assertNotIn("\n", answer.json()[1][0])
+            self.assertIn("content-type", answer.json()[1][0])  # it stays a part of the name
+
     async def test_an_app_that_is_being_served_can_be_tested_too(self) -> None:
         async def hello(c: Context, w: Writer) -> None:
             w.text("hello")
