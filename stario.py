@@ -10024,7 +10024,7 @@ class RedisRelay(Relay[T]):
     async def _talk(self, connection: Any) -> None:
         """One connection, from its beginning to its end."""
         await connection.connect()
-        transport = connection._writer.transport
+        transport = connection._writer.transport  # (redis-py has no public name for it)
         try:
             async with asyncio.TaskGroup() as group:
                 receiving = group.create_task(self._receive(connection))
