@@ -72,25 +72,25 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        5825  14. Relay: publish and subscribe
      6131  ACT 4. For real
        6138  15. Signals: from JSON to your dataclass
-       6890  16. Forms [forms]
-       7099  17. Behind a proxy
-       7206  18. Compression [compression]
-       7416  19. Static files [assets]
-       7979  20. Telemetry: spans, and who hears of them
-       8600  21. JsonTracer: for log collectors [json]
-       8677  22. RichTracer: for people [rich]
-       9138  23. Sessions [sessions]
-       9252  24. What lives as long as the server
-       9353  25. @baked
-       9637  26. ASGI: the same app under another server [asgi]
-       9864  27. RedisRelay: the same between processes and machines [redis]
-      10139  28. Reload: a saved file restarts the app [reload]
-      10284  29. Development: what went wrong, shown where one looks [development]
-      10396  30. What is refused
-    10758  ACT 5. The pocket client
-      10799  31. The pocket client (JavaScript) [client]
-      12156  32. This file as a page [read]
-      12327  33. An app to begin with
+       6892  16. Forms [forms]
+       7101  17. Behind a proxy
+       7208  18. Compression [compression]
+       7418  19. Static files [assets]
+       7981  20. Telemetry: spans, and who hears of them
+       8602  21. JsonTracer: for log collectors [json]
+       8679  22. RichTracer: for people [rich]
+       9140  23. Sessions [sessions]
+       9254  24. What lives as long as the server
+       9355  25. @baked
+       9639  26. ASGI: the same app under another server [asgi]
+       9866  27. RedisRelay: the same between processes and machines [redis]
+      10141  28. Reload: a saved file restarts the app [reload]
+      10286  29. Development: what went wrong, shown where one looks [development]
+      10398  30. What is refused
+    10760  ACT 5. The pocket client
+      10801  31. The pocket client (JavaScript) [client]
+      12158  32. This file as a page [read]
+      12329  33. An app to begin with
 
 READING PATH
 
@@ -6435,13 +6435,13 @@ def _read_each(parts: Iterable[tuple[str | int, Any, Reader]], tried: _Tried) ->
     found, wrong = [], None
     for name, value, read in parts:
         item = read(value, tried)
-        found.append(item)
-        if type(item) is _Wrong:
-            wrong = wrong or _Wrong()
-            wrong.add((name,), value, item)
-            # (A type that a union only tries is given up sooner.)
-            if wrong.work > (_MOST_WORK if tried is None else _MOST_LISTED):
-                break
+        if type(item) is not _Wrong:
+            found.append(item)
+            continue
+        wrong = wrong or _Wrong()
+        wrong.add((name,), value, item)
+        if wrong.work > (_MOST_WORK if tried is None else _MOST_LISTED):
+            break  # (sooner where a union only tries the type)
     return wrong or found
 
 
@@ -6471,16 +6471,18 @@ def _dict_reader(read_key: Reader = _read_str, read: Reader = _read_any) -> Read
     def _read(value: Any, tried: _Tried) -> Any:
         if not isinstance(value, dict):
             return _expected("an object")
-        keys_and_items = chain(
-            zip(value, value, repeat(read_key)), zip(value, value.values(), repeat(read))
-        )
-        found = _read_each(keys_and_items, tried)
+        keys: Any = value
+        parts: Iterable[Any] = zip(value, value.values(), repeat(read))
+        if read_key is not _read_str:
+            parts = chain(zip(value, value, repeat(read_key)), parts)
+        found = _read_each(parts, tried)
         if type(found) is _Wrong:
             return found
-        keys, items = found[: len(value)], found[len(value) :]
-        if read_key is not _read_str and not _can_be_hashed(keys):
-            return _expected("an object with names that a dict can hold")
-        return dict(zip(keys, items, strict=True))
+        if read_key is not _read_str:
+            keys, found = found[: len(value)], found[len(value) :]
+            if not _can_be_hashed(keys):
+                return _expected("an object with names that a dict can hold")
+        return dict(zip(keys, found, strict=True))
 
     return _read
 
