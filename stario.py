@@ -89,8 +89,8 @@ brackets can be left out of your copy: `python stario.py --without assets,client
       10398  30. What is refused
     10760  ACT 5. The pocket client
       10801  31. The pocket client (JavaScript) [client]
-      12158  32. This file as a page [read]
-      12329  33. An app to begin with
+      12164  32. This file as a page [read]
+      12335  33. An app to begin with
 
 READING PATH
 
@@ -10916,6 +10916,7 @@ function refresh(reader) {
 function forget(reader) {
   for (const cell of reader.cells.keys()) cell.readers.delete(reader);
   reader.cells.clear();
+  due.delete(reader);
 }
 
 function runAgain(effect) {
@@ -10972,14 +10973,14 @@ let changes = [];                // [keys, value] of this batch, for datastar-si
 const has = Object.hasOwn;
 const isPlain = (value) => Object(value) === value
   && [Object.prototype, null].includes(Object.getPrototypeOf(value));
-const isRefused = (key) => key === '__proto__';    // JSON.stringify and {...} would misread it
+const REFUSED = '__proto__';                       // JSON.stringify and {...} would misread it
 
 // A copy without proxies. What is neither an object nor a list (an element, say) stays itself.
 function plain(value) {
   if (Array.isArray(value)) return Array.from(value, plain);
   if (!isPlain(value)) return value;
   const copy = Object.create(null);
-  for (const key of Object.keys(value)) if (!isRefused(key)) copy[key] = plain(value[key]);
+  for (const key of Object.keys(value)) if (key !== REFUSED) copy[key] = plain(value[key]);
   return copy;
 }
 
@@ -11058,7 +11059,7 @@ function leaves(value, keys = [], found = []) {
 // Objects merge into what is there, so that only what differs wakes its readers.
 function write(branch, key, value) {
   const old = branch[key];
-  if (isRefused(key) || Object.is(old, value)) return;
+  if (key === REFUSED || Object.is(old, value)) return;
   if ((value ?? null) === null) erase(branch, key);
   else if (old instanceof Reader && !(value instanceof Reader)) return;   // it has no other value
   else if (!isPlain(value)) assign(branch, key, plain(value));
@@ -11070,10 +11071,9 @@ function write(branch, key, value) {
 }
 
 function assign(branch, key, value) {
-  const isNew = !(key in branch);
+  if (!(key in branch)) wakeKey(branch, ALL_KEYS);
   branch[key] = value;
   changed(branch, key);
-  if (isNew) wakeKey(branch, ALL_KEYS);
 }
 
 function changed(branch, key) {
@@ -11268,16 +11268,13 @@ class Attribute {
 
   effect(job) {
     const effect = new Reader(() => this.guard(job), this);
-    this.ends.add(() => {
-      due.delete(effect);
-      forget(effect);
-    });
+    this.ends.add(() => forget(effect));
     refresh(effect);
     return effect;
   }
 
-  // An effect that writes into its element (`job` gives the names of attributes). It
-  // has the last word: when a script or a morph writes there, it writes again.
+  // An effect that writes into its element (`job` gives the names of attributes). It has the
+  // last word: when a script or a morph writes there, it writes again.
   keep(job) {
     this.keeper = this.effect(() => {
       for (const name of job()) this.owner.wrote.set(name, present(this.el, name));
@@ -11492,6 +11489,7 @@ function paced(job, tags, leading, trailing, anew) {
 // first, and keeps its type: a number stays one. The field that somebody is editing is theirs: what
 // came from it is never written back (an emptied number field stays empty, "1." stays "1.").
 
+const isBox = (el) => /^(?:checkbox|radio)$/.test(el.type);
 const isNumeric = (el) => /^(?:number|range)$/.test(el.type);
 
 // An <option> -> the entry of the signal's list that chose it: 1, where its own value is "1".
@@ -11518,7 +11516,7 @@ function give(el, prop, value) {
   if (prop && prop in el) el[prop] = value;
   else if (prop) setAttribute(el, prop, text);
   else if (el.type === 'checkbox' && typeof value !== 'string') el.checked = Boolean(value);
-  else if (/^(?:checkbox|radio)$/.test(el.type)) el.checked = el.value === text;
+  else if (isBox(el)) el.checked = el.value === text;
   else if (el.type === 'select-multiple') {
     const chosen = new Map([value ?? []].flat().map((entry) => [String(entry), entry]));
     for (const option of el.options) {
@@ -11582,8 +11580,8 @@ function bind(attribute) {
   ends.add(() => group.els.delete(el) && !group.els.size && groups.delete(path));
   if (el.type === 'radio' && !el.name) setAttribute(el, 'name', path);
   if (find(place()) === undefined && !isUnchosen()) save();
-  const isChoice = /^(?:checkbox|radio|select-.*)$/.test(el.type);
-  const events = mods.get('event') ?? (isChoice ? ['change'] : ['input', 'change']);
+  const isChosen = isBox(el) || localName(el) === 'select';
+  const events = mods.get('event') ?? (isChosen ? ['change'] : ['input', 'change']);
   for (const name of [...events, REFILLED]) attribute.listen(el, name, save);
   attribute.listen(el, 'blur', () => waiting && show());
   attribute.effect(show);
@@ -11847,6 +11845,12 @@ function formOf(el, evt, selector) {
   };
 }
 
+const ANSWERS = [
+  ['text/html', 'datastar-patch-elements', 'elements'],
+  ['application/json', 'datastar-patch-signals', 'signals'],
+  ['text/javascript', 'text/javascript', 'script'],
+];
+
 // Reads an answer, by its type. True if it was a stream of events.
 async function readAnswer(answer, call) {
   const kind = answer.headers.get('content-type') ?? '';
@@ -11854,17 +11858,13 @@ async function readAnswer(answer, call) {
     await readEvents(answer.body, call);
     return true;
   }
-  const text = await answer.text();
   const given = {};
   for (const [name, value] of answer.headers) {
     if (name.startsWith('datastar-')) given[CASES.camel(name.slice(9))] = value;
   }
-  Object.assign(given, call.overrides);
-  if (kind.includes('text/html')) {
-    call.receive('datastar-patch-elements', { ...given, elements: text });
-  } else if (kind.includes('application/json')) {
-    call.receive('datastar-patch-signals', { ...given, signals: text });
-  } else if (kind.includes('text/javascript')) call.receive('text/javascript', { script: text });
+  const [, type, key] = ANSWERS.find(([each]) => kind.includes(each)) ?? [];
+  const text = await answer.text();
+  if (type) call.receive(type, { ...given, ...call.overrides, [key]: text });
   return false;
 }
 
@@ -11927,23 +11927,24 @@ const apply = {
 
 function patchElements({ elements = '', selector, mode = 'outer', namespace }) {
   const fresh = parse(elements, namespace);
-  const whole = { html: page, head: doc.head(document), body: doc.body(document) };
   if (!MODES.test(mode)) throw new Error(`there is no mode ${mode}`);
   if (selector) {
     const targets = [...doc.querySelectorAll(document, selector)];
     if (!targets.length) throw new Error(`no element matches ${selector}`);
     const copies = targets.map((_, n) => n ? fresh.map((node) => cloneNode(node, true)) : fresh);
-    targets.forEach((target, n) => {             // one in another may be gone by then
-      if (isConnected(target)) patchOne(mode, target, copies[n]);
-    });
+    targets.forEach((target, n) => patchOne(mode, target, copies[n]));
   } else if (mode === 'outer' || mode === 'replace') {
-    for (const node of fresh.filter(isElement)) {
-      const id = getAttribute(node, 'id');
-      const target = whole[localName(node)] ?? (id && doc.getElementById(document, id));
-      if (target) patchOne(mode, target, [node]);
-      else report('datastar-patch-elements', `no element has the id "${id ?? ''}"`);
-    }
+    for (const node of fresh.filter(isElement)) patchOne(mode, targetOf(node), [node]);
   } else throw new Error(`the mode ${mode} needs a selector`);
+}
+
+// What an element takes the place of, where there is no selector.
+function targetOf(node) {
+  const whole = { html: page, head: doc.head(document), body: doc.body(document) };
+  const id = getAttribute(node, 'id') ?? '';
+  const target = whole[localName(node)] ?? doc.getElementById(document, id);
+  if (!target) report('datastar-patch-elements', `no element has the id "${id}"`);
+  return target;
 }
 
 function parse(html, namespace) {
@@ -11964,6 +11965,7 @@ const refilled = new Set();          // fields whose content the morph has chang
 const MODES = /^(?:outer|inner|replace|prepend|append|before|after|remove)$/;
 
 function patchOne(mode, target, nodes) {
+  if (!target || !isConnected(target)) return;   // one in another may be gone by then
   const parent = parentNode(target);
   const isIgnored = isElement(parent) && closest(parent, '[data-ignore-morph]');
   if (isIgnored && /^(?:outer|inner)$/.test(mode)) return;
@@ -12117,8 +12119,12 @@ function morphAttributes(old, fresh) {
   for (const name of namesOf(fresh)) if (differs(name)) copyAttribute(fresh, old, name);
   // Attributes say what a field starts with. What it has now is in its properties.
   for (const name of changed) {
-    if (name !== 'value') writeField(old, name, hasAttribute(fresh, name));
-    else if (old.type !== 'file') writeField(old, name, getAttribute(fresh, name) ?? '');
+    const isThere = hasAttribute(fresh, name);
+    if (name !== 'value') writeField(old, name, isThere);
+    // A box has no value of its own beside the attribute, a file field takes none.
+    else if (old.type !== 'file' && (isThere || !isBox(old))) {
+      writeField(old, name, getAttribute(fresh, name) ?? '');
+    }
   }
 }
 
@@ -12135,7 +12141,7 @@ const isSame = (el, value) => el.value === value
 
 // ---- Start ----
 // After the browser has filled in the fields of a page that somebody comes back to: it does so
-// when the document is ready, and tells nobody. What comes later (from its cache) is looked at.
+// when the document is ready, and tells nobody.
 
 let starting = true;
 

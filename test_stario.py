@@ -14626,6 +14626,17 @@ class ClientPromises(_Case):
         self.do("byId('u').setAttribute('data-text', '$a * 10')")
         self.see("byId('u').textContent", "20")
 
+    def test_a_box_without_a_value_is_on(self) -> None:
+        old = """<div id="d"><input type="checkbox" id="c" value="x">
+          <input type="radio" id="r" value="x"><input id="t" value="x"></div>"""
+        fresh = """<div id="d"><input type="checkbox" id="c">
+          <input type="radio" id="r"><input type="checkbox" id="t"></div>"""
+        self.answers("/s", patch_elements(fresh.replace("\n", " ")))
+        self.show(old + "<b id='b' data-on:click=\"@get('/s')\"></b>")
+        self.do("byId('b').click()")
+        self.see("byId('t').type", "checkbox")
+        self.now("['c', 'r', 't'].map((id) => byId(id).value)", ["on", "on", "on"])
+
     def test_a_changed_value_reaches_its_signal(self) -> None:
         form = """<form id="f"><input id="i" value="{0}" data-bind="i">
           <input id="c" type="checkbox" {1} data-bind="c">
