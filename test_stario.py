@@ -1257,6 +1257,7 @@ class TestMistakes(unittest.TestCase):
                         self.assertFalse(hasattr(kind, word))
                         hidden = [base for base in kind.__mro__[1:] if word in vars(base)]
                         self.assertEqual(hidden, [], "a name of ours")
+                        self.assertNotRegex(inspect.getsource(kind), rf"def {word}\(")
                         with self.assertRaises(AttributeError) as e:
                             getattr(kind, word)
                         self._check_sentence(f"there is no {word}: write {instead}", e.exception)
