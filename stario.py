@@ -64,33 +64,33 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        2148  8. The app
      2338  ACT 2. On the network
        2346  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3422  10. The server
-       4234  11. Trying it without a network: the test client [testclient]
-     4682  ACT 3. Live
-       4730  12. Datastar: attributes and actions
-       5311  13. Streams: events, and staying with a client
-       5825  14. Relay: publish and subscribe
-     6131  ACT 4. For real
-       6138  15. Signals: from JSON to your dataclass
-       6892  16. Forms [forms]
-       7101  17. Behind a proxy
-       7208  18. Compression [compression]
-       7418  19. Static files [assets]
-       7981  20. Telemetry: spans, and who hears of them
-       8602  21. JsonTracer: for log collectors [json]
-       8679  22. RichTracer: for people [rich]
-       9140  23. Sessions [sessions]
-       9254  24. What lives as long as the server
-       9355  25. @baked
-       9639  26. ASGI: the same app under another server [asgi]
-       9866  27. RedisRelay: the same between processes and machines [redis]
-      10141  28. Reload: a saved file restarts the app [reload]
-      10286  29. Development: what went wrong, shown where one looks [development]
-      10398  30. What is refused
-    10760  ACT 5. The pocket client
-      10801  31. The pocket client (JavaScript) [client]
-      12164  32. This file as a page [read]
-      12335  33. An app to begin with
+       3424  10. The server
+       4236  11. Trying it without a network: the test client [testclient]
+     4684  ACT 3. Live
+       4732  12. Datastar: attributes and actions
+       5313  13. Streams: events, and staying with a client
+       5827  14. Relay: publish and subscribe
+     6133  ACT 4. For real
+       6140  15. Signals: from JSON to your dataclass
+       6894  16. Forms [forms]
+       7103  17. Behind a proxy
+       7210  18. Compression [compression]
+       7420  19. Static files [assets]
+       7983  20. Telemetry: spans, and who hears of them
+       8604  21. JsonTracer: for log collectors [json]
+       8681  22. RichTracer: for people [rich]
+       9142  23. Sessions [sessions]
+       9256  24. What lives as long as the server
+       9357  25. @baked
+       9641  26. ASGI: the same app under another server [asgi]
+       9868  27. RedisRelay: the same between processes and machines [redis]
+      10143  28. Reload: a saved file restarts the app [reload]
+      10288  29. Development: what went wrong, shown where one looks [development]
+      10400  30. What is refused
+    10762  ACT 5. The pocket client
+      10803  31. The pocket client (JavaScript) [client]
+      12166  32. This file as a page [read]
+      12337  33. An app to begin with
 
 READING PATH
 
@@ -105,13 +105,13 @@ Two hours, for a reader who wants to know how it works, not all that it does. Re
      1902-1917   `_Tree.find`  from a path to a handler
      2255-2289   `_App.dispatch`  one request from end to end
      2709-2822   `_RequestReader`  bytes to requests
-     3172-3418   `Connection`  one connection, many requests
-     3842-3863   `Server.start`  listening
-     3978-3995   `Server.stop`  ending without losing a request
-     5435-5555   `_EventWriter`  events
-     5645-5710   `_Scope`  how a disconnect reaches a handler
-     5738-5821   `Alive`  staying with a client
-     5979-6076   `Relay`  from one handler to another
+     3174-3420   `Connection`  one connection, many requests
+     3844-3865   `Server.start`  listening
+     3980-3997   `Server.stop`  ending without losing a request
+     5437-5557   `_EventWriter`  events
+     5647-5712   `_Scope`  how a disconnect reaches a handler
+     5740-5823   `Alive`  staying with a client
+     5981-6078   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -2925,10 +2925,12 @@ class _SocketCarrier(Carrier, asyncio.Protocol):
         transport = self._transport
         connection = transport.get_extra_info("socket")
         if os.name == "posix" and transport.get_extra_info("sslcontext") is None:
+            try:  # to get a descriptor of our own: the transport may close its own while we wait
+                descriptor = os.dup(connection.fileno())
+            except OSError:  # too many are open
+                return await super().send_file(file, offset, count)
             transport.set_write_buffer_limits(0)  # `drained` now waits until it is empty
             _limit_unsent(connection, 0)  # (a limit keeps events fresh; a file does not age)
-            # A descriptor of our own: the transport may close its own while we wait.
-            descriptor = os.dup(connection.fileno())
             try:
                 sent = await self._send_mapped(descriptor, file, offset, count)
             finally:

@@ -9941,13 +9941,17 @@ class TestAssets(HttpTest):
         self.assertIn("the disk", span.error or "")
 
     async def test_a_file_that_cannot_be_mapped_is_read(self) -> None:
-        error = OSError(errno.ENODEV, "not on this file system")
-        async with connected(self.app) as peer:
-            with mock.patch.object(mmap, "mmap", side_effect=error) as mapped:
-                self.assertEqual((await self.get(peer, "large.bin")).body, self.large)
-                part = await self.get(peer, "large.bin", Range="bytes=5-900000")
-                self.assertEqual(part.body, self.large[5:900001])
-            self.assertTrue(mapped.called or os.name != "posix")
+        for module, name, code in (
+            (mmap, "mmap", errno.ENODEV),  # not on this file system
+            (os, "dup", errno.EMFILE),  # too many files are open
+        ):
+            error = OSError(code, os.strerror(code))
+            with self.subTest(name), mock.patch.object(module, name, side_effect=error) as failing:
+                async with connected(self.app) as peer:
+                    self.assertEqual((await self.get(peer, "large.bin")).body, self.large)
+                    part = await self.get(peer, "large.bin", Range="bytes=5-900000")
+                    self.assertEqual(part.body, self.large[5:900001])
+                self.assertTrue(failing.called or os.name != "posix")
 
     async def test_without_descriptors_a_file_is_not_missing_but_late(self) -> None:
         async with connected(self.app) as peer:
