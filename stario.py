@@ -77,20 +77,20 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        7210  18. Compression [compression]
        7420  19. Static files [assets]
        7983  20. Telemetry: spans, and who hears of them
-       8604  21. JsonTracer: for log collectors [json]
-       8681  22. RichTracer: for people [rich]
-       9142  23. Sessions [sessions]
-       9256  24. What lives as long as the server
-       9357  25. @baked
-       9641  26. ASGI: the same app under another server [asgi]
-       9868  27. RedisRelay: the same between processes and machines [redis]
-      10143  28. Reload: a saved file restarts the app [reload]
-      10288  29. Development: what went wrong, shown where one looks [development]
-      10400  30. What is refused
-    10762  ACT 5. The pocket client
-      10803  31. The pocket client (JavaScript) [client]
-      12166  32. This file as a page [read]
-      12337  33. An app to begin with
+       8603  21. JsonTracer: for log collectors [json]
+       8680  22. RichTracer: for people [rich]
+       9143  23. Sessions [sessions]
+       9257  24. What lives as long as the server
+       9358  25. @baked
+       9642  26. ASGI: the same app under another server [asgi]
+       9869  27. RedisRelay: the same between processes and machines [redis]
+      10144  28. Reload: a saved file restarts the app [reload]
+      10289  29. Development: what went wrong, shown where one looks [development]
+      10401  30. What is refused
+    10763  ACT 5. The pocket client
+      10804  31. The pocket client (JavaScript) [client]
+      12167  32. This file as a page [read]
+      12338  33. An app to begin with
 
 READING PATH
 
@@ -8382,12 +8382,8 @@ def _log_fault(text: str, exc: BaseException) -> None:
 # second, and writes all of it at once. The list has texts, and functions that this thread is to
 # call: what they touch belongs to it alone.
 #
-# The thread sleeps while there is nothing to do. `_put` wakes it, once, when the queue has
-# `_wakes_at` entries. This number depends on what the thread does:
-#
-#     it waits for the first entry             1
-#     it waits for more, for `_pause` seconds  5,000
-#     it writes, or has just been woken        20,000, which is never
+# The thread waits for a first entry, then for more, until there are 5,000 or `_pause` seconds have
+# gone by; then it writes. `_put` wakes it, once, when there are as many entries as it waits for.
 
 _LONGEST_QUEUE = 20_000  # entries; more are dropped, and counted
 _STALLED = 1.0  # seconds after which a stream that takes nothing is not waited for
@@ -8423,7 +8419,7 @@ class _StreamTracer(Tracer):
         """Begin with nothing: at first, and in a forked process."""
         self._queue: list[_Queued] = []
         self._lines: list[Any] = []  # to be written next
-        self._wakes_at = 1
+        self._wakes_at = 1  # entries
         self._wake: queue.SimpleQueue[bool] = queue.SimpleQueue()  # True: write what is left, end
         self._thread: threading.Thread | None = None
         self._started = threading.Lock()  # held while there is a thread: only one is started
@@ -8456,7 +8452,7 @@ class _StreamTracer(Tracer):
             return
         waiting.append(what)
         if len(waiting) >= self._wakes_at:
-            self._wakes_at = _LONGEST_QUEUE
+            self._wakes_at = _LONGEST_QUEUE  # never
             if self._started.acquire(blocking=False):
                 self._start_thread()
             else:
@@ -8485,10 +8481,12 @@ class _StreamTracer(Tracer):
         self._wake.put(True)
         while thread.is_alive() and not self._stalls():
             thread.join(0.1)
-        self._started.release()
         if thread.is_alive():  # Python's own flush at the end would wait
             sys.stdout = None if sys.stdout is self._stream else sys.stdout
             self._complain(len(self._queue))
+        elif self._queue:  # others have gone on during the last write
+            self._write_all(ending=True)
+        self._started.release()
 
     def _complain(self, lost: int) -> None:
         """Tell it on standard error. Another thread does it, since that may stall as well."""
@@ -8499,17 +8497,17 @@ class _StreamTracer(Tracer):
 
     def _run(self) -> None:
         with self._writing:
-            ending = False
-            while not ending:
-                with suppress(queue.Empty):  # nobody woke it in time
-                    self._wakes_at = 1  # set before the queue is looked at, so that none is missed
-                    if not self._queue:
-                        ending = self._wake.get(timeout=1 if self._lost else self._longest_wait())
-                    self._wakes_at = _LONGEST_QUEUE // 4
-                    ending = ending or self._wake.get(timeout=self._pause)
-                self._wakes_at = _LONGEST_QUEUE
-                self._write_all(ending)
+            while not (self._wait(1, self._longest_wait()) or self._wait(5_000, self._pause)):
+                self._write_all(ending=False)
+            self._write_all(ending=True)
             self._wakes_at = 1
+
+    def _wait(self, entries: int, seconds: float | None) -> bool:
+        """Wait until the queue has as many entries. True if the thread is to end."""
+        self._wakes_at = entries  # set before the queue is looked at, so that none is missed
+        with suppress(queue.Empty):
+            return self._wake.get(timeout=0 if len(self._queue) >= entries else seconds)
+        return False
 
     def _write_all(self, ending: bool) -> None:
         """Take what is in the queue, and write it."""
@@ -8535,6 +8533,7 @@ class _StreamTracer(Tracer):
             self._lost += missing + entries
         if ending and self._lost:
             self._complain(self._lost)
+            self._lost = 0
 
     def _write(self, text: str) -> bool:
         """Write whole lines, some at a time, so that a slow stream does not look stalled."""
@@ -8554,7 +8553,7 @@ class _StreamTracer(Tracer):
 
     def _longest_wait(self) -> float | None:
         """Seconds after which there is something to write, even if nothing comes."""
-        return None
+        return 1 if self._lost else None
 
     def _queued_end(self, span: Span) -> _Queued:
         """What goes into the queue for a span that has ended."""
@@ -8806,7 +8805,9 @@ class RichTracer(_StreamTracer):
     # -- In the tracer's thread: what happens to spans
 
     def _longest_wait(self) -> float | None:
-        return 0.05 if self._open or self._summed else None  # Enter comes each 0.033, see below
+        if self._open or self._summed:
+            return 0.05  # a held Enter key comes each 0.033, see below
+        return super()._longest_wait()
 
     def _span_started(self, span: Span) -> None:
         parent = self._open.get(span.parent_id or "")

@@ -10462,6 +10462,30 @@ class TestTelemetry(unittest.TestCase):
         self.assertEqual(lost["attributes"]["count"], 7)
         self.assertEqual(len(lines), stario._LONGEST_QUEUE + 2)
 
+    def test_a_span_that_ends_during_the_last_write_is_written_too(self) -> None:
+        writing, let_go = threading.Event(), threading.Event()
+
+        class Slow(io.StringIO):
+            def write(self, text: str) -> int:
+                writing.set()
+                let_go.wait(20)
+                return super().write(text)
+
+        for make in (JsonTracer, RichTracer):
+            out = Slow()
+            with mock.patch.object(stario, "_STALLED", 60), make(out) as tracer:
+                tracer._pause = 60  # so that there is no write before the last
+                tracer("first").end()
+                closing = threading.Thread(target=tracer.__exit__)
+                closing.start()
+                self.assertTrue(writing.wait(20))
+                tracer("during").end()
+                let_go.set()
+                closing.join()
+                self.assertRegex(out.getvalue(), "first.*\n.*during.*\n$")
+            writing.clear()
+            let_go.clear()
+
     def test_lines_are_written_at_exit_at_a_crash_and_soon(self) -> None:
         begin = "import os, sys, time, stario\nstario.JsonTracer()('job').end()\n"
         for end in ("", "raise SystemExit(3)", "1 / 0", "time.sleep(0.4); os.kill(os.getpid(), 9)"):
