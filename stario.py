@@ -64,33 +64,33 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        2148  8. The app
      2338  ACT 2. On the network
        2346  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3424  10. The server
-       4236  11. Trying it without a network: the test client [testclient]
-     4684  ACT 3. Live
-       4732  12. Datastar: attributes and actions
-       5313  13. Streams: events, and staying with a client
-       5827  14. Relay: publish and subscribe
-     6133  ACT 4. For real
-       6140  15. Signals: from JSON to your dataclass
-       6894  16. Forms [forms]
-       7103  17. Behind a proxy
-       7210  18. Compression [compression]
-       7420  19. Static files [assets]
-       7983  20. Telemetry: spans, and who hears of them
-       8603  21. JsonTracer: for log collectors [json]
-       8680  22. RichTracer: for people [rich]
-       9143  23. Sessions [sessions]
-       9257  24. What lives as long as the server
-       9358  25. @baked
-       9642  26. ASGI: the same app under another server [asgi]
-       9869  27. RedisRelay: the same between processes and machines [redis]
-      10144  28. Reload: a saved file restarts the app [reload]
-      10289  29. Development: what went wrong, shown where one looks [development]
-      10401  30. What is refused
-    10763  ACT 5. The pocket client
-      10804  31. The pocket client (JavaScript) [client]
-      12167  32. This file as a page [read]
-      12338  33. An app to begin with
+       3419  10. The server
+       4231  11. Trying it without a network: the test client [testclient]
+     4679  ACT 3. Live
+       4727  12. Datastar: attributes and actions
+       5308  13. Streams: events, and staying with a client
+       5822  14. Relay: publish and subscribe
+     6128  ACT 4. For real
+       6135  15. Signals: from JSON to your dataclass
+       6889  16. Forms [forms]
+       7098  17. Behind a proxy
+       7205  18. Compression [compression]
+       7415  19. Static files [assets]
+       7978  20. Telemetry: spans, and who hears of them
+       8598  21. JsonTracer: for log collectors [json]
+       8675  22. RichTracer: for people [rich]
+       9138  23. Sessions [sessions]
+       9252  24. What lives as long as the server
+       9353  25. @baked
+       9637  26. ASGI: the same app under another server [asgi]
+       9864  27. RedisRelay: the same between processes and machines [redis]
+      10139  28. Reload: a saved file restarts the app [reload]
+      10284  29. Development: what went wrong, shown where one looks [development]
+      10396  30. What is refused
+    10758  ACT 5. The pocket client
+      10799  31. The pocket client (JavaScript) [client]
+      12162  32. This file as a page [read]
+      12333  33. An app to begin with
 
 READING PATH
 
@@ -105,13 +105,13 @@ Two hours, for a reader who wants to know how it works, not all that it does. Re
      1902-1917   `_Tree.find`  from a path to a handler
      2255-2289   `_App.dispatch`  one request from end to end
      2709-2822   `_RequestReader`  bytes to requests
-     3174-3420   `Connection`  one connection, many requests
-     3844-3865   `Server.start`  listening
-     3980-3997   `Server.stop`  ending without losing a request
-     5437-5557   `_EventWriter`  events
-     5647-5712   `_Scope`  how a disconnect reaches a handler
-     5740-5823   `Alive`  staying with a client
-     5981-6078   `Relay`  from one handler to another
+     3174-3415   `Connection`  one connection, many requests
+     3839-3860   `Server.start`  listening
+     3975-3992   `Server.stop`  ending without losing a request
+     5432-5552   `_EventWriter`  events
+     5642-5707   `_Scope`  how a disconnect reaches a handler
+     5735-5818   `Alive`  staying with a client
+     5976-6073   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -3317,10 +3317,10 @@ class Connection(_AnswerCarrier):
                 limit = self._worker.loop.time() + self._worker.limits.body_timeout
                 self._deadline = min(limit, self._deadline + len(data) / 1024)
         if self._reader.decoder is None:  # this was all
-            if self._state is _BODY:
-                self._state, self._deadline = _ANSWER, _NEVER
-            else:
-                self._end_request()
+            is_answered = self._state is _LATE_BODY
+            self._state, self._deadline = _ANSWER, _NEVER
+            if is_answered:
+                self._answered()
             body.end()
         elif self._eof:
             self._fail_body(ClientDisconnected("the client closed in the middle of its request"))
@@ -3401,12 +3401,7 @@ class Connection(_AnswerCarrier):
         if self._state is _BODY:
             self._state = _LATE_BODY  # the handler may still read it
             self._close_if_rest_is_unwanted()
-        else:
-            self._end_request()
-
-    def _end_request(self) -> None:
-        """All of a request is here, and its answer is complete: the next one may come."""
-        if self._close_after:
+        elif self._close_after:
             self._end()
         elif not self._closing:
             self._state, self._deadline = _IDLE, self._worker.idle_deadline
