@@ -9799,7 +9799,7 @@ async def _serve_asgi(app: Stario, scope: Message, receive: Receive, send: Send)
         return
     _asgi_handlers[handling] = app, exchange
     handling.add_done_callback(_asgi_handlers.pop)
-    listening = loop.create_task(exchange.listen(receive))
+    listening = _spawn(exchange.listen(receive), loop)
     try:
         await exchange.pass_on(send)
         if not handling.done():  # it goes on after its answer
