@@ -72,25 +72,25 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        5822  14. Relay: publish and subscribe
      6128  ACT 4. For real
        6135  15. Signals: from JSON to your dataclass
-       6889  16. Forms [forms]
-       7098  17. Behind a proxy
-       7205  18. Compression [compression]
-       7415  19. Static files [assets]
-       7978  20. Telemetry: spans, and who hears of them
-       8598  21. JsonTracer: for log collectors [json]
-       8675  22. RichTracer: for people [rich]
-       9138  23. Sessions [sessions]
-       9252  24. What lives as long as the server
-       9353  25. @baked
-       9637  26. ASGI: the same app under another server [asgi]
-       9864  27. RedisRelay: the same between processes and machines [redis]
-      10139  28. Reload: a saved file restarts the app [reload]
-      10284  29. Development: what went wrong, shown where one looks [development]
-      10396  30. What is refused
-    10758  ACT 5. The pocket client
-      10799  31. The pocket client (JavaScript) [client]
-      12162  32. This file as a page [read]
-      12333  33. An app to begin with
+       6890  16. Forms [forms]
+       7099  17. Behind a proxy
+       7206  18. Compression [compression]
+       7416  19. Static files [assets]
+       7979  20. Telemetry: spans, and who hears of them
+       8599  21. JsonTracer: for log collectors [json]
+       8676  22. RichTracer: for people [rich]
+       9139  23. Sessions [sessions]
+       9253  24. What lives as long as the server
+       9354  25. @baked
+       9638  26. ASGI: the same app under another server [asgi]
+       9865  27. RedisRelay: the same between processes and machines [redis]
+      10140  28. Reload: a saved file restarts the app [reload]
+      10285  29. Development: what went wrong, shown where one looks [development]
+      10397  30. What is refused
+    10759  ACT 5. The pocket client
+      10800  31. The pocket client (JavaScript) [client]
+      12163  32. This file as a page [read]
+      12334  33. An app to begin with
 
 READING PATH
 
@@ -6552,13 +6552,14 @@ def _model_reader(model: Any) -> Reader:
 
 def _rejection(exc: Exception) -> _Wrong:
     """Why a dataclass or a model has refused its values."""
-    number = getattr(exc, "error_count", int)()  # pydantic's has one error for each field
+    errors, error_count = getattr(exc, "errors", None), getattr(exc, "error_count", None)
+    number = error_count() if callable(error_count) else 0
     if number > 1000:  # a list of them takes 200 times its size in memory
         whole = _Wrong("", f"{number} values do not fit")
     else:
         message = str(exc) if isinstance(exc, (ValueError, AssertionError)) else ""
         whole = _Wrong("", message or "the values do not fit together")
-        for error in getattr(exc, "errors", list)():
+        for error in errors() if callable(errors) else ():  # pydantic's, one for each field
             value = _MISSING if error.get("type") == "missing" else error.get("input", _MISSING)
             message = error.get("msg") or str(exc)
             whole.add(error.get("loc", ()), value, _Wrong(message, message))

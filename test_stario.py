@@ -8644,6 +8644,19 @@ class TestSignals(unittest.TestCase):
                 found: Any = read_signals(schema, json.loads(text))
                 self.assertEqual((type(found), found), (type(expected), expected))
 
+    def test_what_a_rejection_has_beside_its_message_may_be_anything(self) -> None:
+        @dataclass
+        class Refused:
+            errors: Any = None
+
+            def __post_init__(self) -> None:
+                exc: Any = ValueError("not like that")
+                exc.errors = exc.error_count = self.errors
+                raise exc
+
+        for errors in ({"n": ["too small"]}, [1], "errors", 5, None):
+            self.assertEqual(self.problems(Refused, {"errors": errors}), ["not like that"])
+
     def test_what_a_union_is_told_by_a_model_is_no_place_in_the_value(self) -> None:
         class Errors(ValueError):
             def errors(self) -> list[dict[str, Any]]:
