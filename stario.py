@@ -11113,6 +11113,7 @@ function put(path, value) {
   const [, inner, last] = path.match(/^(?:(.*)\.)?([^.]*)$/s);
   batch(() => {
     const at = inner && find(inner);
+    if (Array.isArray(at)) for (let n = at.length; n < last; n++) at[n] = '';     // no holes
     if (Array.isArray(at) || isPlain(at)) at[last] = value;
     else merge(nested([[path.split('.'), value]]));
   });
@@ -11536,15 +11537,18 @@ addEventListener(document, 'compositionend', () => { composing = null; }, true);
 const isHalf = (el) => composing === el || Boolean(el.validity?.badInput);
 const isFocused = (el) => doc.activeElement(document) === el;
 
-// Several fields may share one list. The place in the page is the place in the list.
-const groups = new Map();                        // path -> { els, sorted: them, or null }
+// Several fields may share one list. The place in the page that a field had at first is its place
+// in the list: what comes and goes around it later does not give it another entry.
+const groups = new Map();                        // path -> the fields that are bound to it
+const precedes = (a, b) => compareDocumentPosition(b, a) & Node.DOCUMENT_POSITION_PRECEDING;
 
 function bind(attribute) {
   const { el, path, mods, ends } = attribute;
   if (el.type === 'file' && localName(el) === 'input') return bindFiles(attribute);
   const isField = /^(?:input|select|textarea)$/.test(localName(el)) && !mods.has('prop');
   const prop = isField ? null : CASES.camel(mods.get('prop')?.[0] ?? 'value');
-  const group = groups.get(path) ?? { els: new Set() };
+  const group = groups.get(path) ?? new Set();
+  let index = null;
   let taken = {};                    // what the signal last got from here; {} is nothing
   let seen = null;                   // what the field said then
   let waiting = false;               // something was not written because the field was half-way
@@ -11552,9 +11556,8 @@ function bind(attribute) {
   const isUnchosen = () => el.type === 'radio' && !el.checked;
   function place() {
     if (!Array.isArray(find(path)) || el.type === 'select-multiple') return path;
-    group.sorted ??= [...group.els].sort((a, b) =>
-      compareDocumentPosition(a, b) & Node.DOCUMENT_POSITION_FOLLOWING ? -1 : 1);
-    return `${path}.${group.sorted.indexOf(el)}`;
+    index ??= [...group].filter((other) => precedes(other, el)).length;
+    return `${path}.${index}`;
   }
   function save() {
     if (isUnchosen() || el.validity?.badInput) return;
@@ -11573,10 +11576,8 @@ function bind(attribute) {
     give(el, prop, value);
     seen = state();
   }
-  groups.set(path, group);
-  group.els.add(el);
-  group.sorted = null;
-  ends.add(() => group.els.delete(el) && !group.els.size && groups.delete(path));
+  groups.set(path, group.add(el));
+  ends.add(() => group.delete(el) && !group.size && groups.delete(path));
   if (el.type === 'radio' && !el.name) setAttribute(el, 'name', path);
   if (find(place()) === undefined && !isUnchosen()) save();
   const isChosen = isBox(el) || localName(el) === 'select';
@@ -11662,7 +11663,6 @@ function update(records) {
   const ofChildren = records.filter(({ type }) => type === 'childList');
   const gone = ofChildren.flatMap(({ removedNodes }) => [...removedNodes]);
   for (const node of gone) if (!isConnected(node)) family(node).forEach(follow);
-  if (ofChildren.length) for (const group of groups.values()) group.sorted = null;
   for (const record of records) {
     const { type, target, attributeName: name } = record;
     if (type === 'childList') Array.from(record.addedNodes, family).flat().forEach(follow);

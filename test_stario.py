@@ -14668,6 +14668,29 @@ class ClientPromises(_Case):
         self.do("byId('u').setAttribute('data-text', '$a * 10')")
         self.see("byId('u').textContent", "20")
 
+    def test_boxes_keep_their_place_in_a_list_when_others_come_and_go(self) -> None:
+        def boxes(*numbers: int) -> str:
+            box = "<input type='checkbox' id='c{0}' value='v{0}' data-bind='c'>"
+            return f"<div id='d'>{''.join(box.format(n) for n in numbers)}</div>"
+
+        self.answers("/fewer", patch_elements(boxes(2, 3)))
+        self.answers("/more", patch_elements(boxes(9, 2, 3)))
+        self.show(
+            f"""<i data-signals='{{"c": ["v1", "", "v3"]}}'></i>{boxes(1, 2, 3)}
+            <b id="b" data-on:click="@get('/fewer')"></b>
+            <b id="e" data-on:click="@get('/more')"></b>"""
+        )
+        self.do("byId('b').click()")
+        self.see("byId('c1')", None)
+        self.do("byId('c2').click()")
+        self.see("own()", {"c": ["v1", "v2", "v3"]})
+        self.now("byId('c3').checked", True)
+        self.do("byId('e').click()")
+        self.see("Boolean(byId('c9'))", True)
+        self.do("byId('c2').click()")
+        self.see("own().c.slice(1)", ["", "v3"])
+        self.now("[byId('c2').checked, byId('c3').checked]", [False, True])
+
     def test_a_box_without_a_value_is_on(self) -> None:
         old = """<div id="d"><input type="checkbox" id="c" value="x">
           <input type="radio" id="r" value="x"><input id="t" value="x"></div>"""
@@ -15174,6 +15197,16 @@ class TestPocketClient(ClientPromises, unittest.TestCase):
         self.show(f"{images}<p id='p'>old</p><b id='b' data-on:click=\"@get('/s')\"></b>")
         self.do("byId('b').click()")
         self.see("byId('p').textContent", "new")
+
+    def test_a_list_that_was_cut_short_grows_without_holes(self) -> None:
+        box = "<input type='checkbox' id='c{0}' value='v{0}' data-bind='c'>"
+        self.show(
+            f"""<i data-signals='{{"c": ["v1", "", "v3"]}}'></i>
+            {"".join(box.format(n) for n in (1, 2, 3))}
+            <b id="b" data-on:click="$c = ['v1']"></b>"""
+        )
+        self.do("byId('b').click(), byId('c3').click()")
+        self.see("own()", {"c": ["v1", "", "v3"]})
 
     def test_what_is_half_typed_stays(self) -> None:
         field = "<input id='n' type='number' value='{0}' data-bind='n' title='{1}'>"
