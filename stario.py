@@ -65,32 +65,32 @@ brackets can be left out of your copy: `python stario.py --without assets,client
      2338  ACT 2. On the network
        2346  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
        3419  10. The server
-       4231  11. Trying it without a network: the test client [testclient]
-     4679  ACT 3. Live
-       4727  12. Datastar: attributes and actions
-       5308  13. Streams: events, and staying with a client
-       5822  14. Relay: publish and subscribe
-     6128  ACT 4. For real
-       6135  15. Signals: from JSON to your dataclass
-       6890  16. Forms [forms]
-       7099  17. Behind a proxy
-       7206  18. Compression [compression]
-       7416  19. Static files [assets]
-       7979  20. Telemetry: spans, and who hears of them
-       8599  21. JsonTracer: for log collectors [json]
-       8676  22. RichTracer: for people [rich]
-       9139  23. Sessions [sessions]
-       9253  24. What lives as long as the server
-       9354  25. @baked
-       9638  26. ASGI: the same app under another server [asgi]
-       9865  27. RedisRelay: the same between processes and machines [redis]
-      10140  28. Reload: a saved file restarts the app [reload]
-      10285  29. Development: what went wrong, shown where one looks [development]
-      10397  30. What is refused
-    10759  ACT 5. The pocket client
-      10800  31. The pocket client (JavaScript) [client]
-      12163  32. This file as a page [read]
-      12334  33. An app to begin with
+       4235  11. Trying it without a network: the test client [testclient]
+     4683  ACT 3. Live
+       4731  12. Datastar: attributes and actions
+       5312  13. Streams: events, and staying with a client
+       5826  14. Relay: publish and subscribe
+     6132  ACT 4. For real
+       6139  15. Signals: from JSON to your dataclass
+       6894  16. Forms [forms]
+       7103  17. Behind a proxy
+       7210  18. Compression [compression]
+       7420  19. Static files [assets]
+       7983  20. Telemetry: spans, and who hears of them
+       8603  21. JsonTracer: for log collectors [json]
+       8680  22. RichTracer: for people [rich]
+       9143  23. Sessions [sessions]
+       9257  24. What lives as long as the server
+       9358  25. @baked
+       9642  26. ASGI: the same app under another server [asgi]
+       9869  27. RedisRelay: the same between processes and machines [redis]
+      10144  28. Reload: a saved file restarts the app [reload]
+      10289  29. Development: what went wrong, shown where one looks [development]
+      10401  30. What is refused
+    10763  ACT 5. The pocket client
+      10804  31. The pocket client (JavaScript) [client]
+      12167  32. This file as a page [read]
+      12338  33. An app to begin with
 
 READING PATH
 
@@ -108,10 +108,10 @@ Two hours, for a reader who wants to know how it works, not all that it does. Re
      3174-3415   `Connection`  one connection, many requests
      3839-3860   `Server.start`  listening
      3975-3992   `Server.stop`  ending without losing a request
-     5432-5552   `_EventWriter`  events
-     5642-5707   `_Scope`  how a disconnect reaches a handler
-     5735-5818   `Alive`  staying with a client
-     5976-6073   `Relay`  from one handler to another
+     5436-5556   `_EventWriter`  events
+     5646-5711   `_Scope`  how a disconnect reaches a handler
+     5739-5822   `Alive`  staying with a client
+     5980-6077   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -4135,8 +4135,12 @@ class Stario(_App):
         _check_arguments(manager, "app")
         if hasattr(manager, "__aenter__"):
             raise StarioError("the lifespan was called: give it without its parentheses")
-        if inspect.isasyncgenfunction(manager):
-            raise StarioError(f"write @contextlib.asynccontextmanager above {manager.__name__}")
+        is_sync = inspect.isgeneratorfunction(inspect.unwrap(manager))  # (a @contextmanager)
+        if is_sync or inspect.isasyncgenfunction(manager) or inspect.iscoroutinefunction(manager):
+            raise StarioError(
+                f"write @contextlib.asynccontextmanager above {manager.__name__}, and let it be an "
+                "`async def` with a yield"
+            )
         self._life.lifespans.append(manager)
         return manager
 

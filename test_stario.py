@@ -1076,9 +1076,8 @@ class TestMistakes(unittest.TestCase):
             "no overflow rule 'newest'": lambda: Relay[str]().subscribe("a", overflow="newest"),  # type: ignore[arg-type]
         }  # fmt: skip
 
-    def _in_a_handler(self) -> dict[str, Callable[[Context, Writer], Any]]:
-        """The same of what goes wrong in a request."""
-        any_: Any = object()
+    def _awaited(self) -> dict[str, Callable[[Context, Writer], Any]]:
+        """An `await` too much or too little in a request, by a part of the sentence for it."""
         p = stario.h.P("x")
 
         async def unawaited(c: Any, w: Any) -> None:
@@ -1127,13 +1126,21 @@ class TestMistakes(unittest.TestCase):
             "or write `async with w.alive():`": alive,
             "`async for item in w.alive(source):`": stepped,
             "a step is no async one": step,
+            "And a handler is an `async def`": awaited,
+            "await asyncio.wrap_future(...)": futures,
+        }
+
+    def _in_a_handler(self) -> dict[str, Callable[[Context, Writer], Any]]:
+        """What else goes wrong in a request."""
+        any_: Any = object()
+        p = stario.h.P("x")
+        return {
             "the address to go to is text, not None": lambda c, w: w.redirect(None),
             "to go to is text, not 3": lambda c, w: w.navigate(3),
             "one of outer, inner, replace": lambda c, w: w.patch(p, mode="iner", selector="#x"),
             "give the element an id that the page has": lambda c, w: w.patch(p),
             "a selector is text, as '#cart', not '<p>": lambda c, w: w.remove(p),
             "a selector is text, as '#cart', not 3": lambda c, w: w.patch(p, selector=3),
-            "And a handler is an `async def`": awaited,
             "give a dict from names to values, a dataclass": lambda c, w: w.sync(3),
             "set them before the first write": lambda c, w: [w.empty(), w.headers.set("a", "b")],
             "the status is given with the answer": lambda c, w: setattr(w, "status_code", 404),
@@ -1142,7 +1149,6 @@ class TestMistakes(unittest.TestCase):
             "add app.use(Session(key))": lambda c, w: c.session,
             "as JSON: there is a object in it": lambda c, w: w.json([any_]),
             "call it, and await what is async": lambda c, w: c.req.form["x"],
-            "await asyncio.wrap_future(...)": futures,
         }
 
     def _of_options(self) -> dict[str, Callable[[], Any]]:
@@ -1153,6 +1159,12 @@ class TestMistakes(unittest.TestCase):
         any_binary: Any = io.BytesIO()
 
         async def swapped(w: Any, c: Any) -> None: ...
+
+        @contextmanager
+        def opened(app: Any) -> Iterator[None]:
+            yield
+
+        async def waits(app: Any) -> None: ...
 
         def express(handler: Any) -> Any:
             async def inner(c: Any, w: Any, next: Any) -> None: ...
@@ -1169,6 +1181,8 @@ class TestMistakes(unittest.TestCase):
         return {
             "swapped(w, c) gets them in the other order": lambda: app().get("/", swapped),
             "stream of text, like sys.stdout, not <_io.B": lambda: JsonTracer(any_binary),
+            "asynccontextmanager above opened": lambda: app().lifespan(opened),  # type: ignore[arg-type]
+            "above waits, and let it be an `async def`": lambda: app().lifespan(waits),  # type: ignore[arg-type]
             "a Session needs its key: app.use(Session(key))": lambda: app().use(stario.Session),  # type: ignore[arg-type]
             "called with (handler): not '/api'": lambda: app().use(cast("Any", "/api")),
             "called as inner(c, w): missing": lambda: app().get("/", _fine, express),
@@ -1279,7 +1293,7 @@ class TestMistakes(unittest.TestCase):
             async with TestClient(app) as client:
                 await client.get("/")
 
-        for told, make in self._in_a_handler().items():
+        for told, make in (self._awaited() | self._in_a_handler()).items():
             with (
                 self.subTest(told),
                 self.assertRaises((StarioError, TypeError, AttributeError)) as e,
