@@ -77,20 +77,20 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        7210  18. Compression [compression]
        7420  19. Static files [assets]
        7983  20. Telemetry: spans, and who hears of them
-       8603  21. JsonTracer: for log collectors [json]
-       8680  22. RichTracer: for people [rich]
-       9143  23. Sessions [sessions]
-       9257  24. What lives as long as the server
-       9358  25. @baked
-       9642  26. ASGI: the same app under another server [asgi]
-       9869  27. RedisRelay: the same between processes and machines [redis]
-      10144  28. Reload: a saved file restarts the app [reload]
-      10289  29. Development: what went wrong, shown where one looks [development]
-      10401  30. What is refused
-    10763  ACT 5. The pocket client
-      10804  31. The pocket client (JavaScript) [client]
-      12167  32. This file as a page [read]
-      12338  33. An app to begin with
+       8593  21. JsonTracer: for log collectors [json]
+       8670  22. RichTracer: for people [rich]
+       9133  23. Sessions [sessions]
+       9247  24. What lives as long as the server
+       9348  25. @baked
+       9632  26. ASGI: the same app under another server [asgi]
+       9859  27. RedisRelay: the same between processes and machines [redis]
+      10134  28. Reload: a saved file restarts the app [reload]
+      10279  29. Development: what went wrong, shown where one looks [development]
+      10391  30. What is refused
+    10753  ACT 5. The pocket client
+      10794  31. The pocket client (JavaScript) [client]
+      12157  32. This file as a page [read]
+      12328  33. An app to begin with
 
 READING PATH
 
@@ -8135,14 +8135,17 @@ class Span:
         self.error: str | None = None
         self.end_ns = 0
         self.start_ns = time.time_ns()
-        if self.sampled:
-            self._begin()
+        self._tell(tracer.on_start)
 
-    def _begin(self) -> None:
-        try:
-            self.tracer.on_start(self)
-        except Exception:
-            _show_mistake()
+    def _tell(self, hear: Callable[..., None], event: SpanEvent | None = None) -> None:
+        if self.sampled:
+            try:
+                if event:
+                    hear(self, event)
+                else:
+                    hear(self)
+            except Exception:  # it is shown on standard error, and the request goes on
+                sys.excepthook(*sys.exc_info())
 
     def __call__(
         self, event: str | BaseException, attributes: Mapping[str, Any] | None = None
@@ -8161,11 +8164,7 @@ class Span:
         self.events.append(noted)
         if len(self.events) > _EVENTS_KEPT:
             del self.events[:-_EVENTS_KEPT]  # one step, so that threads may do it at once
-        if self.sampled:
-            try:
-                self.tracer.on_event(self, noted)
-            except Exception:
-                _show_mistake()
+        self._tell(self.tracer.on_event, noted)
 
     def __setitem__(self, key: str, value: Any) -> None:
         self.attributes[key] = _plain_data(value)
@@ -8198,7 +8197,7 @@ class Span:
         """Mark the span as failed by an exception; the trace shows where that came from, once."""
         if not self.sampled:  # failures are always told
             self.sampled = True
-            self._begin()
+            self._tell(self.tracer.on_start)
         if exc.__dict__.get("_traced_in") != self.trace_id:
             self(exc)
         self.error = f"{type(exc).__name__}: {_safe_text(exc)}"
@@ -8207,11 +8206,7 @@ class Span:
         """The work is done. A second call does nothing."""
         if not self.end_ns:
             self.end_ns = max(time.time_ns(), self.start_ns)
-            if self.sampled:
-                try:
-                    self.tracer.on_end(self)
-                except Exception:
-                    _show_mistake()
+            self._tell(self.tracer.on_end)
 
     def __enter__(self) -> Span:
         return self
@@ -8220,11 +8215,6 @@ class Span:
         if isinstance(exc, Exception):  # a cancellation is no failure
             self.fail(exc)
         self.end()
-
-
-def _show_mistake() -> None:
-    """Print the exception of a tracer on standard error; the request goes on."""
-    sys.excepthook(*sys.exc_info())
 
 
 class Tracer:
@@ -8484,8 +8474,6 @@ class _StreamTracer(Tracer):
         if thread.is_alive():  # Python's own flush at the end would wait
             sys.stdout = None if sys.stdout is self._stream else sys.stdout
             self._complain(len(self._queue))
-        elif self._queue:  # others have gone on during the last write
-            self._write_all(ending=True)
         self._started.release()
 
     def _complain(self, lost: int) -> None:
@@ -8500,6 +8488,8 @@ class _StreamTracer(Tracer):
             while not (self._wait(1, self._longest_wait()) or self._wait(5_000, self._pause)):
                 self._write_all(ending=False)
             self._write_all(ending=True)
+            if self._queue:  # others have gone on during the last write
+                self._write_all(ending=True)
             self._wakes_at = 1
 
     def _wait(self, entries: int, seconds: float | None) -> bool:
@@ -8545,7 +8535,7 @@ class _StreamTracer(Tracer):
                 _write_any(self._stream, text[start:end])
                 self._stream.flush()
                 start = end
-        except Exception:  # the disk is full, the stream is closed, or its own `write` fails
+        except BaseException:  # the disk is full, the stream is closed, or its own `write` fails
             return False
         finally:
             self._writes_since = 0.0

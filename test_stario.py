@@ -10489,6 +10489,27 @@ class TestTelemetry(unittest.TestCase):
         self.assertEqual(lost["attributes"]["count"], 7)
         self.assertEqual(len(lines), stario._LONGEST_QUEUE + 2)
 
+    def test_whatever_a_stream_raises_the_next_spans_are_written(self) -> None:
+        class Failing(io.StringIO):
+            def __init__(self, error: BaseException) -> None:
+                super().__init__()
+                self.error, self.failed = error, threading.Event()
+
+            def write(self, text: str) -> int:
+                if self.failed.is_set():
+                    return super().write(text)
+                self.failed.set()
+                raise self.error
+
+        for error in (OSError(28, "full"), SystemExit(3), KeyboardInterrupt(), GeneratorExit()):
+            for make in (JsonTracer, RichTracer):
+                with make(out := Failing(error)) as tracer:
+                    tracer("first").end()
+                    self.assertTrue(out.failed.wait(20))
+                    tracer("second").end()
+                self.assertRegex(out.getvalue(), "(?s)telemetry.lost.*count\\W+1\\b")
+                self.assertIn("second", out.getvalue())
+
     def test_a_span_that_ends_during_the_last_write_is_written_too(self) -> None:
         writing, let_go = threading.Event(), threading.Event()
 
