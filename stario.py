@@ -89,8 +89,8 @@ brackets can be left out of your copy: `python stario.py --without assets,client
       10391  30. What is refused
     10753  ACT 5. The pocket client
       10794  31. The pocket client (JavaScript) [client]
-      12157  32. This file as a page [read]
-      12328  33. An app to begin with
+      12154  32. This file as a page [read]
+      12325  33. An app to begin with
 
 READING PATH
 
@@ -11271,7 +11271,7 @@ class Attribute {
   // last word: when a script or a morph writes there, it writes again.
   keep(job) {
     this.keeper = this.effect(() => {
-      for (const name of job()) this.owner.wrote.set(name, present(this.el, name));
+      for (const name of job()) this.owner.wrote.set(name, getAttribute(this.el, name));
     });
   }
 
@@ -11292,8 +11292,6 @@ class Attribute {
     this.ended = true;
   }
 }
-
-const present = (el, name) => name === '#text' ? textContent(el) : getAttribute(el, name);
 
 function showText({ el, owner }, text) {
   const only = firstChild(el);
@@ -11665,7 +11663,8 @@ function update(records) {
     const el = type === 'characterData' ? parentNode(target) : target;
     const { wrote, attributes } = owners.get(el) ?? {};
     const part = name ?? '#text';
-    if (!wrote?.has(part) || wrote.get(part) === present(el, part)) continue;
+    if (!wrote?.has(part)) continue;
+    if (wrote.get(part) === (name ? getAttribute(el, name) : textContent(el))) continue;
     for (const { keeper } of attributes.values()) if (keeper) runAgain(keeper);
   }
 }
@@ -12123,14 +12122,12 @@ function morphAttributes(old, fresh) {
 
 function writeField(el, name, value) {
   const field = name === 'selected' ? closest(el, 'select') ?? el : el;
-  if (name === 'value' && isFocused(el) && (isHalf(el) || isSame(el, value))) return;
+  // What somebody is typing may say the same already: "1." is 1, and so may be an empty field 0.
+  const isSame = isNumeric(el) ? Number(el.value) === Number(value) : el.value === value;
+  if (name === 'value' && isFocused(el) && (isHalf(el) || isSame)) return;
   el[name] = value;
   refilled.add(field);
 }
-
-// What somebody is typing may say the same already: "1." is 1, and so may be an empty field 0.
-const isSame = (el, value) => el.value === value
-  || (isNumeric(el) && Number(el.value) === Number(value));
 
 // ---- Start ----
 // After the browser has filled in the fields of a page that somebody comes back to: it does so

@@ -15233,6 +15233,13 @@ class TestPocketClient(ClientPromises, unittest.TestCase):
         self.do("byId('b').click()")
         self.see("byId('p').textContent", "new")
 
+    def test_thousands_of_effects_run_after_one_patch(self) -> None:
+        self.answers("/s", patch_signals({f"s{n}": 1 for n in range(5000)}))
+        shown = "".join(f"<i data-text='$s{n}'></i>" for n in range(5000))
+        self.show(f"{shown}<b id='b' data-on:click=\"@get('/s', {{payload: 0}})\"></b>")
+        self.do("byId('b').click()")
+        self.see("[...document.querySelectorAll('i')].every((i) => i.textContent === '1')", True)
+
     def test_a_list_that_was_cut_short_grows_without_holes(self) -> None:
         box = "<input type='checkbox' id='c{0}' value='v{0}' data-bind='c'>"
         self.show(
