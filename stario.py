@@ -72,25 +72,25 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        5826  14. Relay: publish and subscribe
      6132  ACT 4. For real
        6139  15. Signals: from JSON to your dataclass
-       6894  16. Forms [forms]
-       7103  17. Behind a proxy
-       7210  18. Compression [compression]
-       7420  19. Static files [assets]
-       7983  20. Telemetry: spans, and who hears of them
-       8593  21. JsonTracer: for log collectors [json]
-       8670  22. RichTracer: for people [rich]
-       9133  23. Sessions [sessions]
-       9247  24. What lives as long as the server
-       9348  25. @baked
-       9632  26. ASGI: the same app under another server [asgi]
-       9859  27. RedisRelay: the same between processes and machines [redis]
-      10134  28. Reload: a saved file restarts the app [reload]
-      10279  29. Development: what went wrong, shown where one looks [development]
-      10391  30. What is refused
-    10753  ACT 5. The pocket client
-      10794  31. The pocket client (JavaScript) [client]
-      12154  32. This file as a page [read]
-      12325  33. An app to begin with
+       6896  16. Forms [forms]
+       7105  17. Behind a proxy
+       7212  18. Compression [compression]
+       7422  19. Static files [assets]
+       7985  20. Telemetry: spans, and who hears of them
+       8595  21. JsonTracer: for log collectors [json]
+       8672  22. RichTracer: for people [rich]
+       9135  23. Sessions [sessions]
+       9249  24. What lives as long as the server
+       9350  25. @baked
+       9634  26. ASGI: the same app under another server [asgi]
+       9861  27. RedisRelay: the same between processes and machines [redis]
+      10136  28. Reload: a saved file restarts the app [reload]
+      10281  29. Development: what went wrong, shown where one looks [development]
+      10393  30. What is refused
+    10755  ACT 5. The pocket client
+      10796  31. The pocket client (JavaScript) [client]
+      12156  32. This file as a page [read]
+      12327  33. An app to begin with
 
 READING PATH
 
@@ -6245,6 +6245,8 @@ def _problems_of(wrong: _Wrong, value: object, path: Sequence[str | int] = ()) -
     for names, part, wrong_part in wrong.parts:
         yield from _problems_of(wrong_part, part, (*path, *names))
     if not wrong.parts:
+        if isinstance(value, _Field) and wrong.expected.startswith("a list"):
+            value = value.values
         steps = [f".{name}" if _is_word(name) else f"[{_shown(name)}]" for name in path]
         field, got = _cut("".join(steps).removeprefix(".")), _shown(value)
         where = field if path or wrong.message else "the signals"

@@ -8968,6 +8968,9 @@ class TestForms(AsyncTest):
         with self.assertRaises(SignalsError) as caught:
             read_signals(Order, stario.Form([("count", "two"), ("item", "")]))
         self.assertEqual(caught.exception.problems, ['count: expected a whole number, got "two"'])
+        with self.assertRaises(SignalsError) as caught:
+            read_signals(dict[str, tuple[int, int]], stario.Form([("at", "1")]))
+        self.assertEqual(caught.exception.problems, ['at: expected a list of 2, got ["1"]'])
 
     def test_a_file_that_comes_as_a_signal_is_bytes(self) -> None:
         sent = [{"name": "a.txt", "contents": "aGVsbG8=", "mime": "text/plain"}]
