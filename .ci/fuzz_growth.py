@@ -54,6 +54,24 @@ class Two:
     many: list[Two] | list[One] = field(default_factory=list)
 
 
+@dataclass
+class Three:
+    n: Literal["1", 0, "x"]
+    next: Three | Four | None = None
+    many: list[Three] | list[Four] | list[One] = field(default_factory=list)
+
+
+@dataclass
+class Four:
+    n: Literal[1, "nan", True]
+    next: Four | Three | None = None
+    many: set[int] | list[Three | Four] | dict[str, Four] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.many:
+            raise ValueError("too many")
+
+
 class Loose(TypedDict, total=False):
     n: int | float | str
     next: Loose | list[Loose]
@@ -66,7 +84,9 @@ SCHEMAS: list[Any] = [
     set[tuple[int, ...]], list[Literal["a", 1]], list[Color], list[datetime], list[bool],
     list[int] | list[str], dict[str, list[int]] | dict[str, list[str]], Any,
     list[int | float | Decimal | date], list[One | dict[str, int] | list[int]],
-    dict[str, tuple[int, One | None] | Literal["a"]],
+    dict[str, tuple[int, One | None] | Literal["a"]], list[Three | Four], Four,
+    list[One] | list[Two] | list[Three], list[int] | list[float] | set[Decimal] | list[Four],
+    dict[str, One] | dict[str, Two] | dict[str, Loose], list[Three | One | Loose],
 ]  # fmt: skip
 SCALARS: list[Any] = [
     0, 1, -1, 1.5, True, None, "", "x", "1", "1_0", "nan", "1e5", ".5", "red", "2024-01-31",
