@@ -11399,7 +11399,7 @@ const plugins = {
     }, { once: mods.has('once'), passive: mods.has('passive'), capture: mods.has('capture') });
   },
   'on-intersect'(attribute) {
-    const { el, mods } = attribute;
+    const { mods } = attribute;
     const later = timed(attribute);
     const percent = mods.get('threshold')?.[0]
       ?? (mods.has('full') ? 100 : mods.has('half') ? 50 : 0);
