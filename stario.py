@@ -66,31 +66,31 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        2346  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
        3419  10. The server
        4235  11. Trying it without a network: the test client [testclient]
-     4683  ACT 3. Live
-       4731  12. Datastar: attributes and actions
-       5312  13. Streams: events, and staying with a client
-       5826  14. Relay: publish and subscribe
-     6132  ACT 4. For real
-       6139  15. Signals: from JSON to your dataclass
-       6896  16. Forms [forms]
-       7105  17. Behind a proxy
-       7212  18. Compression [compression]
-       7422  19. Static files [assets]
-       7985  20. Telemetry: spans, and who hears of them
-       8595  21. JsonTracer: for log collectors [json]
-       8672  22. RichTracer: for people [rich]
-       9135  23. Sessions [sessions]
-       9249  24. What lives as long as the server
-       9350  25. @baked
-       9634  26. ASGI: the same app under another server [asgi]
-       9861  27. RedisRelay: the same between processes and machines [redis]
-      10136  28. Reload: a saved file restarts the app [reload]
-      10281  29. Development: what went wrong, shown where one looks [development]
-      10393  30. What is refused
-    10755  ACT 5. The pocket client
-      10796  31. The pocket client (JavaScript) [client]
-      12156  32. This file as a page [read]
-      12327  33. An app to begin with
+     4693  ACT 3. Live
+       4741  12. Datastar: attributes and actions
+       5322  13. Streams: events, and staying with a client
+       5836  14. Relay: publish and subscribe
+     6142  ACT 4. For real
+       6149  15. Signals: from JSON to your dataclass
+       6906  16. Forms [forms]
+       7115  17. Behind a proxy
+       7222  18. Compression [compression]
+       7432  19. Static files [assets]
+       7995  20. Telemetry: spans, and who hears of them
+       8605  21. JsonTracer: for log collectors [json]
+       8682  22. RichTracer: for people [rich]
+       9145  23. Sessions [sessions]
+       9259  24. What lives as long as the server
+       9360  25. @baked
+       9644  26. ASGI: the same app under another server [asgi]
+       9871  27. RedisRelay: the same between processes and machines [redis]
+      10146  28. Reload: a saved file restarts the app [reload]
+      10291  29. Development: what went wrong, shown where one looks [development]
+      10403  30. What is refused
+    10765  ACT 5. The pocket client
+      10806  31. The pocket client (JavaScript) [client]
+      12166  32. This file as a page [read]
+      12337  33. An app to begin with
 
 READING PATH
 
@@ -108,10 +108,10 @@ Two hours, for a reader who wants to know how it works, not all that it does. Re
      3174-3415   `Connection`  one connection, many requests
      3839-3860   `Server.start`  listening
      3975-3992   `Server.stop`  ending without losing a request
-     5436-5556   `_EventWriter`  events
-     5646-5711   `_Scope`  how a disconnect reaches a handler
-     5739-5822   `Alive`  staying with a client
-     5980-6077   `Relay`  from one handler to another
+     5446-5566   `_EventWriter`  events
+     5656-5721   `_Scope`  how a disconnect reaches a handler
+     5749-5832   `Alive`  staying with a client
+     5990-6087   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -4356,6 +4356,21 @@ def _quoted(name: str) -> str:
     return '"' + name.translate({10: "%0A", 13: "%0D", 34: "%22"}) + '"'
 
 
+def _sent_body(
+    json: object, form: Mapping[str, object] | None,
+    files: Mapping[str, tuple[str, bytes]] | None, body: bytes,
+) -> tuple[bytes, str]:  # fmt: skip
+    """A request's body and its type, made of what a test gives for it."""
+    if json is not None:
+        return _json(json, _encode_sent).encode("utf-8", "replace"), "application/json"
+    if files is not None:
+        return _multipart(form or {}, files)
+    if form is not None:
+        encoded = urlencode(form, doseq=True, errors="replace").encode()
+        return encoded, "application/x-www-form-urlencoded"
+    return body, ""
+
+
 def _multipart(
     form: Mapping[str, object], files: Mapping[str, tuple[str, bytes]]
 ) -> tuple[bytes, str]:
@@ -4642,14 +4657,9 @@ class TestClient:
                 )
             else:
                 json = signals
-        if json is not None:
-            body = _json(json, _encode_sent).encode("utf-8", "replace")
-            fields["content-type"] = "application/json"
-        elif files is not None:
-            body, fields["content-type"] = _multipart(form or {}, files)
-        elif form is not None:
-            body = urlencode(form, doseq=True, errors="replace").encode()
-            fields["content-type"] = "application/x-www-form-urlencoded"
+        body, kind = _sent_body(json, form, files, body)
+        if kind:
+            fields["content-type"] = kind
         if body:
             fields["content-length"] = str(len(body))
         fields.update({name.lower(): value for name, value in (headers or {}).items()})
