@@ -8331,7 +8331,7 @@ _HINTS = (  # what Python says where an `await` is missing or too much, and what
      "And a handler is an `async def`"),
     (r"'(?:method|function)' object (?:is not subscriptable|has no attribute)",
      "call it, and await what is async: `(await c.signals())['name']`, `await c.req.form()`"),
-    (r"\bFuture can't be", "a loop's own futures are awaited: await asyncio.wrap_future(...)"),
+    (r"\bFuture\b.* can't be", "a loop's own futures are awaited: await asyncio.wrap_future(...)"),
     (r"\bcoroutine\b", "`await` is missing: await c.signals(), await c.req.json()"),
     (r"\b(Alive|Subscription|async_generator)\b",
      "loop over it, `async for item in w.alive(source):`, or write `async with w.alive():`"),
