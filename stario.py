@@ -72,25 +72,25 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        5836  14. Relay: publish and subscribe
      6142  ACT 4. For real
        6149  15. Signals: from JSON to your dataclass
-       6906  16. Forms [forms]
-       7115  17. Behind a proxy
-       7222  18. Compression [compression]
-       7432  19. Static files [assets]
-       7995  20. Telemetry: spans, and who hears of them
-       8605  21. JsonTracer: for log collectors [json]
-       8682  22. RichTracer: for people [rich]
-       9145  23. Sessions [sessions]
-       9259  24. What lives as long as the server
-       9360  25. @baked
-       9644  26. ASGI: the same app under another server [asgi]
-       9871  27. RedisRelay: the same between processes and machines [redis]
-      10146  28. Reload: a saved file restarts the app [reload]
-      10291  29. Development: what went wrong, shown where one looks [development]
-      10403  30. What is refused
-    10765  ACT 5. The pocket client
-      10806  31. The pocket client (JavaScript) [client]
-      12166  32. This file as a page [read]
-      12337  33. An app to begin with
+       6909  16. Forms [forms]
+       7118  17. Behind a proxy
+       7225  18. Compression [compression]
+       7435  19. Static files [assets]
+       7998  20. Telemetry: spans, and who hears of them
+       8608  21. JsonTracer: for log collectors [json]
+       8685  22. RichTracer: for people [rich]
+       9148  23. Sessions [sessions]
+       9262  24. What lives as long as the server
+       9363  25. @baked
+       9647  26. ASGI: the same app under another server [asgi]
+       9874  27. RedisRelay: the same between processes and machines [redis]
+      10149  28. Reload: a saved file restarts the app [reload]
+      10294  29. Development: what went wrong, shown where one looks [development]
+      10406  30. What is refused
+    10768  ACT 5. The pocket client
+      10809  31. The pocket client (JavaScript) [client]
+      12169  32. This file as a page [read]
+      12340  33. An app to begin with
 
 READING PATH
 
@@ -6224,6 +6224,9 @@ _REJECTIONS = (ValueError, TypeError, ArithmeticError, LookupError, AttributeErr
 class _Wrong:
     """What a reader gives for a value that does not fit."""
 
+    # (there may be many: a union keeps what each of its types gave)
+    __slots__ = "cause", "count", "expected", "message", "parts", "work"
+
     def __init__(self, expected: str = "", message: str = "") -> None:
         self.expected = expected  # in words
         self.message = message  # to be shown in place of what was expected and what came
@@ -6285,9 +6288,9 @@ def _cut(text: str, length: int = _LONGEST_SHOWN) -> str:
 
 # -- Plain values
 
-# What the types of a union gave for a list or an object, by reader and value. None where no union
+# What the types of a union gave for a list or an object, by reader and id. None where no union
 # is looking for its type: see `_union_reader`.
-_Tried = dict[tuple[int, int], Any] | None
+_Tried = dict[tuple[object, int], Any] | None
 Reader = Callable[[Any, _Tried], Any]
 
 _PLAIN = (str, int, float, bool, types.NoneType)
@@ -6684,11 +6687,11 @@ def _read_first(value: Any, options: Sequence[_Option], tried: _Tried, nothing_f
     """
     keeps = tried is not None and _holds_others(value)
     tried = {} if tried is None else tried
-    nearest, fewest, suspect = nothing_fits, sys.maxsize, None
+    nearest, fewest, suspect, place = nothing_fits, sys.maxsize, None, id(value)
     for option in options:
         if suspect and option.is_uniform and type(option.read(suspect, tried)) is _Wrong:
             continue
-        key = (id(option.read), id(value)) if keeps else None
+        key = (option.read, place) if keeps else None
         found = tried[key] if key in tried else option.read(value, tried)
         if key:
             tried[key] = found
