@@ -6221,6 +6221,9 @@ _MISSING = object()  # in place of a value that did not come
 _REJECTIONS = (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, AssertionError)
 
 
+_Name = str | int | tuple[str | int, ...]  # of a part; a model (pydantic's) may tell several steps
+
+
 class _Wrong:
     """What a reader gives for a value that does not fit."""
 
@@ -6233,10 +6236,10 @@ class _Wrong:
         self.cause: Exception | None = None  # what a dataclass or a model has raised
         self.count = 1  # of problems, those of its parts if it has some
         self.work = 1  # the time it took to find them, as a multiple of that for a wrong number
-        # The first parts that are wrong: the path to each, the value there, what is wrong with it.
-        self.parts: list[tuple[Sequence[str | int], Any, _Wrong]] = []
+        # The first parts that are wrong: the name of each, the value there, what is wrong with it.
+        self.parts: list[tuple[_Name, Any, _Wrong]] = []
 
-    def add(self, path: Sequence[str | int], value: object, wrong: _Wrong) -> None:
+    def add(self, name: _Name, value: object, wrong: _Wrong) -> None:
         """Add a part that is wrong."""
         if not self.parts:
             self.count = self.work = 0
@@ -6244,7 +6247,7 @@ class _Wrong:
         self.work += wrong.work
         self.cause = self.cause or wrong.cause
         if len(self.parts) < _MOST_LISTED:
-            self.parts.append((path, value, wrong))
+            self.parts.append((name, value, wrong))
 
 
 @lru_cache(maxsize=256)
@@ -6253,10 +6256,11 @@ def _expected(what: str) -> _Wrong:
     return _Wrong(what)
 
 
-def _problems_of(wrong: _Wrong, value: object, path: Sequence[str | int] = ()) -> Iterator[Problem]:
+def _problems_of(wrong: _Wrong, value: object, *path: str | int) -> Iterator[Problem]:
     """The leaves of the tree in words: `pets[0].age: expected a whole number, got "x"`."""
-    for names, part, wrong_part in wrong.parts:
-        yield from _problems_of(wrong_part, part, (*path, *names))
+    for name, part, wrong_part in wrong.parts:
+        names = name if isinstance(name, tuple) else (name,)
+        yield from _problems_of(wrong_part, part, *path, *names)
     if not wrong.parts:
         if isinstance(value, _Field) and wrong.expected.startswith("a list"):
             value = value.values
@@ -6455,7 +6459,7 @@ def _read_each(parts: Iterable[tuple[str | int, Any, Reader]], tried: _Tried) ->
             found.append(item)
             continue
         wrong = wrong or _Wrong()
-        wrong.add((name,), value, item)
+        wrong.add(name, value, item)
         if wrong.work > (_MOST_WORK if tried is None else _MOST_LISTED):
             break  # (sooner where a union only tries the type)
     return wrong or found
@@ -6543,7 +6547,7 @@ def _record_reader(schema: Any) -> Reader:
                 found[name] = item = _IS_MISSING if sent is _MISSING else read(sent, tried)
                 if type(item) is _Wrong:
                     wrong = wrong or _Wrong()
-                    wrong.add((name,), sent, item)
+                    wrong.add(name, sent, item)
         if wrong:
             return wrong
         try:
@@ -6628,9 +6632,7 @@ def _union_reader(kinds: Sequence[Any]) -> Reader:
         if isinstance(value, dict) and len(fitting) > 1:
             if tag in value:
                 fitting = by_tag.get(_key_of(value[tag]), [])
-            fitting = [
-                option for option in fitting if not option.needed or value.keys() >= option.needed
-            ]
+            fitting = [option for option in fitting if value.keys() >= option.needed]
         if len(fitting) == 1:
             return fitting[0].read(value, tried)
         return _read_first(value, fitting, tried, nothing_fits)
@@ -6664,7 +6666,7 @@ def _fitness(kind: Any, came: type) -> int:
     return came in _PLAIN if is_enum or origin in _READERS else 1
 
 
-def _tag_of(options: Sequence[_Option]) -> tuple[str, dict[Any, list[_Option]]]:
+def _tag_of(options: Sequence[_Option]) -> tuple[str | None, dict[Any, list[_Option]]]:
     """The field that tells these types apart, a `Literal` in each; the types by its values."""
     tables: dict[str, dict[Any, list[_Option]]] = {}
     times: Counter[str] = Counter()
@@ -6675,7 +6677,7 @@ def _tag_of(options: Sequence[_Option]) -> tuple[str, dict[Any, list[_Option]]]:
                 for key in _choices_by_key(typing.get_args(kind)):
                     tables.setdefault(name, {}).setdefault(key, []).append(option)
     in_all = [(name, table) for name, table in tables.items() if times[name] == len(options)]
-    return max(in_all, key=lambda tag: len(tag[1]), default=("", {}))
+    return max(in_all, key=lambda tag: len(tag[1]), default=(None, {}))
 
 
 def _read_first(value: Any, options: Sequence[_Option], tried: _Tried, nothing_fits: _Wrong) -> Any:
@@ -6703,7 +6705,7 @@ def _read_first(value: Any, options: Sequence[_Option], tried: _Tried, nothing_f
             fewest = found.count
         # Where few items of many are wrong, the next types are asked about the first of them.
         if option.is_uniform and found.parts and found.count * 100 < len(value):
-            (name, *_), item, _ = found.parts[0]
+            name, item, _ = found.parts[0]
             suspect = {name: item} if isinstance(value, dict) else [item]
     return nearest
 

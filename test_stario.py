@@ -8738,6 +8738,7 @@ class TestSignals(unittest.TestCase):
             (tuple[()], [], ()), (tuple, [1, "a"], (1, "a")), (None, None, None),
             (Decimal, "-1.50", Decimal("-1.50")), (Decimal, 2.5, Decimal("2.5")),
             (Waits, {"seconds": 1, "minutes": "2"}, Waits(1, 2)),
+            (Search | Inner, {"": 1, "n": "2"}, Inner(2)),
         ]:  # fmt: skip
             with self.subTest(f"{schema} {signals}"):
                 found = read_signals(schema, signals)  # type: ignore[arg-type,var-annotated]
