@@ -72,25 +72,25 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        5836  14. Relay: publish and subscribe
      6142  ACT 4. For real
        6149  15. Signals: from JSON to your dataclass
-       6909  16. Forms [forms]
-       7118  17. Behind a proxy
-       7225  18. Compression [compression]
-       7435  19. Static files [assets]
-       7998  20. Telemetry: spans, and who hears of them
-       8608  21. JsonTracer: for log collectors [json]
-       8685  22. RichTracer: for people [rich]
-       9148  23. Sessions [sessions]
-       9262  24. What lives as long as the server
-       9363  25. @baked
-       9647  26. ASGI: the same app under another server [asgi]
-       9874  27. RedisRelay: the same between processes and machines [redis]
-      10149  28. Reload: a saved file restarts the app [reload]
-      10294  29. Development: what went wrong, shown where one looks [development]
-      10406  30. What is refused
-    10768  ACT 5. The pocket client
-      10809  31. The pocket client (JavaScript) [client]
-      12169  32. This file as a page [read]
-      12340  33. An app to begin with
+       6911  16. Forms [forms]
+       7120  17. Behind a proxy
+       7229  18. Compression [compression]
+       7439  19. Static files [assets]
+       8002  20. Telemetry: spans, and who hears of them
+       8612  21. JsonTracer: for log collectors [json]
+       8689  22. RichTracer: for people [rich]
+       9152  23. Sessions [sessions]
+       9266  24. What lives as long as the server
+       9367  25. @baked
+       9651  26. ASGI: the same app under another server [asgi]
+       9878  27. RedisRelay: the same between processes and machines [redis]
+      10153  28. Reload: a saved file restarts the app [reload]
+      10298  29. Development: what went wrong, shown where one looks [development]
+      10410  30. What is refused
+    10772  ACT 5. The pocket client
+      10813  31. The pocket client (JavaScript) [client]
+      12173  32. This file as a page [read]
+      12344  33. An app to begin with
 
 READING PATH
 
@@ -7201,14 +7201,16 @@ class TrustedProxies:
         return _Hop(client, scheme.lower() if scheme.lower() in ("http", "https") else "", host)
 
 
-_PARAMETER = re.compile(r';\s*+([^\s=;"]++)\s*+=\s*+(?:"((?:[^"\\]++|\\.)*+)"|([^;]*+))')
+_PARAMETER = re.compile(
+    r';\s*+([^\s=;"]++)\s*+=\s*+(?:"((?:[^"\\]++|\\.)*+(?="\s*+(?:;|$))|[^"]*+)"|([^;]*+))'
+)
 
 
 def _parameters(value: str) -> dict[str, str]:
     """What stands behind the semicolons of a field: `form-data; name="a"` (part 16 uses it, too).
 
     Browsers write a quote in a file name as %22, and a backslash as it is; so only `\\"` and `\\\\`
-    are undone here.
+    are undone here. A text whose end nothing may follow ends at its first quote: `"C:\\"; x="y"`.
     """
     return {
         name.lower(): re.sub(r'\\(["\\])', r"\1", quoted) if quoted else plain.strip()

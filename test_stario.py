@@ -9011,6 +9011,21 @@ class TestForms(AsyncTest):
         self.assertEqual(names, ["", "e.txt", "€ rates"])
         self.assertEqual(form.items(), [])
 
+    def test_a_backslash_at_the_end_of_a_name_is_a_part_of_it(self) -> None:
+        for text, name, filename in [
+            (r'name="C:\"', "C:\\", None),
+            (r'name="C:\"; filename="a.txt"', "C:\\", "a.txt"),
+            (r'name="a"; filename="b\"', "a", "b\\"),
+            (r'filename="b\" ; name="\"', "\\", "b\\"),
+            (r'name="a"; filename="say \"b\"; c.txt"', "a", 'say "b"; c.txt'),
+            (r'name="a"; filename="b.txt".exe', "a", "b.txt"),
+        ]:
+            with self.subTest(text):
+                form = self.form((f"Content-Disposition: form-data; {text}", b"x"))
+                found = [file.filename for file in form.files.get(name, [])]
+                self.assertEqual(found, [filename] if filename else [])
+                self.assertEqual(form.keys(), [] if filename else [name])
+
     def test_only_a_line_of_its_own_is_a_delimiter(self) -> None:
         text = b"\r\n--Xyz\r\n--Xy-\r\n --Xy\r\n--Xy x\r\n--X\r\n--Xy--x\r\n"
         form = self.form((self.named("a"), text), (self.named("b"), b"\n--Xy\n"))
