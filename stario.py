@@ -59,38 +59,38 @@ brackets can be left out of your copy: `python stario.py --without assets,client
         322  3. HTML: elements are strings
         665  4. JSON
         786  5. The request: headers, query, cookies, body
-       1263  6. The answer: status, fields, body
-       1696  7. Context and routing
-       2148  8. The app
-     2338  ACT 2. On the network
-       2346  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3419  10. The server
-       4235  11. Trying it without a network: the test client [testclient]
-     4693  ACT 3. Live
-       4741  12. Datastar: attributes and actions
-       5322  13. Streams: events, and staying with a client
-       5836  14. Relay: publish and subscribe
-     6142  ACT 4. For real
-       6149  15. Signals: from JSON to your dataclass
-       6911  16. Forms [forms]
-       7120  17. Behind a proxy
-       7229  18. Compression [compression]
-       7439  19. Static files [assets]
-       8002  20. Telemetry: spans, and who hears of them
-       8612  21. JsonTracer: for log collectors [json]
-       8689  22. RichTracer: for people [rich]
-       9152  23. Sessions [sessions]
-       9266  24. What lives as long as the server
-       9367  25. @baked
-       9651  26. ASGI: the same app under another server [asgi]
-       9878  27. RedisRelay: the same between processes and machines [redis]
-      10153  28. Reload: a saved file restarts the app [reload]
-      10298  29. Development: what went wrong, shown where one looks [development]
-      10410  30. What is refused
-    10772  ACT 5. The pocket client
-      10813  31. The pocket client (JavaScript) [client]
-      12173  32. This file as a page [read]
-      12344  33. An app to begin with
+       1261  6. The answer: status, fields, body
+       1694  7. Context and routing
+       2146  8. The app
+     2336  ACT 2. On the network
+       2344  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
+       3417  10. The server
+       4233  11. Trying it without a network: the test client [testclient]
+     4691  ACT 3. Live
+       4739  12. Datastar: attributes and actions
+       5320  13. Streams: events, and staying with a client
+       5834  14. Relay: publish and subscribe
+     6140  ACT 4. For real
+       6147  15. Signals: from JSON to your dataclass
+       6906  16. Forms [forms]
+       7115  17. Behind a proxy
+       7224  18. Compression [compression]
+       7434  19. Static files [assets]
+       7997  20. Telemetry: spans, and who hears of them
+       8607  21. JsonTracer: for log collectors [json]
+       8684  22. RichTracer: for people [rich]
+       9147  23. Sessions [sessions]
+       9261  24. What lives as long as the server
+       9362  25. @baked
+       9646  26. ASGI: the same app under another server [asgi]
+       9873  27. RedisRelay: the same between processes and machines [redis]
+      10148  28. Reload: a saved file restarts the app [reload]
+      10293  29. Development: what went wrong, shown where one looks [development]
+      10405  30. What is refused
+    10767  ACT 5. The pocket client
+      10808  31. The pocket client (JavaScript) [client]
+      12168  32. This file as a page [read]
+      12339  33. An app to begin with
 
 READING PATH
 
@@ -98,20 +98,20 @@ Two hours, for a reader who wants to know how it works, not all that it does. Re
 
       333-350    `SafeString`  an element is a string
       629-658    `Tags`  `h.P` makes one
-     1066-1244   `Request`  what a client asks for
-     1274-1342   `Carrier`  what brings the answer back
-     1422-1610   `_RawWriter`  the answer
-     1714-1812   `Context`  what a handler gets beside it
-     1902-1917   `_Tree.find`  from a path to a handler
-     2255-2289   `_App.dispatch`  one request from end to end
-     2709-2822   `_RequestReader`  bytes to requests
-     3174-3415   `Connection`  one connection, many requests
-     3839-3860   `Server.start`  listening
-     3975-3992   `Server.stop`  ending without losing a request
-     5446-5566   `_EventWriter`  events
-     5656-5721   `_Scope`  how a disconnect reaches a handler
-     5749-5832   `Alive`  staying with a client
-     5990-6087   `Relay`  from one handler to another
+     1064-1242   `Request`  what a client asks for
+     1272-1340   `Carrier`  what brings the answer back
+     1420-1608   `_RawWriter`  the answer
+     1712-1810   `Context`  what a handler gets beside it
+     1900-1915   `_Tree.find`  from a path to a handler
+     2253-2287   `_App.dispatch`  one request from end to end
+     2707-2820   `_RequestReader`  bytes to requests
+     3172-3413   `Connection`  one connection, many requests
+     3837-3858   `Server.start`  listening
+     3973-3990   `Server.stop`  ending without losing a request
+     5444-5564   `_EventWriter`  events
+     5654-5719   `_Scope`  how a disconnect reaches a handler
+     5747-5830   `Alive`  staying with a client
+     5988-6085   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -809,10 +809,8 @@ class _Fields:
         self._fields = fields if fields is not None else {}  # name -> its values, in order
 
     def _values(self, name: str) -> Sequence[str]:
-        """All values of a name, in order."""
-        return (
-            self._fields.get(name) or self._fields.get(self._fold(name)) or ()
-        )  # (folding is slow)
+        """All values of a name, in order. (A name is folded only if it must be: that is slow.)"""
+        return self._fields.get(name) or self._fields.get(self._fold(name)) or ()
 
     def items(self) -> list[tuple[str, str]]:
         """All fields as pairs of name and value; a name that came twice is in two of them."""
@@ -6221,9 +6219,6 @@ _MISSING = object()  # in place of a value that did not come
 _REJECTIONS = (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, AssertionError)
 
 
-_Name = str | int | tuple[str | int, ...]  # of a part; a model (pydantic's) may tell several steps
-
-
 class _Wrong:
     """What a reader gives for a value that does not fit."""
 
@@ -6237,10 +6232,10 @@ class _Wrong:
         self.count = 1  # of problems, those of its parts if it has some
         self.work = 1  # the time it took to find them, as a multiple of that for a wrong number
         # The first parts that are wrong: the name of each, the value there, what is wrong with it.
-        self.parts: list[tuple[_Name, Any, _Wrong]] = []
+        self.parts: list[tuple[Any, Any, _Wrong]] = []
 
-    def add(self, name: _Name, value: object, wrong: _Wrong) -> None:
-        """Add a part that is wrong."""
+    def add(self, name: str | int | tuple[Any, ...], value: object, wrong: _Wrong) -> None:
+        """Add a part that is wrong. (Its name is a tuple where it is a part of a part.)"""
         if not self.parts:
             self.count = self.work = 0
         self.count += wrong.count
