@@ -6980,8 +6980,8 @@ async def _read_form(request: Request) -> Form:
 
 _MAX_PART_HEAD, _MAX_PART_FIELDS = 8 * 1024, 20  # bytes and header fields of a part of a form
 _CHARSET = re.compile(  # those that browsers know (Encoding standard): other codecs are no charsets
-    r"utf-?8|us-ascii|iso-8859-\d+|windows-\d+|koi8-[ru]|macintosh|ibm866|big5|gbk|gb2312|gb18030"
-    r"|euc-(jp|kr)|shift_jis|iso-2022-jp|utf-16(le|be)?",
+    r"utf-?8|us-ascii|iso-8859-1?[0-9]|windows-125[0-8]|koi8-[ru]|macintosh|ibm866|big5|gbk|gb2312"
+    r"|gb18030|euc-(jp|kr)|shift_jis|iso-2022-jp|utf-16(le|be)?",  # (Python keeps unknown names)
     re.IGNORECASE,
 )
 
@@ -7536,7 +7536,7 @@ class _File:
         self.size = len(data or b"")
         self.memory = self.size + 1024  # about what this object takes, in bytes
         self.fingerprinted = f"{stem}.{digest}{suffix}"
-        self.content_type = _content_type(suffix.lower())
+        self.content_type = _content_type(suffix[:32].lower())  # (cut, since it is kept)
         # A `.svgz` is the one compressed file that browsers want unpacked.
         self.is_svgz = suffix.lower() == ".svgz" and start == b"\x1f\x8b"
         can_be_smaller = data is not None and re.match(_COMPRESSIBLE, self.content_type)

@@ -51,6 +51,7 @@ import textwrap
 import threading
 import time
 import traceback
+import tracemalloc
 import types
 import unittest
 import unittest.mock
@@ -8999,6 +9000,17 @@ class TestForms(AsyncTest):
             self.assertEqual(caught.exception.status_code, 400)
             self.assertLess(len(caught.exception.detail), 120)
 
+    def test_no_name_that_a_client_makes_up_is_kept(self) -> None:
+        import encodings
+
+        known = dict(vars(encodings)["_cache"])
+        for charset in ("windows-12500", "iso-8859-123", "windows-99999", "utf-16x", "iso-8859-٣"):
+            with self.subTest(charset), self.assertRaises(HttpException):
+                self.form((self.named("a", f"\r\nContent-Type: text/plain;charset={charset}"), b""))
+            with self.subTest(charset), self.assertRaises(HttpException):
+                self.form((self.named("a", f"; filename*={charset}''b"), b""))
+        self.assertEqual(vars(encodings)["_cache"], known)
+
     def test_files_are_what_has_a_name_or_bytes(self) -> None:
         form = self.form(
             (self.named("none", '; filename=""'), b""),
@@ -10222,6 +10234,15 @@ class TestDownloads(HttpTest):
 
         self.app.handle("GET", "/x", handler)
         self.app.handle("POST", "/x", handler)
+
+    def test_no_long_suffix_is_kept(self) -> None:
+        suffix = ".pdf" + "x" * 20_000
+        tracemalloc.start()
+        self.addCleanup(tracemalloc.stop)
+        for number in range(200):
+            file = stario._file_of(f"a{suffix}{number}", b"")
+            self.assertEqual(file.content_type, "application/octet-stream")
+        self.assertLess(tracemalloc.get_traced_memory()[0], 1_000_000)
 
     async def test_a_path_or_bytes_with_or_without_waiting(self) -> None:
         cases = {
