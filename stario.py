@@ -9683,7 +9683,8 @@ class _AsgiExchange(Carrier):
 
     shutting_down = False
 
-    def __init__(self, scope: Message) -> None:
+    def __init__(self, app: Stario, scope: Message) -> None:
+        self.app = app
         self.scopes = []
         self.client = str((scope.get("client") or ("",))[0] or "")
         self.scheme = str(scope.get("scheme") or "http")
@@ -9708,9 +9709,8 @@ class _AsgiExchange(Carrier):
 
     def send(self, data: bytes) -> None:
         """See Carrier. A client that leaves more than `_ASGI_BUFFER` waiting is cut off."""
-        unsent = self._answer.buffered
-        if unsent > _ASGI_BUFFER:
-            self._answer.fail(ClientDisconnected(f"{unsent} bytes of the answer were not taken"))
+        if self._answer.buffered > _ASGI_BUFFER:
+            self.abort()
             self.disconnect()
         self._answer.feed(data)
 
@@ -9742,21 +9742,16 @@ class _AsgiExchange(Carrier):
                     await send(head)
                 if self.may_have_body and not (more or self.body.ended):
                     await send({"type": "http.response.body", "body": data, "more_body": True})
-                    await self._end_of_request()
                     data = b""
+                    # Let the rest of an unwanted body come before the answer's end. If it comes
+                    # later, hypercorn closes the connection, with all its streams of HTTP/2.
+                    with suppress(TimeoutError):
+                        await asyncio.wait_for(self._until(lambda: self.body.ended), _ASGI_GRACE)
                 await send({"type": "http.response.body", "body": data, "more_body": more})
         except OSError:  # the client has gone: `disconnect` says so, or the server by `send`
             self.disconnect()
         finally:
             self._news.set()
-
-    async def _end_of_request(self) -> None:
-        """Wait for the rest of a body that nobody wants, so that it comes before the answer's end.
-
-        If it comes later, hypercorn closes the connection: with HTTP/2 that ends all its streams.
-        """
-        with suppress(TimeoutError):
-            await asyncio.wait_for(self._until(lambda: self.body.ended), _ASGI_GRACE)
 
     async def listen(self, receive: Receive) -> None:
         """Receive the body, no faster than the handler reads it, and then the disconnect."""
@@ -9789,12 +9784,12 @@ class _AsgiExchange(Carrier):
             self._end_scopes()
 
 
-_asgi_handlers: dict[asyncio.Task[None], tuple[Stario, _AsgiExchange]] = {}  # that run
+_asgi_handlers: dict[asyncio.Task[None], _AsgiExchange] = {}  # that run
 
 
 async def _serve_asgi(app: Stario, scope: Message, receive: Receive, send: Send) -> None:
     """One request, from its scope to the end of its handler."""
-    loop, exchange = asyncio.get_running_loop(), _AsgiExchange(scope)
+    loop, exchange = asyncio.get_running_loop(), _AsgiExchange(app, scope)
     try:
         request = _asgi_request(scope, exchange)
     except HttpException as exc:
@@ -9806,7 +9801,7 @@ async def _serve_asgi(app: Stario, scope: Message, receive: Receive, send: Send)
     if handling.done() and not exchange.may_have_body:  # so the third task is not needed
         await exchange.pass_on(send)
         return
-    _asgi_handlers[handling] = app, exchange
+    _asgi_handlers[handling] = exchange
     handling.add_done_callback(_asgi_handlers.pop)
     listening = _spawn(exchange.listen(receive), loop)
     try:
@@ -9832,7 +9827,9 @@ def _asgi_request(scope: Message, exchange: _AsgiExchange) -> Request:
     query = scope.get("query_string", b"").decode("latin-1")
     fields: dict[str, list[str]] = {}
     for name, value in scope.get("headers", ()):
-        fields.setdefault(name.decode("latin-1").lower(), []).append(value.decode("latin-1"))
+        key = name.decode("latin-1").lower()
+        charset = "utf-8" if key in _UTF_8_FIELDS else "latin-1"
+        fields.setdefault(key, []).append(value.decode(charset, "replace"))
     if not _HOST.fullmatch(" ".join(fields.get("host", ()))):
         raise HttpException(400, "Host is not one valid host")
     line = RequestLine(scope["method"], f"{path}?{query}" if query else path)
@@ -9850,23 +9847,17 @@ async def _asgi_lifespan(app: Stario, receive: Receive, send: Send) -> None:
             await send({"type": "lifespan.startup.complete"})
             stage = "shutdown"
             await receive()
-            await _end_asgi_streams(app)
+            running = {task: own for task, own in _asgi_handlers.items() if own.app is app}
+            for exchange in running.values():
+                exchange.shutting_down = True
+                exchange._end_scopes()
+            if running:
+                await asyncio.wait(running, timeout=_ASGI_GRACE)
     except Exception as exc:
         reason = f"{type(exc).__name__}: {exc}"
         await send({"type": f"lifespan.{stage}.failed", "message": reason})
         raise
     await send({"type": "lifespan.shutdown.complete"})
-
-
-async def _end_asgi_streams(app: Stario) -> None:
-    loop, own = asyncio.get_running_loop(), []
-    for task, (its_app, exchange) in list(_asgi_handlers.items()):
-        if its_app is app and task.get_loop() is loop:
-            exchange.shutting_down = True
-            exchange._end_scopes()
-            own.append(task)
-    if own:
-        await asyncio.wait(own, timeout=_ASGI_GRACE)
 
 
 # ==================================================================================================

@@ -11866,12 +11866,13 @@ class TestAsgi(StreamTest):
 
         app = Stario()
         app.get("/*", show)
-        fields = [(b"host", b"h"), (b"cookie", b"a=1"), (b"cookie", b"b=2")]  # as HTTP/2 splits it
+        cookies = [(b"cookie", b"a=1"), (b"Cookie", "b=ü".encode())]  # as HTTP/2 splits them
+        fields = [(b"host", b"h"), *cookies]
         server = await self.asked(
             app, "/é/x/y", raw_path=b"/%C3%A9/x%2Fy", query_string=b"q=%20", headers=fields
         )
         url = "https://h/%C3%A9/x%2Fy?q=%20"
-        wanted = ["/é/x/y", "/%C3%A9/x%2Fy", " ", "10.0.0.9", url, {"a": "1", "b": "2"}]
+        wanted = ["/é/x/y", "/%C3%A9/x%2Fy", " ", "10.0.0.9", url, {"a": "1", "b": "ü"}]
         self.assertEqual(json.loads(server.body), wanted)
         self.assertEqual([m.get("more_body") for m in server.sent], [None, False])
         refused = await self.asked(app, "/%zz", raw_path=b"/%zz")
