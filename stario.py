@@ -83,14 +83,14 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        9261  24. What lives as long as the server
        9362  25. @baked
        9646  26. ASGI: the same app under another server [asgi]
-       9873  27. RedisRelay: the same between processes and machines [redis]
-      10148  28. Reload: a saved file restarts the app [reload]
-      10293  29. Development: what went wrong, shown where one looks [development]
-      10405  30. What is refused
-    10767  ACT 5. The pocket client
-      10808  31. The pocket client (JavaScript) [client]
-      12168  32. This file as a page [read]
-      12339  33. An app to begin with
+       9864  27. RedisRelay: the same between processes and machines [redis]
+      10144  28. Reload: a saved file restarts the app [reload]
+      10289  29. Development: what went wrong, shown where one looks [development]
+      10401  30. What is refused
+    10763  ACT 5. The pocket client
+      10804  31. The pocket client (JavaScript) [client]
+      12164  32. This file as a page [read]
+      12335  33. An app to begin with
 
 READING PATH
 
@@ -9880,10 +9880,11 @@ async def _asgi_lifespan(app: Stario, receive: Receive, send: Send) -> None:
 # ==================================================================================================
 
 
-_MAX_OUTGOING = 10_000  # messages that may wait to be sent, while Redis answers
+_MAX_UNSENT = 16 * 1024 * 1024  # bytes of data that may wait to be sent, while Redis answers
 _BATCH = 500  # messages that are sent at once
 _RedisCommand = tuple[str | bytes, ...]
-_PING: _RedisCommand = ("PING",)
+_PING: _RedisCommand = ("PING",)  # Redis answers "PONG",
+_LAST_PING: _RedisCommand = ("PING", "last")  # and "last"
 
 
 class RedisRelay(Relay[T]):
@@ -9924,7 +9925,8 @@ class RedisRelay(Relay[T]):
         self._is_changing = False
         self._steps.clear()
         # Under the lock:
-        self._outgoing: deque[_RedisCommand] = deque()
+        self._outgoing: deque[tuple[str, bytes, bytes]] = deque()  # PUBLISH, channel, data
+        self._unsent = 0  # bytes of data in it
         self._changed: set[_Pattern] = set()  # patterns that Redis is to be told of
         self._thread: threading.Thread | None = None  # started when it is needed
         # Set by the thread, and read by all:
@@ -9943,11 +9945,13 @@ class RedisRelay(Relay[T]):
         message = "PUBLISH", self._channel(subject), _relay_json(data)
         with self._lock:
             waiting = len(self._outgoing)
-            if self._closed or waiting >= (self._queue if self._down else _MAX_OUTGOING):
+            full = waiting >= self._queue if self._down else self._unsent > _MAX_UNSENT
+            if self._closed or full:
                 why = f"Redis cannot be reached: {self._down}" if self._down else "it is overrun"
                 why = "it is closed" if self._closed else why
                 raise StarioError(f"{subject!r} is not published: {why}, {waiting} messages wait")
             self._outgoing.append(message)
+            self._unsent += len(message[2])
             self._nudge()
 
     def close(self) -> None:
@@ -10024,18 +10028,16 @@ class RedisRelay(Relay[T]):
     async def _talk(self, connection: Any) -> None:
         """One connection, from its beginning to its end."""
         await connection.connect()
-        transport = connection._writer.transport  # (redis-py has no public name for it)
+        writer = connection._writer  # (redis-py has no public name for it)
         try:
             async with asyncio.TaskGroup() as group:
-                receiving = group.create_task(self._receive(connection))
-                await self._send(connection)
-                receiving.cancel()
-            await connection.disconnect()  # when all is sent
+                group.create_task(self._send(connection.pack_commands, writer))
+                await self._receive(connection)
         finally:
-            transport.abort()  # what is not sent shall not come after what the next one sends
+            writer.transport.abort()  # or what is left comes after what the next one sends
             await connection.disconnect(nowait=True)
 
-    async def _send(self, connection: Any) -> None:
+    async def _send(self, pack: Callable[..., list[bytes]], writer: asyncio.StreamWriter) -> None:
         """Send what there is. First, all subscriptions: the answer to PING says that they are made.
 
         A PING is also sent when there was nothing else for half of the time-out.
@@ -10045,27 +10047,29 @@ class RedisRelay(Relay[T]):
             self._changed = {(length, text) for length, table in tables for text in list(table)}
         commands = [*self._next_commands(), _PING]
         while commands or not self._closed:
-            await connection.send_packed_command(connection.pack_commands(commands or [_PING]))
+            # (redis-py would use `writelines`, after which `drain` never waits in Python 3.13.0.)
+            writer.write(b"".join(pack(commands or [_PING])))
+            await writer.drain()
             if not (self._outgoing or self._changed or self._closed):
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self._work.wait(), self._timeout / 2)
             commands = self._next_commands()
+        writer.write(b"".join(pack([_LAST_PING])))
 
     def _next_commands(self) -> list[_RedisCommand]:
         """Take what waits to be sent: first the subscriptions."""
         self._work.clear()
         with self._lock:
             changed, self._changed = self._changed, set()
-            commands = [
-                self._command("SUBSCRIBE" if self._is_heard(pattern) else "UNSUBSCRIBE", pattern)
-                for pattern in changed
-            ]
+            commands = [self._command(pattern) for pattern in changed]
             messages = [self._outgoing.popleft() for _ in range(min(_BATCH, len(self._outgoing)))]
+            self._unsent -= sum(len(data) for _, _, data in messages)
         return commands + messages
 
-    def _command(self, verb: str, pattern: _Pattern) -> _RedisCommand:
+    def _command(self, pattern: _Pattern) -> _RedisCommand:
         """(UN)SUBSCRIBE to a pattern. Redis has more of them, `?` and `[a]`: these are escaped."""
         length, text = pattern
+        verb = "SUBSCRIBE" if self._is_heard(pattern) else "UNSUBSCRIBE"
         if length is None:
             return verb, self._channel(text)
         return "P" + verb, re.sub(rb"([\\*?\[\]^-])", rb"\\\1", self._channel(text)) + b"*"
@@ -10076,9 +10080,11 @@ class RedisRelay(Relay[T]):
         A message comes once for each of our patterns that fits, and nothing comes in between:
         `[b"message", b"room.1", b"7"]`, `[b"pmessage", b"room.*", b"room.1", b"7"]`. The first is
         delivered. What then differs only in its pattern is its copy, what is equal a new message.
+        It ends with the answer to the last PING: then Redis has done all that was sent before.
         """
         pattern, content = None, None  # of the last message that was delivered
-        while True:
+        answer = None
+        while answer != b"last":
             answer = await connection.read_response(
                 timeout=self._timeout, push_request=True, disconnect_on_error=False
             )
@@ -10111,8 +10117,7 @@ def _redis_connections(url: str, timeout: float) -> Callable[[], Any]:
         pool.connection_kwargs.update(  # whatever the url says
             protocol=3,  # in which answers and messages come over one connection
             decode_responses=False,
-            socket_timeout=timeout,
-            socket_connect_timeout=timeout,
+            socket_timeout=timeout,  # also to connect
             health_check_interval=0,
         )
         pool.make_connection()  # (it does not connect)

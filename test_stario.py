@@ -12566,20 +12566,20 @@ class TestRedisRelay(RedisTest):
         await relay.settle()
         self.redis.signal(signal.SIGSTOP)
         self.addCleanup(self.redis.signal, signal.SIGCONT)
-        for number in range(499):  # more than the sockets hold
+        for number in range(300):  # more than the sockets hold
             relay.publish("a", [number, "x" * 50_000])
         await until(lambda: relay._down)
         self.redis.signal(signal.SIGCONT)
 
         async def publish_newer() -> None:  # (on a busy machine it may be lost again)
-            for number in itertools.count(499):
+            for number in itertools.count(300):
                 with suppress(StarioError):
                     relay.publish("a", [number, ""])
                 await asyncio.sleep(0.005)
 
         publishing = asyncio.create_task(publish_newer())
         heard: list[int] = []
-        while sum(number > 499 for number in heard) < 20:
+        while sum(number > 300 for number in heard) < 20:
             heard.append((await self.get(subscription))[0])
         publishing.cancel()
         self.assertEqual(heard, sorted(heard))
@@ -12591,6 +12591,39 @@ class TestRedisRelay(RedisTest):
         relay.publish("a", "x" * 8_000_000)
         relay.close()
         self.assertEqual(len(await self.get(subscription)), 8_000_000)
+
+    async def test_closing_waits_until_redis_has_read_all(self) -> None:
+        other = self.relay()
+        subscription = other.subscribe("a", maxsize=10**6)
+        await other.settle()
+        for _ in range(5):
+            relay = self.relay()
+            own = relay.subscribe("a", maxsize=10**6)  # its answers are unread as it closes
+            await relay.settle()
+            for number in range(400):
+                relay.publish("a", [number, "x" * 30_000])
+            relay.close()
+            heard = [(await self.get(subscription))[0] for _ in range(400)]
+            self.assertEqual(heard, list(range(400)))
+            self.assertTrue(own.closed)
+
+    async def test_what_waits_for_a_redis_that_hangs_is_bounded_by_its_bytes(self) -> None:
+        relay, small = self.relay(timeout=60), self.relay(timeout=60)
+        subscription = small.subscribe("a", maxsize=10**6)
+        await relay.settle()
+        await small.settle()
+        self.redis.signal(signal.SIGSTOP)
+        self.addCleanup(self.redis.signal, signal.SIGCONT)
+        for number in range(12_000):
+            small.publish("a", number)
+        sent = 0
+        with self.assertRaisesRegex(StarioError, "'b' is not published: it is overrun, "):
+            while sent < 200:  # of a million bytes each
+                relay.publish("b", "x" * 1_000_000)
+                sent += 1
+                await asyncio.sleep(0.001)  # (the thread takes some)
+        self.redis.signal(signal.SIGCONT)
+        self.assertEqual([await self.get(subscription) for _ in range(12_000)], [*range(12_000)])
 
     async def test_a_silent_redis_that_answers_is_not_given_up(self) -> None:
         relay = self.relay(timeout=0.4)
