@@ -1540,11 +1540,11 @@ class _RawWriter:
         fields, compressible = content
         if self._headers is not None:
             fields = self._own_fields(fields)
+        if status == 205:  # "Reset Content" has none, and says so (RFC 9110, section 15.3.6)
+            body = b""
         config = self._compression
         if compressible and config is not None and len(body) >= config.min_size:
             fields, body = _compress(config, self._request.headers, fields, body)
-        if status == 205:  # "Reset Content" has none, and says so (RFC 9110, section 15.3.6)
-            body = b""
         if status in _BODILESS:
             body = b""
         else:

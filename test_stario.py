@@ -3841,6 +3841,19 @@ class TestAnswers(HttpTest):
                     # A body would stand in front of the next answer.
                     self.assertEqual((await within(peer.get("/one"))).text, "content")
 
+    async def test_an_answer_without_content_has_no_coding(self) -> None:
+        """RFC 9110, section 15.3.6: a client would try to decode the nothing of a 205."""
+
+        async def reset(c: Context, w: Writer) -> None:
+            w.html(h.P("x" * 5000), 205)
+
+        app = Stario(compression=CompressionConfig(min_size=0))
+        app.get("/", reset)
+        async with connected(app) as peer:
+            answer = await within(peer.get(accept_encoding="gzip"))
+        self.assertEqual((answer.status, answer.headers["content-length"]), (205, "0"))
+        self.assertNotIn("content-encoding", answer.headers)
+
     async def test_a_body_has_a_length_or_comes_in_chunks_but_not_both(self) -> None:
         """RFC 9112, section 6.2; what a handler says of the connection's own fields is left out."""
 
