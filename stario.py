@@ -6891,13 +6891,13 @@ def read_signals(schema: type[T], signals: object) -> T:
         signals = {name: _Field(find_all(name)) for name in cast("Iterable[str]", signals)}
     try:
         found = _reader_of(schema)(signals, None)
+        if type(found) is not _Wrong:
+            return cast(T, found)
+        problems = list(islice(_problems_of(found, signals), _MOST_LISTED))
     except RecursionError:
-        found = _Wrong("", "the signals are nested too deeply")
-    if type(found) is not _Wrong:
-        return cast(T, found)
+        raise SignalsError(["the signals are nested too deeply"]) from None
     if inspect.iscoroutine(signals):
         raise StarioError("`await` is missing: read_signals(schema, await c.req.form())")
-    problems = list(islice(_problems_of(found, signals), _MOST_LISTED))
     stopped = found.work > _MOST_WORK
     raise SignalsError(problems, more=found.count - len(problems), stopped=stopped) from found.cause
 

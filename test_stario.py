@@ -8272,6 +8272,10 @@ class Right:
     also: list[Left | Right] = field(default_factory=list)
 
 
+class Endless(TypedDict, total=False):
+    on: Endless
+
+
 @dataclass
 class Nest:
     nest: Nest | None = None
@@ -8858,6 +8862,13 @@ class TestSignals(unittest.TestCase):
         for _ in range(5000):
             signals = {"nest": signals}
         self.assertEqual(self.problems(Nest, signals), ["the signals are nested too deeply"])
+        deep = [[[["x" * 99, 1], 2], 3], 4]  # is shown, at a place as deep as can be read
+        for depth in range(850, 1000):
+            signals = {"on": deep}
+            for _ in range(depth):
+                signals = {"on": signals}
+            [problem] = self.problems(Endless, signals)
+            self.assertRegex(problem, "expected an object|nested too deeply")
 
     def test_models_and_post_init_tell_their_own_problems(self) -> None:
         class Model:
