@@ -16687,6 +16687,15 @@ class TestTilesInManyProcesses(TilesClient):
         )
         self.assertIn("player-bob", text)
 
+    async def test_more_clicks_at_once_than_connections_to_redis_wait(self) -> None:
+        tiles = self.processes[0]
+        tab = await self.join(tiles, "ada")
+        await self.view(tab, "player-ada")
+        self.redis.tell("CLIENT", "PAUSE", "500", "ALL")
+        clicks = [self.click(tiles, "ada", cell % 25) for cell in range(150)]
+        answers = await asyncio.gather(*clicks)
+        self.assertEqual({answer.status for answer in answers}, {204})
+
     async def test_who_leaves_while_redis_is_away_is_gone_when_it_is_back(self) -> None:
         code = f"""
             import asyncio, tiles_app

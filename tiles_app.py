@@ -113,9 +113,11 @@ class SharedState(State):
         super().__init__()
         self.others = RedisRelay[str](url, tracer=tracer)
         from redis import RedisError
-        from redis.asyncio import Redis
+        from redis.asyncio import BlockingConnectionPool, Redis
 
-        self.redis = Redis.from_url(url, decode_responses=True, socket_timeout=5)
+        # It has 50 connections. Who needs one while all are in use waits.
+        pool = BlockingConnectionPool.from_url(url, decode_responses=True, socket_timeout=5)
+        self.redis = Redis.from_pool(pool)
         self.refreshing = asyncio.Lock()  # one at a time: what is older must not come last
         self.away = (RedisError, OSError)  # what it raises while Redis cannot be reached
         self.expiry = expiry
