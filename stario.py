@@ -84,13 +84,13 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        9362  25. @baked
        9646  26. ASGI: the same app under another server [asgi]
        9864  27. RedisRelay: the same between processes and machines [redis]
-      10144  28. Reload: a saved file restarts the app [reload]
-      10289  29. Development: what went wrong, shown where one looks [development]
-      10401  30. What is refused
-    10763  ACT 5. The pocket client
-      10804  31. The pocket client (JavaScript) [client]
-      12164  32. This file as a page [read]
-      12335  33. An app to begin with
+      10145  28. Reload: a saved file restarts the app [reload]
+      10290  29. Development: what went wrong, shown where one looks [development]
+      10402  30. What is refused
+    10764  ACT 5. The pocket client
+      10805  31. The pocket client (JavaScript) [client]
+      12165  32. This file as a page [read]
+      12336  33. An app to begin with
 
 READING PATH
 
@@ -10043,9 +10043,9 @@ class RedisRelay(Relay[T]):
         A PING is also sent when there was nothing else for half of the time-out.
         """
         with self._lock:
-            tables = list(self._tables.items())
-            self._changed = {(length, text) for length, table in tables for text in list(table)}
-        commands = [*self._next_commands(), _PING]
+            tables, self._changed = self._tables.items(), set()
+            patterns = [(length, text) for length, table in tables for text in table]
+        commands = [*map(self._command, patterns), _PING]
         while commands or not self._closed:
             # (redis-py would use `writelines`, after which `drain` never waits in Python 3.13.0.)
             writer.write(b"".join(pack(commands or [_PING])))
@@ -10094,7 +10094,8 @@ class RedisRelay(Relay[T]):
                 self._down = ""
                 self._gaps += 1
                 self._tracer("relay.back").end()
-            if not (isinstance(answer, list) and answer[0] in (b"message", b"pmessage")):
+            is_message = isinstance(answer, list) and answer[0] in (b"message", b"pmessage")
+            if self._down or not is_message:  # (what comes too early belongs to the gap)
                 content = None
             elif answer[-2:] != content or answer[1] == pattern:
                 pattern, content = answer[1], answer[-2:]

@@ -12554,6 +12554,19 @@ class TestRedisRelay(RedisTest):
         relay.publish("a", 4)
         self.assertEqual(await self.get(subscription), 4)
 
+    async def test_the_gap_is_counted_before_the_next_message_comes(self) -> None:
+        relay = self.relay(queue=3)
+        subscription = relay.subscribe("a")
+        await relay.settle()
+        self.redis.kill()
+        await until(lambda: relay._down)
+        relay.publish("a", 1)
+        seen: list[int] = []
+        with mock.patch.object(relay, "_deliver_payload", lambda *_: seen.append(relay._gaps)):
+            self.redis.start()
+            await until(lambda: seen)
+        self.assertEqual((seen, subscription.gaps), ([1], 1))
+
     async def test_a_connection_that_is_cut_is_made_again(self) -> None:
         relay = self.relay()
         subscription = relay.subscribe("a.*")
