@@ -60,22 +60,22 @@ brackets can be left out of your copy: `python stario.py --without assets,client
         665  4. JSON
         786  5. The request: headers, query, cookies, body
        1261  6. The answer: status, fields, body
-       1694  7. Context and routing
-       2146  8. The app
-     2336  ACT 2. On the network
-       2344  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3417  10. The server
-       4233  11. Trying it without a network: the test client [testclient]
-     4691  ACT 3. Live
-       4739  12. Datastar: attributes and actions
-       5320  13. Streams: events, and staying with a client
-       5834  14. Relay: publish and subscribe
-     6140  ACT 4. For real
-       6147  15. Signals: from JSON to your dataclass
-       6906  16. Forms [forms]
-       7115  17. Behind a proxy
-       7224  18. Compression [compression]
-       7434  19. Static files [assets]
+       1693  7. Context and routing
+       2145  8. The app
+     2335  ACT 2. On the network
+       2343  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
+       3416  10. The server
+       4232  11. Trying it without a network: the test client [testclient]
+     4690  ACT 3. Live
+       4738  12. Datastar: attributes and actions
+       5319  13. Streams: events, and staying with a client
+       5833  14. Relay: publish and subscribe
+     6139  ACT 4. For real
+       6146  15. Signals: from JSON to your dataclass
+       6905  16. Forms [forms]
+       7114  17. Behind a proxy
+       7223  18. Compression [compression]
+       7433  19. Static files [assets]
        7997  20. Telemetry: spans, and who hears of them
        8607  21. JsonTracer: for log collectors [json]
        8684  22. RichTracer: for people [rich]
@@ -89,8 +89,8 @@ brackets can be left out of your copy: `python stario.py --without assets,client
       10402  30. What is refused
     10764  ACT 5. The pocket client
       10805  31. The pocket client (JavaScript) [client]
-      12165  32. This file as a page [read]
-      12336  33. An app to begin with
+      12174  32. This file as a page [read]
+      12345  33. An app to begin with
 
 READING PATH
 
@@ -100,18 +100,18 @@ Two hours, for a reader who wants to know how it works, not all that it does. Re
       629-658    `Tags`  `h.P` makes one
      1064-1242   `Request`  what a client asks for
      1272-1340   `Carrier`  what brings the answer back
-     1420-1608   `_RawWriter`  the answer
-     1712-1810   `Context`  what a handler gets beside it
-     1900-1915   `_Tree.find`  from a path to a handler
-     2253-2287   `_App.dispatch`  one request from end to end
-     2707-2820   `_RequestReader`  bytes to requests
-     3172-3413   `Connection`  one connection, many requests
-     3837-3858   `Server.start`  listening
-     3973-3990   `Server.stop`  ending without losing a request
-     5444-5564   `_EventWriter`  events
-     5654-5719   `_Scope`  how a disconnect reaches a handler
-     5747-5830   `Alive`  staying with a client
-     5988-6085   `Relay`  from one handler to another
+     1420-1609   `_RawWriter`  the answer
+     1711-1809   `Context`  what a handler gets beside it
+     1899-1914   `_Tree.find`  from a path to a handler
+     2254-2286   `_App.dispatch`  one request from end to end
+     2706-2819   `_RequestReader`  bytes to requests
+     3171-3412   `Connection`  one connection, many requests
+     3836-3857   `Server.start`  listening
+     3972-3989   `Server.stop`  ending without losing a request
+     5443-5563   `_EventWriter`  events
+     5653-5718   `_Scope`  how a disconnect reaches a handler
+     5746-5829   `Alive`  staying with a client
+     5987-6084   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -1438,6 +1438,7 @@ class _RawWriter:
         self._remaining: int | None = None  # bytes still due, if a Content-Length was given
         self._sse = False  # this is a stream of events (part 13)
         self._writes = 0  # pieces of the body so far: shows whether anything was written meanwhile
+        self._rest: _Rest | None = None  # what is still to be sent of a large file (part 19)
 
     @property
     def headers(self) -> ResponseHeaders:
@@ -1479,7 +1480,7 @@ class _RawWriter:
         data = _bytes(data)
         if not self.started:
             self.write_headers(200)
-        if self.completed:
+        if self.completed or self._rest is not None:
             raise StarioError("the answer is complete: nothing can be written after it")
         if self._compressor and data:
             data = self._compressor[0](data)
@@ -1495,7 +1496,7 @@ class _RawWriter:
             self.write(data)
         elif not self.started:
             self.write_headers(200)
-        if self.completed:
+        if self.completed or self._rest is not None:
             return
         if self._compressor:
             self._send(self._compressor[1]())
@@ -1610,8 +1611,6 @@ class _RawWriter:
 
 class _OneShotWriter(_RawWriter):
     """Answers in one shot, and the cookies that go with any answer."""
-
-    _rest: _Rest | None = None  # what is still to be sent of a large file (part 19)
 
     def respond(self, body: bytes, content_type: str, status: int = 200) -> None:
         """Answer with these bytes. A second answer is a StarioError."""
@@ -2167,7 +2166,7 @@ async def _fail(c: Context, w: Writer, exc: BaseException) -> None:
     try:
         exc = _ungrouped(exc)
         if await _handle_error(c.app._errors, c, w, exc):
-            _complete(c, w)
+            await _complete(c, w)
             return
         _record(c, exc)
     except BaseException as another:  # the error handler itself has failed
@@ -2199,11 +2198,13 @@ def _answer_error(c: Context, w: Writer, exc: BaseException) -> None:
         w.text(_PHRASES[500], 500)
 
 
-def _complete(c: Context, w: Writer) -> None:
-    """The handler has returned: complete its answer, or answer 204 where it gave none.
+async def _complete(c: Context, w: Writer) -> None:
+    """The handler has ended: complete its answer, or answer 204 where it gave none.
 
     StarioError where that cannot be: the answer is shorter than its Content-Length, say.
     """
+    if w._rest is not None:  # of a large file
+        await w._rest
     if w.started:
         w.end()
     else:
@@ -2267,10 +2268,8 @@ class _App(Router):
                 got = await handler(c, w)  # type: ignore[func-returns-value]
                 if got is not None:
                     c("ignored", {"returned": got, "hint": "a handler answers by w, not by return"})
-                if w._rest is not None:  # of a large file
-                    await w._rest
                 if not w.completed:
-                    _complete(c, w)
+                    await _complete(c, w)
             except BaseException as exc:
                 if _is_stopped(carrier, exc):
                     raise
@@ -7912,6 +7911,7 @@ async def _send_rest(
 
     Its version is compared before the last bytes are sent, when all of it has been copied.
     """
+    w._rest = None  # it is on its way
     with opened:
         if w._request.method != "HEAD":
             last = max(start, stop - _HELD_BACK)
@@ -11663,6 +11663,8 @@ function quit(owner, name) {
 }
 
 function update(records) {
+  // Asked first: an attribute that starts below may write into the same part, an element's style.
+  const overwritten = new Set(records.map(keptBy).filter(Boolean));
   const ofChildren = records.filter(({ type }) => type === 'childList');
   const gone = ofChildren.flatMap(({ removedNodes }) => [...removedNodes]);
   for (const node of gone) if (!isConnected(node)) family(node).forEach(follow);
@@ -11671,13 +11673,19 @@ function update(records) {
     if (type === 'childList') Array.from(record.addedNodes, family).flat().forEach(follow);
     else if (name === 'data-ignore') family(target).forEach(follow);
     else if (name?.startsWith('data-')) follow(target);
-    const el = type === 'characterData' ? parentNode(target) : target;
-    const { wrote, attributes } = owners.get(el) ?? {};
-    const part = name ?? '#text';
-    if (!wrote?.has(part)) continue;
-    if (wrote.get(part) === (name ? getAttribute(el, name) : textContent(el))) continue;
+  }
+  for (const { attributes } of overwritten) {
     for (const { keeper } of attributes.values()) if (keeper) runAgain(keeper);
   }
+}
+
+// The owner of an element, if something else stands there than what its attributes wrote.
+function keptBy({ type, target, attributeName: name }) {
+  const el = type === 'characterData' ? parentNode(target) : target;
+  const owner = owners.get(el);
+  const part = name ?? '#text';
+  if (!owner?.wrote.has(part)) return null;
+  return owner.wrote.get(part) === (name ? getAttribute(el, name) : textContent(el)) ? null : owner;
 }
 
 const observer = new MutationObserver((records) => batch(() => update(records)));
@@ -11977,10 +11985,11 @@ function patchOne(mode, target, nodes) {
   else if (mode === 'inner') morph(target, [...childNodes(target)], nodes);
   else ofElement[mode === 'replace' ? 'replaceWith' : mode](target, ...nodes);
   for (const script of scripts) if (isConnected(script)) enliven(script);
-  // Bindings are told directly: the events `input` and `change` are a person's.
-  settle();
+  // Bindings are told directly: the events `input` and `change` are a person's. Those that the
+  // patch brings are not: a signal that exists wins at first.
   for (const el of refilled) dispatchEvent(el, new Event(REFILLED));
   refilled.clear();
+  settle();
 }
 
 // A script that was parsed never runs; one that is made by hand does, when it enters the page.
@@ -12098,11 +12107,11 @@ function morphNode(old, fresh, plan) {
   // What is in a template is in a document of its own, and no part of the comparison.
   if (isEqualNode(old, fresh) && !family(old).some((el) => localName(el) === 'template')) return;
   const name = localName(old);
-  const text = name === 'textarea' ? old.defaultValue : '';
+  const [before, after] = name === 'textarea' ? [old.defaultValue, fresh.defaultValue] : [];
   morphAttributes(old, fresh);
   if (name === 'template') old.innerHTML = fresh.innerHTML;
   else morphNodes(old, [...childNodes(old)], [...childNodes(fresh)], plan);
-  if (name === 'textarea' && old.defaultValue !== text) writeField(old, 'value', old.defaultValue);
+  if (before !== after) writeField(old, 'value', after);
 }
 
 function morphAttributes(old, fresh) {

@@ -10268,6 +10268,42 @@ class TestDownloads(HttpTest):
             self.assertEqual(file.content_type, "application/octet-stream")
         self.assertLess(tracemalloc.get_traced_memory()[0], 1_000_000)
 
+    async def test_the_file_is_whole_if_the_handler_ends_the_answer_or_its_failure_is_handled(
+        self,
+    ) -> None:
+        async def ends(c: Context, w: Writer) -> None:
+            w.file(self.root / c.req.params["name"])
+            w.end()
+
+        async def fails(c: Context, w: Writer) -> None:
+            w.file(self.root / c.req.params["name"])
+            raise ValueError("after the answer")
+
+        async def oops(c: Context, w: Writer, exc: Exception) -> None:
+            self.after.append(str(exc))
+
+        self.app.on_error(ValueError, oops)
+        self.app.get("/ends/{name}", ends)
+        self.app.get("/fails/{name}", fails)
+        async with connected(self.app) as peer:
+            for path in ("/ends/large.bin", "/fails/large.bin", "/fails/small.csv"):
+                with self.subTest(path):
+                    answer = await within(peer.get(path))
+                    self.assertEqual(answer.body, (self.root / path.split("/")[2]).read_bytes())
+        self.assertEqual(self.after, ["after the answer"] * 2)
+
+    async def test_nothing_is_written_into_a_file(self) -> None:
+        async def writes(c: Context, w: Writer) -> None:
+            w.file(self.root / "large.bin")
+            w.write(b"x")
+
+        self.app.get("/writes", writes)
+        async with connected(self.app) as peer:
+            await peer.send(f"GET /writes HTTP/1.1\r\n{HOST}\r\n")
+            await within(peer.head())
+            self.assertEqual(await within(peer.rest()), b"")
+        self.assertIn("is complete", self.spans.named("GET /writes")[0].error or "")
+
     async def test_a_path_or_bytes_with_or_without_waiting(self) -> None:
         cases = {
             "small": (self.root / "small.csv", (self.root / "small.csv").read_bytes()),
@@ -14864,6 +14900,35 @@ class ClientPromises(_Case):
             "[byId('i').value, byId('c').checked, byId('t').value, byId('s').value]",
             ["new", True, "new", "new"],
         )
+
+    def test_a_text_area_that_is_emptied_by_the_server_is_empty(self) -> None:
+        form = "<form id='f'><textarea id='t'>{0}</textarea><textarea id='u'>{1}</textarea></form>"
+        self.answers("/s", patch_elements(form.format("", "left alone")))
+        self.show(
+            form.format("draft", "left alone") + "<b id='b' data-on:click=\"@get('/s')\"></b>"
+        )
+        self.do("type('t', 'sent'), type('u', 'mine'), byId('b').click()")
+        self.see("byId('t').value", "")
+        self.now("byId('u').value", "mine")
+
+    def test_a_field_that_a_patch_binds_takes_nothing_from_the_signal_that_is_there(self) -> None:
+        step = "<div id='d'><select id='s' {0}><option {1}>a<option>b</select></div>"
+        self.answers("/s", patch_elements(step.format("data-bind='second'", "")))
+        self.show(
+            step.format("", "selected")
+            + "<b id='b' data-signals=\"{second: 'c'}\" data-on:click=\"@get('/s')\"></b>"
+        )
+        self.do("byId('b').click()")
+        self.see("fetches.at(-1)", "finished")
+        self.now("[byId('s').value, own().second]", ["", "c"])
+
+    def test_what_one_attribute_writes_stays_when_another_begins(self) -> None:
+        style = 'data-style="{color: `rgb(1, 2, 3)`}"'
+        self.answers("/s", patch_elements(f"<p id='p' {style} data-show='$on'></p>"))
+        self.show(f"<p id='p' {style}></p><b id='b' data-on:click=\"@get('/s')\"></b>")
+        self.see("byId('p').style.color", "rgb(1, 2, 3)")
+        self.do("byId('b').click()")
+        self.see("[byId('p').style.display, byId('p').style.color]", ["none", "rgb(1, 2, 3)"])
 
     # -- streams that end, break, are cancelled or hidden
 
