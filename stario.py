@@ -6302,12 +6302,12 @@ _WHOLE = re.compile(r"[+-]?\d{1,400}", re.ASCII)
 _NUMBER = re.compile(r"[+-]?(\d{1,400}(\.\d{0,400})?|\.\d{1,400})([eE][+-]?\d{1,5})?", re.ASCII)
 
 
-def _read_any(value: Any, tried: _Tried) -> Any:
-    return value
+def _read_any(value: Any, tried: _Tried) -> Any:  # (a `_Field` is of a form: see below)
+    return value.values[0] if type(value) is _Field else value
 
 
 def _read_str(value: Any, tried: _Tried) -> Any:
-    if type(value) is _Field:  # of a form: see below
+    if type(value) is _Field:
         return value.values[0]
     return value if isinstance(value, str) else _expected("text")
 
@@ -6430,9 +6430,9 @@ def _key_of(value: Any) -> Any:
 class _Field(str):
     """The values of one name in a form or a query: the first as a str, all of them in `values`."""
 
-    def __new__(cls, values: list[str]) -> _Field:
+    def __new__(cls, *values: str) -> _Field:  # (a copy is made with the first, and told the rest)
         field = super().__new__(cls, values[0])
-        field.values = values
+        field.values = list(values)
         return field
 
     values: list[str]
@@ -6887,7 +6887,7 @@ def read_signals(schema: type[T], signals: object) -> T:
     """
     find_all = getattr(signals, "getlist", None)
     if find_all:  # a Form or QueryParams: a name may come several times
-        signals = {name: _Field(find_all(name)) for name in cast("Iterable[str]", signals)}
+        signals = {name: _Field(*find_all(name)) for name in cast("Iterable[str]", signals)}
     try:
         found = _reader_of(schema)(signals, None)
         if type(found) is not _Wrong:

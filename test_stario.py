@@ -8998,6 +8998,28 @@ class TestForms(AsyncTest):
             read_signals(dict[str, tuple[int, int]], stario.Form([("at", "1")]))
         self.assertEqual(caught.exception.problems, ['at: expected a list of 2, got ["1"]'])
 
+    def test_what_has_any_type_is_the_first_text_also_in_a_copy(self) -> None:
+        @dataclass
+        class Note:
+            title: Any
+            tags: list[Any]
+            more: object = None
+
+        form = stario.Form([("title", "Tea"), ("tags", "hot"), ("tags", "green"), ("more", "No 5")])
+        note = read_signals(Note, form)
+        self.assertEqual([type(value) for value in (note.title, note.more)], [str, str])
+        expected = {"title": "Tea", "tags": ["hot", "green"], "more": "No 5"}
+        self.assertEqual(dataclasses.asdict(note), expected)
+
+        class Model:
+            @classmethod
+            def model_validate(cls, value: Any) -> Any:
+                return copy.deepcopy(value)
+
+        first = {"title": "Tea", "tags": "hot", "more": "No 5"}
+        for schema in (Model, dict, dict[str, Any]):
+            self.assertEqual(read_signals(schema, form), first)  # type: ignore[arg-type]
+
     def test_a_file_that_comes_as_a_signal_is_bytes(self) -> None:
         sent = [{"name": "a.txt", "contents": "aGVsbG8=", "mime": "text/plain"}]
         found = read_signals(Upload, {"photo": sent})
