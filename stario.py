@@ -84,13 +84,13 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        9362  25. @baked
        9646  26. ASGI: the same app under another server [asgi]
        9864  27. RedisRelay: the same between processes and machines [redis]
-      10145  28. Reload: a saved file restarts the app [reload]
-      10290  29. Development: what went wrong, shown where one looks [development]
-      10402  30. What is refused
-    10764  ACT 5. The pocket client
-      10805  31. The pocket client (JavaScript) [client]
-      12174  32. This file as a page [read]
-      12345  33. An app to begin with
+      10138  28. Reload: a saved file restarts the app [reload]
+      10283  29. Development: what went wrong, shown where one looks [development]
+      10395  30. What is refused
+    10757  ACT 5. The pocket client
+      10798  31. The pocket client (JavaScript) [client]
+      12167  32. This file as a page [read]
+      12338  33. An app to begin with
 
 READING PATH
 
@@ -9910,7 +9910,22 @@ class RedisRelay(Relay[T]):
         super().__init__()
         if timeout <= 0:
             raise StarioError(f"RedisRelay: timeout is in seconds and above 0, not {timeout!r}")
-        self._new_connection = _redis_connections(f"{url}", timeout)
+        try:
+            from redis.asyncio import ConnectionPool
+
+            pool: Any = ConnectionPool.from_url(f"{url}")
+            pool.connection_kwargs.update(  # whatever the url says
+                protocol=3,  # in which answers and messages come over one connection
+                decode_responses=False,
+                socket_timeout=timeout,  # also to connect
+                health_check_interval=0,
+            )
+            self._new_connection = pool.make_connection
+            self._new_connection()  # (it does not connect)
+        except ImportError:
+            raise StarioError("RedisRelay needs the package redis: pip install redis") from None
+        except (ValueError, TypeError) as exc:
+            raise StarioError(f"RedisRelay: {exc}") from None
         self._queue = queue
         self._timeout = timeout
         self._prefix = prefix
@@ -9993,10 +10008,8 @@ class RedisRelay(Relay[T]):
     def _nudge(self) -> None:
         """Let the thread know that there is something to do; the first time, start it."""
         if self._thread is None:
-            work = self._stay_connected()
-            self._thread = threading.Thread(
-                target=asyncio.run, args=(work,), name="stario-redis", daemon=True
-            )
+            work = (self._stay_connected(),)
+            self._thread = threading.Thread(None, asyncio.run, "stario-redis", work, daemon=True)
             self._thread.start()
             atexit.register(self.close)
         elif self._loop is not None and not self._work.is_set():
@@ -10107,26 +10120,6 @@ class RedisRelay(Relay[T]):
             self._change(self._deliver, subject, json.loads(payload))
         except (ValueError, RecursionError) as exc:  # another program has published it
             self._tracer("relay.unreadable", {"reason": f"{exc}"}).end()
-
-
-def _redis_connections(url: str, timeout: float) -> Callable[[], Any]:
-    """What makes a connection to the Redis at this address. StarioError if there can be none."""
-    try:
-        from redis.asyncio import ConnectionPool
-
-        pool: Any = ConnectionPool.from_url(url)
-        pool.connection_kwargs.update(  # whatever the url says
-            protocol=3,  # in which answers and messages come over one connection
-            decode_responses=False,
-            socket_timeout=timeout,  # also to connect
-            health_check_interval=0,
-        )
-        pool.make_connection()  # (it does not connect)
-    except ImportError:
-        raise StarioError("RedisRelay needs the package redis: pip install redis") from None
-    except (ValueError, TypeError) as exc:
-        raise StarioError(f"RedisRelay: {exc}") from None
-    return cast("Callable[[], Any]", pool.make_connection)
 
 
 def _relay_json(data: object) -> bytes:
