@@ -72,25 +72,25 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        5833  14. Relay: publish and subscribe
      6139  ACT 4. For real
        6146  15. Signals: from JSON to your dataclass
-       6905  16. Forms [forms]
-       7114  17. Behind a proxy
-       7223  18. Compression [compression]
-       7433  19. Static files [assets]
-       7997  20. Telemetry: spans, and who hears of them
-       8607  21. JsonTracer: for log collectors [json]
-       8684  22. RichTracer: for people [rich]
-       9147  23. Sessions [sessions]
-       9261  24. What lives as long as the server
-       9362  25. @baked
-       9646  26. ASGI: the same app under another server [asgi]
-       9864  27. RedisRelay: the same between processes and machines [redis]
-      10138  28. Reload: a saved file restarts the app [reload]
-      10283  29. Development: what went wrong, shown where one looks [development]
-      10395  30. What is refused
-    10757  ACT 5. The pocket client
-      10798  31. The pocket client (JavaScript) [client]
-      12167  32. This file as a page [read]
-      12338  33. An app to begin with
+       6906  16. Forms [forms]
+       7115  17. Behind a proxy
+       7224  18. Compression [compression]
+       7434  19. Static files [assets]
+       7998  20. Telemetry: spans, and who hears of them
+       8608  21. JsonTracer: for log collectors [json]
+       8685  22. RichTracer: for people [rich]
+       9148  23. Sessions [sessions]
+       9262  24. What lives as long as the server
+       9363  25. @baked
+       9647  26. ASGI: the same app under another server [asgi]
+       9865  27. RedisRelay: the same between processes and machines [redis]
+      10139  28. Reload: a saved file restarts the app [reload]
+      10284  29. Development: what went wrong, shown where one looks [development]
+      10396  30. What is refused
+    10758  ACT 5. The pocket client
+      10799  31. The pocket client (JavaScript) [client]
+      12168  32. This file as a page [read]
+      12339  33. An app to begin with
 
 READING PATH
 
@@ -6207,6 +6207,7 @@ class SignalsError(HttpException):
         self.more, self.stopped = more, stopped
         rest = [f"and {'at least ' if stopped else ''}{more} more"] if more else []
         super().__init__(status_code, "\n".join([*self.problems, *rest]))
+        self.args = self.problems, status_code, more, stopped  # what pickle makes it with again
 
 
 _MOST_LISTED = 20  # problems in an answer

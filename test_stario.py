@@ -35,6 +35,7 @@ import logging
 import math
 import mmap
 import os
+import pickle
 import random
 import re
 import select
@@ -8476,6 +8477,19 @@ class TestSignals(unittest.TestCase):
         self.assertEqual(copy.copy(first).field, "rows[1].n")
         error = SignalsError(["taken"])
         self.assertEqual((error.problems[0].field, error.detail), ("", "taken"))
+
+    def test_exceptions_can_be_sent_from_one_process_to_another(self) -> None:
+        with self.assertRaises(SignalsError) as caught:
+            read_signals(list[int], ["x"] * 30_000)
+        own, login = SignalsError(["taken"], 409), HttpException(302, "/login")
+        for error in (caught.exception, own, login, HttpException(404), StarioError("so not")):
+            again = pickle.loads(pickle.dumps(error))
+            self.assertEqual((type(again), str(again)), (type(error), str(error)))
+            self.assertEqual(again.__dict__.keys(), error.__dict__.keys())
+            if isinstance(error, SignalsError):
+                self.assertEqual(again.problems, error.problems)
+                self.assertEqual(again.problems[0].field, error.problems[0].field)
+                self.assertEqual((again.more, again.stopped), (error.more, error.stopped))
 
     def test_answers_to_bad_signals_are_short(self) -> None:
         with self.assertRaises(SignalsError) as caught:
