@@ -89,8 +89,8 @@ brackets can be left out of your copy: `python stario.py --without assets,client
       10396  30. What is refused
     10758  ACT 5. The pocket client
       10799  31. The pocket client (JavaScript) [client]
-      12168  32. This file as a page [read]
-      12339  33. An app to begin with
+      12172  32. This file as a page [read]
+      12343  33. An app to begin with
 
 READING PATH
 
@@ -12055,6 +12055,9 @@ function kindOf(node) {
   return nodeName(node) + (name === 'input' ? node.type : name === 'script' ? node.outerHTML : '');
 }
 
+// An option that leaves a select hands on its being chosen, so in the end the last one would be.
+const OPTIONS = /^OPT(?:ION|GROUP)$/;
+
 function morphNodes(parent, old, nodes, plan) {
   const matches = matchAll(old, nodes, plan);
   const staying = new Set(matches);
@@ -12068,7 +12071,8 @@ function morphNodes(parent, old, nodes, plan) {
     if (match && match === at) at = nextSibling(at);
     else if (match) move(parent, match, at);
     else {                                       // new itself, but perhaps around old elements
-      const made = plan.around.has(node) ? cloneNode(node, false) : node;
+      const made = plan.around.has(node) || OPTIONS.test(nodeName(node))
+        ? cloneNode(node, false) : node;
       insertBefore(parent, made, at);
       if (made !== node) morphNodes(made, [], [...childNodes(node)], plan);
     }

@@ -14958,6 +14958,30 @@ class ClientPromises(_Case):
         self.see("fetches.at(-1)", "finished")
         self.now("[byId('s').value, own().second]", ["", "c"])
 
+    def test_options_that_come_leave_the_choice_as_it_is_written(self) -> None:
+        lists = {
+            "first": "<option>a<option>b<option>c",
+            "said": "<option>a<option selected>b<option>c",
+            "grouped": "<optgroup><option>a</optgroup><optgroup><option selected>b<option>c",
+            "many": "<option>a<option selected>b<option selected>c<option>d",
+        }
+
+        def page(of: Callable[[str], str]) -> str:
+            selects = [
+                f"<select id='{name}'{' multiple' * (name == 'many')}>{of(name)}</select>"
+                for name in lists
+            ]
+            return f"<p id='p'>{''.join(selects)}</p>"
+
+        self.answers("/s", patch_elements(page(lambda name: lists[name])))
+        self.show(page(lambda name: "") + "<b id='b' data-on:click=\"@get('/s')\"></b>")
+        self.do("byId('b').click()")
+        chosen = "Array.from(document.querySelectorAll('select'), (s) =>"
+        self.see(
+            f"{chosen} Array.from(s.selectedOptions, (o) => o.label).join(''))",
+            ["a", "b", "b", "bc"],
+        )
+
     def test_what_one_attribute_writes_stays_when_another_begins(self) -> None:
         style = 'data-style="{color: `rgb(1, 2, 3)`}"'
         self.answers("/s", patch_elements(f"<p id='p' {style} data-show='$on'></p>"))
