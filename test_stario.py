@@ -16857,6 +16857,31 @@ class TestTilesInManyProcesses(TilesClient):
         output, _ = await within(process.communicate())
         self.assertEqual(output.decode().split("\n"), ["['ada', 'bob']", "['bob'] ['bob']", ""])
 
+    async def test_what_changes_before_its_subscription_is_made_is_not_missed(self) -> None:
+        code = f"""
+            import asyncio, tiles_app
+
+            async def main():
+                looks = asyncio.Semaphore(0)
+
+                class Counted(tiles_app.SharedState):
+                    async def refresh(self):
+                        looks.release()
+
+                state = Counted("{self.redis.url}", tiles_app.Tracer(), 600.0)
+                following = asyncio.create_task(state.follow())
+                for _ in range(2):  # the second time long before 150 seconds have passed
+                    await asyncio.wait_for(looks.acquire(), 10)
+                print("looked twice")
+
+            asyncio.run(main())
+        """
+        for tiles in self.processes:
+            tiles.stop(signal.SIGKILL)  # so that nobody else says anything
+        process = await run_python(code)
+        output, _ = await within(process.communicate(), 20)
+        self.assertEqual(output, b"looked twice\n")
+
     async def test_whoever_comes_while_redis_is_away_is_served(self) -> None:
         self.redis.kill()
         tiles = self.processes[0]

@@ -142,6 +142,7 @@ class SharedState(State):
     async def follow(self) -> None:
         """Keep the copy like what Redis has: at every word of the others, and now and then."""
         events = self.others.subscribe("*", overflow="latest")
+        self.tell("start", "")  # when it comes back the subscription is made: look again
         while True:
             await self.refresh()
             with suppress(TimeoutError):
