@@ -5413,9 +5413,9 @@ def _patch_data(
         )
     lines = f"data: selector {_one_line(selector)}\n" if selector else ""
     if mode != "outer":
-        lines += f"data: mode {mode}\n"
+        lines += f"data: mode {_as_text(mode)}\n"
     if namespace and namespace != "html":
-        lines += f"data: namespace {namespace}\n"
+        lines += f"data: namespace {_as_text(namespace)}\n"
     if use_view_transition:
         lines += "data: useViewTransition true\n"
     if view_transition_selector:

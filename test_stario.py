@@ -6293,6 +6293,19 @@ class TestDatastar(unittest.TestCase):
             "event: plain\ndata: a\ndata: b\n\n",
         )
 
+    def test_the_words_of_a_patch_may_be_members_of_an_enum(self) -> None:
+        class Words(str, enum.Enum):  # noqa: UP042 - in an f-string it is `Words.INNER`
+            INNER = "inner"
+            SVG = "svg"
+            CART = "#cart"
+
+        carrier = Kept()
+        writer = Writer(carrier, a_request(), None)
+        words: Any = {"mode": Words.INNER, "namespace": Words.SVG, "selector": Words.CART}
+        writer.patch(h.P("enums"), **words)
+        wanted = b"data: selector #cart\ndata: mode inner\ndata: namespace svg\n"
+        self.assertIn(wanted, carrier.kept)
+
     def test_impossible_patches_are_refused(self) -> None:
         writer = Writer(Kept(), a_request(), CompressionConfig())
         for options in (
