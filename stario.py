@@ -89,8 +89,8 @@ brackets can be left out of your copy: `python stario.py --without assets,client
       10396  30. What is refused
     10758  ACT 5. The pocket client
       10799  31. The pocket client (JavaScript) [client]
-      12172  32. This file as a page [read]
-      12343  33. An app to begin with
+      12173  32. This file as a page [read]
+      12344  33. An app to begin with
 
 READING PATH
 
@@ -11679,7 +11679,8 @@ function keptBy({ type, target, attributeName: name }) {
   const owner = owners.get(el);
   const part = name ?? '#text';
   if (!owner?.wrote.has(part)) return null;
-  return owner.wrote.get(part) === (name ? getAttribute(el, name) : textContent(el)) ? null : owner;
+  const now = name ? getAttribute(el, name) : isElement(firstChild(el)) ? null : textContent(el);
+  return owner.wrote.get(part) === now ? null : owner;
 }
 
 const observer = new MutationObserver((records) => batch(() => update(records)));

@@ -15570,6 +15570,8 @@ class TestPocketClient(ClientPromises, unittest.TestCase):
         self.do("byId('p').title = 'other', byId('p').setAttribute('style', 'margin: 0px')")
         self.see(now, ["mine", "other c", "mine", "rgb(255, 0, 0)", "none"])
         self.now("byId('p').style.margin", "0px")
+        self.do("byId('p').innerHTML = '<b>mine</b>'")  # the same text, and yet another content
+        self.see("byId('p').innerHTML", "mine")
 
     def test_overrides_and_query(self) -> None:
         self.answers("/q", Reply("<li>1</li>", "text/html", headers={"datastar-mode": "inner"}))
