@@ -6795,8 +6795,6 @@ def _bare(kind: Any) -> Any:
     while not isinstance(kind, type):
         if typing.get_origin(kind) in _QUALIFIERS:
             kind = typing.get_args(kind)[0]
-        elif isinstance(kind, dataclasses.InitVar):
-            kind = kind.type
         elif hasattr(kind, "__supertype__"):  # NewType
             kind = kind.__supertype__
         elif getattr(kind, "__value__", None) in _READERS:  # type Word = str
@@ -6819,15 +6817,22 @@ def _bind(kind: Any, generic: Any) -> Any:
     return kind[tuple(bound.get(name, name) for name in inner)] if bound and inner else kind
 
 
+def _type_hints(schema: Any, **options: Any) -> dict[str, Any]:
+    """`typing.get_type_hints`; but Python 3.12 must be told what T is in `next: "Page[T]"`."""
+    classes = reversed(schema.__mro__) if sys.version_info[:2] == (3, 12) else ()
+    names = {p.__name__: p for kind in classes for p in getattr(kind, "__type_params__", ())}
+    return typing.get_type_hints(schema, localns=names or None, **options)
+
+
 def _hints_of(schema: Any) -> dict[str, Any]:
     """The types of the fields of a schema, by name, with type variables filled in."""
     origin = typing.get_origin(schema) or schema
-    plain = typing.get_type_hints(origin)
+    plain = _type_hints(origin)
     found = {name: _bind(kind, schema) for name, kind in plain.items()}
     # `class Ints(Page[int])` inherits a field `list[T]`: only its base tells that T is int.
     for base in reversed(origin.__dict__.get("__orig_bases__", origin.__bases__)):
         if _is_record(of := typing.get_origin(base) or base):
-            theirs = typing.get_type_hints(of)
+            theirs = _type_hints(of)
             for name, kind in _hints_of(_bind(base, schema)).items():
                 if plain[name] == theirs[name]:  # (else the class has declared it anew)
                     found[name] = kind
@@ -6845,7 +6850,7 @@ def _fields_of(schema: Any) -> list[tuple[str, Any, bool]]:
             "what it names at the top of a module"
         ) from exc
     if typing.is_typeddict(origin):
-        declared = typing.get_type_hints(origin, include_extras=True).items()
+        declared = _type_hints(origin, include_extras=True).items()
         needed = {name: _is_required(origin, name, kind) for name, kind in declared}
     else:  # what a dataclass is made with, `InitVar`s too
         _, *parameters = inspect.signature(origin.__init__).parameters.values()  # (`self` first)

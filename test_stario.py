@@ -8807,6 +8807,48 @@ class TestSignals(unittest.TestCase):
             with self.subTest(f"{schema} {signals}"):
                 self.assertEqual(self.problems(schema, signals), [expected])
 
+    @unittest.skipIf(sys.version_info < (3, 12), "the syntax is of Python 3.12")
+    def test_a_generic_class_of_the_newer_syntax_may_hold_itself(self) -> None:
+        module = types.ModuleType("newer_syntax")
+        self.addCleanup(sys.modules.pop, module.__name__)
+        sys.modules[module.__name__] = module
+        source = """
+            from __future__ import annotations
+            from dataclasses import dataclass, field
+            from typing import Literal, NotRequired, TypedDict
+
+            @dataclass
+            class Tree[T]:
+                leaf: T | None = None
+                twigs: list[Tree[T]] = field(default_factory=list)
+
+            @dataclass
+            class Named[K: Literal["oak", "elm"], L](Tree[list[L]]):
+                kind: K = "elm"
+
+            class Page[T](TypedDict):
+                items: list[T]
+                next: NotRequired[Page[T]]
+        """
+        exec(textwrap.dedent(source), vars(module))
+        tree, named, page = module.Tree, module.Named, module.Page
+        for schema, signals, expected in [
+            (tree[int], {"leaf": "1", "twigs": [{"leaf": "2"}]}, tree(1, [tree(2)])),
+            (tree[tree[bool]], {"leaf": {"leaf": "on"}}, tree(tree(True))),
+            (named[Literal["oak"], int], {"leaf": ["3"], "kind": "oak"}, named([3], [], "oak")),
+            (page[date], {"items": ["2024-02-29"]}, {"items": [date(2024, 2, 29)]}),
+            (
+                page[int],
+                {"items": [], "next": {"items": ["4"]}},
+                {"items": [], "next": {"items": [4]}},
+            ),
+        ]:
+            with self.subTest(str(schema)):
+                self.assertEqual(read_signals(schema, signals), expected)
+        self.assertEqual(
+            self.problems(page[int], {"next": {}}), ["items: is missing", "next.items: is missing"]
+        )
+
     def test_decimals_and_whole_numbers_stay_printable(self) -> None:
         for text in (
             "nan",
