@@ -15552,8 +15552,9 @@ class TestPocketClient(ClientPromises, unittest.TestCase):
         )
         self.show(
             f"""{field.format("7", "old")}{word.format("w")}
-            <b id="b" data-on:click="@get('/s')"></b>"""
+            <b id="b" data-on:click="@get('/s')"></b><input id="e" type="number" data-bind="e">"""
         )
+        self.see("[own().e, byId('e').value]", [0, ""])
         for keys, wanted in {"-": "", "": "9"}.items():
             self.page.focus("#n")
             self.page.keyboard.press("Control+A")
