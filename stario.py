@@ -90,7 +90,7 @@ brackets can be left out of your copy: `python stario.py --without assets,client
     10757  ACT 5. The pocket client
       10798  31. The pocket client (JavaScript) [client]
       12172  32. This file as a page [read]
-      12343  33. An app to begin with
+      12344  33. An app to begin with
 
 READING PATH
 
@@ -12270,6 +12270,7 @@ body { margin: 0; } a { color: inherit; text-decoration: underline dotted #8888;
 header { position: sticky; top: 0; display: flex; gap: 1rem; padding: .5rem 1.5rem;
   border-bottom: 1px solid #8884; background: Canvas; }
 nav { padding: 1rem 1.5rem; columns: 20rem; } nav a { display: block; }
+nav a[href^="#ACT"] { font-weight: bold; }
 section { display: grid; grid-template-columns: minmax(18rem, 34rem) minmax(0, 1fr); }
 section > * { padding: .25rem 1.5rem; margin: 0; min-width: 0; }
 section > pre { background: #8881; } h2 { margin: 3rem 0 1rem; }
