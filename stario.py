@@ -60,37 +60,37 @@ brackets can be left out of your copy: `python stario.py --without assets,client
         665  4. JSON
         786  5. The request: headers, query, cookies, body
        1261  6. The answer: status, fields, body
-       1693  7. Context and routing
-       2145  8. The app
-     2335  ACT 2. On the network
-       2343  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3416  10. The server
-       4232  11. Trying it without a network: the test client [testclient]
-     4690  ACT 3. Live
-       4738  12. Datastar: attributes and actions
-       5319  13. Streams: events, and staying with a client
-       5833  14. Relay: publish and subscribe
-     6139  ACT 4. For real
-       6146  15. Signals: from JSON to your dataclass
-       6911  16. Forms [forms]
-       7114  17. Behind a proxy
-       7223  18. Compression [compression]
-       7433  19. Static files [assets]
-       7997  20. Telemetry: spans, and who hears of them
-       8607  21. JsonTracer: for log collectors [json]
-       8684  22. RichTracer: for people [rich]
-       9147  23. Sessions [sessions]
-       9261  24. What lives as long as the server
-       9362  25. @baked
-       9646  26. ASGI: the same app under another server [asgi]
-       9864  27. RedisRelay: the same between processes and machines [redis]
-      10138  28. Reload: a saved file restarts the app [reload]
-      10283  29. Development: what went wrong, shown where one looks [development]
-      10395  30. What is refused
-    10757  ACT 5. The pocket client
-      10798  31. The pocket client (JavaScript) [client]
-      12172  32. This file as a page [read]
-      12344  33. An app to begin with
+       1694  7. Context and routing
+       2146  8. The app
+     2336  ACT 2. On the network
+       2344  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
+       3417  10. The server
+       4233  11. Trying it without a network: the test client [testclient]
+     4691  ACT 3. Live
+       4739  12. Datastar: attributes and actions
+       5320  13. Streams: events, and staying with a client
+       5834  14. Relay: publish and subscribe
+     6140  ACT 4. For real
+       6147  15. Signals: from JSON to your dataclass
+       6912  16. Forms [forms]
+       7115  17. Behind a proxy
+       7224  18. Compression [compression]
+       7434  19. Static files [assets]
+       7998  20. Telemetry: spans, and who hears of them
+       8608  21. JsonTracer: for log collectors [json]
+       8685  22. RichTracer: for people [rich]
+       9148  23. Sessions [sessions]
+       9262  24. What lives as long as the server
+       9363  25. @baked
+       9647  26. ASGI: the same app under another server [asgi]
+       9865  27. RedisRelay: the same between processes and machines [redis]
+      10139  28. Reload: a saved file restarts the app [reload]
+      10284  29. Development: what went wrong, shown where one looks [development]
+      10396  30. What is refused
+    10758  ACT 5. The pocket client
+      10799  31. The pocket client (JavaScript) [client]
+      12173  32. This file as a page [read]
+      12345  33. An app to begin with
 
 READING PATH
 
@@ -100,18 +100,18 @@ Two hours, for a reader who wants to know how it works, not all that it does. Re
       629-658    `Tags`  `h.P` makes one
      1064-1242   `Request`  what a client asks for
      1272-1340   `Carrier`  what brings the answer back
-     1420-1609   `_RawWriter`  the answer
-     1711-1809   `Context`  what a handler gets beside it
-     1899-1914   `_Tree.find`  from a path to a handler
-     2254-2286   `_App.dispatch`  one request from end to end
-     2706-2819   `_RequestReader`  bytes to requests
-     3171-3412   `Connection`  one connection, many requests
-     3836-3857   `Server.start`  listening
-     3972-3989   `Server.stop`  ending without losing a request
-     5443-5563   `_EventWriter`  events
-     5653-5718   `_Scope`  how a disconnect reaches a handler
-     5746-5829   `Alive`  staying with a client
-     5987-6084   `Relay`  from one handler to another
+     1420-1610   `_RawWriter`  the answer
+     1712-1810   `Context`  what a handler gets beside it
+     1900-1915   `_Tree.find`  from a path to a handler
+     2255-2287   `_App.dispatch`  one request from end to end
+     2707-2820   `_RequestReader`  bytes to requests
+     3172-3413   `Connection`  one connection, many requests
+     3837-3858   `Server.start`  listening
+     3973-3990   `Server.stop`  ending without losing a request
+     5444-5564   `_EventWriter`  events
+     5654-5719   `_Scope`  how a disconnect reaches a handler
+     5747-5830   `Alive`  staying with a client
+     5988-6085   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -1424,6 +1424,8 @@ class _RawWriter:
     layer to the last one: answers in one shot, then (part 13) events, and `alive` in Writer.
     """
 
+    _rest: _Rest | None = None  # what is still to be sent of a large file (part 19)
+
     def __init__(
         self, carrier: Carrier, request: Request, compression: CompressionConfig | None
     ) -> None:
@@ -1438,7 +1440,6 @@ class _RawWriter:
         self._remaining: int | None = None  # bytes still due, if a Content-Length was given
         self._sse = False  # this is a stream of events (part 13)
         self._writes = 0  # pieces of the body so far: shows whether anything was written meanwhile
-        self._rest: _Rest | None = None  # what is still to be sent of a large file (part 19)
 
     @property
     def headers(self) -> ResponseHeaders:
