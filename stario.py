@@ -60,37 +60,37 @@ brackets can be left out of your copy: `python stario.py --without assets,client
         665  4. JSON
         786  5. The request: headers, query, cookies, body
        1261  6. The answer: status, fields, body
-       1694  7. Context and routing
-       2146  8. The app
-     2336  ACT 2. On the network
-       2344  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3417  10. The server
-       4233  11. Trying it without a network: the test client [testclient]
-     4691  ACT 3. Live
-       4739  12. Datastar: attributes and actions
-       5320  13. Streams: events, and staying with a client
-       5834  14. Relay: publish and subscribe
-     6140  ACT 4. For real
-       6147  15. Signals: from JSON to your dataclass
-       6912  16. Forms [forms]
-       7115  17. Behind a proxy
-       7224  18. Compression [compression]
-       7434  19. Static files [assets]
-       7998  20. Telemetry: spans, and who hears of them
-       8608  21. JsonTracer: for log collectors [json]
-       8685  22. RichTracer: for people [rich]
-       9148  23. Sessions [sessions]
-       9262  24. What lives as long as the server
-       9363  25. @baked
-       9647  26. ASGI: the same app under another server [asgi]
-       9865  27. RedisRelay: the same between processes and machines [redis]
-      10139  28. Reload: a saved file restarts the app [reload]
-      10284  29. Development: what went wrong, shown where one looks [development]
-      10396  30. What is refused
-    10758  ACT 5. The pocket client
-      10799  31. The pocket client (JavaScript) [client]
-      12173  32. This file as a page [read]
-      12345  33. An app to begin with
+       1692  7. Context and routing
+       2144  8. The app
+     2334  ACT 2. On the network
+       2342  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
+       3414  10. The server
+       4234  11. Trying it without a network: the test client [testclient]
+     4692  ACT 3. Live
+       4740  12. Datastar: attributes and actions
+       5321  13. Streams: events, and staying with a client
+       5835  14. Relay: publish and subscribe
+     6138  ACT 4. For real
+       6145  15. Signals: from JSON to your dataclass
+       6910  16. Forms [forms]
+       7113  17. Behind a proxy
+       7222  18. Compression [compression]
+       7432  19. Static files [assets]
+       7995  20. Telemetry: spans, and who hears of them
+       8605  21. JsonTracer: for log collectors [json]
+       8681  22. RichTracer: for people [rich]
+       9144  23. Sessions [sessions]
+       9258  24. What lives as long as the server
+       9359  25. @baked
+       9643  26. ASGI: the same app under another server [asgi]
+       9861  27. RedisRelay: the same between processes and machines [redis]
+      10135  28. Reload: a saved file restarts the app [reload]
+      10279  29. Development: what went wrong, shown where one looks [development]
+      10391  30. What is refused
+    10753  ACT 5. The pocket client
+      10794  31. The pocket client (JavaScript) [client]
+      12168  32. This file as a page [read]
+      12340  33. An app to begin with
 
 READING PATH
 
@@ -100,18 +100,18 @@ Two hours, for a reader who wants to know how it works, not all that it does. Re
       629-658    `Tags`  `h.P` makes one
      1064-1242   `Request`  what a client asks for
      1272-1340   `Carrier`  what brings the answer back
-     1420-1610   `_RawWriter`  the answer
-     1712-1810   `Context`  what a handler gets beside it
-     1900-1915   `_Tree.find`  from a path to a handler
-     2255-2287   `_App.dispatch`  one request from end to end
-     2707-2820   `_RequestReader`  bytes to requests
-     3172-3413   `Connection`  one connection, many requests
-     3837-3858   `Server.start`  listening
-     3973-3990   `Server.stop`  ending without losing a request
-     5444-5564   `_EventWriter`  events
-     5654-5719   `_Scope`  how a disconnect reaches a handler
-     5747-5830   `Alive`  staying with a client
-     5988-6085   `Relay`  from one handler to another
+     1420-1608   `_RawWriter`  the answer
+     1710-1808   `Context`  what a handler gets beside it
+     1898-1913   `_Tree.find`  from a path to a handler
+     2253-2285   `_App.dispatch`  one request from end to end
+     2705-2818   `_RequestReader`  bytes to requests
+     3169-3410   `Connection`  one connection, many requests
+     3838-3859   `Server.start`  listening
+     3974-3991   `Server.stop`  ending without losing a request
+     5445-5565   `_EventWriter`  events
+     5655-5720   `_Scope`  how a disconnect reaches a handler
+     5748-5831   `Alive`  staying with a client
+     5989-6083   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -1547,12 +1547,10 @@ class _RawWriter:
         config = self._compression
         if compressible and config is not None and len(body) >= config.min_size:
             fields, body = _compress(config, self._request.headers, fields, body)
-        if status in _BODILESS:
-            body = b""
-        else:
+        if status not in _BODILESS:
             fields += _length_line(len(body))
-            if self._request.method == "HEAD":
-                body = b""
+        if status in _BODILESS or self._request.method == "HEAD":
+            body = b""
         self._carrier.answer(status, fields, body)
         self.completed = True
 
@@ -3066,8 +3064,7 @@ class _SocketCarrier(Carrier, asyncio.Protocol):
         What a client sends to a closed socket comes back as a reset, and its kernel may then drop
         an answer that it has not read. `sending`: more of its bytes are on their way, or here.
         """
-        # asyncio's TLS cannot close one side: it lingers only while its client is sending. One that
-        # is about to send has been told `connection: close`.
+        # asyncio's TLS cannot close one side: there we linger only while the client is sending.
         half = self._transport.can_write_eof()
         if self._is_closing() or self._eof or not (half or sending):
             self._close()
@@ -3707,15 +3704,19 @@ class _Listener:
         else:
             self.unix_socket = os.fsdecode(address)
 
-    def _bind_tcp(self) -> None:
+    def _addresses(self) -> Iterable[tuple[int, Any]]:
+        """The addresses of the host, each with its family (IPv4, IPv6)."""
         # As bytes: for a text Python imports the rules of international names (1 ms at the start).
         host = self.host.encode() if self.host.isascii() else self.host
         found = socket.getaddrinfo(
             host or None, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )
-        found = [entry for entry in found if _is_local(entry[0], entry[4])] or found
-        for family, kind, protocol, _, address in dict.fromkeys(found):
-            listening = socket.socket(family, kind, protocol)
+        pairs = [(family, address) for family, _, _, _, address in dict.fromkeys(found)]
+        return [pair for pair in pairs if _is_local(*pair)] or pairs
+
+    def _bind_tcp(self) -> None:
+        for family, address in self._addresses():
+            listening = socket.socket(family, socket.SOCK_STREAM)
             self.sockets.append(listening)
             if os.name == "posix":  # listen again at once, while old connections still end
                 listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -5864,7 +5865,7 @@ class _Mailbox:
     It does not refer to the Subscription, so that one that nobody uses any more is collected.
     """
 
-    patterns: tuple[_Pattern, ...]
+    patterns: Sequence[_Pattern]
     maxsize: int
     overflow: Overflow
     queue: deque[Any] | OrderedDict[str, Any]  # the second one, by subject, for "latest"
@@ -6016,12 +6017,10 @@ class Relay(Generic[T]):
         _check_word("overflow rule", overflow, typing.get_args(Overflow))
         if not isinstance(maxsize, int) or maxsize < 1:
             raise StarioError(f"maxsize={maxsize!r}: a whole number of messages, at least 1")
-        read = tuple(map(_read_pattern, patterns))
         queue: Any = OrderedDict() if overflow == "latest" else deque()
-        mailbox = _Mailbox(read, maxsize, overflow, queue, self._gaps)
-        subscription = Subscription(self, mailbox)
+        mailbox = _Mailbox(list(map(_read_pattern, patterns)), maxsize, overflow, queue, self._gaps)
         self._change(self._add, mailbox)
-        return subscription
+        return Subscription(self, mailbox)
 
     def publish(self, subject: str, data: T = None) -> None:  # type: ignore[assignment]
         """Give a message to everyone who listens to its subject. From any thread; never waits."""
@@ -6045,8 +6044,7 @@ class Relay(Generic[T]):
                         step(to_wake, *arguments)
                 finally:
                     self._is_changing = False  # the outer loop sees a step that came just before
-        if to_wake:
-            _wake(to_wake)
+        _wake(to_wake)
 
     def _deliver(self, to_wake: ToWake, subject: str, data: T) -> None:
         """A step (of `_change`): put a message into the mailboxes of those who listen."""
@@ -6506,8 +6504,8 @@ def _dict_reader(read_key: Reader = _read_str, read: Reader = _read_any) -> Read
 def _can_be_hashed(items: Sequence[Any]) -> bool:
     """Whether these can be put into a set, and in a time that grows with their number.
 
-    How Python hashes numbers is no secret. A client could send 40,000 different ones with the same
-    hash, and a set would compare each with all before it. So at most 20 may share one.
+    A client could send 40,000 different numbers with the same hash, and a set would compare each
+    with all before it. So at most 20 may share one.
     """
     try:
         hashes = list(map(hash, items))
@@ -7931,9 +7929,7 @@ def _answer_download(
     w: _OneShotWriter, source: str | os.PathLike[str] | bytes, filename: str | None, status: int
 ) -> None:
     """Answer `w.file(...)`, a file of no collection. Of a large one only the version is hashed."""
-    fields = b"cache-control: no-cache\r\n"
-    if filename is not None:
-        fields += _disposition(filename)
+    fields = b"cache-control: no-cache\r\n" + _disposition(filename)
     opened = None
     if isinstance(source, bytes):
         file = _file_of(filename or "", source)
@@ -7948,8 +7944,10 @@ def _answer_download(
     _answer_with(w, file, whole, fields, opened, status=status, compress=file.compressible)
 
 
-def _disposition(filename: str) -> bytes:
+def _disposition(filename: str | None) -> bytes:
     """The header field that has a browser save the answer under this name (RFC 6266 and 8187)."""
+    if filename is None:
+        return b""
     if _CONTROL.search(filename):
         raise StarioError(f"{filename!r} cannot be a file's name: it holds control characters")
     plain = re.sub(r'[^ -~]|["\\%/]', "_", filename)
@@ -7981,9 +7979,8 @@ def _range(request: Request, size: int, etag: str) -> tuple[int, int] | None:
     """
     whole = (0, size)
     asked = _RANGE.fullmatch(request.headers.get("range") or "")
-    if asked is None or asked[0][-2:] == "=-" or request.method != "GET":
-        return whole
-    if request.headers.get("if-range") not in (None, etag):
+    of_another = request.headers.get("if-range") not in (None, etag)
+    if asked is None or asked[0][-2:] == "=-" or request.method != "GET" or of_another:
         return whole
     first, last = asked.groups()
     if not first:  # "bytes=-500": the last 500
@@ -8661,8 +8658,7 @@ class JsonTracer(_StreamTracer):
         try:
             name, attributes = _json_text(span.name), _log_json(span.attributes)
         except Exception:  # somebody has put something there directly
-            name = _json_text(_safe_text(span.name))
-            attributes = _log_json(_noted(span.attributes))
+            name, attributes = _json_text(_safe_text(span.name)), _log_json(_noted(span.attributes))
         text = (
             f'"name":{name},"trace_id":"{span.trace_id}","span_id":"{span.id}",'
             f'"start_time_unix_nano":{span.start_ns},{more},"attributes":{attributes}'
@@ -9997,7 +9993,7 @@ class RedisRelay(Relay[T]):
         if self._thread is not None:
             self._note_change(patterns)
 
-    def _note_change(self, patterns: tuple[_Pattern, ...]) -> None:
+    def _note_change(self, patterns: Sequence[_Pattern]) -> None:
         """Note those that nobody listens to: not yet, or not any more. Redis is told of them."""
         self._changed.update(pattern for pattern in patterns if not self._is_heard(pattern))
         self._nudge()
@@ -10264,8 +10260,7 @@ def _join_reloading(app: Stario, server: Server) -> None:
     global _IDLE_GRACE
     _IDLE_GRACE = 0.0  # stopping, a child closes idle connections at once: no old page comes by one
     descriptors = os.environ[_RELOADED].split(",")
-    inherited = [socket.socket(fileno=int(number)) for number in descriptors if number]
-    server._listener.sockets += inherited
+    server._listener.sockets += [socket.socket(fileno=int(each)) for each in descriptors if each]
 
     async def script(c: Context, w: Writer) -> None:
         w.respond(_RELOAD_SCRIPT.encode(), "text/javascript")
