@@ -72,25 +72,25 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        5835  14. Relay: publish and subscribe
      6138  ACT 4. For real
        6145  15. Signals: from JSON to your dataclass
-       6910  16. Forms [forms]
-       7113  17. Behind a proxy
-       7222  18. Compression [compression]
-       7432  19. Static files [assets]
-       7995  20. Telemetry: spans, and who hears of them
-       8605  21. JsonTracer: for log collectors [json]
-       8681  22. RichTracer: for people [rich]
-       9144  23. Sessions [sessions]
-       9258  24. What lives as long as the server
-       9359  25. @baked
-       9643  26. ASGI: the same app under another server [asgi]
-       9861  27. RedisRelay: the same between processes and machines [redis]
-      10135  28. Reload: a saved file restarts the app [reload]
-      10279  29. Development: what went wrong, shown where one looks [development]
-      10391  30. What is refused
-    10753  ACT 5. The pocket client
-      10794  31. The pocket client (JavaScript) [client]
-      12168  32. This file as a page [read]
-      12340  33. An app to begin with
+       6903  16. Forms [forms]
+       7106  17. Behind a proxy
+       7215  18. Compression [compression]
+       7425  19. Static files [assets]
+       7988  20. Telemetry: spans, and who hears of them
+       8598  21. JsonTracer: for log collectors [json]
+       8674  22. RichTracer: for people [rich]
+       9137  23. Sessions [sessions]
+       9251  24. What lives as long as the server
+       9352  25. @baked
+       9636  26. ASGI: the same app under another server [asgi]
+       9854  27. RedisRelay: the same between processes and machines [redis]
+      10128  28. Reload: a saved file restarts the app [reload]
+      10272  29. Development: what went wrong, shown where one looks [development]
+      10384  30. What is refused
+    10746  ACT 5. The pocket client
+      10787  31. The pocket client (JavaScript) [client]
+      12161  32. This file as a page [read]
+      12333  33. An app to begin with
 
 READING PATH
 
@@ -6507,19 +6507,12 @@ def _can_be_hashed(items: Sequence[Any]) -> bool:
     A client could send 40,000 different numbers with the same hash, and a set would compare each
     with all before it. So at most 20 may share one.
     """
+    different = {repr(item): item for item in items} if len(items) > 20 else {}
     try:
-        hashes = list(map(hash, items))
+        sharing = Counter(map(hash, different.values() or items))
     except TypeError:  # a list, say
         return False
-    shared = Counter(hashes) if len(hashes) > 20 else {}
-    different: dict[int, list[Any]] = {number: [] for number, n in shared.items() if n > 20}
-    for item, number in zip(items, hashes, strict=True) if different else ():
-        alike = different.get(number)
-        if alike is not None and item not in alike:
-            alike.append(item)
-            if len(alike) > 20:
-                return False
-    return True
+    return not different or max(sharing.values()) <= 20
 
 
 def _record_reader(schema: Any) -> Reader:
@@ -12446,58 +12439,15 @@ def _without(leaving: set[str]) -> str:
 
 
 __all__ = [
-    "DATASTAR_URL",
-    "POCKET_CLIENT",
-    "Carrier",
-    "ClientDisconnected",
-    "CompressionConfig",
-    "Context",
-    "CookieOptions",
-    "Form",
-    "FormFile",
-    "Handler",
-    "Headers",
-    "HttpException",
-    "JsonTracer",
-    "Lifespan",
-    "Limits",
-    "Middleware",
-    "Problem",
-    "QueryParams",
-    "RedisRelay",
-    "Relay",
-    "Request",
-    "RichTracer",
-    "Router",
-    "SafeString",
-    "Server",
-    "ServerEvent",
-    "ServerOptions",
-    "Session",
-    "SignalsError",
-    "Span",
-    "SpanEvent",
-    "Stario",
-    "StarioError",
-    "Subscription",
-    "TestClient",
-    "TestResponse",
-    "TestStream",
-    "Tracer",
-    "TrustedProxies",
-    "Writer",
-    "asset",
-    "at",
-    "baked",
-    "data",
-    "datastar_script",
-    "h",
-    "js",
-    "read_signals",
-    "render",
-    "s",
-    "same_origin",
-]
+    "DATASTAR_URL", "POCKET_CLIENT", "Carrier", "ClientDisconnected", "CompressionConfig",
+    "Context", "CookieOptions", "Form", "FormFile", "Handler", "Headers", "HttpException",
+    "JsonTracer", "Lifespan", "Limits", "Middleware", "Problem", "QueryParams", "RedisRelay",
+    "Relay", "Request", "RichTracer", "Router", "SafeString", "Server", "ServerEvent",
+    "ServerOptions", "Session", "SignalsError", "Span", "SpanEvent", "Stario", "StarioError",
+    "Subscription", "TestClient", "TestResponse", "TestStream", "Tracer", "TrustedProxies",
+    "Writer", "asset", "at", "baked", "data", "datastar_script", "h", "js", "read_signals",
+    "render", "s", "same_origin",
+]  # fmt: skip
 
 
 async def _main() -> None:
