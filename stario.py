@@ -89,8 +89,8 @@ brackets can be left out of your copy: `python stario.py --without assets,client
       10384  30. What is refused
     10746  ACT 5. The pocket client
       10787  31. The pocket client (JavaScript) [client]
-      12161  32. This file as a page [read]
-      12333  33. An app to begin with
+      12165  32. This file as a page [read]
+      12337  33. An app to begin with
 
 READING PATH
 
@@ -11084,11 +11084,15 @@ function erase(branch, key) {
   if (!cells.get(key)?.readers.size) cells.delete(key);
 }
 
+// An object takes the place of a single value even if only what is missing is set: a reader of
+// `$user.name` that came first has made `user` a text.
 function merge(patch, onlyIfMissing, branch = data) {
   for (const key of Object.keys(patch)) {
-    const old = branch[key];
-    if (isPlain(old) && isPlain(patch[key])) merge(patch[key], onlyIfMissing, old);
-    else if (!onlyIfMissing || !(key in branch)) write(branch, key, patch[key]);
+    const [old, fresh] = [branch[key], patch[key]];
+    if (isPlain(old) && isPlain(fresh)) merge(fresh, onlyIfMissing, old);
+    else if (!onlyIfMissing || !(key in branch) || (isPlain(fresh) && !Array.isArray(old))) {
+      write(branch, key, fresh);
+    }
   }
 }
 

@@ -14992,6 +14992,16 @@ class ClientPromises(_Case):
             ["new", True, "new", "new"],
         )
 
+    def test_what_is_missing_inside_of_a_signal_is_set_behind_its_first_reader(self) -> None:
+        self.show(
+            """<p id="p" data-text="$user.name + $n"></p>
+            <b data-signals__ifmissing="{user: {name: 'Ada'}, n: 1}"></b>
+            <b data-signals__ifmissing="{user: {name: 'Eve', age: 36}, list: [1]}"></b>
+            <b data-signals__ifmissing="{list: {x: 1}}"></b>"""
+        )
+        self.see("own()", {"user": {"name": "Ada", "age": 36}, "n": "", "list": [1]})
+        self.now("byId('p').textContent", "Ada")
+
     def test_a_text_area_that_is_emptied_by_the_server_is_empty(self) -> None:
         form = "<form id='f'><textarea id='t'>{0}</textarea><textarea id='u'>{1}</textarea></form>"
         self.answers("/s", patch_elements(form.format("", "left alone")))
@@ -15352,11 +15362,11 @@ class TestPocketClient(ClientPromises, unittest.TestCase):
 
     def test_null_removes_a_signal(self) -> None:
         self.show(
-            """<i data-signals="{a: 1, b: {c: 2}, d: 3}"></i><i data-signals="{a: null}"></i>
-            <b id="b" data-on:click="$d = null"></b>"""
+            """<i data-signals="{a: 1, b: {c: 2}, d: 3, e: [1, null]}"></i>
+            <i data-signals="{a: null}"></i><b id="b" data-on:click="$d = null"></b>"""
         )
         self.do("byId('b').click()")
-        self.see("own()", {"b": {"c": 2}})
+        self.see("own()", {"b": {"c": 2}, "e": [1, None]})
 
     def test_no_signal_reaches_the_prototype_of_all_objects(self) -> None:
         self.answers(
