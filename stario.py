@@ -11381,8 +11381,8 @@ const plugins = {
     const { el, key, mods } = attribute;
     const later = timed(attribute);
     const ofDocument = /^datastar-(?:fetch|signal-patch|ready)$/.test(key);
-    const target = mods.has('window') ? window
-      : mods.has('document') || mods.has('outside') || ofDocument ? document : el;
+    const target = mods.has('document') || mods.has('outside') || ofDocument ? document
+      : mods.has('window') ? window : el;
     attribute.listen(target, key, (evt) => {
       if (mods.has('outside') && evt.target instanceof Node && contains(el, evt.target)) return;
       // A form that is handled here must not load a page as well.

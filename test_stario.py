@@ -15447,6 +15447,20 @@ class TestPocketClient(ClientPromises, unittest.TestCase):
             (sent,) = self.stage.requests(f"/n{n}")
             self.assertEqual((sent.headers["try"], json.loads(sent.body)), (str(n), {"n": n}))
 
+    def test_the_clients_own_events_are_heard_wherever_they_are_listened_for(self) -> None:
+        self.answers("/s", patch_signals({"a": 1}))
+        listeners = [
+            f"""<i data-on:datastar-{event}{mods}="$_heard['{event}{mods}'] = true"></i>"""
+            for event in ("fetch", "signal-patch")
+            for mods in ("", "__document", "__window", "__window__once", "__outside")
+        ]
+        self.show(
+            f"""<b id="b" data-signals="{{_heard: {{}}}}" data-on:click="@get('/s')"></b>
+            {"".join(listeners)}"""
+        )
+        self.do("byId('b').click()")
+        self.see("Object.keys(own()._heard).length", len(listeners))
+
     def test_another_form_is_sent_by_its_selector(self) -> None:
         self.answers("/s", patch_signals({"done": True}))
         self.show(
