@@ -65,32 +65,32 @@ brackets can be left out of your copy: `python stario.py --without assets,client
      2334  ACT 2. On the network
        2342  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
        3414  10. The server
-       4234  11. Trying it without a network: the test client [testclient]
-     4692  ACT 3. Live
-       4740  12. Datastar: attributes and actions
-       5321  13. Streams: events, and staying with a client
-       5835  14. Relay: publish and subscribe
-     6138  ACT 4. For real
-       6145  15. Signals: from JSON to your dataclass
-       6903  16. Forms [forms]
-       7106  17. Behind a proxy
-       7215  18. Compression [compression]
-       7425  19. Static files [assets]
-       7988  20. Telemetry: spans, and who hears of them
-       8598  21. JsonTracer: for log collectors [json]
-       8674  22. RichTracer: for people [rich]
-       9137  23. Sessions [sessions]
-       9251  24. What lives as long as the server
-       9352  25. @baked
-       9636  26. ASGI: the same app under another server [asgi]
-       9854  27. RedisRelay: the same between processes and machines [redis]
-      10128  28. Reload: a saved file restarts the app [reload]
-      10272  29. Development: what went wrong, shown where one looks [development]
-      10384  30. What is refused
-    10746  ACT 5. The pocket client
-      10787  31. The pocket client (JavaScript) [client]
-      12165  32. This file as a page [read]
-      12337  33. An app to begin with
+       4236  11. Trying it without a network: the test client [testclient]
+     4694  ACT 3. Live
+       4742  12. Datastar: attributes and actions
+       5323  13. Streams: events, and staying with a client
+       5837  14. Relay: publish and subscribe
+     6140  ACT 4. For real
+       6147  15. Signals: from JSON to your dataclass
+       6905  16. Forms [forms]
+       7108  17. Behind a proxy
+       7217  18. Compression [compression]
+       7427  19. Static files [assets]
+       7990  20. Telemetry: spans, and who hears of them
+       8576  21. JsonTracer: for log collectors [json]
+       8650  22. RichTracer: for people [rich]
+       9087  23. Sessions [sessions]
+       9201  24. What lives as long as the server
+       9302  25. @baked
+       9586  26. ASGI: the same app under another server [asgi]
+       9804  27. RedisRelay: the same between processes and machines [redis]
+      10078  28. Reload: a saved file restarts the app [reload]
+      10222  29. Development: what went wrong, shown where one looks [development]
+      10334  30. What is refused
+    10696  ACT 5. The pocket client
+      10737  31. The pocket client (JavaScript) [client]
+      12115  32. This file as a page [read]
+      12287  33. An app to begin with
 
 READING PATH
 
@@ -107,11 +107,11 @@ Two hours, for a reader who wants to know how it works, not all that it does. Re
      2705-2818   `_RequestReader`  bytes to requests
      3169-3410   `Connection`  one connection, many requests
      3838-3859   `Server.start`  listening
-     3974-3991   `Server.stop`  ending without losing a request
-     5445-5565   `_EventWriter`  events
-     5655-5720   `_Scope`  how a disconnect reaches a handler
-     5748-5831   `Alive`  staying with a client
-     5989-6083   `Relay`  from one handler to another
+     3976-3993   `Server.stop`  ending without losing a request
+     5447-5567   `_EventWriter`  events
+     5657-5722   `_Scope`  how a disconnect reaches a handler
+     5750-5833   `Alive`  staying with a client
+     5991-6085   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -3960,6 +3960,8 @@ class Server:
             self._loop.call_soon_threadsafe(self._ask)
         elif now - self._asked > 0.1:
             if not self._stop.is_set() or not self._graceful_timeout:  # blocked, or a third
+                if isinstance(self.app.tracer, _StreamTracer):  # (20): it may have a footer
+                    self.app.tracer._close()
                 os._exit(128 + number)  # (process 1 of a container could not kill itself)
             self._asked, self._graceful_timeout = now, 0.0
             for worker in self._workers:
@@ -8376,11 +8378,9 @@ def _log_fault(text: str, exc: BaseException) -> None:
 # that is a single step, so it needs no lock. A thread of the tracer's takes the list ten times a
 # second, and writes all of it at once. The list has texts, and functions that this thread is to
 # call: what they touch belongs to it alone.
-#
-# The thread waits for a first entry, then for more, until there are 5,000 or `_pause` seconds have
-# gone by; then it writes. `_put` wakes it, once, when there are as many entries as it waits for.
 
 _LONGEST_QUEUE = 20_000  # entries; more are dropped, and counted
+_LONG_QUEUE = 5_000  # entries that are written at once
 _STALLED = 1.0  # seconds after which a stream that takes nothing is not waited for
 _Queued = str | tuple[Any, ...]  # a text, or a function and its arguments
 
@@ -8392,7 +8392,7 @@ class _StreamTracer(Tracer):
     number is told when something can be written again, or else at the end, on standard error.
     """
 
-    _pause = 0.1  # seconds to wait for more before writing; a killed program loses no more
+    _pause = 0.1  # seconds between two writes; a killed program loses no more
 
     def __init__(
         self, stream: IO[str] | None = None, *, logging_level: int | str | None = None
@@ -8413,17 +8413,12 @@ class _StreamTracer(Tracer):
     def _renew(self) -> None:
         """Begin with nothing: at first, and in a forked process."""
         self._queue: list[_Queued] = []
-        self._lines: list[Any] = []  # to be written next
-        self._wakes_at = 1  # entries
-        self._wake: queue.SimpleQueue[bool] = queue.SimpleQueue()  # True: write what is left, end
+        self._lines: list[str] = []  # to be written next
         self._thread: threading.Thread | None = None
-        self._started = threading.Lock()  # held while there is a thread: only one is started
-        self._writing = threading.Lock()  # held while it runs; a stalled one outlives `_close`
+        self._running = threading.Lock()  # held while there is a thread, so that there is only one
+        self._wake: queue.SimpleQueue[bool] = queue.SimpleQueue()  # True: write what is left, end
         self._writes_since = 0.0  # on the monotonic clock; 0 while nothing is written
-        # `_put` calls `next(self._drops)` for what it drops: a single step, so any thread may. To
-        # read the count is such a call, too: it gives `_seen` if nothing was dropped meanwhile.
-        self._drops, self._seen = count(), 0
-        self._lost = 0  # spans and events that could not be written, until that is told
+        self._lost = self._told = 0  # spans and events not written, and how many of them were told
 
     def __enter__(self) -> Self:
         if self._logging_level is not None and self._logging is None:
@@ -8441,28 +8436,21 @@ class _StreamTracer(Tracer):
         self._put(self._queued_end(span))
 
     def _put(self, what: _Queued) -> None:
-        waiting = self._queue
-        if self._stream is None or len(waiting) >= _LONGEST_QUEUE:
-            next(self._drops)
+        waiting = len(self._queue)
+        if self._stream is None or waiting >= _LONGEST_QUEUE:
+            self._lost += 1
             return
-        waiting.append(what)
-        if len(waiting) >= self._wakes_at:
-            self._wakes_at = _LONGEST_QUEUE  # never
-            if self._started.acquire(blocking=False):
-                self._start_thread()
-            else:
-                self._wake.put(False)
-
-    def _start_thread(self) -> None:
-        self._thread = threading.Thread(target=self._run, name="tracer", daemon=True)
-        try:
-            self._thread.start()
-            atexit.register(self._close)
-        except RuntimeError:  # the program ends, and starts no thread any more: write in this one
-            self._wake.put(True)
-            self._run()
-            self._thread = None
-            self._started.release()
+        self._queue.append(what)
+        if waiting == _LONG_QUEUE:
+            self._wake.put(False)
+        if self._thread is None and self._running.acquire(blocking=False):
+            self._thread = threading.Thread(target=self._run, name="tracer", daemon=True)
+            try:
+                self._thread.start()
+                atexit.register(self._close)
+            except RuntimeError:  # the program ends, and starts no more threads: write in this one
+                self._wake.put(True)
+                self._run()
 
     def _stalls(self) -> bool:
         return 0 < self._writes_since < time.monotonic() - _STALLED
@@ -8478,44 +8466,36 @@ class _StreamTracer(Tracer):
             thread.join(0.1)
         if thread.is_alive():  # Python's own flush at the end would wait
             sys.stdout = None if sys.stdout is self._stream else sys.stdout
-            self._complain(len(self._queue))
-        self._started.release()
+            self._complain()
 
-    def _complain(self, lost: int) -> None:
-        """Tell it on standard error. Another thread does it, since that may stall as well."""
+    def _complain(self) -> None:
+        """Tell on standard error what was lost. Another thread does it: that may stall as well."""
+        lost = len(self._queue) + self._lost - self._told
         text = f"stario: {lost} spans and events could not be written\n".encode()
         thread = threading.Thread(target=os.write, args=(2, text), daemon=True)
         thread.start()
         thread.join(0.2)
+        self._told = self._lost
 
     def _run(self) -> None:
-        with self._writing:
-            while not (self._wait(1, self._longest_wait()) or self._wait(5_000, self._pause)):
-                self._write_all(ending=False)
-            self._write_all(ending=True)
-            if self._queue:  # others have gone on during the last write
-                self._write_all(ending=True)
-            self._wakes_at = 1
-
-    def _wait(self, entries: int, seconds: float | None) -> bool:
-        """Wait until the queue has as many entries. True if the thread is to end."""
-        self._wakes_at = entries  # set before the queue is looked at, so that none is missed
-        with suppress(queue.Empty):
-            return self._wake.get(timeout=0 if len(self._queue) >= entries else seconds)
-        return False
+        ending = False
+        while not ending:
+            with suppress(queue.Empty):
+                ending = self._wake.get(timeout=self._pause)
+            self._write_all(ending)
+        if self._queue:  # others have gone on during the last write
+            self._write_all(ending)
+        self._running.release()
 
     def _write_all(self, ending: bool) -> None:
         """Take what is in the queue, and write it."""
-        taken = self._queue[:]
+        taken, lost = self._queue[:], self._lost
         entries = len(taken)
         del self._queue[:entries]
-        drops = next(self._drops)
-        missing = self._lost + drops - self._seen
-        self._lost, self._seen = 0, drops + 1
-        if missing:
-            lost = Span(Tracer(), "telemetry.lost", {"count": missing}, None)
-            lost.end()
-            taken.append(self._queued_end(lost))
+        if lost > self._told:
+            note = Span(Tracer(), "telemetry.lost", {"count": lost - self._told}, None)
+            note.end()
+            taken.append(self._queued_end(note))
         for what in taken:
             try:
                 if isinstance(what, str):
@@ -8524,16 +8504,17 @@ class _StreamTracer(Tracer):
                     what[0](*what[1:])
             except Exception:  # it cannot be shown; the others can
                 self._lost += 1
-        if not self._write(self._compose(ending)):
-            self._lost += missing + entries
-        if ending and self._lost:
-            self._complain(self._lost)
-            self._lost = 0
+        if self._write(ending):
+            self._told = lost
+        else:
+            self._lost += entries
+        if ending and self._lost > self._told:
+            self._complain()
 
-    def _write(self, text: str) -> bool:
+    def _write(self, ending: bool) -> bool:
         """Write whole lines, some at a time, so that a slow stream does not look stalled."""
-        start = 0
         try:
+            text, start = self._compose(ending), 0
             while start < len(text) and self._stream is not None:
                 self._writes_since = time.monotonic()
                 end = text.find("\n", start + 65536) + 1 or len(text)
@@ -8546,17 +8527,15 @@ class _StreamTracer(Tracer):
             self._writes_since = 0.0
         return True
 
-    def _longest_wait(self) -> float | None:
-        """Seconds after which there is something to write, even if nothing comes."""
-        return 1 if self._lost else None
-
     def _queued_end(self, span: Span) -> _Queued:
         """What goes into the queue for a span that has ended."""
         raise NotImplementedError
 
     def _compose(self, ending: bool) -> str:
         """The text to be written, now that `_lines` has all that came."""
-        raise NotImplementedError
+        text = "".join(self._lines)
+        self._lines.clear()
+        return text
 
 
 # What has a thread of its own. It stays in the parent when a process forks, and so does its work.
@@ -8578,13 +8557,12 @@ _ASCII_MARKS = str.maketrans("│─━✗…×", "|-=x.x")
 
 
 def _write_any(stream: IO[str], text: str) -> None:
-    write = type(stream).write  # the class's, since RichTracer (part 22) replaces the stream's
     try:
-        write(stream, text)
+        stream.write(text)
     except UnicodeEncodeError:
         encoding = getattr(stream, "encoding", None) or "ascii"
         plain = text.translate(_ASCII_MARKS).encode(encoding, "backslashreplace")
-        write(stream, plain.decode(encoding))
+        stream.write(plain.decode(encoding))
 
 
 def _printable(text: str) -> str:
@@ -8642,9 +8620,7 @@ class JsonTracer(_StreamTracer):
     def _compose(self, ending: bool) -> str:
         for span in list(self._events):
             self._add_part(span)
-        text = "".join(self._lines)
-        self._lines.clear()
-        return text
+        return super()._compose(ending)
 
     def _fields(self, span: Span, more: str) -> str:
         """The line of a span, without its events and the braces around it."""
@@ -8734,25 +8710,20 @@ class RichTracer(_StreamTracer):
     FORCE_COLOR are heeded.
     """
 
-    _pause = 0.05
-
     def __init__(
         self, stream: IO[str] | None = None, *, logging_level: int | str | None = None
     ) -> None:
         super().__init__(stream, logging_level=logging_level)
-        self._size = _terminal_size(self._stream)
-        self._live = self._size is not None and os.environ.get("TERM") != "dumb"
+        size = _terminal_size(self._stream)
+        self._live = size is not None and os.environ.get("TERM") != "dumb"
         coloured = bool(os.environ.get("FORCE_COLOR")) or self._live
         self._look = _Look(coloured and not os.environ.get("NO_COLOR"))
-        if self._size and self._live:
-            self._look.width = self._size[0]
-        self._replaced: list[Any] = []  # the streams that have another `write`
+        self._footer = "unknown"  # a killed program may have left one
 
     def _renew(self) -> None:
         super()._renew()
         self._open: dict[str, _Branch] = {}  # by the span's id
-        self._footer: list[_Line] = []  # as it is on the screen
-        self._in_line = False  # the last text had no line feed at its end
+        self._footer = ""  # as it is on the screen
         self._second = 0.0  # when the present second began, on the monotonic clock
         self._shown = 0  # trees that were shown in it
         # The durations, in nanoseconds, of those that were not shown, by name and outcome.
@@ -8775,33 +8746,7 @@ class RichTracer(_StreamTracer):
             return (self._span_ended, span)
         return self._look.painted(self._look.one_line(span))
 
-    # -- What the program prints must not run into the footer. So it goes into the queue, too: while
-    # the tracer's thread runs, `sys.stdout.write` and `sys.stderr.write` are replaced.
-
-    def _start_thread(self) -> None:
-        for stream in (sys.stdout, sys.stderr) if self._live else ():
-            if _terminal_size(stream) and "write" not in vars(stream):
-                stream.write = self._print  # type: ignore[method-assign]
-                self._replaced.append(stream)
-        super()._start_thread()
-
-    def _close(self) -> None:
-        while self._replaced:
-            vars(self._replaced.pop()).pop("write", None)
-        super()._close()
-
-    def _print(self, text: str) -> int:
-        while len(self._queue) >= _LONGEST_QUEUE and not self._stalls():
-            time.sleep(0.001)  # print waits for a terminal
-        self._put(text)
-        return len(text)
-
     # -- In the tracer's thread: what happens to spans
-
-    def _longest_wait(self) -> float | None:
-        if self._open or self._summed:
-            return 0.05  # a held Enter key comes each 0.033, see below
-        return super()._longest_wait()
 
     def _span_started(self, span: Span) -> None:
         parent = self._open.get(span.parent_id or "")
@@ -8813,14 +8758,14 @@ class RichTracer(_StreamTracer):
     def _event_happened(self, span: Span, event: SpanEvent) -> None:
         branch = self._open.get(span.id)
         if branch is None:  # the span has ended, and its tree is gone
-            self._lines.append(self._look.late(span, event))
+            self._show([self._look.late(span, event)])
             return
         root = branch.root
         root.events, root.last = root.events + 1, event
         branch.add(event)
         late = event.time_ns - root.span.start_ns > _LONG or branch.left_out() > 0
         if event.name == "exception" and late:  # shown now: the tree is far off, or has no room
-            self._lines += [self._look.heading(root.span), *self._look.row(root.span, 0, event)]
+            self._show([self._look.heading(root.span), *self._look.row(root.span, 0, event)])
 
     def _span_ended(self, span: Span) -> None:
         """Show the tree of a root that has ended, or count it if this second has had many.
@@ -8830,14 +8775,14 @@ class RichTracer(_StreamTracer):
         branch = self._open.pop(span.id, None) or _Branch(span, None)
         if branch.root.span.id in self._open:
             return
-        durations = self._summed.get(key := (_safe_text(span.name), _outcome(span)))
-        if self._shown < _MOST_SHOWN or (span.error and durations is None):
+        kind = (_safe_text(span.name), _outcome(span))
+        is_new_error = span.error and kind not in self._summed
+        durations = self._summed.setdefault(kind, [])
+        if self._shown < _MOST_SHOWN or is_new_error:
             self._shown += 1
-            self._lines += self._look.tree(branch)
-            if span.error:
-                self._summed[key] = durations or []  # now the next like it may be counted
+            self._show(self._look.tree(branch))
         else:
-            self._summed.setdefault(key, []).append(span.end_ns - span.start_ns)
+            durations.append(span.end_ns - span.start_ns)
 
     def _sum_up(self) -> None:
         """For each kind that was not shown, one line: how many, and how long they took.
@@ -8852,20 +8797,27 @@ class RichTracer(_StreamTracer):
                 took.sort()
                 times = f"  p50 {_time_text(took[len(took) // 2])}  max {_time_text(took[-1])}"
                 line = self._look.columns(time.time_ns(), name, outcome, f"{len(took):,} x")
-                self._lines.append([*line, (times, "dim")])
+                self._show([[*line, (times, "dim")]])
+
+    def _show(self, lines: list[_Line]) -> None:
+        self._lines += map(self._look.painted, lines)
 
     # -- The screen. A terminal obeys codes that begin with the character ESC (`\x1b`):
     #
     #     ESC 7, ESC 8        save the place of the cursor; go back there
-    #     ESC [J              erase all from the cursor on
-    #     ESC [3A             go up three lines
+    #     ESC [J, ESC [K      erase all from the cursor on; only to the end of the line
+    #     ESC D, ESC [3A      go down a line, and scroll at the last; go up three lines
+    #     ESC [20H            go to the beginning of line 20
+    #     ESC [1;20r, ESC [r  scroll only lines 1 to 20; all of them (both move the cursor)
     #     ESC [?7l, ESC [?7h  cut lines that are too long; wrap them again
     #
-    # After the footer is written the cursor goes up to its first line, and that place is saved. So
-    # what a person types, Enter above all, stays within the footer. To write more, the cursor goes
-    # back to the place, the footer is erased, and it is written again below the new lines. When the
-    # window's size has changed, the saved place is wrong, but the terminal has moved the cursor
-    # along with its line.
+    # The lines above the footer scroll, and the footer does not. The cursor stays above it, and so
+    # does what is written there: prints, what a person types, the output of other programs.
+
+    def _write_all(self, ending: bool) -> None:
+        if self._live and (size := _terminal_size(self._stream)):
+            self._look.width, self._look.height = size
+        super()._write_all(ending)
 
     def _compose(self, ending: bool) -> str:
         now = time.monotonic()
@@ -8874,41 +8826,38 @@ class RichTracer(_StreamTracer):
             self._second = now
         roots = [branch for branch in self._open.values() if branch.root is branch]
         if ending:
-            self._lines += [self._look.heading(root.span) for root in roots]
+            self._show([self._look.heading(root.span) for root in roots])
             self._open.clear()
-        size = _terminal_size(self._stream) if self._live else None
-        resized, self._size = size != self._size, size
-        columns, height = size or (1_000_000, 0)
-        self._look.width = columns
-        text = "".join(map(self._written, self._lines))
-        self._lines.clear()
-        old = self._footer
-        hidden = ending or self._in_line  # (the footer would be in the middle of a line)
-        self._footer = [] if hidden else self._look.footer(roots, height // 3)
-        back = ("\r" if resized else "\x1b8") if old else ""  # to the footer's first line
-        if not text and self._footer == old and not resized:
-            return back and f"{back}\x1b7"  # only the cursor may be elsewhere
-        text = f"{back}\x1b[J{text}" if old else text
-        if self._footer:
-            rows = "".join(map(self._look.painted, self._footer))
-            text += f"\x1b[?7l{rows}\x1b[?7h\x1b[{len(self._footer)}A\x1b7"
-        return text
+        text, old = super()._compose(ending), self._footer
+        if not self._live:
+            return text
+        self._footer = "" if ending else self._at_the_foot(roots)
+        if not text and self._footer == old:
+            return ""
+        if text:  # where a line has been begun, as many spaces as it is long lead to the next one
+            text = f"{'':{self._look.width}}\r\x1b[K{text}"
+        erase = "\x1b7\x1b[r\x1b8\x1b[J" if old else ""
+        return erase + text + self._footer
 
-    def _written(self, line: _Line | str) -> str:
-        """What the program printed as it is; a line of ours on a line of its own."""
-        if isinstance(line, str):
-            self._in_line = not line.endswith("\n")
-            return line
-        start, self._in_line = "\n" * self._in_line, False
-        return start + self._look.painted(line)
+    def _at_the_foot(self, roots: list[_Branch]) -> str:
+        """The footer as it is written: below the cursor there is room, then it is painted."""
+        lines = self._look.footer(roots)
+        if not lines:
+            return ""
+        rows, above = len(lines), self._look.height - len(lines)
+        room = "\x1bD" * rows + f"\x1b[{rows}A\x1b7\x1b[1;{above}r"
+        painted = (
+            f"\x1b[{at}H{self._look.painted(each)}" for at, each in enumerate(lines, above + 1)
+        )
+        return f"{room}\x1b[?7l{''.join(painted)}\x1b[?7h\x1b8"
 
 
 class _Look:
-    """How spans look: the lines of trees and of the footer. It keeps nothing but the width."""
+    """How spans look: the lines of trees and of the footer. It keeps the terminal's size only."""
 
     def __init__(self, coloured: bool) -> None:
         self.coloured = coloured
-        self.width = 1_000_000  # columns
+        self.width, self.height = 1_000_000, 0  # columns, rows
 
     def painted(self, line: _Line) -> str:
         """A line as it is written: cut to the width, with its colours."""
@@ -8919,13 +8868,13 @@ class _Look:
             painted += f"\x1b[{_STYLES[style]}m{text}\x1b[0m" if style and self.coloured else text
         return painted + "\n"
 
-    def footer(self, roots: list[_Branch], most: int) -> list[_Line]:
-        """A line for each root that is open for long, the oldest first; `most` lines at most."""
-        now = time.time_ns()
+    def footer(self, roots: list[_Branch]) -> list[_Line]:
+        """A line for each root that is open for long, the oldest first; a third of the screen."""
+        now, most = time.time_ns(), self.height // 3
         long = [root for root in roots if now - root.span.start_ns >= _LONG]
-        if not long:
+        if not long or most < 2:
             return []
-        shown = long if len(long) < most else long[: max(0, most - 2)]
+        shown = long if len(long) < most else long[: most - 2]
         lines: list[_Line] = [[(f"── {len(long)} open ".ljust(self.width - 1, "─"), "dim")]]
         for root in shown:
             count = f"{root.events:,} event{'s' * (root.events != 1)}"
@@ -8976,10 +8925,11 @@ class _Look:
         if isinstance(row, _Branch):
             span = row.span
             took = _time_text(span.end_ns - span.start_ns) if span.end_ns else "open"
-            line += [(f"{_padded(_safe_text(span.name), room)}{took:>16}  ", ""), *_bar(root, span)]
+            name = _padded(_safe_text(span.name), room + 7)
+            line += [(f"{name}{took:>9}  ", ""), *_bar(root, span)]
             return self._with_pairs(line, indent, span.attributes)
         if row.name != "exception":
-            line.append((_padded(row.name, room), "cyan"))
+            line.append((_padded(row.name, room, room + 16), "cyan"))
             return self._with_pairs(line, indent, row.attributes)
         width = max(20, self.width - indent - 3)
         first, *rest = re.findall(f".{{1,{width}}}", _failure(row))[:12]

@@ -10501,7 +10501,7 @@ class Terminal:
     def __init__(self, test: unittest.TestCase, work: str, **environment: str) -> None:
         import pyte
 
-        program = "import sys, time, stario\nwith stario.RichTracer() as tracer:\n" + work
+        program = "import os, sys, time, stario\nwith stario.RichTracer() as tracer:\n" + work
         usual = {"TERM": "xterm", "NO_COLOR": "", "FORCE_COLOR": ""}
         self.test, self.raw = test, ""
         self.screen = pyte.HistoryScreen(80, 24, history=10_000)
@@ -11016,24 +11016,29 @@ class TestTelemetry(unittest.TestCase):
                 self.assertEqual(screen.cursor.x, width + 1, (text, width))
 
     @needs("pyte")
-    def test_what_is_typed_leaves_no_trace_of_the_footer(self) -> None:
+    def test_what_is_typed_and_what_others_write_stays_above_the_footer(self) -> None:
         terminal = Terminal(
             self,
             "    stream = tracer('stream')\n"
             "    print(*range(30), sep='\\n')\n"  # so that the footer is at the end of the screen
-            "    for n in range(6):\n"
-            "        sys.stdin.readline()\n"
-            "        stream('read', {'n': n})\n",
+            "    while (typed := input()) != 'end':\n"
+            "        os.system('echo another program')\n"
+            "        stream('read', {'typed': typed})\n"
+            "    print('begun', end='', flush=True)\n",
         )
+        numbers = [*map(str, range(30))]
         terminal.read_until(lambda: "── 1 open" in terminal.text())
-        for n in range(5):
-            terminal.type("typed\n" if n % 2 else "\n")
-            terminal.read_until(lambda n=n: f"read n={n}" in terminal.text())  # type: ignore[misc]
+        for typed in ("one", "two"):
+            terminal.type("\n" * 40 + typed + "\n")
+            terminal.read_until(lambda t=typed: f"read typed={t}" in terminal.text())  # type: ignore[misc]
             self.assertEqual(terminal.text().count("── 1 open"), 1, terminal.text())
-            self.assertEqual(terminal.lines()[:-2], [*map(str, range(30))])
-        terminal.type("\n")
+            self.assertEqual([line for line in terminal.lines() if line in numbers], numbers)
+        terminal.type("end\n")
         self.assertEqual(terminal.wait(), 0)
-        self.assertEqual(len(terminal.lines()), 31, terminal.text())
+        self.assertNotIn("── 1 open", terminal.text())
+        self.assertEqual(terminal.lines().count("another program"), 82)  # each on its own
+        self.assertEqual(terminal.lines()[-3:-1], ["end", "begun"])
+        self.assertRegex(terminal.lines()[-1], r"\d  stream +[\d.]+ s$")
         self.assertEqual(terminal.screen.cursor.x, 0)
 
     @needs("pyte")
@@ -11053,6 +11058,27 @@ class TestTelemetry(unittest.TestCase):
                 self.assertNotIn("── 1 open", terminal.text())
                 self.assertRegex(terminal.text(), r"\d  stream +[\d.]+ s\n")  # it was not lost
                 self.assertEqual(terminal.screen.cursor.x, 0)
+
+    @needs("pyte")
+    def test_who_ends_a_blocked_server_by_ctrl_c_gets_the_whole_screen_back(self) -> None:
+        terminal = Terminal(
+            self,
+            "    import asyncio, signal\n"
+            "    async def block():\n"
+            "        sys.stdin.readline()\n"
+            "        signal.raise_signal(2)\n"
+            "        time.sleep(0.2)\n"  # what comes sooner is the same
+            "        signal.raise_signal(2)\n"
+            "    app = stario.Stario(tracer)\n"
+            "    app.background(block())\n"
+            "    asyncio.run(app.serve(port=0))\n",
+        )
+        terminal.read_until(lambda: "── 1 open" in terminal.text())
+        self.assertEqual(terminal.screen.margins.bottom, 21)
+        terminal.type("\n")
+        self.assertEqual(terminal.wait(), 130)
+        self.assertNotIn("── 1 open", terminal.text())
+        self.assertIsNone(terminal.screen.margins)
 
     @needs("pyte")
     def test_colours_and_the_footer_depend_on_the_environment(self) -> None:
