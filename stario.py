@@ -57,61 +57,61 @@ brackets can be left out of your copy: `python stario.py --without assets,client
       224  ACT 1. A framework
         232  2. Errors
         322  3. HTML: elements are strings
-        665  4. JSON
-        786  5. The request: headers, query, cookies, body
-       1261  6. The answer: status, fields, body
-       1692  7. Context and routing
-       2144  8. The app
-     2334  ACT 2. On the network
-       2342  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3414  10. The server
-       4236  11. Trying it without a network: the test client [testclient]
-     4694  ACT 3. Live
-       4742  12. Datastar: attributes and actions
-       5323  13. Streams: events, and staying with a client
-       5837  14. Relay: publish and subscribe
-     6140  ACT 4. For real
-       6147  15. Signals: from JSON to your dataclass
-       6905  16. Forms [forms]
-       7108  17. Behind a proxy
-       7217  18. Compression [compression]
-       7427  19. Static files [assets]
-       7990  20. Telemetry: spans, and who hears of them
-       8576  21. JsonTracer: for log collectors [json]
-       8650  22. RichTracer: for people [rich]
-       9087  23. Sessions [sessions]
-       9201  24. What lives as long as the server
-       9302  25. @baked
-       9586  26. ASGI: the same app under another server [asgi]
-       9804  27. RedisRelay: the same between processes and machines [redis]
-      10078  28. Reload: a saved file restarts the app [reload]
-      10222  29. Development: what went wrong, shown where one looks [development]
-      10334  30. What is refused
-    10696  ACT 5. The pocket client
-      10737  31. The pocket client (JavaScript) [client]
-      12115  32. This file as a page [read]
-      12287  33. An app to begin with
+        666  4. JSON
+        788  5. The request: headers, query, cookies, body
+       1262  6. The answer: status, fields, body
+       1693  7. Context and routing
+       2145  8. The app
+     2335  ACT 2. On the network
+       2343  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
+       3410  10. The server
+       4233  11. Trying it without a network: the test client [testclient]
+     4692  ACT 3. Live
+       4740  12. Datastar: attributes and actions
+       5321  13. Streams: events, and staying with a client
+       5835  14. Relay: publish and subscribe
+     6138  ACT 4. For real
+       6145  15. Signals: from JSON to your dataclass
+       6903  16. Forms [forms]
+       7106  17. Behind a proxy
+       7215  18. Compression [compression]
+       7425  19. Static files [assets]
+       7988  20. Telemetry: spans, and who hears of them
+       8574  21. JsonTracer: for log collectors [json]
+       8648  22. RichTracer: for people [rich]
+       9085  23. Sessions [sessions]
+       9199  24. What lives as long as the server
+       9300  25. @baked
+       9584  26. ASGI: the same app under another server [asgi]
+       9802  27. RedisRelay: the same between processes and machines [redis]
+      10076  28. Reload: a saved file restarts the app [reload]
+      10220  29. Development: what went wrong, shown where one looks [development]
+      10332  30. What is refused
+    10694  ACT 5. The pocket client
+      10735  31. The pocket client (JavaScript) [client]
+      12113  32. This file as a page [read]
+      12285  33. An app to begin with
 
 READING PATH
 
 Two hours, for a reader who wants to know how it works, not all that it does. Read in this order:
 
       333-350    `SafeString`  an element is a string
-      629-658    `Tags`  `h.P` makes one
-     1064-1242   `Request`  what a client asks for
-     1272-1340   `Carrier`  what brings the answer back
-     1420-1608   `_RawWriter`  the answer
-     1710-1808   `Context`  what a handler gets beside it
-     1898-1913   `_Tree.find`  from a path to a handler
-     2253-2285   `_App.dispatch`  one request from end to end
-     2705-2818   `_RequestReader`  bytes to requests
-     3169-3410   `Connection`  one connection, many requests
-     3838-3859   `Server.start`  listening
-     3976-3993   `Server.stop`  ending without losing a request
-     5447-5567   `_EventWriter`  events
-     5657-5722   `_Scope`  how a disconnect reaches a handler
-     5750-5833   `Alive`  staying with a client
-     5991-6085   `Relay`  from one handler to another
+      630-659    `Tags`  `h.P` makes one
+     1066-1244   `Request`  what a client asks for
+     1273-1341   `Carrier`  what brings the answer back
+     1421-1609   `_RawWriter`  the answer
+     1711-1809   `Context`  what a handler gets beside it
+     1899-1914   `_Tree.find`  from a path to a handler
+     2254-2286   `_App.dispatch`  one request from end to end
+     2703-2816   `_RequestReader`  bytes to requests
+     3165-3406   `Connection`  one connection, many requests
+     3834-3855   `Server.start`  listening
+     3972-3989   `Server.stop`  ending without losing a request
+     5445-5565   `_EventWriter`  events
+     5655-5720   `_Scope`  how a disconnect reaches a handler
+     5748-5831   `Alive`  staying with a client
+     5989-6083   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -401,7 +401,7 @@ def _html(
         return ""
     if isinstance(part, Iterable) and not isinstance(part, (bytes, bytearray, memoryview)):
         items = list(part)
-        if type(items and items[0]) is not kind or items != [part]:  # (an enum.Flag holds itself)
+        if type(items and items[0]) is not kind or items != [part]:  # (a Flag holds itself: no end)
             return _html(items, attributes, escape)
     raise StarioError(
         f"{type(part).__name__} cannot stand in HTML: give text, a number, an element, "
@@ -495,8 +495,9 @@ def _other_attribute(name: str, value: object) -> str:
             return f' style="{_quote(style)}"'
         if name != "class":
             return _attributes({f"{name}-{key}": item for key, item in value.items()})
-    # `@baked` (part 25) calls a function once, with placeholders (*blanks*) for its arguments. Here
-    # a blank is written as a *mark*, and at each later call the argument's text stands there.
+    # `@baked` (part 25) calls a function once, with placeholders (*blanks*) for its arguments:
+    # `_baking` has the functions that are being called so. Here a blank is written as a *mark*, and
+    # at each later call the argument's text stands there.
     if _baking.get() and (mark := _mark_for(_other_attribute, name, value, is_html=True)):
         return mark
     return f' {name}="{_quote(_value_text(name, value))}"'
@@ -581,7 +582,7 @@ def _refuse_content(name: str, content: str) -> str:
 
 
 def _check_raw(name: str, content: str) -> str:
-    """For a script or a style, whose text no browser decodes."""
+    """For a script or a style, whose text no browser decodes. Blanks are refused, too."""
     if (bakes := _baking.get()) and (mark := bakes[0].marks.search(content)):
         raise StarioError(f"{mark[0]} cannot stand in a <{name}>")
     if "<!--" in content or f"</{name}" in content.lower():
@@ -754,7 +755,7 @@ def _parse_json(text: str | bytes) -> Any:
     """
     try:
         plain = (text if isinstance(text, str) else text.decode()).strip("\ufeff \t\r\n")
-        if len(plain) > _MANY_HOLDERS and _is_dense(plain):
+        if len(plain) > _MANY_CONTAINERS and _is_dense(plain):
             raise ValueError("too many of its lists and objects are almost empty")
         value, end = _json_decoder.raw_decode(plain)  # for two items `decode` takes 3 times as long
         if end < len(plain):
@@ -766,18 +767,19 @@ def _parse_json(text: str | bytes) -> Any:
         raise HttpException(400, f"this is not JSON: {exc}") from None
 
 
-_MANY_HOLDERS = 10_000  # lists and objects
+_MANY_CONTAINERS = 10_000
 
 
 def _is_dense(text: str) -> bool:
     """Whether JSON is little else than `[],[],[]`: that takes 40 times its length in memory."""
-    most = max(_MANY_HOLDERS, len(text) // 5)
+    most = max(_MANY_CONTAINERS, len(text) // 5)
     if text.count("[") + text.count("{") <= most:
         return False
     rest = _JSON_STRING.sub("", text)  # what stands within text opens nothing
     return rest.count("[") + rest.count("{") > most
 
 
+# (`*+` and `++` never try again with less, so the time of a match grows only with the length.)
 _JSON_STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -863,7 +865,7 @@ class _Fields:
         return isinstance(name, str) and bool(self._values(name))
 
     def __len__(self) -> int:
-        return sum(map(len, self._fields.values()))
+        return sum(map(len, self._fields.values()))  # as many as items()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._fields)
@@ -1016,7 +1018,7 @@ def _decode_path(raw: str) -> str:
     if _BAD_ESCAPE.search(raw):
         raise HttpException(400, "the path has a percent sign that escapes nothing")
     marked, slashes = re.subn("%2[Ff]", "%FF", raw)
-    # Each byte that is no UTF-8 becomes a surrogate: FF is `_SLASH`, 80 would be `\udc80`.
+    # A byte that is no UTF-8 becomes a surrogate, FF `_SLASH`. More of them than slashes: refused.
     path = _unescaped(marked).decode("utf-8", "surrogateescape")
     if len(_SURROGATE.findall(path)) != slashes:
         raise HttpException(400, "the path is not UTF-8")
@@ -1038,8 +1040,8 @@ def _decode_path(raw: str) -> str:
 #     asyncio.run(main())          # makes an event loop, and runs it until main() is done
 #
 # A *future* stands for a result to come: `await future` waits for it, and `future.set_result()`
-# ends the wait. To *cancel* a task raises CancelledError at the `await` where it waits. Between two
-# awaits nothing else runs on the loop, so no locks are needed there.
+# ends the wait. To *cancel* a task raises CancelledError at the `await` where it waits, and
+# adds one to `task.cancelling()`. Between two awaits nothing else runs on the loop: no locks there.
 
 
 class RequestLine:
@@ -1065,9 +1067,9 @@ class Request:
     """What a client asks for: `c.req`.
 
     From the router (part 7): `route` is the route as it was written (`/users/{id}`), `params` are
-    the path's parameters, `tail` is what `*` took in a path, `subhost` in a host. `max_body`
-    (bytes) can be raised for one request before its body is read. `root_path` is where another app
-    has mounted this one ("/live"), or empty.
+    the path's parameters, `tail` is what the `*` of `/files/*` stands for, `subhost` that of the
+    host `*.example.com`. `max_body` (bytes) can be raised for one request before its body is read.
+    `root_path` is where another app has mounted this one ("/live"), or empty.
     """
 
     root_path = ""
@@ -1125,7 +1127,7 @@ class Request:
 
     @cached_property
     def _hop(self) -> _Hop:
-        """The first hop of its way: the client's address, the scheme, the host (see part 17)."""
+        """Client's address, scheme and host, as the first trusted proxy saw them (part 17)."""
         carrier = self._carrier
         last = _Hop(carrier.client, carrier.scheme, self.headers.get("host") or "")
         return last if carrier.proxies is None else carrier.proxies.first_hop(self.headers, last)
@@ -1242,8 +1244,7 @@ class Request:
         return self._form
 
 
-# A name or an IPv6 address, and a port (RFC 3986, section 3.2). `++` and `*+` never try again with
-# less, so that no text takes long.
+# A name or an IPv6 address, and a port (RFC 3986, section 3.2).
 _HOST = re.compile(
     r"(?:\[[0-9A-Fa-f:.]++\]|(?:[A-Za-z0-9._~!$&'()*+,;=-]|%[0-9A-Fa-f]{2})*+)(?::[0-9]*+)?"
 )
@@ -1280,7 +1281,7 @@ class Carrier:
 
     __slots__ = ()
 
-    # Where handlers stay with the client (part 13): they end when it goes, or the server stops.
+    # A scope is a handler's wait that ends when the client goes, or the server stops (part 13).
     scopes: list[_Scope]
     disconnected = False  # the client has gone
     client = ""  # the address of the other end, or empty where it has none
@@ -1424,7 +1425,7 @@ class _RawWriter:
     layer to the last one: answers in one shot, then (part 13) events, and `alive` in Writer.
     """
 
-    _rest: _Rest | None = None  # what is still to be sent of a large file (part 19)
+    _rest: _Rest | None = None  # a large file still to be sent (19): nothing can follow
 
     def __init__(
         self, carrier: Carrier, request: Request, compression: CompressionConfig | None
@@ -1439,7 +1440,7 @@ class _RawWriter:
         self._compressor: Compressor | None = None  # two functions: more, and the end (part 18)
         self._remaining: int | None = None  # bytes still due, if a Content-Length was given
         self._sse = False  # this is a stream of events (part 13)
-        self._writes = 0  # pieces of the body so far: shows whether anything was written meanwhile
+        self._writes = 0  # pieces of the body so far: `_beat` looks whether there are more
 
     @property
     def headers(self) -> ResponseHeaders:
@@ -1712,7 +1713,7 @@ class Context:
 
     A request is recorded in a *span* (part 20): a name, a beginning, an end, attributes, events.
     `c["user"] = 7` sets an attribute, `c("mail sent", {"to": 7})` notes an event. An app without a
-    tracer, which is what spans are given to, is *silent*: it makes none.
+    tracer, which is what spans are given to, is *silent*: it makes none, and logs only faults.
     """
 
     def __init__(self, app: Stario, req: Request) -> None:
@@ -1747,7 +1748,7 @@ class Context:
             if req.route:
                 attributes["http.route"] = req.route
             name = f"{req.method} {req.route}".rstrip()
-            caller = _caller_of(req.headers._values("traceparent"))  # a span elsewhere
+            caller = _caller_of(req.headers._values("traceparent"))  # its span (20)
             self._span = Span(self.app.tracer, name, attributes, caller)
         return self._span
 
@@ -1788,8 +1789,8 @@ class Context:
 
     def _current(self) -> Span:
         """The span of the step of this request that the task is in, else the request's."""
-        context, span = _current_step.get()  # a ContextVar: it has a value for each task
-        return span if context is self and span is not None else self.span
+        owner, span = _current_step.get()  # of this task; perhaps of another request
+        return span if owner is self and span is not None else self.span
 
     @typing.overload
     async def signals(self) -> dict[str, Any]: ...
@@ -2129,7 +2130,7 @@ async def _handle_error(
     foreseen = isinstance(exc, (HttpException, ClientDisconnected))
     for kind in type(exc).__mro__:
         if kind in handlers and not (foreseen and kind is Exception):
-            # What has a handler of its own type was expected: a silent app does not log it.
+            # What has a handler of its own type was expected, and is no fault.
             if kind is Exception or not c.app._silent:
                 _record(c, exc, is_handled=True)  # part 20
             w._forget_answer()
@@ -2410,8 +2411,7 @@ _WHOLE_URL = re.compile(r"https?://(?!:)([^/?#@]+)(/[^?#]*)?(\?[^#]*)?", re.IGNO
 #
 #     b"\r\nhost: a.example\r\naccept: */*\r\n\r\n"
 #
-# A field is one line, without a blank before its colon, without control characters. (`*+` never
-# gives back what it has matched, so that the time of a match grows only with the length.)
+# A field is one line, without a blank before its colon, without control characters.
 _FIELD_LINE = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]++:[\t\x20-\x7e\x80-\xff]*+\r\n"
 _FRAMING_FIELDS = re.compile(
     rb"\n(?=[hcte])((?:host|connection|content-length|transfer-encoding|expect):[^\r]*)",
@@ -2480,10 +2480,8 @@ _kept_framing = lru_cache(maxsize=256)(_Framing)
 
 
 class _ReceivedHeaders(Headers):
-    """Headers as they came. The first three that are asked for are looked up in their block.
-
-    All of it is split up for a fourth one: for a browser's block that takes as long as five are
-    looked up.
+    """Headers as they came. The first three fields asked for are searched in their block, one by
+    one. A fourth splits all of it, which takes as long as five searches of a browser's block.
     """
 
     def __init__(self, block: bytes) -> None:
@@ -2503,11 +2501,11 @@ class _ReceivedHeaders(Headers):
         return values
 
     def _look_up(self, name: str) -> Sequence[str]:
-        start, end = f"\n{name}:".encode("ascii", "replace"), 0
-        in_lower_case, values = self._block.lower(), []
-        while ":" not in name and (at := in_lower_case.find(start, end)) >= 0:
-            end = in_lower_case.find(b"\r", at)
-            value = self._block[at + len(start) : end].strip(b" \t")
+        wanted, end = f"\n{name}:".encode("ascii", "replace"), 0
+        lowered, values = self._block.lower(), []
+        while ":" not in name and (at := lowered.find(wanted, end)) >= 0:
+            end = lowered.find(b"\r", at)
+            value = self._block[at + len(wanted) : end].strip(b" \t")
             values.append(value.decode("utf-8" if name in _UTF_8_FIELDS else "latin-1", "replace"))
         return values
 
@@ -2643,13 +2641,13 @@ class _BodyDecoder:
         self._max_ignored = limits.max_header_bytes
         self._ignored = 0  # bytes of extensions and trailers so far
         self.left = framing.length  # bytes to come of the body, or of this chunk
-        # The line that follows them; None where the body ends there.
-        self._line = self._FIRST_SIZE if framing.chunked else None
+        # The pattern of the line that follows these bytes; None: the body ends there.
+        self._expected = self._FIRST_SIZE if framing.chunked else None
 
     @property
     def ended(self) -> bool:
         """Whether all of it has been read."""
-        return self.left == 0 and self._line is None
+        return self.left == 0 and self._expected is None
 
     def decode(self, buffer: bytes, at: int) -> tuple[bytes, int]:
         """The body's bytes in the buffer from `at` on, and the position behind what was read."""
@@ -2660,17 +2658,17 @@ class _BodyDecoder:
                 out.append(data)
                 at += len(data)
                 self.left -= len(data)
-            elif self._line is None:
+            elif self._expected is None:
                 break
-            elif not (line := self._line.match(buffer, at)):
+            elif not (line := self._expected.match(buffer, at)):
                 self._check_start(buffer[at:])
                 break
-            elif self._line is self._TRAILER:
+            elif self._expected is self._TRAILER:
                 at = line.end()
                 self._read_trailer(line[0])
             else:
                 at, self.left = line.end(), int(line[1], 16)
-                self._line = self._NEXT_SIZE if self.left else self._TRAILER
+                self._expected = self._NEXT_SIZE if self.left else self._TRAILER
                 if line[2]:
                     self._ignored = self._ignored_with(line[2])
         return b"".join(out), at
@@ -2681,16 +2679,16 @@ class _BodyDecoder:
             raise HttpException(400, "a trailer of the body is malformed")
         self._ignored = self._ignored_with(line)
         if line == b"\r\n":
-            self._line = None
+            self._expected = None
 
     def _check_start(self, start: bytes) -> None:
         """Refuse a malformed line. One whose end has not come may still be well-formed."""
-        if self._line is self._NEXT_SIZE:
+        if self._expected is self._NEXT_SIZE:
             if not b"\r\n".startswith(start[:2]):
                 raise HttpException(400, "a chunk is longer than its size says")
             start = start[2:]
         if b"\n" in start:
-            what = "trailer of the body" if self._line is self._TRAILER else "chunk's size"
+            what = "trailer of the body" if self._expected is self._TRAILER else "chunk's size"
             raise HttpException(400, f"a {what} is malformed")
         self._ignored_with(start)
 
@@ -2735,7 +2733,7 @@ class _RequestReader:
     def head(self) -> tuple[RequestLine, Headers, _Framing] | None:
         """The next request's head, or None if not all of it is here."""
         buffer, at, limits = self.buffer, self._at, self._limits
-        while (line_end := buffer.find(b"\r\n", at)) == at:  # allowed in front (RFC 9112, 2.2)
+        while (line_end := buffer.find(b"\r\n", at)) == at:  # skip empty lines (RFC 9112, 2.2)
             at += 2
         is_known = buffer.startswith(self._block, line_end)
         if is_known:
@@ -2775,7 +2773,7 @@ class _RequestReader:
             raise HttpException(400, "the request line is malformed")
         if len(start) > self._limits.max_header_bytes:
             raise self._too_large(line)
-        if line_end and len(line) >= checked:  # it has just become complete
+        if line_end and len(line) >= checked:  # just complete: refuse a bad one now
             _parse_request_line.__wrapped__(line)
         self._searched = len(start)
 
@@ -2863,7 +2861,7 @@ class _SocketCarrier(Carrier, asyncio.Protocol):
         self._sent = 0  # bytes given to the transport
         self._taken = 0  # how many of them had left it when the sweep last saw progress
         self._stalled_since = 0.0  # when that was; 0.0 while nothing waits
-        # As every Carrier has them; a scope is a handler's wait that can be ended (part 13):
+        # As every Carrier has them:
         self.client = ""
         self.scheme = "http"
         self.proxies = worker.proxies
@@ -2909,7 +2907,7 @@ class _SocketCarrier(Carrier, asyncio.Protocol):
         self._worker.loop.call_soon(self.go_on)  # perhaps a next request waits for it
 
     async def drained(self) -> None:
-        """See Carrier. (An answer that ends its connection is still taken while that closes.)"""
+        """See Carrier. While we close the connection (`_closing`), the client takes the rest."""
         if self._paused_writing and (self._closing or not self._transport.is_closing()):
             await self._paused_writing.wait()
         if self._transport.is_closing() and (self.disconnected or not self._closing):
@@ -2926,7 +2924,7 @@ class _SocketCarrier(Carrier, asyncio.Protocol):
             except OSError:  # too many are open
                 return await super().send_file(file, offset, count)
             transport.set_write_buffer_limits(0)  # `drained` now waits until it is empty
-            _limit_unsent(connection, 0)  # (a limit keeps events fresh; a file does not age)
+            _limit_unsent(connection, 0)  # (the limit is for streams, whose events would get old)
             try:
                 sent = await self._send_mapped(descriptor, file, offset, count)
             finally:
@@ -3081,21 +3079,19 @@ class _SocketCarrier(Carrier, asyncio.Protocol):
 class _AnswerCarrier(_SocketCarrier):
     """Sends answers as HTTP/1.1 writes them. What they answer is the business of Connection."""
 
-    _must_close: Callable[[], bool]  # too much of the request is still to come for a next one
+    _gives_up_rest: Callable[[], bool]  # too much of this body is still to come
     _answered: Callable[[], None]  # the answer is complete
 
     def __init__(self, worker: Worker) -> None:
         super().__init__(worker)
         self._http_1_0 = False  # the version of the request
         self._close_after = False  # the connection ends with this answer
-        self._is_plain = (
-            False  # the usual case: HTTP/1.1 that goes on, and all of the request is here
-        )
+        self._is_usual = False  # HTTP/1.1 that stays open, and all of the request is here
         self._chunked = False  # the answer is sent in chunks
 
     def answer(self, status: int, fields: bytes, body: bytes) -> None:
         """See Carrier. Mostly, in HTTP/1.1 that goes on, no field `connection` is needed."""
-        if not self._is_plain or self._worker.stopping:
+        if not self._is_usual or self._worker.stopping:
             fields = self._with_connection(fields)
         if not self._closing:
             data = b"".join((_status_line(status), fields, self._worker.end_of_head, body))
@@ -3115,7 +3111,7 @@ class _AnswerCarrier(_SocketCarrier):
 
     def _with_connection(self, fields: bytes) -> bytes:
         """Add the field `connection`, and settle whether it stays open (RFC 9112, section 9.3)."""
-        self._close_after = self._must_close() or self._close_after or self._worker.stopping
+        self._close_after = self._gives_up_rest() or self._close_after or self._worker.stopping
         if self._close_after:
             fields += b"connection: close\r\n"
         elif self._http_1_0:
@@ -3269,7 +3265,7 @@ class Connection(_AnswerCarrier):
         self._http_1_0 = line.http_1_0
         self._close_after = framing.close or (line.http_1_0 and not framing.keep_alive)
         body: Body | bytes = b"" if framing.is_plain else self._begin_body(framing)
-        self._is_plain = not (self._close_after or line.http_1_0 or self._state is _BODY)
+        self._is_usual = not (self._close_after or line.http_1_0 or self._state is _BODY)
         handling = worker.app.dispatch(Request(line, headers, body, self), self)
         # In a copy of the context variables: what a handler sets there ends with its request.
         # From Python 3.12 on it runs at once, up to its first wait (`_spawn`, part 10).
@@ -3375,14 +3371,14 @@ class Connection(_AnswerCarrier):
         if self._is_reading_body():
             self._fail_body(exc)
         else:
-            self._state, self._is_plain = _ANSWER, False
+            self._state, self._is_usual = _ANSWER, False
             text = f"{exc.detail}\n".encode("latin-1", "replace")
             fields = _TEXT[0] + _length_line(len(text))
             if exc.status_code == 503:
                 fields += b"retry-after: 5\r\n"
             self.answer(exc.status_code, fields, text)
 
-    def _must_close(self) -> bool:
+    def _gives_up_rest(self) -> bool:
         # A client that still waits for "100 Continue", which comes no more, may send its body now,
         # or never.
         expects, self._expects = self._expects, False
@@ -3437,7 +3433,7 @@ def _spawn(
     """Make a task of a coroutine.
 
     From Python 3.12 on it runs at once, up to its first wait, and not only when the loop comes to
-    it: a handler that never waits is done when this returns. (`name` saves making one up.)
+    it: a handler that never waits is done when this returns. (With a `name`, none is made up.)
     """
     if _EAGER:
         return asyncio.Task(coroutine, loop=loop, name="stario", context=context, eager_start=True)  # type: ignore[call-arg]
@@ -3820,8 +3816,8 @@ class Server:
         self._threads: list[threading.Thread] = []
         self._accepting: list[asyncio.Task[None]] = []  # on Windows, see `_watch`
         self._ending = AsyncExitStack()  # what `start` has begun, and `stop` ends
-        self._stop = asyncio.Event()
-        self._asked = 0.0  # when a signal last asked to stop
+        self._asked = asyncio.Event()
+        self._asked_at = 0.0  # when a signal last asked to stop
         self._starting: asyncio.Task[Any] | None = None  # the task in `start`: a signal cancels it
 
     @property
@@ -3836,7 +3832,7 @@ class Server:
     # -- Starting
 
     async def start(self, *, heed_signals: bool = False) -> None:
-        """Listen, and start the workers, or raise StarioError. `heed_signals`: one cancels this."""
+        """Listen, and start the workers, or raise StarioError. `heed_signals`: Ctrl-C ends it."""
         if self._workers:
             raise StarioError("this server runs already")
         self._loop, self._starting = asyncio.get_running_loop(), asyncio.current_task()
@@ -3950,26 +3946,26 @@ class Server:
         and so does the second if the event loop is blocked.
         """
         _heed_signals(self)
-        await self._stop.wait()
+        await self._asked.wait()
 
     def _signalled(self, number: int) -> None:
         """A signal has come. (A second one within 0.1 s is the same: terminals send it twice.)"""
         now = time.monotonic()
-        if not self._asked:
-            self._asked = now
-            self._loop.call_soon_threadsafe(self._ask)
-        elif now - self._asked > 0.1:
-            if not self._stop.is_set() or not self._graceful_timeout:  # blocked, or a third
+        if not self._asked_at:
+            self._asked_at = now
+            self._loop.call_soon_threadsafe(self._begin_stop)
+        elif now - self._asked_at > 0.1:
+            if not self._asked.is_set() or not self._graceful_timeout:  # blocked, or a third
                 if isinstance(self.app.tracer, _StreamTracer):  # (20): it may have a footer
                     self.app.tracer._close()
                 os._exit(128 + number)  # (process 1 of a container could not kill itself)
-            self._asked, self._graceful_timeout = now, 0.0
+            self._asked_at, self._graceful_timeout = now, 0.0  # (0.0: a second one has come)
             for worker in self._workers:
                 worker.deadline = 0.0
 
-    def _ask(self) -> None:
+    def _begin_stop(self) -> None:
         """Stop. A server that is starting (its database is migrated, say) ends that, too."""
-        self._stop.set()
+        self._asked.set()
         if self._starting is not None:
             self._starting.cancel()
 
@@ -3982,7 +3978,7 @@ class Server:
         waiting = {
             asyncio.wrap_future(asyncio.run_coroutine_threadsafe(worker.stop(grace), worker.loop))
             for worker in self._workers
-        }
+        }  # each runs on its worker's loop
         deadline = time.monotonic() + grace + 2 * _CLEANUP
         try:
             while waiting and time.monotonic() < deadline:
@@ -4199,9 +4195,10 @@ class Stario(_App):
                 for worker in server._workers:
                     worker.loop.call_soon_threadsafe(_Watchdog)  # part 29: finds what blocks a loop
         except asyncio.CancelledError:
-            if server._starting is None or not server._stop.is_set() or server._starting.uncancel():
+            starting = server._starting
+            if starting is None or not server._asked.is_set() or starting.uncancel():
                 raise
-            return  # a signal came first: what had been opened is closed again
+            return  # only the signal had cancelled `start`: `uncancel` gives 0
         except StarioError as exc:
             for work in self._life.waiting:  # or Python warns that nobody has awaited it
                 work.close()
@@ -4486,7 +4483,7 @@ class TestStream:
         async with self._awaiting("the start of its handler"):
             while not (self._worker.tasks or self._head.done()):
                 await asyncio.sleep(0)
-        for _ in range(20):  # turns of the loop: more than a handler needs to send its head
+        for _ in range(20):  # more often than a handler has to wait to send its head
             if not self._head.done():
                 await asyncio.sleep(0)
 
@@ -4595,7 +4592,8 @@ class TestClient:
     async def _request(
         self, method: str, path: str, wait: bool, options: dict[str, Any]
     ) -> TestResponse:
-        stream, pieces = await self._send(method, path, **options), list[bytes]()
+        pieces: list[bytes] = []
+        stream = await self._send(method, path, **options)
         try:
             async with stream._awaiting("its answer"):
                 while piece := await stream._read_piece():
@@ -4885,7 +4883,7 @@ def _modifier(name: str, value: object) -> str:
         raise StarioError(f"{name}={value!r}: write {name}=True")
     given: Any = value if isinstance(value, tuple) and value and _TIME_FLAGS[name] else (value,)
     for flag in given[1:]:
-        _check_word(f"flag of {name}", flag, _TIME_FLAGS[name])
+        _check_word(f"flag of {name}", flag, _TIME_FLAGS[name])  # (part 30)
     return ".".join((f"__{name}", _duration(name, given[0]), *given[1:]))
 
 
@@ -5350,7 +5348,7 @@ _LINE_BREAK = re.compile(r"\r\n|\r|\n")
 
 def _data_lines(text: str, key: str = "") -> str:
     """Text as the data lines of an event, each with `key`: `data: elements <p>Hello</p>`."""
-    # Most HTML is one line, and the expression takes 20 microseconds for 2,000 characters.
+    # Most HTML is one line, and the regex takes 20 microseconds for 2,000 characters.
     if "\n" in text or "\r" in text:
         text = _LINE_BREAK.sub(f"\ndata: {key}", text)
     return "".join(("data: ", key, text, "\n"))  # (an f-string would copy an element once more)
@@ -5409,7 +5407,7 @@ def _patch_data(
         raise StarioError(f"a selector is text, as '#cart', not {selector!r}")
     if not selector and mode not in ("outer", "replace"):
         raise StarioError(f"mode {mode!r} needs a selector: only outer and replace do without")
-    has_id = html.find(" id=", 0, html.find(">") + 1) > 0  # the usual case: no expression needed
+    has_id = html.find(" id=", 0, html.find(">") + 1) > 0  # the usual case: no regex needed
     if html and not selector and not has_id and not _HAS_PLACE.match(html):
         raise StarioError(
             f"no place for {html[:60]!r}: give the element an id that the page has, or say "
@@ -5662,18 +5660,18 @@ class _Scope:
     takes its one away at `__exit__`. If the number is then what it was at `__enter__`, nobody else
     has cancelled the task, and the error is swallowed. (`asyncio.timeout` counts in the same way.)
 
-    Scopes of one task may be nested: a loop in an `async with` block, or a loop over a generator
-    that loops itself. One of them cancels; the innermost swallows the error, and the code after it
-    runs. Then a block around it is interrupted at its next await. A loop around it is interrupted
-    `_CLEANUP` seconds later: the code that runs is its generator's, and the loop waits for that.
+    Scopes of one task may be nested. One of them cancels; the innermost swallows the error, and the
+    code after it runs. An `async with` block around it is interrupted at its next await. A loop
+    around it, whose source is a generator with an `alive` loop of its own, is interrupted only
+    `_CLEANUP` seconds later, so that the generator can finish first.
     """
 
     __slots__ = (
-        "_cancels_before", "_entered", "_interrupting", "_is_block", "_is_ending", "_task",
+        "_cancels_before", "_interrupting", "_is_block", "_is_ending", "_scopes", "_task",
     )  # fmt: skip
 
-    def __init__(self, entered: list[_Scope], is_block: bool = False) -> None:
-        self._entered = entered  # all scopes of the answer that are entered now
+    def __init__(self, scopes: list[_Scope], is_block: bool = False) -> None:
+        self._scopes = scopes  # the carrier's: all that are entered now
         self._is_block = is_block  # of `async with`
         self._is_ending = False  # `end` has been called
         self._interrupting = False  # it has cancelled the task, and no scope has swallowed that yet
@@ -5684,28 +5682,28 @@ class _Scope:
             raise StarioError("alive() works inside a task only")
         self._task = task
         self._cancels_before = task.cancelling()
-        self._entered.append(self)
+        self._scopes.append(self)
 
     def end(self) -> None:
         """End it soon. Called by the carrier; a second call does nothing."""
-        # Not at once, but as a call of the event loop: then the task does not run but waits. If the
-        # scope is still entered then, the error comes up inside of it, and not somewhere after it.
+        # By a call of the event loop: while that runs, the task waits somewhere. If the scope is
+        # still entered, the error comes up inside of it, and not somewhere after it.
         if not self._is_ending:
             self._is_ending = True
             self._task.get_loop().call_soon(self._interrupt)
 
     def _interrupt(self) -> None:
         """Cancel the task, unless this scope is left, or another one has just done so."""
-        if self in self._entered and not any(scope._interrupting for scope in self._of_task()):
+        if self in self._scopes and not any(scope._interrupting for scope in self._of_task()):
             self._interrupting = True
             self._task.cancel()
 
     def _of_task(self) -> list[_Scope]:
-        return [scope for scope in self._entered if scope._task is self._task]
+        return [scope for scope in self._scopes if scope._task is self._task]
 
     def __exit__(self, kind: type[BaseException] | None, *exc: object) -> bool:
         """True swallows the error: it is the cancellation by a scope, and by nobody else."""
-        self._entered.remove(self)
+        self._scopes.remove(self)
         if self._task.cancelling() <= self._cancels_before:
             return False  # this stretch was not interrupted
         around = self._of_task()
@@ -5743,7 +5741,7 @@ async def _paced_rounds(writer: Writer) -> AsyncIterator[None]:
         await asyncio.sleep(0 if busy else 0.25)
 
 
-_LONGEST_RUN = 0.005  # seconds; then a loop lets other tasks run, as it may never have to wait
+_LONGEST_RUN = 0.005  # seconds; then `alive` lets other tasks run: its source may never wait
 _closing_sources: set[asyncio.Task[Any]] = set()  # tasks that close the source of an `alive`
 
 
@@ -5846,9 +5844,9 @@ class Alive(Generic[T]):
 #
 # Publishers and readers may be in different threads, with different event loops. One lock guards
 # the tables and queues of a relay. It is held for a few dict operations, and never while a loop is
-# woken. It keeps other threads out, but not its own, which can take it again (an RLock): between
-# any two steps of this code Python may run a signal handler, or collect a subscription, which then
-# closes. So a change that comes in the middle of another one waits for its end (`Relay._change`).
+# woken. It is an RLock: the thread that holds it can take it again. That happens, since between any
+# two lines Python may run a signal handler that publishes, or collect a subscription, which then
+# closes. Such a change waits until the one that it interrupted is done (`Relay._change`).
 # ==================================================================================================
 
 
@@ -5856,7 +5854,7 @@ class Alive(Generic[T]):
 ToWake = dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]]
 # A pattern, as the length of its prefix and the text: (5, "room.") for `room.*`, (0, "") for `*`.
 # A whole subject has no such length: (None, "room.1").
-_Pattern = tuple[int | None, str]
+_Subjects = tuple[int | None, str]
 Overflow = Literal["oldest", "latest", "close"]  # the rule for a full queue: see `subscribe`
 
 
@@ -5867,7 +5865,7 @@ class _Mailbox:
     It does not refer to the Subscription, so that one that nobody uses any more is collected.
     """
 
-    patterns: Sequence[_Pattern]
+    patterns: Sequence[_Subjects]
     maxsize: int
     overflow: Overflow
     queue: deque[Any] | OrderedDict[str, Any]  # the second one, by subject, for "latest"
@@ -5953,7 +5951,7 @@ class Subscription(Generic[T]):
                 if mailbox.waiter is not None:
                     raise StarioError("a subscription has one reader; subscribe once for each")
                 waiter = mailbox.waiter = asyncio.get_running_loop().create_future()
-                if mailbox.queue or mailbox.closed:  # a signal handler has changed it since
+                if mailbox.queue or mailbox.closed:  # by a signal handler, which saw no waiter
                     mailbox.waiter = None
                     continue
             try:
@@ -5976,7 +5974,7 @@ class Subscription(Generic[T]):
 
 
 class _Messages(Subscription[T]):
-    """What `async for` holds while it runs. When it lets go, `__del__` closes the subscription."""
+    """The iterator of one loop: Python drops it at the loop's end, and `__del__` closes it all."""
 
     __slots__ = ("_subscription",)
 
@@ -6045,7 +6043,7 @@ class Relay(Generic[T]):
                         step, arguments = self._steps.popleft()
                         step(to_wake, *arguments)
                 finally:
-                    self._is_changing = False  # the outer loop sees a step that came just before
+                    self._is_changing = False  # was a step queued just before? Then once more
         _wake(to_wake)
 
     def _deliver(self, to_wake: ToWake, subject: str, data: T) -> None:
@@ -6085,7 +6083,7 @@ class Relay(Generic[T]):
                 self._tables.pop(length, None)
 
 
-def _read_pattern(pattern: str) -> _Pattern:
+def _read_pattern(pattern: str) -> _Subjects:
     if not isinstance(pattern, str):
         raise StarioError(f"a pattern is text, not {pattern!r}: subscribe('a', 'b.*')")
     if "*" not in pattern:
@@ -6106,7 +6104,7 @@ def _check_subject(subject: str) -> None:
 
 def _wake(to_wake: ToWake) -> None:
     """Resolve futures: of this thread's loop at once, of others by one call that the loop makes."""
-    here = asyncio._get_running_loop()
+    here = asyncio._get_running_loop()  # None where none runs
     for loop, waiters in to_wake.items():
         if loop is here:
             _resolve(waiters)
@@ -6126,9 +6124,9 @@ def _resolve(waiters: list[asyncio.Future[None]]) -> None:
 #     app, relay = Stario(), Relay()
 #
 #     async def live(c: Context, w: Writer) -> None:
-#         clicks = relay.subscribe("clicks")
+#         messages = relay.subscribe("clicks")
 #         relay.publish("clicks", 1)  # as a handler of another tab does
-#         async for _, count in w.alive(clicks):
+#         async for _, count in w.alive(messages):
 #             w.patch(h.B({"id": "count"}, count))
 #             break
 #
@@ -9882,7 +9880,7 @@ class RedisRelay(Relay[T]):
         # Under the lock:
         self._outgoing: deque[tuple[str, bytes, bytes]] = deque()  # PUBLISH, channel, data
         self._unsent = 0  # bytes of data in it
-        self._changed: set[_Pattern] = set()  # patterns that Redis is to be told of
+        self._changed: set[_Subjects] = set()  # patterns that Redis is to be told of
         self._thread: threading.Thread | None = None  # started when it is needed
         # Set by the thread, and read by all:
         self._down = ""  # why Redis could not be reached, if nothing has come from it since
@@ -9936,12 +9934,12 @@ class RedisRelay(Relay[T]):
         if self._thread is not None:
             self._note_change(patterns)
 
-    def _note_change(self, patterns: Sequence[_Pattern]) -> None:
+    def _note_change(self, patterns: Sequence[_Subjects]) -> None:
         """Note those that nobody listens to: not yet, or not any more. Redis is told of them."""
         self._changed.update(pattern for pattern in patterns if not self._is_heard(pattern))
         self._nudge()
 
-    def _is_heard(self, pattern: _Pattern) -> bool:
+    def _is_heard(self, pattern: _Subjects) -> bool:
         length, text = pattern
         return text in self._tables.get(length, ())
 
@@ -10019,7 +10017,7 @@ class RedisRelay(Relay[T]):
             self._unsent -= sum(len(data) for _, _, data in messages)
         return commands + messages
 
-    def _command(self, pattern: _Pattern) -> _RedisCommand:
+    def _command(self, pattern: _Subjects) -> _RedisCommand:
         """(UN)SUBSCRIBE to a pattern. Redis has more of them, `?` and `[a]`: these are escaped."""
         length, text = pattern
         verb = "SUBSCRIBE" if self._is_heard(pattern) else "UNSUBSCRIBE"

@@ -5569,15 +5569,15 @@ class TestSignalHandlers(StreamTest):
         with mock.patch.object(os, "_exit", exits.append):
             server._signalled(15)
             server._signalled(15)  # in the same moment: the same one
-            await within(server._stop.wait())
+            await within(server._asked.wait())
             task = asyncio.create_task(server.stop())
             await until(lambda: server._workers[0].deadline < math.inf)
             self.assertFalse(task.done())
-            server._asked -= 1  # a second later
+            server._asked_at -= 1  # a second later
             server._signalled(15)
             await within(task)
             self.assertEqual(exits, [])
-            server._asked -= 1
+            server._asked_at -= 1
             server._signalled(15)
             self.assertEqual(exits, [143])
         await peer.close()
@@ -5588,7 +5588,7 @@ class TestSignalHandlers(StreamTest):
         await server.start()
         with mock.patch.object(os, "_exit", exits.append):
             server._signalled(2)
-            server._asked -= 1
+            server._asked_at -= 1
             server._signalled(2)
         self.assertEqual(exits, [130])
         await server.stop()
