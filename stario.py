@@ -77,20 +77,20 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        7215  18. Compression [compression]
        7425  19. Static files [assets]
        7988  20. Telemetry: spans, and who hears of them
-       8574  21. JsonTracer: for log collectors [json]
-       8648  22. RichTracer: for people [rich]
-       9085  23. Sessions [sessions]
-       9199  24. What lives as long as the server
-       9300  25. @baked
-       9584  26. ASGI: the same app under another server [asgi]
-       9802  27. RedisRelay: the same between processes and machines [redis]
-      10076  28. Reload: a saved file restarts the app [reload]
-      10220  29. Development: what went wrong, shown where one looks [development]
-      10332  30. What is refused
-    10694  ACT 5. The pocket client
-      10735  31. The pocket client (JavaScript) [client]
-      12113  32. This file as a page [read]
-      12285  33. An app to begin with
+       8571  21. JsonTracer: for log collectors [json]
+       8645  22. RichTracer: for people [rich]
+       9075  23. Sessions [sessions]
+       9189  24. What lives as long as the server
+       9290  25. @baked
+       9574  26. ASGI: the same app under another server [asgi]
+       9792  27. RedisRelay: the same between processes and machines [redis]
+      10066  28. Reload: a saved file restarts the app [reload]
+      10210  29. Development: what went wrong, shown where one looks [development]
+      10322  30. What is refused
+    10684  ACT 5. The pocket client
+      10725  31. The pocket client (JavaScript) [client]
+      12103  32. This file as a page [read]
+      12275  33. An app to begin with
 
 READING PATH
 
@@ -8142,13 +8142,10 @@ class Span:
         self.start_ns = time.time_ns()
         self._tell(tracer.on_start)
 
-    def _tell(self, hear: Callable[..., None], event: SpanEvent | None = None) -> None:
+    def _tell(self, hear: Callable[..., None], *event: SpanEvent) -> None:
         if self.sampled:
             try:
-                if event:
-                    hear(self, event)
-                else:
-                    hear(self)
+                hear(self, *event)
             except Exception:  # it is shown on standard error, and the request goes on
                 sys.excepthook(*sys.exc_info())
 
@@ -8502,10 +8499,10 @@ class _StreamTracer(Tracer):
                     what[0](*what[1:])
             except Exception:  # it cannot be shown; the others can
                 self._lost += 1
+        self._lost += entries  # until they are written
         if self._write(ending):
+            self._lost -= entries
             self._told = lost
-        else:
-            self._lost += entries
         if ending and self._lost > self._told:
             self._complain()
 
@@ -8708,20 +8705,13 @@ class RichTracer(_StreamTracer):
     FORCE_COLOR are heeded.
     """
 
-    def __init__(
-        self, stream: IO[str] | None = None, *, logging_level: int | str | None = None
-    ) -> None:
-        super().__init__(stream, logging_level=logging_level)
-        size = _terminal_size(self._stream)
-        self._live = size is not None and os.environ.get("TERM") != "dumb"
-        coloured = bool(os.environ.get("FORCE_COLOR")) or self._live
-        self._look = _Look(coloured and not os.environ.get("NO_COLOR"))
-        self._footer = "unknown"  # a killed program may have left one
-
     def _renew(self) -> None:
         super()._renew()
+        self._live = bool(_terminal_size(self._stream)) and os.environ.get("TERM") != "dumb"
+        coloured = bool(os.environ.get("FORCE_COLOR")) or self._live
+        self._look = _Look(coloured and not os.environ.get("NO_COLOR"))
+        self._footer = "unknown"  # as it is on the screen; a killed program may have left one
         self._open: dict[str, _Branch] = {}  # by the span's id
-        self._footer = ""  # as it is on the screen
         self._second = 0.0  # when the present second began, on the monotonic clock
         self._shown = 0  # trees that were shown in it
         # The durations, in nanoseconds, of those that were not shown, by name and outcome.
