@@ -7536,7 +7536,7 @@ class _File:
         self.encode(_IDENTITY, data)
 
     def encode(self, coding: str, body: bytes | None) -> _Representation:
-        """Keep the contents in a coding."""
+        """Keep the contents in a coding; or, where that makes them no smaller, as they are."""
         etag = f'"{self.digest}-{coding}"' if coding else f'"{self.digest}"'
         shown = "gzip" if self.is_svgz else coding
         fields = (
@@ -7546,6 +7546,8 @@ class _File:
         fields += f"content-encoding: {shown}\r\n" if shown else ""
         fields += "vary: accept-encoding\r\n" if self.compressible else ""
         representation = _Representation(etag, fields.encode("latin-1", "replace"), body)
+        if coding and len(body or b"") >= self.size:
+            representation = self.representations[_IDENTITY]
         self.representations[coding] = representation
         return representation
 
@@ -7797,7 +7799,7 @@ class Assets:
     async def _serve(self, file: _File, w: Writer, caching: bytes) -> None:
         headers, config, coding = w._request.headers, w._compression, _IDENTITY
         # A range counts the bytes of the file, not those of a compressed copy.
-        is_part = "range" in headers
+        is_part = w._request.method == "GET" and "range" in headers
         if config and file.compressible and file.size >= config.min_size and not is_part:
             coding = _coding_for(config, headers, b"") or _IDENTITY
         representation = file.representations.get(coding)
@@ -7977,7 +7979,7 @@ def _range(request: Request, size: int, etag: str) -> tuple[int, int] | None:
         return whole
     first, last = asked.groups()
     if not first:  # "bytes=-500": the last 500
-        return (max(0, size - int(last)), size) if int(last) and size else None
+        return (max(0, size - int(last)), size) if int(last) else None
     start, stop = int(first), min(int(last) + 1, size) if last else size
     if last and int(last) < start:
         return whole  # it ends before it starts

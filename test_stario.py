@@ -9734,6 +9734,12 @@ class TestAssets(HttpTest):
                     answer = await within(peer.get(f"/static/{asset(name)}", "HEAD", Range=asked))
                     size = str((self.root / name).stat().st_size)
                     self.assertEqual((answer.status, answer.headers["content-length"]), (200, size))
+            (self.root / "empty.txt").touch()
+            self.assertEqual((await self.get(peer, "empty.txt", Range="bytes=-9")).status, 200)
+            path = f"/static/{asset('style.css')}"
+            plain = await within(peer.get(path, "HEAD", Accept_Encoding="gzip"))
+            ranged = await within(peer.get(path, "HEAD", Accept_Encoding="gzip", Range="bytes=3-4"))
+            self.assertEqual({**ranged.headers, "date": ""}, {**plain.headers, "date": ""})
 
     async def test_a_part_can_be_asked_for(self) -> None:
         """RFC 9110, sections 14.2 and 15.3.7; what is not understood gives the whole file."""
@@ -10025,6 +10031,20 @@ class TestAssets(HttpTest):
                     answer = await self.get(peer, f"{name}.css", Accept_Encoding="gzip")
                     self.assertNotEqual(answer.body, right)
                     self.assertEqual(gzip.decompress(answer.body), plain)
+
+    async def test_what_compression_makes_no_smaller_is_sent_whole_as_it_is(self) -> None:
+        """An icon with a PNG in it, say, or a text of random characters."""
+        noise = os.urandom(5000)
+        async with connected(self.app) as peer:
+            for name in ("site.ico", "noise.txt", "copied.wav"):
+                (self.root / name).write_bytes(noise)
+                (self.root / "copied.wav.gz").write_bytes(gzip.compress(noise))
+                for coding in ("gzip", "br", "zstd", "*"):
+                    with self.subTest(name, coding=coding):
+                        answer = await self.get(peer, name, Accept_Encoding=coding)
+                        self.assertEqual(answer.body, noise)
+                        self.assertNotIn("content-encoding", answer.headers)
+                        self.assertEqual(answer.headers["vary"], "accept-encoding")
 
     @needs("brotli", "zstandard")
     def test_the_copies_of_other_codings_are_looked_at_too(self) -> None:
