@@ -1518,8 +1518,8 @@ class _RawWriter:
             return
         if count > (self._remaining or 0):
             raise StarioError(f"{count} bytes do not fit into a Content-Length: declare it first")
-        self._remaining = (self._remaining or 0) - count
         await self._carrier.send_file(file, offset, count)
+        self._remaining = (self._remaining or 0) - count
 
     async def drain(self) -> None:
         """Wait until the client has taken most of what was sent. ClientDisconnected if it goes."""

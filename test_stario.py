@@ -3989,6 +3989,24 @@ class TestAnswers(HttpTest):
                 (span,) = spans.named(f"GET {path}")
                 self.assertIn("Content-Length", span.error or "")
 
+    async def test_a_file_that_was_sent_in_part_is_no_complete_answer(self) -> None:
+        """What is answered next would be read as the rest of its body (RFC 9112, section 6.3)."""
+        spans = Spans()
+        app = Stario(spans)
+        with tempfile.NamedTemporaryFile() as short:
+            short.write(b"1234")
+            short.flush()
+
+            async def send(c: Context, w: Writer) -> None:
+                w.headers.set("content-length", 9)
+                with open(short.name, "rb") as opened, suppress(StarioError):
+                    await w.write_headers(200).send_file(opened, 0, 9)
+
+            app.get("/", send)
+            out = await ask(app, GET + NEXT)
+        self.assertEqual(out.partition(b"\r\n\r\n")[2], b"1234")
+        self.assertIn("short of its Content-Length", spans.ended[0].error or "")
+
     async def test_an_answer_that_cannot_be_sent_is_a_500_and_not_silence(self) -> None:
         """Whatever goes wrong between the handler and the wire, the client hears of it."""
 
