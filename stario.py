@@ -3332,9 +3332,8 @@ class Connection(_AnswerCarrier):
 
     def _close_if_rest_is_unwanted(self) -> None:
         """After the answer, read an unwanted rest of a body only for the next request, if small."""
-        is_useless = (
-            self._close_after or self._body.dropped + self._still_to_come() > _DISCARD_LIMIT
-        )
+        is_large = self._body.dropped + self._still_to_come() > _DISCARD_LIMIT
+        is_useless = self._close_after or is_large
         if is_useless and self._state is _LATE_BODY and self._body.discarding:
             self._end()
 
@@ -3376,7 +3375,8 @@ class Connection(_AnswerCarrier):
             fields = _TEXT[0] + _length_line(len(text))
             if exc.status_code == 503:
                 fields += b"retry-after: 5\r\n"
-            self.answer(exc.status_code, fields, text)
+            unread = self._reader.buffer[self._reader._at :].lstrip(b"\r\n")
+            self.answer(exc.status_code, fields, b"" if unread.startswith(b"HEAD ") else text)
 
     def _gives_up_rest(self) -> bool:
         # A client that still waits for "100 Continue", which comes no more, may send its body now,

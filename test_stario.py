@@ -3643,6 +3643,20 @@ class TestStatusLine(HttpTest):
                 head = await within(peer.reader.readuntil(b"\r\n\r\n"))
                 self.assertTrue(head.startswith(b"HTTP/1.1 200 OK\r\n"), head)
 
+    async def test_a_refused_head_gets_no_body(self) -> None:
+        """RFC 9110, section 9.3.2: the client would wait for none, or take it for an answer."""
+        head, bad = f"HEAD / HTTP/1.1\r\n{HOST}", "HEAD / HTTP/1.1\r\nHost\r\n\r\n"
+        for requests, statuses in {
+            bad: [400],
+            "\r\n" + bad: [400],
+            f"{head}\r\n{bad}": [200, 400],
+            f"{head}X: {'y' * 40_000}": [431],
+        }.items():
+            with self.subTest(requests[:60]):
+                heads = (await ask(echo_app(), requests)).split(b"\r\n\r\n")
+                self.assertEqual([int(found[9:12]) for found in heads[:-1]], statuses)
+                self.assertEqual(heads[-1], b"")
+
 
 class TestRepeatedHeads(HttpTest):
     """A header block that comes again is known; whatever else differs must still be seen."""
