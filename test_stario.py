@@ -1750,6 +1750,23 @@ class TestRequest(AsyncTest):
             self.assertEqual((await client.post("/", body=b"x" * 100)).text, "100")
             self.assertEqual((await client.post("/", body=b"x" * 101)).status, 413)
 
+    def test_what_is_taken_apart_takes_memory_in_proportion(self) -> None:
+        """Text between escapes, and lists of things that nobody knows."""
+        many = ",".join(f"{n:x}" for n in range(20_000))
+        for name, length, read in (
+            ("form", 150_000, lambda: stario._parse_pairs("x=" + "%41" * 50_000)),
+            ("cookie", 350_000, lambda: stario._unquote("a%c3%a4" * 50_000)),
+            ("path", 200_000, lambda: stario._decode_path("/" + "a%41" * 50_000)),
+            ("codings", len(many), lambda: stario._choose_coding(many, CompressionConfig())),
+            ("options", len(many), lambda: stario._Framing(f"connection: {many}\r\n".encode())),
+        ):
+            with self.subTest(name):
+                tracemalloc.start()
+                self.addCleanup(tracemalloc.stop)
+                read()
+                self.assertLess(tracemalloc.get_traced_memory()[1], 40 * length)
+                tracemalloc.stop()
+
 
 class TestPathsAndText(HttpTest):
     async def test_an_escaped_slash_does_not_split_a_segment(self) -> None:
@@ -3626,6 +3643,20 @@ class TestConnections(HttpTest):
                     self.assertEqual((await within(peer.answer())).status, status)
                     await peer.close()
 
+    async def test_a_refused_head_gets_no_body(self) -> None:
+        """RFC 9110, section 9.3.2: the client would wait for none, or take it for an answer."""
+        head, bad = f"HEAD / HTTP/1.1\r\n{HOST}", "HEAD / HTTP/1.1\r\nHost\r\n\r\n"
+        for requests, statuses in {
+            bad: [400],
+            "\r\n" + bad: [400],
+            f"{head}\r\n{bad}": [200, 400],
+            f"{head}X: {'y' * 40_000}": [431],
+        }.items():
+            with self.subTest(requests[:60]):
+                heads = (await ask(echo_app(), requests)).split(b"\r\n\r\n")
+                self.assertEqual([int(found[9:12]) for found in heads[:-1]], statuses)
+                self.assertEqual(heads[-1], b"")
+
 
 class TestStatusLine(HttpTest):
     async def test_a_status_of_another_type_is_written_as_its_number(self) -> None:
@@ -3642,20 +3673,6 @@ class TestStatusLine(HttpTest):
                 await peer.send(f"GET {path} HTTP/1.1\r\n{HOST}\r\n")
                 head = await within(peer.reader.readuntil(b"\r\n\r\n"))
                 self.assertTrue(head.startswith(b"HTTP/1.1 200 OK\r\n"), head)
-
-    async def test_a_refused_head_gets_no_body(self) -> None:
-        """RFC 9110, section 9.3.2: the client would wait for none, or take it for an answer."""
-        head, bad = f"HEAD / HTTP/1.1\r\n{HOST}", "HEAD / HTTP/1.1\r\nHost\r\n\r\n"
-        for requests, statuses in {
-            bad: [400],
-            "\r\n" + bad: [400],
-            f"{head}\r\n{bad}": [200, 400],
-            f"{head}X: {'y' * 40_000}": [431],
-        }.items():
-            with self.subTest(requests[:60]):
-                heads = (await ask(echo_app(), requests)).split(b"\r\n\r\n")
-                self.assertEqual([int(found[9:12]) for found in heads[:-1]], statuses)
-                self.assertEqual(heads[-1], b"")
 
 
 class TestRepeatedHeads(HttpTest):
