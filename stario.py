@@ -77,20 +77,20 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        7213  18. Compression [compression]
        7422  19. Static files [assets]
        7987  20. Telemetry: spans, and who hears of them
-       8570  21. JsonTracer: for log collectors [json]
-       8644  22. RichTracer: for people [rich]
-       9074  23. Sessions [sessions]
-       9188  24. What lives as long as the server
-       9289  25. @baked
-       9573  26. ASGI: the same app under another server [asgi]
-       9791  27. RedisRelay: the same between processes and machines [redis]
-      10065  28. Reload: a saved file restarts the app [reload]
-      10209  29. Development: what went wrong, shown where one looks [development]
-      10321  30. What is refused
-    10683  ACT 5. The pocket client
-      10724  31. The pocket client (JavaScript) [client]
-      12102  32. This file as a page [read]
-      12274  33. An app to begin with
+       8565  21. JsonTracer: for log collectors [json]
+       8639  22. RichTracer: for people [rich]
+       9068  23. Sessions [sessions]
+       9182  24. What lives as long as the server
+       9283  25. @baked
+       9567  26. ASGI: the same app under another server [asgi]
+       9785  27. RedisRelay: the same between processes and machines [redis]
+      10059  28. Reload: a saved file restarts the app [reload]
+      10203  29. Development: what went wrong, shown where one looks [development]
+      10315  30. What is refused
+    10677  ACT 5. The pocket client
+      10718  31. The pocket client (JavaScript) [client]
+      12096  32. This file as a page [read]
+      12268  33. An app to begin with
 
 READING PATH
 
@@ -1776,7 +1776,7 @@ class Context:
     def step(self, name: str, attributes: Mapping[str, Any] | None = None) -> Iterator[Span]:
         """Record a part of the work in a child span. Tasks that are started inside belong to it."""
         if self.app._silent:
-            yield _unseen_span()  # a span that ignores all it is told (part 20)
+            yield _UNSEEN_SPAN  # a span that ignores all it is told (part 20)
             return
         outer = self._current()
         with outer.step(name, attributes) as span:
@@ -8127,12 +8127,9 @@ class Span:
         self.name = name
         ids = _new_ids()
         self.id = ids[:16]
-        self.parent_id: str | None = None
-        self.trace_id = ids[16:]
-        self.sampled = True
-        if parent:
-            self.parent_id, self.trace_id = parent.id, parent.trace_id
-            self.sampled = parent.sampled
+        self.parent_id = parent.id if parent else None
+        self.trace_id: str = parent.trace_id if parent else ids[16:]
+        self.sampled: bool = parent.sampled if parent else True
         self.attributes = attributes
         self.events: list[SpanEvent] = []
         self.links: list[Span] = []
@@ -8260,9 +8257,7 @@ class _UnseenSpan(Span):
     root = step  # type: ignore[assignment]
 
 
-@functools.cache
-def _unseen_span() -> Span:
-    return _UnseenSpan(Tracer(), "unseen", {}, _Caller("f" * 32, "f" * 16, False))
+_UNSEEN_SPAN = _UnseenSpan(Tracer(), "unseen", {}, _Caller("f" * 32, "f" * 16, False))
 
 
 # The Context that this task works for, and the span of its present step. Tasks that it starts
@@ -8374,7 +8369,7 @@ def _log_fault(text: str, exc: BaseException) -> None:
 # call: what they touch belongs to it alone.
 
 _LONGEST_QUEUE = 20_000  # entries; more are dropped, and counted
-_LONG_QUEUE = 5_000  # entries that are written at once
+_BATCH = 5_000  # entries that are written sooner
 _STALLED = 1.0  # seconds after which a stream that takes nothing is not waited for
 _Queued = str | tuple[Any, ...]  # a text, or a function and its arguments
 
@@ -8435,7 +8430,7 @@ class _StreamTracer(Tracer):
             self._lost += 1
             return
         self._queue.append(what)
-        if waiting == _LONG_QUEUE:
+        if waiting == _BATCH:
             self._wake.put(False)
         if self._thread is None and self._running.acquire(blocking=False):
             self._thread = threading.Thread(target=self._run, name="tracer", daemon=True)
@@ -8895,8 +8890,8 @@ class _Look:
         span, heading = branch.span, self.heading(branch.span)
         if span.end_ns - span.start_ns >= _LONG and not branch.steps and not span.error:
             heading.append((f"  {branch.events:,} events", "dim"))
-            return self._with_pairs(heading, 8, span.attributes)
-        lines = self._with_pairs(heading, 8, span.attributes)
+            return self._with_pairs(heading, " " * 8, span.attributes)
+        lines = self._with_pairs(heading, " " * 8, span.attributes)
         for depth, row in branch.tree():
             lines += self.row(span, depth, row)
         if branch.left_out() > 0:
@@ -8906,7 +8901,7 @@ class _Look:
     def row(self, root: Span, depth: int, row: SpanEvent | _Branch) -> list[_Line]:
         """An event or a step of a tree: the time since the root's start, and what it is."""
         guides = "│ " * min(depth, 15)
-        indent, room = 20 + len(guides), max(8, self._title_width() - 10 - len(guides))
+        margin, room = f"{'':20}{guides}", max(8, self._title_width() - 10 - len(guides))
         came_ns = row.span.start_ns if isinstance(row, _Branch) else row.time_ns
         line = [(f"{_time_text(came_ns - root.start_ns):>18}  {guides}", "dim")]
         if isinstance(row, _Branch):
@@ -8914,24 +8909,23 @@ class _Look:
             took = _time_text(span.end_ns - span.start_ns) if span.end_ns else "open"
             name = _padded(_safe_text(span.name), room + 7)
             line += [(f"{name}{took:>9}  ", ""), *_bar(root, span)]
-            return self._with_pairs(line, indent, span.attributes)
+            return self._with_pairs(line, margin, span.attributes)
         if row.name != "exception":
             line.append((_padded(row.name, room, room + 16), "cyan"))
-            return self._with_pairs(line, indent, row.attributes)
-        width = max(20, self.width - indent - 3)
+            return self._with_pairs(line, margin, row.attributes)
+        width = max(20, self.width - len(margin) - 3)
         first, *rest = re.findall(f".{{1,{width}}}", _failure(row))[:12]
-        below = [(f"{'':{indent + 2}}{part}", "red") for part in rest]
-        frames = [[(f"{'':20}{guides}  ", "dim"), (frame, "")] for frame in _frames(row)]
-        pairs = _pairs_below(indent, _pairs(row.attributes))
-        return [[*line, (first, "red")], *([piece] for piece in below), *pairs, *frames]
+        below = [(part, "red") for part in rest] + [(frame, "") for frame in _frames(row)]
+        guided = [[(f"{margin}  ", "dim"), piece] for piece in below]
+        return [[*line, (first, "red")], *guided, *_pairs_below(margin, _pairs(row.attributes))]
 
-    def _with_pairs(self, line: _Line, indent: int, attributes: Mapping[str, Any]) -> list[_Line]:
+    def _with_pairs(self, line: _Line, margin: str, attributes: Mapping[str, Any]) -> list[_Line]:
         """A line with the attributes behind it, or, where there is no room for them, below."""
         pairs = _pairs(attributes)
         behind = [piece for key, value in pairs for piece in ((f"  {key}=", "dim"), (value, ""))]
         if not pairs or _cells("".join(piece for piece, _ in [*line, *behind])) < self.width:
             return [[*line, *behind]]
-        return [line, *_pairs_below(indent, pairs)]
+        return [line, *_pairs_below(margin, pairs)]
 
     def late(self, span: Span, event: SpanEvent) -> _Line:
         """An event that came after its span's end."""
@@ -9037,9 +9031,9 @@ def _pairs(attributes: Mapping[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-def _pairs_below(indent: int, pairs: list[tuple[str, str]]) -> list[_Line]:
+def _pairs_below(margin: str, pairs: list[tuple[str, str]]) -> list[_Line]:
     widest = min(24, max((len(key) for key, _ in pairs), default=0))
-    return [[(f"{'':{indent}}  {key:<{widest}}  ", "dim"), (value, "")] for key, value in pairs]
+    return [[(f"{margin}  {key:<{widest}}  ", "dim"), (value, "")] for key, value in pairs]
 
 
 def _event_text(event: SpanEvent) -> str:

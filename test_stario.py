@@ -10972,7 +10972,7 @@ class TestTelemetry(unittest.TestCase):
             async with TestClient(app) as client:
                 self.assertEqual((await client.get("/")).text, "ada")
 
-        unseen = stario._unseen_span()  # one for all
+        unseen = stario._UNSEEN_SPAN  # one for all
         with mock.patch.object(Span, "__init__", side_effect=AssertionError):
             asyncio.run(run())
         self.assertEqual(unseen.attributes, {})
