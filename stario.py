@@ -8369,7 +8369,7 @@ def _log_fault(text: str, exc: BaseException) -> None:
 # call: what they touch belongs to it alone.
 
 _LONGEST_QUEUE = 20_000  # entries; more are dropped, and counted
-_BATCH = 5_000  # entries that are written sooner
+_EARLY = 5_000  # entries, at which the next write comes sooner
 _STALLED = 1.0  # seconds after which a stream that takes nothing is not waited for
 _Queued = str | tuple[Any, ...]  # a text, or a function and its arguments
 
@@ -8430,7 +8430,7 @@ class _StreamTracer(Tracer):
             self._lost += 1
             return
         self._queue.append(what)
-        if waiting == _BATCH:
+        if waiting == _EARLY:
             self._wake.put(False)
         if self._thread is None and self._running.acquire(blocking=False):
             self._thread = threading.Thread(target=self._run, name="tracer", daemon=True)
