@@ -77,20 +77,20 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        7213  18. Compression [compression]
        7422  19. Static files [assets]
        7987  20. Telemetry: spans, and who hears of them
-       8565  21. JsonTracer: for log collectors [json]
-       8639  22. RichTracer: for people [rich]
-       9068  23. Sessions [sessions]
-       9182  24. What lives as long as the server
-       9283  25. @baked
-       9567  26. ASGI: the same app under another server [asgi]
-       9785  27. RedisRelay: the same between processes and machines [redis]
-      10059  28. Reload: a saved file restarts the app [reload]
-      10203  29. Development: what went wrong, shown where one looks [development]
-      10315  30. What is refused
-    10677  ACT 5. The pocket client
-      10718  31. The pocket client (JavaScript) [client]
-      12096  32. This file as a page [read]
-      12268  33. An app to begin with
+       8563  21. JsonTracer: for log collectors [json]
+       8637  22. RichTracer: for people [rich]
+       9066  23. Sessions [sessions]
+       9180  24. What lives as long as the server
+       9281  25. @baked
+       9565  26. ASGI: the same app under another server [asgi]
+       9783  27. RedisRelay: the same between processes and machines [redis]
+      10057  28. Reload: a saved file restarts the app [reload]
+      10201  29. Development: what went wrong, shown where one looks [development]
+      10313  30. What is refused
+    10675  ACT 5. The pocket client
+      10716  31. The pocket client (JavaScript) [client]
+      12094  32. This file as a page [read]
+      12266  33. An app to begin with
 
 READING PATH
 
@@ -8008,7 +8008,6 @@ def _range(request: Request, size: int, etag: str) -> tuple[int, int] | None:
 
 _EVENTS_KEPT = 100
 _LONGEST_TEXT = 16_000  # characters of one value, or of one traceback
-_NO_NUMBERS = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}  # JSON has none of these
 
 
 def _noted(attributes: Mapping[Any, Any] | None) -> dict[str, Any]:
@@ -8032,7 +8031,7 @@ def _plain_data(value: Any) -> Any:
     if kind is int:  # OpenTelemetry's have 64 bits; Python does not even print very long ones
         return value if -(2**63) <= value < 2**63 else _safe_text(hex(value))
     if kind is float:
-        return value if math.isfinite(value) else _NO_NUMBERS[str(value)]
+        return value if math.isfinite(value) else json.dumps(value)  # NaN, Infinity as text
     if kind in (dict, list, tuple):
         with suppress(Exception):  # it holds itself, NaN, or keys that JSON does not have
             text = json.dumps(value, default=_safe_text, allow_nan=False)
@@ -8077,8 +8076,9 @@ class _Caller(NamedTuple):
     sampled: bool
 
 
+# There is no version ff, 00 has 55 characters, later ones may have more. No id is zero.
 _TRACEPARENT = re.compile(
-    r"(?!ff)([0-9a-f]{2})-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})(-.*)?"
+    r"(?!ff|00.{54})[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})(-.*)?"
 )
 
 
@@ -8088,9 +8088,7 @@ def _caller_of(fields: Sequence[str]) -> _Caller | None:
     None if the field is missing, there twice, or malformed.
     """
     found = _TRACEPARENT.fullmatch(fields[0]) if len(fields) == 1 else None
-    if found is None or (found[1] == "00" and found[5]):  # only later versions may say more
-        return None
-    return _Caller(found[2], found[3], bool(int(found[4], 16) & 1))
+    return _Caller(found[1], found[2], bool(int(found[3], 16) & 1)) if found else None
 
 
 # Random ids that no span has yet, as 48 hex digits: the system is asked for many at once.
