@@ -54,64 +54,64 @@ After each act something runs, and you may stop there. Acts 1 to 3 are what one 
 a live page; each part of act 4 can be read alone, when it is needed. A part with a name in square
 brackets can be left out of your copy: `python stario.py --without assets,client >mine.py`.
 
-      223  ACT 1. A framework
-        231  2. Errors
-        321  3. HTML: elements are strings
-        665  4. JSON
-        787  5. The request: headers, query, cookies, body
-       1261  6. The answer: status, fields, body
-       1692  7. Context and routing
-       2144  8. The app
-     2334  ACT 2. On the network
-       2342  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3408  10. The server
-       4231  11. Trying it without a network: the test client [testclient]
-     4690  ACT 3. Live
-       4738  12. Datastar: attributes and actions
-       5319  13. Streams: events, and staying with a client
-       5833  14. Relay: publish and subscribe
-     6136  ACT 4. For real
-       6143  15. Signals: from JSON to your dataclass
-       6901  16. Forms [forms]
-       7104  17. Behind a proxy
-       7213  18. Compression [compression]
-       7422  19. Static files [assets]
-       7987  20. Telemetry: spans, and who hears of them
-       8563  21. JsonTracer: for log collectors [json]
-       8637  22. RichTracer: for people [rich]
-       9066  23. Sessions [sessions]
-       9180  24. What lives as long as the server
-       9281  25. @baked
-       9565  26. ASGI: the same app under another server [asgi]
-       9783  27. RedisRelay: the same between processes and machines [redis]
-      10057  28. Reload: a saved file restarts the app [reload]
-      10201  29. Development: what went wrong, shown where one looks [development]
-      10313  30. What is refused
-    10675  ACT 5. The pocket client
-      10716  31. The pocket client (JavaScript) [client]
-      12094  32. This file as a page [read]
-      12266  33. An app to begin with
+      222  ACT 1. A framework
+        230  2. Errors
+        319  3. HTML: elements are strings
+        663  4. JSON
+        785  5. The request: headers, query, cookies, body
+       1256  6. The answer: status, fields, body
+       1686  7. Context and routing
+       2136  8. The app
+     2326  ACT 2. On the network
+       2334  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
+       3391  10. The server
+       4214  11. Trying it without a network: the test client [testclient]
+     4673  ACT 3. Live
+       4721  12. Datastar: attributes and actions
+       5302  13. Streams: events, and staying with a client
+       5812  14. Relay: publish and subscribe
+     6110  ACT 4. For real
+       6117  15. Signals: from JSON to your dataclass
+       6875  16. Forms [forms]
+       7078  17. Behind a proxy
+       7188  18. Compression [compression]
+       7397  19. Static files [assets]
+       7962  20. Telemetry: spans, and who hears of them
+       8538  21. JsonTracer: for log collectors [json]
+       8612  22. RichTracer: for people [rich]
+       9041  23. Sessions [sessions]
+       9155  24. What lives as long as the server
+       9256  25. @baked
+       9540  26. ASGI: the same app under another server [asgi]
+       9758  27. RedisRelay: the same between processes and machines [redis]
+      10032  28. Reload: a saved file restarts the app [reload]
+      10176  29. Development: what went wrong, shown where one looks [development]
+      10288  30. What is refused
+    10650  ACT 5. The pocket client
+      10691  31. The pocket client (JavaScript) [client]
+      12069  32. This file as a page [read]
+      12241  33. An app to begin with
 
 READING PATH
 
 Two hours, for a reader who wants to know how it works, not all that it does. Read in this order:
 
-      332-349    `SafeString`  an element is a string
-      629-658    `Tags`  `h.P` makes one
-     1065-1243   `Request`  what a client asks for
-     1272-1340   `Carrier`  what brings the answer back
-     1420-1608   `_RawWriter`  the answer
-     1710-1808   `Context`  what a handler gets beside it
-     1898-1913   `_Tree.find`  from a path to a handler
-     2253-2285   `_App.dispatch`  one request from end to end
-     2701-2814   `_RequestReader`  bytes to requests
-     3163-3404   `Connection`  one connection, many requests
-     3832-3853   `Server.start`  listening
-     3970-3987   `Server.stop`  ending without losing a request
-     5443-5563   `_EventWriter`  events
-     5653-5718   `_Scope`  how a disconnect reaches a handler
-     5746-5829   `Alive`  staying with a client
-     5987-6081   `Relay`  from one handler to another
+      330-347    `SafeString`  an element is a string
+      627-656    `Tags`  `h.P` makes one
+     1060-1238   `Request`  what a client asks for
+     1267-1335   `Carrier`  what brings the answer back
+     1415-1602   `_RawWriter`  the answer
+     1704-1800   `Context`  what a handler gets beside it
+     1890-1905   `_Tree.find`  from a path to a handler
+     2245-2277   `_App.dispatch`  one request from end to end
+     2693-2806   `_RequestReader`  bytes to requests
+     3147-3387   `Connection`  one connection, many requests
+     3815-3836   `Server.start`  listening
+     3953-3970   `Server.stop`  ending without losing a request
+     5426-5546   `_EventWriter`  events
+     5635-5697   `_Scope`  how a disconnect reaches a handler
+     5725-5808   `Alive`  staying with a client
+     5963-6055   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -205,7 +205,6 @@ from urllib.parse import (
     parse_qsl,
     quote,
     unquote,
-    unquote_to_bytes,
     urlencode,
     urljoin,
     urlsplit,
@@ -309,11 +308,10 @@ def _ungrouped(exc: BaseException) -> BaseException:
     asyncio's TaskGroup raises such a group even where only one thing has failed. A group of several
     is left as it is, unless all of them are HttpExceptions: then the first one is the answer.
     """
-    while isinstance(exc, BaseExceptionGroup):
+    if isinstance(exc, BaseExceptionGroup):
         inside = [_ungrouped(inner) for inner in exc.exceptions]
-        if len(inside) > 1 and not all(isinstance(inner, HttpException) for inner in inside):
-            break
-        exc = inside[0]
+        if len(inside) == 1 or all(isinstance(inner, HttpException) for inner in inside):
+            return inside[0]
     return exc
 
 
@@ -889,12 +887,9 @@ class Headers(_Fields):
     _fold = staticmethod(str.lower)
 
     def _list(self, name: str) -> list[str]:
-        """The items of a field that is a list, `a, b`, over all its lines (RFC 9110, section 5.3).
-
-        Of a long list only the last 32: proxies add theirs at the end.
-        """
-        items = ",".join(self._values(name)).rsplit(",", 32)
-        return [item for text in items[-32:] if (item := text.strip(" \t"))]
+        """The items of a field that is a list, `a, b`, in all its lines (RFC 9110, section 5.3)."""
+        items = ",".join(self._values(name)).split(",")
+        return [item for text in items if (item := text.strip(" \t"))]
 
 
 class ResponseHeaders(Headers):
@@ -1379,9 +1374,9 @@ def _length_line(length: int) -> bytes:
     return b"content-length: %d\r\n" % length
 
 
-_HTML: Content = b"content-type: text/html; charset=utf-8\r\n", True
-_TEXT: Content = b"content-type: text/plain; charset=utf-8\r\n", True
-_JSON: Content = b"content-type: application/json\r\n", True
+_HTML_CONTENT: Content = b"content-type: text/html; charset=utf-8\r\n", True
+_TEXT_CONTENT: Content = b"content-type: text/plain; charset=utf-8\r\n", True
+_JSON_CONTENT: Content = b"content-type: application/json\r\n", True
 
 
 # Fields that tell how the answer travels. Only the Writer and its carrier know that; what a handler
@@ -1540,8 +1535,7 @@ class _RawWriter:
         """Send a whole answer. A field that the handler has set replaces that of `content`."""
         self._start(status)
         fields, compressible = content
-        if self._headers is not None:
-            fields = self._own_fields(fields)
+        fields = self._own_fields(fields)
         if status == 205:  # "Reset Content" has none, and says so (RFC 9110, section 15.3.6)
             body = b""
         config = self._compression
@@ -1619,17 +1613,17 @@ class _OneShotWriter(_RawWriter):
     def html(self, node: object, status: int = 200) -> None:
         """Answer with a page: an element, or anything that can stand in one."""
         text = node if type(node) is SafeString else render(node)
-        self._answer(status, _HTML, text.encode("utf-8", "replace"))
+        self._answer(status, _HTML_CONTENT, text.encode("utf-8", "replace"))
 
     def text(self, text: str, status: int = 200) -> None:
         """Answer with plain text."""
         if not isinstance(text, str):
             raise StarioError(f"w.text takes a str, not {type(text).__name__}")
-        self._answer(status, _TEXT, text.encode("utf-8", "replace"))
+        self._answer(status, _TEXT_CONTENT, text.encode("utf-8", "replace"))
 
     def json(self, obj: object, status: int = 200) -> None:
         """Answer with JSON. Dataclasses, dates, enums, UUIDs and models are written, too."""
-        self._answer(status, _JSON, _json(obj).encode("utf-8", "replace"))
+        self._answer(status, _JSON_CONTENT, _json(obj).encode("utf-8", "replace"))
 
     def empty(self, status: int = 204) -> None:
         """Answer without a body: "done", and nothing to show."""
@@ -1737,7 +1731,8 @@ class Context:
         """The request's span. (Where somebody asks a silent app for it, it makes one.)"""
         if self._span is None:
             req = self.req
-            attributes = {"http.request.method": req.method, "url.path": req.path}
+            attributes = self._attributes
+            attributes |= {"http.request.method": req.method, "url.path": req.path}
             try:
                 client = req.client
             except HttpException:  # proxies contradict each other
@@ -1759,17 +1754,14 @@ class Context:
             self._current()(event, attributes)
 
     def __setitem__(self, key: str, value: Any) -> None:
-        if self.app._silent:
-            self._untraced[key] = value
-        else:
-            self._current()[key] = value
+        (self._attributes if self.app._silent else self._current())[key] = value
 
     def __getitem__(self, key: str) -> Any:
-        return self._untraced[key] if self.app._silent else self._current()[key]
+        return self._attributes[key] if self.app._silent else self._current()[key]
 
     @cached_property
-    def _untraced(self) -> dict[str, Any]:
-        """The attributes, where the app is silent."""
+    def _attributes(self) -> dict[str, Any]:
+        """The span's, which a silent app has without a span."""
         return {}
 
     @contextmanager
@@ -1778,13 +1770,13 @@ class Context:
         if self.app._silent:
             yield _UNSEEN_SPAN  # a span that ignores all it is told (part 20)
             return
-        outer = self._current()
-        with outer.step(name, attributes) as span:
+        before = _current_step.get()
+        with self._current().step(name, attributes) as span:
             _current_step.set((self, span))
             try:
                 yield span
             finally:
-                _current_step.set((self, outer))
+                _current_step.set(before)
 
     def _current(self) -> Span:
         """The span of the step of this request that the task is in, else the request's."""
@@ -2276,12 +2268,12 @@ class _App(Router):
         finally:
             if not w.completed:
                 carrier.abort()  # cancelled: the server could not wait any longer
-            if w._timer is not None:
-                w._stop_heartbeat()  # (part 13)
+            w._stop_heartbeat()  # (part 13)
             if type(request._body) is Body:
                 request._body.discard()  # what the handler has not read
             if c._span is not None:
-                c._span.attributes["http.response.status_code"] = w.status_code
+                if w.started:
+                    c._span.attributes["http.response.status_code"] = w.status_code
                 c._span.end()
 
     async def _no_route(self, c: Context, w: Writer) -> None:
@@ -2464,7 +2456,7 @@ class _Framing:
         self.chunked = "transfer-encoding" in fields
         if self.chunked and "content-length" in fields:
             raise HttpException(400, "both Content-Length and Transfer-Encoding")
-        options = ",".join(Headers(fields)._list("connection")).lower().split(",")
+        options = [option.lower() for option in Headers(fields)._list("connection")]
         self.close = "close" in options
         self.keep_alive = "keep-alive" in options
         self.expects = ",".join(fields.get("expect", ())).lower()
@@ -2608,7 +2600,7 @@ class Body:
 
     def put_back(self, data: bytes) -> None:
         """The next `read` gives these bytes once more, before all that come."""
-        self._chunks.insert(0, data)
+        self._chunks[:0] = [data] if data else []  # (an empty one would be the end)
         self.buffered += len(data)
 
     def discard(self) -> None:
@@ -2859,12 +2851,8 @@ class _SocketCarrier(Carrier, asyncio.Protocol):
         self._sent = 0  # bytes given to the transport
         self._taken = 0  # how many of them had left it when the sweep last saw progress
         self._stalled_since = 0.0  # when that was; 0.0 while nothing waits
-        # As every Carrier has them:
-        self.client = ""
-        self.scheme = "http"
         self.proxies = worker.proxies
         self.scopes: list[_Scope] = []
-        self.disconnected = False
 
     @property
     def shutting_down(self) -> bool:
@@ -2874,6 +2862,7 @@ class _SocketCarrier(Carrier, asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """A client has connected."""
         self._transport = cast(asyncio.Transport, transport)
+        self._transport.set_write_buffer_limits(_HIGH_WATER)
         peer = transport.get_extra_info("peername")
         self.client = str(peer[0]) if isinstance(peer, tuple) else ""
         if transport.get_extra_info("sslcontext") is not None:
@@ -2991,7 +2980,7 @@ class _SocketCarrier(Carrier, asyncio.Protocol):
             elif self._transport.get_write_buffer_size():  # the client still reads our answer
                 self._deadline = now + _LINGER
             else:
-                self._abort()
+                self._drop()
         if self._paused_reading and not self._closing:
             self._poll_peer()
         self._check_taken(now)
@@ -3014,7 +3003,7 @@ class _SocketCarrier(Carrier, asyncio.Protocol):
 
     def _cut_off(self) -> None:
         self._worker.note_refusal(self.client, HttpException(408, "the answer was not taken"))
-        self._abort()
+        self._drop()
 
     def check_peer(self, seconds: float) -> None:
         """See Carrier. Linux tells, by TCP_INFO. (TCP_USER_TIMEOUT would end slow readers too.)"""
@@ -3024,7 +3013,7 @@ class _SocketCarrier(Carrier, asyncio.Protocol):
             # linux/tcp.h: tcpi_retransmits (sent again without an answer), tcpi_last_ack_recv.
             repeats, silent_ms = info[2], int.from_bytes(info[56:60], sys.byteorder)
             if repeats and silent_ms >= seconds * 1000:
-                self._abort()
+                self._drop()
 
     def _poll_peer(self) -> None:
         """While reading is paused no callback tells that the client has gone: ask the system."""
@@ -3035,14 +3024,14 @@ class _SocketCarrier(Carrier, asyncio.Protocol):
         poll.register(connection.fileno(), half)
         found = poll.poll(0)
         if found and found[0][1] & ~half:  # it has reset the connection
-            self._abort()
+            self._drop()
         elif found and not self.disconnected:
             self.disconnected = True
             self._end_scopes()
 
     # -- Ending
 
-    def _abort(self) -> None:
+    def _drop(self) -> None:
         """End at once: what was not sent yet is dropped."""
         self._closing = self.disconnected = True
         self._transport.abort()
@@ -3084,17 +3073,12 @@ class _AnswerCarrier(_SocketCarrier):
         super().__init__(worker)
         self._http_1_0 = False  # the version of the request
         self._close_after = False  # the connection ends with this answer
-        self._is_usual = False  # HTTP/1.1 that stays open, and all of the request is here
         self._chunked = False  # the answer is sent in chunks
 
     def answer(self, status: int, fields: bytes, body: bytes) -> None:
-        """See Carrier. Mostly, in HTTP/1.1 that goes on, no field `connection` is needed."""
-        if not self._is_usual or self._worker.stopping:
-            fields = self._with_connection(fields)
-        if not self._closing:
-            data = b"".join((_status_line(status), fields, self._worker.end_of_head, body))
-            self._sent += len(data)
-            self._transport.write(data)
+        """See Carrier."""
+        fields = self._with_connection(fields)
+        self._write(b"".join((_status_line(status), fields, self._worker.end_of_head, body)))
         self._answered()
 
     def begin(self, status: int, fields: bytes, unsized: bool) -> None:
@@ -3136,7 +3120,7 @@ class _AnswerCarrier(_SocketCarrier):
             connection = self._transport.get_extra_info("socket")
             with suppress(AttributeError, OSError):
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
-            self._abort()
+            self._drop()
         self._close()
         self.disconnected = True  # whatever comes of it, the client gets no more
 
@@ -3263,7 +3247,6 @@ class Connection(_AnswerCarrier):
         self._http_1_0 = line.http_1_0
         self._close_after = framing.close or (line.http_1_0 and not framing.keep_alive)
         body: Body | bytes = b"" if framing.is_plain else self._begin_body(framing)
-        self._is_usual = not (self._close_after or line.http_1_0 or self._state is _BODY)
         handling = worker.app.dispatch(Request(line, headers, body, self), self)
         # In a copy of the context variables: what a handler sets there ends with its request.
         # From Python 3.12 on it runs at once, up to its first wait (`_spawn`, part 10).
@@ -3278,7 +3261,7 @@ class Connection(_AnswerCarrier):
             self._close()  # what is left is a part of a request whose rest will not come
         # A new head, or one that had no deadline while it could not be read: it begins now.
         elif self._deadline == _NEVER or (self._state is _IDLE and self._reader.buffer):
-            self._state = _HEAD
+            self._state = _HEAD if self._reader.buffer else _IDLE
             self._deadline = self._worker.loop.time() + self._worker.limits.header_timeout
 
     def _begin_body(self, framing: _Framing) -> Body | bytes:
@@ -3368,9 +3351,9 @@ class Connection(_AnswerCarrier):
         if self._is_reading_body():
             self._fail_body(exc)
         else:
-            self._state, self._is_usual = _ANSWER, False
+            self._state = _ANSWER
             text = f"{exc.detail}\n".encode("latin-1", "replace")
-            fields = _TEXT[0] + _length_line(len(text))
+            fields = _TEXT_CONTENT[0] + _length_line(len(text))
             if exc.status_code == 503:
                 fields += b"retry-after: 5\r\n"
             unread = self._reader.buffer[self._reader._at :].lstrip(b"\r\n")
@@ -5205,7 +5188,7 @@ def _write_action(method: str, url: str, queries: Queries, options: RequestOptio
                 pairs += (name, text)
                 size += len(text)
         # A view writes the same actions at each call, so they are cached, if they are short.
-        return (_cached_action if size < 256 else _action)(method, url, written, *pairs)
+        return (_cached_action if size < _KEPT_TEXT else _action)(method, url, written, *pairs)
     except (TypeError, AttributeError) as exc:
         if isinstance(url, str) and (queries is None or hasattr(queries, "items")):
             raise  # the arguments are right: a value has failed by itself
@@ -5346,7 +5329,7 @@ _LINE_BREAK = re.compile(r"\r\n|\r|\n")
 
 def _data_lines(text: str, key: str = "") -> str:
     """Text as the data lines of an event, each with `key`: `data: elements <p>Hello</p>`."""
-    # Most HTML is one line, and the regex takes 20 microseconds for 2,000 characters.
+    # Most HTML is one line, and to look for that is quicker than the regex.
     if "\n" in text or "\r" in text:
         text = _LINE_BREAK.sub(f"\ndata: {key}", text)
     return "".join(("data: ", key, text, "\n"))  # (an f-string would copy an element once more)
@@ -5633,7 +5616,6 @@ class Writer(_EventWriter):
     def _beat(self, seconds: float, writes: int) -> None:
         """Send a comment if nothing was written since there were `writes`; check the peer, too."""
         if self.completed or self._carrier.disconnected:
-            self._timer = None
             return
         self._carrier.check_peer(seconds)
         accepted = ",".join(self._request.headers.getlist("accept"))
@@ -5675,10 +5657,7 @@ class _Scope:
         self._interrupting = False  # it has cancelled the task, and no scope has swallowed that yet
 
     def __enter__(self) -> None:
-        task = asyncio.current_task()
-        if task is None:
-            raise StarioError("alive() works inside a task only")
-        self._task = task
+        self._task = task = cast("asyncio.Task[Any]", asyncio.current_task())
         self._cancels_before = task.cancelling()
         self._scopes.append(self)
 
@@ -5980,9 +5959,6 @@ class _Messages(Subscription[T]):
         super().__init__(subscription._relay, subscription._mailbox)
         self._subscription = subscription  # which would close if nobody held it
 
-    def __aiter__(self) -> AsyncIterator[tuple[str, T]]:
-        return self
-
 
 class Relay(Generic[T]):
     """Publish and subscribe within one process, from any thread. `Relay[str]()` carries text.
@@ -6047,8 +6023,6 @@ class Relay(Generic[T]):
     def _deliver(self, to_wake: ToWake, subject: str, data: T) -> None:
         """A step (of `_change`): put a message into the mailboxes of those who listen."""
         for mailbox in self._listeners(subject):
-            if mailbox.closed:
-                continue
             mailbox.put(subject, data)
             if mailbox.closed:  # the rule was "close"
                 self._remove(to_wake, mailbox)
@@ -7088,7 +7062,7 @@ def _read_part_head(head: bytes) -> _Part:
     filename = disposition.get("filename")
     if "filename*" in disposition:  # not allowed here (RFC 7578, section 4.2), but sent by some
         charset, _, escaped = disposition["filename*"].partition("'")
-        filename = _decode_text(unquote_to_bytes(escaped.partition("'")[2]), charset or "utf-8")
+        filename = _decode_text(_unescaped(escaped.partition("'")[2]), charset or "utf-8")
     kind = fields.get("content-type") or ("text/plain" if filename is None else "")
     file = _form_contents()(_FORM_FILE_IN_MEMORY)
     return _Part(disposition["name"], filename, kind or "application/octet-stream", file)
@@ -7158,8 +7132,9 @@ class TrustedProxies:
         if not self.trust(last.client):
             return last
         names = ("for", "proto", "host")
-        usual = self._hop_by(*(headers._list(f"x-forwarded-{name}") for name in names))
-        elements = [_parameters(";" + element) for element in headers._list("forwarded")]
+        # Of long lists only the last 32: proxies add theirs at the end.
+        usual = self._hop_by(*(headers._list(f"x-forwarded-{name}")[-32:] for name in names))
+        elements = [_parameters(";" + element) for element in headers._list("forwarded")[-32:]]
         standard = self._hop_by(*([e.get(name, "") for e in elements] for name in names))
         if any(a and b and a.lower() != b.lower() for a, b in zip(usual, standard, strict=True)):
             raise HttpException(400, "Forwarded and X-Forwarded-For, -Proto, -Host disagree")
@@ -7442,7 +7417,7 @@ Stario._compression = CompressionConfig()  # what an app does unless it is told 
 
 
 _IN_MEMORY = 256 * 1024  # bytes: files up to this size are kept in memory
-_IN_MEMORY_TOTAL = 64 * 1024 * 1024  # bytes that one collection keeps in memory
+_IN_MEMORY_TOTAL = 64 * 1024 * 1024  # bytes of a collection, without compressed copies
 _HELD_BACK = 64 * 1024  # bytes at the end of a large file: see `_send_rest`
 _TICK = 50_000_000  # nanoseconds: a file that changes twice within them may show one time
 _IDENTITY = ""  # no content coding
@@ -9713,7 +9688,7 @@ async def _serve_asgi(app: Stario, scope: Message, receive: Receive, send: Send)
         request = _asgi_request(scope, exchange)
     except HttpException as exc:
         text = exc.detail.encode()
-        exchange.answer(exc.status_code, _TEXT[0] + _length_line(len(text)), text)
+        exchange.answer(exc.status_code, _TEXT_CONTENT[0] + _length_line(len(text)), text)
         await exchange.pass_on(send)
         return
     handling = _spawn(app.dispatch(request, exchange), loop)
