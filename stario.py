@@ -79,18 +79,18 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        7962  20. Telemetry: spans, and who hears of them
        8538  21. JsonTracer: for log collectors [json]
        8612  22. RichTracer: for people [rich]
-       9041  23. Sessions [sessions]
-       9155  24. What lives as long as the server
-       9256  25. @baked
-       9540  26. ASGI: the same app under another server [asgi]
-       9758  27. RedisRelay: the same between processes and machines [redis]
-      10032  28. Reload: a saved file restarts the app [reload]
-      10176  29. Development: what went wrong, shown where one looks [development]
-      10288  30. What is refused
-    10650  ACT 5. The pocket client
-      10691  31. The pocket client (JavaScript) [client]
-      12069  32. This file as a page [read]
-      12241  33. An app to begin with
+       9043  23. Sessions [sessions]
+       9157  24. What lives as long as the server
+       9258  25. @baked
+       9542  26. ASGI: the same app under another server [asgi]
+       9760  27. RedisRelay: the same between processes and machines [redis]
+      10034  28. Reload: a saved file restarts the app [reload]
+      10178  29. Development: what went wrong, shown where one looks [development]
+      10290  30. What is refused
+    10652  ACT 5. The pocket client
+      10693  31. The pocket client (JavaScript) [client]
+      12071  32. This file as a page [read]
+      12243  33. An app to begin with
 
 READING PATH
 
@@ -8671,6 +8671,8 @@ class RichTracer(_StreamTracer):
     there is no terminal (a pipe, TERM=dumb), each span is one line of plain text. NO_COLOR and
     FORCE_COLOR are heeded.
     """
+
+    _pause = 0.03  # a terminal whose size has changed scrolls the footer, too, until this is over
 
     def _renew(self) -> None:
         super()._renew()
