@@ -61,36 +61,36 @@ brackets can be left out of your copy: `python stario.py --without assets,client
         785  5. The request: headers, query, cookies, body
        1256  6. The answer: status, fields, body
        1686  7. Context and routing
-       2136  8. The app
-     2326  ACT 2. On the network
-       2334  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3391  10. The server
-       4214  11. Trying it without a network: the test client [testclient]
-     4673  ACT 3. Live
-       4721  12. Datastar: attributes and actions
-       5302  13. Streams: events, and staying with a client
-       5812  14. Relay: publish and subscribe
-     6110  ACT 4. For real
-       6117  15. Signals: from JSON to your dataclass
-       6875  16. Forms [forms]
-       7078  17. Behind a proxy
-       7188  18. Compression [compression]
-       7397  19. Static files [assets]
-       7962  20. Telemetry: spans, and who hears of them
-       8538  21. JsonTracer: for log collectors [json]
-       8612  22. RichTracer: for people [rich]
-       9043  23. Sessions [sessions]
-       9157  24. What lives as long as the server
-       9258  25. @baked
-       9542  26. ASGI: the same app under another server [asgi]
-       9760  27. RedisRelay: the same between processes and machines [redis]
-      10034  28. Reload: a saved file restarts the app [reload]
-      10178  29. Development: what went wrong, shown where one looks [development]
-      10290  30. What is refused
-    10652  ACT 5. The pocket client
-      10693  31. The pocket client (JavaScript) [client]
-      12071  32. This file as a page [read]
-      12243  33. An app to begin with
+       2140  8. The app
+     2330  ACT 2. On the network
+       2338  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
+       3395  10. The server
+       4218  11. Trying it without a network: the test client [testclient]
+     4677  ACT 3. Live
+       4725  12. Datastar: attributes and actions
+       5306  13. Streams: events, and staying with a client
+       5816  14. Relay: publish and subscribe
+     6114  ACT 4. For real
+       6121  15. Signals: from JSON to your dataclass
+       6879  16. Forms [forms]
+       7082  17. Behind a proxy
+       7192  18. Compression [compression]
+       7401  19. Static files [assets]
+       7966  20. Telemetry: spans, and who hears of them
+       8545  21. JsonTracer: for log collectors [json]
+       8619  22. RichTracer: for people [rich]
+       9050  23. Sessions [sessions]
+       9164  24. What lives as long as the server
+       9265  25. @baked
+       9549  26. ASGI: the same app under another server [asgi]
+       9767  27. RedisRelay: the same between processes and machines [redis]
+      10041  28. Reload: a saved file restarts the app [reload]
+      10185  29. Development: what went wrong, shown where one looks [development]
+      10297  30. What is refused
+    10659  ACT 5. The pocket client
+      10700  31. The pocket client (JavaScript) [client]
+      12078  32. This file as a page [read]
+      12250  33. An app to begin with
 
 READING PATH
 
@@ -101,17 +101,17 @@ Two hours, for a reader who wants to know how it works, not all that it does. Re
      1060-1238   `Request`  what a client asks for
      1267-1335   `Carrier`  what brings the answer back
      1415-1602   `_RawWriter`  the answer
-     1704-1800   `Context`  what a handler gets beside it
-     1890-1905   `_Tree.find`  from a path to a handler
-     2245-2277   `_App.dispatch`  one request from end to end
-     2693-2806   `_RequestReader`  bytes to requests
-     3147-3387   `Connection`  one connection, many requests
-     3815-3836   `Server.start`  listening
-     3953-3970   `Server.stop`  ending without losing a request
-     5426-5546   `_EventWriter`  events
-     5635-5697   `_Scope`  how a disconnect reaches a handler
-     5725-5808   `Alive`  staying with a client
-     5963-6055   `Relay`  from one handler to another
+     1704-1804   `Context`  what a handler gets beside it
+     1894-1909   `_Tree.find`  from a path to a handler
+     2249-2281   `_App.dispatch`  one request from end to end
+     2697-2810   `_RequestReader`  bytes to requests
+     3151-3391   `Connection`  one connection, many requests
+     3819-3840   `Server.start`  listening
+     3957-3974   `Server.stop`  ending without losing a request
+     5430-5550   `_EventWriter`  events
+     5639-5701   `_Scope`  how a disconnect reaches a handler
+     5729-5812   `Alive`  staying with a client
+     5967-6059   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -1731,8 +1731,9 @@ class Context:
         """The request's span. (Where somebody asks a silent app for it, it makes one.)"""
         if self._span is None:
             req = self.req
-            attributes = self._attributes
-            attributes |= {"http.request.method": req.method, "url.path": req.path}
+            attributes = {"http.request.method": req.method, "url.path": req.path}
+            if self.app._silent:
+                attributes |= self._untraced
             try:
                 client = req.client
             except HttpException:  # proxies contradict each other
@@ -1754,14 +1755,17 @@ class Context:
             self._current()(event, attributes)
 
     def __setitem__(self, key: str, value: Any) -> None:
-        (self._attributes if self.app._silent else self._current())[key] = value
+        (self._current() if self._is_traced() else self._untraced)[key] = value
 
     def __getitem__(self, key: str) -> Any:
-        return self._attributes[key] if self.app._silent else self._current()[key]
+        return self._current()[key] if self._is_traced() else self._untraced[key]
+
+    def _is_traced(self) -> bool:
+        return self._span is not None or not self.app._silent
 
     @cached_property
-    def _attributes(self) -> dict[str, Any]:
-        """The span's, which a silent app has without a span."""
+    def _untraced(self) -> dict[str, Any]:
+        """The attributes, while a silent app has no span."""
         return {}
 
     @contextmanager
@@ -8111,10 +8115,13 @@ class Span:
         self.start_ns = time.time_ns()
         self._tell(tracer.on_start)
 
-    def _tell(self, hear: Callable[..., None], *event: SpanEvent) -> None:
+    def _tell(self, hear: Callable[..., None], event: SpanEvent | None = None) -> None:
         if self.sampled:
             try:
-                hear(self, *event)
+                if event:  # (`*event` would be slower, for each span)
+                    hear(self, event)
+                else:
+                    hear(self)
             except Exception:  # it is shown on standard error, and the request goes on
                 sys.excepthook(*sys.exc_info())
 
