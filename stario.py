@@ -56,15 +56,15 @@ brackets can be left out of your copy: `python stario.py --without assets,client
 
       222  ACT 1. A framework
         230  2. Errors
-        319  3. HTML: elements are strings
-        663  4. JSON
-        785  5. The request: headers, query, cookies, body
-       1256  6. The answer: status, fields, body
-       1686  7. Context and routing
-       2140  8. The app
-     2330  ACT 2. On the network
-       2338  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3395  10. The server
+        321  3. HTML: elements are strings
+        665  4. JSON
+        787  5. The request: headers, query, cookies, body
+       1258  6. The answer: status, fields, body
+       1688  7. Context and routing
+       2142  8. The app
+     2332  ACT 2. On the network
+       2340  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
+       3397  10. The server
        4218  11. Trying it without a network: the test client [testclient]
      4677  ACT 3. Live
        4725  12. Datastar: attributes and actions
@@ -96,18 +96,18 @@ READING PATH
 
 Two hours, for a reader who wants to know how it works, not all that it does. Read in this order:
 
-      330-347    `SafeString`  an element is a string
-      627-656    `Tags`  `h.P` makes one
-     1060-1238   `Request`  what a client asks for
-     1267-1335   `Carrier`  what brings the answer back
-     1415-1602   `_RawWriter`  the answer
-     1704-1804   `Context`  what a handler gets beside it
-     1894-1909   `_Tree.find`  from a path to a handler
-     2249-2281   `_App.dispatch`  one request from end to end
-     2697-2810   `_RequestReader`  bytes to requests
-     3151-3391   `Connection`  one connection, many requests
-     3819-3840   `Server.start`  listening
-     3957-3974   `Server.stop`  ending without losing a request
+      332-349    `SafeString`  an element is a string
+      629-658    `Tags`  `h.P` makes one
+     1062-1240   `Request`  what a client asks for
+     1269-1337   `Carrier`  what brings the answer back
+     1417-1604   `_RawWriter`  the answer
+     1706-1806   `Context`  what a handler gets beside it
+     1896-1911   `_Tree.find`  from a path to a handler
+     2251-2283   `_App.dispatch`  one request from end to end
+     2699-2812   `_RequestReader`  bytes to requests
+     3153-3393   `Connection`  one connection, many requests
+     3821-3842   `Server.start`  listening
+     3959-3976   `Server.stop`  ending without losing a request
      5430-5550   `_EventWriter`  events
      5639-5701   `_Scope`  how a disconnect reaches a handler
      5729-5812   `Alive`  staying with a client
@@ -244,11 +244,13 @@ class StarioError(Exception):
 
     def __init__(self, *arguments: object) -> None:
         super().__init__(*arguments)
-        frame = inspect.currentframe()
-        while frame is not None and not _is_own(frame.f_code.co_filename):
-            frame = frame.f_back
-        if frame is not None:
-            self.add_note(f"at {frame.f_code.co_filename}:{frame.f_lineno}")
+        for frame, line in traceback.walk_stack(inspect.currentframe()):
+            filename = frame.f_code.co_filename
+            if frame.f_globals.get("__name__") == "asyncio.runners":
+                break  # what has started the event loop is not to blame
+            if _is_own(filename) and filename != "<string>":  # (which is code that was generated)
+                self.add_note(f"at {filename}:{line}")
+                break
 
 
 def _is_own(filename: str) -> bool:
@@ -1399,15 +1401,15 @@ _REDIRECT_SAFE = "!#$%&'()*+,-./:;=?@[]_~"  # what is not percent-encoded in an 
 
 def _bytes(data: bytes) -> bytes:
     if not isinstance(data, (bytes, bytearray, memoryview)):
-        raise StarioError(f"bytes are needed, not {type(data).__name__}; w.text() answers text")
+        raise StarioError(f"bytes are needed, not {type(data).__name__}: encode it, or w.text()")
     return bytes(data)  # what can still be changed is copied
 
 
 def _check_target(url: object, status: int = 303) -> None:
-    if status not in _REDIRECTS:
-        raise StarioError(f"{status} is no redirect: 301, 302, 303, 307 or 308")
     if not (url and isinstance(url, str)):
         raise StarioError(f"the address to go to is text, not {url!r}")
+    if status not in _REDIRECTS:
+        raise StarioError(f"{status} is no redirect: 301, 302, 303, 307 or 308")
     if _CONTROL.search(url):
         raise StarioError(f"{url[:60]!r} is no address to go to: it holds control characters")
 
@@ -4003,10 +4005,8 @@ class Server:
 
 
 def _checked_limits(options: dict[str, Any]) -> Limits:
-    known = {field.name for field in dataclasses.fields(Limits)}
     for name, value in options.items():
-        if name not in known:
-            raise StarioError(f"the server has no option {name!r}; see Server and Limits")
+        _check_word("option", name, ServerOptions.__annotations__)  # (part 30)
         if not isinstance(value, (int, float)) or not value > 0:
             raise StarioError(f"{name} is {value!r}: a number above 0 is needed")
     return Limits(**options)

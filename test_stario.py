@@ -1138,6 +1138,7 @@ class TestMistakes(unittest.TestCase):
         p = stario.h.P("x")
         return {
             "the address to go to is text, not None": lambda c, w: w.redirect(None),
+            "the address to go to is text, not 303": lambda c, w: w.redirect(303, "/"),
             "to go to is text, not 3": lambda c, w: w.navigate(3),
             "one of outer, inner, replace": lambda c, w: w.patch(p, mode="iner", selector="#x"),
             "give the element an id that the page has": lambda c, w: w.patch(p),
@@ -1196,6 +1197,9 @@ class TestMistakes(unittest.TestCase):
             "needs a value for {id:int}: write id=...": url,
             "'x' does not fit {id:int} in /{id:int}": lambda: url(id="x"),
             "max_body is a number of bytes, not -1": lambda: app(max_body=-1),
+            "gzip_level is a whole number": lambda: stario.CompressionConfig(gzip_level=10),
+            "bytes are needed, not str: encode it": lambda: stario._bytes(cast("Any", "text")),
+            "no option 'max_header': one of": lambda: TestClient(app(), max_header=9),
             "as text: not '<p>x</p>'": lambda: data.text(h.P("x")),
             "is JavaScript, as text: not <function": lambda: data.on("x", cast("Any", _fine)),
             "cannot be named in an attribute: rename it": lambda: data.on(at.get("/x"), "click"),
@@ -1221,6 +1225,22 @@ class TestMistakes(unittest.TestCase):
         with self.assertRaises(StarioError) as e:
             eval(code, {"render": render})
         self._check_sentence("cannot stand in HTML", e.exception)
+
+    def test_what_no_line_of_the_handler_has_done_is_said_without_a_line(self) -> None:
+        async def late(c: Context, w: Writer) -> None:
+            w.empty()
+            c.session["user"] = "ada"
+
+        async def ask() -> None:
+            app = Stario()
+            app.use(Session("k" * 16))
+            app.get("/", late)
+            async with TestClient(app) as client:
+                await client.get("/")
+
+        with self.assertRaisesRegex(StarioError, "was changed after the answer") as e:
+            asyncio.run(ask())  # this line has started the loop, and is not to blame
+        self.assertFalse([n for n in getattr(e.exception, "__notes__", []) if n.startswith("at ")])
 
     def test_at_registration_and_in_views(self) -> None:
         for told, make in (self._at_once() | self._of_options()).items():
