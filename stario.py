@@ -87,10 +87,10 @@ brackets can be left out of your copy: `python stario.py --without assets,client
       10041  28. Reload: a saved file restarts the app [reload]
       10185  29. Development: what went wrong, shown where one looks [development]
       10297  30. What is refused
-    10659  ACT 5. The pocket client
-      10700  31. The pocket client (JavaScript) [client]
-      12078  32. This file as a page [read]
-      12250  33. An app to begin with
+    10658  ACT 5. The pocket client
+      10699  31. The pocket client (JavaScript) [client]
+      12077  32. This file as a page [read]
+      12248  33. An app to begin with
 
 READING PATH
 
@@ -10326,16 +10326,12 @@ def _check_handler(route: str, handler: Any) -> None:
     plain = inspect.unwrap(handler)  # the function behind decorators, partials and objects
     while isinstance(plain, functools.partial):
         plain = inspect.unwrap(plain.func)
-    plain = getattr(plain, "__func__", plain)  # a method is a function and its object
-    if not inspect.isfunction(plain):
-        plain = type(plain).__call__
-    name = getattr(plain, "__name__", "")
-    if not inspect.isfunction(plain) or name == "<lambda>":
-        return
-    if not inspect.iscoroutinefunction(plain):
-        raise StarioError(f"{route}: write `async def {name}(c, w)`, without a yield")
-    if [*inspect.signature(plain).parameters][-2:] == ["w", "c"]:
-        raise StarioError(f"{route}: {name}(w, c) gets them in the other order: write (c, w)")
+    if not inspect.isroutine(plain):
+        plain = plain.__call__
+    if not isinstance(plain, types.FunctionType | types.MethodType):
+        return  # it is written in C
+    if not inspect.iscoroutinefunction(plain) and plain.__name__ != "<lambda>":
+        raise StarioError(f"{route}: write `async def {plain.__name__}(c, w)`, without a yield")
 
 
 def _check_arguments(function: Any, wanted: str) -> None:
@@ -10345,13 +10341,16 @@ def _check_arguments(function: Any, wanted: str) -> None:
         raise StarioError(f"{function.__name__} was called: give it without its parentheses")
     if not callable(function):
         raise StarioError(f"a function is needed, called with ({wanted}): not {function!r}")
+    name = getattr(function, "__name__", repr(function))
     try:
-        inspect.signature(function).bind(*wanted.split(", "))
+        signature = inspect.signature(function)
+        signature.bind(*wanted.split(", "))
     except ValueError:
-        pass  # a builtin that does not tell
+        return  # a builtin that does not tell
     except TypeError as exc:
-        name = getattr(function, "__name__", repr(function))
         raise StarioError(f"{name} is called as {name}({wanted}): {exc}") from None
+    if [*signature.parameters][:2] == ["w", "c"]:
+        raise StarioError(f"{name}(w, c) gets them in the other order: write ({wanted})")
 
 
 def _check_middleware(middleware: Any) -> None:
@@ -12212,7 +12211,6 @@ def _book_page(rows: list[_Row]) -> SafeString:
         return h.Section(h.Div(title, prose, run), h.Pre(_colored(code, defined)))
 
     head = h.Head(
-        h.Meta({"charset": "utf-8"}),
         h.Meta({"name": "viewport", "content": "width=device-width"}),
         h.Title("stario.py, to read"),
         h.Style(_STYLE),

@@ -1174,6 +1174,11 @@ class TestMistakes(unittest.TestCase):
 
             return inner
 
+        def backwards(handler: Any) -> Any:
+            async def inner(w: Any, c: Any) -> None: ...
+
+            return inner
+
         def url(**params: object) -> str:
             return self._app("/{id:int}").url("_fine", **params)
 
@@ -1183,6 +1188,10 @@ class TestMistakes(unittest.TestCase):
 
         return {
             "swapped(w, c) gets them in the other order": lambda: app().get("/", swapped),
+            "inner(w, c) gets them in the other order": lambda: app().get("/", _fine, backwards),
+            "in the other order: write (c, w, exc)": lambda: app().on_error(
+                KeyError, cast("Any", lambda w, c, exc: None)
+            ),
             "stream of text, like sys.stdout, not <_io.B": lambda: JsonTracer(any_binary),
             "asynccontextmanager above opened": lambda: app().lifespan(opened),  # type: ignore[arg-type]
             "above waits, and let it be an `async def`": lambda: app().lifespan(waits),  # type: ignore[arg-type]
