@@ -82,15 +82,15 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        9050  23. Sessions [sessions]
        9164  24. What lives as long as the server
        9265  25. @baked
-       9549  26. ASGI: the same app under another server [asgi]
-       9767  27. RedisRelay: the same between processes and machines [redis]
-      10041  28. Reload: a saved file restarts the app [reload]
-      10185  29. Development: what went wrong, shown where one looks [development]
-      10297  30. What is refused
-    10658  ACT 5. The pocket client
-      10699  31. The pocket client (JavaScript) [client]
-      12077  32. This file as a page [read]
-      12248  33. An app to begin with
+       9547  26. ASGI: the same app under another server [asgi]
+       9765  27. RedisRelay: the same between processes and machines [redis]
+      10039  28. Reload: a saved file restarts the app [reload]
+      10183  29. Development: what went wrong, shown where one looks [development]
+      10295  30. What is refused
+    10656  ACT 5. The pocket client
+      10697  31. The pocket client (JavaScript) [client]
+      12075  32. This file as a page [read]
+      12246  33. An app to begin with
 
 READING PATH
 
@@ -6113,15 +6113,16 @@ def _resolve(waiters: list[asyncio.Future[None]]) -> None:
 # ==================================================================================================
 # ACT 4. For real
 #
-# What an app needs beyond its first day. Each part can be read alone. One with a name in square
-# brackets can be left out of a copy of this file.
+# What an app needs beyond its first day. Each part can be read alone (but 16 with 17, 19
+# after 18, 21 and 22 after 20). One with a name in square brackets can be left out of a copy.
 # ==================================================================================================
 
 # ==================================================================================================
 # 15. Signals: from JSON to your dataclass
 #
-# With every request the browser sends all signals but those whose names begin with `_`. A *schema*
-# is a class whose annotated fields say which of them a handler wants:
+# With every request the browser sends all signals but those whose names begin with `_`; a handler
+# gets them by `await c.signals(Order)`. `Order` is a *schema*: a class whose annotated fields say
+# which of them it wants:
 #
 #     @dataclass
 #     class Order:
@@ -6137,8 +6138,7 @@ def _resolve(waiters: list[asyncio.Future[None]]) -> None:
 #     # weeks: is missing
 #     # paid: expected true or false, got "maybe"
 #
-# HTML inputs give only text, so "3" becomes a number where the schema wants one. A number never
-# becomes text.
+# HTML inputs give only text, so "3" becomes a number if the schema wants one (never the reverse).
 #
 # Two rules must hold. A handler gets values of the types that it asked for, or the client gets one
 # list of all that is wrong. And the time to read grows with the size of the signals, not faster,
@@ -6170,9 +6170,9 @@ class Problem(str):
 class SignalsError(HttpException):
     """The signals of a request do not fit their schema (422), or are no JSON (400).
 
-    `problems` has one `Problem` for each field that is wrong, twenty at most; `more` says how many
-    were found beside these, `stopped` whether reading stopped there, which it does after thousands;
-    `detail` is that as text, in lines.
+    `problems` has one `Problem` for each field that is wrong, twenty at most; `more` counts those
+    left out. If `stopped`, reading stopped after thousands, and there may be still more. `detail`
+    is that as text, in lines.
     """
 
     def __init__(
@@ -6186,7 +6186,7 @@ class SignalsError(HttpException):
 
 
 _MOST_LISTED = 20  # problems in an answer
-_MOST_WORK = 10_000  # reading stops where wrong values took longer than so many wrong numbers do
+_MOST_WORK = 10_000  # reading stops at this sum of `_Wrong.work`; a wrong number counts as 1
 _LONGEST_SHOWN = 60  # characters of a path or a value in a problem
 _MISSING = object()  # in place of a value that did not come
 # What a dataclass (in `__post_init__`) or a model raises for values that it refuses: a ValueError
@@ -6262,8 +6262,8 @@ def _cut(text: str, length: int = _LONGEST_SHOWN) -> str:
 
 # -- Plain values
 
-# What the types of a union gave for a list or an object, by reader and id. None where no union
-# is looking for its type: see `_union_reader`.
+# Unions alone use `tried`: what a type gave for a value, by reader and id, so that nested unions do
+# not read it again (see `_read_first`). Elsewhere it is None, and readers only hand it on.
 _Tried = dict[tuple[object, int], Any] | None
 Reader = Callable[[Any, _Tried], Any]
 
@@ -6406,7 +6406,7 @@ def _key_of(value: Any) -> Any:
 class _Field(str):
     """The values of one name in a form or a query: the first as a str, all of them in `values`."""
 
-    def __new__(cls, *values: str) -> _Field:  # (a copy is made with the first, and told the rest)
+    def __new__(cls, *values: str) -> _Field:  # (`copy` passes only the first, then sets `values`)
         field = super().__new__(cls, values[0])
         field.values = list(values)
         return field
@@ -6540,7 +6540,7 @@ def _rejection(exc: Exception) -> _Wrong:
     """Why a dataclass or a model has refused its values."""
     errors, error_count = getattr(exc, "errors", None), getattr(exc, "error_count", None)
     number = error_count() if callable(error_count) else 0
-    if number > 1000:  # a list of them takes 200 times its size in memory
+    if number > 1000:  # to list them takes 200 times the memory of the values
         whole = _Wrong("", f"{number} values do not fit")
     else:
         message = str(exc) if isinstance(exc, (ValueError, AssertionError)) else ""
@@ -6593,7 +6593,7 @@ def _union_reader(kinds: Sequence[Any]) -> Reader:
     def _read(value: Any, tried: _Tried) -> Any:
         fitting = options_for.get(type(value), options)
         if isinstance(value, dict) and len(fitting) > 1:
-            if tag in value:
+            if tag in value:  # the field that names the type, `kind` say: see `_tag_of`
                 fitting = by_tag.get(_key_of(value[tag]), [])
             fitting = [option for option in fitting if value.keys() >= option.needed]
         if len(fitting) == 1:
@@ -6652,9 +6652,10 @@ def _read_first(value: Any, options: Sequence[_Option], tried: _Tried, nothing_f
     """
     keeps = tried is not None and _holds_others(value)
     tried = {} if tried is None else tried
-    nearest, fewest, suspect, place = nothing_fits, sys.maxsize, None, id(value)
+    nearest, fewest, first_wrong, place = nothing_fits, sys.maxsize, None, id(value)
     for option in options:
-        if suspect and option.is_uniform and type(option.read(suspect, tried)) is _Wrong:
+        # Where a type found few of many items wrong, the next are asked about the first of these.
+        if first_wrong and option.is_uniform and type(option.read(first_wrong, tried)) is _Wrong:
             continue
         key = (option.read, place) if keeps else None
         found = tried[key] if key in tried else option.read(value, tried)
@@ -6662,14 +6663,13 @@ def _read_first(value: Any, options: Sequence[_Option], tried: _Tried, nothing_f
             tried[key] = found
         if type(found) is not _Wrong:
             return found
-        # Where only parts are wrong, the type with the fewest problems is the one that was meant.
+        # Where only parts are wrong, the type with the fewest problems was meant; a tie names all.
         if (found.parts or found.message) and found.count <= fewest:
             nearest = found if found.count < fewest else nothing_fits
             fewest = found.count
-        # Where few items of many are wrong, the next types are asked about the first of them.
         if option.is_uniform and found.parts and found.count * 100 < len(value):
             name, item, _ = found.parts[0]
-            suspect = {name: item} if isinstance(value, dict) else [item]
+            first_wrong = {name: item} if isinstance(value, dict) else [item]
     return nearest
 
 
@@ -6880,7 +6880,7 @@ def read_signals(schema: type[T], signals: object) -> T:
 #
 # A form comes as one of two types. `application/x-www-form-urlencoded` is read like a query string
 # (part 5). In `multipart/form-data` (RFC 7578) each field is a *part* with a head of its own, and
-# may be a file. The content-type of the request names the `boundary` between parts, here `X`:
+# may be a file. The content-type has a parameter (17), the `boundary` between parts, here `X`:
 #
 #     --X
 #     content-disposition: form-data; name="photo"; filename="cat.png"
@@ -6974,8 +6974,8 @@ class _MultipartReader:
 
     A delimiter is a line of its own: `--boundary`, or `--boundary--` after the last part (RFC 2046,
     section 5.1.1). A line that only begins like one is content. The last bytes that have come may
-    be the beginning of a delimiter, so they wait for the next; all before them is written to the
-    part's file.
+    be the beginning of a delimiter, so they are kept until more come; all before them is written
+    to the part's file.
     """
 
     def __init__(self, content_type: str) -> None:
@@ -6983,7 +6983,7 @@ class _MultipartReader:
         if not 1 <= len(boundary) <= 70:
             raise HttpException(400, "a multipart form needs a boundary of 1 to 70 characters")
         self._delimiter = re.compile(b"\r\n--%b(--)?[ \t]{0,99}(?=\r\n)" % re.escape(boundary))
-        self._longest = len(boundary) + 107  # bytes of a delimiter, with the line ends around it
+        self._longest = len(boundary) + 107  # bytes of a delimiter: 4 dashes, 99 blanks, 2 CRLF
         self._buffer = b"\r\n"  # what is not done yet (a delimiter may be the first line)
         self._parts: list[_Part] = []
         self._complete = False
@@ -7073,7 +7073,7 @@ def _read_part_head(head: bytes) -> _Part:
 
 
 def _decode_text(content: bytes, charset: str) -> str:
-    if not _CHARSET.fullmatch(charset):  # (Python would keep its name for ever)
+    if not _CHARSET.fullmatch(charset):  # (Python keeps every name that it is asked for)
         raise HttpException(400, f"the form has an unknown charset: {charset[:40]!r}")
     return content.decode(charset, "replace")
 
@@ -7088,8 +7088,8 @@ def _decode_text(content: bytes, charset: str) -> str:
 #     x-forwarded-for: 198.51.100.7, 203.0.113.9, 10.0.0.1
 #
 # Anybody can send this field. So it is read only if the peer is trusted, and from the right, past
-# trusted proxies. If both proxies are, 203.0.113.9 is the client: one of them has seen it. What
-# stands left of it the client may have made up.
+# trusted proxies. If both proxies are trusted, 203.0.113.9 is the client: one of them has seen
+# it. What stands left of it the client may have made up.
 # ==================================================================================================
 
 
@@ -7128,10 +7128,10 @@ class TrustedProxies:
         return any(address in network for network in self._networks)
 
     def first_hop(self, headers: Headers, last: _Hop) -> _Hop:
-        """The client's hop, as the fields tell it, if `last`, the hop to us, is of a trusted proxy.
+        """The client's hop by the fields, if `last`, the hop to us, is from a trusted proxy.
 
-        A proxy passes on the fields that it does not write as the client has sent them: have it
-        remove those. HttpException(400) if the two families of fields contradict each other.
+        A proxy passes on, unchanged, the fields that it does not write itself: have it remove
+        those. HttpException(400) if the two families of fields contradict each other.
         """
         if not self.trust(last.client):
             return last
@@ -7154,7 +7154,7 @@ class TrustedProxies:
             client = _address(text)
             if not client or not self.trust(client):
                 break
-        # Both stand at the same place; the first one counts if some proxies have added nothing.
+        # Scheme and host stand at the client's place; in a list that is shorter, the first counts.
         scheme, host = (
             values[-1 - place] if len(values) > place else next(iter(values), "")
             for values in (schemes, hosts)
@@ -7173,7 +7173,7 @@ def _parameters(value: str) -> dict[str, str]:
     """What stands behind the semicolons of a field: `form-data; name="a"` (part 16 uses it, too).
 
     Browsers write a quote in a file name as %22, and a backslash as it is; so only `\\"` and `\\\\`
-    are undone here. A text whose end nothing may follow ends at its first quote: `"C:\\"; x="y"`.
+    are undone, and `\\"` only if a quote that ends the text follows: not so in `"C:\\"; x="y"`.
     """
     return {
         name.lower(): re.sub(r'\\(["\\])', r"\1", quoted) if quoted else plain.strip()
@@ -7388,7 +7388,7 @@ def _choose_coding(accepted: str, config: CompressionConfig, streaming: bool = F
         weight = weights.get(coding, weights.get("*", 0.0))
         if weight > best_weight and coding in _codings() and _level(config, coding) >= 0:
             best, best_weight = coding, weight
-    return best if best_weight >= weights.get("identity", 0.0) else None  # that is: uncompressed
+    return best if best_weight >= weights.get("identity", 0.0) else None  # identity: as it is
 
 
 _WEIGHT = re.compile(r"\s*(?:q=\s*(0(?:\.\d{0,3})?|1(?:\.0{0,3})?)\s*)?")
@@ -7423,7 +7423,7 @@ Stario._compression = CompressionConfig()  # what an app does unless it is told 
 _IN_MEMORY = 256 * 1024  # bytes: files up to this size are kept in memory
 _IN_MEMORY_TOTAL = 64 * 1024 * 1024  # bytes of a collection, without compressed copies
 _HELD_BACK = 64 * 1024  # bytes at the end of a large file: see `_send_rest`
-_TICK = 50_000_000  # nanoseconds: a file that changes twice within them may show one time
+_TICK = 50_000_000  # nanoseconds: two changes of a file within them may have the same time
 _IDENTITY = ""  # no content coding
 _FOREVER = b"cache-control: public, max-age=31536000, immutable\r\n"
 _COMPRESSED_ONCE = CompressionConfig(zstd_level=12, brotli_level=9, gzip_level=9)
@@ -7611,9 +7611,9 @@ class Assets:
     def __init__(
         self, source: str | os.PathLike[str] | Mapping[str, str | bytes], collection: str
     ) -> None:
-        # By name, the oldest first, and about how many bytes they take. Changed under the lock.
+        # By name, the oldest first. Of a directory they are changed under the lock.
         self._files: OrderedDict[str, _File] = OrderedDict()
-        self._held = 0
+        self._held = 0  # about how many bytes they take
         self._lock = threading.RLock()
         # Version and fingerprint of each large file, by device and inode: links may give one file
         # many names, and it is to be read once.
@@ -7756,7 +7756,7 @@ class Assets:
             raise _file_error(exc, w) from None
 
     async def _answer(self, asked: str, w: Writer) -> None:
-        """Serve for ever, redirect to the fingerprinted name, or serve without caching."""
+        """Serve with `_FOREVER`, redirect to the fingerprinted name, or serve without caching."""
         plain = _FINGERPRINT.sub("", asked, count=1)
         file = await self._find(plain)
         if file is not None and asked == file.fingerprinted and file.consistent:
@@ -8172,7 +8172,7 @@ class Span:
             self.links.append(other)
 
     def fail(self, exc: BaseException) -> None:
-        """Mark the span as failed by an exception; the trace shows where that came from, once."""
+        """Mark the span as failed by an exception, whose traceback a trace shows only once."""
         if not self.sampled:  # failures are always told
             self.sampled = True
             self._tell(self.tracer.on_start)
@@ -8267,7 +8267,7 @@ class _LogToSpan(logging.Handler):
             root.setLevel(self._root_level)
 
     def handle(self, record: logging.LogRecord) -> bool:
-        """Note a record in the span, or pass it on. Overrides what would take a lock around it."""
+        """Note a record in the span, or pass it on. Overridden, since it would take a lock."""
         span = _current_step.get()[1]
         if span and span.sampled and record.levelno >= self._from:
             said = {"severity_text": record.levelname, "logger.name": record.name}
@@ -8387,7 +8387,7 @@ class _StreamTracer(Tracer):
         self._running = threading.Lock()  # held while there is a thread, so that there is only one
         self._wake: queue.SimpleQueue[bool] = queue.SimpleQueue()  # True: write what is left, end
         self._writes_since = 0.0  # on the monotonic clock; 0 while nothing is written
-        self._lost = self._told = 0  # spans and events not written, and how many of them were told
+        self._lost = self._reported = 0  # spans and events not written; how many were reported
 
     def __enter__(self) -> Self:
         if self._logging_level is not None and self._logging is None:
@@ -8433,18 +8433,18 @@ class _StreamTracer(Tracer):
         self._wake.put(True)
         while thread.is_alive() and not self._stalls():
             thread.join(0.1)
-        if thread.is_alive():  # Python's own flush at the end would wait
+        if thread.is_alive():  # it hangs in a write; Python's flush of stdout at exit would, too
             sys.stdout = None if sys.stdout is self._stream else sys.stdout
             self._complain()
 
     def _complain(self) -> None:
         """Tell on standard error what was lost. Another thread does it: that may stall as well."""
-        lost = len(self._queue) + self._lost - self._told
+        lost = len(self._queue) + self._lost - self._reported
         text = f"stario: {lost} spans and events could not be written\n".encode()
         thread = threading.Thread(target=os.write, args=(2, text), daemon=True)
         thread.start()
         thread.join(0.2)
-        self._told = self._lost
+        self._reported = self._lost
 
     def _run(self) -> None:
         ending = False
@@ -8452,7 +8452,7 @@ class _StreamTracer(Tracer):
             with suppress(queue.Empty):
                 ending = self._wake.get(timeout=self._pause)
             self._write_all(ending)
-        if self._queue:  # others have gone on during the last write
+        if self._queue:  # other threads have added some during the last write
             self._write_all(ending)
         self._running.release()
 
@@ -8461,8 +8461,8 @@ class _StreamTracer(Tracer):
         taken, lost = self._queue[:], self._lost
         entries = len(taken)
         del self._queue[:entries]
-        if lost > self._told:
-            note = Span(Tracer(), "telemetry.lost", {"count": lost - self._told}, None)
+        if lost > self._reported:
+            note = Span(Tracer(), "telemetry.lost", {"count": lost - self._reported}, None)
             note.end()
             taken.append(self._queued_end(note))
         for what in taken:
@@ -8473,11 +8473,11 @@ class _StreamTracer(Tracer):
                     what[0](*what[1:])
             except Exception:  # it cannot be shown; the others can
                 self._lost += 1
-        self._lost += entries  # until they are written
+        self._lost += entries  # until they are written: meanwhile `_close` may report them
         if self._write(ending):
             self._lost -= entries
-            self._told = lost
-        if ending and self._lost > self._told:
+            self._reported = lost
+        if ending and self._lost > self._reported:
             self._complain()
 
     def _write(self, ending: bool) -> bool:
@@ -8637,7 +8637,7 @@ _Line = list[tuple[str, str]]
 _STYLES = {"bold": 1, "dim": 2, "red": 31, "green": 32, "yellow": 33, "cyan": 36}
 _STATUS_STYLES = {"2": "green", "3": "cyan", "4": "yellow", "5": "red"}
 _LONG = 10**9  # nanoseconds after which an open span is shown in the footer
-_MOST_SHOWN = 20  # trees in a second; of more, only numbers are shown
+_MOST_SHOWN = 20  # trees in a second (of more, only numbers are shown), and events in a line
 _MOST_ROWS = 40  # rows of a tree
 _BAR = 12  # columns of a bar
 
@@ -8690,7 +8690,7 @@ class RichTracer(_StreamTracer):
         self._open: dict[str, _Branch] = {}  # by the span's id
         self._second = 0.0  # when the present second began, on the monotonic clock
         self._shown = 0  # trees that were shown in it
-        # The durations, in nanoseconds, of those that were not shown, by name and outcome.
+        # The durations, in nanoseconds, by name and outcome; an empty list if all were shown.
         self._summed: dict[tuple[str, tuple[str, str]], list[int]] = {}
 
     def on_start(self, span: Span) -> None:
@@ -8798,7 +8798,7 @@ class RichTracer(_StreamTracer):
         self._footer = "" if ending else self._at_the_foot(roots)
         if not text and self._footer == old:
             return ""
-        if text:  # where a line has been begun, as many spaces as it is long lead to the next one
+        if text:  # a row of spaces ends on the next line if one was begun, else on the same
             text = f"{'':{self._look.width}}\r\x1b[K{text}"
         erase = "\x1b7\x1b[r\x1b8\x1b[J" if old else ""
         return erase + text + self._footer
@@ -9108,7 +9108,7 @@ class Session:
                 nonlocal kept
                 text = _session_json(session)
                 w.headers.add("vary", "cookie")  # no cache may show one's page to another
-                if text != kept or age > self._max_age / 2:  # used, so it lasts on
+                if text != kept or age > self._max_age / 2:  # half its time is over: renew it
                     self._write(w, name, text if session else "")
                 kept = text
 
@@ -9272,7 +9272,7 @@ class _Life:
 #     def line(name: str, number: int) -> SafeString:
 #         return h.Li({"id": f"line-{number}"}, name)
 #
-# it makes this function, which asks at once for the types that most values have:
+# it makes this function, which first tests for the types that most values have:
 #
 #     lambda name, number: SafeString("".join((
 #         '<li id="line-', f"{number}" if number.__class__ is int else _quote(f"{number}"),
@@ -9302,6 +9302,9 @@ def baked(view: Callable[P, SafeString]) -> Callable[P, SafeString]:
     if not inspect.isfunction(view):
         raise StarioError(f"@baked stands over a function (def), not over {view!r}")
 
+    # What a function does is its code, and Python lets that be replaced. `call` begins with the
+    # code of a call of `first`, which puts that of `filled` in its place: no later call takes a
+    # detour. `names` are the global names of both.
     def first(*args: object, **kwargs: object) -> object:
         filled, own = _Bake(view, names).filled(args, kwargs), view.__code__
         if filled is None:  # the view fails: let the caller see how
@@ -9312,9 +9315,6 @@ def baked(view: Callable[P, SafeString]) -> Callable[P, SafeString]:
         )
         return call(*args, **kwargs)
 
-    # What a function does is its code, and Python lets that be replaced. `call` begins with the
-    # code of a call of `first`, which puts that of `filled` in its place: no later call takes a
-    # detour. `names` are the global names of both.
     names = {"first": first, "SafeString": SafeString, "_escape": _escape, "_quote": _quote}
     call = eval("lambda *args, **kwargs: first(*args, **kwargs)", names)
     return cast("Callable[P, SafeString]", wraps(view)(call))
@@ -9324,12 +9324,19 @@ class _Hole(NamedTuple):
     argument: str  # its name
     code: str  # an expression for the text that is filled in, before it is escaped
     is_html: bool = False  # there is nothing to escape in it, as content
-    is_number: str = ""  # an expression: whether it is a number, in which nothing is escaped
+    number_test: str = ""  # code: whether the value is a number, in which nothing is escaped
 
 
 # How the beginning of a mark looks in the text, and the function that escapes there.
 _ESCAPE_OF = {'"<': "", '"&lt;': "_escape", "&quot;&lt;": "_quote"}
 _PROBES = (None, True, False, 7, 0.5, "", ' aA <Be> & "c"\r\n', (), SafeString("<i>"))
+# What these functions give for `_v`, a text or a number: so a mark's code seldom has to call them.
+_SHORT: dict[Callable[..., str], tuple[str, str]] = {
+    _html: ("_escape(_v)", "f'{_v}'"),
+    _other_attribute: ("f' NAME=\"{_quote(_v)}\"'", "f' NAME=\"{_v}\"'"),
+    _declaration: ("f'NAME:{_v};'", "f'NAME:{_v};'"),
+    _code: ("_v", "f'{_v}'"),
+}
 # The views that this task is calling with blanks, the innermost first.
 _baking: contextvars.ContextVar[tuple[_Bake, ...]] = contextvars.ContextVar("baking", default=())
 
@@ -9361,7 +9368,7 @@ class _Bake:
         filled = self.compiled(self.page(given), signature)
         for name, value in values.items():
             reusable = isinstance(value, str) or not isinstance(value, (_Blank, Iterable))
-            values[name] = value if reusable else ""  # (an iterator can be read only once)
+            values[name] = value if reusable else ""  # (an iterable may be read only once)
         given.arguments.update(values)
         if _result_or_none(self.view, given) is None:
             return None
@@ -9424,8 +9431,8 @@ class _Bake:
             self.found.add(int(number))
             self.met = hole.argument
             code = f"{escape}({hole.code})"
-            if hole.is_number:
-                code = f"{hole.code} if {hole.is_number} else {code}"
+            if hole.number_test:
+                code = f"{hole.code} if {hole.number_test} else {code}"
             pieces += [code, repr(after)]
         return f"''.join(({', '.join(pieces)},))"
 
@@ -9468,12 +9475,12 @@ class _Bake:
         codes = [self.code(value) for value in values]
         if not self.met:
             return ""
-        name, short = values[0] if len(values) == 2 else "", ""
+        name, short = (values[0] if len(values) == 2 else ""), ""
         is_blank = isinstance(values[-1], _Blank)
         if function in _SHORT and is_blank and re.fullmatch(r"[\w:.-]*", name):
             text, number = [code.replace("NAME", name) for code in _SHORT[function]]
-            is_text, is_number = f"(_v := {codes[-1]}).__class__ is str", "_v.__class__ is int"
-            short = f"{text} if {is_text} else {number} if {is_number} else "
+            text_test, number_test = f"(_v := {codes[-1]}).__class__ is str", "_v.__class__ is int"
+            short = f"{text} if {text_test} else {number} if {number_test} else "
             codes[-1] = "_v"
         code = f"({short}{self.name_of(function)}({', '.join(codes)}))"
         return self.mark(self.met, code, is_html)
@@ -9501,8 +9508,8 @@ class _Blank:
         if not (self._code.isidentifier() and re.fullmatch(r"(!s|:[0-9.]*[defgx]?)?", form)):
             return ""
         kind = "float" if form.endswith(("e", "f", "g")) else "int"
-        is_number = f"{self._code}.__class__ is {kind}"
-        return self._bake.mark(self._argument, f"f'{{{self._code}{form}}}'", False, is_number)
+        test = f"{self._code}.__class__ is {kind}"
+        return self._bake.mark(self._argument, f"f'{{{self._code}{form}}}'", False, test)
 
     def __add__(self, other: object) -> _Blank:
         return self._sum(other, "({0} + {1})")
@@ -9532,17 +9539,8 @@ def _result_or_none(view: Callable[..., object], given: inspect.BoundArguments) 
 
 
 def _mark_for(function: Callable[..., str], *values: object, is_html: bool = False) -> str:
-    """The same, for functions of other parts: a mark by the view that is being baked."""
+    """`mark_for` of the view that is being baked, for functions of other parts."""
     return _baking.get()[0].mark_for(function, *values, is_html=is_html)
-
-
-# What these functions give for a text and for a number, `_v`: most values need no call of them.
-_SHORT: dict[Callable[..., str], tuple[str, str]] = {
-    _html: ("_escape(_v)", "f'{_v}'"),
-    _other_attribute: ("f' NAME=\"{_quote(_v)}\"'", "f' NAME=\"{_v}\"'"),
-    _declaration: ("f'NAME:{_v};'", "f'NAME:{_v};'"),
-    _code: ("_v", "f'{_v}'"),
-}
 
 
 # ==================================================================================================
@@ -9661,7 +9659,7 @@ class _AsgiExchange(Carrier):
         try:
             while (message := await receive())["type"] != "http.disconnect":
                 if self.body.ended:
-                    return  # `receive` repeats itself, and tells of no disconnect
+                    return  # some servers give the last message again, and no disconnect
                 if chunk := message.get("body"):
                     self.body.feed(chunk)
                 if message.get("more_body"):
@@ -9725,7 +9723,7 @@ def _asgi_request(scope: Message, exchange: _AsgiExchange) -> Request:
     path = (scope.get("raw_path") or quote(scope["path"]).encode()).decode("latin-1")
     root = scope.get("root_path", "").rstrip("/")
     if root and f"{scope['path']}/".startswith(f"{root}/"):  # this app is mounted there
-        # Of "/%6cive/x" it leaves "/x": of the root each byte is a character or %xx.
+        # Cuts off the root, each byte of it a character or %xx: "/%6cive/x" becomes "/x".
         path = "/" + re.sub(f"(%..|.){{,{len(root.encode()) + 1}}}", "", path, count=1)
     query = scope.get("query_string", b"").decode("latin-1")
     fields: dict[str, list[str]] = {}
@@ -9900,7 +9898,7 @@ class RedisRelay(Relay[T]):
             self._note_change(patterns)
 
     def _note_change(self, patterns: Sequence[_Subjects]) -> None:
-        """Note those that nobody listens to: not yet, or not any more. Redis is told of them."""
+        """Before the first subscription to a pattern, and after its last one, tell Redis of it."""
         self._changed.update(pattern for pattern in patterns if not self._is_heard(pattern))
         self._nudge()
 
@@ -9950,7 +9948,7 @@ class RedisRelay(Relay[T]):
                 group.create_task(self._send(connection.pack_commands, writer))
                 await self._receive(connection)
         finally:
-            writer.transport.abort()  # or what is left comes after what the next one sends
+            writer.transport.abort()  # else its unsent bytes could reach Redis after the next one's
             await connection.disconnect(nowait=True)
 
     async def _send(self, pack: Callable[..., list[bytes]], writer: asyncio.StreamWriter) -> None:
@@ -9995,7 +9993,7 @@ class RedisRelay(Relay[T]):
 
         A message comes once for each of our patterns that fits, and nothing comes in between:
         `[b"message", b"room.1", b"7"]`, `[b"pmessage", b"room.*", b"room.1", b"7"]`. The first is
-        delivered. What then differs only in its pattern is its copy, what is equal a new message.
+        delivered; what differs from it only in the pattern is a copy; what is equal is a new one.
         It ends with the answer to the last PING: then Redis has done all that was sent before.
         """
         pattern, content = None, None  # of the last message that was delivered
@@ -10298,7 +10296,7 @@ Stario._develops = True  # so that `serve` turns `debug` on at a terminal
 #
 # What cannot work is refused where it is written, and the error says what to write instead: a
 # handler that is none, an address that leads elsewhere, a host that nobody can ask for, a cookie
-# that browsers would drop without a word. And `same_origin` refuses what comes from other sites.
+# that browsers would drop without a word. Here, too, are the routes of hosts, and `same_origin`.
 # ==================================================================================================
 
 
@@ -10610,7 +10608,7 @@ def same_origin(handler: Handler) -> Handler:
 
     A form on another site can be sent to yours, and the browser adds your cookies: that is CSRF,
     cross-site request forgery. Safe methods (GET) pass. For others a browser says where the request
-    comes from: over HTTPS in `Sec-Fetch-Site` (Fetch Metadata), an old one, or over HTTP, in
+    comes from: over HTTPS in `Sec-Fetch-Site` (Fetch Metadata); over HTTP, and if it is old, in
     `Origin`. What says neither is no browser, and carries nobody's cookies.
     """
 
