@@ -7112,8 +7112,8 @@ class TrustedProxies:
         try:
             self._networks = [ipaddress.ip_network(str(p), False) for p in proxies if p != "unix"]
         except (ValueError, TypeError) as exc:
-            wanted = 'a list of addresses, networks ("10.0.0.0/8") and "unix" is needed'
-            raise StarioError(f"trusted_proxies: {exc}; {wanted}") from None
+            wanted = 'a list of addresses, networks ("10.0.0.0/8") and "unix"'
+            raise StarioError(f"trusted_proxies is {wanted}, not {proxies!r}: {exc}") from None
         self._unix = "unix" in proxies
 
     def trust(self, peer: str) -> bool:
@@ -8296,7 +8296,7 @@ _HINTS = (  # what Python says where an `await` is missing or too much, and what
     (r"'(?:method|function)' object (?:is not subscriptable|has no attribute)",
      "call it, and await what is async: `(await c.signals())['name']`, `await c.req.form()`"),
     (r"\bFuture\b.* can't be", "a loop's own futures are awaited: await asyncio.wrap_future(...)"),
-    (r"\bcoroutine\b", "`await` is missing: await c.signals(), await c.req.json()"),
+    (r"\bcoroutine\b", "`await` is missing: await c.signals(), await c.req.form()"),
     (r"\b(Alive|Subscription|async_generator)\b",
      "loop over it, `async for item in w.alive(source):`, or write `async with w.alive():`"),
     (r"_GeneratorContextManager.* asynchronous", "a step is no async one: `with c.step(...):`"),
@@ -12373,7 +12373,7 @@ async def _main() -> None:
         print(_without(set(chosen.without.split(","))), end="")
         return
     app = _book_app() if chosen.read else _first_app()
-    print(f"Open http://127.0.0.1:{chosen.port} in two tabs. Ctrl-C ends it.")
+    print(f"Open http://127.0.0.1:{chosen.port}. Ctrl-C ends it.")
     await app.serve(port=chosen.port)
 
 
