@@ -77,20 +77,20 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        7192  18. Compression [compression]
        7401  19. Static files [assets]
        7966  20. Telemetry: spans, and who hears of them
-       8545  21. JsonTracer: for log collectors [json]
-       8619  22. RichTracer: for people [rich]
-       9050  23. Sessions [sessions]
-       9164  24. What lives as long as the server
-       9265  25. @baked
-       9547  26. ASGI: the same app under another server [asgi]
-       9765  27. RedisRelay: the same between processes and machines [redis]
-      10039  28. Reload: a saved file restarts the app [reload]
-      10183  29. Development: what went wrong, shown where one looks [development]
-      10295  30. What is refused
-    10656  ACT 5. The pocket client
-      10697  31. The pocket client (JavaScript) [client]
-      12075  32. This file as a page [read]
-      12246  33. An app to begin with
+       8546  21. JsonTracer: for log collectors [json]
+       8620  22. RichTracer: for people [rich]
+       9051  23. Sessions [sessions]
+       9165  24. What lives as long as the server
+       9266  25. @baked
+       9548  26. ASGI: the same app under another server [asgi]
+       9766  27. RedisRelay: the same between processes and machines [redis]
+      10040  28. Reload: a saved file restarts the app [reload]
+      10184  29. Development: what went wrong, shown where one looks [development]
+      10296  30. What is refused
+    10657  ACT 5. The pocket client
+      10698  31. The pocket client (JavaScript) [client]
+      12076  32. This file as a page [read]
+      12247  33. An app to begin with
 
 READING PATH
 
@@ -8420,6 +8420,7 @@ class _StreamTracer(Tracer):
             except RuntimeError:  # the program ends, and starts no more threads: write in this one
                 self._wake.put(True)
                 self._run()
+                self._thread = None
 
     def _stalls(self) -> bool:
         return 0 < self._writes_since < time.monotonic() - _STALLED

@@ -10933,6 +10933,16 @@ class TestTelemetry(unittest.TestCase):
             self.assertEqual(out.getvalue().count("\n"), 2 * len(wrong), out.getvalue())
             self.assertNotIn("telemetry.lost", out.getvalue())
 
+    def test_where_no_thread_starts_each_span_is_written_at_once(self) -> None:
+        """As at the end of a program, from Python 3.12 on."""
+        for make in (JsonTracer, RichTracer):
+            out = io.StringIO()
+            tracer = make(out)
+            with mock.patch("threading.Thread.start", side_effect=RuntimeError("can't start")):
+                for n in range(3):
+                    tracer(f"job{n}").end()
+                    self.assertEqual(out.getvalue().count("job"), n + 1)
+
     def test_what_is_no_stream_and_no_level_is_refused(self) -> None:
         for make in (JsonTracer, RichTracer):
             for wrong in ("spans.log", Path("spans.log"), 1, object()):
