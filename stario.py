@@ -62,35 +62,35 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        1258  6. The answer: status, fields, body
        1688  7. Context and routing
        2142  8. The app
-     2332  ACT 2. On the network
-       2340  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3397  10. The server
-       4218  11. Trying it without a network: the test client [testclient]
-     4677  ACT 3. Live
-       4725  12. Datastar: attributes and actions
-       5306  13. Streams: events, and staying with a client
-       5816  14. Relay: publish and subscribe
-     6114  ACT 4. For real
-       6121  15. Signals: from JSON to your dataclass
-       6879  16. Forms [forms]
-       7082  17. Behind a proxy
-       7192  18. Compression [compression]
-       7401  19. Static files [assets]
-       7966  20. Telemetry: spans, and who hears of them
-       8546  21. JsonTracer: for log collectors [json]
-       8620  22. RichTracer: for people [rich]
-       9051  23. Sessions [sessions]
-       9165  24. What lives as long as the server
-       9266  25. @baked
-       9548  26. ASGI: the same app under another server [asgi]
-       9766  27. RedisRelay: the same between processes and machines [redis]
-      10040  28. Reload: a saved file restarts the app [reload]
-      10184  29. Development: what went wrong, shown where one looks [development]
-      10296  30. What is refused
+     2331  ACT 2. On the network
+       2339  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
+       3396  10. The server
+       4217  11. Trying it without a network: the test client [testclient]
+     4676  ACT 3. Live
+       4724  12. Datastar: attributes and actions
+       5305  13. Streams: events, and staying with a client
+       5815  14. Relay: publish and subscribe
+     6113  ACT 4. For real
+       6120  15. Signals: from JSON to your dataclass
+       6878  16. Forms [forms]
+       7081  17. Behind a proxy
+       7191  18. Compression [compression]
+       7400  19. Static files [assets]
+       7965  20. Telemetry: spans, and who hears of them
+       8545  21. JsonTracer: for log collectors [json]
+       8619  22. RichTracer: for people [rich]
+       9050  23. Sessions [sessions]
+       9164  24. What lives as long as the server
+       9265  25. @baked
+       9547  26. ASGI: the same app under another server [asgi]
+       9765  27. RedisRelay: the same between processes and machines [redis]
+      10039  28. Reload: a saved file restarts the app [reload]
+      10183  29. Development: what went wrong, shown where one looks [development]
+      10295  30. What is refused
     10657  ACT 5. The pocket client
       10698  31. The pocket client (JavaScript) [client]
       12076  32. This file as a page [read]
-      12247  33. An app to begin with
+      12246  33. An app to begin with
 
 READING PATH
 
@@ -104,14 +104,14 @@ Two hours, for a reader who wants to know how it works, not all that it does. Re
      1706-1806   `Context`  what a handler gets beside it
      1896-1911   `_Tree.find`  from a path to a handler
      2251-2283   `_App.dispatch`  one request from end to end
-     2699-2812   `_RequestReader`  bytes to requests
-     3153-3393   `Connection`  one connection, many requests
-     3821-3842   `Server.start`  listening
-     3959-3976   `Server.stop`  ending without losing a request
-     5430-5550   `_EventWriter`  events
-     5639-5701   `_Scope`  how a disconnect reaches a handler
-     5729-5812   `Alive`  staying with a client
-     5967-6059   `Relay`  from one handler to another
+     2698-2811   `_RequestReader`  bytes to requests
+     3152-3392   `Connection`  one connection, many requests
+     3820-3841   `Server.start`  listening
+     3958-3975   `Server.stop`  ending without losing a request
+     5429-5549   `_EventWriter`  events
+     5638-5700   `_Scope`  how a disconnect reaches a handler
+     5728-5811   `Alive`  staying with a client
+     5966-6058   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -2303,8 +2303,7 @@ class _App(Router):
     def _methods_for(self, request: Request, path: str) -> set[str]:
         if path == "*":  # `OPTIONS *` asks what the server as a whole can do
             return {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"}
-        trees = [self._tree, *(tree for tree, _ in _trees_for(self._hosts, request))]
-        return {method for tree in trees for method in tree.methods(path)}
+        return {name for tree, _ in _trees_for(self, request) for name in tree.methods(path)}
 
 
 # -- Act 1 runs: an app, a request, and a carrier (part 6) that prints what it is given. `dispatch`
@@ -10433,23 +10432,24 @@ def _tree_of(router: Router, host: str) -> _Tree:
     return hosts[host]
 
 
-def _trees_for(hosts: dict[str, _Tree], request: Request) -> Iterator[tuple[_Tree, str]]:
+def _trees_for(app: Router, request: Request) -> Iterator[tuple[_Tree, str]]:
     """The trees for a request's host, with what `*` takes of it: `*.a.org` takes eu of eu.a.org."""
-    host = request.host if hosts else ""
-    for pattern, tree in hosts.items():
+    host = request.host if app._hosts else ""
+    for pattern, tree in app._hosts.items():
         taken = host.removesuffix(pattern[1:])
         if pattern == host:
             yield tree, ""
         elif pattern.startswith("*") and taken != host and all(taken.split(".")):
             yield tree, taken
+    yield app._tree, ""  # of all hosts
 
 
 def _find_by_host(app: Router, request: Request) -> Handler | None:
-    for tree, taken in _trees_for(app._hosts, request):
+    for tree, taken in _trees_for(app, request):
         if handler := tree.find(request):
             request.subhost = taken
             return handler
-    return app._tree.find(request)
+    return None
 
 
 # -- Cookies
@@ -12239,8 +12239,7 @@ def _book_app() -> Stario:
 def _example_app(row: _Row) -> Stario:
     names = dict(globals())
     exec(textwrap.dedent(row.example[0]), names)
-    made: Stario = names["app"]
-    return made
+    return cast("Stario", names["app"])
 
 
 # ==================================================================================================
