@@ -8679,7 +8679,7 @@ class RichTracer(_StreamTracer):
     FORCE_COLOR are heeded.
     """
 
-    _pause = 0.03  # a terminal whose size has changed scrolls the footer, too, until this is over
+    _pause = 0.05  # a terminal whose size has changed scrolls the footer, too, until this is over
 
     def _renew(self) -> None:
         super()._renew()
