@@ -77,20 +77,20 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        7191  18. Compression [compression]
        7400  19. Static files [assets]
        7965  20. Telemetry: spans, and who hears of them
-       8545  21. JsonTracer: for log collectors [json]
-       8619  22. RichTracer: for people [rich]
-       9050  23. Sessions [sessions]
-       9164  24. What lives as long as the server
-       9265  25. @baked
-       9547  26. ASGI: the same app under another server [asgi]
-       9765  27. RedisRelay: the same between processes and machines [redis]
-      10039  28. Reload: a saved file restarts the app [reload]
-      10183  29. Development: what went wrong, shown where one looks [development]
-      10295  30. What is refused
-    10657  ACT 5. The pocket client
-      10698  31. The pocket client (JavaScript) [client]
-      12076  32. This file as a page [read]
-      12246  33. An app to begin with
+       8552  21. JsonTracer: for log collectors [json]
+       8626  22. RichTracer: for people [rich]
+       9057  23. Sessions [sessions]
+       9171  24. What lives as long as the server
+       9272  25. @baked
+       9554  26. ASGI: the same app under another server [asgi]
+       9772  27. RedisRelay: the same between processes and machines [redis]
+      10046  28. Reload: a saved file restarts the app [reload]
+      10190  29. Development: what went wrong, shown where one looks [development]
+      10302  30. What is refused
+    10664  ACT 5. The pocket client
+      10705  31. The pocket client (JavaScript) [client]
+      12083  32. This file as a page [read]
+      12253  33. An app to begin with
 
 READING PATH
 
@@ -8412,10 +8412,10 @@ class _StreamTracer(Tracer):
         if waiting == _EARLY:
             self._wake.put(False)
         if self._thread is None and self._running.acquire(blocking=False):
-            self._thread = threading.Thread(target=self._run, name="tracer", daemon=True)
+            thread = threading.Thread(target=self._run, name="tracer", daemon=True)
             try:
-                self._thread.start()
-                atexit.register(self._close)
+                thread.start()
+                self._thread = thread
             except RuntimeError:  # the program ends, and starts no more threads: write in this one
                 self._wake.put(True)
                 self._run()
@@ -8429,7 +8429,6 @@ class _StreamTracer(Tracer):
         thread, self._thread = self._thread, None
         if thread is None:
             return
-        atexit.unregister(self._close)
         self._wake.put(True)
         while thread.is_alive() and not self._stalls():
             thread.join(0.1)
@@ -8520,6 +8519,14 @@ def _begin_anew() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_begin_anew)
+
+
+@atexit.register
+def _write_what_is_left() -> None:
+    for tracer in list(_renewed_at_fork):
+        if isinstance(tracer, _StreamTracer):
+            tracer._close()
+            tracer._running.acquire(blocking=False)  # starting a thread now, Python would hang
 
 
 _ASCII_MARKS = str.maketrans("│─━✗…×", "|-=x.x")

@@ -10854,6 +10854,22 @@ class TestTelemetry(unittest.TestCase):
             )
             self.assertEqual(json.loads(done.stdout)["name"], "job", end)
 
+    def test_what_ends_while_python_ends_is_written_or_given_up_but_holds_up_nothing(self) -> None:
+        program = (
+            "import atexit, stario\n"
+            "tracer = stario.JsonTracer()\n"
+            "def work(name):\n"
+            "    with tracer(name): yield\n"
+            "left = work('collected')\n"  # after all functions of atexit
+            "next(left)\n"
+            "atexit.register(lambda: [*work('first'), *work('second')])\n"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", program], cwd=HERE, capture_output=True, timeout=60
+        )
+        names = [json.loads(line)["name"] for line in done.stdout.splitlines()]
+        self.assertEqual((names[:2], done.returncode), (["first", "second"], 0), done.stderr)
+
     def test_a_fork_writes_its_own_lines(self) -> None:
         if not hasattr(os, "fork"):
             self.skipTest("no fork here")
