@@ -3833,7 +3833,7 @@ class Server:
             stack.push_async_callback(self._end_workers)
             self._workers = [self._worker_on(self._loop)]
             for number in range(1, self._count):
-                self._workers.append(await self._start_thread(f"stario-{number}"))
+                self._workers.append(self._start_thread(f"stario-{number}"))
             self._turns = cycle(self._workers)
             self._ending = stack.pop_all()  # from here on `stop` undoes it
             self._starting = None
@@ -3847,10 +3847,10 @@ class Server:
         limits = dataclasses.replace(self._limits, **share)
         return Worker(self.app, loop, limits, self._proxies)
 
-    async def _start_thread(self, name: str) -> Worker:
-        """Start a thread with a worker. Its loop is made in that thread.
+    def _start_thread(self, name: str) -> Worker:
+        """Start a thread with a worker. It takes under a millisecond: nobody can cancel it.
 
-        (Made in the main thread, on Windows, it would be the one that signals wake.)
+        (Its loop, made in the main thread, would on Windows be the one that signals wake.)
         """
         started: Future[Worker] = Future()
 
@@ -3870,7 +3870,7 @@ class Server:
         try:
             thread.start()
             self._threads.append(thread)
-            return await asyncio.wrap_future(started)
+            return started.result()
         except (OSError, RuntimeError) as exc:  # too few file descriptors, or threads
             raise StarioError(f"cannot start {self._count} workers: {exc}") from None
 

@@ -5470,6 +5470,19 @@ class TestStopping(StreamTest):
             self.assertEqual(await within(peer.rest()), b"")
             await peer.close()
 
+    async def test_a_start_that_is_cancelled_leaves_no_thread(self) -> None:
+        """By a signal, say, while the workers start."""
+        server = Server(echo_app(), port=0, workers=3)
+        starting = asyncio.create_task(server.start())
+        while not server._threads:
+            await asyncio.sleep(0)
+        starting.cancel()
+        with suppress(asyncio.CancelledError):
+            await starting
+            await server.stop()
+        names = [thread.name for thread in threading.enumerate()]
+        self.assertEqual([name for name in names if re.fullmatch("stario-[0-9]+", name)], [])
+
     async def test_a_worker_that_is_blocked_is_left_behind(self) -> None:
         release = threading.Event()
 
