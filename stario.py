@@ -12205,25 +12205,25 @@ addEventListener("scrollend", () => find.value || (localStorage.place = scrollY)
 def _book_page(rows: list[_Row]) -> SafeString:
     """The file as a page."""
     codes = ["\n".join(row.code).strip("\n") for row in rows]
-    defined = {found["d"] for code in codes for found in _code_pattern().finditer(code)}
+    part, are_scripts = "", list[bool]()
+    defined = {False: set[str](), True: set[str]()}  # names of Python, and of JavaScript
+    for row, code in zip(rows, codes, strict=True):
+        part = row.title or part
+        are_scripts.append("JavaScript" in part)
+        defined[are_scripts[-1]] |= {found["d"] for found in _code_pattern().finditer(code)}
 
-    def view(row: _Row, code: str) -> SafeString:
+    def view(row: _Row, code: str, is_script: bool) -> SafeString:
         title = row.title and h.H2({"id": row.title}, row.title)
         prose = _prose(row.prose[3:-1] if title else row.prose)
-        run = row.example and [
-            h.Button({"value": f"/{row.line}{row.example[1]}"}, "Run"),
-            h.Output(),
-        ]
-        return h.Section(h.Div(title, prose, run), h.Pre(_colored(code, defined)))
+        target = row.example and f"/{row.line}{row.example[1]}"
+        run = target and [h.Button({"value": target}, "Run"), h.Output()]
+        return h.Section(h.Div(title, prose, run), h.Pre(_colored(code, defined[is_script])))
 
-    head = h.Head(
-        h.Meta({"name": "viewport", "content": "width=device-width"}),
-        h.Title("stario.py, to read"),
-        h.Style(_STYLE),
-    )
+    phone = h.Meta({"name": "viewport", "content": "width=device-width"})
+    head = h.Head(phone, h.Title("stario.py, to read"), h.Style(_STYLE))
     header = h.Header(h.A({"href": "#"}, "stario.py"), h.Input({"placeholder": "Search"}))
     contents = h.Nav(h.A({"href": f"#{row.title}"}, row.title) for row in rows if row.title)
-    main = h.Main(map(view, rows, codes))
+    main = h.Main(map(view, rows, codes, are_scripts))
     return h.Html({"lang": "en"}, head, h.Body(header, contents, main, h.Script(_SCRIPT)))
 
 

@@ -16020,6 +16020,13 @@ class TestReadingPage(AsyncTest):
             ],
         )
 
+    def test_a_name_leads_to_its_definition_in_its_own_language(self) -> None:
+        python = stario._Row(1, ["====", "1. One", "===="], ["size = 1", "print(size, bind)"])
+        client = stario._Row(9, ["====", "2. Two (JavaScript)", "===="], ["const bind = size;"])
+        page = stario._book_page([python, client])
+        self.assertIn('(<a href="#size">size</a>, bind)', page)
+        self.assertIn('<b id="bind">bind</b> = size;', page)
+
     async def test_the_examples_of_the_file_give_what_they_say(self) -> None:
         rows = stario._rows(Path(stario.__file__).read_text(encoding="utf-8"))
         examples = [row for row in rows if row.example]
