@@ -8348,7 +8348,7 @@ def _log_fault(text: str, exc: BaseException) -> None:
 # call: what they touch belongs to it alone.
 
 _LONGEST_QUEUE = 20_000  # entries; more are dropped, and counted
-_EARLY = 5_000  # entries, at which the next write comes sooner
+_EARLY = 5_000  # entries: when as many wait, the next write comes at once
 _STALLED = 1.0  # seconds after which a stream that takes nothing is not waited for
 _Queued = str | tuple[Any, ...]  # a text, or a function and its arguments
 
@@ -8526,7 +8526,7 @@ def _write_what_is_left() -> None:
     for tracer in list(_renewed_at_fork):
         if isinstance(tracer, _StreamTracer):
             tracer._close()
-            tracer._running.acquire(blocking=False)  # starting a thread now, Python would hang
+            tracer._running.acquire(blocking=False)  # (3.11 would wait for a new thread for ever)
 
 
 _ASCII_MARKS = str.maketrans("│─━✗…×", "|-=x.x")
