@@ -10823,12 +10823,6 @@ function forget(reader) {
   due.delete(reader);
 }
 
-function runAgain(effect) {
-  forget(effect);
-  effect.stale = true;
-  due.add(effect);
-}
-
 // What a job reads is this reader's, or nobody's.
 function within(reader, job) {
   const outer = active;
@@ -11127,7 +11121,7 @@ function compile(text) {
 // Each element that has some is an owner; each attribute knows what it started (effects,
 // listeners, timers, observers, requests), and `end` ends all of it.
 
-const owners = new WeakMap();        // element -> { el, order, attributes, wrote, ... }
+const owners = new WeakMap();        // element -> a cell with { el, order, attributes, wrote, ... }
 let ownersSoFar = 0;
 
 class Attribute {
@@ -11179,14 +11173,14 @@ class Attribute {
     const effect = new Reader(() => this.guard(job), this);
     this.ends.add(() => forget(effect));
     refresh(effect);
-    return effect;
   }
 
-  // An effect that writes into its element (`job` gives the names of attributes). It has the
-  // last word: when a script or a morph writes there, it writes again.
+  // An effect that writes into its element; `job` gives the parts. It has the last word: when a
+  // script or a morph writes there, it writes again. So it reads its owner, which is woken then.
   keep(job) {
-    this.keeper = this.effect(() => {
-      for (const name of job()) this.owner.wrote.set(name, getAttribute(this.el, name));
+    this.effect(() => {
+      note(this.owner);
+      for (const part of job()) this.owner.wrote.set(part, partOf(this.el, part));
     });
   }
 
@@ -11208,12 +11202,17 @@ class Attribute {
   }
 }
 
-function showText({ el, owner }, text) {
+// A part of an element is an attribute, or its text: null where there is more than text.
+function partOf(el, part) {
+  if (part !== '#text') return getAttribute(el, part);
+  return isElement(firstChild(el)) ? null : textContent(el);
+}
+
+function showText({ el }, text) {
   const only = firstChild(el);
   if (!(only instanceof Text) || nextSibling(only)) replaceChildren(el, text);
   else if (only.data !== text) only.data = text;
-  owner.wrote.set('#text', text);
-  return [];
+  return ['#text'];
 }
 
 // Key by key or all at once: data-class:done="$x" and data-class="{done: $x}". What is no longer
@@ -11543,8 +11542,8 @@ const CASES = {
 function follow(el) {
   const names = getAttributeNames(el).filter((name) => name.startsWith('data-'));
   if (!owners.has(el) && !names.length) return;
-  const owner = owners.get(el)
-    ?? { el, order: ++ownersSoFar, attributes: new Map(), wrote: new Map(), requests: 0 };
+  const owner = owners.get(el) ?? Object.assign(new Cell(),
+    { el, order: ++ownersSoFar, attributes: new Map(), wrote: new Map(), requests: 0 });
   owners.set(el, owner);
   const { attributes, order } = owner;
   const isSilent = !isConnected(el) || closest(el, '[data-ignore]')
@@ -11578,9 +11577,7 @@ function update(records) {
     else if (name === 'data-ignore') family(target).forEach(follow);
     else if (name?.startsWith('data-')) follow(target);
   }
-  for (const { attributes } of overwritten) {
-    for (const { keeper } of attributes.values()) if (keeper) runAgain(keeper);
-  }
+  overwritten.forEach(wake);
 }
 
 // The owner of an element, if something else stands there than what its attributes wrote.
@@ -11588,9 +11585,7 @@ function keptBy({ type, target, attributeName: name }) {
   const el = type === 'characterData' ? parentNode(target) : target;
   const owner = owners.get(el);
   const part = name ?? '#text';
-  if (!owner?.wrote.has(part)) return null;
-  const now = name ? getAttribute(el, name) : isElement(firstChild(el)) ? null : textContent(el);
-  return owner.wrote.get(part) === now ? null : owner;
+  return owner?.wrote.has(part) && owner.wrote.get(part) !== partOf(el, part) ? owner : null;
 }
 
 const observer = new MutationObserver((records) => batch(() => update(records)));
