@@ -89,8 +89,8 @@ brackets can be left out of your copy: `python stario.py --without assets,client
       10302  30. What is refused
     10664  ACT 5. The pocket client
       10705  31. The pocket client (JavaScript) [client]
-      12083  32. This file as a page [read]
-      12253  33. An app to begin with
+      12077  32. This file as a page [read]
+      12247  33. An app to begin with
 
 READING PATH
 
@@ -10975,9 +10975,8 @@ function assign(branch, key, value) {
 }
 
 function changed(branch, key) {
-  const value = branch[key];
-  const path = [...branches.get(branch).keys, key];
-  if (!isPlain(value)) changes.push([path, value instanceof Reader ? '' : value]);
+  const value = branch[key] instanceof Reader ? '' : branch[key];
+  changes.push([[...branches.get(branch).keys, key], value]);
   wakeKey(branch, key);
 }
 

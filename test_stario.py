@@ -14628,6 +14628,16 @@ class ClientPromises(_Case):
         self.see("made", [{"a": 2}, {"l": [1]}])
         self.now("own()", {"a": 2, "l": [1]})
 
+    def test_an_empty_object_is_told_to_the_document_only(self) -> None:
+        self.answers("/s", patch_signals({"o": {}, "a": {"b": {}}}))
+        self.show(
+            """<b id="b" data-signals="{a: {b: 1}}" data-on:click="@get('/s')"></b>
+            <p data-on-signal-patch="made.push(patch)"></p>"""
+        )
+        self.do("patches.length = 0, byId('b').click()")
+        self.see("patches", [{"o": {}, "a": {"b": {}}}])
+        self.now("made", [])
+
     def test_on_signal_patch_hears_the_changes_it_wants(self) -> None:
         self.show(
             """<div data-signals="{a: 0, ab: 0, c: {d: 0}}"></div>
