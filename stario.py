@@ -77,20 +77,20 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        7191  18. Compression [compression]
        7400  19. Static files [assets]
        7965  20. Telemetry: spans, and who hears of them
-       8552  21. JsonTracer: for log collectors [json]
-       8626  22. RichTracer: for people [rich]
-       9057  23. Sessions [sessions]
-       9171  24. What lives as long as the server
-       9272  25. @baked
-       9554  26. ASGI: the same app under another server [asgi]
-       9772  27. RedisRelay: the same between processes and machines [redis]
-      10046  28. Reload: a saved file restarts the app [reload]
-      10190  29. Development: what went wrong, shown where one looks [development]
-      10302  30. What is refused
-    10664  ACT 5. The pocket client
-      10705  31. The pocket client (JavaScript) [client]
-      12077  32. This file as a page [read]
-      12247  33. An app to begin with
+       8551  21. JsonTracer: for log collectors [json]
+       8625  22. RichTracer: for people [rich]
+       9056  23. Sessions [sessions]
+       9170  24. What lives as long as the server
+       9271  25. @baked
+       9553  26. ASGI: the same app under another server [asgi]
+       9771  27. RedisRelay: the same between processes and machines [redis]
+      10045  28. Reload: a saved file restarts the app [reload]
+      10189  29. Development: what went wrong, shown where one looks [development]
+      10301  30. What is refused
+    10663  ACT 5. The pocket client
+      10704  31. The pocket client (JavaScript) [client]
+      12076  32. This file as a page [read]
+      12246  33. An app to begin with
 
 READING PATH
 
@@ -8419,7 +8419,6 @@ class _StreamTracer(Tracer):
             except RuntimeError:  # the program ends, and starts no more threads: write in this one
                 self._wake.put(True)
                 self._run()
-                self._thread = None
 
     def _stalls(self) -> bool:
         return 0 < self._writes_since < time.monotonic() - _STALLED
