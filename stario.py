@@ -69,28 +69,28 @@ brackets can be left out of your copy: `python stario.py --without assets,client
      4676  ACT 3. Live
        4724  12. Datastar: attributes and actions
        5305  13. Streams: events, and staying with a client
-       5815  14. Relay: publish and subscribe
-     6113  ACT 4. For real
-       6120  15. Signals: from JSON to your dataclass
-       6878  16. Forms [forms]
-       7081  17. Behind a proxy
-       7191  18. Compression [compression]
-       7400  19. Static files [assets]
-       7965  20. Telemetry: spans, and who hears of them
-       8551  21. JsonTracer: for log collectors [json]
-       8625  22. RichTracer: for people [rich]
-       9056  23. Sessions [sessions]
-       9170  24. What lives as long as the server
-       9271  25. @baked
-       9553  26. ASGI: the same app under another server [asgi]
-       9771  27. RedisRelay: the same between processes and machines [redis]
-      10045  28. Reload: a saved file restarts the app [reload]
-      10189  29. Development: what went wrong, shown where one looks [development]
-      10301  30. What is refused
-    10663  ACT 5. The pocket client
-      10704  31. The pocket client (JavaScript) [client]
-      12076  32. This file as a page [read]
-      12246  33. An app to begin with
+       5818  14. Relay: publish and subscribe
+     6116  ACT 4. For real
+       6123  15. Signals: from JSON to your dataclass
+       6881  16. Forms [forms]
+       7084  17. Behind a proxy
+       7194  18. Compression [compression]
+       7403  19. Static files [assets]
+       7968  20. Telemetry: spans, and who hears of them
+       8554  21. JsonTracer: for log collectors [json]
+       8628  22. RichTracer: for people [rich]
+       9059  23. Sessions [sessions]
+       9173  24. What lives as long as the server
+       9274  25. @baked
+       9556  26. ASGI: the same app under another server [asgi]
+       9774  27. RedisRelay: the same between processes and machines [redis]
+      10048  28. Reload: a saved file restarts the app [reload]
+      10192  29. Development: what went wrong, shown where one looks [development]
+      10304  30. What is refused
+    10666  ACT 5. The pocket client
+      10707  31. The pocket client (JavaScript) [client]
+      12079  32. This file as a page [read]
+      12249  33. An app to begin with
 
 READING PATH
 
@@ -110,8 +110,8 @@ Two hours, for a reader who wants to know how it works, not all that it does. Re
      3958-3975   `Server.stop`  ending without losing a request
      5429-5549   `_EventWriter`  events
      5638-5700   `_Scope`  how a disconnect reaches a handler
-     5728-5811   `Alive`  staying with a client
-     5966-6058   `Relay`  from one handler to another
+     5728-5814   `Alive`  staying with a client
+     5969-6061   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -5744,6 +5744,9 @@ class Alive(Generic[T]):
         self._loop = asyncio.get_running_loop()
         self._runs_since = time.monotonic()  # when it last let other tasks run
         writer._start_heartbeat(heartbeat)
+
+    def __bool__(self) -> NoReturn:
+        raise TypeError("an Alive is neither true nor false")  # `while w.alive():` would never end
 
     def __aiter__(self) -> Alive[T]:
         return self

@@ -1099,6 +1099,10 @@ class TestMistakes(unittest.TestCase):
             with w.alive():
                 pass
 
+        def whiled(c: Any, w: Any) -> None:
+            while w.alive():
+                pass
+
         async def step(c: Any, w: Any) -> None:
             async with c.step("x"):
                 pass
@@ -1127,6 +1131,7 @@ class TestMistakes(unittest.TestCase):
             "`await` is missing: await": measured,
             "or write `async with w.alive():`": alive,
             "`async for item in w.alive(source):`": stepped,
+            "neither true nor false\nstario: loop over it": whiled,
             "a step is no async one": step,
             "And a handler is an `async def`": awaited,
             "await asyncio.wrap_future(...)": futures,
