@@ -64,33 +64,33 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        2142  8. The app
      2331  ACT 2. On the network
        2339  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3396  10. The server
-       4217  11. Trying it without a network: the test client [testclient]
-     4676  ACT 3. Live
-       4724  12. Datastar: attributes and actions
-       5305  13. Streams: events, and staying with a client
-       5818  14. Relay: publish and subscribe
-     6116  ACT 4. For real
-       6123  15. Signals: from JSON to your dataclass
-       6881  16. Forms [forms]
-       7084  17. Behind a proxy
-       7194  18. Compression [compression]
-       7403  19. Static files [assets]
-       7968  20. Telemetry: spans, and who hears of them
-       8554  21. JsonTracer: for log collectors [json]
-       8628  22. RichTracer: for people [rich]
-       9059  23. Sessions [sessions]
-       9173  24. What lives as long as the server
-       9274  25. @baked
-       9556  26. ASGI: the same app under another server [asgi]
-       9774  27. RedisRelay: the same between processes and machines [redis]
-      10048  28. Reload: a saved file restarts the app [reload]
-      10192  29. Development: what went wrong, shown where one looks [development]
-      10304  30. What is refused
-    10666  ACT 5. The pocket client
-      10707  31. The pocket client (JavaScript) [client]
-      12079  32. This file as a page [read]
-      12249  33. An app to begin with
+       3397  10. The server
+       4218  11. Trying it without a network: the test client [testclient]
+     4677  ACT 3. Live
+       4725  12. Datastar: attributes and actions
+       5306  13. Streams: events, and staying with a client
+       5819  14. Relay: publish and subscribe
+     6117  ACT 4. For real
+       6124  15. Signals: from JSON to your dataclass
+       6882  16. Forms [forms]
+       7085  17. Behind a proxy
+       7195  18. Compression [compression]
+       7404  19. Static files [assets]
+       7969  20. Telemetry: spans, and who hears of them
+       8555  21. JsonTracer: for log collectors [json]
+       8629  22. RichTracer: for people [rich]
+       9060  23. Sessions [sessions]
+       9174  24. What lives as long as the server
+       9275  25. @baked
+       9557  26. ASGI: the same app under another server [asgi]
+       9775  27. RedisRelay: the same between processes and machines [redis]
+      10049  28. Reload: a saved file restarts the app [reload]
+      10193  29. Development: what went wrong, shown where one looks [development]
+      10305  30. What is refused
+    10667  ACT 5. The pocket client
+      10708  31. The pocket client (JavaScript) [client]
+      12080  32. This file as a page [read]
+      12250  33. An app to begin with
 
 READING PATH
 
@@ -105,13 +105,13 @@ Two hours, for a reader who wants to know how it works, not all that it does. Re
      1896-1911   `_Tree.find`  from a path to a handler
      2251-2283   `_App.dispatch`  one request from end to end
      2698-2811   `_RequestReader`  bytes to requests
-     3152-3392   `Connection`  one connection, many requests
-     3820-3841   `Server.start`  listening
-     3958-3975   `Server.stop`  ending without losing a request
-     5429-5549   `_EventWriter`  events
-     5638-5700   `_Scope`  how a disconnect reaches a handler
-     5728-5814   `Alive`  staying with a client
-     5969-6061   `Relay`  from one handler to another
+     3154-3393   `Connection`  one connection, many requests
+     3821-3842   `Server.start`  listening
+     3959-3976   `Server.stop`  ending without losing a request
+     5430-5550   `_EventWriter`  events
+     5639-5701   `_Scope`  how a disconnect reaches a handler
+     5729-5815   `Alive`  staying with a client
+     5970-6062   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -2902,6 +2902,8 @@ class _SocketCarrier(Carrier, asyncio.Protocol):
         """See Carrier. While we close the connection (`_closing`), the client takes the rest."""
         if self._paused_writing and (self._closing or not self._transport.is_closing()):
             await self._paused_writing.wait()
+        elif self.scheme == "https":  # asyncio's TLS tells of a lost connection only from the loop
+            await asyncio.sleep(0)
         if self._transport.is_closing() and (self.disconnected or not self._closing):
             raise ClientDisconnected("the client has gone")
 
@@ -3319,8 +3321,7 @@ class Connection(_AnswerCarrier):
     def _close_if_rest_is_unwanted(self) -> None:
         """After the answer, read an unwanted rest of a body only for the next request, if small."""
         is_large = self._body.dropped + self._still_to_come() > _DISCARD_LIMIT
-        is_useless = self._close_after or is_large
-        if is_useless and self._state is _LATE_BODY and self._body.discarding:
+        if self._state is _LATE_BODY and self._body.discarding and (self._close_after or is_large):
             self._end()
 
     def _fail_body(self, error: Exception) -> None:

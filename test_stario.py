@@ -5058,6 +5058,35 @@ class TestTls(HttpTest):
             await within(server.stop())
             peer.writer.transport.abort()
 
+    async def test_a_client_that_has_gone_is_noticed_between_two_writes(self) -> None:
+        """Else a file of gigabytes is read to its end for nobody, and holds up the event loop."""
+        written: list[int] = []
+        gone = asyncio.Event()
+
+        async def write_on(c: Context, w: Writer) -> None:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            client.close()
+            try:
+                for size in [10_000] * 50:
+                    w.write(bytes(size))
+                    await w.drain()
+                    written.append(size)
+            finally:
+                gone.set()
+
+        app = Stario(Tracer())
+        app.get("/", write_on)
+        async with app.running(ssl=self.server_side) as server:
+
+            def connect() -> ssl.SSLSocket:
+                plain = socket.create_connection(("127.0.0.1", server.port))
+                return self.client_side.wrap_socket(plain, server_hostname="127.0.0.1")
+
+            client = await asyncio.to_thread(connect)
+            client.sendall(GET.encode())
+            await within(gone.wait())
+        self.assertLess(len(written), 10)
+
     async def test_an_answer_that_ends_its_connection_can_be_drained(self) -> None:
         """asyncio closes both sides at once; what was written still goes out."""
         drained: list[int] = []
