@@ -89,8 +89,8 @@ brackets can be left out of your copy: `python stario.py --without assets,client
       10305  30. What is refused
     10667  ACT 5. The pocket client
       10708  31. The pocket client (JavaScript) [client]
-      12080  32. This file as a page [read]
-      12250  33. An app to begin with
+      12077  32. This file as a page [read]
+      12247  33. An app to begin with
 
 READING PATH
 
@@ -11292,8 +11292,7 @@ const plugins = {
   },
   'json-signals'(attribute) {
     const indent = attribute.mods.has('terse') ? 0 : 2;
-    const filter = () => attribute.value ? attribute.run() : {};
-    attribute.keep(() => showText(attribute, toJson(pick(filter()), indent)));
+    attribute.keep(() => showText(attribute, toJson(pick(attribute.run()), indent)));
   },
   bind,
   on(attribute) {
@@ -11335,8 +11334,8 @@ const plugins = {
   'on-signal-patch-filter'() {},     // it is read by the next one
   // The page's first signals are no change, nor is what its own expression writes.
   'on-signal-patch'(attribute) {
-    const filter = getAttribute(attribute.el, 'data-on-signal-patch-filter');
-    const chosen = chooser(filter ? compile(filter)(root) : {});
+    const filter = getAttribute(attribute.el, 'data-on-signal-patch-filter') ?? '';
+    const chosen = chooser(compile(filter)(root));
     let busy = false;
     const later = timed(attribute, (evt, some) => attribute.act(() => {
       busy = true;
@@ -11570,13 +11569,11 @@ function quit(owner, name) {
 function update(records) {
   // Asked first: an attribute that starts below may write into the same part, an element's style.
   const overwritten = new Set(records.map(keptBy).filter(Boolean));
-  const ofChildren = records.filter(({ type }) => type === 'childList');
-  const gone = ofChildren.flatMap(({ removedNodes }) => [...removedNodes]);
+  const gone = records.flatMap(({ removedNodes }) => [...removedNodes]);
   for (const node of gone) if (!isConnected(node)) family(node).forEach(follow);
-  for (const record of records) {
-    const { type, target, attributeName: name } = record;
-    if (type === 'childList') Array.from(record.addedNodes, family).flat().forEach(follow);
-    else if (name === 'data-ignore') family(target).forEach(follow);
+  for (const { target, addedNodes, attributeName: name } of records) {
+    for (const node of addedNodes) family(node).forEach(follow);
+    if (name === 'data-ignore') family(target).forEach(follow);
     else if (name?.startsWith('data-')) follow(target);
   }
   overwritten.forEach(wake);
