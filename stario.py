@@ -400,7 +400,7 @@ def _html(
         return ""
     if isinstance(part, Iterable) and not isinstance(part, (bytes, bytearray, memoryview)):
         items = list(part)
-        if type(items and items[0]) is not kind or items != [part]:  # (a Flag holds itself: no end)
+        if type(items and items[0]) is not kind or items != [part]:  # (a Flag iterates over itself)
             return _html(items, attributes, escape)
     raise StarioError(
         f"{type(part).__name__} cannot stand in HTML: give text, a number, an element, "
@@ -494,9 +494,9 @@ def _other_attribute(name: str, value: object) -> str:
             return f' style="{_quote(style)}"'
         if name != "class":
             return _attributes({f"{name}-{key}": item for key, item in value.items()})
-    # `@baked` (part 25) calls a function once, with placeholders (*blanks*) for its arguments:
-    # `_baking` has the functions that are being called so. Here a blank is written as a *mark*, and
-    # at each later call the argument's text stands there.
+    # `@baked` (part 25) calls a function once, with placeholders (*blanks*) for its arguments; then
+    # `_baking` is not empty. For a blank `_mark_for` gives a *mark*; at each later call it becomes
+    # what the function named first gives for the argument. Without a blank it gives an empty text.
     if _baking.get() and (mark := _mark_for(_other_attribute, name, value, is_html=True)):
         return mark
     return f' {name}="{_quote(_value_text(name, value))}"'
@@ -690,7 +690,7 @@ def _json_default(value: object) -> object:
 
 
 def _json_writer(default: Callable[[Any], object], ascii_only: bool = True) -> Callable[[Any], str]:
-    """A `json.dumps` with these options, without blanks, NaN and Infinity.
+    """A `json.dumps` with these options, without spaces, NaN and Infinity.
 
     json.dumps makes an encoder at each call, and takes 4 times as long for a dict of two items.
     Here it is made once. It does not look for circular references: for that it would keep a dict,
@@ -897,7 +897,7 @@ class Headers(_Fields):
 class ResponseHeaders(Headers):
     """The header fields of an answer: each method that writes gives the headers back.
 
-    Names and values are `str` or `bytes`. What cannot stand in a header (line breaks, control
+    A name is `str` or `bytes`, a value also `int`. What cannot stand in one (line breaks, control
     characters, text outside of Latin-1) raises StarioError, and so does writing after the headers
     have been sent.
     """
@@ -992,8 +992,8 @@ def _unescaped(text: str) -> bytes:
 
     (Text of Latin-1 characters stands for the bytes: pieces of text are joined in less memory.)
     """
-    pieces = _ESCAPE.split(text.encode("utf-8", "replace").decode("latin-1"))
-    pieces[1::2] = bytes.fromhex("".join(pieces[1::2])).decode("latin-1")  # they are two digits
+    pieces = _ESCAPE.split(text.encode("utf-8", "replace").decode("latin-1"))  # a, 20, b
+    pieces[1::2] = bytes.fromhex("".join(pieces[1::2])).decode("latin-1")  # 20 -> " ", and so on
     return "".join(pieces).encode("latin-1")
 
 
@@ -1013,8 +1013,8 @@ def _decode_path(raw: str) -> str:
     """
     if _BAD_ESCAPE.search(raw):
         raise HttpException(400, "the path has a percent sign that escapes nothing")
-    marked, slashes = re.subn("%2[Ff]", "%FF", raw)
-    # A byte that is no UTF-8 becomes a surrogate, FF `_SLASH`. More of them than slashes: refused.
+    marked, slashes = re.subn("%2[Ff]", "%FF", raw)  # which decodes to `_SLASH`
+    # "surrogateescape": each byte that is no UTF-8 becomes a surrogate. More than slashes: refused.
     path = _unescaped(marked).decode("utf-8", "surrogateescape")
     if len(_SURROGATE.findall(path)) != slashes:
         raise HttpException(400, "the path is not UTF-8")
@@ -1035,9 +1035,9 @@ def _decode_path(raw: str) -> str:
 #
 #     asyncio.run(main())          # makes an event loop, and runs it until main() is done
 #
-# A *future* stands for a result to come: `await future` waits for it, and `future.set_result()`
-# ends the wait. To *cancel* a task raises CancelledError at the `await` where it waits, and
-# adds one to `task.cancelling()`. Between two awaits nothing else runs on the loop: no locks there.
+# A *future* is a result to come: `await future` waits for it, `future.set_result()` ends the wait.
+# To *cancel* a task raises CancelledError where it waits, and adds one to `task.cancelling()`. Only
+# at awaits do others run: no locks. A task has its own copy of the *context variables* (`x.get()`).
 
 
 class RequestLine:
@@ -1167,7 +1167,7 @@ class Request:
         """The body in chunks as they come. A client that sends faster than they are taken waits.
 
         Raises HttpException: 413 beyond `max_body` bytes, 408 if the client stalls, 400 if what it
-        sends is malformed; ClientDisconnected if it goes; StarioError the second time.
+        sends is malformed; ClientDisconnected if it goes; StarioError after another `stream()`.
         """
         self._begin()
         try:
@@ -1279,7 +1279,7 @@ class Carrier:
 
     # A scope is a handler's wait that ends when the client goes, or the server stops (part 13).
     scopes: list[_Scope]
-    disconnected = False  # the client has gone
+    disconnected = False  # the client has gone, or sends no more: it may read, but streams end
     client = ""  # the address of the other end, or empty where it has none
     scheme = "http"  # or "https": how the other end speaks with us
     proxies: TrustedProxies | None = None  # which other ends may speak for their clients (part 17)
@@ -1436,7 +1436,7 @@ class _RawWriter:
         self._compressor: Compressor | None = None  # two functions: more, and the end (part 18)
         self._remaining: int | None = None  # bytes still due, if a Content-Length was given
         self._sse = False  # this is a stream of events (part 13)
-        self._writes = 0  # pieces of the body so far: `_beat` looks whether there are more
+        self._writes = 0  # pieces of the body so far: a heartbeat (13) is sent if there are no more
 
     @property
     def headers(self) -> ResponseHeaders:
@@ -1457,7 +1457,7 @@ class _RawWriter:
 
     @property
     def disconnected(self) -> bool:
-        """Whether the client has gone."""
+        """Whether the client has gone, or has closed its side of the connection."""
         return self._carrier.disconnected
 
     @property
@@ -1582,7 +1582,7 @@ class _RawWriter:
         return "\r\n".join([*defaults, *own, ""]).encode("latin-1")
 
     def _send(self, data: bytes) -> None:
-        """Send a piece of the body, if this answer has one; never more than its Content-Length."""
+        """Send a piece of the body; never more than its Content-Length. With HEAD it is dropped."""
         self._writes += 1
         if self._request.method == "HEAD" or not data:
             return
@@ -1645,7 +1645,7 @@ class _OneShotWriter(_RawWriter):
         large file is sent after the handler has ended, or by `await w.file(...)`.
         """
         _answer_download(self, source, filename, status)  # part 19
-        return self._rest or _Rest()  # (nothing is left: to await this one ends at once)
+        return self._rest or _Rest()  # all sent: an empty one, whose await ends at once
 
     def _redirect(self, url: str, status: int) -> None:
         """A redirect by status and `location`: for `redirect` (part 13), except for Datastar."""
@@ -1786,7 +1786,7 @@ class Context:
 
     def _current(self) -> Span:
         """The span of the step of this request that the task is in, else the request's."""
-        owner, span = _current_step.get()  # of this task; perhaps of another request
+        owner, span = _current_step.get()  # a context variable (20): perhaps another request's
         return span if owner is self and span is not None else self.span
 
     @typing.overload
@@ -1941,7 +1941,7 @@ def _walk(node: _Node, segments: list[str], at_segment: int, values: list[Any]) 
         yield node.catch_all, values, "/".join(segments[at_segment:])
 
 
-_collections: dict[str, Assets] = {}  # of files, by name (part 19)
+_collections: dict[str, Assets] = {}  # what `assets` serves, by name (19)
 
 
 class Router:
@@ -2089,7 +2089,7 @@ class Router:
         self._check_open()
         if router is self:
             raise StarioError("a router cannot be mounted in itself")
-        life = vars(router).get("_life")  # a Stario's lifespans and tasks, if it has any (part 24)
+        life = vars(router).get("_life")  # lifespans and tasks (24). (`router._life` would make it)
         if life and (life.lifespans or life.waiting):
             raise StarioError("lifespans and background tasks are given to the app that is served")
         router._mounted = True
@@ -2382,7 +2382,7 @@ class Limits:
     max_target: int = 32 * 1024  # of the target (a GET has its signals there, part 15); beyond: 414
     max_buffer: int = 16 * 1024 * 1024  # bytes of an answer that wait for the client; then cut off
     max_connections: int = 10_000  # at once; beyond: 503
-    max_handlers: int = 1000  # that go on after their answers, at least; beyond: requests wait
+    max_handlers: int = 1000  # in excess of the number of connections; beyond: requests wait
 
 
 _HIGH_WATER = 64 * 1024  # bytes kept of what comes in, and of what goes out; then the sender waits
@@ -2390,7 +2390,7 @@ _DISCARD_LIMIT = 256 * 1024  # bytes of an unwanted body that are read and dropp
 _MAX_EXCESS = 100  # connections above `max_connections` that are answered, 503; more are closed
 _ACCEPT_BATCH = 64  # connections that are accepted before the loop runs other tasks
 _KEPT_HEAD = 4096  # bytes: a larger header section is not kept for the next request
-_IDLE_GRACE = 0.5  # seconds in which an idle connection may still ask when the server stops
+_IDLE_GRACE = 0.5  # seconds for a last request at a stop; in `_linger`, for a silent client
 _FILE_WINDOW = 8 * 1024 * 1024  # bytes of a file that are mapped at a time
 _LINGER = 2.0  # seconds in which a client may read an answer that ends its connection (`_linger`)
 _NEVER = float("inf")
@@ -2498,7 +2498,7 @@ class _ReceivedHeaders(Headers):
     def _look_up(self, name: str) -> Sequence[str]:
         wanted, end = f"\n{name}:".encode("ascii", "replace"), 0
         lowered, values = self._block.lower(), []
-        while ":" not in name and (at := lowered.find(wanted, end)) >= 0:
+        while ":" not in name and (at := lowered.find(wanted, end)) >= 0:  # (":": into the value)
             end = lowered.find(b"\r", at)
             value = self._block[at + len(wanted) : end].strip(b" \t")
             values.append(value.decode("utf-8" if name in _UTF_8_FIELDS else "latin-1", "replace"))
@@ -2730,7 +2730,7 @@ class _RequestReader:
         buffer, at, limits = self.buffer, self._at, self._limits
         while (line_end := buffer.find(b"\r\n", at)) == at:  # skip empty lines (RFC 9112, 2.2)
             at += 2
-        is_known = buffer.startswith(self._block, line_end)
+        is_known = buffer.startswith(self._block, line_end)  # (with -1, no line yet, it is not)
         if is_known:
             end = line_end + len(self._block)
         else:
@@ -2760,7 +2760,7 @@ class _RequestReader:
     def _check_start(self) -> None:
         """Refuse an incomplete head at once if it is malformed or too large already."""
         start = self.buffer[self._at :]
-        checked = max(0, self._searched - 1)  # seen before, all but a last "\r"
+        checked = max(0, self._searched - 1)  # the last byte again: half a line break, perhaps
         line, line_end, _ = start.partition(b"\r\n")
         if _LONE_LF.search(start, checked):
             raise HttpException(400, "a line of the head ends in a bare line feed")
@@ -2836,8 +2836,8 @@ def _limit_unsent(connection: socket.socket, size: int) -> None:
 class _SocketCarrier(Carrier, asyncio.Protocol):
     """A connection's socket: it sends bytes, notices who has gone, and ends in bounded time.
 
-    It knows nothing of requests. Once it is `_closing`, what was written still goes out, and
-    nothing more is written or read.
+    It knows nothing of requests. Once it is `_closing`, nothing more is written, and what comes is
+    dropped. What was written before still goes out, except after `_drop`.
     """
 
     # What Connection adds, which knows what it waits for:
@@ -2899,7 +2899,7 @@ class _SocketCarrier(Carrier, asyncio.Protocol):
         self._worker.loop.call_soon(self.go_on)  # perhaps a next request waits for it
 
     async def drained(self) -> None:
-        """See Carrier. While we close the connection (`_closing`), the client takes the rest."""
+        """See Carrier. A transport that is closing without our `_closing` has lost its client."""
         if self._paused_writing and (self._closing or not self._transport.is_closing()):
             await self._paused_writing.wait()
         elif self.scheme == "https":  # asyncio's TLS tells of a lost connection only from the loop
@@ -3073,7 +3073,7 @@ class _SocketCarrier(Carrier, asyncio.Protocol):
 class _AnswerCarrier(_SocketCarrier):
     """Sends answers as HTTP/1.1 writes them. What they answer is the business of Connection."""
 
-    _gives_up_rest: Callable[[], bool]  # too much of this body is still to come
+    _gives_up_rest: Callable[[], bool]  # the rest of the request's body will not be read
     _answered: Callable[[], None]  # the answer is complete
 
     def __init__(self, worker: Worker) -> None:
@@ -3266,7 +3266,7 @@ class Connection(_AnswerCarrier):
     def _wait_for_head(self) -> None:
         if self._eof:
             self._close()  # what is left is a part of a request whose rest will not come
-        # A new head, or one that had no deadline while it could not be read: it begins now.
+        # The head begins now: its first bytes, or a first chance after `_deadline` was `_NEVER`.
         elif self._deadline == _NEVER or (self._state is _IDLE and self._reader.buffer):
             self._state = _HEAD if self._reader.buffer else _IDLE
             self._deadline = self._worker.loop.time() + self._worker.limits.header_timeout
@@ -3319,7 +3319,7 @@ class Connection(_AnswerCarrier):
         self._pause_or_resume_reading()
 
     def _close_if_rest_is_unwanted(self) -> None:
-        """After the answer, read an unwanted rest of a body only for the next request, if small."""
+        """Close once the answer is sent, if what is left of the body would be read for nothing."""
         is_large = self._body.dropped + self._still_to_come() > _DISCARD_LIMIT
         if self._state is _LATE_BODY and self._body.discarding and (self._close_after or is_large):
             self._end()
@@ -3351,7 +3351,7 @@ class Connection(_AnswerCarrier):
         self._paused_reading = full
 
     def _refuse(self, exc: HttpException) -> None:
-        """Refuse a malformed request, and close: where the next one begins is not known."""
+        """Refuse what is malformed, late or too much, and close. A reader of a body gets it."""
         self._worker.note_refusal(self.client, exc)
         self._close_after = True
         if self._is_reading_body():
@@ -3420,7 +3420,7 @@ def _spawn(
     """Make a task of a coroutine.
 
     From Python 3.12 on it runs at once, up to its first wait, and not only when the loop comes to
-    it: a handler that never waits is done when this returns. (With a `name`, none is made up.)
+    it: a handler that never waits is done when this returns. (`name`: asyncio would format one.)
     """
     if _EAGER:
         return asyncio.Task(coroutine, loop=loop, name="stario", context=context, eager_start=True)  # type: ignore[call-arg]
@@ -3570,7 +3570,7 @@ def _cancel(tasks: set[asyncio.Task[None]]) -> None:
 class _Threads(ThreadPoolExecutor):
     """A thread pool for `asyncio.to_thread` that does not hold up the end of the program.
 
-    (At exit Python waits for a plain ThreadPoolExecutor's; asyncio takes only that or a subclass.)
+    (At exit Python waits for the threads of a plain one; asyncio takes that or a subclass.)
     """
 
     def __init__(self) -> None:
@@ -3849,7 +3849,7 @@ class Server:
         return Worker(self.app, loop, limits, self._proxies)
 
     def _start_thread(self, name: str) -> Worker:
-        """Start a thread with a worker. It takes under a millisecond: nobody can cancel it.
+        """Start a thread with a worker. It takes milliseconds, and nobody can cancel it.
 
         (Its loop, made in the main thread, would on Windows be the one that signals wake.)
         """
@@ -3929,8 +3929,8 @@ class Server:
     async def wait_for_signal(self) -> None:
         """Wait for Ctrl-C, SIGTERM, the terminal's end (SIGHUP), or Ctrl-Break (SIGBREAK).
 
-        A second signal, while the server stops, cancels the requests. A third one ends the process,
-        and so does the second if the event loop is blocked.
+        A second signal while the server stops sets `graceful_timeout` to 0: requests are cancelled.
+        One more ends the process; so does the second, if that was 0 or the event loop is blocked.
         """
         _heed_signals(self)
         await self._asked.wait()
@@ -3942,11 +3942,11 @@ class Server:
             self._asked_at = now
             self._loop.call_soon_threadsafe(self._begin_stop)
         elif now - self._asked_at > 0.1:
-            if not self._asked.is_set() or not self._graceful_timeout:  # blocked, or a third
+            if not self._asked.is_set() or not self._graceful_timeout:  # blocked, or 0 by now
                 if isinstance(self.app.tracer, _StreamTracer):  # (20): it may have a footer
                     self.app.tracer._close()
                 os._exit(128 + number)  # (process 1 of a container could not kill itself)
-            self._asked_at, self._graceful_timeout = now, 0.0  # (0.0: a second one has come)
+            self._asked_at, self._graceful_timeout = now, 0.0
             for worker in self._workers:
                 worker.deadline = 0.0
 
@@ -4160,7 +4160,7 @@ class Stario(_App):
         debug: bool | None = None,
         **options: Unpack[ServerOptions],
     ) -> None:
-        """Serve until SIGINT (Ctrl-C) or SIGTERM. Options: see `Server` (part 10), `Limits` (9).
+        """Serve until a signal (`wait_for_signal`). Options: see `Server` (part 10), `Limits` (9).
 
         With `reload` a saved file restarts the program (part 28). With `debug`, by default on at
         a terminal and off elsewhere, errors are shown in the browser (part 29). What keeps it from
@@ -5582,7 +5582,7 @@ class Writer(_EventWriter):
         that waits by itself: it runs again at once, or in a quarter of a second if it has neither
         written nor waited. Loops end only between two rounds; the block of `async with w.alive()`
         is interrupted where it waits. The code after either runs unless the body raises. Before
-        each item `alive` waits until the client has taken what was written. While a stream of
+        each item `alive` waits while more than 64 KiB wait for the client. While a stream of
         events is silent, a comment (`:`) is sent every `heartbeat` seconds.
         """
         if not (heartbeat is None or _is_number(heartbeat)):
@@ -5644,10 +5644,10 @@ class _Scope:
     takes its one away at `__exit__`. If the number is then what it was at `__enter__`, nobody else
     has cancelled the task, and the error is swallowed. (`asyncio.timeout` counts in the same way.)
 
-    Scopes of one task may be nested. One of them cancels; the innermost swallows the error, and the
-    code after it runs. An `async with` block around it is interrupted at its next await. A loop
-    around it, whose source is a generator with an `alive` loop of its own, is interrupted only
-    `_CLEANUP` seconds later, so that the generator can finish first.
+    Scopes of one task may be nested. Only one of them cancels; the innermost swallows the error.
+    Its `__exit__` has those around it interrupted, too: an `async with` block at its next await, a
+    loop `_CLEANUP` seconds later. (Its source may be a generator, whose own `alive` loop was the
+    one that was interrupted: that must finish first.)
     """
 
     __slots__ = (
@@ -5838,7 +5838,7 @@ class Alive(Generic[T]):
 ToWake = dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]]
 # A pattern, as the length of its prefix and the text: (5, "room.") for `room.*`, (0, "") for `*`.
 # A whole subject has no such length: (None, "room.1").
-_Subjects = tuple[int | None, str]
+_PatternKey = tuple[int | None, str]
 Overflow = Literal["oldest", "latest", "close"]  # the rule for a full queue: see `subscribe`
 
 
@@ -5849,7 +5849,7 @@ class _Mailbox:
     It does not refer to the Subscription, so that one that nobody uses any more is collected.
     """
 
-    patterns: Sequence[_Subjects]
+    patterns: Sequence[_PatternKey]
     maxsize: int
     overflow: Overflow
     queue: deque[Any] | OrderedDict[str, Any]  # the second one, by subject, for "latest"
@@ -5920,7 +5920,7 @@ class Subscription(Generic[T]):
 
     def close(self) -> None:
         """Take no more messages, from any thread. A waiting reader gets the queued ones first."""
-        if self._mailbox.patterns:
+        if self._mailbox.patterns:  # else `_remove` has been here
             self._relay._change(self._relay._remove, self._mailbox)
 
     async def __anext__(self) -> tuple[str, T]:
@@ -5942,7 +5942,7 @@ class Subscription(Generic[T]):
                 await waiter
             finally:
                 with lock:
-                    if mailbox.waiter is waiter:  # not a second reader's, who is told of it above
+                    if mailbox.waiter is waiter:  # else another reader has put its own there
                         mailbox.waiter = None
 
     def __aiter__(self) -> AsyncIterator[tuple[str, T]]:
@@ -5958,7 +5958,7 @@ class Subscription(Generic[T]):
 
 
 class _Messages(Subscription[T]):
-    """The iterator of one loop: Python drops it at the loop's end, and `__del__` closes it all."""
+    """One loop's iterator. Dropped at the loop's end, even if a variable has the subscription."""
 
     __slots__ = ("_subscription",)
 
@@ -6062,7 +6062,7 @@ class Relay(Generic[T]):
                 self._tables.pop(length, None)
 
 
-def _read_pattern(pattern: str) -> _Subjects:
+def _read_pattern(pattern: str) -> _PatternKey:
     if not isinstance(pattern, str):
         raise StarioError(f"a pattern is text, not {pattern!r}: subscribe('a', 'b.*')")
     if "*" not in pattern:
@@ -9853,7 +9853,7 @@ class RedisRelay(Relay[T]):
         # Under the lock:
         self._outgoing: deque[tuple[str, bytes, bytes]] = deque()  # PUBLISH, channel, data
         self._unsent = 0  # bytes of data in it
-        self._changed: set[_Subjects] = set()  # patterns that Redis is to be told of
+        self._changed: set[_PatternKey] = set()  # patterns that Redis is to be told of
         self._thread: threading.Thread | None = None  # started when it is needed
         # Set by the thread, and read by all:
         self._down = ""  # why Redis could not be reached, if nothing has come from it since
@@ -9907,12 +9907,12 @@ class RedisRelay(Relay[T]):
         if self._thread is not None:
             self._note_change(patterns)
 
-    def _note_change(self, patterns: Sequence[_Subjects]) -> None:
+    def _note_change(self, patterns: Sequence[_PatternKey]) -> None:
         """Before the first subscription to a pattern, and after its last one, tell Redis of it."""
         self._changed.update(pattern for pattern in patterns if not self._is_heard(pattern))
         self._nudge()
 
-    def _is_heard(self, pattern: _Subjects) -> bool:
+    def _is_heard(self, pattern: _PatternKey) -> bool:
         length, text = pattern
         return text in self._tables.get(length, ())
 
@@ -9990,7 +9990,7 @@ class RedisRelay(Relay[T]):
             self._unsent -= sum(len(data) for _, _, data in messages)
         return commands + messages
 
-    def _command(self, pattern: _Subjects) -> _RedisCommand:
+    def _command(self, pattern: _PatternKey) -> _RedisCommand:
         """(UN)SUBSCRIBE to a pattern. Redis has more of them, `?` and `[a]`: these are escaped."""
         length, text = pattern
         verb = "SUBSCRIBE" if self._is_heard(pattern) else "UNSUBSCRIBE"
