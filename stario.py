@@ -66,31 +66,31 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        2339  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
        3397  10. The server
        4218  11. Trying it without a network: the test client [testclient]
-     4677  ACT 3. Live
-       4725  12. Datastar: attributes and actions
-       5306  13. Streams: events, and staying with a client
-       5819  14. Relay: publish and subscribe
-     6117  ACT 4. For real
-       6124  15. Signals: from JSON to your dataclass
-       6882  16. Forms [forms]
-       7085  17. Behind a proxy
-       7195  18. Compression [compression]
-       7404  19. Static files [assets]
-       7969  20. Telemetry: spans, and who hears of them
-       8555  21. JsonTracer: for log collectors [json]
-       8629  22. RichTracer: for people [rich]
-       9060  23. Sessions [sessions]
-       9174  24. What lives as long as the server
-       9275  25. @baked
-       9557  26. ASGI: the same app under another server [asgi]
-       9775  27. RedisRelay: the same between processes and machines [redis]
-      10049  28. Reload: a saved file restarts the app [reload]
-      10193  29. Development: what went wrong, shown where one looks [development]
-      10305  30. What is refused
-    10667  ACT 5. The pocket client
-      10708  31. The pocket client (JavaScript) [client]
-      12077  32. This file as a page [read]
-      12247  33. An app to begin with
+     4675  ACT 3. Live
+       4723  12. Datastar: attributes and actions
+       5304  13. Streams: events, and staying with a client
+       5817  14. Relay: publish and subscribe
+     6115  ACT 4. For real
+       6122  15. Signals: from JSON to your dataclass
+       6880  16. Forms [forms]
+       7083  17. Behind a proxy
+       7193  18. Compression [compression]
+       7402  19. Static files [assets]
+       7967  20. Telemetry: spans, and who hears of them
+       8553  21. JsonTracer: for log collectors [json]
+       8627  22. RichTracer: for people [rich]
+       9058  23. Sessions [sessions]
+       9172  24. What lives as long as the server
+       9273  25. @baked
+       9555  26. ASGI: the same app under another server [asgi]
+       9773  27. RedisRelay: the same between processes and machines [redis]
+      10047  28. Reload: a saved file restarts the app [reload]
+      10191  29. Development: what went wrong, shown where one looks [development]
+      10303  30. What is refused
+    10665  ACT 5. The pocket client
+      10706  31. The pocket client (JavaScript) [client]
+      12075  32. This file as a page [read]
+      12245  33. An app to begin with
 
 READING PATH
 
@@ -108,10 +108,10 @@ Two hours, for a reader who wants to know how it works, not all that it does. Re
      3154-3393   `Connection`  one connection, many requests
      3821-3842   `Server.start`  listening
      3959-3976   `Server.stop`  ending without losing a request
-     5430-5550   `_EventWriter`  events
-     5639-5701   `_Scope`  how a disconnect reaches a handler
-     5729-5815   `Alive`  staying with a client
-     5970-6062   `Relay`  from one handler to another
+     5428-5548   `_EventWriter`  events
+     5637-5699   `_Scope`  how a disconnect reaches a handler
+     5727-5813   `Alive`  staying with a client
+     5968-6060   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -4555,7 +4555,7 @@ class TestClient:
         off.
         """
         for _ in range(20):
-            answer = await self._request(method, path, wait, options)
+            answer = await self._request(method, path, wait, **options)
             location = answer.headers.get("location") if answer.status in _REDIRECTS else None
             if not (follow and location):
                 return answer
@@ -4574,9 +4574,7 @@ class TestClient:
     patch = functools.partialmethod(request, "PATCH")
     delete = functools.partialmethod(request, "DELETE")
 
-    async def _request(
-        self, method: str, path: str, wait: bool, options: dict[str, Any]
-    ) -> TestResponse:
+    async def _request(self, method: str, path: str, wait: bool, **options: Any) -> TestResponse:
         pieces: list[bytes] = []
         stream = await self._send(method, path, **options)
         try:
@@ -5862,7 +5860,7 @@ class _Mailbox:
         """Queue a message, by the overflow rule."""
         queue = self.queue
         if isinstance(queue, OrderedDict):
-            if queue.pop(subject, self) is not self:  # (`self` stands for "nothing there")
+            if queue.pop(subject, None):
                 self.dropped += 1
             queue[subject] = (subject, data)
         else:
