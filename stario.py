@@ -6235,16 +6235,16 @@ def _problems_of(wrong: _Wrong, value: object, *path: str | int) -> Iterator[Pro
     if not wrong.parts:
         if isinstance(value, _Field) and wrong.expected.startswith("a list"):
             value = value.values
-        steps = [f".{name}" if _is_word(name) else f"[{_shown(name)}]" for name in path]
+        steps = [
+            f".{n}" if isinstance(n, str) and _WORD.fullmatch(n) else f"[{_shown(n)}]" for n in path
+        ]
         field, got = _cut("".join(steps).removeprefix(".")), _shown(value)
         where = field if path or wrong.message else "the signals"
         told = _cut(" ".join(wrong.message.split()), 200) or f"expected {wrong.expected}, got {got}"
         yield Problem(f"{where}: {told}" if where else told, field, wrong.expected, got)
 
 
-def _is_word(name: str | int) -> bool:
-    """Whether a name is shown as it is; others are shown as JSON."""
-    return isinstance(name, str) and re.fullmatch(r"[\w-]{1,60}", name) is not None
+_WORD = re.compile(r"[\w-]{1,60}")  # a name that is shown as it is; others are shown as JSON
 
 
 def _shown(value: object) -> str:
@@ -6392,7 +6392,9 @@ def _choices_by_key(choices: Iterable[Any]) -> dict[Any, Any]:
         for value, item in pairs
         for text in ((value,) if isinstance(value, str) else (str(value), _shown(value)))
     ]
-    return {_key_of(value): item for value, item in texts + pairs if _key_of(value)}
+    # (a browser writes 1.0 as 1)
+    whole = [(int(v), item) for v, item in pairs if type(v) is float and v.is_integer()]
+    return {_key_of(value): item for value, item in texts + whole + pairs if _key_of(value)}
 
 
 def _key_of(value: Any) -> Any:

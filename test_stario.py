@@ -8887,6 +8887,16 @@ class TestSignals(unittest.TestCase):
             self.problems(list[Literal[b"x", "y"]], [wrong])
         self.assertEqual(read_signals(list[Odd], ["(1, 2)", "1", 1]), [Odd.PAIR, Odd.ONE, Odd.ONE])
 
+    def test_a_choice_of_1_0_comes_from_a_browser_as_1(self) -> None:
+        class Rate(enum.Enum):
+            HALF, NORMAL, LONGEST = 0.5, 1.0, math.inf
+
+        for sent in (1, 1.0, "1.0"):
+            self.assertEqual(read_signals(Rate, sent), Rate.NORMAL)
+        self.assertEqual(read_signals(dict[str, Rate | None], {"a": 1}), {"a": Rate.NORMAL})
+        self.assertEqual(read_signals(Rate, 0.5), Rate.HALF)
+        self.problems(list[Rate], [True, 2, 0])
+
     def test_numbers_that_hash_alike_are_refused_where_hashes_count(self) -> None:
         prime = 2**61 - 1
         alike = [n * prime for n in range(1, 100)]
