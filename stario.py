@@ -9249,8 +9249,8 @@ class _Life:
             handle.add_done_callback(lambda _: loop.call_soon_threadsafe(task.cancel))
 
         self.waiting[work] = start
-        if self.loop is not None and (mine := self.waiting.pop(work, None)):  # else it is started
-            self.loop.call_soon_threadsafe(mine)
+        if (loop := self.loop) and (mine := self.waiting.pop(work, None)):  # else it is started
+            loop.call_soon_threadsafe(mine)
         return handle
 
     async def _watch(self, work: Coroutine[Any, Any, T], handle: Future[T]) -> None:

@@ -11753,6 +11753,20 @@ class TestLife(AsyncTest):
         self.assertEqual(await within(asyncio.wrap_future(app.background(asyncio.sleep(0, 7)))), 7)
         self.assertFalse(app._life.waiting)
 
+    async def test_work_is_cancelled_that_another_thread_gives_as_the_server_ends(self) -> None:
+        app = Stario()
+
+        class Ending(dict[Any, Any]):
+            """The server ends after it was looked for, and before the work is started there."""
+
+            def pop(self, *work: Any) -> Any:
+                app._life.loop = None
+                return super().pop(*work)
+
+        app._life.waiting, app._life.loop = Ending(), asyncio.get_running_loop()
+        handle = app.background(asyncio.sleep(0))
+        await until(handle.cancelled)
+
     async def test_a_lifespan_that_fails_keeps_the_server_from_starting(self) -> None:
         closed = []
 
