@@ -9705,6 +9705,7 @@ async def _serve_asgi(app: Stario, scope: Message, receive: Receive, send: Send)
         request = _asgi_request(scope, exchange)
     except HttpException as exc:
         text = exc.detail.encode()
+        exchange.may_have_body = False  # nobody reads it, so `pass_on` does not wait for it
         exchange.answer(exc.status_code, _TEXT_CONTENT[0] + _length_line(len(text)), text)
         await exchange.pass_on(send)
         return

@@ -12325,6 +12325,14 @@ class TestAsgi(StreamTest):
             refused = await self.asked(app, "/", headers=[(b"Host", host) for host in hosts])
             self.assertEqual(refused.body, b"Host is not one valid host")
 
+    async def test_what_is_refused_is_answered_at_once_whatever_its_body(self) -> None:
+        for path, fields in (("/%zz", []), ("/", [(b"host", b"a b")])):
+            raw, pieces = path.encode(), [b"x"] * 100
+            server = await self.asked(
+                Stario(), path, *pieces, method="POST", raw_path=raw, headers=fields
+            )
+            self.assertEqual([m.get("more_body") for m in server.sent], [None, False])
+
     async def test_a_mounted_app_begins_at_its_root(self) -> None:
         async def show(c: Context, w: Writer) -> None:
             w.text(f"{c.req.path} at {c.req.root_path}")
