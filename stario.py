@@ -9820,8 +9820,13 @@ class RedisRelay(Relay[T]):
         tracer: Tracer | None = None,
     ) -> None:
         super().__init__()
-        if timeout <= 0:
+        self._tracer = tracer or Tracer()
+        if not isinstance(timeout, (int, float)) or timeout <= 0:
             raise StarioError(f"RedisRelay: timeout is in seconds and above 0, not {timeout!r}")
+        if not isinstance(queue, int):
+            raise StarioError(f"RedisRelay: queue is a number of messages, not {queue!r}")
+        if not isinstance(self._tracer, Tracer):
+            raise StarioError(f"RedisRelay: a tracer is needed, not {tracer!r}")
         try:
             from redis.asyncio import ConnectionPool
 
@@ -9841,7 +9846,6 @@ class RedisRelay(Relay[T]):
         self._queue = queue
         self._timeout = timeout
         self._prefix = prefix
-        self._tracer = tracer or Tracer()
         self._closed = False
         self._renew()
         _renewed_at_fork.add(self)

@@ -13229,6 +13229,14 @@ class TestRedisRelay(RedisTest):
             stario.RedisRelay("redis://localhost?colour=red")
         with self.assertRaisesRegex(StarioError, "timeout is in seconds and above 0, not 0"):
             stario.RedisRelay("redis://localhost", timeout=0)
+        wrong: dict[str, Any]
+        for wrong, wanted in (
+            ({"timeout": None}, "timeout is in seconds and above 0, not None"),
+            ({"queue": None}, "queue is a number of messages, not None"),
+            ({"tracer": RichTracer}, "a tracer is needed, not <class"),
+        ):
+            with self.assertRaisesRegex(StarioError, f"^RedisRelay: {wanted}"):
+                stario.RedisRelay("redis://localhost", **wrong)
 
 
 class TestWithoutRedis(unittest.TestCase):
