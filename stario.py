@@ -6735,8 +6735,9 @@ def _schema_reader(kind: Any, text: str) -> Reader:
         return _dict_reader(*map(_reader_of, arguments))
     if _is_record(origin):
         return _record_reader(kind)
-    if hasattr(origin, "__value__"):
-        return _alias_reader(kind)
+    if hasattr(origin, "__value__"):  # type Name = ...
+        aliased = lru_cache(lambda: _reader_of(_bind(origin.__value__, kind)))
+        return lambda value, tried: aliased()(value, tried)
     if isinstance(kind, TypeVar):
         among = typing.Union[kind.__constraints__] if kind.__constraints__ else Any  # noqa: UP007
         return _reader_of(kind.__bound__ or among)
@@ -6745,13 +6746,6 @@ def _schema_reader(kind: Any, text: str) -> Reader:
     if isinstance(origin, type) and hasattr(origin, "model_validate"):
         return _model_reader(kind)
     raise _no_schema(kind)
-
-
-def _alias_reader(kind: Any) -> Reader:
-    """`type Name = …`"""
-    alias = typing.get_origin(kind) or kind
-    compiled = lru_cache(lambda: _reader_of(_bind(alias.__value__, kind)))
-    return lambda value, tried: compiled()(value, tried)
 
 
 def _no_schema(kind: Any) -> StarioError:
