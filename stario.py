@@ -10159,18 +10159,15 @@ listen();
 
 
 def _reload(app: Stario, server: Server) -> None:
-    """Become the parent, which does not return; in a child, use its sockets."""
-    if _RELOADED in os.environ:
-        _join_reloading(app, server)
-    else:
+    """Become the parent, which does not return.
+
+    In a child: use the parent's sockets, and tell the pages which version this is.
+    """
+    global _IDLE_GRACE
+    if _RELOADED not in os.environ:
         if os.name != "nt":
             server._listener.open()
         raise SystemExit(_keep_restarting(server._listener.sockets))
-
-
-def _join_reloading(app: Stario, server: Server) -> None:
-    """In a child: use the parent's sockets, and tell the pages which version this is."""
-    global _IDLE_GRACE
     _IDLE_GRACE = 0.0  # stopping, a child closes idle connections at once: no old page comes by one
     descriptors = os.environ[_RELOADED].split(",")
     server._listener.sockets += [socket.socket(fileno=int(each)) for each in descriptors if each]
