@@ -72,25 +72,25 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        5817  14. Relay: publish and subscribe
      6115  ACT 4. For real
        6122  15. Signals: from JSON to your dataclass
-       6880  16. Forms [forms]
-       7083  17. Behind a proxy
-       7193  18. Compression [compression]
-       7402  19. Static files [assets]
-       7967  20. Telemetry: spans, and who hears of them
-       8553  21. JsonTracer: for log collectors [json]
-       8627  22. RichTracer: for people [rich]
-       9058  23. Sessions [sessions]
-       9172  24. What lives as long as the server
-       9273  25. @baked
-       9555  26. ASGI: the same app under another server [asgi]
-       9773  27. RedisRelay: the same between processes and machines [redis]
-      10047  28. Reload: a saved file restarts the app [reload]
-      10191  29. Development: what went wrong, shown where one looks [development]
-      10303  30. What is refused
-    10665  ACT 5. The pocket client
-      10706  31. The pocket client (JavaScript) [client]
-      12075  32. This file as a page [read]
-      12245  33. An app to begin with
+       6876  16. Forms [forms]
+       7079  17. Behind a proxy
+       7189  18. Compression [compression]
+       7398  19. Static files [assets]
+       7963  20. Telemetry: spans, and who hears of them
+       8549  21. JsonTracer: for log collectors [json]
+       8623  22. RichTracer: for people [rich]
+       9054  23. Sessions [sessions]
+       9168  24. What lives as long as the server
+       9269  25. @baked
+       9551  26. ASGI: the same app under another server [asgi]
+       9770  27. RedisRelay: the same between processes and machines [redis]
+      10048  28. Reload: a saved file restarts the app [reload]
+      10189  29. Development: what went wrong, shown where one looks [development]
+      10300  30. What is refused
+    10662  ACT 5. The pocket client
+      10703  31. The pocket client (JavaScript) [client]
+      12072  32. This file as a page [read]
+      12242  33. An app to begin with
 
 READING PATH
 
@@ -10248,12 +10248,11 @@ def _error_view(c: Context, exc: BaseException) -> SafeString:
 
 def _show_error(c: Context, w: Writer, exc: BaseException) -> None:
     """Patch the exception over the open page, or answer with it if no answer has begun."""
+    w._forget_answer()
     if w._sse or (c.req.is_datastar and not w.started):
-        w._forget_answer()
         w.patch(_error_view(c, exc), selector="body", mode="append")
         w.end()
     elif not w.started:
-        w._forget_answer()
         w.html(h.Html(h.Body(_error_view(c, exc))), 500)
 
 
