@@ -65,32 +65,32 @@ brackets can be left out of your copy: `python stario.py --without assets,client
      2331  ACT 2. On the network
        2339  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
        3397  10. The server
-       4218  11. Trying it without a network: the test client [testclient]
-     4675  ACT 3. Live
-       4723  12. Datastar: attributes and actions
-       5304  13. Streams: events, and staying with a client
-       5817  14. Relay: publish and subscribe
-     6115  ACT 4. For real
-       6122  15. Signals: from JSON to your dataclass
-       6876  16. Forms [forms]
-       7079  17. Behind a proxy
-       7189  18. Compression [compression]
-       7398  19. Static files [assets]
-       7963  20. Telemetry: spans, and who hears of them
-       8549  21. JsonTracer: for log collectors [json]
-       8623  22. RichTracer: for people [rich]
-       9054  23. Sessions [sessions]
-       9168  24. What lives as long as the server
-       9269  25. @baked
-       9551  26. ASGI: the same app under another server [asgi]
-       9770  27. RedisRelay: the same between processes and machines [redis]
-      10048  28. Reload: a saved file restarts the app [reload]
-      10189  29. Development: what went wrong, shown where one looks [development]
-      10300  30. What is refused
-    10662  ACT 5. The pocket client
-      10703  31. The pocket client (JavaScript) [client]
-      12072  32. This file as a page [read]
-      12242  33. An app to begin with
+       4221  11. Trying it without a network: the test client [testclient]
+     4678  ACT 3. Live
+       4726  12. Datastar: attributes and actions
+       5307  13. Streams: events, and staying with a client
+       5820  14. Relay: publish and subscribe
+     6118  ACT 4. For real
+       6125  15. Signals: from JSON to your dataclass
+       6879  16. Forms [forms]
+       7082  17. Behind a proxy
+       7192  18. Compression [compression]
+       7401  19. Static files [assets]
+       7966  20. Telemetry: spans, and who hears of them
+       8552  21. JsonTracer: for log collectors [json]
+       8626  22. RichTracer: for people [rich]
+       9057  23. Sessions [sessions]
+       9171  24. What lives as long as the server
+       9272  25. @baked
+       9554  26. ASGI: the same app under another server [asgi]
+       9773  27. RedisRelay: the same between processes and machines [redis]
+      10051  28. Reload: a saved file restarts the app [reload]
+      10192  29. Development: what went wrong, shown where one looks [development]
+      10303  30. What is refused
+    10665  ACT 5. The pocket client
+      10706  31. The pocket client (JavaScript) [client]
+      12075  32. This file as a page [read]
+      12245  33. An app to begin with
 
 READING PATH
 
@@ -106,12 +106,12 @@ Two hours, for a reader who wants to know how it works, not all that it does. Re
      2251-2283   `_App.dispatch`  one request from end to end
      2698-2811   `_RequestReader`  bytes to requests
      3154-3393   `Connection`  one connection, many requests
-     3821-3842   `Server.start`  listening
-     3959-3976   `Server.stop`  ending without losing a request
-     5428-5548   `_EventWriter`  events
-     5637-5699   `_Scope`  how a disconnect reaches a handler
-     5727-5813   `Alive`  staying with a client
-     5968-6060   `Relay`  from one handler to another
+     3824-3845   `Server.start`  listening
+     3962-3979   `Server.stop`  ending without losing a request
+     5431-5551   `_EventWriter`  events
+     5640-5702   `_Scope`  how a disconnect reaches a handler
+     5730-5816   `Alive`  staying with a client
+     5971-6063   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -3486,7 +3486,8 @@ class Worker:
                 ssl_handshake_timeout=self.limits.header_timeout if tls else None,
             )
         except (OSError, asyncio.CancelledError):  # no TLS, the client has gone, or `stop`
-            accepted.close()
+            with suppress(OSError):
+                accepted.shutdown(socket.SHUT_RDWR)  # asyncio sees that, and closes it
 
     def track(self, task: asyncio.Task[None]) -> None:
         """Keep a handler's task until it ends."""
@@ -3534,16 +3535,18 @@ class Worker:
         for connection in list(self.connections):
             connection.shut_down()
         while (
-            self.tasks or self.connections or self.arriving
-        ) and self.loop.time() < self.deadline:
+            any((self.tasks, self.connections, self.arriving)) and self.loop.time() < self.deadline
+        ):
             await asyncio.sleep(0.01)
             if self.loop.time() >= start + _LINGER:  # a TLS handshake gets no longer
                 _cancel(self.arriving)
-        _cancel(self.tasks | self.arriving)
+        _cancel(self.arriving)
+        await asyncio.gather(*self.arriving, return_exceptions=True)  # one may just start a handler
+        _cancel(self.tasks)
         for connection in list(self.connections):
             connection._transport.abort()
-        if under_way := self.tasks | self.arriving:
-            await asyncio.wait(under_way, timeout=_CLEANUP)  # (part 13) for their `finally`
+        if self.tasks:
+            await asyncio.wait(self.tasks, timeout=_CLEANUP)  # (part 13) for their `finally`
         await asyncio.sleep(0)  # let the loop call connection_lost
         self._timer.cancel()
 

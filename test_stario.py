@@ -5036,6 +5036,35 @@ class TestTls(HttpTest):
             silent.close()
             idle.writer.transport.abort()
 
+    async def test_a_stop_in_the_middle_of_greetings_loses_no_finally(self) -> None:
+        """A connection that is just made is not forgotten, and no descriptor is closed under it."""
+        begun, ended = [], []
+
+        async def wait(c: Context, w: Writer) -> None:
+            begun.append(c)
+            try:
+                await asyncio.Event().wait()
+            finally:
+                ended.append(c)
+
+        app = Stario(Tracer())
+        app.get("/", wait)
+
+        async def visit(port: int) -> None:
+            with suppress(OSError):
+                peer = await Peer.connect(port, ssl=self.client_side)
+                await peer.send(GET)
+                await within(peer.rest())
+
+        for turns in range(2, 60, 3):  # of the event loop
+            async with app.running(ssl=self.server_side, graceful_timeout=0) as server:
+                visits = [asyncio.create_task(visit(server.port)) for _ in range(10)]
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+            await within(asyncio.gather(*visits))
+            self.assertEqual(len(begun), len(ended))
+        self.assertTrue(begun)
+
     async def test_an_answer_that_is_cut_off_holds_up_no_stop(self) -> None:
         """Also where the client does not say that it has seen the end (TLS's close_notify)."""
         go_on = asyncio.Event()
