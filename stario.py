@@ -65,32 +65,32 @@ brackets can be left out of your copy: `python stario.py --without assets,client
      2331  ACT 2. On the network
        2339  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
        3397  10. The server
-       4221  11. Trying it without a network: the test client [testclient]
-     4678  ACT 3. Live
-       4726  12. Datastar: attributes and actions
-       5307  13. Streams: events, and staying with a client
-       5820  14. Relay: publish and subscribe
-     6118  ACT 4. For real
-       6125  15. Signals: from JSON to your dataclass
-       6879  16. Forms [forms]
-       7082  17. Behind a proxy
-       7192  18. Compression [compression]
-       7401  19. Static files [assets]
-       7966  20. Telemetry: spans, and who hears of them
-       8552  21. JsonTracer: for log collectors [json]
-       8626  22. RichTracer: for people [rich]
-       9057  23. Sessions [sessions]
-       9171  24. What lives as long as the server
-       9272  25. @baked
-       9554  26. ASGI: the same app under another server [asgi]
-       9773  27. RedisRelay: the same between processes and machines [redis]
-      10051  28. Reload: a saved file restarts the app [reload]
-      10192  29. Development: what went wrong, shown where one looks [development]
-      10303  30. What is refused
-    10665  ACT 5. The pocket client
-      10706  31. The pocket client (JavaScript) [client]
-      12075  32. This file as a page [read]
-      12245  33. An app to begin with
+       4217  11. Trying it without a network: the test client [testclient]
+     4674  ACT 3. Live
+       4722  12. Datastar: attributes and actions
+       5303  13. Streams: events, and staying with a client
+       5816  14. Relay: publish and subscribe
+     6114  ACT 4. For real
+       6121  15. Signals: from JSON to your dataclass
+       6875  16. Forms [forms]
+       7078  17. Behind a proxy
+       7188  18. Compression [compression]
+       7397  19. Static files [assets]
+       7962  20. Telemetry: spans, and who hears of them
+       8548  21. JsonTracer: for log collectors [json]
+       8622  22. RichTracer: for people [rich]
+       9053  23. Sessions [sessions]
+       9167  24. What lives as long as the server
+       9268  25. @baked
+       9550  26. ASGI: the same app under another server [asgi]
+       9769  27. RedisRelay: the same between processes and machines [redis]
+      10047  28. Reload: a saved file restarts the app [reload]
+      10188  29. Development: what went wrong, shown where one looks [development]
+      10299  30. What is refused
+    10661  ACT 5. The pocket client
+      10702  31. The pocket client (JavaScript) [client]
+      12071  32. This file as a page [read]
+      12241  33. An app to begin with
 
 READING PATH
 
@@ -106,12 +106,12 @@ Two hours, for a reader who wants to know how it works, not all that it does. Re
      2251-2283   `_App.dispatch`  one request from end to end
      2698-2811   `_RequestReader`  bytes to requests
      3154-3393   `Connection`  one connection, many requests
-     3824-3845   `Server.start`  listening
-     3962-3979   `Server.stop`  ending without losing a request
-     5431-5551   `_EventWriter`  events
-     5640-5702   `_Scope`  how a disconnect reaches a handler
-     5730-5816   `Alive`  staying with a client
-     5971-6063   `Relay`  from one handler to another
+     3823-3844   `Server.start`  listening
+     3959-3976   `Server.stop`  ending without losing a request
+     5427-5547   `_EventWriter`  events
+     5636-5698   `_Scope`  how a disconnect reaches a handler
+     5726-5812   `Alive`  staying with a client
+     5967-6059   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -3534,9 +3534,8 @@ class Worker:
         self._sweep()
         for connection in list(self.connections):
             connection.shut_down()
-        while (
-            any((self.tasks, self.connections, self.arriving)) and self.loop.time() < self.deadline
-        ):
+        left = self.tasks, self.connections, self.arriving
+        while any(left) and self.loop.time() < self.deadline:
             await asyncio.sleep(0.01)
             if self.loop.time() >= start + _LINGER:  # a TLS handshake gets no longer
                 _cancel(self.arriving)
@@ -3565,7 +3564,7 @@ class Worker:
         self.loop.stop()
 
 
-def _cancel(tasks: set[asyncio.Task[None]]) -> None:
+def _cancel(tasks: Iterable[asyncio.Task[None]]) -> None:
     for task in list(tasks):
         task.cancel()
 
@@ -3852,14 +3851,12 @@ class Server:
         return Worker(self.app, loop, limits, self._proxies)
 
     def _start_thread(self, name: str) -> Worker:
-        """Start a thread with a worker. It takes milliseconds, and nobody can cancel it.
-
-        (Its loop, made in the main thread, would on Windows be the one that signals wake.)
-        """
+        """Start a thread with a worker. It takes milliseconds, and nobody can cancel it."""
         started: Future[Worker] = Future()
 
         def run() -> None:
             try:
+                # (Made in the main thread, its loop would on Windows be the one that signals wake.)
                 with asyncio.Runner(loop_factory=type(self._loop)) as runner:  # the same kind
                     runner.get_loop().set_default_executor(_Threads())
                     worker = self._worker_on(runner.get_loop())
@@ -3985,8 +3982,7 @@ class Server:
         a handshake under way is lost, but for `reuse_port` with net.ipv4.tcp_migrate_req set.)
         """
         self._listener.unlink()  # first, so that no more clients come
-        for task in self._accepting:
-            task.cancel()
+        _cancel(self._accepting)
         for listening in self._listener.sockets:
             with suppress(NotImplementedError):
                 self._loop.remove_reader(listening)
