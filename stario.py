@@ -3539,6 +3539,7 @@ class Worker:
             await asyncio.sleep(0.01)
             if self.loop.time() >= start + _LINGER:  # a TLS handshake gets no longer
                 _cancel(self.arriving)
+        self._timer.cancel()
         _cancel(self.arriving)
         await asyncio.gather(*self.arriving, return_exceptions=True)  # one may just start a handler
         _cancel(self.tasks)
@@ -3547,7 +3548,6 @@ class Worker:
         if self.tasks:
             await asyncio.wait(self.tasks, timeout=_CLEANUP)  # (part 13) for their `finally`
         await asyncio.sleep(0)  # let the loop call connection_lost
-        self._timer.cancel()
 
     def run(self) -> None:
         """The main function of a worker's thread: run its loop until `end` is called."""
