@@ -308,12 +308,12 @@ def _ungrouped(exc: BaseException) -> BaseException:
     """The exception inside of an ExceptionGroup, as if the handler itself had raised it.
 
     asyncio's TaskGroup raises such a group even where only one thing has failed. A group of several
-    is left as it is, unless all of them are HttpExceptions: then the first one is the answer.
+    is left as it is, unless all are of the two kinds above: then the first one stands for them.
     """
     if isinstance(exc, BaseExceptionGroup):
         inside = [_ungrouped(inner) for inner in exc.exceptions]
-        if len(inside) == 1 or all(isinstance(inner, HttpException) for inner in inside):
-            return inside[0]
+        is_foreseen = all(isinstance(e, (HttpException, ClientDisconnected)) for e in inside)
+        return inside[0] if is_foreseen or len(inside) == 1 else exc
     return exc
 
 
@@ -5777,11 +5777,11 @@ class Alive(Generic[T]):
             self._block.end()
         return self
 
-    async def __aexit__(self, kind: type[BaseException] | None, *exc: object) -> bool:
+    async def __aexit__(self, kind: Any, exc: BaseException | None, where: object) -> bool:
         assert self._block is not None
-        ended = self._block.__exit__(kind, *exc)
+        ended = self._block.__exit__(kind)
         await self.aclose()
-        return ended or kind is ClientDisconnected
+        return ended or (exc is not None and isinstance(_ungrouped(exc), ClientDisconnected))
 
     async def aclose(self) -> None:
         """Close the source. A second call does nothing."""

@@ -815,6 +815,7 @@ class TestExceptions(AsyncTest):
         table: list[tuple[Any, int, list[str]]] = [
             (ExceptionGroup("", [gone]), 410, ["HttpException"]),
             (ExceptionGroup("", [ExceptionGroup("", [gone]), missing]), 410, ["HttpException"]),
+            (ExceptionGroup("", [gone, ClientDisconnected()]), 410, ["HttpException"]),
             (ExceptionGroup("", [KeyError("x")]), 500, ["KeyError"]),
             (ExceptionGroup("", [gone, KeyError("x")]), 500, []),
         ]
@@ -6888,6 +6889,25 @@ class TestAlive(StreamTest):
                     log = await self.run_stream(handler, leave)
                     self.assertEqual(log, ["source closed", "cleanup"])
                     self.assertTrue(is_empty(self.relay))
+
+    async def test_the_code_after_it_runs_where_tasks_have_lost_the_client(self) -> None:
+        async def send(w: Writer) -> None:
+            while True:
+                w.event("piece", "x" * 100_000)
+                await w.drain()
+
+        async def handler(c: Context, w: Writer) -> None:
+            async with w.alive(), asyncio.TaskGroup() as tasks:
+                tasks.create_task(send(w))
+                tasks.create_task(send(w))
+                await until(lambda: w._carrier._paused_writing)  # type: ignore[attr-defined]
+                self.start(w)
+            self.log.append("cleanup")
+
+        for leave in LEAVING:
+            with self.subTest(leave=leave.__name__):
+                self.setUp()
+                self.assertEqual(await self.run_stream(handler, leave), ["cleanup"])
 
     async def test_the_code_after_it_runs_once_when_the_server_stops(self) -> None:
         for handler in (self.loop, self.block):
