@@ -10808,7 +10808,6 @@ function refresh(reader) {
   const value = within(reader, reader.job);
   for (const cell of reader.cells.keys()) reader.cells.set(cell, versionOf(cell));
   reader.stale = false;
-  due.delete(reader);
   if (Object.is(value, reader.value)) return;
   reader.value = value;
   reader.version++;
