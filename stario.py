@@ -89,8 +89,8 @@ brackets can be left out of your copy: `python stario.py --without assets,client
       10299  30. What is refused
     10661  ACT 5. The pocket client
       10702  31. The pocket client (JavaScript) [client]
-      12071  32. This file as a page [read]
-      12241  33. An app to begin with
+      12070  32. This file as a page [read]
+      12240  33. An app to begin with
 
 READING PATH
 

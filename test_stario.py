@@ -15218,6 +15218,17 @@ class ClientPromises(_Case):
         self.now("old.map((el) => el === byId(el.id))", [True] * 6)
         self.now("[document.activeElement.id, byId('i').value]", ["i", "typed"])
 
+    def test_what_is_there_is_wrapped_by_what_comes(self) -> None:
+        wrapped = '<div><p id="p">2<b id="i">x</b></p></div>'
+        self.answers("/s", patch_elements(wrapped, "selector #d", "mode inner"))
+        self.show(
+            """<div id="d"><p id="p">1<b id="i"></b></p></div>
+            <b id="b" data-on:click="@get('/s')"></b>"""
+        )
+        self.do("window.old = [byId('p'), byId('i')], byId('b').click()")
+        self.see("byId('d').innerHTML", wrapped)
+        self.now("[byId('p') === old[0], byId('i') === old[1]]", [True, True])
+
     def test_ignore_morph_and_preserve_attr_protect(self) -> None:
         self.answers(
             "/s",
@@ -15610,6 +15621,24 @@ class TestPocketClient(ClientPromises, unittest.TestCase):
             self.do("byId('b').click()")
             self.see("byId('p').textContent", wanted)
             self.now("byId('p').outerHTML.replaceAll('\"', \"'\")", fixed.format(wanted))
+
+    def test_what_is_not_morphed_keeps_its_elements(self) -> None:
+        taken = '<p><i id="x">new</i></p><div data-ignore-morph></div>'
+        self.answers(
+            "/s",
+            patch_elements(f'<div id="d">{taken}</div>')
+            + patch_elements("in", "selector #d > div > i", "mode inner")
+            + patch_elements("<b>1</b>", "selector #d > div > i", "mode append"),
+        )
+        self.show(
+            """<div id="d"><div data-ignore-morph><i id="x">mine</i></div></div>
+            <b id="b" data-on:click="@get('/s')"></b>"""
+        )
+        self.do("byId('b').click()")
+        self.see(
+            "[...document.querySelectorAll('#x')].map((el) => el.innerHTML)",
+            ["new", "mine<b>1</b>"],
+        )
 
     def test_arguments_that_throw_are_named(self) -> None:
         self.expected_problems += ['pocket client: data-on:click="@get($a.x.y)": TypeError']
