@@ -85,12 +85,12 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        9550  26. ASGI: the same app under another server [asgi]
        9769  27. RedisRelay: the same between processes and machines [redis]
       10047  28. Reload: a saved file restarts the app [reload]
-      10188  29. Development: what went wrong, shown where one looks [development]
-      10299  30. What is refused
-    10661  ACT 5. The pocket client
-      10702  31. The pocket client (JavaScript) [client]
-      12070  32. This file as a page [read]
-      12240  33. An app to begin with
+      10191  29. Development: what went wrong, shown where one looks [development]
+      10302  30. What is refused
+    10664  ACT 5. The pocket client
+      10705  31. The pocket client (JavaScript) [client]
+      12073  32. This file as a page [read]
+      12243  33. An app to begin with
 
 READING PATH
 
@@ -10106,22 +10106,25 @@ def _keep_restarting(sockets: list[socket.socket]) -> int:
 
     The end comes by a signal, or when the newest child ends by itself without an error.
     """
-    signals: list[int] = []
+    signals: queue.SimpleQueue[int] = queue.SimpleQueue()
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda number, _: signals.append(number))
+        signal.signal(number, lambda number, _: signals.put(number))
     children: list[subprocess.Popen[bytes]] = []  # the newest, and others still ending
     descriptors = [opened.fileno() for opened in sockets]
     environment = {**os.environ, _RELOADED: ",".join(map(str, descriptors))}
     command = [sys.executable, *sys.orig_argv[1:]]
     restart = True
-    while restart and not signals:
+    while restart and signals.empty():
         folders = _watched_folders()
         now = _times(folders)
         started = subprocess.Popen(command, env=environment, pass_fds=descriptors)
         children = [*(child for child in children if child.poll() is None), started]
         restart = False
-        while not (restart or signals or started.poll() == 0):  # it runs (None), or it failed
-            time.sleep(_LOOK_EVERY)
+        while not (restart or started.poll() == 0):  # it runs (None), or it failed
+            # (Ctrl-C at a terminal goes to the children, too: ours must come at once, see part 10.)
+            with suppress(queue.Empty):
+                signals.get(timeout=_LOOK_EVERY)
+                break
             before, now = now, _times(folders)
             changed = {path for path, _ in now.items() ^ before.items()}  # new, gone, or saved
             restart = bool(changed) and _compiles(changed)

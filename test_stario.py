@@ -13417,6 +13417,22 @@ class TestReload(AsyncTest):
             self.assertEqual(stario._keep_restarting([]), 0)
         self.assertEqual((len(started), told.getvalue()), (2, "reloading: a.css\n"))
 
+    def test_a_signal_is_passed_on_before_the_next_look_at_the_files(self) -> None:
+        """A terminal gives it to the children, too, and what they get later is a second one."""
+        child = mock.Mock()
+        child.poll = lambda: signal.raise_signal(signal.SIGTERM)
+        child.wait.return_value = 3
+        for number in (signal.SIGINT, signal.SIGTERM):
+            self.addCleanup(signal.signal, number, signal.getsignal(number))
+        with (
+            mock.patch.object(subprocess, "Popen", return_value=child),
+            mock.patch.object(stario, "_LOOK_EVERY", 60),
+            mock.patch.object(stario, "_times", side_effect=[{}]),
+            mock.patch.object(time, "sleep", side_effect=AssertionError("a signal waits for it")),
+        ):
+            self.assertEqual(stario._keep_restarting([]), 3)
+        child.terminate.assert_called_once_with()
+
     async def test_what_cannot_start_is_shown_and_waited_out_and_nobody_is_refused(self) -> None:
         await self.listening()
         await self.shows("one")
