@@ -1185,18 +1185,17 @@ class Request:
             raise StarioError(
                 "the body comes only once: it was streamed, or another task reads it, or it failed"
             )
-        self._begun = True
+        self._begun, self._received = True, 0
 
     async def _read(self) -> bytes:
         """The next bytes of the body; at its end, nothing. HttpException(413) beyond `max_body`."""
         if isinstance(self._body, bytes):
             chunk, self._body = self._body, b""
-            self._check_size(len(chunk))
         else:
             self._check_size(int(self.headers.get("content-length") or 0))
             chunk = await self._body.read()
-            self._received += len(chunk)
-            self._check_size(self._received)
+        self._received += len(chunk)
+        self._check_size(self._received)
         return chunk
 
     def _check_size(self, size: int) -> None:
@@ -1221,7 +1220,7 @@ class Request:
                     chunks.append(chunk)
             except asyncio.CancelledError:  # the next reader gets these bytes again
                 cast(Body, self._body).put_back(b"".join(chunks))
-                self._received, self._begun = 0, False
+                self._begun = False
                 raise
             self._whole = b"".join(chunks)
         return self._whole
