@@ -67,6 +67,7 @@ from dataclasses import InitVar, dataclass, field
 from datetime import date, datetime, timedelta, timezone
 from decimal import Decimal
 from html.parser import HTMLParser
+from http import HTTPStatus
 from pathlib import Path
 from types import MappingProxyType
 from typing import (
@@ -10853,14 +10854,19 @@ class TestTelemetry(unittest.TestCase):
             def __str__(self) -> str:
                 raise LookupError("no text")
 
+        class Size(enum.Enum):
+            SMALL = "small"
+
         shared = {"n": [1]}
         span = Tracer()("job", {"shared": shared, "big": 10**5000, "odd": Odd(), ("a", 1): None})  # type: ignore[dict-item]
         shared["n"].append(2)
         span["ratio"] = float("-inf")
+        span["status"], span["size"] = HTTPStatus.NOT_FOUND, Size.SMALL
         self.assertEqual(span["shared"], {"n": [1]})
         self.assertTrue(span["big"].startswith("0x"))
         self.assertIn("LookupError", span["odd"])
         self.assertEqual((span["ratio"], span["('a', 1)"]), ("-Infinity", None))
+        self.assertEqual(json.dumps([span["status"], span["size"]]), '[404, "small"]')
 
     def test_an_exception_is_traced_once_however_many_steps_it_passes(self) -> None:
         out = io.StringIO()
