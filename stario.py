@@ -8272,7 +8272,11 @@ class _LogToSpan(logging.Handler):
                 text = record.msg
             exc = record.exc_info and record.exc_info[1]
             span(exc or "log", {**said, "body": text})
-        elif record.levelno >= (logging.getLogger(record.name).level or self._root_level):
+            return True
+        logger = logging.getLogger(record.name)
+        while logger.parent and not logger.level:
+            logger = logger.parent
+        if record.levelno >= (logger.level if logger.parent else self._root_level):
             for handler in self._others or [cast(logging.Handler, logging.lastResort)]:
                 if record.levelno >= handler.level:
                     handler.handle(record)

@@ -11126,6 +11126,8 @@ class TestTelemetry(unittest.TestCase):
         root.addHandler(handler)
         self.addCleanup(root.removeHandler, handler)
         level, log = root.level, logging.getLogger("shop")
+        chatty = logging.getLogger("shop.cart")
+        self.addCleanup(log.setLevel, logging.NOTSET)
 
         async def buy(c: Context, w: Writer) -> None:
             log.info("bought %d", 3)
@@ -11141,10 +11143,13 @@ class TestTelemetry(unittest.TestCase):
         with JsonTracer(out, logging_level="INFO") as tracer:
             asyncio.run(run(Stario(tracer)))
             log.warning("outside")
+            log.setLevel("DEBUG")
+            chatty.debug("asked for by the logger above it")
+            logging.getLogger("other").info("not asked for")
         events = json.loads(out.getvalue())["events"]
         said = [(e["attributes"]["severity_text"], e["attributes"]["body"]) for e in events]
         self.assertEqual(said, [("INFO", "bought 3"), ("WARNING", "%d")])
-        self.assertEqual(printed.getvalue(), "outside\n")
+        self.assertEqual(printed.getvalue(), "outside\nasked for by the logger above it\n")
         self.assertEqual((root.level, handler in root.handlers), (level, True))
 
     def test_a_silent_app_makes_no_spans(self) -> None:
