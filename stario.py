@@ -59,38 +59,38 @@ brackets can be left out of your copy: `python stario.py --without assets,client
         321  3. HTML: elements are strings
         665  4. JSON
         787  5. The request: headers, query, cookies, body
-       1258  6. The answer: status, fields, body
-       1688  7. Context and routing
-       2142  8. The app
-     2331  ACT 2. On the network
-       2339  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3397  10. The server
-       4217  11. Trying it without a network: the test client [testclient]
-     4674  ACT 3. Live
-       4722  12. Datastar: attributes and actions
-       5303  13. Streams: events, and staying with a client
-       5816  14. Relay: publish and subscribe
-     6114  ACT 4. For real
-       6121  15. Signals: from JSON to your dataclass
-       6875  16. Forms [forms]
-       7078  17. Behind a proxy
-       7188  18. Compression [compression]
-       7397  19. Static files [assets]
-       7962  20. Telemetry: spans, and who hears of them
-       8548  21. JsonTracer: for log collectors [json]
-       8622  22. RichTracer: for people [rich]
-       9053  23. Sessions [sessions]
-       9167  24. What lives as long as the server
-       9268  25. @baked
-       9550  26. ASGI: the same app under another server [asgi]
-       9769  27. RedisRelay: the same between processes and machines [redis]
-      10047  28. Reload: a saved file restarts the app [reload]
-      10191  29. Development: what went wrong, shown where one looks [development]
-      10302  30. What is refused
-    10664  ACT 5. The pocket client
-      10705  31. The pocket client (JavaScript) [client]
-      12073  32. This file as a page [read]
-      12243  33. An app to begin with
+       1257  6. The answer: status, fields, body
+       1687  7. Context and routing
+       2141  8. The app
+     2330  ACT 2. On the network
+       2338  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
+       3396  10. The server
+       4216  11. Trying it without a network: the test client [testclient]
+     4668  ACT 3. Live
+       4716  12. Datastar: attributes and actions
+       5297  13. Streams: events, and staying with a client
+       5810  14. Relay: publish and subscribe
+     6108  ACT 4. For real
+       6115  15. Signals: from JSON to your dataclass
+       6869  16. Forms [forms]
+       7072  17. Behind a proxy
+       7182  18. Compression [compression]
+       7391  19. Static files [assets]
+       7956  20. Telemetry: spans, and who hears of them
+       8547  21. JsonTracer: for log collectors [json]
+       8621  22. RichTracer: for people [rich]
+       9052  23. Sessions [sessions]
+       9166  24. What lives as long as the server
+       9267  25. @baked
+       9549  26. ASGI: the same app under another server [asgi]
+       9768  27. RedisRelay: the same between processes and machines [redis]
+      10046  28. Reload: a saved file restarts the app [reload]
+      10190  29. Development: what went wrong, shown where one looks [development]
+      10301  30. What is refused
+    10663  ACT 5. The pocket client
+      10704  31. The pocket client (JavaScript) [client]
+      12072  32. This file as a page [read]
+      12242  33. An app to begin with
 
 READING PATH
 
@@ -98,20 +98,20 @@ Two hours, for a reader who wants to know how it works, not all that it does. Re
 
       332-349    `SafeString`  an element is a string
       629-658    `Tags`  `h.P` makes one
-     1062-1240   `Request`  what a client asks for
-     1269-1337   `Carrier`  what brings the answer back
-     1417-1604   `_RawWriter`  the answer
-     1706-1806   `Context`  what a handler gets beside it
-     1896-1911   `_Tree.find`  from a path to a handler
-     2251-2283   `_App.dispatch`  one request from end to end
-     2698-2811   `_RequestReader`  bytes to requests
-     3154-3393   `Connection`  one connection, many requests
-     3823-3844   `Server.start`  listening
-     3959-3976   `Server.stop`  ending without losing a request
-     5427-5547   `_EventWriter`  events
-     5636-5698   `_Scope`  how a disconnect reaches a handler
-     5726-5812   `Alive`  staying with a client
-     5967-6059   `Relay`  from one handler to another
+     1062-1239   `Request`  what a client asks for
+     1268-1336   `Carrier`  what brings the answer back
+     1416-1603   `_RawWriter`  the answer
+     1705-1805   `Context`  what a handler gets beside it
+     1895-1910   `_Tree.find`  from a path to a handler
+     2250-2282   `_App.dispatch`  one request from end to end
+     2697-2810   `_RequestReader`  bytes to requests
+     3153-3392   `Connection`  one connection, many requests
+     3822-3843   `Server.start`  listening
+     3958-3975   `Server.stop`  ending without losing a request
+     5421-5541   `_EventWriter`  events
+     5630-5692   `_Scope`  how a disconnect reaches a handler
+     5720-5806   `Alive`  staying with a client
+     5961-6053   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -4281,14 +4281,9 @@ def _parse_event(block: bytes) -> ServerEvent | None:
     if "event" not in found and "data" not in found:
         return None
     last = {name: values[-1] for name, values in found.items()}
-    retry = last.get("retry", "")
+    retry = int(last["retry"]) if last.get("retry", "").isdecimal() else None
     data = "\n".join(found.get("data", []))
-    return ServerEvent(
-        last.get("event", "message"),
-        data,
-        last.get("id"),
-        int(retry) if retry.isdecimal() else None,
-    )
+    return ServerEvent(last.get("event", "message"), data, last.get("id"), retry)
 
 
 class _Jar:
@@ -8339,7 +8334,8 @@ def _log_fault(text: str, exc: BaseException) -> None:
     info = (type(exc), exc, exc.__traceback__)
     record = logger.makeRecord(logger.name, logging.ERROR, "", 0, text, (), info)
     record.exc_text = "\n    ".join(map(_printable, _stack_of(exc).split("\n")))
-    logger.handle(record)
+    if logger.isEnabledFor(logging.ERROR):
+        logger.handle(record)
 
 
 # -- Tracers that write to a stream (a file, a terminal). Any thread appends to one list; in Python

@@ -872,6 +872,24 @@ class TestExceptions(AsyncTest):
                 self.assertEqual((await client.request(method, "/")).status, 500)
                 self.assertIn("StarioError", tracer.ended[-1].error or "")
 
+    async def test_a_logger_that_takes_no_errors_is_told_of_none(self) -> None:
+        async def fail(c: Context, w: Writer) -> None:
+            raise KeyError("x")
+
+        app, logger, heard = Stario(), logging.getLogger("asyncio"), logging.Handler()
+        app.get("/", fail)
+        self.addCleanup(logger.setLevel, logger.level)
+        self.addCleanup(logger.removeHandler, heard)
+        logger.addHandler(heard)
+        async with app.running() as server:
+            for level, calls in ((logging.CRITICAL, 0), (logging.ERROR, 1)):
+                logger.setLevel(level)
+                with mock.patch.object(heard, "emit") as emit:
+                    peer = await Peer.connect(server.port)
+                    self.assertEqual((await within(peer.get("/"))).status, 500)
+                    await peer.close()
+                self.assertEqual(emit.call_count, calls)
+
     async def test_a_group_that_nobody_can_look_into_is_a_500(self) -> None:
         exc: Exception = HttpException(410)
         for _ in range(sys.getrecursionlimit()):
