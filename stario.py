@@ -60,37 +60,37 @@ brackets can be left out of your copy: `python stario.py --without assets,client
         665  4. JSON
         787  5. The request: headers, query, cookies, body
        1257  6. The answer: status, fields, body
-       1687  7. Context and routing
-       2141  8. The app
-     2330  ACT 2. On the network
-       2338  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3396  10. The server
-       4216  11. Trying it without a network: the test client [testclient]
-     4668  ACT 3. Live
-       4716  12. Datastar: attributes and actions
-       5297  13. Streams: events, and staying with a client
-       5810  14. Relay: publish and subscribe
-     6108  ACT 4. For real
-       6115  15. Signals: from JSON to your dataclass
-       6869  16. Forms [forms]
-       7072  17. Behind a proxy
-       7182  18. Compression [compression]
-       7391  19. Static files [assets]
-       7956  20. Telemetry: spans, and who hears of them
-       8547  21. JsonTracer: for log collectors [json]
-       8621  22. RichTracer: for people [rich]
-       9052  23. Sessions [sessions]
-       9166  24. What lives as long as the server
-       9267  25. @baked
-       9549  26. ASGI: the same app under another server [asgi]
-       9768  27. RedisRelay: the same between processes and machines [redis]
-      10046  28. Reload: a saved file restarts the app [reload]
-      10190  29. Development: what went wrong, shown where one looks [development]
-      10301  30. What is refused
-    10663  ACT 5. The pocket client
-      10704  31. The pocket client (JavaScript) [client]
-      12072  32. This file as a page [read]
-      12242  33. An app to begin with
+       1688  7. Context and routing
+       2142  8. The app
+     2332  ACT 2. On the network
+       2340  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
+       3401  10. The server
+       4221  11. Trying it without a network: the test client [testclient]
+     4673  ACT 3. Live
+       4721  12. Datastar: attributes and actions
+       5302  13. Streams: events, and staying with a client
+       5815  14. Relay: publish and subscribe
+     6113  ACT 4. For real
+       6120  15. Signals: from JSON to your dataclass
+       6874  16. Forms [forms]
+       7077  17. Behind a proxy
+       7187  18. Compression [compression]
+       7396  19. Static files [assets]
+       7961  20. Telemetry: spans, and who hears of them
+       8552  21. JsonTracer: for log collectors [json]
+       8626  22. RichTracer: for people [rich]
+       9057  23. Sessions [sessions]
+       9171  24. What lives as long as the server
+       9272  25. @baked
+       9554  26. ASGI: the same app under another server [asgi]
+       9773  27. RedisRelay: the same between processes and machines [redis]
+      10051  28. Reload: a saved file restarts the app [reload]
+      10195  29. Development: what went wrong, shown where one looks [development]
+      10306  30. What is refused
+    10668  ACT 5. The pocket client
+      10709  31. The pocket client (JavaScript) [client]
+      12077  32. This file as a page [read]
+      12247  33. An app to begin with
 
 READING PATH
 
@@ -100,18 +100,18 @@ Two hours, for a reader who wants to know how it works, not all that it does. Re
       629-658    `Tags`  `h.P` makes one
      1062-1239   `Request`  what a client asks for
      1268-1336   `Carrier`  what brings the answer back
-     1416-1603   `_RawWriter`  the answer
-     1705-1805   `Context`  what a handler gets beside it
-     1895-1910   `_Tree.find`  from a path to a handler
-     2250-2282   `_App.dispatch`  one request from end to end
-     2697-2810   `_RequestReader`  bytes to requests
-     3153-3392   `Connection`  one connection, many requests
-     3822-3843   `Server.start`  listening
-     3958-3975   `Server.stop`  ending without losing a request
-     5421-5541   `_EventWriter`  events
-     5630-5692   `_Scope`  how a disconnect reaches a handler
-     5720-5806   `Alive`  staying with a client
-     5961-6053   `Relay`  from one handler to another
+     1416-1604   `_RawWriter`  the answer
+     1706-1806   `Context`  what a handler gets beside it
+     1896-1911   `_Tree.find`  from a path to a handler
+     2251-2284   `_App.dispatch`  one request from end to end
+     2699-2812   `_RequestReader`  bytes to requests
+     3157-3397   `Connection`  one connection, many requests
+     3827-3848   `Server.start`  listening
+     3963-3980   `Server.stop`  ending without losing a request
+     5426-5546   `_EventWriter`  events
+     5635-5697   `_Scope`  how a disconnect reaches a handler
+     5725-5811   `Alive`  staying with a client
+     5966-6058   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -1536,7 +1536,8 @@ class _RawWriter:
         """Send a whole answer. A field that the handler has set replaces that of `content`."""
         self._start(status)
         fields, compressible = content
-        fields = self._own_fields(fields)
+        if self._headers is not None:
+            fields = self._own_fields(fields)
         if status == 205:  # "Reset Content" has none, and says so (RFC 9110, section 15.3.6)
             body = b""
         config = self._compression
@@ -2273,7 +2274,8 @@ class _App(Router):
         finally:
             if not w.completed:
                 carrier.abort()  # cancelled: the server could not wait any longer
-            w._stop_heartbeat()  # (part 13)
+            if w._timer is not None:
+                w._stop_heartbeat()  # (part 13)
             if type(request._body) is Body:
                 request._body.discard()  # what the handler has not read
             if c._span is not None:
@@ -3079,11 +3081,13 @@ class _AnswerCarrier(_SocketCarrier):
         super().__init__(worker)
         self._http_1_0 = False  # the version of the request
         self._close_after = False  # the connection ends with this answer
+        self._is_usual = False  # HTTP/1.1 that stays open, and all of the request is here
         self._chunked = False  # the answer is sent in chunks
 
     def answer(self, status: int, fields: bytes, body: bytes) -> None:
-        """See Carrier."""
-        fields = self._with_connection(fields)
+        """See Carrier. Mostly no field `connection` is needed."""
+        if not self._is_usual or self._worker.stopping:
+            fields = self._with_connection(fields)
         self._write(b"".join((_status_line(status), fields, self._worker.end_of_head, body)))
         self._answered()
 
@@ -3253,6 +3257,7 @@ class Connection(_AnswerCarrier):
         self._http_1_0 = line.http_1_0
         self._close_after = framing.close or (line.http_1_0 and not framing.keep_alive)
         body: Body | bytes = b"" if framing.is_plain else self._begin_body(framing)
+        self._is_usual = not (self._close_after or line.http_1_0 or self._state is _BODY)
         handling = worker.app.dispatch(Request(line, headers, body, self), self)
         # In a copy of the context variables: what a handler sets there ends with its request.
         # From Python 3.12 on it runs at once, up to its first wait (`_spawn`, part 10).
@@ -3356,7 +3361,7 @@ class Connection(_AnswerCarrier):
         if self._is_reading_body():
             self._fail_body(exc)
         else:
-            self._state = _ANSWER
+            self._state, self._is_usual = _ANSWER, False
             text = f"{exc.detail}\n".encode("latin-1", "replace")
             fields = _TEXT_CONTENT[0] + _length_line(len(text))
             if exc.status_code == 503:
