@@ -11594,11 +11594,11 @@ const settle = () => batch(() => update(observer.takeRecords()));
 // `args` gives an action's arguments as they are now. A request asks anew for each attempt.
 
 const setEach = (filter, change) => batch(() => {
-  const within = (value) => Array.isArray(value) ? value.map(within)
-    : isPlain(value) ? Object.fromEntries(Object.entries(value).map(([k, v]) => [k, within(v)]))
+  const deep = (value) => Array.isArray(value) ? value.map(deep)
+    : isPlain(value) ? Object.fromEntries(Object.entries(value).map(([k, v]) => [k, deep(v)]))
     : change(value);
   for (const [keys, value] of leaves(data).filter(chooser(filter))) {
-    put(keys.join('.'), within(value));
+    put(keys.join('.'), deep(value));
   }
 });
 
