@@ -5337,8 +5337,8 @@ def _data_lines(text: str, key: str = "") -> str:
 
 def _one_line(value: object) -> str:
     text = _as_text(value)
-    if "\0" in text or _LINE_BREAK.search(text):
-        raise StarioError(f"event, id and selector cannot hold line breaks or NUL: {text[:60]!r}")
+    if isinstance(value, (bytes, types.NoneType)) or "\0" in text or _LINE_BREAK.search(text):
+        raise StarioError(f"event, id and selector are text without line breaks: not {text[:60]!r}")
     return text
 
 

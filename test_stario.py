@@ -6487,6 +6487,16 @@ class TestDatastar(unittest.TestCase):
             "event: plain\ndata: a\ndata: b\n\n",
         )
 
+    def test_an_id_is_text_or_a_number_and_never_the_name_of_bytes(self) -> None:
+        carrier = Kept()
+        writer = Writer(carrier, a_request(), None)
+        writer.event("tick", id=7)  # type: ignore[arg-type]
+        self.assertIn(b"id: 7\n", carrier.kept)
+        wrong: list[tuple[Any, Any]] = [("tick", b"17-0"), (b"tick", None), (None, None)]
+        for name, number in wrong:
+            with self.subTest((name, number)), self.assertRaisesRegex(StarioError, "are text"):
+                writer.event(name, id=number)
+
     def test_the_words_of_a_patch_may_be_members_of_an_enum(self) -> None:
         class Words(str, enum.Enum):  # noqa: UP042 - in an f-string it is `Words.INNER`
             INNER = "inner"
