@@ -2003,9 +2003,7 @@ class Router:
             raise StarioError(f"a path has no scheme and no host, as {path!r} has: write '/users'")
         _check_handler(f"{method} {path}", handler)
         name, path = getattr(handler, "__name__", ""), "/" + path.lstrip("/")
-        for wrap in reversed(middleware):
-            handler = _wrapped(wrap, handler)
-        self._add(method.upper(), path, handler, name)
+        self._add(method.upper(), path, _wrapped(handler, middleware), name)
 
     def url(self, name: str, /, **params: object) -> str:
         """The path of the route whose handler has this name: `app.url("user", id=3)`.
@@ -2024,8 +2022,7 @@ class Router:
     def _add(self, method: str, path: str, handler: Handler, name: str, host: str = "") -> None:
         """Add a route for a host, or for any, within this router's middleware."""
         self._check_open()
-        for wrap in reversed(self._middleware):
-            handler = _wrapped(wrap, handler)
+        handler = _wrapped(handler, self._middleware)
         (_tree_of(self, host) if host else self._tree).add(method, path, handler)
         self._routes.append((method, path, handler, name, host))
 
@@ -2244,9 +2241,7 @@ class _App(Router):
     def use(self, *middleware: Middleware) -> None:
         """Wrap every route that follows, and the answers where there is no route."""
         super().use(*middleware)
-        self._fallback = self._no_route
-        for wrap in reversed(self._middleware):
-            self._fallback = _wrapped(wrap, self._fallback)
+        self._fallback = _wrapped(self._no_route, self._middleware)
 
     async def dispatch(self, request: Request, carrier: Carrier) -> None:
         """Take one request from its carrier to its handler, and its answer back.
@@ -10372,15 +10367,16 @@ def _check_middleware(middleware: Any) -> None:
         raise StarioError(f"the middleware {name} is a plain function: `def`, without async")
 
 
-def _wrapped(middleware: Middleware, handler: Handler) -> Handler:
-    """The handler within a middleware. StarioError where that is none."""
-    _check_middleware(middleware)
-    wrapped = middleware(handler)
-    if not callable(wrapped):
-        name = getattr(middleware, "__name__", repr(middleware))
-        raise StarioError(f"the middleware {name} gives {wrapped!r}: it has to return a handler")
-    _check_arguments(wrapped, "c, w")
-    return wrapped
+def _wrapped(handler: Handler, middleware: Sequence[Middleware]) -> Handler:
+    """The handler within middleware, of which the first is the outermost. StarioError for none."""
+    for wrap in reversed(middleware):
+        _check_middleware(wrap)
+        handler = wrap(handler)
+        if not callable(handler):
+            name = getattr(wrap, "__name__", repr(wrap))
+            raise StarioError(f"middleware {name} gives {handler!r}: it has to return a handler")
+        _check_arguments(handler, "c, w")
+    return handler
 
 
 def _check_order(wanted: str, first: object, second: object, kind: type = object) -> None:
