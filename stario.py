@@ -61,10 +61,10 @@ brackets can be left out of your copy: `python stario.py --without assets,client
         787  5. The request: headers, query, cookies, body
        1257  6. The answer: status, fields, body
        1688  7. Context and routing
-       2142  8. The app
-     2332  ACT 2. On the network
-       2340  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3401  10. The server
+       2139  8. The app
+     2327  ACT 2. On the network
+       2335  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
+       3396  10. The server
        4221  11. Trying it without a network: the test client [testclient]
      4673  ACT 3. Live
        4721  12. Datastar: attributes and actions
@@ -87,10 +87,10 @@ brackets can be left out of your copy: `python stario.py --without assets,client
       10051  28. Reload: a saved file restarts the app [reload]
       10195  29. Development: what went wrong, shown where one looks [development]
       10306  30. What is refused
-    10668  ACT 5. The pocket client
-      10709  31. The pocket client (JavaScript) [client]
-      12077  32. This file as a page [read]
-      12247  33. An app to begin with
+    10669  ACT 5. The pocket client
+      10710  31. The pocket client (JavaScript) [client]
+      12078  32. This file as a page [read]
+      12248  33. An app to begin with
 
 READING PATH
 
@@ -103,11 +103,11 @@ Two hours, for a reader who wants to know how it works, not all that it does. Re
      1416-1604   `_RawWriter`  the answer
      1706-1806   `Context`  what a handler gets beside it
      1896-1911   `_Tree.find`  from a path to a handler
-     2251-2284   `_App.dispatch`  one request from end to end
-     2699-2812   `_RequestReader`  bytes to requests
-     3157-3397   `Connection`  one connection, many requests
-     3827-3848   `Server.start`  listening
-     3963-3980   `Server.stop`  ending without losing a request
+     2246-2279   `_App.dispatch`  one request from end to end
+     2694-2807   `_RequestReader`  bytes to requests
+     3152-3392   `Connection`  one connection, many requests
+     3822-3843   `Server.start`  listening
+     3958-3980   `Server.stop`  ending without losing a request
      5426-5546   `_EventWriter`  events
      5635-5697   `_Scope`  how a disconnect reaches a handler
      5725-5811   `Alive`  staying with a client
@@ -3971,6 +3971,11 @@ class Server:
                 if not self._graceful_timeout:  # a second signal has come
                     deadline = min(deadline, time.monotonic() + _CLEANUP)
                 _, waiting = await asyncio.wait(waiting, timeout=0.1)
+        except asyncio.CancelledError:  # no more patience: cut off what is left, and then end
+            for worker in self._workers:
+                worker.deadline = 0.0
+            await asyncio.wait(waiting, timeout=2 * _CLEANUP)
+            raise
         finally:
             await self._ending.aclose()
 

@@ -5483,11 +5483,11 @@ class TestStopping(StreamTest):
         w.text("hello")
 
     @asynccontextmanager
-    async def stopping(self, server: Server) -> AsyncIterator[None]:
+    async def stopping(self, server: Server) -> AsyncIterator[asyncio.Task[None]]:
         """From the first moment of a stop to its end."""
         task = asyncio.create_task(server.stop())
         await until(lambda: not server._listener.sockets)
-        yield
+        yield task
         await within(task)
 
     async def test_every_answer_from_then_on_says_that_its_connection_ends(self) -> None:
@@ -5527,6 +5527,32 @@ class TestStopping(StreamTest):
             for peer in (idle, fresh, two, waiting):
                 self.assertEqual(await within(peer.rest()), b"")
                 await peer.close()
+
+    async def test_a_stop_that_is_cancelled_still_leaves_the_lifespans_last(self) -> None:
+        async def slow(c: Context, w: Writer) -> None:
+            self.ready.set()
+            try:
+                await asyncio.Event().wait()
+            finally:
+                self.log.append("handler")
+
+        @asynccontextmanager
+        async def database(app: Stario) -> AsyncIterator[None]:
+            yield
+            self.log.append("closed")
+
+        app = self.app(slow)
+        app.lifespan(database)
+        server = Server(app, port=0, graceful_timeout=60)
+        await server.start()
+        peer = await Peer.connect(server.port)
+        await peer.send(GET)
+        await within(self.ready.wait())
+        with self.assertRaises(asyncio.CancelledError):
+            async with self.stopping(server) as task:
+                task.cancel()
+        self.assertEqual(self.log, ["handler", "closed"])
+        await peer.close()
 
     async def test_what_waits_to_be_accepted_is_answered(self) -> None:
         for workers in (1, 2):
