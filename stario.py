@@ -61,36 +61,36 @@ brackets can be left out of your copy: `python stario.py --without assets,client
         787  5. The request: headers, query, cookies, body
        1257  6. The answer: status, fields, body
        1688  7. Context and routing
-       2139  8. The app
-     2327  ACT 2. On the network
-       2335  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3396  10. The server
-       4221  11. Trying it without a network: the test client [testclient]
-     4673  ACT 3. Live
-       4721  12. Datastar: attributes and actions
-       5302  13. Streams: events, and staying with a client
-       5815  14. Relay: publish and subscribe
-     6113  ACT 4. For real
-       6120  15. Signals: from JSON to your dataclass
-       6874  16. Forms [forms]
-       7077  17. Behind a proxy
-       7187  18. Compression [compression]
-       7396  19. Static files [assets]
-       7961  20. Telemetry: spans, and who hears of them
-       8552  21. JsonTracer: for log collectors [json]
-       8626  22. RichTracer: for people [rich]
-       9057  23. Sessions [sessions]
-       9171  24. What lives as long as the server
-       9272  25. @baked
-       9554  26. ASGI: the same app under another server [asgi]
-       9773  27. RedisRelay: the same between processes and machines [redis]
-      10051  28. Reload: a saved file restarts the app [reload]
-      10195  29. Development: what went wrong, shown where one looks [development]
-      10306  30. What is refused
-    10669  ACT 5. The pocket client
-      10710  31. The pocket client (JavaScript) [client]
-      12078  32. This file as a page [read]
-      12248  33. An app to begin with
+       2138  8. The app
+     2326  ACT 2. On the network
+       2334  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
+       3394  10. The server
+       4219  11. Trying it without a network: the test client [testclient]
+     4671  ACT 3. Live
+       4719  12. Datastar: attributes and actions
+       5300  13. Streams: events, and staying with a client
+       5813  14. Relay: publish and subscribe
+     6111  ACT 4. For real
+       6118  15. Signals: from JSON to your dataclass
+       6872  16. Forms [forms]
+       7075  17. Behind a proxy
+       7185  18. Compression [compression]
+       7394  19. Static files [assets]
+       7959  20. Telemetry: spans, and who hears of them
+       8551  21. JsonTracer: for log collectors [json]
+       8625  22. RichTracer: for people [rich]
+       9055  23. Sessions [sessions]
+       9169  24. What lives as long as the server
+       9270  25. @baked
+       9552  26. ASGI: the same app under another server [asgi]
+       9771  27. RedisRelay: the same between processes and machines [redis]
+      10049  28. Reload: a saved file restarts the app [reload]
+      10193  29. Development: what went wrong, shown where one looks [development]
+      10304  30. What is refused
+    10667  ACT 5. The pocket client
+      10708  31. The pocket client (JavaScript) [client]
+      12076  32. This file as a page [read]
+      12246  33. An app to begin with
 
 READING PATH
 
@@ -101,17 +101,17 @@ Two hours, for a reader who wants to know how it works, not all that it does. Re
      1062-1239   `Request`  what a client asks for
      1268-1336   `Carrier`  what brings the answer back
      1416-1604   `_RawWriter`  the answer
-     1706-1806   `Context`  what a handler gets beside it
-     1896-1911   `_Tree.find`  from a path to a handler
-     2246-2279   `_App.dispatch`  one request from end to end
-     2694-2807   `_RequestReader`  bytes to requests
-     3152-3392   `Connection`  one connection, many requests
-     3822-3843   `Server.start`  listening
-     3958-3980   `Server.stop`  ending without losing a request
-     5426-5546   `_EventWriter`  events
-     5635-5697   `_Scope`  how a disconnect reaches a handler
-     5725-5811   `Alive`  staying with a client
-     5966-6058   `Relay`  from one handler to another
+     1706-1805   `Context`  what a handler gets beside it
+     1895-1910   `_Tree.find`  from a path to a handler
+     2245-2278   `_App.dispatch`  one request from end to end
+     2692-2805   `_RequestReader`  bytes to requests
+     3150-3390   `Connection`  one connection, many requests
+     3820-3841   `Server.start`  listening
+     3956-3978   `Server.stop`  ending without losing a request
+     5424-5544   `_EventWriter`  events
+     5633-5695   `_Scope`  how a disconnect reaches a handler
+     5723-5809   `Alive`  staying with a client
+     5964-6056   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -1745,8 +1745,7 @@ class Context:
             if req.route:
                 attributes["http.route"] = req.route
             name = f"{req.method} {req.route}".rstrip()
-            caller = _caller_of(req.headers._values("traceparent"))  # its span (20)
-            self._span = Span(self.app.tracer, name, attributes, caller)
+            self._span = Span(self.app.tracer, name, attributes, _caller_of(req.headers))
         return self._span
 
     def __call__(
@@ -2448,11 +2447,10 @@ class _Framing:
     def __init__(self, lines: bytes) -> None:
         """From the fields that matter here, one on a line (RFC 9112, section 6)."""
         fields = _split_fields(lines)
-        for name, values in fields.items():
-            if name in _SINGLE_FIELDS:
-                pattern, wrong = _SINGLE_FIELDS[name]
-                if len(values) > 1 or not pattern.fullmatch(values[0]):
-                    raise HttpException(400, wrong)
+        for name, (pattern, wrong) in _SINGLE_FIELDS.items():
+            values = fields.get(name, [])
+            if len(values) > 1 or (values and not pattern.fullmatch(values[0])):
+                raise HttpException(400, wrong)
         self.length = int(fields["content-length"][0]) if "content-length" in fields else 0
         self.chunked = "transfer-encoding" in fields
         if self.chunked and "content-length" in fields:
@@ -8056,11 +8054,12 @@ _TRACEPARENT = re.compile(
 )
 
 
-def _caller_of(fields: Sequence[str]) -> _Caller | None:
+def _caller_of(headers: Headers) -> _Caller | None:
     """The caller that `traceparent` names: `00-<trace id>-<span id>-01`, where 01 means sampled.
 
     None if the field is missing, there twice, or malformed.
     """
+    fields = headers._values("traceparent")
     found = _TRACEPARENT.fullmatch(fields[0]) if len(fields) == 1 else None
     return _Caller(found[1], found[2], bool(int(found[3], 16) & 1)) if found else None
 
@@ -8760,6 +8759,7 @@ class RichTracer(_StreamTracer):
 
         While more than twenty a second are counted, no tree is shown.
         """
+        self._second = time.monotonic()
         summed, self._summed = self._summed, {}
         burst = sum(map(len, summed.values())) > _MOST_SHOWN
         self._shown = _MOST_SHOWN if burst else 0
@@ -8791,10 +8791,8 @@ class RichTracer(_StreamTracer):
         super()._write_all(ending)
 
     def _compose(self, ending: bool) -> str:
-        now = time.monotonic()
-        if now - self._second >= 1 or ending:
+        if ending or time.monotonic() - self._second >= 1:
             self._sum_up()
-            self._second = now
         roots = [branch for branch in self._open.values() if branch.root is branch]
         if ending:
             self._show([self._look.heading(root.span) for root in roots])
