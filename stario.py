@@ -65,32 +65,32 @@ brackets can be left out of your copy: `python stario.py --without assets,client
      2326  ACT 2. On the network
        2334  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
        3394  10. The server
-       4219  11. Trying it without a network: the test client [testclient]
-     4671  ACT 3. Live
-       4719  12. Datastar: attributes and actions
-       5300  13. Streams: events, and staying with a client
-       5813  14. Relay: publish and subscribe
-     6111  ACT 4. For real
-       6118  15. Signals: from JSON to your dataclass
-       6872  16. Forms [forms]
-       7075  17. Behind a proxy
-       7185  18. Compression [compression]
-       7394  19. Static files [assets]
-       7959  20. Telemetry: spans, and who hears of them
-       8551  21. JsonTracer: for log collectors [json]
-       8625  22. RichTracer: for people [rich]
-       9055  23. Sessions [sessions]
-       9169  24. What lives as long as the server
-       9270  25. @baked
-       9552  26. ASGI: the same app under another server [asgi]
-       9771  27. RedisRelay: the same between processes and machines [redis]
-      10049  28. Reload: a saved file restarts the app [reload]
-      10193  29. Development: what went wrong, shown where one looks [development]
-      10304  30. What is refused
-    10667  ACT 5. The pocket client
-      10708  31. The pocket client (JavaScript) [client]
-      12076  32. This file as a page [read]
-      12246  33. An app to begin with
+       4216  11. Trying it without a network: the test client [testclient]
+     4668  ACT 3. Live
+       4716  12. Datastar: attributes and actions
+       5297  13. Streams: events, and staying with a client
+       5810  14. Relay: publish and subscribe
+     6108  ACT 4. For real
+       6115  15. Signals: from JSON to your dataclass
+       6869  16. Forms [forms]
+       7072  17. Behind a proxy
+       7182  18. Compression [compression]
+       7391  19. Static files [assets]
+       7956  20. Telemetry: spans, and who hears of them
+       8548  21. JsonTracer: for log collectors [json]
+       8622  22. RichTracer: for people [rich]
+       9052  23. Sessions [sessions]
+       9166  24. What lives as long as the server
+       9267  25. @baked
+       9549  26. ASGI: the same app under another server [asgi]
+       9768  27. RedisRelay: the same between processes and machines [redis]
+      10046  28. Reload: a saved file restarts the app [reload]
+      10190  29. Development: what went wrong, shown where one looks [development]
+      10301  30. What is refused
+    10664  ACT 5. The pocket client
+      10705  31. The pocket client (JavaScript) [client]
+      12073  32. This file as a page [read]
+      12243  33. An app to begin with
 
 READING PATH
 
@@ -106,12 +106,12 @@ Two hours, for a reader who wants to know how it works, not all that it does. Re
      2245-2278   `_App.dispatch`  one request from end to end
      2692-2805   `_RequestReader`  bytes to requests
      3150-3390   `Connection`  one connection, many requests
-     3820-3841   `Server.start`  listening
-     3956-3978   `Server.stop`  ending without losing a request
-     5424-5544   `_EventWriter`  events
-     5633-5695   `_Scope`  how a disconnect reaches a handler
-     5723-5809   `Alive`  staying with a client
-     5964-6056   `Relay`  from one handler to another
+     3817-3838   `Server.start`  listening
+     3953-3975   `Server.stop`  ending without losing a request
+     5421-5541   `_EventWriter`  events
+     5630-5692   `_Scope`  how a disconnect reaches a handler
+     5720-5806   `Alive`  staying with a client
+     5961-6053   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -3784,11 +3784,8 @@ class Server:
         self._ssl = ssl
         self._graceful_timeout = graceful_timeout
         self._proxies = TrustedProxies(trusted_proxies) if trusted_proxies else None
-        for name, value, least in (
-            ("workers", workers, 1),
-            ("port", port, 0),
-            ("backlog", options.get("backlog", 0), 0),
-        ):
+        ints = ("workers", workers, 1), ("port", port, 0), ("backlog", options.get("backlog", 0), 0)
+        for name, value, least in ints:
             if not isinstance(value, int) or value < least:
                 raise StarioError(f"{name} is {value!r}: a whole number from {least} up is needed")
         if not isinstance(graceful_timeout, (int, float)) or not graceful_timeout >= 0:
