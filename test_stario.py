@@ -16845,6 +16845,11 @@ class TestRecipes(AsyncTest):
 # -- Tiles
 
 
+@dataclass
+class HomeSignals:
+    user_id: str
+
+
 class TestWalkthrough(AsyncTest):
     """The walkthrough's snippets, by its sections, on one app."""
 
@@ -16862,84 +16867,76 @@ class TestWalkthrough(AsyncTest):
             [h.Div({"id": f"c{cell}"}, self.board.get(cell)) for cell in range(25)],
         )
 
+    async def home(self, c: Context, w: Writer) -> None:
+        user_id = str(uuid.uuid4())[:8]
+        c["user_id"] = user_id
+        w.html(self.home_view(user_id))
+
+    async def subscribe(self, c: Context, w: Writer) -> None:
+        signals = await c.signals(HomeSignals)
+        if not signals.user_id:
+            c("No user id", {"hint": "user had to change something manually"})
+            w.redirect("/")
+            return
+
+        # Register user and notify everyone
+        self.users.add(signals.user_id)
+        self.relay.publish("join", signals.user_id)
+        c("on_join", {"user_id": signals.user_id})
+        c["user_id"] = signals.user_id
+
+        # Send initial state
+        w.patch(self.home_view(signals.user_id))
+        c("onload patch")
+
+        # Loop until client disconnects
+        async for event, user_id in w.alive(self.relay.subscribe("*")):
+            c("on_event", {"event": event, "user_id": user_id})
+            w.patch(self.home_view(signals.user_id))
+
+        # Cleanup - runs after disconnect
+        self.users.discard(signals.user_id)
+        self.relay.publish("leave", signals.user_id)
+        c("on_leave", {"user_id": signals.user_id})
+
+    async def click(self, c: Context, w: Writer) -> None:
+        # Validate input
+        signals = await c.signals(HomeSignals)
+        if not signals.user_id or signals.user_id not in self.users:
+            c("No user id or user not connected", {"user_id": signals.user_id})
+            w.redirect("/")
+            return
+
+        cell_id_param = c.req.query.get("cellId")
+        if cell_id_param is None:
+            c("No cell id", {"hint": "pass cellId as query parameter"})
+            w.redirect("/")
+            return
+
+        cell_id = int(cell_id_param)
+        c["user_id"] = signals.user_id
+        c["cell_id"] = cell_id
+
+        # Respond immediately - client gets 204 No Content right now
+        w.empty(204)
+
+        # Everything below still runs after the response is sent
+        user_color = signals.user_id
+        if self.board.get(cell_id) == user_color:
+            self.board.pop(cell_id, None)
+        else:
+            self.board[cell_id] = user_color
+
+        self.relay.publish("click", signals.user_id)
+
     def app(self) -> Stario:
-        users, board, relay, home_view = self.users, self.board, self.relay, self.home_view
-
-        @dataclass
-        class HomeSignals:
-            user_id: str
-
-        globals()["HomeSignals"] = HomeSignals  # as at the top of a module
-
-        async def home(c: Context, w: Writer) -> None:
-            user_id = str(uuid.uuid4())[:8]
-            c["user_id"] = user_id
-            w.html(home_view(user_id))
-
-        async def subscribe(c: Context, w: Writer) -> None:
-            signals = await c.signals(HomeSignals)
-            if not signals.user_id:
-                c("No user id", {"hint": "user had to change something manually"})
-                w.redirect("/")
-                return
-
-            # Register user and notify everyone
-            users.add(signals.user_id)
-            relay.publish("join", signals.user_id)
-            c("on_join", {"user_id": signals.user_id})
-            c["user_id"] = signals.user_id
-
-            # Send initial state
-            w.patch(home_view(signals.user_id))
-            c("onload patch")
-
-            # Loop until client disconnects
-            async for event, user_id in w.alive(relay.subscribe("*")):
-                c("on_event", {"event": event, "user_id": user_id})
-                w.patch(home_view(signals.user_id))
-
-            # Cleanup - runs after disconnect
-            users.discard(signals.user_id)
-            relay.publish("leave", signals.user_id)
-            c("on_leave", {"user_id": signals.user_id})
-
-        async def click(c: Context, w: Writer) -> None:
-            # Validate input
-            signals = await c.signals(HomeSignals)
-            if not signals.user_id or signals.user_id not in users:
-                c("No user id or user not connected", {"user_id": signals.user_id})
-                w.redirect("/")
-                return
-
-            cell_id_param = c.req.query.get("cellId")
-            if cell_id_param is None:
-                c("No cell id", {"hint": "pass cellId as query parameter"})
-                w.redirect("/")
-                return
-
-            cell_id = int(cell_id_param)
-            c["user_id"] = signals.user_id
-            c["cell_id"] = cell_id
-
-            # Respond immediately - client gets 204 No Content right now
-            w.empty(204)
-
-            # Everything below still runs after the response is sent
-            user_color = signals.user_id
-            if board.get(cell_id) == user_color:
-                board.pop(cell_id, None)
-            else:
-                board[cell_id] = user_color
-
-            relay.publish("click", signals.user_id)
-
         self.tracer = tracer = JsonTracer(self.out)
         with tracer:
             app = Stario(tracer)
             app.assets("/static", {"css/style.css": "body{}"})
-            app.get("/", home)
-            app.get("/subscribe", subscribe)
-            app.post("/click", click)
+            app.get("/", self.home)
+            app.get("/subscribe", self.subscribe)
+            app.post("/click", self.click)
         return app
 
     def spans(self, name: str) -> list[dict[str, Any]]:
