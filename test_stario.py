@@ -1032,16 +1032,66 @@ class TestMistakes(unittest.TestCase):
             app.get(path, _fine)
         return app
 
-    def _at_once(self) -> dict[str, Callable[[], Any]]:
-        """What a program does wrong before anybody asks, by a part of the sentence for it."""
-        h, data, at, app = stario.h, stario.data, stario.at, Stario
+    def _at_registration(self) -> dict[str, Callable[[], Any]]:
+        """What a program does wrong with handlers and middleware, by a part of the sentence."""
+        app = Stario
 
         def sync(c: Any, w: Any) -> None: ...
         async def short(c: Any) -> None: ...
+        async def swapped(w: Any, c: Any) -> None: ...
         async def slow(handler: Any) -> Any: ...
+
+        def express(handler: Any) -> Any:
+            async def inner(c: Any, w: Any, next: Any) -> None: ...
+
+            return inner
+
+        def backwards(handler: Any) -> Any:
+            async def inner(w: Any, c: Any) -> None: ...
+
+            return inner
+
+        any_: Any = object()
+        wrong: Any = _fine
+        return {
+            "write `async def sync(c, w)`": lambda: app().get("/", sync),  # type: ignore[arg-type]
+            "short is called as short(c, w)": lambda: app().get("/", short),  # type: ignore[arg-type]
+            "swapped(w, c) gets them in the other order": lambda: app().get("/", swapped),
+            "was called: give it without its parentheses": lambda: app().get("/", wrong(1, any_)),
+            "a handler is no class: give a function, or dict()": lambda: app().get("/", dict),
+            "Not a decorator: app.get('/', handler)": lambda: app().get("/x"),
+            "it has to return a handler": lambda: app().get("/", _fine, lambda handler: any_),
+            "_guarded(handler): missing": lambda: app().get("/", _fine, stario.same_origin(wrong)),  # type: ignore[arg-type]
+            "slow is a plain function: `def`": lambda: app().get("/", _fine, slow),  # type: ignore[arg-type]
+            "called with (handler): not None": lambda: app().get("/", _fine, None),  # type: ignore[arg-type]
+            "called with (handler): not '/api'": lambda: app().use(cast("Any", "/api")),
+            "called as inner(c, w): missing": lambda: app().get("/", _fine, express),
+            "inner(w, c) gets them in the other order": lambda: app().get("/", _fine, backwards),
+            "called as <lambda>(handler): missing": lambda: app().use(lambda c, w: any_),  # type: ignore[arg-type,misc]
+            "a Session needs its key: app.use(Session(key))": lambda: app().use(stario.Session),  # type: ignore[arg-type]
+            "needs 16 bytes or more": lambda: stario.Session(None),  # type: ignore[arg-type]
+            "called with (c, w, exc): not None": lambda: app().on_error(KeyError, None),  # type: ignore[arg-type]
+            "_fine was called: give": lambda: app().on_error(KeyError, wrong(1, any_)),
+            "in the other order: write (c, w, exc)": lambda: app().on_error(
+                KeyError, cast("Any", lambda w, c, exc: None)
+            ),
+        }  # fmt: skip
+
+    def _of_routes(self) -> dict[str, Callable[[], Any]]:
+        """Of paths, routers and lifespans."""
+        app, any_ = Stario, cast("Any", object())
 
         async def lived(app: Any) -> AsyncIterator[None]:
             yield
+
+        @contextmanager
+        def opened(app: Any) -> Iterator[None]:
+            yield
+
+        async def waits(app: Any) -> None: ...
+
+        def url(**params: object) -> str:
+            return self._app("/{id:int}").url("_fine", **params)
 
         def mount_twice() -> None:
             router, parent = stario.Router(), app()
@@ -1049,53 +1099,77 @@ class TestMistakes(unittest.TestCase):
             parent.mount("/x", router)
             parent.mount("/x", router)
 
-        any_: Any = object()
-        wrong: Any = _fine
+        def mount_itself() -> None:
+            one = self._app("/")
+            one.mount("/x", one)
+
         entered = asynccontextmanager(lived)(any_)
         return {
-            "write `async def sync(c, w)`": lambda: app().get("/", sync),  # type: ignore[arg-type]
-            "short is called as short(c, w)": lambda: app().get("/", short),  # type: ignore[arg-type]
-            "was called: give it without its parentheses": lambda: app().get("/", wrong(1, any_)),
-            "it has to return a handler": lambda: app().get("/", _fine, lambda handler: any_),
-            "_guarded(handler): missing": lambda: app().get("/", _fine, stario.same_origin(wrong)),  # type: ignore[arg-type]
-            "slow is a plain function: `def`": lambda: app().get("/", _fine, slow),  # type: ignore[arg-type]
             "'/<id>': a parameter is a whole": lambda: self._app("/<id>"),
             "'/:id': a parameter is a whole": lambda: self._app("/:id"),
             "'/{id': a parameter is a whole": lambda: self._app("/{id"),
+            r"'/x/(\\d+)': a parameter is a whole segment": lambda: self._app(r"/x/(\d+)"),
+            "no scheme and no host, as 'http://a/x' has": lambda: self._app("http://a/x"),
             "/a/{y} cannot be told apart from GET /a/{x}": lambda: self._app("/a/{x}", "/a/{y}"),
             "GET /x cannot be told apart from GET /x": mount_twice,
-            "Not a decorator: app.get('/', handler)": lambda: app().get("/x"),
-            "needs a handler named 'nope'; found: none": lambda: app().url("nope"),
-            "compression is a CompressionConfig(...), not": lambda: app(compression=any_),
-            "a schema is a dataclass, a TypedDict": lambda: read_signals(Stario, {}),
-            "{'a': 1}: a schema is a dataclass": lambda: read_signals(cast("Any", {"a": 1}), {}),
-            'write mount("/shop", router)': lambda: app().mount(any_, "/x"),  # type: ignore[arg-type]
+            "a router cannot be mounted in itself": mount_itself,
+            'write mount("/shop", router)': lambda: app().mount(any_, "/x"),
             'write host("api.example.com", router)': lambda: app().host("x.y", any_),
             'write assets("/static", "directory")': lambda: app().assets(any_, "/static"),
-            "called with (handler): not None": lambda: app().get("/", _fine, None),  # type: ignore[arg-type]
-            "called with (c, w, exc): not None": lambda: app().on_error(KeyError, None),  # type: ignore[arg-type]
-            "_fine was called: give": lambda: app().on_error(KeyError, wrong(1, any_)),
+            "needs a handler named 'nope'; found: none": lambda: app().url("nope"),
+            "needs a value for {id:int}: write id=...": url,
+            "'x' does not fit {id:int} in /{id:int}": lambda: url(id="x"),
             "asynccontextmanager above lived": lambda: app().lifespan(lived),  # type: ignore[arg-type]
+            "asynccontextmanager above opened": lambda: app().lifespan(opened),  # type: ignore[arg-type]
+            "above waits, and let it be an `async def`": lambda: app().lifespan(waits),  # type: ignore[arg-type]
             "the lifespan was called": lambda: app().lifespan(cast("Any", entered)),
-            "write publish('room.1', data)": lambda: Relay[Any]().publish(cast("Any", {"a": 1})),
-            "write at.post('/x', {'id': 3})": lambda: at.post("/y", cast("Any", "id=3")),
-            "not with None and None": lambda: at.get(cast("Any", None)),
-            "200 is no error: answer with w.html": lambda: HttpException(200),
+        }  # fmt: skip
+
+    def _of_options(self) -> dict[str, Callable[[], Any]]:
+        """Of options, schemas and relays."""
+        app, any_ = Stario, cast("Any", object())
+        binary: Any = io.BytesIO()
+        return {
+            "compression is a CompressionConfig(...), not": lambda: app(compression=any_),
+            "gzip_level is a whole number": lambda: stario.CompressionConfig(gzip_level=10),
             "max_body is a number of bytes, not '1'": lambda: app(max_body="1"),  # type: ignore[arg-type]
+            "max_body is a number of bytes, not -1": lambda: app(max_body=-1),
+            "no option 'max_header': one of": lambda: TestClient(app(), max_header=9),
             "TestClient(app) takes a Stario, not": lambda: TestClient(any_),
+            "stream of text, like sys.stdout, not <_io.B": lambda: JsonTracer(binary),
+            "bytes are needed, not str: encode it": lambda: stario._bytes(cast("Any", "text")),
+            "200 is no error: answer with w.html": lambda: HttpException(200),
+            "a schema is a dataclass, a TypedDict": lambda: read_signals(Stario, {}),
+            "{'a': 1}: a schema is a dataclass": lambda: read_signals(cast("Any", {"a": 1}), {}),
+            "write publish('room.1', data)": lambda: Relay[Any]().publish(cast("Any", {"a": 1})),
             "a pattern is text, not ['a']": lambda: Relay[str]().subscribe(["a"]),  # type: ignore[arg-type]
-            "needs 16 bytes or more": lambda: stario.Session(None),  # type: ignore[arg-type]
+            "no overflow rule 'newest'": lambda: Relay[str]().subscribe("a", overflow="newest"),  # type: ignore[arg-type]
+        }  # fmt: skip
+
+    def _of_builders(self) -> dict[str, Callable[[], Any]]:
+        """Of HTML, `data` and `at`."""
+        h, data, at = stario.h, stario.data, stario.at
+        handler: Any = _fine
+        text: Any = "a: b"
+        return {
             "begin with a capital: h.Div": lambda: h.div("x"),
             'attributes are a dict, h.Div({"id": "x"})': lambda: h.Div(id="x"),
             "there is no element here to put them on": lambda: stario.render({"id": "x"}),
-            "function cannot stand in HTML: give text": lambda: h.P(sync),
+            "function cannot stand in HTML: give text": lambda: h.P(handler),
             "Write 0.5, or '500s'": lambda: data.on("input", "$x", debounce=500),
-            "give a dict from names to expressions": lambda: data.class_(any_),
+            "is JavaScript, as text: not <function": lambda: data.on("x", handler),
+            "cannot be named in an attribute: rename it": lambda: data.on(at.get("/x"), "click"),
+            "as text: not '<p>x</p>'": lambda: data.text(h.P("x")),
+            "give a dict from names to expressions": lambda: data.class_(handler),
             "without $: not '$x'": lambda: data.bind("$x"),
+            "not with None and None": lambda: at.get(cast("Any", None)),
+            "write at.post('/x', {'id': 3})": lambda: at.post("/y", cast("Any", "id=3")),
             "one of auto, error, always, never ('never'?)": lambda: at.get("/", retry="neverr"),  # type: ignore[arg-type]
             "one of json, form": lambda: at.get("/", content_type="text"),  # type: ignore[arg-type]
             "cleanup, disabled ('disabled'?)": lambda: at.get("/", request_cancellation="disable"),
-            "no overflow rule 'newest'": lambda: Relay[str]().subscribe("a", overflow="newest"),  # type: ignore[arg-type]
+            "headers is a dict, not 'a: b'": lambda: at.get("/", headers=text),
+            "response_overrides is a dict, not": lambda: at.get("/", response_overrides=text),
+            "open_when_hidden is True or False": lambda: at.get("/", open_when_hidden=text),
         }  # fmt: skip
 
     def _awaited(self) -> dict[str, Callable[[Context, Writer], Any]]:
@@ -1179,73 +1253,6 @@ class TestMistakes(unittest.TestCase):
             "call it, and await what is async": lambda c, w: c.req.form["x"],
         }
 
-    def _of_options(self) -> dict[str, Callable[[], Any]]:
-        """More of what a program does wrong before anybody asks."""
-        h, data, at, app = stario.h, stario.data, stario.at, Stario
-        any_: Any = object()
-
-        any_binary: Any = io.BytesIO()
-
-        async def swapped(w: Any, c: Any) -> None: ...
-
-        @contextmanager
-        def opened(app: Any) -> Iterator[None]:
-            yield
-
-        async def waits(app: Any) -> None: ...
-
-        def express(handler: Any) -> Any:
-            async def inner(c: Any, w: Any, next: Any) -> None: ...
-
-            return inner
-
-        def backwards(handler: Any) -> Any:
-            async def inner(w: Any, c: Any) -> None: ...
-
-            return inner
-
-        def url(**params: object) -> str:
-            return self._app("/{id:int}").url("_fine", **params)
-
-        def mount_itself() -> None:
-            one = self._app("/")
-            one.mount("/x", one)
-
-        return {
-            "swapped(w, c) gets them in the other order": lambda: app().get("/", swapped),
-            "inner(w, c) gets them in the other order": lambda: app().get("/", _fine, backwards),
-            "in the other order: write (c, w, exc)": lambda: app().on_error(
-                KeyError, cast("Any", lambda w, c, exc: None)
-            ),
-            "stream of text, like sys.stdout, not <_io.B": lambda: JsonTracer(any_binary),
-            "asynccontextmanager above opened": lambda: app().lifespan(opened),  # type: ignore[arg-type]
-            "above waits, and let it be an `async def`": lambda: app().lifespan(waits),  # type: ignore[arg-type]
-            "a Session needs its key: app.use(Session(key))": lambda: app().use(stario.Session),  # type: ignore[arg-type]
-            "called with (handler): not '/api'": lambda: app().use(cast("Any", "/api")),
-            "called as inner(c, w): missing": lambda: app().get("/", _fine, express),
-            "called as <lambda>(handler): missing": lambda: app().use(lambda c, w: any_),  # type: ignore[arg-type,misc]
-            "a handler is no class: give a function, or dict()": lambda: app().get("/", dict),
-            r"'/x/(\\d+)': a parameter is a whole segment": lambda: self._app(r"/x/(\d+)"),
-            "no scheme and no host, as 'http://a/x' has": lambda: self._app("http://a/x"),
-            "a router cannot be mounted in itself": mount_itself,
-            "needs a value for {id:int}: write id=...": url,
-            "'x' does not fit {id:int} in /{id:int}": lambda: url(id="x"),
-            "max_body is a number of bytes, not -1": lambda: app(max_body=-1),
-            "gzip_level is a whole number": lambda: stario.CompressionConfig(gzip_level=10),
-            "bytes are needed, not str: encode it": lambda: stario._bytes(cast("Any", "text")),
-            "no option 'max_header': one of": lambda: TestClient(app(), max_header=9),
-            "as text: not '<p>x</p>'": lambda: data.text(h.P("x")),
-            "is JavaScript, as text: not <function": lambda: data.on("x", cast("Any", _fine)),
-            "cannot be named in an attribute: rename it": lambda: data.on(at.get("/x"), "click"),
-            "headers is a dict, not 'a: b'": lambda: at.get("/", headers=cast("Any", "a: b")),
-            "response_overrides is a dict, not 'inner'": lambda: at.get(
-                "/", response_overrides=cast("Any", "inner")
-            ),
-            "open_when_hidden is True or False, not 'no'": lambda: at.get(
-                "/", open_when_hidden=cast("Any", "no")
-            ),
-        }
-
     def _check_sentence(self, told: str, exc: BaseException) -> None:
         notes = getattr(exc, "__notes__", [])
         text = "\n".join([str(exc), *notes])
@@ -1277,7 +1284,8 @@ class TestMistakes(unittest.TestCase):
         self.assertFalse([n for n in getattr(e.exception, "__notes__", []) if n.startswith("at ")])
 
     def test_at_registration_and_in_views(self) -> None:
-        for told, make in (self._at_once() | self._of_options()).items():
+        mistakes = self._at_registration() | self._of_routes() | self._of_options()
+        for told, make in (mistakes | self._of_builders()).items():
             with (
                 self.subTest(told),
                 self.assertRaises((StarioError, TypeError, AttributeError)) as e,
