@@ -72,25 +72,25 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        5810  14. Relay: publish and subscribe
      6108  ACT 4. For real
        6115  15. Signals: from JSON to your dataclass
-       6869  16. Forms [forms]
-       7072  17. Behind a proxy
-       7182  18. Compression [compression]
-       7391  19. Static files [assets]
-       7956  20. Telemetry: spans, and who hears of them
-       8548  21. JsonTracer: for log collectors [json]
-       8622  22. RichTracer: for people [rich]
-       9052  23. Sessions [sessions]
-       9166  24. What lives as long as the server
-       9267  25. @baked
-       9549  26. ASGI: the same app under another server [asgi]
-       9768  27. RedisRelay: the same between processes and machines [redis]
-      10046  28. Reload: a saved file restarts the app [reload]
-      10190  29. Development: what went wrong, shown where one looks [development]
-      10301  30. What is refused
-    10664  ACT 5. The pocket client
-      10705  31. The pocket client (JavaScript) [client]
-      12073  32. This file as a page [read]
-      12243  33. An app to begin with
+       6871  16. Forms [forms]
+       7074  17. Behind a proxy
+       7184  18. Compression [compression]
+       7393  19. Static files [assets]
+       7961  20. Telemetry: spans, and who hears of them
+       8555  21. JsonTracer: for log collectors [json]
+       8629  22. RichTracer: for people [rich]
+       9061  23. Sessions [sessions]
+       9175  24. What lives as long as the server
+       9277  25. @baked
+       9564  26. ASGI: the same app under another server [asgi]
+       9783  27. RedisRelay: the same between processes and machines [redis]
+      10061  28. Reload: a saved file restarts the app [reload]
+      10205  29. Development: what went wrong, shown where one looks [development]
+      10316  30. What is refused; hosts, cookies, other sites
+    10680  ACT 5. The pocket client, and this file itself
+      10721  31. The pocket client (JavaScript) [client]
+      12098  32. This file as a page [read]
+      12268  33. An app to begin with
 
 READING PATH
 
@@ -6107,8 +6107,8 @@ def _resolve(waiters: list[asyncio.Future[None]]) -> None:
 # ==================================================================================================
 # ACT 4. For real
 #
-# What an app needs beyond its first day. Each part can be read alone (but 16 with 17, 19
-# after 18, 21 and 22 after 20). One with a name in square brackets can be left out of a copy.
+# What an app needs beyond its first day. Each part can be read alone, except: 16 uses `_parameters`
+# of 17, 19 needs 18, 21 and 22 need 20. One with a [name] in its title can be left out of a copy.
 # ==================================================================================================
 
 # ==================================================================================================
@@ -6139,9 +6139,9 @@ def _resolve(waiters: list[asyncio.Future[None]]) -> None:
 # whatever the schema: else a small request could keep the server busy.
 #
 # A schema is compiled once into *readers*, one for each type in it. A reader is a function: it
-# takes a value and gives it as its type says. If the value does not fit, it gives a `_Wrong`. That
-# of a list or an object holds those of its parts, so what is wrong is a tree, as the signals are.
-# At the end its leaves are put into words.
+# takes a value and gives it as its type says. If the value does not fit, it gives a `_Wrong`. The
+# `_Wrong` of a list or an object holds one for each item that is wrong, so they form a tree. At the
+# end `_problems_of` makes a sentence of each leaf.
 # ==================================================================================================
 
 
@@ -6165,8 +6165,8 @@ class SignalsError(HttpException):
     """The signals of a request do not fit their schema (422), or are no JSON (400).
 
     `problems` has one `Problem` for each field that is wrong, twenty at most; `more` counts those
-    left out. If `stopped`, reading stopped after thousands, and there may be still more. `detail`
-    is that as text, in lines.
+    left out. If `stopped`, reading was given up after thousands of problems: there may be more.
+    `detail` has all of it as lines of text.
     """
 
     def __init__(
@@ -6199,7 +6199,7 @@ class _Wrong:
         self.message = message  # to be shown in place of what was expected and what came
         self.cause: Exception | None = None  # what a dataclass or a model has raised
         self.count = 1  # of problems, those of its parts if it has some
-        self.work = 1  # the time it took to find them, as a multiple of that for a wrong number
+        self.work = 1  # what it cost to find them: 1 for a plain value, 10 where a model refused it
         # The first parts that are wrong: the name of each, the value there, what is wrong with it.
         self.parts: list[tuple[Any, Any, _Wrong]] = []
 
@@ -6227,7 +6227,7 @@ def _problems_of(wrong: _Wrong, value: object, *path: str | int) -> Iterator[Pro
         yield from _problems_of(wrong_part, part, *path, *names)
     if not wrong.parts:
         if isinstance(value, _Field) and wrong.expected.startswith("a list"):
-            value = value.values
+            value = value.values  # (a `_Field`: all that a form has sent under one name, see below)
         steps = [
             f".{n}" if isinstance(n, str) and _WORD.fullmatch(n) else f"[{_shown(n)}]" for n in path
         ]
@@ -6256,8 +6256,8 @@ def _cut(text: str, length: int = _LONGEST_SHOWN) -> str:
 
 # -- Plain values
 
-# Unions alone use `tried`: what a type gave for a value, by reader and id, so that nested unions do
-# not read it again (see `_read_first`). Elsewhere it is None, and readers only hand it on.
+# `tried` is a memo: (reader, id of a value) -> what that reader gave. Only `_read_first` fills it,
+# so that nested unions read nothing twice. Outside of unions it is None, and only passed on.
 _Tried = dict[tuple[object, int], Any] | None
 Reader = Callable[[Any, _Tried], Any]
 
@@ -6385,7 +6385,7 @@ def _choices_by_key(choices: Iterable[Any]) -> dict[Any, Any]:
         for value, item in pairs
         for text in ((value,) if isinstance(value, str) else (str(value), _shown(value)))
     ]
-    # (a browser writes 1.0 as 1)
+    # A browser writes 1.0 as 1. (The last wins: a choice itself over the text of another one.)
     whole = [(int(v), item) for v, item in pairs if type(v) is float and v.is_integer()]
     return {_key_of(value): item for value, item in texts + whole + pairs if _key_of(value)}
 
@@ -6452,7 +6452,7 @@ def _list_reader(make: Any, readers: Sequence[Reader], is_fixed: bool) -> Reader
 
 
 def _dict_reader(read_key: Reader = _read_str, read: Reader = _read_any) -> Reader:
-    """An object with any names: names and values have a type each."""
+    """An object with any names. All names, then all values, are read as parts, each by its type."""
 
     def _read(value: Any, tried: _Tried) -> Any:
         if not isinstance(value, dict):
@@ -6477,7 +6477,8 @@ def _can_be_hashed(items: Sequence[Any]) -> bool:
     """Whether these can be put into a set, and in a time that grows with their number.
 
     A client could send 40,000 different numbers with the same hash, and a set would compare each
-    with all before it. So at most 20 may share one.
+    with all before it. So at most 20 may share one. (Equal items count once: they are told apart by
+    their `repr`, since no client can choose the hash of a text.)
     """
     different = {repr(item): item for item in items} if len(items) > 20 else {}
     try:
@@ -6500,9 +6501,9 @@ def _record_reader(schema: Any) -> Reader:
             return _expected("an object")
         found: dict[str, Any] = {}
         wrong = None
-        for name, read, is_required in fields:
+        for name, read, must in fields:
             sent = value.get(name, _MISSING)
-            if sent is not _MISSING or is_required:
+            if sent is not _MISSING or must:
                 found[name] = item = _IS_MISSING if sent is _MISSING else read(sent, tried)
                 if type(item) is _Wrong:
                     wrong = wrong or _Wrong()
@@ -6545,7 +6546,7 @@ def _rejection(exc: Exception) -> _Wrong:
             value = _MISSING if error.get("type") == "missing" else error.get("input", _MISSING)
             message = error.get("msg") or str(exc)
             whole.add(error.get("loc", ()), value, _Wrong(message, message))
-    whole.cause, whole.work = exc, 10 * whole.count
+    whole.cause, whole.work = exc, 10 * whole.count  # (exceptions are slow)
     return whole
 
 
@@ -6579,7 +6580,7 @@ def _union_reader(kinds: Sequence[Any]) -> Reader:
     options = []
     for kind in kinds:
         fields = _fields_of(kind) if _is_record(typing.get_origin(kind) or kind) else []
-        needed = frozenset(name for name, _, is_needed in fields if is_needed)
+        needed = frozenset(name for name, _, must in fields if must)
         options.append(_Option(kind, _reader_of(kind), fields, needed, _is_uniform(kind)))
     options_for = {came: _options_for(came, options) for came in (*_PLAIN, list, dict)}
     tag, by_tag = _tag_of(options_for[dict])
@@ -6600,7 +6601,7 @@ def _union_reader(kinds: Sequence[Any]) -> Reader:
 
 
 def _options_for(came: type, options: Sequence[_Option]) -> Sequence[_Option]:
-    """The types to try for a value of this type of JSON: that type itself, or all that may fit."""
+    """The options for a value of the type `came`: that type alone, or all that may fit it."""
     same = [option for option in options if option.kind is came and came in _PLAIN]
     able = [(_fitness(option.kind, came), option) for option in options]
     able.sort(key=lambda pair: -pair[0])
@@ -6608,7 +6609,7 @@ def _options_for(came: type, options: Sequence[_Option]) -> Sequence[_Option]:
 
 
 def _fitness(kind: Any, came: type) -> int:
-    """2: a value of the type that came may stay as it is. 1: it may be converted. 0: it never fits.
+    """How a value of the type `came` fits: 2 as it is, 1 (or True) if converted, 0 (False) never.
 
     So `int | Literal["1"]` tries the `Literal` first for "1".
     """
@@ -6618,7 +6619,8 @@ def _fitness(kind: Any, came: type) -> int:
     if origin in (dict, Mapping) or _is_record(origin):
         return came is dict
     if origin is typing.Literal:
-        return 1 + (came in map(type, typing.get_args(kind))) if came in _PLAIN else 0
+        is_same = came in map(type, typing.get_args(kind))
+        return (1 + is_same) if came in _PLAIN else 0
     if origin in (Any, object):
         return 2 if came in _PLAIN else 1
     is_enum = isinstance(origin, type) and issubclass(origin, enum.Enum)
@@ -6642,16 +6644,16 @@ def _tag_of(options: Sequence[_Option]) -> tuple[str | None, dict[Any, list[_Opt
 def _read_first(value: Any, options: Sequence[_Option], tried: _Tried, nothing_fits: _Wrong) -> Any:
     """Read a value by the first type that fits.
 
-    If A and B both hold `A | B`, each level would be read twice as often as the one around it. So
-    what each type gave is kept in `tried` until the outermost union is read. (A value that holds no
-    others is quickly read again.)
+    If A and B both hold `A | B`, a value that is nested 20 times would be read 2**20 times. So
+    `tried` keeps what each type gave, until the outermost union is read. (Not for values without
+    lists or objects in them: to read these again is quick.)
     """
-    keeps = tried is not None and _holds_others(value)
+    keeps = tried is not None and _is_nested(value)
     tried = {} if tried is None else tried
-    nearest, fewest, first_wrong, place = nothing_fits, sys.maxsize, None, id(value)
+    nearest, fewest, sample, place = nothing_fits, sys.maxsize, None, id(value)
     for option in options:
-        # Where a type found few of many items wrong, the next are asked about the first of these.
-        if first_wrong and option.is_uniform and type(option.read(first_wrong, tried)) is _Wrong:
+        # In a long list an earlier type refused one item, the `sample`. Try that one before all.
+        if sample and option.is_uniform and type(option.read(sample, tried)) is _Wrong:
             continue
         key = (option.read, place) if keeps else None
         found = tried[key] if key in tried else option.read(value, tried)
@@ -6665,11 +6667,11 @@ def _read_first(value: Any, options: Sequence[_Option], tried: _Tried, nothing_f
             fewest = found.count
         if option.is_uniform and found.parts and found.count * 100 < len(value):
             name, item, _ = found.parts[0]
-            first_wrong = {name: item} if isinstance(value, dict) else [item]
+            sample = {name: item} if isinstance(value, dict) else [item]
     return nearest
 
 
-def _holds_others(value: Any) -> bool:
+def _is_nested(value: Any) -> bool:
     items = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
     return not _HOLDERS.isdisjoint(map(type, items))
 
@@ -6731,7 +6733,7 @@ def _schema_reader(kind: Any, text: str) -> Reader:
     if hasattr(origin, "__value__"):  # type Name = ...
         aliased = lru_cache(lambda: _reader_of(_bind(origin.__value__, kind)))
         return lambda value, tried: aliased()(value, tried)
-    if isinstance(kind, TypeVar):
+    if isinstance(kind, TypeVar):  # not filled in: its bound, or one of its constraints, or Any
         among = typing.Union[kind.__constraints__] if kind.__constraints__ else Any  # noqa: UP007
         return _reader_of(kind.__bound__ or among)
     if isinstance(origin, type) and issubclass(origin, enum.Enum):
@@ -6849,6 +6851,8 @@ def read_signals(schema: type[T], signals: object) -> T:
     `schema` is a dataclass, a TypedDict, or a class with `model_validate` (pydantic's). Fields that
     it does not know are ignored. Raises SignalsError with the fields that do not fit.
     """
+    if inspect.iscoroutine(signals):
+        raise StarioError("`await` is missing: read_signals(schema, await c.req.form())")
     find_all = getattr(signals, "getlist", None)
     if find_all:  # a Form or QueryParams: a name may come several times
         signals = {name: _Field(*find_all(name)) for name in cast("Iterable[str]", signals)}
@@ -6859,8 +6863,6 @@ def read_signals(schema: type[T], signals: object) -> T:
         problems = list(islice(_problems_of(found, signals), _MOST_LISTED))
     except RecursionError:
         raise SignalsError(["the signals are nested too deeply"]) from None
-    if inspect.iscoroutine(signals):
-        raise StarioError("`await` is missing: read_signals(schema, await c.req.form())")
     stopped = found.work > _MOST_WORK
     raise SignalsError(problems, more=found.count - len(problems), stopped=stopped) from found.cause
 
@@ -6870,7 +6872,7 @@ def read_signals(schema: type[T], signals: object) -> T:
 #
 # A form comes as one of two types. `application/x-www-form-urlencoded` is read like a query string
 # (part 5). In `multipart/form-data` (RFC 7578) each field is a *part* with a head of its own, and
-# may be a file. The content-type has a parameter (17), the `boundary` between parts, here `X`:
+# may be a file. A boundary stands between parts; `multipart/form-data; boundary=X` tells which:
 #
 #     --X
 #     content-disposition: form-data; name="photo"; filename="cat.png"
@@ -6935,7 +6937,7 @@ async def _read_form(request: Request) -> Form:
     try:
         while chunk := await request._read():
             reader.feed(chunk)
-    except asyncio.CancelledError:
+    except asyncio.CancelledError:  # by a timeout, say: the next `form()` goes on from here
         request._form_reader = reader
         raise
     return reader.form()
@@ -6992,7 +6994,7 @@ class _MultipartReader:
                 self._buffer = buffer[at:]
                 return
             self._parts.append(_read_part_head(head))
-            at = found.end() + len(head) + 2
+            at = found.end() + len(head) + 2  # 2: the empty line after the head
         end = max(at, len(buffer) - self._longest)
         self._write(buffer[at:end])
         self._buffer = buffer[end:]
@@ -7120,8 +7122,8 @@ class TrustedProxies:
     def first_hop(self, headers: Headers, last: _Hop) -> _Hop:
         """The client's hop by the fields, if `last`, the hop to us, is from a trusted proxy.
 
-        A proxy passes on, unchanged, the fields that it does not write itself: have it remove
-        those. HttpException(400) if the two families of fields contradict each other.
+        A proxy passes on, unchanged, the fields that it does not write itself: configure it to
+        remove them. HttpException(400) if the two families of fields contradict each other.
         """
         if not self.trust(last.client):
             return last
@@ -7160,10 +7162,10 @@ _PARAMETER = re.compile(
 
 
 def _parameters(value: str) -> dict[str, str]:
-    """What stands behind the semicolons of a field: `form-data; name="a"` (part 16 uses it, too).
+    """The parameters of a field, by name: `form-data; name="a"` has one (part 16 uses it, too).
 
-    Browsers write a quote in a file name as %22, and a backslash as it is; so only `\\"` and `\\\\`
-    are undone, and `\\"` only if a quote that ends the text follows: not so in `"C:\\"; x="y"`.
+    Within quotes `\\"` is a quote and `\\\\` a backslash. But browsers write a backslash in a file
+    name as it is: in `filename="C:\\"; x="y"` it is the last character of the name, and no escape.
     """
     return {
         name.lower(): re.sub(r'\\(["\\])', r"\1", quoted) if quoted else plain.strip()
@@ -7181,10 +7183,10 @@ def _address(text: str) -> str:
 # ==================================================================================================
 # 18. Compression [compression]
 #
-# A client says what it can decode, and how gladly; the answer says how it was compressed. These
+# A client says what it can decode, and what it prefers; the answer how it was compressed. These
 # names are *content codings*; `br` is Brotli:
 #
-#     accept-encoding: gzip, br;q=0.8, zstd        in the request; `q` says how gladly, from 0 to 1
+#     accept-encoding: gzip, br;q=0.8, zstd        in the request; `q` is a preference, 0 to 1
 #     content-encoding: zstd                       in the answer
 #     vary: accept-encoding                        for caches: other clients may get other bytes
 #
@@ -7265,7 +7267,7 @@ def _coding_for(
     """The coding for an answer with these fields, or None."""
     if _UNCOMPRESSED.search(fields):
         return None
-    accepted = ",".join(headers._values("accept-encoding"))
+    accepted = ",".join(headers._values("accept-encoding"))  # (a long one is kept in no cache)
     choose = _choose_coding if len(accepted) <= _KEPT_TEXT else _choose_coding.__wrapped__
     return choose(accepted, config, streaming)
 
@@ -7277,7 +7279,7 @@ def _varied(fields: bytes, coding: str | None = None) -> bytes:
         fields = re.sub(rb'(?m)^etag: "', b'etag: W/"', fields)
         fields += b"content-encoding: %b\r\n" % coding.encode()
     line = b"vary: accept-encoding\r\n"
-    return fields if fields.find(line) >= 0 else fields + line
+    return fields if line in fields else fields + line
 
 
 def _gzip(level: int, streaming: bool) -> Compressor:
@@ -7413,7 +7415,7 @@ Stario._compression = CompressionConfig()  # what an app does unless it is told 
 _IN_MEMORY = 256 * 1024  # bytes: files up to this size are kept in memory
 _IN_MEMORY_TOTAL = 64 * 1024 * 1024  # bytes of a collection, without compressed copies
 _HELD_BACK = 64 * 1024  # bytes at the end of a large file: see `_send_rest`
-_TICK = 50_000_000  # nanoseconds: two changes of a file within them may have the same time
+_TICK = 50_000_000  # nanoseconds: closer changes of a file may leave the same time on it
 _IDENTITY = ""  # no content coding
 _FOREVER = b"cache-control: public, max-age=31536000, immutable\r\n"
 _COMPRESSED_ONCE = CompressionConfig(zstd_level=12, brotli_level=9, gzip_level=9)
@@ -7447,7 +7449,7 @@ _TYPES = {"." + end: kind for kind, *ends in map(str.split, _SUFFIXES.split("|")
 
 @lru_cache(maxsize=256)
 def _content_type(suffix: str) -> str:
-    """A file's type by its suffix. The machine's own table comes last: other programs change it."""
+    """By `_TYPES`, then Python's table, then this machine's, which other programs may change."""
     kind = _TYPES.get(suffix)
     if kind is None:
         import mimetypes
@@ -7601,14 +7603,14 @@ class Assets:
     def __init__(
         self, source: str | os.PathLike[str] | Mapping[str, str | bytes], collection: str
     ) -> None:
-        # By name, the oldest first. Of a directory they are changed under the lock.
+        # By name, the oldest first. A directory's are read in threads: `_keep` takes the lock.
         self._files: OrderedDict[str, _File] = OrderedDict()
         self._held = 0  # about how many bytes they take
         self._lock = threading.RLock()
         # Version and fingerprint of each large file, by device and inode: links may give one file
         # many names, and it is to be read once.
         self._large: dict[tuple[int, ...], tuple[tuple[int, ...], str]] = {}
-        self._under_way: dict[object, asyncio.Task[Any]] = {}
+        self._under_way: dict[object, asyncio.Task[Any]] = {}  # work in threads: see `_once`
         self._root: str | None = None  # the directory, or
         self._given: dict[str, bytes] = {}  # contents by name
         if isinstance(source, Mapping):
@@ -7643,7 +7645,7 @@ class Assets:
         return await self._once(name, lambda: self.file(name)) if large else self._load(name)
 
     async def _once(self, key: object, work: Callable[[], T]) -> T:
-        """Do work in a thread. Who asks for the same meanwhile, on this loop, gets its result."""
+        """Do work in a thread. Others who ask for it meanwhile, on this loop, get its result."""
         mark = key, asyncio.get_running_loop()
         task = self._under_way.get(mark)
         if task is None:
@@ -7674,8 +7676,8 @@ class Assets:
                 raise
             self._keep(name, None)
             return None
-        # Once the last change is older than `_TICK`, the next one is sure to give another version.
-        # (`modified` lies in the future if somebody has set it: the next change sets it back.)
+        # Two changes within `_TICK` may have one version. So what has just changed is not kept.
+        # (A program can set `modified`, to the future too; the next change sets it to that moment.)
         if found.consistent:
             modified, changed = found.version[-2:]
             if now - changed > _TICK and (now - modified > _TICK or modified > now):
@@ -7706,11 +7708,13 @@ class Assets:
 
     def _resolve(self, name: str) -> str:
         """The path, free of links, that a name leads to; it is in the directory, and not hidden."""
+        if self._root is None:  # the files were given as a dict, and this is none of them
+            raise FileNotFoundError(errno.ENOENT, "not in the collection", name)
         for part in name.split("/"):
             odd = "\\" in part or (os.name == "nt" and re.search(_OTHER_NAME, part))
-            if self._root is None or not part or part[0] == "." or odd:
-                raise FileNotFoundError(errno.ENOENT, "hidden, or a way around that", name)
-        root = os.path.realpath(self._root or "")
+            if not part or part[0] == "." or odd:
+                raise FileNotFoundError(errno.ENOENT, "hidden, or no plain name", name)
+        root = os.path.realpath(self._root)
         path = os.path.realpath(os.path.join(root, name), strict=True)
         # The links of a ConfigMap that Kubernetes mounts lead to folders that begin with two dots.
         for part in os.path.relpath(path, root).split(os.sep):
@@ -7719,7 +7723,7 @@ class Assets:
         return path
 
     def _keep(self, name: str, found: _File | None) -> None:
-        """Keep what was read of this name instead of what was known."""
+        """Keep this instead of what was known by the name; with None, only forget that."""
         with self._lock:
             if known := self._files.pop(name, None):
                 self._held -= known.memory
@@ -7751,8 +7755,8 @@ class Assets:
         file = await self._find(plain)
         if file is not None and asked == file.fingerprinted and file.consistent:
             return await self._serve(file, w, _FOREVER)
-        # `asked` is a plain name (a file may itself be called `a.0123456789abcdef.css`), or it has
-        # the fingerprint of an older version.
+        # `asked` has no fingerprint, or an old one, or what looks like one: a file may itself be
+        # called `a.0123456789abcdef.css`. `literal` is the file of exactly the name `asked`.
         literal = await self._find(asked) if asked != plain else file
         if literal is not None and literal.consistent:
             w.headers.set("cache-control", "no-cache")
@@ -7836,9 +7840,10 @@ def _answer_with(
     status: int = 200,
     compress: bool = False,
 ) -> None:
-    """Answer with a file (200) or a part of it (206), or without: 304, 412, 416. `more` are fields.
+    """Answer with a file (200) or a part of it (206), or without: 304, 412, 416.
 
-    Of a large one only the head is sent; the rest is a `_Rest`, from the file that is `opened`.
+    `more` are fields; with `_FOREVER` the file must not change while it is sent. Of a large one
+    only the head is sent; the rest is a `_Rest`, from the file that is `opened`.
     """
     try:
         request = w._request
@@ -7869,7 +7874,7 @@ async def _send_rest(
 ) -> None:
     """Send a part of a large file. If it shrinks, or an `immutable` one changes, it is cut off.
 
-    Its version is compared before the last bytes are sent, when all of it has been copied.
+    The last bytes are read, then its version is compared, and only then are they sent.
     """
     w._rest = None  # it is on its way
     with opened:
@@ -8106,13 +8111,13 @@ class Span:
         self.start_ns = time.time_ns()
         self._tell(tracer.on_start)
 
-    def _tell(self, hear: Callable[..., None], event: SpanEvent | None = None) -> None:
+    def _tell(self, method: Callable[..., None], event: SpanEvent | None = None) -> None:
         if self.sampled:
             try:
                 if event:  # (`*event` would be slower, for each span)
-                    hear(self, event)
+                    method(self, event)
                 else:
-                    hear(self)
+                    method(self)
             except Exception:  # it is shown on standard error, and the request goes on
                 sys.excepthook(*sys.exc_info())
 
@@ -8132,7 +8137,7 @@ class Span:
         noted = SpanEvent(_safe_text(event), _noted(attributes), time.time_ns())
         self.events.append(noted)
         if len(self.events) > _EVENTS_KEPT:
-            del self.events[:-_EVENTS_KEPT]  # one step, so that threads may do it at once
+            del self.events[:-_EVENTS_KEPT]  # one operation: two threads may do it together
         self._tell(self.tracer.on_event, noted)
 
     def __setitem__(self, key: str, value: Any) -> None:
@@ -8193,7 +8198,7 @@ class Tracer:
     """
 
     def __call__(self, name: str, attributes: Mapping[str, Any] | None = None) -> Span:
-        """Start a span that no request stands behind: `with tracer("job") as span:`"""
+        """Start a span outside of any request: `with tracer("job") as span:`"""
         return Span(self, _safe_text(name), _noted(attributes), None)
 
     def __enter__(self) -> Self:
@@ -8228,6 +8233,7 @@ class _UnseenSpan(Span):
     root = step  # type: ignore[assignment]
 
 
+# (Its caller is not sampled, so no tracer hears of it.)
 _UNSEEN_SPAN = _UnseenSpan(Tracer(), "unseen", {}, _Caller("f" * 32, "f" * 16, False))
 
 
@@ -8246,7 +8252,7 @@ class _LogToSpan(logging.Handler):
     def __init__(self, level: int) -> None:
         super().__init__()
         root = logging.getLogger()
-        self._from, self._root_level, self._others = level, root.level, root.handlers[:]
+        self._least, self._root_level, self._others = level, root.level, root.handlers[:]
         root.handlers[:] = [self]
         root.setLevel(min(level, root.level))
 
@@ -8258,9 +8264,9 @@ class _LogToSpan(logging.Handler):
             root.setLevel(self._root_level)
 
     def handle(self, record: logging.LogRecord) -> bool:
-        """Note a record in the span, or pass it on. Overridden, since it would take a lock."""
+        """Note a record in the span, or pass it on. (The base's `handle` would take a lock.)"""
         span = _current_step.get()[1]
-        if span and span.sampled and record.levelno >= self._from:
+        if span and span.sampled and record.levelno >= self._least:
             said = {"severity_text": record.levelname, "logger.name": record.name}
             try:
                 text = record.getMessage()
@@ -8269,6 +8275,7 @@ class _LogToSpan(logging.Handler):
             exc = record.exc_info and record.exc_info[1]
             span(exc or "log", {**said, "body": text})
             return True
+        # It passes if it would have with the root's own level, which `__init__` has lowered.
         logger = logging.getLogger(record.name)
         while logger.parent and not logger.level:
             logger = logger.parent
@@ -8326,7 +8333,7 @@ def _record_fault(c: Context, exc: BaseException, is_handled: bool = False) -> N
 
 
 def _log_fault(text: str, exc: BaseException) -> None:
-    """Log as asyncio does. Text of a client's never begins a line, so it cannot forge an entry."""
+    """Log as asyncio does. Its further lines are indented, so no client can forge an entry."""
     loop, text = asyncio.get_running_loop(), _printable(text)
     if loop.get_exception_handler():
         loop.call_exception_handler({"message": text, "exception": exc})
@@ -8468,7 +8475,7 @@ class _StreamTracer(Tracer):
                     what[0](*what[1:])
             except Exception:  # it cannot be shown; the others can
                 self._lost += 1
-        self._lost += entries  # until they are written: meanwhile `_close` may report them
+        self._lost += entries  # (taken back below, once they are written: `_close` may not wait)
         if self._write(ending):
             self._lost -= entries
             self._reported = lost
@@ -8502,7 +8509,7 @@ class _StreamTracer(Tracer):
         return text
 
 
-# What has a thread of its own. It stays in the parent when a process forks, and so does its work.
+# Tracers and relays. Each has a thread, and a forked process has none of its parent's threads.
 _renewed_at_fork: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
@@ -8579,9 +8586,9 @@ class JsonTracer(_StreamTracer):
         events = self._events.setdefault(span, [])
         events.append(text)
         if len(events) == _EVENTS_KEPT:
-            self._add_part(span)
+            self._add_partial(span)
 
-    def _add_part(self, span: Span) -> None:
+    def _add_partial(self, span: Span) -> None:
         self._add_line(span, self._fields(span, '"partial":true'))
 
     def _add_line(self, span: Span, fields: str) -> None:
@@ -8591,7 +8598,7 @@ class JsonTracer(_StreamTracer):
 
     def _compose(self, ending: bool) -> str:
         for span in list(self._events):
-            self._add_part(span)
+            self._add_partial(span)
         return super()._compose(ending)
 
     def _fields(self, span: Span, more: str) -> str:
@@ -8682,7 +8689,7 @@ class RichTracer(_StreamTracer):
     FORCE_COLOR are heeded.
     """
 
-    _pause = 0.05  # a terminal whose size has changed scrolls the footer, too, until this is over
+    _pause = 0.05  # (after a resize the footer scrolls with the rest, until the next write)
 
     def _renew(self) -> None:
         super()._renew()
@@ -8730,8 +8737,8 @@ class RichTracer(_StreamTracer):
         root = branch.root
         root.events, root.last = root.events + 1, event
         branch.add(event)
-        late = event.time_ns - root.span.start_ns > _LONG or branch.left_out() > 0
-        if event.name == "exception" and late:  # shown now: the tree is far off, or has no room
+        is_long = event.time_ns - root.span.start_ns > _LONG
+        if event.name == "exception" and (is_long or branch.left_out() > 0):  # do not wait for it
             self._show([self._look.heading(root.span), *self._look.row(root.span, 0, event)])
 
     def _span_ended(self, span: Span) -> None:
@@ -8800,13 +8807,15 @@ class RichTracer(_StreamTracer):
         self._footer = "" if ending else self._at_the_foot(roots)
         if not text and self._footer == old:
             return ""
-        if text:  # a row of spaces ends on the next line if one was begun, else on the same
+        # A print may have left the cursor in mid-line. Then a row of spaces as wide as the screen
+        # ends on the next line; else it ends on this one. The text begins where it ends, at `\r`.
+        if text:
             text = f"{'':{self._look.width}}\r\x1b[K{text}"
         erase = "\x1b7\x1b[r\x1b8\x1b[J" if old else ""
         return erase + text + self._footer
 
     def _at_the_foot(self, roots: list[_Branch]) -> str:
-        """The footer as it is written: below the cursor there is room, then it is painted."""
+        """The footer's codes: scroll until there is room below the cursor, then paint it there."""
         lines = self._look.footer(roots)
         if not lines:
             return ""
@@ -9052,7 +9061,7 @@ _MOST_FRAMES = 8
 # 23. Sessions [sessions]
 #
 # A session is a dict that stays with one browser: `c.session["user"] = 7`. It lives in a cookie,
-# as JSON with a signature (HMAC-SHA256, RFC 2104): a checksum that only who has the key can make.
+# as JSON with a signature (HMAC-SHA256, RFC 2104): a checksum that only the key's owner can make.
 # So the server keeps nothing, and every process that has the key can read the session:
 #
 #     session=eyJ1c2VyIjo3fQ==.1764180000.kq0h…    JSON in base64 . seconds since 1970 . signature
@@ -9234,15 +9243,16 @@ class _Life:
         def start() -> None:
             loop = self.loop
             if loop is None or handle.cancelled():
-                return end()  # the server, or who wanted this, has gone
+                return end()  # the server, or whoever wanted this, has gone
             task = loop.create_task(self._watch(work, handle))
             _keep(task, self.tasks)
-            task.add_done_callback(end)  # who cancels the one cancels the other:
+            task.add_done_callback(end)  # to cancel the one cancels the other:
             handle.add_done_callback(lambda _: loop.call_soon_threadsafe(task.cancel))
 
         self.waiting[work] = start
-        if (loop := self.loop) and (mine := self.waiting.pop(work, None)):  # else it is started
-            loop.call_soon_threadsafe(mine)
+        # Whoever takes it out of `waiting` starts it: `while_served`, or this line.
+        if (loop := self.loop) and self.waiting.pop(work, None):
+            loop.call_soon_threadsafe(start)
         return handle
 
     async def _watch(self, work: Coroutine[Any, Any, T], handle: Future[T]) -> None:
@@ -9304,9 +9314,9 @@ def baked(view: Callable[P, SafeString]) -> Callable[P, SafeString]:
     if not inspect.isfunction(view):
         raise StarioError(f"@baked stands over a function (def), not over {view!r}")
 
-    # What a function does is its code, and Python lets that be replaced. `call` begins with the
-    # code of a call of `first`, which puts that of `filled` in its place: no later call takes a
-    # detour. `names` are the global names of both.
+    # Python lets a function's `__code__` be replaced. At first that of `call` only calls `first`.
+    # `first` replaces it by the code of `filled`, so later calls take no detour. `names` are the
+    # global names of both.
     def first(*args: object, **kwargs: object) -> object:
         filled, own = _Bake(view, names).filled(args, kwargs), view.__code__
         if filled is None:  # the view fails: let the caller see how
@@ -9332,7 +9342,8 @@ class _Hole(NamedTuple):
 # How the beginning of a mark looks in the text, and the function that escapes there.
 _ESCAPE_OF = {'"<': "", '"&lt;': "_escape", "&quot;&lt;": "_quote"}
 _PROBES = (None, True, False, 7, 0.5, "", ' aA <Be> & "c"\r\n', (), SafeString("<i>"))
-# What these functions give for `_v`, a text or a number: so a mark's code seldom has to call them.
+# Shortcuts for `mark_for`. By function: code that does the same for a text, and for a number, both
+# in `_v`. (NAME is the function's first argument.) For other types the function is called.
 _SHORT: dict[Callable[..., str], tuple[str, str]] = {
     _html: ("_escape(_v)", "f'{_v}'"),
     _other_attribute: ("f' NAME=\"{_quote(_v)}\"'", "f' NAME=\"{_v}\"'"),
@@ -9354,7 +9365,7 @@ class _Bake:
         self.marks = re.compile(mark)
         self.holes: list[_Hole] = []  # by the number in their marks
         self.found: set[int] = set()  # the holes that are in the page
-        self.met = ""  # the argument whose blank `code` has met last
+        self.met = ""  # set by `code` and `text`: the argument of the last blank or mark in there
         self.refusal: StarioError | None = None  # raised again if the view catches it
 
     def filled(self, args: Any, kwargs: Any) -> types.FunctionType | None:
@@ -9424,7 +9435,7 @@ class _Bake:
 
     def text(self, text: str, is_page: bool = False) -> str:
         """Code for a text: `"".join((…))` of what stands between the marks, and of the holes."""
-        before, *rest = self.marks.split(text)
+        before, *rest = self.marks.split(text)  # a text; then start, number and text of each mark
         pieces = [repr(before)]
         for start, number, after in zip(rest[::3], rest[1::3], rest[2::3], strict=True):
             hole, escape = self.holes[int(number)], _ESCAPE_OF[start]
@@ -9465,14 +9476,18 @@ class _Bake:
         return cast(_Blank, kind(self, argument, code))
 
     def mark(self, *hole: Any) -> str:
-        """The text that stands for what will be filled into this hole."""
+        """The text that stands for a new hole, which is given as the fields of a `_Hole`."""
         self.holes.append(_Hole(*hole))
         if self not in _baking.get():
             raise self.error(f"{hole[0]!r} has been kept, and is used elsewhere")
         return f'"<{self.token}.{len(self.holes) - 1}>"'
 
     def mark_for(self, function: Callable[..., str], *values: Any, is_html: bool = False) -> str:
-        """A mark for the result of a function that gets blanks; empty if no value holds one."""
+        """A mark for the result of a function that gets blanks; empty if no value holds one.
+
+        The code of `mark_for(_html, <blank name>)`, where `_17` is `_html` itself:
+        `(_escape(_v) if (_v := name).__class__ is str else f'{_v}' if ... is int else _17(_v))`
+        """
         self.met = ""
         codes = [self.code(value) for value in values]
         if not self.met:
@@ -9580,8 +9595,8 @@ Send = Callable[[Message], Awaitable[None]]
 class _AsgiExchange(Carrier):
     """The Carrier of one request that comes by ASGI. It lives on one loop.
 
-    When the handler has completed its answer, `_answer.ended`. When nobody takes it any more,
-    `disconnected`. When the server stops, or has cancelled this request, `shutting_down`.
+    `_answer.ended`: the handler has completed its answer. `disconnected`: nobody takes it any
+    more. `shutting_down`: the server stops, or has cancelled this request.
     """
 
     shutting_down = False
@@ -9726,7 +9741,7 @@ def _asgi_request(scope: Message, exchange: _AsgiExchange) -> Request:
     path = (scope.get("raw_path") or quote(scope["path"]).encode()).decode("latin-1")
     root = scope.get("root_path", "").rstrip("/")
     if root and f"{scope['path']}/".startswith(f"{root}/"):  # this app is mounted there
-        # Cuts off the root, each byte of it a character or %xx: "/%6cive/x" becomes "/x".
+        # Cuts off the root's bytes and a slash. %xx is one byte, too: "/%6cive/x" becomes "/x".
         path = "/" + re.sub(f"(%..|.){{,{len(root.encode()) + 1}}}", "", path, count=1)
     query = scope.get("query_string", b"").decode("latin-1")
     fields: dict[str, list[str]] = {}
@@ -10000,7 +10015,7 @@ class RedisRelay(Relay[T]):
 
         A message comes once for each of our patterns that fits, and nothing comes in between:
         `[b"message", b"room.1", b"7"]`, `[b"pmessage", b"room.*", b"room.1", b"7"]`. The first is
-        delivered; what differs from it only in the pattern is a copy; what is equal is a new one.
+        delivered. The same by another pattern is a copy; by the same pattern, a new message.
         It ends with the answer to the last PING: then Redis has done all that was sent before.
         """
         pattern, content = None, None  # of the last message that was delivered
@@ -10119,8 +10134,8 @@ def _keep_restarting(sockets: list[socket.socket]) -> int:
         started = subprocess.Popen(command, env=environment, pass_fds=descriptors)
         children = [*(child for child in children if child.poll() is None), started]
         restart = False
-        while not (restart or started.poll() == 0):  # it runs (None), or it failed
-            # (Ctrl-C at a terminal goes to the children, too: ours must come at once, see part 10.)
+        while not (restart or started.poll() == 0):  # while it runs (None), or if it has failed
+            # (Ctrl-C goes to the children, too. Ours within 0.1 s counts as the same: see part 10.)
             with suppress(queue.Empty):
                 signals.get(timeout=_LOOK_EVERY)
                 break
@@ -10169,7 +10184,7 @@ def _reload(app: Stario, server: Server) -> None:
         if os.name != "nt":
             server._listener.open()
         raise SystemExit(_keep_restarting(server._listener.sockets))
-    _IDLE_GRACE = 0.0  # stopping, a child closes idle connections at once: no old page comes by one
+    _IDLE_GRACE = 0.0  # a child that stops closes idle connections at once, to serve no old page
     descriptors = os.environ[_RELOADED].split(",")
     server._listener.sockets += [socket.socket(fileno=int(each)) for each in descriptors if each]
 
@@ -10298,7 +10313,7 @@ Stario._develops = True  # so that `serve` turns `debug` on at a terminal
 
 
 # ==================================================================================================
-# 30. What is refused
+# 30. What is refused; hosts, cookies, other sites
 #
 # What cannot work is refused where it is written, and the error says what to write instead: a
 # handler that is none, an address that leads elsewhere, a host that nobody can ask for, a cookie
@@ -10645,7 +10660,8 @@ def _is_own_origin(origin: str, request: Request) -> bool:
     return host == own and (port or _PORTS[scheme]) == (own_port or _PORTS[scheme])
 
 
-# -- Act 4 runs: what a browser sends, checked against a dataclass.
+# -- Act 4 runs: what a browser sends, checked against a dataclass. The query has the text "21";
+# `read_signals` compiles `Order` to readers (part 15), and that of `count` makes an int of it.
 #
 #     @dataclasses.dataclass
 #     class Order:
@@ -10661,7 +10677,7 @@ def _is_own_origin(origin: str, request: Request) -> bool:
 
 
 # ==================================================================================================
-# ACT 5. The pocket client
+# ACT 5. The pocket client, and this file itself
 #
 # The other half of a live page runs in the browser. Part 31 is JavaScript, for where Datastar's own
 # client cannot be reached. It is made of three ideas that most libraries for pages have in common.
@@ -10697,7 +10713,7 @@ def _is_own_origin(origin: str, request: Request) -> bool:
 # comes in front. Without ids, `a` would have become the eggs, and who was editing `a` would go on
 # in the wrong row: rows of a list that changes have ids.
 #
-# Three write into one page, and each has its own ground: a field that is being edited belongs to
+# Three write into one page, and each owns a part of it: a field that is being edited belongs to
 # the person, what an attribute shows (`data-text`) to its signal, all else to the server.
 # ==================================================================================================
 
@@ -10776,6 +10792,7 @@ class Reader extends Cell {
   }
 }
 
+// note: the active reader reads a cell. wake: a cell has changed. mark: its readers are stale.
 function note(cell) {
   active?.cells.set(cell, cell.version);
   if (active) cell.readers.add(active);
@@ -10799,7 +10816,7 @@ const versionOf = (cell) => (cell instanceof Reader && refresh(cell), cell.versi
 
 function isOutdated(reader) {
   for (const [cell, version] of reader.cells) if (versionOf(cell) !== version) return true;
-  return !reader.cells.size;
+  return !reader.cells.size;         // its first run
 }
 
 // What the run itself has changed does not make the reader stale.
@@ -10833,7 +10850,8 @@ function within(reader, job) {
   }
 }
 
-// All that a job writes is one change.
+// All that a job writes is one change. At its end the effects run, with depth still 1: what they
+// write belongs to it. Then `announce` (below) tells the page which signals have changed.
 function batch(job) {
   depth++;
   try {
@@ -10858,7 +10876,7 @@ function runDue() {
 // ---- Signals: a tree of values, and a proxy for each branch ----
 // A branch is an object without prototype, so that a signal called "constructor" is one like any
 // other. What comes from outside is copied. A list, with what is in it, is one signal: it is read
-// and told as a whole, and its entries may be null; elsewhere null means that the signal is gone
+// and announced whole, and its entries may be null; elsewhere null means that the signal is gone
 // (JSON Merge Patch, RFC 7386).
 
 const branches = new WeakMap();  // -> { keys: its path, cells: of the keys that somebody has read }
@@ -10985,7 +11003,8 @@ function wakeKey(branch, key) {
   wake(everything);
 }
 
-// Who has read a signal that goes is not to make it again: its cell stays.
+// A signal that is erased keeps its cell while it has readers. Else their next read would find
+// neither signal nor cell, and `get` would declare the signal anew.
 function erase(branch, key) {
   if (!(key in branch)) return;
   const { cells } = branches.get(branch);
@@ -11035,7 +11054,7 @@ function nested(found) {
 function chooser({ include = '', exclude = '(?!)' } = {}) {
   const [yes, no] = [include, exclude].map((rule) => new RegExp(
     rule.source ?? rule.replace(/^\/|\/$/g, ''), rule.flags?.replace(/[gy]/g, '')));
-  return ([keys, , path = keys.join('.')]) => yes.test(path) && !no.test(path);
+  return ([keys]) => yes.test(keys.join('.')) && !no.test(keys.join('.'));
 }
 
 function pick(filter) {
@@ -11072,7 +11091,7 @@ function translate(text) {
   const open = [];                   // brackets that are open; ` for the ${ of a template
   let [code, at, last] = ['', 0, 0]; // last: where in `code` the last statement begins
   let value = false;                 // is a value behind us? Then / divides
-  let ended = false;                 // is a ; ?
+  let ended = false;                 // was the last token the ; after a statement?
   const next = (kind) => Object.assign(kind, { lastIndex: at }).exec(text);
   while (at < text.length) {
     const char = text[at];
@@ -11119,6 +11138,19 @@ function compile(text) {
 // Each element that has some is an owner; each attribute knows what it started (effects,
 // listeners, timers, observers, requests), and `end` ends all of it.
 
+const MISSING = new RegExp('^(?:on-.*|animate|custom-validity|match-media|persist|query-string|'
+  + 'replace-url|rocket|scroll-into-view|view-transition)$');
+const NAMES = /^(?:bind|ref|indicator)$/;        // their value is a name, not an expression
+const SIGNAL_KEYS = /^(?:signals|computed|bind|ref|indicator)$/;
+
+// HTML lower-cases names. A signal's becomes camelCase again, all others stay kebab-case.
+const CASES = {
+  camel: (key) => key.replace(/-+([a-z\d])/g, (_, char) => char.toUpperCase()),
+  pascal: (key) => CASES.camel('-' + key),
+  snake: (key) => key.replace(/-/g, '_'),
+  kebab: (key) => key,
+};
+
 const owners = new WeakMap();        // element -> a cell with { el, order, attributes, wrote, ... }
 let ownersSoFar = 0;
 
@@ -11150,8 +11182,8 @@ class Attribute {
   // What its expression gives. It may throw: `guard` tells that, once, and `act` is for what
   // comes from outside, such as events and timers.
   run(evt, patch) {
-    const act = (action, args) => actions[action](this, evt, args);
-    return this.compiled(root, act, this.el, evt, patch);
+    const callAction = (action, args) => actions[action](this, evt, args);
+    return this.compiled(root, callAction, this.el, evt, patch);
   }
 
   guard(job) {
@@ -11174,7 +11206,7 @@ class Attribute {
   }
 
   // An effect that writes into its element; `job` gives the parts. It has the last word: when a
-  // script or a morph writes there, it writes again. So it reads its owner, which is woken then.
+  // script or a morph writes there, `update` wakes the owner, a cell, which each of these reads.
   keep(job) {
     this.effect(() => {
       note(this.owner);
@@ -11214,16 +11246,16 @@ function showText({ el }, text) {
 }
 
 // Key by key or all at once: data-class:done="$x" and data-class="{done: $x}". What is no longer
-// named is taken back. `apply` gives the name of the attribute that it wrote.
-function keepEach(attribute, apply) {
+// named is taken back. `writeOne` gives the name of the attribute that it wrote.
+function keepEach(attribute, writeOne) {
   let last = {};
   attribute.keep(() => {
     const gone = Object.fromEntries(Object.keys(last).map((name) => [name, null]));
     last = attribute.key ? { [attribute.key]: attribute.run() } : attribute.run() ?? {};
-    return Object.entries({ ...gone, ...last }).map(([name, value]) => apply(name, value));
+    return Object.entries({ ...gone, ...last }).map(([name, value]) => writeOne(name, value));
   });
   attribute.ends.add(() => isConnected(attribute.el)
-    && Object.keys(last).forEach((name) => apply(name, null)));
+    && Object.keys(last).forEach((name) => writeOne(name, null)));
 }
 
 const plugins = {
@@ -11395,7 +11427,7 @@ function paced(job, tags, leading, trailing, anew) {
 const isBox = (el) => /^(?:checkbox|radio)$/.test(el.type);
 const isNumeric = (el) => /^(?:number|range)$/.test(el.type);
 
-// An <option> -> the entry of the signal's list that chose it: 1, where its own value is "1".
+// An <option> -> the entry of the signal's list that chose it: the number 1, for the value "1".
 const entries = new WeakMap();
 
 // `prop` is for elements that are no fields: the property, or else the attribute, that is bound.
@@ -11452,7 +11484,7 @@ function bind(attribute) {
   const prop = isField ? null : CASES.camel(mods.get('prop')?.[0] ?? 'value');
   const group = groups.get(path) ?? new Set();
   let index = null;
-  let taken = {};                    // what the signal last got from here; {} is nothing
+  let taken = {};                    // what the signal last got from here; a new {} is no value
   let seen = null;                   // what the field said then
   let waiting = false;               // something was not written because the field was half-way
   const state = () => String([take(el, prop, ''), el.checked]);
@@ -11522,18 +11554,6 @@ async function readFile(file) {
 const MODIFIERS = new Set(['case', 'ifmissing', 'terse', 'prop', 'event', 'once', 'passive',
   'capture', 'window', 'document', 'outside', 'prevent', 'stop', 'exit', 'half', 'full',
   'threshold', 'duration', ...Object.keys(TIMING)]);
-const MISSING = new RegExp('^(?:on-.*|animate|custom-validity|match-media|persist|query-string|'
-  + 'replace-url|rocket|scroll-into-view|view-transition)$');
-const NAMES = /^(?:bind|ref|indicator)$/;        // their value is a name, not an expression
-const SIGNAL_KEYS = /^(?:signals|computed|bind|ref|indicator)$/;
-
-// HTML lower-cases names. A signal's becomes camelCase again, all others stay kebab-case.
-const CASES = {
-  camel: (key) => key.replace(/-+([a-z\d])/g, (_, char) => char.toUpperCase()),
-  pascal: (key) => CASES.camel('-' + key),
-  snake: (key) => key.replace(/-/g, '_'),
-  kebab: (key) => key,
-};
 
 // Ends and starts what has changed among an element's attributes: all, when it has left.
 function follow(el) {
@@ -11564,7 +11584,7 @@ function quit(owner, name) {
 
 function update(records) {
   // Asked first: an attribute that starts below may write into the same part, an element's style.
-  const overwritten = new Set(records.map(keptBy).filter(Boolean));
+  const overwritten = new Set(records.map(overwrittenOwner).filter(Boolean));
   const gone = records.flatMap(({ removedNodes }) => [...removedNodes]);
   for (const node of gone) if (!isConnected(node)) family(node).forEach(follow);
   for (const { target, addedNodes, attributeName: name } of records) {
@@ -11576,7 +11596,7 @@ function update(records) {
 }
 
 // The owner of an element, if something else stands there than what its attributes wrote.
-function keptBy({ type, target, attributeName: name }) {
+function overwrittenOwner({ type, target, attributeName: name }) {
   const el = type === 'characterData' ? parentNode(target) : target;
   const owner = owners.get(el);
   const part = name ?? '#text';
@@ -11680,8 +11700,10 @@ async function attempts(call, { openWhenHidden = call.method !== 'GET', retry = 
       removeEventListener(document, 'visibilitychange', hide);
     }
     if (!hidden.signal.aborted) {
-      if (++call.tries > retryMaxCount) call.emit('retries-failed');
-      if (call.tries > retryMaxCount) throw new Error(`given up after ${call.tries} tries`);
+      if (++call.tries > retryMaxCount) {
+        call.emit('retries-failed');
+        throw new Error(`given up after ${call.tries} tries`);
+      }
       // A little chance in each wait: after a restart not all clients come at the same moment.
       const longest = (call.interval ?? retryInterval) * retryScaler ** (call.tries - 1);
       const wait = Math.min(longest, retryMaxWait) * (1 - Math.random() / 4);
@@ -11692,8 +11714,9 @@ async function attempts(call, { openWhenHidden = call.method !== 'GET', retry = 
   } while (!cancelled.aborted);
 }
 
-// Asks once; true: ask again. `retry` 'auto' does where the connection breaks, 'error' also from
-// status 400 on, 'always' also after a stream. Status 200 grants new tries; 204 and 3xx are final.
+// Asks once; true: ask again. A broken connection throws: then `attempts` decides. `retry` 'error'
+// asks again from status 400 on, 'always' also after a stream. Status 200 grants new tries; 204 and
+// 3xx are final.
 async function attempt(call, signal, retry) {
   const { url, ...sent } = batch(() => sentWith(call));
   const answer = await fetch(url, { ...sent, signal });
@@ -11733,7 +11756,8 @@ function sentWith(call) {
 
 const BUTTONS = 'button,input[type=submit],input[type=image]';
 
-// The form that is to be sent, with the button that was pressed, if it is one of the form's.
+// Gives a function for the fields of the form, with the button that was pressed, if that is one of
+// the form's. Null: a field is not valid.
 function formOf(el, evt, selector) {
   const own = localName(el) !== 'form' && el.form;           // as form="edit" says
   const form = selector ? doc.querySelector(document, selector) : own || closest(el, 'form');
@@ -11926,7 +11950,7 @@ function planOf(parent, old, nodes) {
   const pair = (fresh, el) => promised.add(el) && partners.set(fresh, el);
   const [before, after] = [old, nodes].map(elementsById);
   for (const [id, [el, twin]] of before) {
-    const [fresh, other = twin] = after.get(id) ?? [];
+    const [fresh, other = twin] = after.get(id) ?? [];     // other: the id is there twice
     if (fresh && !other && nodeName(el) === nodeName(fresh)) pair(fresh, el);
   }
   for (const [inner, partner] of [...partners]) {  // from each pair outwards
@@ -11956,7 +11980,8 @@ function kindOf(node) {
   return nodeName(node) + (name === 'input' ? node.type : name === 'script' ? node.outerHTML : '');
 }
 
-// An option that leaves a select hands on its being chosen, so in the end the last one would be.
+// These are cloned, and stay in the new HTML. When the chosen option leaves a select, that chooses
+// another one: were they taken out one by one, the last would be chosen in the end.
 const OPTIONS = /^OPT(?:ION|GROUP)$/;
 
 function morphNodes(parent, old, nodes, plan) {
@@ -11968,7 +11993,7 @@ function morphNodes(parent, old, nodes, plan) {
   nodes.forEach((node, n) => {
     while (leaving.has(at)) at = nextSibling(at);
     const match = matches[n];
-    if (match && at && nextSibling(at) === match) at = match;   // `at` moves later
+    if (match && at && nextSibling(at) === match) at = match;   // the node at `at` moves later
     if (match && match === at) at = nextSibling(at);
     else if (match) move(parent, match, at);
     else {                                       // new itself, but perhaps around old elements
@@ -12022,7 +12047,7 @@ function morphAttributes(old, fresh) {
   const changed = fields.filter((name) => differs(name) && !preserved.includes(name));
   // What an attribute has shown here is taken back before the new view is put there.
   if (owners.has(old)) for (const name of oursOf(old).filter(differs)) quit(owners.get(old), name);
-  // Ours are handled in the order in which they stand. Where it is another one, all are set anew.
+  // The order in which ours stand is that in which they run. If it differs, all are set anew.
   if (oursOf(fresh).join() !== oursOf(old).join()) {
     for (const name of oursOf(old)) removeAttribute(old, name);
   }
@@ -12041,7 +12066,7 @@ function morphAttributes(old, fresh) {
 
 function writeField(el, name, value) {
   const field = name === 'selected' ? closest(el, 'select') ?? el : el;
-  // What somebody is typing may say the same already: "1." is 1, and so may be an empty field 0.
+  // What somebody is typing may mean the same already: "1." means 1, an empty number field 0.
   const isSame = isNumeric(el) ? Number(el.value) === Number(value) : el.value === value;
   if (name === 'value' && isFocused(el) && (isHalf(el) || isSame)) return;
   el[name] = value;
@@ -12281,7 +12306,9 @@ def _first_app() -> Stario:
     return app
 
 
-# -- Act 5 runs: a page whose text follows its input, without a request.
+# -- Act 5 runs: a page whose text follows its input, without a request. Typing writes the signal
+# `name`; that makes the effect of `data-text` due, which writes the text of the <p>. (The page
+# loads Datastar's own client; this file's one takes its place where that cannot be reached.)
 #
 #     async def page(c: Context, w: Writer) -> None:
 #         field = h.Input(data.bind("name"), {"placeholder": "Your name"})
