@@ -72,25 +72,25 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        5810  14. Relay: publish and subscribe
      6108  ACT 4. For real
        6115  15. Signals: from JSON to your dataclass
-       6871  16. Forms [forms]
-       7074  17. Behind a proxy
-       7184  18. Compression [compression]
-       7393  19. Static files [assets]
-       7961  20. Telemetry: spans, and who hears of them
-       8555  21. JsonTracer: for log collectors [json]
-       8629  22. RichTracer: for people [rich]
-       9061  23. Sessions [sessions]
-       9175  24. What lives as long as the server
-       9277  25. @baked
-       9564  26. ASGI: the same app under another server [asgi]
-       9783  27. RedisRelay: the same between processes and machines [redis]
-      10061  28. Reload: a saved file restarts the app [reload]
-      10205  29. Development: what went wrong, shown where one looks [development]
-      10316  30. What is refused; hosts, cookies, other sites
-    10680  ACT 5. The pocket client, and this file itself
-      10721  31. The pocket client (JavaScript) [client]
-      12098  32. This file as a page [read]
-      12268  33. An app to begin with
+       6872  16. Forms [forms]
+       7075  17. Behind a proxy
+       7185  18. Compression [compression]
+       7394  19. Static files [assets]
+       7962  20. Telemetry: spans, and who hears of them
+       8556  21. JsonTracer: for log collectors [json]
+       8630  22. RichTracer: for people [rich]
+       9062  23. Sessions [sessions]
+       9176  24. What lives as long as the server
+       9278  25. @baked
+       9565  26. ASGI: the same app under another server [asgi]
+       9784  27. RedisRelay: the same between processes and machines [redis]
+      10062  28. Reload: a saved file restarts the app [reload]
+      10206  29. Development: what went wrong, shown where one looks [development]
+      10317  30. What is refused; hosts, cookies, other sites
+    10681  ACT 5. The pocket client, and this file itself
+      10722  31. The pocket client (JavaScript) [client]
+      12099  32. This file as a page [read]
+      12269  33. An app to begin with
 
 READING PATH
 
@@ -6427,7 +6427,8 @@ def _read_each(parts: Iterable[tuple[str | int, Any, Reader]], tried: _Tried) ->
         wrong = wrong or _Wrong()
         wrong.add(name, value, item)
         if wrong.work > (_MOST_WORK if tried is None else _MOST_LISTED):
-            break  # (sooner where a union only tries the type)
+            wrong.work += _MOST_WORK  # so all around stops, too; sooner where a union only tries
+            break
     return wrong or found
 
 

@@ -8944,6 +8944,13 @@ class TestSignals(unittest.TestCase):
         self.assertTrue(caught.exception.stopped)
         self.assertRegex(caught.exception.detail, r"\nand at least \d+ more$")
         self.assertEqual(self.problems(Model, {}), ["30000 values do not fit"])
+        tried = {list[int] | list[Left]: [{}] * 300, list[list[int] | list[Left]]: [[{}] * 300] * 9}
+        for union, sent in tried.items():
+            with self.assertRaises(SignalsError) as caught:
+                read_signals(union, sent)
+            self.assertEqual(len(caught.exception.problems), 20)
+            self.assertTrue(caught.exception.stopped)
+            self.assertRegex(caught.exception.detail, r"\nand at least \d+ more$")
         for schema in (list[int | date | uuid.UUID], list[Left | Right]):
             seen: list[int] = []
             self.problems(schema, Watched([{"left": 1, "right": 2, "name": 3}] * 20_000, seen))
