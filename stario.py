@@ -1,6 +1,6 @@
 """Stario in one file: real-time web apps with nothing but Python's standard library.
 
-Copy this file into your project, under any name. The smallest app; its tracer prints each request:
+Copy this file into your project, under any name. The smallest app (RichTracer prints each request):
 
     import asyncio
     from stario import Context, RichTracer, Stario, Writer, h
@@ -39,8 +39,8 @@ handler builds an HTML element (3) and gives it to the writer (6), which answers
 
 A page that changes while one looks at it sends a second request. Its answer has no end: it is a
 stream of events (13). The handler does not return, but writes an event whenever something changes.
-Mostly that is what another handler has published through the relay (14). An event is some lines of
-text and an empty line:
+Mostly it learns of the change from another handler, through the relay (14). An event is some lines
+of text and an empty line:
 
     event: datastar-patch-elements
     data: elements <h1 id="title">Hello, Grace</h1>
@@ -57,61 +57,61 @@ brackets can be left out of your copy: `python stario.py --without assets,client
       222  ACT 1. A framework
         230  2. Errors
         321  3. HTML: elements are strings
-        665  4. JSON
-        787  5. The request: headers, query, cookies, body
-       1257  6. The answer: status, fields, body
-       1688  7. Context and routing
-       2138  8. The app
-     2326  ACT 2. On the network
-       2334  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3394  10. The server
-       4216  11. Trying it without a network: the test client [testclient]
-     4668  ACT 3. Live
-       4716  12. Datastar: attributes and actions
-       5297  13. Streams: events, and staying with a client
-       5810  14. Relay: publish and subscribe
-     6108  ACT 4. For real
-       6115  15. Signals: from JSON to your dataclass
-       6872  16. Forms [forms]
-       7075  17. Behind a proxy
-       7185  18. Compression [compression]
-       7394  19. Static files [assets]
-       7962  20. Telemetry: spans, and who hears of them
-       8556  21. JsonTracer: for log collectors [json]
-       8630  22. RichTracer: for people [rich]
-       9062  23. Sessions [sessions]
-       9176  24. What lives as long as the server
-       9278  25. @baked
-       9565  26. ASGI: the same app under another server [asgi]
-       9784  27. RedisRelay: the same between processes and machines [redis]
-      10062  28. Reload: a saved file restarts the app [reload]
-      10206  29. Development: what went wrong, shown where one looks [development]
-      10317  30. What is refused; hosts, cookies, other sites
-    10681  ACT 5. The pocket client, and this file itself
-      10722  31. The pocket client (JavaScript) [client]
-      12099  32. This file as a page [read]
-      12269  33. An app to begin with
+        666  4. JSON
+        788  5. The request: headers, query, cookies, body
+       1259  6. The answer: status, fields, body
+       1691  7. Context and routing
+       2141  8. The app
+     2329  ACT 2. On the network
+       2337  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
+       3398  10. The server
+       4221  11. Trying it without a network: the test client [testclient]
+     4674  ACT 3. Live
+       4724  12. Datastar: attributes and actions
+       5309  13. Streams: events, and staying with a client
+       5822  14. Relay: publish and subscribe
+     6120  ACT 4. For real
+       6127  15. Signals: from JSON to your dataclass
+       6884  16. Forms [forms]
+       7087  17. Behind a proxy
+       7197  18. Compression [compression]
+       7406  19. Static files [assets]
+       7974  20. Telemetry: spans, and who hears of them
+       8568  21. JsonTracer: for log collectors [json]
+       8642  22. RichTracer: for people [rich]
+       9074  23. Sessions [sessions]
+       9188  24. What lives as long as the server
+       9290  25. @baked
+       9576  26. ASGI: the same app under another server [asgi]
+       9795  27. RedisRelay: the same between processes and machines [redis]
+      10073  28. Reload: a saved file restarts the app [reload]
+      10217  29. Development: what went wrong, shown where one looks [development]
+      10328  30. What is refused; hosts, cookies, other sites
+    10692  ACT 5. The pocket client, and this file itself
+      10733  31. The pocket client (JavaScript) [client]
+      12110  32. This file as a page [read]
+      12280  33. An app to begin with
 
 READING PATH
 
 Two hours, for a reader who wants to know how it works, not all that it does. Read in this order:
 
       332-349    `SafeString`  an element is a string
-      629-658    `Tags`  `h.P` makes one
-     1062-1239   `Request`  what a client asks for
-     1268-1336   `Carrier`  what brings the answer back
-     1416-1604   `_RawWriter`  the answer
-     1706-1805   `Context`  what a handler gets beside it
-     1895-1910   `_Tree.find`  from a path to a handler
-     2245-2278   `_App.dispatch`  one request from end to end
-     2692-2805   `_RequestReader`  bytes to requests
-     3150-3390   `Connection`  one connection, many requests
-     3817-3838   `Server.start`  listening
-     3953-3975   `Server.stop`  ending without losing a request
-     5421-5541   `_EventWriter`  events
-     5630-5692   `_Scope`  how a disconnect reaches a handler
-     5720-5806   `Alive`  staying with a client
-     5961-6053   `Relay`  from one handler to another
+      630-659    `Tags`  `h.P` makes one
+     1064-1241   `Request`  what a client asks for
+     1270-1338   `Carrier`  what brings the answer back
+     1418-1606   `_RawWriter`  the answer
+     1709-1808   `Context`  what a handler gets beside it
+     1898-1913   `_Tree.find`  from a path to a handler
+     2248-2281   `_App.dispatch`  one request from end to end
+     2696-2809   `_RequestReader`  bytes to requests
+     3154-3394   `Connection`  one connection, many requests
+     3821-3842   `Server.start`  listening
+     3957-3979   `Server.stop`  ending without losing a request
+     5433-5553   `_EventWriter`  events
+     5642-5704   `_Scope`  how a disconnect reaches a handler
+     5732-5818   `Alive`  staying with a client
+     5973-6065   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -229,9 +229,9 @@ P = ParamSpec("P")
 # ==================================================================================================
 # 2. Errors
 #
-# Two kinds. A StarioError tells the developer that the framework was used wrongly, and what to
+# Three kinds. A StarioError tells the developer that the framework was used wrongly, and what to
 # write instead. An HttpException is for the client: raise one anywhere in a handler, and it becomes
-# the answer.
+# the answer. ClientDisconnected says that nobody is left to answer.
 # ==================================================================================================
 
 
@@ -247,8 +247,8 @@ class StarioError(Exception):
         for frame, line in traceback.walk_stack(inspect.currentframe()):
             filename = frame.f_code.co_filename
             if frame.f_globals.get("__name__") == "asyncio.runners":
-                break  # what has started the event loop is not to blame
-            if _is_own(filename) and filename != "<string>":  # (which is code that was generated)
+                break  # the call of asyncio.run() is not to blame
+            if _is_own(filename) and filename != "<string>":  # (a dataclass's `__init__`, say)
                 self.add_note(f"at {filename}:{line}")
                 break
 
@@ -299,7 +299,7 @@ _PHRASES = {status.value: status.phrase for status in HTTPStatus}
 
 
 def _check_status(status: object) -> None:
-    """StarioError for no status of an answer. 600 to 999 pass: a program may have its own."""
+    """Refuse a number that is no answer's status. 600 to 999 pass: a program may have its own."""
     if not isinstance(status, int) or not 200 <= status <= 999:
         raise StarioError(f"{status!r} is no status of an answer: 200 to 599 are")
 
@@ -308,7 +308,7 @@ def _ungrouped(exc: BaseException) -> BaseException:
     """The exception inside of an ExceptionGroup, as if the handler itself had raised it.
 
     asyncio's TaskGroup raises such a group even where only one thing has failed. A group of several
-    is left as it is, unless all are of the two kinds above: then the first one stands for them.
+    stays, unless each is an HttpException or a ClientDisconnected: then the first stands for all.
     """
     if isinstance(exc, BaseExceptionGroup):
         inside = [_ungrouped(inner) for inner in exc.exceptions]
@@ -345,7 +345,7 @@ class SafeString(str):
         return render(other, self)
 
     def __format__(self, spec: str) -> str:
-        """In an f-string it is text again, which is escaped."""
+        """In an f-string it is plain text again. (str's own may give `self` for `{x:>3}`.)"""
         return format(str.__str__(self), spec)
 
 
@@ -377,7 +377,7 @@ Attributes = dict[str, object]
 def _html(
     part: Any, attributes: Attributes | None = None, escape: Callable[[str], str] = _escape
 ) -> str:
-    """A part of an element as HTML; a dict goes to the attributes. None: there is no element."""
+    """A part as HTML. A dict is put into `attributes`, which is None where there is no element."""
     kind = type(part)
     if kind is str:
         return escape(part)
@@ -400,7 +400,8 @@ def _html(
         return ""
     if isinstance(part, Iterable) and not isinstance(part, (bytes, bytearray, memoryview)):
         items = list(part)
-        if type(items and items[0]) is not kind or items != [part]:  # (a Flag iterates over itself)
+        # A member of enum.Flag yields itself, so does a UserString of one letter: they are refused.
+        if not (len(items) == 1 and type(items[0]) is kind and items[0] == part):
             return _html(items, attributes, escape)
     raise StarioError(
         f"{type(part).__name__} cannot stand in HTML: give text, a number, an element, "
@@ -494,9 +495,9 @@ def _other_attribute(name: str, value: object) -> str:
             return f' style="{_quote(style)}"'
         if name != "class":
             return _attributes({f"{name}-{key}": item for key, item in value.items()})
-    # `@baked` (part 25) calls a function once, with placeholders (*blanks*) for its arguments; then
-    # `_baking` is not empty. For a blank `_mark_for` gives a *mark*; at each later call it becomes
-    # what the function named first gives for the argument. Without a blank it gives an empty text.
+    # Only for `@baked` (part 25): skip it. It calls a view once, with placeholders (*blanks*) as
+    # arguments; at other times `_baking` is empty. For a blank `_mark_for` gives a *mark*, and each
+    # later call puts `_other_attribute(name, argument)` in its place. For other values it gives "".
     if _baking.get() and (mark := _mark_for(_other_attribute, name, value, is_html=True)):
         return mark
     return f' {name}="{_quote(_value_text(name, value))}"'
@@ -532,7 +533,7 @@ def _value_text(name: str, value: object) -> str:
 # attributes, all else is content. `h.P({"id": "x"}, "Hello, ", h.B("Ada"))` is the string
 # `<p id="x">Hello, <b>Ada</b></p>`. Without a call, as in `h.Div(h.Br)`, it is the empty element.
 
-Tag = Callable[..., SafeString]
+Tag = Callable[..., SafeString]  # what `h.P` is: a factory
 
 
 def _factory(name: str) -> Tag:
@@ -581,7 +582,7 @@ def _refuse_content(name: str, content: str) -> str:
 
 
 def _check_raw(name: str, content: str) -> str:
-    """For a script or a style, whose text no browser decodes. Blanks are refused, too."""
+    """For a script or a style, whose text no browser decodes: so no mark of `@baked` fits there."""
     if (bakes := _baking.get()) and (mark := bakes[0].marks.search(content)):
         raise StarioError(f"{mark[0]} cannot stand in a <{name}>")
     if "<!--" in content or f"</{name}" in content.lower():
@@ -648,7 +649,7 @@ class Tags:
             raise StarioError(f"{name!r} cannot be the name of an HTML element")
         name = _TAG_NAMES.get(name.lower(), name)  # `<SCRIPT>` is a script to browsers
         factory = _factory(name)
-        setattr(factory, "__html__", factory)  # noqa: B010 - so `h.Div(h.Br)` needs no call
+        setattr(factory, "__html__", factory)  # noqa: B010 - `h.Div(h.Br)`: `_html` calls it
         factory.__name__ = name
         # For `h.Div(id="x")` Python raises a TypeError that begins with this name, so it tells what
         # to write. (A parameter `**wrong`, to raise a better one, makes each call 5% slower.)
@@ -690,7 +691,7 @@ def _json_default(value: object) -> object:
 
 
 def _json_writer(default: Callable[[Any], object], ascii_only: bool = True) -> Callable[[Any], str]:
-    """A `json.dumps` with these options, without spaces, NaN and Infinity.
+    """Make a function like json.dumps. It writes no spaces, and refuses NaN and Infinity.
 
     json.dumps makes an encoder at each call, and takes 4 times as long for a dict of two items.
     Here it is made once. It does not look for circular references: for that it would keep a dict,
@@ -702,7 +703,7 @@ def _json_writer(default: Callable[[Any], object], ascii_only: bool = True) -> C
     encode = encoder.c_make_encoder(  # type: ignore[attr-defined]
         None, default, escape, None, ":", ",", False, False, False
     )
-    return lambda value: "".join(encode(value, 0))
+    return lambda value: "".join(encode(value, 0))  # (0: the level of indentation)
 
 
 _encode_json = _json_writer(_json_default, ascii_only=False)
@@ -722,7 +723,7 @@ def _json(value: object, encode: Callable[[object], str] = _encode_json) -> str:
         raise StarioError(f"this cannot be written as JSON: {exc}") from exc
 
 
-def _with_plain_keys(value: object) -> object:
+def _with_plain_keys(value: object) -> object:  # `{date(2026, 1, 2): 3}`: a key as text
     if isinstance(value, Mapping):
         names = [name if isinstance(name, _JSON_TYPES) else _json_default(name) for name in value]
         items = map(_with_plain_keys, value.values())
@@ -749,8 +750,8 @@ _json_decoder = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)
 def _parse_json(text: str | bytes) -> Any:
     """The value of JSON in UTF-8 (RFC 8259); HttpException(400) where it is not JSON.
 
-    JSON may escape an emoji as two *surrogates*, `\\ud83d\\ude00`. One alone is no text: to
-    write the value as UTF-8 and read it again makes it a `?`, at any depth.
+    JSON may escape an emoji as two halves (*surrogates*), `\\ud83d\\ude00`. Half an emoji is no
+    text. So the value is written as UTF-8 and read again, which makes a `?` of each lone half.
     """
     try:
         plain = (text if isinstance(text, str) else text.decode()).strip("\ufeff \t\r\n")
@@ -802,7 +803,7 @@ class _Missing(HttpException, KeyError):
 
 
 class _Fields:
-    """Text under names. A name may come several times, as `tag` does in `?tag=a&tag=b`."""
+    """Values by name. A name may come several times, as `tag` does in `?tag=a&tag=b`."""
 
     _fold: Callable[[str], str] = str  # a name as it is kept: for header fields, in lower case
 
@@ -810,7 +811,7 @@ class _Fields:
         self._fields = fields if fields is not None else {}  # name -> its values, in order
 
     def _values(self, name: str) -> Sequence[str]:
-        """All values of a name, in order. (A name is folded only if it must be: that is slow.)"""
+        """All values of a name, in order. (Lower case is tried last: to make it takes time.)"""
         return self._fields.get(name) or self._fields.get(self._fold(name)) or ()
 
     def items(self) -> list[tuple[str, str]]:
@@ -854,7 +855,7 @@ class _Fields:
             return default
 
     def __getitem__(self, name: str) -> str:
-        """The first value of a name; HttpException(400), which is a KeyError, too, without one."""
+        """The first value of a name. Without one: an HttpException(400) that is a KeyError, too."""
         values = self.getlist(name)
         if not values:
             raise _Missing(400, f"{name!r} is missing")
@@ -895,7 +896,7 @@ class Headers(_Fields):
 
 
 class ResponseHeaders(Headers):
-    """The header fields of an answer: each method that writes gives the headers back.
+    """The header fields of an answer. What changes them returns them, so calls can be chained.
 
     A name is `str` or `bytes`, a value also `int`. What cannot stand in one (line breaks, control
     characters, text outside of Latin-1) raises StarioError, and so does writing after the headers
@@ -990,7 +991,7 @@ _ESCAPE = re.compile("%([0-9A-Fa-f]{2})")
 def _unescaped(text: str) -> bytes:
     """`a%20b` as `b"a b"` (RFC 3986, section 2.1). A percent sign that escapes nothing stays.
 
-    (Text of Latin-1 characters stands for the bytes: pieces of text are joined in less memory.)
+    (In Latin-1 one character is one byte. So it is done with text, which joins in less memory.)
     """
     pieces = _ESCAPE.split(text.encode("utf-8", "replace").decode("latin-1"))  # a, 20, b
     pieces[1::2] = bytes.fromhex("".join(pieces[1::2])).decode("latin-1")  # 20 -> " ", and so on
@@ -1014,7 +1015,7 @@ def _decode_path(raw: str) -> str:
     if _BAD_ESCAPE.search(raw):
         raise HttpException(400, "the path has a percent sign that escapes nothing")
     marked, slashes = re.subn("%2[Ff]", "%FF", raw)  # which decodes to `_SLASH`
-    # "surrogateescape": each byte that is no UTF-8 becomes a surrogate. More than slashes: refused.
+    # "surrogateescape" makes a surrogate of each byte that is no UTF-8: only our own may be there.
     path = _unescaped(marked).decode("utf-8", "surrogateescape")
     if len(_SURROGATE.findall(path)) != slashes:
         raise HttpException(400, "the path is not UTF-8")
@@ -1037,7 +1038,8 @@ def _decode_path(raw: str) -> str:
 #
 # A *future* is a result to come: `await future` waits for it, `future.set_result()` ends the wait.
 # To *cancel* a task raises CancelledError where it waits, and adds one to `task.cancelling()`. Only
-# at awaits do others run: no locks. A task has its own copy of the *context variables* (`x.get()`).
+# at awaits do others run: no locks. A *context variable* is like a global, but what a task sets by
+# `x.set(1)` only this task gets by `x.get()`, and the tasks that it makes afterwards.
 
 
 class RequestLine:
@@ -1123,7 +1125,7 @@ class Request:
 
     @cached_property
     def _hop(self) -> _Hop:
-        """Client's address, scheme and host, as the first trusted proxy saw them (part 17)."""
+        """Client's address, scheme and host. If proxies (see `client`) passed it on: their word."""
         carrier = self._carrier
         last = _Hop(carrier.client, carrier.scheme, self.headers.get("host") or "")
         return last if carrier.proxies is None else carrier.proxies.first_hop(self.headers, last)
@@ -1161,7 +1163,7 @@ class Request:
         return self.headers.get("datastar-request") == "true"
 
     _form: Form | None = None  # once it has been read (part 16)
-    _form_reader: _MultipartReader | None = None  # what a cancelled `form()` has read
+    _form_reader: _MultipartReader | None = None  # of a cancelled `form()`: the next goes on
 
     async def stream(self) -> AsyncIterator[bytes]:
         """The body in chunks as they come. A client that sends faster than they are taken waits.
@@ -1175,7 +1177,7 @@ class Request:
                 yield chunk
         finally:
             if isinstance(self._body, Body):
-                self._body.discard()
+                self._body.discard()  # the loop was left: nobody reads what still comes
 
     def _begin(self) -> None:
         """Begin to read: from `_whole`, if `body()` has kept it; else from `_body`, only once."""
@@ -1269,7 +1271,7 @@ class Carrier:
     """What brings the bytes of one answer to its client. `fields` are lines, `name: value\\r\\n`.
 
     A carrier must have `scopes` and the five methods that raise NotImplementedError here; it may
-    replace the others. (Answers in one shot need only `scopes`, and an `answer` of its own.)
+    replace the others. (For answers in one shot it needs only `scopes`, and its own `answer`.)
     Only the two `async` methods wait: what cannot be sent yet is kept in a buffer. Once the client
     has gone, bytes are dropped without an error.
     """
@@ -1278,7 +1280,7 @@ class Carrier:
 
     # A scope is a handler's wait that ends when the client goes, or the server stops (part 13).
     scopes: list[_Scope]
-    disconnected = False  # the client has gone, or sends no more: it may read, but streams end
+    disconnected = False  # the client has gone, or has closed its sending side: streams end
     client = ""  # the address of the other end, or empty where it has none
     scheme = "http"  # or "https": how the other end speaks with us
     proxies: TrustedProxies | None = None  # which other ends may speak for their clients (part 17)
@@ -1337,7 +1339,7 @@ class Carrier:
 
 
 # Types of content that compression (part 18) makes smaller: images and films mostly are compressed.
-# (The pattern is compiled at its first use: an app of pages needs none.)
+# (Compiled at its first use. An app that answers with HTML only never uses it.)
 _COMPRESSIBLE = (
     r"(?i)text/|application/(json|[\w.-]+\+(json|xml|yaml)\b|(x-)?(javascript|ndjson|yaml|toml|sh|tar)"
     r"|json-seq|jsonl(ines)?|xml|xml-dtd|wasm|graphql|sql|rtf|postscript|x-www-form-urlencoded"
@@ -1420,7 +1422,7 @@ class _RawWriter:
     layer to the last one: answers in one shot, then (part 13) events, and `alive` in Writer.
     """
 
-    _rest: _Rest | None = None  # a large file still to be sent (19): nothing can follow
+    _rest: _Rest | None = None  # of a large file, still to be sent (19): no `write` may follow
 
     def __init__(
         self, carrier: Carrier, request: Request, compression: CompressionConfig | None
@@ -1432,9 +1434,9 @@ class _RawWriter:
         self._request = request
         self._compression = compression
         self._headers: ResponseHeaders | None = None
-        self._compressor: Compressor | None = None  # two functions: more, and the end (part 18)
+        self._compressor: Compressor | None = None  # two functions: [0] more, [1] end (part 18)
         self._remaining: int | None = None  # bytes still due, if a Content-Length was given
-        self._sse = False  # this is a stream of events (part 13)
+        self._is_stream = False  # this is a stream of events (part 13)
         self._writes = 0  # pieces of the body so far: a heartbeat (13) is sent if there are no more
 
     @property
@@ -1520,7 +1522,7 @@ class _RawWriter:
         """Wait until the client has taken most of what was sent. ClientDisconnected if it goes."""
         await self._carrier.drained()
 
-    # -- Inside. Every answer passes `_start`: whole, by `_answer`, or its head first, by `_begin`.
+    # -- Inside. `_answer` sends a whole answer; `_begin` a head, and `_send` each piece after it.
 
     def _start(self, status: int) -> None:
         if self.started:
@@ -1609,7 +1611,8 @@ class _OneShotWriter(_RawWriter):
 
     def respond(self, body: bytes, content_type: str, status: int = 200) -> None:
         """Answer with these bytes. A second answer is a StarioError."""
-        content = _content if len(content_type) <= _KEPT_TEXT else _content.__wrapped__  # uncached
+        # (`__wrapped__` is the function without its cache.)
+        content = _content if len(content_type) <= _KEPT_TEXT else _content.__wrapped__
         self._answer(status, content(content_type), _bytes(body))
 
     def html(self, node: object, status: int = 200) -> None:
@@ -1648,7 +1651,7 @@ class _OneShotWriter(_RawWriter):
         return self._rest or _Rest()  # all sent: an empty one, whose await ends at once
 
     def _redirect(self, url: str, status: int) -> None:
-        """A redirect by status and `location`: for `redirect` (part 13), except for Datastar."""
+        """Redirect as HTTP does, by status and `location`. (`redirect`, part 13, calls it.)"""
         _check_target(url, status)
         # A backslash is a slash to browsers: "/\evil.com" would leave the site.
         location = quote(url.replace("\\", "%5C"), safe=_REDIRECT_SAFE, errors="replace")
@@ -1707,8 +1710,8 @@ class Context:
     """Everything about one request: `c`. `app` is the Stario that serves it, `req` the request.
 
     A request is recorded in a *span* (part 20): a name, a beginning, an end, attributes, events.
-    `c["user"] = 7` sets an attribute, `c("mail sent", {"to": 7})` notes an event. An app without a
-    tracer, which is what spans are given to, is *silent*: it makes none, and logs only faults.
+    `c["user"] = 7` sets an attribute, `c("mail sent", {"to": 7})` notes an event. Spans go to the
+    app's *tracer*. An app without one is *silent*: it makes no spans, and logs only faults.
     """
 
     def __init__(self, app: Stario, req: Request) -> None:
@@ -1730,7 +1733,7 @@ class Context:
 
     @property
     def span(self) -> Span:
-        """The request's span. (Where somebody asks a silent app for it, it makes one.)"""
+        """The request's span, a child of its caller's (20). (A silent app makes it if asked.)"""
         if self._span is None:
             req = self.req
             attributes = {"http.request.method": req.method, "url.path": req.path}
@@ -1785,7 +1788,7 @@ class Context:
 
     def _current(self) -> Span:
         """The span of the step of this request that the task is in, else the request's."""
-        owner, span = _current_step.get()  # a context variable (20): perhaps another request's
+        owner, span = _current_step.get()  # (20) a task has its maker's: of another request, say
         return span if owner is self and span is not None else self.span
 
     @typing.overload
@@ -1806,7 +1809,7 @@ class Context:
 
 
 Handler = Callable[[Context, "Writer"], Awaitable[None]]  # (Writer is complete in part 13)
-_NO_HANDLER: Any = None  # for `@app.get("/")`, an error that says what to write instead
+_NO_HANDLER: Any = None  # so that `@app.get("/")` reaches `_check_handler`, which tells better
 Middleware = Callable[[Handler], Handler]
 ErrorHandler = Callable[[Context, "Writer", Any], Awaitable[None] | None]
 
@@ -1833,7 +1836,7 @@ class _Node:
 # What is found for a path: a node, the values of the parameters, the text that a catch-all took.
 _Match = tuple[_Node, list[Any], str]
 _PARAMETER_SEGMENT = re.compile(r"\{([A-Za-z_]\w*)(?::(\w+))?\}")
-_NO_SEGMENT = re.compile(r"[{}*<>?#\\]|^:\w")  # `<id>`, `:id` and `\d` are parameters elsewhere
+_NO_SEGMENT = re.compile(r"[{}*<>?#\\]|^:\w")  # `<id>`, `:id`, `\d`: as other routers have it
 
 
 # The types of parameters, in the order in which they are tried: what fits, and what converts it.
@@ -1914,7 +1917,7 @@ class _Tree:
         segments = path.split("/")[1:]
         if _SLASH in path:
             segments = [segment.replace(_SLASH, "/") for segment in segments]
-        return _walk(self._root, segments, 0, []) if segments else iter(())
+        return _walk(self._root, segments, 0, []) if segments else iter(())  # `*` has none
 
     def methods(self, path: str) -> set[str]:
         """The methods that a path has routes for."""
@@ -1923,7 +1926,7 @@ class _Tree:
 
 
 def _walk(node: _Node, segments: list[str], at_segment: int, values: list[Any]) -> Iterator[_Match]:
-    """Go on from a node, which stands before a segment: what fits, the most specific first."""
+    """The nodes below this one that fit `segments[at_segment:]`, the most specific first."""
     if at_segment == len(segments):
         if node.routes:
             yield node, values, ""
@@ -2085,7 +2088,7 @@ class Router:
         self._check_open()
         if router is self:
             raise StarioError("a router cannot be mounted in itself")
-        life = vars(router).get("_life")  # lifespans and tasks (24). (`router._life` would make it)
+        life = vars(router).get("_life")  # lifespans and tasks (24): `router._life` would make one
         if life and (life.lifespans or life.waiting):
             raise StarioError("lifespans and background tasks are given to the app that is served")
         router._mounted = True
@@ -2121,9 +2124,9 @@ async def _handle_error(
     if isinstance(exc, HttpException) and exc.status_code < 400:
         return False
     foreseen = isinstance(exc, (HttpException, ClientDisconnected))
-    for kind in type(exc).__mro__:
+    for kind in type(exc).__mro__:  # its class, then the base classes, the nearest first
         if kind in handlers and not (foreseen and kind is Exception):
-            # What has a handler of its own type was expected, and is no fault.
+            # A silent app records faults only: what falls to the handler for `Exception`.
             if kind is Exception or not c.app._silent:
                 _record(c, exc, is_handled=True)  # part 20
             w._forget_answer()
@@ -2144,7 +2147,7 @@ async def _handle_error(
 
 
 def _is_stopped(carrier: Carrier, exc: BaseException) -> bool:
-    """Whether the stopping server ends this handler: it cancels it, or Ctrl-C is pressed again."""
+    """Whether a stopping server has ended the handler: by a cancel, or at a second Ctrl-C."""
     task = asyncio.current_task()
     cancelled = isinstance(exc, asyncio.CancelledError) and task is not None and task.cancelling()
     return carrier.shutting_down and bool(cancelled or isinstance(exc, KeyboardInterrupt))
@@ -2153,8 +2156,8 @@ def _is_stopped(carrier: Carrier, exc: BaseException) -> bool:
 async def _fail(c: Context, w: Writer, exc: BaseException) -> None:
     """A handler has raised: answer for it, if there is still an answer to give.
 
-    Whatever it is, `SystemExit` and a cancellation from elsewhere too, it ends this request and
-    nothing else.
+    Every exception ends this request and nothing else: even `SystemExit`, or a cancellation that
+    does not come from the server.
     """
     try:
         exc = _ungrouped(exc)
@@ -2206,7 +2209,7 @@ async def _complete(c: Context, w: Writer) -> None:
 
 
 class _App(Router):
-    """What makes answers of requests. The class Stario adds (part 10) what serves them."""
+    """A router that answers requests. Its subclass Stario (part 10) adds the server."""
 
     def __init__(
         self,
@@ -2221,9 +2224,9 @@ class _App(Router):
         if not isinstance(max_body, int) or max_body < 0:
             raise StarioError(f"max_body is a number of bytes, not {max_body!r}")
         self.tracer = tracer or Tracer()
-        self.compression = compression or self._compression
         if compression is not None and not isinstance(compression, CompressionConfig):
             raise StarioError(f"compression is a CompressionConfig(...), not {compression!r}")
+        self.compression = compression or self._compression
         self.max_body = max_body
         self._silent = type(self.tracer) is Tracer  # the base class, which does nothing
         self._fallback: Handler = self._no_route  # where no route fits; `use` wraps it
@@ -2270,7 +2273,7 @@ class _App(Router):
                 carrier.abort()  # cancelled: the server could not wait any longer
             if w._timer is not None:
                 w._stop_heartbeat()  # (part 13)
-            if type(request._body) is Body:
+            if isinstance(request._body, Body):
                 request._body.discard()  # what the handler has not read
             if c._span is not None:
                 if w.started:
@@ -2344,8 +2347,8 @@ class _App(Router):
 # With `expect: 100-continue` it sends a body only when it is told to: `HTTP/1.1 100 Continue`.
 #
 # Theory of operation. A connection works on one request at a time. Its state (see `_State`) says
-# what the next bytes are: a request's head, some of its body, or bytes to keep until it is
-# answered. `_advance` reads one head, or what has come of a body. It is called when bytes have
+# what the next bytes are: a request's head, some of its body, or, while a handler works, bytes to
+# keep. `_advance` reads one head, or what has come of a body. It is called when bytes have
 # come, when an answer is complete, and when the client has taken earlier answers. A connection
 # belongs to a `Worker` (part 10): an event loop, the app, and all connections of that loop.
 #
@@ -2353,7 +2356,7 @@ class _App(Router):
 # and a closed connection. Where a proxy and a server disagree on where a request ends, its last
 # bytes pass the proxy as a body and reach the server as a request of their own (*smuggling*).
 #
-# Time. A connection has one `_deadline`, the end of what it is waiting for. About once a second the
+# Time. A connection has one `_deadline`, the time until which it waits. About once a second the
 # worker looks at all of them: the *sweep*. So a time limit is an attribute, and no timer.
 #
 # What has been read before, byte for byte, is not read again: a browser repeats its header block,
@@ -2377,7 +2380,7 @@ class Limits:
     max_target: int = 32 * 1024  # of the target (a GET has its signals there, part 15); beyond: 414
     max_buffer: int = 16 * 1024 * 1024  # bytes of an answer that wait for the client; then cut off
     max_connections: int = 10_000  # at once; beyond: 503
-    max_handlers: int = 1000  # in excess of the number of connections; beyond: requests wait
+    max_handlers: int = 1000  # this many more than connections; beyond: requests wait
 
 
 _HIGH_WATER = 64 * 1024  # bytes kept of what comes in, and of what goes out; then the sender waits
@@ -2385,14 +2388,14 @@ _DISCARD_LIMIT = 256 * 1024  # bytes of an unwanted body that are read and dropp
 _MAX_EXCESS = 100  # connections above `max_connections` that are answered, 503; more are closed
 _ACCEPT_BATCH = 64  # connections that are accepted before the loop runs other tasks
 _KEPT_HEAD = 4096  # bytes: a larger header section is not kept for the next request
-_IDLE_GRACE = 0.5  # seconds for a last request at a stop; in `_linger`, for a silent client
+_IDLE_GRACE = 0.5  # seconds in which an idle client may still send: at a stop, and in `_linger`
 _FILE_WINDOW = 8 * 1024 * 1024  # bytes of a file that are mapped at a time
 _LINGER = 2.0  # seconds in which a client may read an answer that ends its connection (`_linger`)
 _NEVER = float("inf")
 _NETWORK_GONE = {  # errors of a socket whose client is gone, beside ConnectionError
     errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN, errno.ENOTCONN
 }  # fmt: skip
-# For SO_LINGER, on and 0 seconds: a close sends a *reset*, which the client sees as an error.
+# A value of the socket option SO_LINGER. A close then sends a *reset*: the client sees an error.
 _RESET = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)
 
 _REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/([0-9])\.([0-9])")
@@ -2419,6 +2422,7 @@ def _block_pattern(max_headers: int) -> re.Pattern[bytes]:
 
 @lru_cache(maxsize=256)
 def _status_line(status: int) -> bytes:
+    # (`int`: a status may be an `HTTPStatus`.)
     return f"HTTP/1.1 {int(status)} {_PHRASES.get(status, 'Unknown')}\r\n".encode("latin-1")
 
 
@@ -2474,7 +2478,7 @@ class _ReceivedHeaders(Headers):
     """
 
     def __init__(self, block: bytes) -> None:
-        self._block = block
+        self._block = block  # (no `super().__init__`: `_fields` is made when it is needed)
         self._known: dict[str, Sequence[str]] = {}  # what has been looked up
 
     @cached_property
@@ -2492,7 +2496,7 @@ class _ReceivedHeaders(Headers):
     def _look_up(self, name: str) -> Sequence[str]:
         wanted, end = f"\n{name}:".encode("ascii", "replace"), 0
         lowered, values = self._block.lower(), []
-        while ":" not in name and (at := lowered.find(wanted, end)) >= 0:  # (":": into the value)
+        while ":" not in name and (at := lowered.find(wanted, end)) >= 0:  # (no name has one)
             end = lowered.find(b"\r", at)
             value = self._block[at + len(wanted) : end].strip(b" \t")
             values.append(value.decode("utf-8" if name in _UTF_8_FIELDS else "latin-1", "replace"))
@@ -2650,7 +2654,7 @@ class _BodyDecoder:
             elif self._expected is None:
                 break
             elif not (line := self._expected.match(buffer, at)):
-                self._check_start(buffer[at:])
+                self._check_line(buffer[at:])
                 break
             elif self._expected is self._TRAILER:
                 at = line.end()
@@ -2659,18 +2663,18 @@ class _BodyDecoder:
                 at, self.left = line.end(), int(line[1], 16)
                 self._expected = self._NEXT_SIZE if self.left else self._TRAILER
                 if line[2]:
-                    self._ignored = self._ignored_with(line[2])
+                    self._ignored = self._check_ignored(line[2])
         return b"".join(out), at
 
     def _read_trailer(self, line: bytes) -> None:
         # It must not change the framing (RFC 9110, section 6.5.1): a proxy may heed it.
         if _FRAMING_FIELDS.match(b"\n" + line):
             raise HttpException(400, "a trailer of the body is malformed")
-        self._ignored = self._ignored_with(line)
+        self._ignored = self._check_ignored(line)
         if line == b"\r\n":
             self._expected = None
 
-    def _check_start(self, start: bytes) -> None:
+    def _check_line(self, start: bytes) -> None:
         """Refuse a malformed line. One whose end has not come may still be well-formed."""
         if self._expected is self._NEXT_SIZE:
             if not b"\r\n".startswith(start[:2]):
@@ -2679,10 +2683,10 @@ class _BodyDecoder:
         if b"\n" in start:
             what = "trailer of the body" if self._expected is self._TRAILER else "chunk's size"
             raise HttpException(400, f"a {what} is malformed")
-        self._ignored_with(start)
+        self._check_ignored(start)
 
-    def _ignored_with(self, more: bytes) -> int:
-        """Bound what is ignored, extensions and trailers: a client could send them for ever."""
+    def _check_ignored(self, more: bytes) -> int:
+        """The new `_ignored`, with these bytes; 431 beyond: a client could send them for ever."""
         total = self._ignored + len(more)
         if total > self._max_ignored:
             raise HttpException(431, "the chunk extensions or trailers of the body are too large")
@@ -2700,7 +2704,7 @@ class _RequestReader:
         self._block_pattern = _block_pattern(limits.max_headers)
         self.buffer = b""  # what has come; emptied when all of it has been read
         self._at = 0  # up to where the buffer has been read
-        self._searched = 0  # bytes of an incomplete head, searched; the last 3 may begin its end
+        self._searched = 0  # bytes of a head without an end so far (the last 3 may be part of it)
         # The last header block, and what was read from it. At first, one without fields.
         self._block, self._headers, self._framing = b"\r\n\r\n", Headers(), _kept_framing(b"")
         self.decoder: _BodyDecoder | None = None  # while a body is coming in
@@ -2740,7 +2744,7 @@ class _RequestReader:
             headers, framing = self._headers, self._framing
         else:
             headers, framing = self._read_block(buffer[line_end:end])
-        keep = len(raw_line) <= _KEPT_TEXT  # (`__wrapped__` is the function without its cache)
+        keep = len(raw_line) <= _KEPT_TEXT
         read = _parse_request_line if keep else _parse_request_line.__wrapped__
         line = read(raw_line)
         if len(line.target) > limits.max_target:
@@ -2762,7 +2766,7 @@ class _RequestReader:
             raise HttpException(400, "the request line is malformed")
         if len(start) > self._limits.max_header_bytes:
             raise self._too_large(line)
-        if line_end and len(line) >= checked:  # just complete: refuse a bad one now
+        if line_end and len(line) >= checked:  # the request line is new: refuse a bad one now
             _parse_request_line.__wrapped__(line)
         self._searched = len(start)
 
@@ -2786,7 +2790,7 @@ class _RequestReader:
         return headers, framing
 
     def whole_body(self, framing: _Framing) -> bytes | None:
-        """The body if all of it is here; if not, None, and `body` reads it piece by piece."""
+        """The body if all of it is here. If not, None: a `decoder` is made, for `body`."""
         at, upto = self._at, self._at + framing.length
         if upto <= len(self.buffer) and not framing.chunked:
             whole = self.buffer[at:upto]
@@ -2834,7 +2838,7 @@ class _SocketCarrier(Carrier, asyncio.Protocol):
     dropped. What was written before still goes out, except after `_drop`.
     """
 
-    # What Connection adds, which knows what it waits for:
+    # Two methods that the subclass Connection adds:
     _timed_out: Callable[[], None]  # the deadline has passed
     go_on: Callable[[], None]  # the client has taken what was written
 
@@ -2893,7 +2897,7 @@ class _SocketCarrier(Carrier, asyncio.Protocol):
         self._worker.loop.call_soon(self.go_on)  # perhaps a next request waits for it
 
     async def drained(self) -> None:
-        """See Carrier. A transport that is closing without our `_closing` has lost its client."""
+        """See Carrier. If the transport closes, and we have not closed it, the client has gone."""
         if self._paused_writing and (self._closing or not self._transport.is_closing()):
             await self._paused_writing.wait()
         elif self.scheme == "https":  # asyncio's TLS tells of a lost connection only from the loop
@@ -2924,7 +2928,7 @@ class _SocketCarrier(Carrier, asyncio.Protocol):
         await super().send_file(file, offset, count)
 
     async def _send_mapped(self, descriptor: int, file: IO[bytes], offset: int, count: int) -> int:
-        """Send from the file's pages in the kernel, by mapping a window of it after the other.
+        """Send the file from memory: mmap shows a part of it (a window) as bytes, without a copy.
 
         Returns how many bytes: fewer where the file cannot be mapped. (`os.sendfile` would not copy
         them, and what waits for the client would change with the file.)
@@ -2954,7 +2958,7 @@ class _SocketCarrier(Carrier, asyncio.Protocol):
             try:
                 written = os.write(descriptor, data[done:])
             except BlockingIOError:
-                self.pause_writing()  # `drained` waits until the kernel has room
+                self.pause_writing()  # `drained` waits until the loop calls `resume_writing`
                 loop.add_writer(descriptor, self.resume_writing)
                 try:
                     await self.drained()
@@ -3067,8 +3071,8 @@ class _SocketCarrier(Carrier, asyncio.Protocol):
 class _AnswerCarrier(_SocketCarrier):
     """Sends answers as HTTP/1.1 writes them. What they answer is the business of Connection."""
 
-    _gives_up_rest: Callable[[], bool]  # the rest of the request's body will not be read
-    _answered: Callable[[], None]  # the answer is complete
+    _gives_up_rest: Callable[[], bool]  # whether a body's rest is left unread (it decides that now)
+    _after_answer: Callable[[], None]  # the answer is complete
 
     def __init__(self, worker: Worker) -> None:
         super().__init__(worker)
@@ -3082,7 +3086,7 @@ class _AnswerCarrier(_SocketCarrier):
         if not self._is_usual or self._worker.stopping:
             fields = self._with_connection(fields)
         self._write(b"".join((_status_line(status), fields, self._worker.end_of_head, body)))
-        self._answered()
+        self._after_answer()
 
     def begin(self, status: int, fields: bytes, unsized: bool) -> None:
         """See Carrier."""
@@ -3115,7 +3119,7 @@ class _AnswerCarrier(_SocketCarrier):
         if self._chunked:
             self._write(b"0\r\n\r\n")
             self._chunked = False
-        self._answered()
+        self._after_answer()
 
     def abort(self) -> None:
         """See Carrier. In HTTP/1.0 a body ends with the connection: a reset tells of a fault."""
@@ -3236,7 +3240,7 @@ class Connection(_AnswerCarrier):
         if self._paused_writing:
             self._deadline = _NEVER  # the answer before is not taken: `write_timeout` counts
             return
-        # A handler may go on after its answer, while its connection brings the next request.
+        # Handlers may go on after their answers: so there can be more of them than connections.
         if len(worker.tasks) >= len(worker.connections) + worker.limits.max_handlers:
             self._deadline = _NEVER
             worker.waiting.add(self)
@@ -3258,12 +3262,12 @@ class Connection(_AnswerCarrier):
         if not task.done():
             worker.track(task)
         if (self._reader.buffer or self._eof) and self._is_reading_body():
-            self._read_body()
+            self._read_body()  # what has come behind the head
 
     def _wait_for_head(self) -> None:
         if self._eof:
             self._close()  # what is left is a part of a request whose rest will not come
-        # The head begins now: its first bytes, or a first chance after `_deadline` was `_NEVER`.
+        # Its time begins with its first bytes, or (`_NEVER`) now that we read from it again.
         elif self._deadline == _NEVER or (self._state is _IDLE and self._reader.buffer):
             self._state = _HEAD if self._reader.buffer else _IDLE
             self._deadline = self._worker.loop.time() + self._worker.limits.header_timeout
@@ -3296,7 +3300,7 @@ class Connection(_AnswerCarrier):
             is_answered = self._state is _LATE_BODY
             self._state, self._deadline = _ANSWER, _NEVER
             if is_answered:
-                self._answered()
+                self._after_answer()
             body.end()
         elif self._eof:
             self._fail_body(ClientDisconnected("the client closed in the middle of its request"))
@@ -3372,7 +3376,7 @@ class Connection(_AnswerCarrier):
         """How many bytes of a body are known to come."""
         return self._reader.decoder.left if self._reader.decoder else 0
 
-    def _answered(self) -> None:
+    def _after_answer(self) -> None:
         if self._state is _BODY:
             self._state = _LATE_BODY  # the handler may still read it
             self._close_if_rest_is_unwanted()
@@ -3417,7 +3421,7 @@ def _spawn(
     """Make a task of a coroutine.
 
     From Python 3.12 on it runs at once, up to its first wait, and not only when the loop comes to
-    it: a handler that never waits is done when this returns. (`name`: asyncio would format one.)
+    it: a handler that never waits is done when this returns. (A `name` saves asyncio one.)
     """
     if _EAGER:
         return asyncio.Task(coroutine, loop=loop, name="stario", context=context, eager_start=True)  # type: ignore[call-arg]
@@ -3458,7 +3462,7 @@ class Worker:
         self.ended = False  # its loop is to end
         self.context = contextvars.copy_context()  # each handler gets a copy of it
         times = [value for name, value in dataclasses.asdict(limits).items() if "timeout" in name]
-        self._interval = max(0.01, min(1.0, min(times) / 4))  # seconds between sweeps
+        self._interval = max(0.01, min(1.0, min(times) / 4))  # of sweeps: 4 in the shortest time
         self.now = loop.time()  # the time of the last sweep
         self._sweep()
 
@@ -3493,9 +3497,9 @@ class Worker:
 
     def _handler_ended(self, task: asyncio.Task[None]) -> None:
         self.tasks.discard(task)
-        # Only when a tenth is free, since all that wait are woken then.
-        few = len(self.connections) + 0.9 * self.limits.max_handlers
-        if self.waiting and len(self.tasks) < few:
+        # All that wait are woken at once: so not for one free place, but for a tenth of them.
+        wake_below = len(self.connections) + 0.9 * self.limits.max_handlers
+        if self.waiting and len(self.tasks) < wake_below:
             waiting, self.waiting = self.waiting, set()
             for connection in waiting:
                 self.loop.call_soon(connection.go_on)
@@ -3567,9 +3571,9 @@ def _cancel(tasks: Iterable[asyncio.Task[None]]) -> None:
 
 
 class _Threads(ThreadPoolExecutor):
-    """A thread pool for `asyncio.to_thread` that does not hold up the end of the program.
+    """Threads for `asyncio.to_thread(f)`, by which a handler calls a blocking function `f`.
 
-    (At exit Python waits for the threads of a plain one; asyncio takes that or a subclass.)
+    (At exit Python waits for the threads of a plain pool, not for these. asyncio wants a subclass.)
     """
 
     def __init__(self) -> None:
@@ -3639,7 +3643,7 @@ class _Listener:
     def open(self) -> None:
         """Listen. Raises StarioError with the reason if that fails."""
         try:
-            self.sockets += [] if self.sockets else _systemd_sockets()
+            self.sockets = self.sockets or _systemd_sockets()
             if self.sockets:
                 self._take_address()
             elif self.unix_socket:
@@ -3666,7 +3670,7 @@ class _Listener:
 
     def unlink(self) -> None:
         """Remove the file of a Unix socket, unless another server has replaced it."""
-        ours, self._unix_file = self._unix_file, None  # a later file may get our inode number
+        ours, self._unix_file = self._unix_file, None  # (once: a later file may look the same)
         with suppress(OSError):
             if ours and os.path.samestat(ours, os.stat(self._unix_path)):
                 os.unlink(self._unix_path)
@@ -3799,7 +3803,7 @@ class Server:
         self._threads: list[threading.Thread] = []
         self._accepting: list[asyncio.Task[None]] = []  # on Windows, see `_watch`
         self._ending = AsyncExitStack()  # what `start` has begun, and `stop` ends
-        self._asked = asyncio.Event()
+        self._asked = asyncio.Event()  # set once a signal has asked to stop
         self._asked_at = 0.0  # when a signal last asked to stop
         self._starting: asyncio.Task[Any] | None = None  # the task in `start`: a signal cancels it
 
@@ -3819,7 +3823,7 @@ class Server:
         if self._workers:
             raise StarioError("this server runs already")
         self._loop, self._starting = asyncio.get_running_loop(), asyncio.current_task()
-        async with AsyncExitStack() as stack:  # to undo, last step first, if one fails
+        async with AsyncExitStack() as stack:  # a list of calls; if a step fails, it runs them
             stack.callback(_forget_signals, self)
             if heed_signals:
                 _heed_signals(self)
@@ -3850,7 +3854,7 @@ class Server:
 
         def run() -> None:
             try:
-                # (Made in the main thread, its loop would on Windows be the one that signals wake.)
+                # (Not made in the main thread: on Windows signals would then wake this loop.)
                 with asyncio.Runner(loop_factory=type(self._loop)) as runner:  # the same kind
                     runner.get_loop().set_default_executor(_Threads())
                     worker = self._worker_on(runner.get_loop())
@@ -3912,7 +3916,7 @@ class Server:
         """Give a connection to the next worker that is not full."""
         accepted.setblocking(False)
         turns = islice(self._turns, len(self._workers))
-        worker = next((w for w in turns if w.room > 0), None) or next(self._turns)
+        worker = next((w for w in turns if w.room > 0), None) or next(self._turns)  # (all full)
         if worker.loop is self._loop:
             worker.adopt(accepted, self._ssl)
         else:
@@ -3939,7 +3943,7 @@ class Server:
             if not self._asked.is_set() or not self._graceful_timeout:  # blocked, or 0 by now
                 if isinstance(self.app.tracer, _StreamTracer):  # (20): it may have a footer
                     self.app.tracer._close()
-                os._exit(128 + number)  # (process 1 of a container could not kill itself)
+                os._exit(128 + number)  # (no signal of its own ends process 1 of a container)
             self._asked_at, self._graceful_timeout = now, 0.0
             for worker in self._workers:
                 worker.deadline = 0.0
@@ -4010,7 +4014,7 @@ def _checked_limits(options: dict[str, Any]) -> Limits:
     return Limits(**options)
 
 
-# -- Signals (Ctrl-C is one) are sent to the process, so one stops every server that waits for it.
+# -- The system's signals (Ctrl-C sends one) go to the process: one stops all servers that wait.
 # When the last of these servers has stopped, the program's earlier signal handlers are put back.
 
 _awaiting_signal: list[Server] = []  # used by the main thread only
@@ -4179,9 +4183,10 @@ class Stario(_App):
                     worker.loop.call_soon_threadsafe(_Watchdog)  # part 29: finds what blocks a loop
         except asyncio.CancelledError:
             starting = server._starting
+            # `uncancel` takes one cancellation back, the signal's: how many others are left?
             if starting is None or not server._asked.is_set() or starting.uncancel():
                 raise
-            return  # only the signal had cancelled `start`: `uncancel` gives 0
+            return  # none: it was only the signal
         except StarioError as exc:
             for work in self._life.waiting:  # or Python warns that nobody has awaited it
                 work.close()
@@ -4385,13 +4390,13 @@ class TestStream:
         self._name = name  # of the request, for messages
         self._timeout = timeout
         self._raised: list[BaseException] = []  # by its handler; `_record_fault` (20) puts it there
-        self._unread = b""  # bytes that have come, and of which the body's decoder needs more
+        self._unread = b""  # bytes that the body's decoder cannot read before more have come
         self._unparsed = b""  # the beginning of an event
         self._events: deque[ServerEvent] = deque()  # that have come, and are not asked for yet
         self._last: ServerEvent | None = None
         self._worker = Worker(client.app, asyncio.get_running_loop(), client.limits)
         if client.raise_errors:
-            self._worker.context.run(_failures.set, self._raised)
+            self._worker.context.run(_failures.set, self._raised)  # for its handlers only
 
     def __aiter__(self) -> TestStream:
         return self
@@ -4461,7 +4466,7 @@ class TestStream:
         async with self._awaiting("the start of its handler"):
             while not (self._worker.tasks or self._head.done()):
                 await asyncio.sleep(0)
-        for _ in range(20):  # more often than a handler has to wait to send its head
+        for _ in range(20):  # (a guess) rounds of the loop: enough to send a head without a wait
             if not self._head.done():
                 await asyncio.sleep(0)
 
@@ -4540,7 +4545,7 @@ class TestClient:
     async def request(
         self, method: str, path: str, *, wait: bool = True, follow: bool = False, **options: Any
     ) -> TestResponse:
-        """Send a request and give its answer. `get`, `post` and so on are the same, by a method.
+        """Send a request and give its answer. `client.get(path)` is `client.request("GET", path)`.
 
         Options: `signals` (as Datastar sends them; a dict, a dataclass, a model), `json`, `form` (a
         dict), `files` (`{"field": ("name.txt", b"...")}`), `body` (bytes), `headers` and `timeout`;
@@ -4556,7 +4561,8 @@ class TestClient:
             if target.netloc != self.host:
                 return answer
             path = (target.path or "/") + (f"?{target.query}" if target.query else "")
-            if answer.status == 303 or (answer.status in (301, 302) and method.upper() == "POST"):
+            verb, status = method.upper(), answer.status
+            if (status == 303 and verb != "HEAD") or (status in (301, 302) and verb == "POST"):
                 method = "GET"
                 options = {name: options[name] for name in options.keys() & {"headers", "timeout"}}
         raise StarioError(f"{method} {path}: more than 20 redirects")
@@ -4679,7 +4685,9 @@ class TestClient:
 #     clicks, relay = 0, Relay()
 #
 #     async def live(c: Context, w: Writer) -> None:
-#         async for _ in w.alive(relay.subscribe("clicks")):
+#         messages = relay.subscribe("clicks")  # before the first look, so that none is missed
+#         w.patch(h.B({"id": "count"}, clicks))
+#         async for _ in w.alive(messages):
 #             w.patch(h.B({"id": "count"}, clicks))
 #
 #     async def click(c: Context, w: Writer) -> None:
@@ -4727,10 +4735,10 @@ class TestClient:
 #
 # The rule that must hold: text from users never becomes code. A str given as an *expression* is the
 # developer's own code. All other values are written as JSON, ASCII only, and with escapes in place
-# of the six characters `@ $ ; < > &`: `s("$5")` is `"\u00245"`. The first three, because the client
+# of the six characters `@ $ ; < > &`: `s("$5")` is `"\u00245"`. `@`, `$` and `;`, since the client
 # rewrites `$name` and `@name(` and splits at `;` before it runs an expression, inside strings, too.
-# The others, because the text may stand in a `<script>`: there `<!--`, `-->` and `</script` mean
-# something, and in SVG `&quot;` would be decoded to a quote.
+# `<`, `>` and `&`, because the text may stand in a `<script>`: there `<!--`, `-->` and `</script`
+# mean something, and in SVG `&quot;` would be decoded to a quote.
 # ==================================================================================================
 
 
@@ -4826,9 +4834,9 @@ def _duration(name: str, value: Duration) -> str:
     """`2s` for 2, `500ms` for 0.5: a dot would begin the next flag, so there is no `0.5s`."""
     if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}(ms|s)", value):
         return value
-    if isinstance(value, str) or not _is_number(value):
+    if isinstance(value, str) or not _is_amount(value):
         raise StarioError(f"{name}={value!r} is no duration: write seconds (0.5), or '500ms'")
-    if value >= (1000 if name == "duration" else 100):  # hardly seconds
+    if value >= (1000 if name == "duration" else 100):  # probably meant as milliseconds
         raise StarioError(
             f"{name}={value!r} is {value} seconds. Milliseconds meant? Write {value / 1000:g}, or "
             f"'{value}s' if it is right"
@@ -4836,7 +4844,7 @@ def _duration(name: str, value: Duration) -> str:
     return f"{round(value * 1000)}ms" if isinstance(value, float) else f"{value}s"
 
 
-def _is_number(value: object) -> bool:
+def _is_amount(value: object) -> bool:
     return type(value) in (int, float) and 0 <= cast(float, value) < 1e12
 
 
@@ -4857,7 +4865,8 @@ def _modifier(name: str, value: object) -> str:
         return f"__{name}"
     if name not in _TIME_FLAGS:
         raise StarioError(f"{name}={value!r}: write {name}=True")
-    given: Any = value if isinstance(value, tuple) and value and _TIME_FLAGS[name] else (value,)
+    has_flags = isinstance(value, tuple) and value and _TIME_FLAGS[name]
+    given: Any = value if has_flags else (value,)  # a time, and flags
     for flag in given[1:]:
         _check_word(f"flag of {name}", flag, _TIME_FLAGS[name])  # (part 30)
     return ".".join((f"__{name}", _duration(name, given[0]), *given[1:]))
@@ -4969,7 +4978,9 @@ class DataAttributes:
             if not (isinstance(word, str) and re.fullmatch(r"[^A-Z\s._]+", word)):
                 raise StarioError(f"{word!r} cannot be named in an attribute: small letters only")
         name = "data-bind" + "".join([f"__prop.{word}" for word in props])
-        return {".".join((name + ("__event" if events else ""), *events)): _signal_name(signal)}
+        if events:
+            name += ".".join(["__event", *events])  # `data-bind__prop.checked__event.input.change`
+        return {name: _signal_name(signal)}
 
     def text(self, expression: Expression) -> Attributes:
         """Show the expression's value as the element's text."""
@@ -5186,7 +5197,7 @@ def _write_action(method: str, url: str, queries: Queries, options: RequestOptio
         return (_cached_action if size < _KEPT_TEXT else _action)(method, url, written, *pairs)
     except (TypeError, AttributeError) as exc:
         if isinstance(url, str) and (queries is None or hasattr(queries, "items")):
-            raise  # the arguments are right: a value has failed by itself
+            raise  # url and queries are right: the `__str__` of a value has failed
         wrong = f"not with {url!r} and {queries!r}"
         raise StarioError(f"write at.{method}('/x', {{'id': 3}}), {wrong}") from exc
 
@@ -5223,7 +5234,8 @@ def _request_options(method: str, options: RequestOptions) -> str:
     for name, value in given.items():
         _check_word("option", name, RequestOptions.__annotations__)
         kind = _OPTION_KINDS.get(name)
-        if value is None or value == (kind[0] if isinstance(kind, tuple) else defaults.get(name)):
+        default = kind[0] if isinstance(kind, tuple) else defaults.get(name)
+        if value is None or value == default:
             continue
         written.append(f"{_camel(name.removesuffix('_ms'))}: {_option_text(name, value)}")
     return f", {{{', '.join(written)}}}" if written else ""
@@ -5245,7 +5257,7 @@ def _option_text(name: str, value: Any) -> str:
         _check_word(name, value, kind)
     elif not isinstance(value, kind):
         raise StarioError(f"{name} is {_KIND_NAMES[kind]}, not {value!r}")
-    elif name in _RETRY_DEFAULTS and not _is_number(value):
+    elif name in _RETRY_DEFAULTS and not _is_amount(value):
         raise StarioError(f"{name}={value!r}: a number, 0 or more")
     elif name == "response_overrides":
         for key in value:
@@ -5403,7 +5415,7 @@ def _patch_data(
     return lines.encode("utf-8", "replace")
 
 
-_SSE_FIELDS = (  # no proxy may answer from a copy, or hold events back (the last is for nginx)
+_STREAM_FIELDS = (  # no proxy may answer from a copy, or hold events back (the last is for nginx)
     b"content-type: text/event-stream\r\ncache-control: no-cache\r\nx-accel-buffering: no\r\n"
 )
 
@@ -5480,7 +5492,7 @@ class _EventWriter(_OneShotWriter):
         nonce: str | None = None,
         **options: Unpack[EventOptions],
     ) -> None:
-        """Run JavaScript in the page, in a `<script>` that is removed when it has run.
+        """Run JavaScript in the page, in a `<script>` whose own `data-effect` removes it then.
 
         `nonce` is the one of the page's Content-Security-Policy.
         """
@@ -5532,13 +5544,13 @@ class _EventWriter(_OneShotWriter):
             head += f"retry: {int(retry)}\n"
         if not self.started:
             self._begin_events()
-        elif not self._sse:
+        elif not self._is_stream:
             raise StarioError("this answer was started as something else than a stream of events")
         self.write(b"%b%b\n" % (head.encode("utf-8", "replace"), data))
 
     def _begin_events(self) -> None:
-        self._begin(200, _SSE_FIELDS, None)
-        self._sse = True
+        self._begin(200, _STREAM_FIELDS, None)
+        self._is_stream = True
 
 
 class Writer(_EventWriter):
@@ -5576,10 +5588,10 @@ class Writer(_EventWriter):
         each item `alive` waits while more than 64 KiB wait for the client. While a stream of
         events is silent, a comment (`:`) is sent every `heartbeat` seconds.
         """
-        if not (heartbeat is None or _is_number(heartbeat)):
+        if not (heartbeat is None or _is_amount(heartbeat)):
             raise StarioError(f"heartbeat={heartbeat!r} is neither a number of seconds nor None")
         if every is not None:
-            if source is not None or not _is_number(every) or not every:
+            if source is not None or not _is_amount(every) or not every:
                 raise StarioError("alive takes a source, or every= with seconds above 0")
             source = _ticks(every)
         elif source is not None and not hasattr(source, "__aiter__"):
@@ -5609,14 +5621,14 @@ class Writer(_EventWriter):
             self._timer = None
 
     def _beat(self, seconds: float, writes: int) -> None:
-        """Send a comment if nothing was written since there were `writes`; check the peer, too."""
+        """Send a comment if nothing was written since `_start_heartbeat`; check the peer, too."""
         if self.completed or self._carrier.disconnected:
             return
         self._carrier.check_peer(seconds)
         accepted = ",".join(self._request.headers.getlist("accept"))
         if not self.started and "text/event-stream" in accepted:
             self._begin_events()  # else the client, or a proxy before it, may give up
-        if self._sse and self._writes == writes:
+        if self._is_stream and self._writes == writes:
             self.write(b":\n\n")
         self._start_heartbeat(seconds)
 
@@ -5630,15 +5642,15 @@ _CLEANUP = 1.0  # seconds for the last code of a handler: a `finally`, or what f
 class _Scope:
     """A stretch of a handler that ends when the client goes or the server stops.
 
-    `task.cancel()` makes the task's await raise CancelledError, and adds one to the number that
-    `task.cancelling()` gives; `task.uncancel()` takes one away. A scope interrupts by `cancel`, and
-    takes its one away at `__exit__`. If the number is then what it was at `__enter__`, nobody else
-    has cancelled the task, and the error is swallowed. (`asyncio.timeout` counts in the same way.)
+    A task counts how often it was cancelled. `task.cancel()` raises CancelledError at its await and
+    adds one to `task.cancelling()`; `task.uncancel()` takes one away. A scope cancels its task, and
+    uncancels it at `__exit__`. If the count is then what it was at `__enter__`, nobody else has
+    cancelled the task, and the error is swallowed. (`asyncio.timeout` counts in the same way.)
 
-    Scopes of one task may be nested. Only one of them cancels; the innermost swallows the error.
-    Its `__exit__` has those around it interrupted, too: an `async with` block at its next await, a
-    loop `_CLEANUP` seconds later. (Its source may be a generator, whose own `alive` loop was the
-    one that was interrupted: that must finish first.)
+    Scopes of one task may be nested. One of them cancels; the innermost swallows the error, and its
+    `__exit__` interrupts those around it: an `async with` block at its next await, a loop after
+    `_CLEANUP` seconds. (For the source of that loop may be a generator, and the innermost scope a
+    loop within it: the generator gets this time for what follows its own loop.)
     """
 
     __slots__ = (
@@ -5658,8 +5670,8 @@ class _Scope:
 
     def end(self) -> None:
         """End it soon. Called by the carrier; a second call does nothing."""
-        # By a call of the event loop: while that runs, the task waits somewhere. If the scope is
-        # still entered, the error comes up inside of it, and not somewhere after it.
+        # Not at once: the task itself may have called this. When the event loop calls `_interrupt`,
+        # the task waits: inside of the scope, or the scope is left, and nothing is cancelled.
         if not self._is_ending:
             self._is_ending = True
             self._task.get_loop().call_soon(self._interrupt)
@@ -5783,7 +5795,7 @@ class Alive(Generic[T]):
             await aclose()
 
     def _close_source(self) -> Callable[[], Coroutine[Any, Any, None]] | None:
-        """Close a subscription, which needs no await. Of other sources, give their `aclose`."""
+        """Close a subscription at once. For other sources return `aclose`, still to be awaited."""
         # The heartbeat goes on: the handler may send more, or wait in an `alive` around this one.
         was_open, self._open = self._open, False
         if was_open and isinstance(self._iterator, _Messages):  # of a subscription (part 14)
@@ -5791,8 +5803,8 @@ class Alive(Generic[T]):
         return getattr(self._iterator, "aclose", None) if was_open else None
 
     def __del__(self) -> None:
-        # After `break` or an exception in the loop's body Python only drops the async iterator: as
-        # soon as the loop is left, or in a cycle of references by the collector, in any thread.
+        # A `break` or an exception in the loop's body closes no async iterator. Python calls this
+        # when nothing refers to it any more: at once, or (in a cycle) later, and in any thread.
         if aclose := self._close_source():
             loop = self._loop
 
@@ -5821,7 +5833,7 @@ class Alive(Generic[T]):
 # the tables and queues of a relay. It is held for a few dict operations, and never while a loop is
 # woken. It is an RLock: the thread that holds it can take it again. That happens, since between any
 # two lines Python may run a signal handler that publishes, or collect a subscription, which then
-# closes. Such a change waits until the one that it interrupted is done (`Relay._change`).
+# closes. That change is only queued: the one that it has interrupted runs it (`Relay._change`).
 # ==================================================================================================
 
 
@@ -5918,7 +5930,7 @@ class Subscription(Generic[T]):
         mailbox, lock = self._mailbox, self._relay._lock
         while True:
             with lock:
-                closed = mailbox.closed  # (first: a signal handler may publish and close now)
+                closed = mailbox.closed  # (before the queue: a signal may publish, then close)
                 if mailbox.queue:
                     return cast("tuple[str, T]", mailbox.take())
                 if closed:
@@ -5949,7 +5961,7 @@ class Subscription(Generic[T]):
 
 
 class _Messages(Subscription[T]):
-    """One loop's iterator. Dropped at the loop's end, even if a variable has the subscription."""
+    """One loop's iterator. Only the loop refers to it: so `__del__` closes at the loop's end."""
 
     __slots__ = ("_subscription",)
 
@@ -5969,8 +5981,8 @@ class Relay(Generic[T]):
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        # One table for each length of prefix, and one, of None, for whole subjects: subject[:None]
-        # is the subject. Publishing looks once into each. (A dict of mailboxes: an ordered set.)
+        # {5: {"room.": mailboxes}, None: {"room.1": mailboxes}}: by length of prefix, or None
+        # for whole subjects (subject[:None] is all of it). Mailboxes are keys: an ordered set.
         self._tables: dict[int | None, dict[str, dict[_Mailbox, None]]] = {}
         self._is_changing = False  # a step is being run
         self._steps: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()  # to be run
@@ -6002,8 +6014,8 @@ class Relay(Generic[T]):
     def _change(self, step: Callable[..., None], *arguments: Any) -> None:
         """Change tables and queues by `step(to_wake, *arguments)`; then wake the readers.
 
-        If this thread is in the middle of another step, that one's call of this function runs both,
-        one after the other. So no step sees what another one has half done.
+        If this thread is in the middle of another step, this one is only queued: the call that runs
+        the other one runs it next. So no step sees what another one has half done.
         """
         to_wake: ToWake = {}
         with self._lock:
@@ -6015,7 +6027,7 @@ class Relay(Generic[T]):
                         step, arguments = self._steps.popleft()
                         step(to_wake, *arguments)
                 finally:
-                    self._is_changing = False  # was a step queued just before? Then once more
+                    self._is_changing = False  # (a signal may have queued a step just before)
         _wake(to_wake)
 
     def _deliver(self, to_wake: ToWake, subject: str, data: T) -> None:
@@ -6073,7 +6085,7 @@ def _check_subject(subject: str) -> None:
 
 
 def _wake(to_wake: ToWake) -> None:
-    """Resolve futures: of this thread's loop at once, of others by one call that the loop makes."""
+    """Resolve futures: those of this thread's loop at once; others on their own loop."""
     here = asyncio._get_running_loop()  # None where none runs
     for loop, waiters in to_wake.items():
         if loop is here:
@@ -9486,8 +9498,7 @@ class _Bake:
     def mark_for(self, function: Callable[..., str], *values: Any, is_html: bool = False) -> str:
         """A mark for the result of a function that gets blanks; empty if no value holds one.
 
-        The code of `mark_for(_html, <blank name>)`, where `_17` is `_html` itself:
-        `(_escape(_v) if (_v := name).__class__ is str else f'{_v}' if ... is int else _17(_v))`
+        `(_escape(_v) if (_v := name).__class__ is str else ... else _17(_v))`: the code for `_html`
         """
         self.met = ""
         codes = [self.code(value) for value in values]
@@ -10266,7 +10277,7 @@ def _error_view(c: Context, exc: BaseException) -> SafeString:
 def _show_error(c: Context, w: Writer, exc: BaseException) -> None:
     """Patch the exception over the open page, or answer with it if no answer has begun."""
     w._forget_answer()
-    if w._sse or (c.req.is_datastar and not w.started):
+    if w._is_stream or (c.req.is_datastar and not w.started):
         w.patch(_error_view(c, exc), selector="body", mode="append")
         w.end()
     elif not w.started:

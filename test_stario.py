@@ -722,6 +722,8 @@ class TestFile(unittest.TestCase):
                 client.stream("GET", "/live") as one,
                 client.stream("GET", "/live") as other,
             ):
+                for tab in (one, other):
+                    self.assertEqual((await within(anext(tab))).elements, '<b id="count">0</b>')
                 self.assertEqual((await client.post("/click", signals={})).status, 204)
                 for tab in (one, other):
                     got = await within(anext(tab))
@@ -3004,7 +3006,7 @@ class TestFraming(HttpTest):
         """RFC 9112, section 7.1."""
         decoder = stario._BodyDecoder
         steps = mock.patch.object(
-            decoder, "_check_start", autospec=True, side_effect=decoder._check_start
+            decoder, "_check_line", autospec=True, side_effect=decoder._check_line
         )
         async with connected(echo_app()) as peer:
             await peer.send(f"POST / HTTP/1.1\r\n{HOST}Transfer-Encoding: chunked\r\n\r\n")
@@ -6310,6 +6312,8 @@ class TestTheTestClient(AsyncTest):
                 answer = await client.post(path, body=b"body", follow=True)
                 self.assertEqual(answer.text, said)
                 self.assertEqual((await client.post(path)).status, status)
+            asked = await client.request("HEAD", "/away?status=303&to=/show", follow=True)
+            self.assertEqual((asked.status, asked.body), (200, b""))
             elsewhere = "/away?status=303&to=https%3A//example.com/"
             self.assertEqual((await client.get(elsewhere, follow=True)).status, 303)
             with self.assertRaisesRegex(StarioError, "GET /loop: more than 20 redirects"):
