@@ -8079,17 +8079,14 @@ def _caller_of(headers: Headers) -> _Caller | None:
     return _Caller(found[1], found[2], bool(int(found[3], 16) & 1)) if found else None
 
 
-# Random ids that no span has yet, as 48 hex digits: the system is asked for many at once.
+# Random ids that no span has yet, of 16 hex digits: the system is asked for many at once.
 _unused_ids: list[str] = []
 
 
-def _new_ids() -> str:
-    try:
-        return _unused_ids.pop()
-    except IndexError:
-        text = os.urandom(24 * 500).hex()
-        _unused_ids.extend(text[at : at + 48] for at in range(48, len(text), 48))
-        return text[:48]
+def _new_id() -> str:
+    if len(_unused_ids) < 100:  # not 0, since other threads take some at the same time
+        _unused_ids.extend(os.urandom(8 * 1000).hex("-", 8).split("-"))
+    return _unused_ids.pop()
 
 
 class Span:
@@ -8111,10 +8108,9 @@ class Span:
         """Started by `tracer(name)`, `span.step(name)` or `span.root(name)`."""
         self.tracer = tracer
         self.name = name
-        ids = _new_ids()
-        self.id = ids[:16]
+        self.id = _new_id()
         self.parent_id = parent.id if parent else None
-        self.trace_id: str = parent.trace_id if parent else ids[16:]
+        self.trace_id: str = parent.trace_id if parent else self.id + _new_id()
         self.sampled: bool = parent.sampled if parent else True
         self.attributes = attributes
         self.events: list[SpanEvent] = []
