@@ -8097,11 +8097,6 @@ class Span:
     `sampled`, tracers hear only the spans that fail.
     """
 
-    __slots__ = (
-        "attributes", "end_ns", "error", "events", "id", "links", "name", "parent_id", "sampled",
-        "start_ns", "trace_id", "tracer",
-    )  # fmt: skip
-
     def __init__(
         self, tracer: Tracer, name: str, attributes: dict[str, Any], parent: Span | _Caller | None
     ) -> None:
@@ -8229,17 +8224,11 @@ class Tracer:
 class _UnseenSpan(Span):
     """What `c.step` gives in an app without a tracer: one span for all, which keeps nothing."""
 
-    __slots__ = ()
-
-    def _ignore(self, *what: object) -> None:
-        return None
-
     def step(self, *what: object) -> Span:
         """Itself."""
         return self
 
-    __call__ = __setitem__ = link = fail = end = _ignore  # type: ignore[assignment]
-    root = step  # type: ignore[assignment]
+    __call__ = __setitem__ = root = link = fail = end = step  # type: ignore[assignment]
 
 
 # (Its caller is not sampled, so no tracer hears of it.)
