@@ -83,14 +83,14 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        9170  24. What lives as long as the server
        9272  25. @baked
        9558  26. ASGI: the same app under another server [asgi]
-       9777  27. RedisRelay: the same between processes and machines [redis]
-      10055  28. Reload: a saved file restarts the app [reload]
-      10199  29. Development: what went wrong, shown where one looks [development]
-      10310  30. What is refused; hosts, cookies, other sites
-    10674  ACT 5. The pocket client, and this file itself
-      10715  31. The pocket client (JavaScript) [client]
-      12092  32. This file as a page [read]
-      12262  33. An app to begin with
+       9784  27. RedisRelay: the same between processes and machines [redis]
+      10062  28. Reload: a saved file restarts the app [reload]
+      10206  29. Development: what went wrong, shown where one looks [development]
+      10317  30. What is refused; hosts, cookies, other sites
+    10681  ACT 5. The pocket client, and this file itself
+      10722  31. The pocket client (JavaScript) [client]
+      12099  32. This file as a page [read]
+      12269  33. An app to begin with
 
 READING PATH
 
@@ -9578,7 +9578,8 @@ def _mark_for(function: Callable[..., str], *values: object, is_html: bool = Fal
 # ==================================================================================================
 
 
-_ASGI_GRACE = 5.0  # seconds for a handler whose server has stopped, and for a body nobody reads
+_ASGI_GRACE = 5.0  # seconds for a handler whose server has stopped, and for a body nobody wants
+_ASGI_UNREAD = 60.0  # seconds that a handler may let a large body wait
 _ASGI_BUFFER = 16 * 1024 * 1024  # bytes that may wait for the client; with more it is cut off
 
 Message = MutableMapping[str, Any]
@@ -9606,10 +9607,14 @@ class _AsgiExchange(Carrier):
         self._answer = Body(self._news.set)
         self._head: Message | None = None  # of the answer, until it is sent
 
-    async def _until(self, is_so: Callable[[], bool]) -> None:
-        while not is_so():
-            self._news.clear()
-            await self._news.wait()
+    async def _until(self, is_so: Callable[[], bool], seconds: float | None = None) -> bool:
+        """Wait until it is so, for `seconds` at most; give whether it is."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while not is_so():
+                    self._news.clear()
+                    await self._news.wait()
+        return is_so()
 
     # -- The handler's side
 
@@ -9636,7 +9641,8 @@ class _AsgiExchange(Carrier):
 
     async def drained(self) -> None:
         """See Carrier."""
-        await self._until(lambda: self._answer.buffered < _HIGH_WATER)
+        if self._answer.buffered >= _HIGH_WATER:
+            await self._until(lambda: self._answer.buffered < _HIGH_WATER)
         if self.disconnected:
             raise ClientDisconnected("the client has gone")
 
@@ -9657,8 +9663,7 @@ class _AsgiExchange(Carrier):
                     data = b""
                     # Let the rest of an unwanted body come before the answer's end. If it comes
                     # later, hypercorn closes the connection, with all its streams of HTTP/2.
-                    with suppress(TimeoutError):
-                        await asyncio.wait_for(self._until(lambda: self.body.ended), _ASGI_GRACE)
+                    await self._until(lambda: self.body.ended, _ASGI_GRACE)
                 await send({"type": "http.response.body", "body": data, "more_body": more})
         except OSError:  # the client has gone: `disconnect` says so, or the server by `send`
             self.disconnect()
@@ -9673,11 +9678,13 @@ class _AsgiExchange(Carrier):
                     return  # some servers give the last message again, and no disconnect
                 if chunk := message.get("body"):
                     self.body.feed(chunk)
-                if message.get("more_body"):
-                    await self._until(lambda: self.body.buffered < _HIGH_WATER)
-                else:
+                if not message.get("more_body"):
                     self.body.end()
                     self._news.set()
+                elif not await self._until(lambda: self.body.buffered < _HIGH_WATER, _ASGI_UNREAD):
+                    # Drop the rest: a disconnect, which ends streams, is told only behind it.
+                    self.body.fail(HttpException(408, "nobody has read the body"))
+                    self.body.discard()
         except Exception as exc:
             if not self._answer.ended:
                 self._answer.fail(exc)
@@ -9760,7 +9767,7 @@ async def _asgi_lifespan(app: Stario, receive: Receive, send: Send) -> None:
             await send({"type": "lifespan.startup.complete"})
             stage = "shutdown"
             await receive()
-            running = {task: own for task, own in _asgi_handlers.items() if own.app is app}
+            running = {task: own for task, own in [*_asgi_handlers.items()] if own.app is app}
             for exchange in running.values():
                 exchange.shutting_down = True
                 exchange._end_scopes()

@@ -12584,6 +12584,24 @@ class TestAsgi(StreamTest):
                 server.gone.set()
                 await within(server.task)
 
+    async def test_a_disconnect_is_heard_behind_a_large_body_that_is_never_read(self) -> None:
+        async def stream(c: Context, w: Writer) -> None:
+            self.start(w)
+            async for _ in w.alive(self.relay.subscribe("*")):
+                pass
+            with self.assertRaises(HttpException) as caught:
+                await c.req.body()
+            self.log.append(f"{w.disconnected} {caught.exception.status_code}")
+
+        pieces = [bytes(40_000)] * 5
+        with mock.patch.object(stario, "_ASGI_UNREAD", 0.01):
+            server = AsgiServer(self.app(stream), "/", *pieces)
+            await within(self.ready.wait())
+            await until(lambda: server.received == len(pieces))
+            server.gone.set()
+            await within(server.task)
+        self.assertEqual(self.log, ["True 408"])
+
     async def test_whoever_waits_for_a_body_is_told_that_it_does_not_come(self) -> None:
         async def read(c: Context, w: Writer) -> None:
             if c.req.query:
