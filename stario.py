@@ -77,20 +77,20 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        7197  18. Compression [compression]
        7406  19. Static files [assets]
        7974  20. Telemetry: spans, and who hears of them
-       8550  21. JsonTracer: for log collectors [json]
-       8624  22. RichTracer: for people [rich]
-       9056  23. Sessions [sessions]
-       9170  24. What lives as long as the server
-       9272  25. @baked
-       9558  26. ASGI: the same app under another server [asgi]
-       9784  27. RedisRelay: the same between processes and machines [redis]
-      10062  28. Reload: a saved file restarts the app [reload]
-      10206  29. Development: what went wrong, shown where one looks [development]
-      10317  30. What is refused; hosts, cookies, other sites
-    10681  ACT 5. The pocket client, and this file itself
-      10722  31. The pocket client (JavaScript) [client]
-      12099  32. This file as a page [read]
-      12269  33. An app to begin with
+       8539  21. JsonTracer: for log collectors [json]
+       8613  22. RichTracer: for people [rich]
+       9045  23. Sessions [sessions]
+       9159  24. What lives as long as the server
+       9261  25. @baked
+       9547  26. ASGI: the same app under another server [asgi]
+       9773  27. RedisRelay: the same between processes and machines [redis]
+      10051  28. Reload: a saved file restarts the app [reload]
+      10195  29. Development: what went wrong, shown where one looks [development]
+      10306  30. What is refused; hosts, cookies, other sites
+    10670  ACT 5. The pocket client, and this file itself
+      10711  31. The pocket client (JavaScript) [client]
+      12088  32. This file as a page [read]
+      12258  33. An app to begin with
 
 READING PATH
 
@@ -8348,7 +8348,7 @@ def _log_fault(text: str, exc: BaseException) -> None:
 
 _LONGEST_QUEUE = 20_000  # entries; more are dropped, and counted
 _EARLY = 5_000  # entries: when as many wait, the next write comes at once
-_STALLED = 1.0  # seconds after which a stream that takes nothing is not waited for
+_PATIENCE = 3.0  # seconds for the last write; a stream may have stalled
 _Queued = str | tuple[Any, ...]  # a text, or a function and its arguments
 
 
@@ -8370,7 +8370,7 @@ class _StreamTracer(Tracer):
         is_text = hasattr(stream, "write") and hasattr(stream, "flush")
         if stream is not None and (not is_text or hasattr(stream, "readinto")):  # (of bytes)
             raise StarioError(f"a tracer needs a stream of text, like sys.stdout, not {stream!r}")
-        self._stream = sys.stdout if stream is None else stream
+        self._stream = stream or sys.stdout
         level = logging_level
         self._logging_level = None if level is None else logging.Handler(level).level
         self._logging: _LogToSpan | None = None
@@ -8384,7 +8384,6 @@ class _StreamTracer(Tracer):
         self._thread: threading.Thread | None = None
         self._running = threading.Lock()  # held while there is a thread, so that there is only one
         self._wake: queue.SimpleQueue[bool] = queue.SimpleQueue()  # True: write what is left, end
-        self._writes_since = 0.0  # on the monotonic clock; 0 while nothing is written
         self._lost = self._reported = 0  # spans and events not written; how many were reported
 
     def __enter__(self) -> Self:
@@ -8419,17 +8418,13 @@ class _StreamTracer(Tracer):
                 self._wake.put(True)
                 self._run()
 
-    def _stalls(self) -> bool:
-        return 0 < self._writes_since < time.monotonic() - _STALLED
-
     def _close(self) -> None:
         """Write what is left, unless the stream stalls. What comes later begins anew."""
         thread, self._thread = self._thread, None
         if thread is None:
             return
         self._wake.put(True)
-        while thread.is_alive() and not self._stalls():
-            thread.join(0.1)
+        thread.join(_PATIENCE)
         if thread.is_alive():  # it hangs in a write; Python's flush of stdout at exit would, too
             sys.stdout = None if sys.stdout is self._stream else sys.stdout
             self._complain()
@@ -8478,19 +8473,13 @@ class _StreamTracer(Tracer):
             self._complain()
 
     def _write(self, ending: bool) -> bool:
-        """Write whole lines, some at a time, so that a slow stream does not look stalled."""
         try:
-            text, start = self._compose(ending), 0
-            while start < len(text) and self._stream is not None:
-                self._writes_since = time.monotonic()
-                end = text.find("\n", start + 65536) + 1 or len(text)
-                _write_any(self._stream, text[start:end])
+            text = self._compose(ending)
+            if text and self._stream:
+                _write_any(self._stream, text)
                 self._stream.flush()
-                start = end
         except BaseException:  # the disk is full, the stream is closed, or its own `write` fails
             return False
-        finally:
-            self._writes_since = 0.0
         return True
 
     def _queued_end(self, span: Span) -> _Queued:

@@ -11018,7 +11018,7 @@ class TestTelemetry(unittest.TestCase):
 
         for make in (JsonTracer, RichTracer):
             out = Slow()
-            with mock.patch.object(stario, "_STALLED", 60), make(out) as tracer:
+            with mock.patch.object(stario, "_PATIENCE", 60), make(out) as tracer:
                 tracer._pause = 60  # so that there is no write before the last
                 tracer("first").end()
                 closing = threading.Thread(target=tracer.__exit__)
@@ -11375,7 +11375,7 @@ class TestTelemetry(unittest.TestCase):
     def test_what_a_program_prints_is_never_dropped_at_a_terminal_that_takes_it(self) -> None:
         terminal = Terminal(
             self,
-            "    stario._LONGEST_QUEUE, stario._STALLED = 200, 60\n"  # the screen may be slow
+            "    stario._LONGEST_QUEUE, stario._PATIENCE = 200, 60\n"  # the screen may be slow
             "    stream = tracer('stream')\n"
             "    print(*range(3000), sep='\\n')\n"
             "    sys.stdout.writelines(f'{n}\\n' for n in range(3000, 4000))\n",
