@@ -72,25 +72,25 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        5822  14. Relay: publish and subscribe
      6120  ACT 4. For real
        6127  15. Signals: from JSON to your dataclass
-       6884  16. Forms [forms]
-       7087  17. Behind a proxy
-       7197  18. Compression [compression]
-       7406  19. Static files [assets]
-       7974  20. Telemetry: spans, and who hears of them
-       8539  21. JsonTracer: for log collectors [json]
-       8613  22. RichTracer: for people [rich]
-       9045  23. Sessions [sessions]
-       9159  24. What lives as long as the server
-       9261  25. @baked
-       9547  26. ASGI: the same app under another server [asgi]
-       9773  27. RedisRelay: the same between processes and machines [redis]
-      10051  28. Reload: a saved file restarts the app [reload]
-      10195  29. Development: what went wrong, shown where one looks [development]
-      10306  30. What is refused; hosts, cookies, other sites
-    10670  ACT 5. The pocket client, and this file itself
-      10711  31. The pocket client (JavaScript) [client]
-      12088  32. This file as a page [read]
-      12258  33. An app to begin with
+       6882  16. Forms [forms]
+       7085  17. Behind a proxy
+       7195  18. Compression [compression]
+       7404  19. Static files [assets]
+       7972  20. Telemetry: spans, and who hears of them
+       8537  21. JsonTracer: for log collectors [json]
+       8611  22. RichTracer: for people [rich]
+       9043  23. Sessions [sessions]
+       9157  24. What lives as long as the server
+       9259  25. @baked
+       9545  26. ASGI: the same app under another server [asgi]
+       9771  27. RedisRelay: the same between processes and machines [redis]
+      10049  28. Reload: a saved file restarts the app [reload]
+      10193  29. Development: what went wrong, shown where one looks [development]
+      10304  30. What is refused; hosts, cookies, other sites
+    10668  ACT 5. The pocket client, and this file itself
+      10709  31. The pocket client (JavaScript) [client]
+      12086  32. This file as a page [read]
+      12256  33. An app to begin with
 
 READING PATH
 
@@ -6268,8 +6268,8 @@ def _cut(text: str, length: int = _LONGEST_SHOWN) -> str:
 
 # -- Plain values
 
-# `tried` is a memo: (reader, id of a value) -> what that reader gave. Only `_read_first` fills it,
-# so that nested unions read nothing twice. Outside of unions it is None, and only passed on.
+# `tried` is a memo: (union, id of a value) -> what the union gave for it. Only `_union_reader` uses
+# it, so that nested unions read nothing twice. Outside of unions it is None, and only passed on.
 _Tried = dict[tuple[object, int], Any] | None
 Reader = Callable[[Any, _Tried], Any]
 
@@ -6328,8 +6328,9 @@ def _read_float(value: Any, tried: _Tried) -> Any:
 def _read_decimal(value: Any, tried: _Tried) -> Any:
     if type(value) is int and -_HUGE < value < _HUGE:
         return Decimal(value)
-    text = str(value) if type(value) is float else value
-    if isinstance(text, str) and _NUMBER.fullmatch(text := text.strip()):
+    if type(value) is float and math.isfinite(value):
+        return Decimal(str(value))
+    if isinstance(value, str) and _NUMBER.fullmatch(text := value.strip()):
         number = Decimal(text)
         if abs(number.adjusted()) <= 400:  # 1e9999 is short, until it is printed
             return number
@@ -6608,7 +6609,14 @@ def _union_reader(kinds: Sequence[Any]) -> Reader:
             fitting = [option for option in fitting if value.keys() >= option.needed]
         if len(fitting) == 1:
             return fitting[0].read(value, tried)
-        return _read_first(value, fitting, tried, nothing_fits)
+        # If A and B both hold `A | B`, a value that is nested 20 times would be read 2**20 times
+        # without `tried`. (To read one that holds no list or object again is quick.)
+        if tried is None or not _is_nested(value):
+            return _read_first(value, fitting, {} if tried is None else tried, nothing_fits)
+        key = nothing_fits, id(value)  # (this union's own `_Wrong` stands for it)
+        if key not in tried:
+            tried[key] = _read_first(value, fitting, tried, nothing_fits)
+        return tried[key]
 
     return _read
 
@@ -6655,23 +6663,13 @@ def _tag_of(options: Sequence[_Option]) -> tuple[str | None, dict[Any, list[_Opt
 
 
 def _read_first(value: Any, options: Sequence[_Option], tried: _Tried, nothing_fits: _Wrong) -> Any:
-    """Read a value by the first type that fits.
-
-    If A and B both hold `A | B`, a value that is nested 20 times would be read 2**20 times. So
-    `tried` keeps what each type gave, until the outermost union is read. (Not for values without
-    lists or objects in them: to read these again is quick.)
-    """
-    keeps = tried is not None and _is_nested(value)
-    tried = {} if tried is None else tried
-    nearest, fewest, sample, place = nothing_fits, sys.maxsize, None, id(value)
+    """Read a value by the first type that fits."""
+    nearest, fewest, sample = nothing_fits, sys.maxsize, None
     for option in options:
         # In a long list an earlier type refused one item, the `sample`. Try that one before all.
         if sample and option.is_uniform and type(option.read(sample, tried)) is _Wrong:
             continue
-        key = (option.read, place) if keeps else None
-        found = tried[key] if key in tried else option.read(value, tried)
-        if key:
-            tried[key] = found
+        found = option.read(value, tried)
         if type(found) is not _Wrong:
             return found
         # Where only parts are wrong, the type with the fewest problems was meant; a tie names all.
