@@ -89,8 +89,8 @@ brackets can be left out of your copy: `python stario.py --without assets,client
       10304  30. What is refused; hosts, cookies, other sites
     10668  ACT 5. The pocket client, and this file itself
       10709  31. The pocket client (JavaScript) [client]
-      12086  32. This file as a page [read]
-      12256  33. An app to begin with
+      12084  32. This file as a page [read]
+      12254  33. An app to begin with
 
 READING PATH
 
@@ -5449,7 +5449,7 @@ class _EventWriter(_OneShotWriter):
         Modes: `outer` morphs the element that is found, `inner` its content, `replace` puts a new
         one there; `prepend` and `append` add inside of it, `before` and `after` beside it; `remove`
         removes it. Without a selector only outer and replace. `use_view_transition` animates the
-        change, within `view_transition_selector` (client 1.0.3 and later).
+        change, within `view_transition_selector`.
         https://data-star.dev/reference/sse_events
         """
         html = node if type(node) is SafeString else render(node)
@@ -11503,14 +11503,14 @@ function bind(attribute) {
   ends.add(() => group.delete(el) && !group.size && groups.delete(path));
   if (el.type === 'radio' && !el.name) setAttribute(el, 'name', path);
   if (find(place()) === undefined && !isUnchosen()) save();
-  const isChosen = isBox(el) || localName(el) === 'select';
-  const events = mods.get('event') ?? (isChosen ? ['change'] : ['input', 'change']);
+  const isSelect = localName(el) === 'select';
+  const events = mods.get('event') ?? (isSelect ? ['change'] : ['input', 'change']);
   for (const name of [...events, REFILLED]) attribute.listen(el, name, save);
   attribute.listen(el, 'blur', () => waiting && show());
   attribute.effect(show);
   // A browser that comes back to a page fills in its fields again, and tells nobody.
   attribute.listen(window, 'pageshow', () => setTimeout(() => state() !== seen && save()));
-  if (localName(el) !== 'select') return;
+  if (!isSelect) return;
   attribute.watch(new MutationObserver(() => {   // other options may have come
     taken = {};
     show();
@@ -11675,7 +11675,6 @@ async function attempts(call, { openWhenHidden = call.method !== 'GET', retry = 
   const isHidden = () => document.hidden && !openWhenHidden;
   do {
     const hidden = new AbortController();
-    let broken = null;
     const hide = () => isHidden() && hidden.abort();
     addEventListener(document, 'visibilitychange', hide);
     try {
@@ -11683,7 +11682,6 @@ async function attempts(call, { openWhenHidden = call.method !== 'GET', retry = 
       if (!await attempt(call, signal, retry)) return;
     } catch (error) {
       if (cancelled.aborted || (retry === 'never' && !hidden.signal.aborted)) throw error;
-      broken = error;
     } finally {
       removeEventListener(document, 'visibilitychange', hide);
     }
@@ -11695,7 +11693,7 @@ async function attempts(call, { openWhenHidden = call.method !== 'GET', retry = 
       // A little chance in each wait: after a restart not all clients come at the same moment.
       const longest = (call.interval ?? retryInterval) * retryScaler ** (call.tries - 1);
       const wait = Math.min(longest, retryMaxWait) * (1 - Math.random() / 4);
-      if (broken) call.emit('retrying', { message: broken.message });
+      call.emit('retrying');
       await until((done) => setTimeout(done, wait));
     }
     while (isHidden() && !cancelled.aborted) await until(shown);
