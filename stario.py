@@ -8269,11 +8269,12 @@ class _LogToSpan(logging.Handler):
             span(exc or "log", {**said, "body": text})
             return True
         # It passes if it would have with the root's own level, which `__init__` has lowered.
-        logger = logging.getLogger(record.name)
-        while logger.parent and not logger.level:
+        logger, level, unhandled = logging.getLogger(record.name), 0, not self._others
+        while logger.parent:
+            level, unhandled = level or logger.level, unhandled and not logger.handlers
             logger = logger.parent
-        if record.levelno >= (logger.level if logger.parent else self._root_level):
-            for handler in self._others or [cast(logging.Handler, logging.lastResort)]:
+        if record.levelno >= (level or self._root_level):
+            for handler in filter(None, [logging.lastResort] if unhandled else self._others):
                 if record.levelno >= handler.level:
                     handler.handle(record)
         return True

@@ -11225,6 +11225,20 @@ class TestTelemetry(unittest.TestCase):
         self.assertEqual(printed.getvalue(), "outside\nasked for by the logger above it\n")
         self.assertEqual((root.level, handler in root.handlers), (level, True))
 
+    def test_where_the_root_logger_has_no_handlers_a_warning_is_printed_once(self) -> None:
+        printed, log = io.StringIO(), logging.getLogger("shop")
+        handler = logging.StreamHandler(printed)
+        log.addHandler(handler)
+        self.addCleanup(log.removeHandler, handler)
+        last_resort = mock.patch.object(logging, "lastResort", logging.StreamHandler(printed))
+        no_handlers = mock.patch.object(logging.getLogger(), "handlers", [])
+        with last_resort, no_handlers, JsonTracer(io.StringIO(), logging_level="INFO"):
+            log.warning("by its own handler")
+            logging.getLogger("shop.cart").warning("by that above it")
+            logging.getLogger("other").warning("by the last resort")
+        said = ["by its own handler", "by that above it", "by the last resort"]
+        self.assertEqual(printed.getvalue().splitlines(), said)
+
     def test_a_silent_app_makes_no_spans(self) -> None:
         async def work(c: Context, w: Writer) -> None:
             c("event")
