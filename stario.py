@@ -77,20 +77,20 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        7195  18. Compression [compression]
        7404  19. Static files [assets]
        7972  20. Telemetry: spans, and who hears of them
-       8537  21. JsonTracer: for log collectors [json]
-       8611  22. RichTracer: for people [rich]
-       9043  23. Sessions [sessions]
-       9157  24. What lives as long as the server
-       9259  25. @baked
-       9545  26. ASGI: the same app under another server [asgi]
-       9771  27. RedisRelay: the same between processes and machines [redis]
-      10049  28. Reload: a saved file restarts the app [reload]
-      10193  29. Development: what went wrong, shown where one looks [development]
-      10304  30. What is refused; hosts, cookies, other sites
-    10668  ACT 5. The pocket client, and this file itself
-      10709  31. The pocket client (JavaScript) [client]
-      12084  32. This file as a page [read]
-      12254  33. An app to begin with
+       8538  21. JsonTracer: for log collectors [json]
+       8612  22. RichTracer: for people [rich]
+       9044  23. Sessions [sessions]
+       9158  24. What lives as long as the server
+       9260  25. @baked
+       9546  26. ASGI: the same app under another server [asgi]
+       9772  27. RedisRelay: the same between processes and machines [redis]
+      10050  28. Reload: a saved file restarts the app [reload]
+      10194  29. Development: what went wrong, shown where one looks [development]
+      10305  30. What is refused; hosts, cookies, other sites
+    10669  ACT 5. The pocket client, and this file itself
+      10710  31. The pocket client (JavaScript) [client]
+      12085  32. This file as a page [read]
+      12255  33. An app to begin with
 
 READING PATH
 
@@ -8027,7 +8027,7 @@ def _plain_data(value: Any) -> Any:
 def _safe_text(value: object) -> str:
     """A value's text, cut if it is long; its `__str__` may fail."""
     try:
-        text = str(value)
+        text = str(value.args if isinstance(value, BaseExceptionGroup) else value)  # its members
     except Exception as exc:
         return f"<{type(value).__name__}: its text raises {type(exc).__name__}>"
     return text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]}... ({len(text)})"

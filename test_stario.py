@@ -10954,6 +10954,13 @@ class TestTelemetry(unittest.TestCase):
         self.assertEqual({line["status"]["message"] for line in ended}, {"KeyError: 'here'"})
         self.assertEqual(ended[0]["span_id"], span.id)
 
+    def test_a_group_of_exceptions_tells_what_is_in_it(self) -> None:
+        deeper = ExceptionGroup("deeper", [KeyError(2)])
+        with suppress(ExceptionGroup), Tracer()("job") as span:
+            raise ExceptionGroup("several", [ValueError("one"), deeper])
+        for text in (span.error or "", span.events[0].attributes["exception.message"]):
+            self.assertRegex(text, r"several.*ValueError\('one'\).*deeper.*KeyError\(2\)")
+
     def test_a_tracer_that_fails_costs_no_request(self) -> None:
         class Broken(Tracer):
             def on_end(self, span: Span) -> None:
