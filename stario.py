@@ -84,13 +84,13 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        9260  25. @baked
        9546  26. ASGI: the same app under another server [asgi]
        9772  27. RedisRelay: the same between processes and machines [redis]
-      10050  28. Reload: a saved file restarts the app [reload]
-      10194  29. Development: what went wrong, shown where one looks [development]
-      10305  30. What is refused; hosts, cookies, other sites
-    10669  ACT 5. The pocket client, and this file itself
-      10710  31. The pocket client (JavaScript) [client]
-      12085  32. This file as a page [read]
-      12255  33. An app to begin with
+      10047  28. Reload: a saved file restarts the app [reload]
+      10191  29. Development: what went wrong, shown where one looks [development]
+      10302  30. What is refused; hosts, cookies, other sites
+    10666  ACT 5. The pocket client, and this file itself
+      10707  31. The pocket client (JavaScript) [client]
+      12082  32. This file as a page [read]
+      12252  33. An app to begin with
 
 READING PATH
 
@@ -9963,32 +9963,29 @@ class RedisRelay(Relay[T]):
             await connection.disconnect(nowait=True)
 
     async def _send(self, pack: Callable[..., list[bytes]], writer: asyncio.StreamWriter) -> None:
-        """Send what there is. First, all subscriptions: the answer to PING says that they are made.
-
-        A PING is also sent when there was nothing else for half of the time-out.
-        """
+        """Send all subscriptions, and then what there is; a PING after half of the time-out."""
         with self._lock:
-            tables, self._changed = self._tables.items(), set()
-            patterns = [(length, text) for length, table in tables for text in table]
-        commands = [*map(self._command, patterns), _PING]
-        while commands or not self._closed:
+            tables = self._tables.items()
+            self._changed = {(length, text) for length, table in tables for text in table}
+        while self._outgoing or self._changed or not self._closed:
             # (redis-py would use `writelines`, after which `drain` never waits in Python 3.13.0.)
-            writer.write(b"".join(pack(commands or [_PING])))
+            writer.write(b"".join(pack(self._next_commands())))
             await writer.drain()
             if not (self._outgoing or self._changed or self._closed):
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self._work.wait(), self._timeout / 2)
-            commands = self._next_commands()
         writer.write(b"".join(pack([_LAST_PING])))
 
     def _next_commands(self) -> list[_RedisCommand]:
-        """Take what waits to be sent: first the subscriptions."""
+        """Take what waits to be sent: first the subscriptions. If nothing waits, a PING."""
         self._work.clear()
         with self._lock:
             changed, self._changed = self._changed, set()
             commands = [self._command(pattern) for pattern in changed]
             messages = [self._outgoing.popleft() for _ in range(min(_BATCH, len(self._outgoing)))]
             self._unsent -= sum(len(data) for _, _, data in messages)
+        if commands or not messages:
+            commands.append(_PING)  # its answer says that the subscriptions are made
         return commands + messages
 
     def _command(self, pattern: _PatternKey) -> _RedisCommand:
@@ -10015,7 +10012,7 @@ class RedisRelay(Relay[T]):
             )
             if answer is None:
                 raise TimeoutError(f"no word from Redis for {self._timeout} seconds")
-            if answer == b"PONG" and self._down:
+            if self._down and not isinstance(answer, list):
                 self._down = ""
                 self._gaps += 1
                 self._tracer("relay.back").end()
