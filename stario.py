@@ -83,14 +83,14 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        9158  24. What lives as long as the server
        9260  25. @baked
        9546  26. ASGI: the same app under another server [asgi]
-       9772  27. RedisRelay: the same between processes and machines [redis]
-      10047  28. Reload: a saved file restarts the app [reload]
-      10191  29. Development: what went wrong, shown where one looks [development]
-      10302  30. What is refused; hosts, cookies, other sites
-    10666  ACT 5. The pocket client, and this file itself
-      10707  31. The pocket client (JavaScript) [client]
-      12082  32. This file as a page [read]
-      12252  33. An app to begin with
+       9773  27. RedisRelay: the same between processes and machines [redis]
+      10048  28. Reload: a saved file restarts the app [reload]
+      10192  29. Development: what went wrong, shown where one looks [development]
+      10303  30. What is refused; hosts, cookies, other sites
+    10667  ACT 5. The pocket client, and this file itself
+      10708  31. The pocket client (JavaScript) [client]
+      12083  32. This file as a page [read]
+      12253  33. An app to begin with
 
 READING PATH
 
@@ -9589,7 +9589,8 @@ class _AsgiExchange(Carrier):
         self.scopes = []
         self.client = str((scope.get("client") or ("",))[0] or "")
         self.scheme = str(scope.get("scheme") or "http")
-        self.may_have_body = scope["method"] not in ("GET", "HEAD")
+        is_http_1 = scope.get("http_version", "1.1") < "2"
+        self.may_have_body = not is_http_1 or scope["method"] not in ("GET", "HEAD")
         self._news = asyncio.Event()  # one of the two bodies has been read, or has ended
         self.body = Body(self._news.set)
         self._answer = Body(self._news.set)

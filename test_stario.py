@@ -12748,16 +12748,20 @@ class TestAsgi(StreamTest):
             await rest.wait()
             return {"type": "http.request", "body": b"b", "more_body": False}
 
-        app, server = Stario(), AsgiServer(Stario(), method="POST")
-        await within(server.task)
+        app = Stario()
         app.post("/", answers)
-        for comes in (True, False):
+        app.get("/", answers)
+        for comes, method, version in (
+            (True, "POST", "1.1"), (False, "POST", "1.1"), (True, "GET", "2"), (False, "GET", "3")
+        ):  # fmt: skip
             begun, rest = asyncio.Event(), asyncio.Event()
+            server = AsgiServer(Stario(), method=method, http_version=version)
+            await within(server.task)
             server.sent.clear()
             with mock.patch.object(stario, "_ASGI_GRACE", 30 if comes else 0.01):
                 serving = asyncio.create_task(app(server.scope, receive, server.send))
                 await within(begun.wait())
-                await until(lambda: server.body == b"unread")
+                await until(lambda server=server: server.body == b"unread")  # type: ignore[misc]
                 if comes:
                     self.assertTrue(server.sent[-1]["more_body"])
                     rest.set()
