@@ -60,37 +60,37 @@ brackets can be left out of your copy: `python stario.py --without assets,client
         666  4. JSON
         788  5. The request: headers, query, cookies, body
        1259  6. The answer: status, fields, body
-       1691  7. Context and routing
-       2141  8. The app
-     2329  ACT 2. On the network
-       2337  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3398  10. The server
-       4221  11. Trying it without a network: the test client [testclient]
-     4674  ACT 3. Live
-       4724  12. Datastar: attributes and actions
-       5309  13. Streams: events, and staying with a client
-       5822  14. Relay: publish and subscribe
-     6120  ACT 4. For real
-       6127  15. Signals: from JSON to your dataclass
-       6882  16. Forms [forms]
-       7085  17. Behind a proxy
-       7195  18. Compression [compression]
-       7404  19. Static files [assets]
-       7972  20. Telemetry: spans, and who hears of them
-       8538  21. JsonTracer: for log collectors [json]
-       8612  22. RichTracer: for people [rich]
-       9044  23. Sessions [sessions]
-       9158  24. What lives as long as the server
-       9260  25. @baked
-       9546  26. ASGI: the same app under another server [asgi]
-       9773  27. RedisRelay: the same between processes and machines [redis]
-      10048  28. Reload: a saved file restarts the app [reload]
-      10192  29. Development: what went wrong, shown where one looks [development]
-      10303  30. What is refused; hosts, cookies, other sites
-    10667  ACT 5. The pocket client, and this file itself
-      10708  31. The pocket client (JavaScript) [client]
-      12083  32. This file as a page [read]
-      12253  33. An app to begin with
+       1692  7. Context and routing
+       2142  8. The app
+     2330  ACT 2. On the network
+       2338  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
+       3320  10. The server
+       4143  11. Trying it without a network: the test client [testclient]
+     4596  ACT 3. Live
+       4646  12. Datastar: attributes and actions
+       5231  13. Streams: events, and staying with a client
+       5744  14. Relay: publish and subscribe
+     6042  ACT 4. For real
+       6049  15. Signals: from JSON to your dataclass
+       6804  16. Forms [forms]
+       7007  17. Behind a proxy
+       7117  18. Compression [compression]
+       7326  19. Static files [assets]
+       7894  20. Telemetry: spans, and who hears of them
+       8460  21. JsonTracer: for log collectors [json]
+       8534  22. RichTracer: for people [rich]
+       8966  23. Sessions [sessions]
+       9080  24. What lives as long as the server
+       9182  25. @baked
+       9468  26. ASGI: the same app under another server [asgi]
+       9695  27. RedisRelay: the same between processes and machines [redis]
+       9970  28. Reload: a saved file restarts the app [reload]
+      10114  29. Development: what went wrong, shown where one looks [development]
+      10225  30. What is refused; hosts, cookies, other sites
+    10589  ACT 5. The pocket client, and this file itself
+      10630  31. The pocket client (JavaScript) [client]
+      12005  32. This file as a page [read]
+      12175  33. An app to begin with
 
 READING PATH
 
@@ -99,19 +99,19 @@ Two hours, for a reader who wants to know how it works, not all that it does. Re
       332-349    `SafeString`  an element is a string
       630-659    `Tags`  `h.P` makes one
      1064-1241   `Request`  what a client asks for
-     1270-1338   `Carrier`  what brings the answer back
-     1418-1606   `_RawWriter`  the answer
-     1709-1808   `Context`  what a handler gets beside it
-     1898-1913   `_Tree.find`  from a path to a handler
-     2248-2281   `_App.dispatch`  one request from end to end
-     2696-2809   `_RequestReader`  bytes to requests
-     3154-3394   `Connection`  one connection, many requests
-     3821-3842   `Server.start`  listening
-     3957-3979   `Server.stop`  ending without losing a request
-     5433-5553   `_EventWriter`  events
-     5642-5704   `_Scope`  how a disconnect reaches a handler
-     5732-5818   `Alive`  staying with a client
-     5973-6065   `Relay`  from one handler to another
+     1270-1339   `Carrier`  what brings the answer back
+     1419-1607   `_RawWriter`  the answer
+     1710-1809   `Context`  what a handler gets beside it
+     1899-1914   `_Tree.find`  from a path to a handler
+     2249-2282   `_App.dispatch`  one request from end to end
+     2693-2806   `_RequestReader`  bytes to requests
+     3076-3316   `Connection`  one connection, many requests
+     3743-3764   `Server.start`  listening
+     3879-3901   `Server.stop`  ending without losing a request
+     5355-5475   `_EventWriter`  events
+     5564-5626   `_Scope`  how a disconnect reaches a handler
+     5654-5740   `Alive`  staying with a client
+     5895-5987   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -1264,7 +1264,7 @@ def _split_host(host: str) -> tuple[str, str]:
 # ==================================================================================================
 
 
-_FILE_PIECE = 1024 * 1024  # bytes of a file that are read at a time
+_FILE_PIECE = 256 * 1024  # bytes of a file that are read at a time
 
 
 class Carrier:
@@ -1324,6 +1324,7 @@ class Carrier:
         file.seek(offset)
         while count:
             await self.drained()
+            await asyncio.sleep(0)  # a fast client must not keep the loop from the others
             data = file.read(min(count, _FILE_PIECE))
             if not data:
                 raise StarioError(f"{file.name} has become shorter while it was sent")
@@ -2389,12 +2390,8 @@ _MAX_EXCESS = 100  # connections above `max_connections` that are answered, 503;
 _ACCEPT_BATCH = 64  # connections that are accepted before the loop runs other tasks
 _KEPT_HEAD = 4096  # bytes: a larger header section is not kept for the next request
 _IDLE_GRACE = 0.5  # seconds in which an idle client may still send: at a stop, and in `_linger`
-_FILE_WINDOW = 8 * 1024 * 1024  # bytes of a file that are mapped at a time
 _LINGER = 2.0  # seconds in which a client may read an answer that ends its connection (`_linger`)
 _NEVER = float("inf")
-_NETWORK_GONE = {  # errors of a socket whose client is gone, beside ConnectionError
-    errno.ETIMEDOUT, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ENETDOWN, errno.ENOTCONN
-}  # fmt: skip
 # A value of the socket option SO_LINGER. A close then sends a *reset*: the client sees an error.
 _RESET = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)
 
@@ -2825,12 +2822,6 @@ class _RequestReader:
 # no difference.
 
 
-def _limit_unsent(connection: socket.socket, size: int) -> None:
-    """Let the kernel take at most `size` bytes that it cannot send yet; 0: without a limit."""
-    with suppress(AttributeError, OSError):  # Windows, or a Unix socket
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, size)
-
-
 class _SocketCarrier(Carrier, asyncio.Protocol):
     """A connection's socket: it sends bytes, notices who has gone, and ends in bounded time.
 
@@ -2904,75 +2895,6 @@ class _SocketCarrier(Carrier, asyncio.Protocol):
             await asyncio.sleep(0)
         if self._transport.is_closing() and (self.disconnected or not self._closing):
             raise ClientDisconnected("the client has gone")
-
-    async def send_file(self, file: IO[bytes], offset: int, count: int) -> None:
-        """See Carrier. The kernel copies from file to socket, where it can and there is no TLS."""
-        await self.drained()  # raises if the client has gone
-        transport = self._transport
-        connection = transport.get_extra_info("socket")
-        if os.name == "posix" and transport.get_extra_info("sslcontext") is None:
-            try:  # to get a descriptor of our own: the transport may close its own while we wait
-                descriptor = os.dup(connection.fileno())
-            except OSError:  # too many are open
-                return await super().send_file(file, offset, count)
-            transport.set_write_buffer_limits(0)  # `drained` now waits until it is empty
-            _limit_unsent(connection, 0)  # (the limit is for streams, whose events would get old)
-            try:
-                sent = await self._send_mapped(descriptor, file, offset, count)
-            finally:
-                os.close(descriptor)
-                if not self._is_closing():
-                    transport.set_write_buffer_limits(_HIGH_WATER)
-                    _limit_unsent(connection, _HIGH_WATER)
-            offset, count = offset + sent, count - sent
-        await super().send_file(file, offset, count)
-
-    async def _send_mapped(self, descriptor: int, file: IO[bytes], offset: int, count: int) -> int:
-        """Send the file from memory: mmap shows a part of it (a window) as bytes, without a copy.
-
-        Returns how many bytes: fewer where the file cannot be mapped. (`os.sendfile` would not copy
-        them, and what waits for the client would change with the file.)
-        """
-        import mmap
-
-        done = 0
-        while done < count:
-            await self.drained()
-            skipped = (offset + done) % _FILE_WINDOW  # a window begins at a multiple of its size
-            length = min(_FILE_WINDOW, skipped + count - done)
-            try:
-                start = offset + done - skipped
-                window = mmap.mmap(file.fileno(), length, access=mmap.ACCESS_READ, offset=start)
-            except (OSError, ValueError):  # not mappable; or it has become shorter
-                break
-            await self._write_all(descriptor, memoryview(window)[skipped:])
-            done += length - skipped
-            await asyncio.sleep(0)  # a fast client must not keep the loop from the others
-        return done
-
-    async def _write_all(self, descriptor: int, data: memoryview) -> None:
-        """Write to the socket, past the transport, whose own buffer is empty."""
-        loop, done = self._worker.loop, 0
-        while done < len(data):
-            await self.drained()
-            try:
-                written = os.write(descriptor, data[done:])
-            except BlockingIOError:
-                self.pause_writing()  # `drained` waits until the loop calls `resume_writing`
-                loop.add_writer(descriptor, self.resume_writing)
-                try:
-                    await self.drained()
-                finally:
-                    loop.remove_writer(descriptor)
-                continue
-            except OSError as exc:
-                if isinstance(exc, ConnectionError) or exc.errno in _NETWORK_GONE:
-                    raise ClientDisconnected("the client has gone") from None
-                if exc.errno == errno.EFAULT:  # a page of the window is no longer there
-                    raise StarioError("the file has become shorter while it was sent") from None
-                raise  # an error of the disk
-            self._sent += written  # for `_check_taken`
-            done += written
 
     # -- Time: about once a second the sweep calls `check`
 
