@@ -1658,29 +1658,15 @@ class _OneShotWriter(_RawWriter):
         location = quote(url.replace("\\", "%5C"), safe=_REDIRECT_SAFE, errors="replace")
         self._answer(status, (f"location: {location}\r\n".encode("ascii"), False), b"")
 
-    def cookie(
-        self,
-        name: str,
-        value: str,
-        *,
-        max_age: int | None = None,
-        expires: datetime | None = None,
-        path: str = "/",
-        domain: str | None = None,
-        secure: bool = False,
-        httponly: bool = False,
-        samesite: Literal["lax", "strict", "none"] | None = "lax",
-        partitioned: bool = False,
-    ) -> None:
-        """Set a cookie (RFC 6265, section 4.1). `max_age` is in seconds.
+    def cookie(self, name: str, value: str, **options: Unpack[CookieOptions]) -> None:
+        """Set a cookie (RFC 6265, section 4.1). `max_age` is in seconds, `samesite` by default lax.
 
         What cannot stand in a value is percent-encoded; `c.req.cookies` decodes it again. What a
         browser would not take is a StarioError.
         """
-        line = _cookie_line(  # part 30
-            name, value, max_age, expires, path, domain, secure, httponly, samesite, partitioned
-        )
-        self.headers.add("set-cookie", line)
+        for option in options:
+            _check_word("option of a cookie", option, CookieOptions.__annotations__)  # part 30
+        self.headers.add("set-cookie", _cookie_line(name, value, **options))
 
     def delete_cookie(self, name: str, **options: Unpack[CookieOptions]) -> None:
         """Ask the client to forget a cookie. Give what it was set with: only that one matches."""
@@ -10405,7 +10391,7 @@ _COOKIE_SAFE = "!#$&'()*+-./:<=>?@[]^_`{|}~"  # not percent-encoded in a value (
 def _cookie_line(
     name: str, value: str, max_age: int | None = None, expires: datetime | None = None,
     path: str = "/", domain: str | None = None, secure: bool = False, httponly: bool = False,
-    samesite: str | None = None, partitioned: bool = False,
+    samesite: str | None = "lax", partitioned: bool = False,
 ) -> str:  # fmt: skip
     """A cookie as the value of `set-cookie` (RFC 6265). StarioError where a browser drops it."""
     if not (isinstance(name, str) and _TOKEN.fullmatch(name)):

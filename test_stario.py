@@ -1249,6 +1249,8 @@ class TestMistakes(unittest.TestCase):
             "the status is given with the answer": lambda c, w: setattr(w, "status_code", 404),
             "samesite is lax, strict or none": lambda c, w: w.cookie("a", "b", samesite="no"),
             "for ticks write w.alive(every=0.5)": lambda c, w: w.alive(any_),
+            "('samesite'?)": lambda c, w: w.cookie("a", "b", same_site="lax"),
+            "w.file takes a path or bytes, not None": lambda c, w: w.file(None),
             "add app.use(Session(key))": lambda c, w: c.session,
             "as JSON: there is a object in it": lambda c, w: w.json([any_]),
             "call it, and await what is async": lambda c, w: c.req.form["x"],
@@ -16697,7 +16699,7 @@ class TestReadme(unittest.TestCase):
     def test_signatures_are_those_of_the_code(self) -> None:
         signatures: dict[str, Callable[..., Any]] = {
             "max_age=None, expires=None, path=\"/\", domain=None, secure=False, httponly=False, "
-            "samesite=\"lax\", partitioned=False": stario.Writer.cookie,
+            "samesite=\"lax\", partitioned=False": stario._cookie_line,
             "mode=\"outer\", selector=None, namespace=None, use_view_transition=False":
                 stario.Writer.patch,
             "auto_remove=True, attributes=None": stario.Writer.execute,
