@@ -10109,10 +10109,14 @@ def _reload(app: Stario, server: Server) -> None:
 
 _SECRET = re.compile(r"(?i)pass|secret|token|key|cookie|auth|session")
 _FRAMES_SHOWN = 40  # the most that are shown with lines and values
-_DEBUG_STYLE = (
-    "position:fixed;inset:0;z-index:9999;overflow:auto;margin:0;padding:1.5rem;white-space:pre-wrap;"
-    "font:14px/1.5 ui-monospace,monospace;color:#eee;background:#1c1417;border:0;text-align:left"
-)
+_DEBUG_STYLE = """
+#stario-error { position: fixed; inset: 0; z-index: 9999; overflow: auto; padding: 1.5rem;
+  font: 14px/1.5 ui-monospace, monospace; text-align: left; color: #eee; background: #1c1417; }
+#stario-error h1 { font-size: 1.5em; white-space: pre-wrap; overflow-wrap: anywhere; }
+#stario-error pre { overflow: auto; font: inherit; margin: .5rem 0 1.5rem; }
+#stario-error mark { display: block; min-width: max-content; color: #fff; background: #6b2333; }
+#stario-error button { float: right; } #stario-error:first-child button { display: none; }
+"""
 
 
 def _shown_value(name: object, value: object) -> str:
@@ -10131,11 +10135,11 @@ def _frame_view(frame: types.FrameType, at: int) -> SafeString:
     filename, lines = frame.f_code.co_filename, []
     for number in range(max(1, at - 3), at + 3):
         if line := linecache.getline(filename, number, frame.f_globals):
-            lines.append(f"{'→' if number == at else ' '} {number:4} {line.rstrip()}")
-    values = [f"  {name} = {_shown_value(name, value)}" for name, value in frame.f_locals.items()]
+            text = f"{number:5} {line.rstrip()}\n"
+            lines.append(h.Mark(text) if number == at else text)
+    values = [f"{name} = {_shown_value(name, value)}\n" for name, value in frame.f_locals.items()]
     head = f"{filename}, line {at}, in {frame.f_code.co_name}"
-    text = "\n".join([*lines, "", *values, ""])
-    return h.Details({"open": _is_own(filename)}, h.Summary(head), text)
+    return h.Details({"open": _is_own(filename)}, h.Summary(head), h.Pre(lines, "\n", values))
 
 
 def _error_view(c: Context, exc: BaseException) -> SafeString:
@@ -10147,13 +10151,14 @@ def _error_view(c: Context, exc: BaseException) -> SafeString:
     events = [f"{event.name} {_shown_value('', event.attributes)}" for event in c.span.events]
     close = {"onclick": "this.parentNode.remove()", "style": "float:right"}
     return h.Div(
-        {"id": "stario-error", "style": _DEBUG_STYLE},
-        h.Button({"type": "button", **close}, "×"),
+        {"id": "stario-error"},
+        h.Style(_DEBUG_STYLE),
+        h.Button({"onclick": "this.parentNode.remove()"}, "×"),
         h.H1("".join(traceback.format_exception_only(exc)).strip()),
         [_frame_view(frame, at) for frame, at in frames[:_FRAMES_SHOWN]],
-        h.Details(h.Summary("Traceback"), _stack_of(exc)),
-        h.Details(h.Summary("Request"), "\n".join(request)),
-        h.Details(h.Summary("Trace"), "\n".join(events)),
+        h.Details(h.Summary("Traceback"), h.Pre(_stack_of(exc))),
+        h.Details(h.Summary("Request"), h.Pre("\n".join(request))),
+        h.Details(h.Summary("Trace"), h.Pre("\n".join(events))),
     )
 
 
@@ -10164,7 +10169,9 @@ def _show_error(c: Context, w: Writer, exc: BaseException) -> None:
         w.patch(_error_view(c, exc), selector="body", mode="append")
         w.end()
     elif not w.started:
-        w.html(h.Html(h.Body(_error_view(c, exc))), 500)
+        phone = h.Meta({"name": "viewport", "content": "width=device-width"})
+        head = h.Head(phone, h.Title(type(exc).__name__))
+        w.html(h.Html(head, h.Body(_error_view(c, exc))), 500)
 
 
 class _Watchdog:
@@ -12078,7 +12085,7 @@ def _prose(lines: list[str]) -> Iterator[SafeString]:
     """The text of a comment: paragraphs, and what is indented as it is."""
     for block in "\n".join(lines).split("\n\n"):
         if block.strip("\n").startswith("    "):
-            yield h.Pre(block.strip("\n"))
+            yield h.Pre(textwrap.dedent(block.strip("\n")))
         else:
             yield h.P(h.Code(text) if i % 2 else text for i, text in enumerate(block.split("`")))
 
@@ -12086,11 +12093,11 @@ def _prose(lines: list[str]) -> Iterator[SafeString]:
 _STYLE = """
 :root { color-scheme: light dark; font: 100%/1.55 Georgia, serif; scroll-padding: 4rem; }
 body { margin: 0; } a { color: inherit; text-decoration: underline dotted #8888; }
-header { position: sticky; top: 0; display: flex; gap: 1rem; padding: .5rem 1.5rem;
+header { position: sticky; top: 0; z-index: 1; display: flex; gap: 1rem; padding: .5rem 1.5rem;
   border-bottom: 1px solid #8884; background: Canvas; }
 nav { padding: 1rem 1.5rem; columns: 20rem; } nav a { display: block; }
-nav a[href^="#ACT"] { font-weight: bold; }
-section { display: grid; grid-template-columns: minmax(18rem, 34rem) minmax(0, 1fr); }
+nav a[href^="#ACT"] { font-weight: bold; margin-top: .5rem; break-after: avoid; }
+section { display: grid; grid-template-columns: clamp(24rem, 100vw - 52rem, 34rem) minmax(0, 1fr); }
 section > * { padding: .25rem 1.5rem; margin: 0; min-width: 0; }
 section > pre { background: #8881; } h2 { margin: 3rem 0 1rem; }
 p { margin: .4rem 0; overflow-wrap: break-word; } output { display: block; white-space: pre-wrap; }
@@ -12175,7 +12182,9 @@ def _first_app() -> Stario:
         return h.Main({"id": "main"}, stay, h.H1(time.strftime("%H:%M:%S")), button)
 
     async def page(c: Context, w: Writer) -> None:
-        w.html(h.Html(h.Head(h.Title("Stario"), datastar_script()), h.Body(view())))
+        phone = h.Meta({"name": "viewport", "content": "width=device-width"})
+        style = h.Style("* { color-scheme: light dark; font: 28px system-ui; text-align: center; }")
+        w.html(h.Html(h.Head(h.Title("Stario"), phone, style, datastar_script()), h.Body(view())))
 
     async def live(c: Context, w: Writer) -> None:
         async for _ in w.alive(relay.subscribe("*", overflow="latest")):

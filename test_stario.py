@@ -13673,7 +13673,9 @@ class TestDevelopment(AsyncTest):
         self.assertEqual(answer.status, 500)
         text = html.unescape(answer.text)
         self.assertIn("IndexError: list index out of range", text)
-        self.assertIn("w.text(rows[len(password)])", text)
+        self.assertRegex(text, r"<mark> *\d+ +w\.text\(rows\[len\(password\)\]\)\n</mark>")
+        self.assertIn("<title>IndexError</title>", text)
+        self.assertIn('<meta name="viewport"', text)
         self.assertIn("rows = ['<b>one</b>']", text)
         self.assertNotIn("<b>one</b>", answer.text)  # values are text
         self.assertLess(text.index("in broken"), text.index("/stario.py, line"))
