@@ -60,37 +60,37 @@ brackets can be left out of your copy: `python stario.py --without assets,client
         666  4. JSON
         788  5. The request: headers, query, cookies, body
        1259  6. The answer: status, fields, body
-       1692  7. Context and routing
-       2142  8. The app
-     2330  ACT 2. On the network
-       2338  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3320  10. The server
-       4143  11. Trying it without a network: the test client [testclient]
-     4596  ACT 3. Live
-       4646  12. Datastar: attributes and actions
-       5231  13. Streams: events, and staying with a client
-       5744  14. Relay: publish and subscribe
-     6042  ACT 4. For real
-       6049  15. Signals: from JSON to your dataclass
-       6804  16. Forms [forms]
-       7007  17. Behind a proxy
-       7117  18. Compression [compression]
-       7326  19. Static files [assets]
-       7894  20. Telemetry: spans, and who hears of them
-       8460  21. JsonTracer: for log collectors [json]
-       8534  22. RichTracer: for people [rich]
-       8966  23. Sessions [sessions]
-       9080  24. What lives as long as the server
-       9182  25. @baked
-       9468  26. ASGI: the same app under another server [asgi]
-       9695  27. RedisRelay: the same between processes and machines [redis]
-       9970  28. Reload: a saved file restarts the app [reload]
-      10114  29. Development: what went wrong, shown where one looks [development]
-      10225  30. What is refused; hosts, cookies, other sites
-    10589  ACT 5. The pocket client, and this file itself
-      10630  31. The pocket client (JavaScript) [client]
-      12005  32. This file as a page [read]
-      12175  33. An app to begin with
+       1678  7. Context and routing
+       2128  8. The app
+     2316  ACT 2. On the network
+       2324  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
+       3306  10. The server
+       4129  11. Trying it without a network: the test client [testclient]
+     4585  ACT 3. Live
+       4635  12. Datastar: attributes and actions
+       5220  13. Streams: events, and staying with a client
+       5733  14. Relay: publish and subscribe
+     6031  ACT 4. For real
+       6038  15. Signals: from JSON to your dataclass
+       6793  16. Forms [forms]
+       6996  17. Behind a proxy
+       7106  18. Compression [compression]
+       7315  19. Static files [assets]
+       7885  20. Telemetry: spans, and who hears of them
+       8451  21. JsonTracer: for log collectors [json]
+       8525  22. RichTracer: for people [rich]
+       8957  23. Sessions [sessions]
+       9071  24. What lives as long as the server
+       9173  25. @baked
+       9459  26. ASGI: the same app under another server [asgi]
+       9686  27. RedisRelay: the same between processes and machines [redis]
+       9961  28. Reload: a saved file restarts the app [reload]
+      10105  29. Development: what went wrong, shown where one looks [development]
+      10222  30. What is refused; hosts, cookies, other sites
+    10583  ACT 5. The pocket client, and this file itself
+      10624  31. The pocket client (JavaScript) [client]
+      11999  32. This file as a page [read]
+      12169  33. An app to begin with
 
 READING PATH
 
@@ -101,17 +101,17 @@ Two hours, for a reader who wants to know how it works, not all that it does. Re
      1064-1241   `Request`  what a client asks for
      1270-1339   `Carrier`  what brings the answer back
      1419-1607   `_RawWriter`  the answer
-     1710-1809   `Context`  what a handler gets beside it
-     1899-1914   `_Tree.find`  from a path to a handler
-     2249-2282   `_App.dispatch`  one request from end to end
-     2693-2806   `_RequestReader`  bytes to requests
-     3076-3316   `Connection`  one connection, many requests
-     3743-3764   `Server.start`  listening
-     3879-3901   `Server.stop`  ending without losing a request
-     5355-5475   `_EventWriter`  events
-     5564-5626   `_Scope`  how a disconnect reaches a handler
-     5654-5740   `Alive`  staying with a client
-     5895-5987   `Relay`  from one handler to another
+     1696-1795   `Context`  what a handler gets beside it
+     1885-1900   `_Tree.find`  from a path to a handler
+     2235-2268   `_App.dispatch`  one request from end to end
+     2679-2792   `_RequestReader`  bytes to requests
+     3062-3302   `Connection`  one connection, many requests
+     3729-3750   `Server.start`  listening
+     3865-3887   `Server.stop`  ending without losing a request
+     5344-5464   `_EventWriter`  events
+     5553-5615   `_Scope`  how a disconnect reaches a handler
+     5643-5729   `Alive`  staying with a client
+     5884-5976   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -1866,7 +1866,7 @@ class _Tree:
                 node = node.parameter(kind)
             elif _NO_SEGMENT.search(segment):
                 raise StarioError(
-                    f"{path!r}: a parameter is a whole segment, '{{name}}' or '{{id:int}}' (or "
+                    f"{path!r}: a parameter is a whole segment, '{{user_id}}' or '{{id:int}}' (or "
                     "float, date, uuid), and '*' comes last"
                 )
             else:
@@ -4348,6 +4348,7 @@ class TestStream:
         await asyncio.shield(self._head)
         while not self._decoder.ended:
             if not (data := await self._reader.read(_HIGH_WATER)):
+                self._raise_failure()
                 raise EOFError
             self._unread += data
             piece, upto = self._decoder.decode(self._unread, 0)
@@ -4531,6 +4532,8 @@ class TestClient:
         body: bytes = b"",
         timeout: float | None = None,
     ) -> TestStream:
+        if self.app._life.loop is None:  # (24)
+            raise StarioError("write `async with TestClient(app) as client:` around it")
         for option, given in (("headers", headers), ("form", form), ("files", files)):
             if not isinstance(given, Mapping | None):
                 raise StarioError(f"{option} is a dict, not {given!r}")
@@ -4555,7 +4558,7 @@ class TestClient:
         target = quote(path, safe="/?&=%:@!$'()*+,;~[]-._{}|\\", errors="replace")
         lines = [f"{method} {target} HTTP/1.1"]
         for name, value in fields.items():
-            sent = value.encode("utf-8" if name in _UTF_8_FIELDS else "latin-1", "replace")
+            sent = str(value).encode("utf-8" if name in _UTF_8_FIELDS else "latin-1", "replace")
             lines.append(": ".join(_field(name, sent)))
         stream = TestStream(self, f"{method} {path}", timeout or self.timeout)
         await stream._send("\r\n".join([*lines, "", ""]), body)
@@ -7545,7 +7548,7 @@ class Assets:
             except TypeError:
                 raise StarioError(f"assets takes a directory or a dict, not {source!r}") from None
             if not os.path.isdir(self._root):
-                raise StarioError(f"assets: there is no directory {str(source)!r}")
+                raise StarioError(f"assets: there is no directory {self._root!r}")
         _collections[collection] = self
 
     # -- Finding a file
@@ -7818,6 +7821,8 @@ def _answer_download(
     opened = None
     if isinstance(source, bytes):
         file = _file_of(filename or "", source)
+    elif not isinstance(source, str | os.PathLike):
+        raise StarioError(f"w.file takes a path or bytes, not {source!r}")
     else:
         try:
             opened = _open_regular(os.fspath(source))
@@ -10149,7 +10154,6 @@ def _error_view(c: Context, exc: BaseException) -> SafeString:
     request = [f"{c.req.method} {c.req.raw_path} {c.req.query_string}"]
     request += [f"{name}: {_shown_value(name, value)}" for name, value in c.req.headers.items()]
     events = [f"{event.name} {_shown_value('', event.attributes)}" for event in c.span.events]
-    close = {"onclick": "this.parentNode.remove()", "style": "float:right"}
     return h.Div(
         {"id": "stario-error"},
         h.Style(_DEBUG_STYLE),
@@ -10236,13 +10240,9 @@ def _check_word(what: str, word: object, known: Collection[str]) -> None:
 def _check_handler(route: str, handler: Any) -> None:
     """Raise StarioError for what is no handler."""
     if handler is None:
-        raise StarioError(
-            f"{route}: the handler is missing. Not a decorator: app.get('/', handler)"
-        )
+        raise StarioError(f"{route}: no handler. Not a decorator: app.get('/', handler)")
     if isinstance(handler, type):
-        raise StarioError(
-            f"{route}: a handler is no class: give a function, or {handler.__name__}()"
-        )
+        raise StarioError(f"{route}: a handler is no class: give {handler.__name__}()")
     _check_arguments(handler, "c, w")
     plain = inspect.unwrap(handler)  # the function behind decorators, partials and objects
     while isinstance(plain, functools.partial):
@@ -10489,6 +10489,7 @@ _ELSEWHERE: dict[type, dict[str, str]] = {
     },
     DataAttributes: {
         'data.on("click", expression)': "click on_click onclick on_submit",
+        "data.init(expression)": "on_load load",
         "data.class_({name: expression})": "classes class_name",
     },
 }
