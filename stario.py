@@ -6977,8 +6977,10 @@ def _read_part_head(head: bytes) -> _Part:
     disposition = _parameters(fields.get("content-disposition", ""))
     if "name" not in disposition:
         raise HttpException(400, "a part of the multipart form has no name")
-    filename = disposition.get("filename")
-    if "filename*" in disposition:  # not allowed here (RFC 7578, section 4.2), but sent by some
+    # `filename*` is not allowed here (RFC 7578, section 4.2), but sent by some; `filename*0`, too.
+    key = max((key for key in disposition if key.startswith("filename")), default="")
+    filename = disposition.get(key)
+    if key == "filename*":
         charset, _, escaped = disposition["filename*"].partition("'")
         filename = _decode_text(_unescaped(escaped.partition("'")[2]), charset or "utf-8")
     kind = fields.get("content-type") or ("text/plain" if filename is None else "")
@@ -7086,13 +7088,15 @@ _PARAMETER = re.compile(
 def _parameters(value: str) -> dict[str, str]:
     """The parameters of a field, by name: `form-data; name="a"` has one (part 16 uses it, too).
 
-    Within quotes `\\"` is a quote and `\\\\` a backslash. But browsers write a backslash in a file
-    name as it is: in `filename="C:\\"; x="y"` it is the last character of the name, and no escape.
+    Within quotes `\\"` is a quote and `\\\\` a backslash. But browsers write a backslash in a name
+    as it is: in `filename="C:\\"; x="y"` it is the last character of the name, and no escape. A
+    quote they write as `%22`, line breaks as `%0D%0A`, and a `%` as it is (HTML standard).
     """
-    return {
-        name.lower(): re.sub(r'\\(["\\])', r"\1", quoted) if quoted else plain.strip()
-        for name, quoted, plain in _PARAMETER.findall(value)
-    }
+    found = {}
+    for name, quoted, plain in _PARAMETER.findall(value):
+        text = re.sub(r'\\(["\\])', r"\1", quoted) or plain.strip()
+        found[name.lower()] = text.replace("%22", '"').replace("%0D", "\r").replace("%0A", "\n")
+    return found
 
 
 def _address(text: str) -> str:
