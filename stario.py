@@ -6185,10 +6185,8 @@ _Tried = dict[tuple[object, int], Any] | None
 Reader = Callable[[Any, _Tried], Any]
 
 _PLAIN = (str, int, float, bool, types.NoneType)
-_BOOLS = {
-    "true": True, "on": True, "yes": True, "1": True,
-    "false": False, "off": False, "no": False, "0": False, "": False,
-}  # fmt: skip
+_BOOLS = dict.fromkeys(("true", "on", "yes", "1"), True)
+_BOOLS |= dict.fromkeys(("false", "off", "no", "0", ""), False)
 _HUGE = 10**400  # to print a number of twice as many digits takes four times as long
 # int() and float() would take "1_000", "nan" and Arabic digits as well.
 _WHOLE = re.compile(r"[+-]?\d{1,400}", re.ASCII)
@@ -6610,7 +6608,7 @@ def _is_uniform(kind: Any) -> bool:
 
 
 def _is_record(origin: Any) -> bool:
-    return dataclasses.is_dataclass(origin) or typing.is_typeddict(origin)
+    return dataclasses.is_dataclass(origin) or hasattr(origin, "__required_keys__")
 
 
 # -- From types to readers
@@ -6731,11 +6729,11 @@ def _fields_of(schema: Any) -> list[tuple[str, Any, bool]]:
             f"the types of {origin.__name__} cannot be looked up ({exc}): define the schema and "
             "what it names at the top of a module"
         ) from exc
-    if typing.is_typeddict(origin):
+    if hasattr(origin, "__required_keys__"):  # a TypedDict
         declared = _type_hints(origin, include_extras=True).items()
         needed = {name: _is_required(origin, name, kind) for name, kind in declared}
     else:  # what a dataclass is made with, `InitVar`s too
-        _, *parameters = inspect.signature(origin.__init__).parameters.values()  # (`self` first)
+        parameters = inspect.signature(origin).parameters.values()
         named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
         needed = {parameter.name: parameter.default is parameter.empty for parameter in named}
     return [(name, hints.get(name, Any), must) for name, must in needed.items()]

@@ -8638,6 +8638,27 @@ class Counted:
     limit: ClassVar = 3
 
 
+def takes_anything(kind: Any) -> Any:
+    """A dataclass as pydantic makes one: only the signature of the class says what it takes."""
+    kind.__signature__, plain = inspect.signature(kind), kind.__init__
+    kind.__init__ = lambda self, *values, **named: plain(self, *values, **named)
+    return kind
+
+
+@takes_anything
+@dataclass
+class Wrapped:
+    n: int
+
+
+class Extended(dict[str, Any]):
+    """What is known of a TypedDict that is not `typing`'s."""
+
+    n: int
+    other: str
+    __required_keys__ = frozenset(("n",))
+
+
 class Tagged(TypedDict, Generic[Kind]):
     tags: list[Kind]
 
@@ -9072,6 +9093,7 @@ class TestSignals(unittest.TestCase):
             (Decimal, "-1.50", Decimal("-1.50")), (Decimal, 2.5, Decimal("2.5")),
             (Waits, {"seconds": 1, "minutes": "2"}, Waits(1, 2)),
             (Search | Inner, {"": 1, "n": "2"}, Inner(2)),
+            (Wrapped, {"n": "2", "extra": 1}, Wrapped(2)), (Extended, {"n": "2"}, Extended(n=2)),
         ]:  # fmt: skip
             with self.subTest(f"{schema} {signals}"):
                 found = read_signals(schema, signals)  # type: ignore[arg-type,var-annotated]
@@ -9086,6 +9108,8 @@ class TestSignals(unittest.TestCase):
             (int | date, "x", 'the signals: expected int or date, got "x"'),
             (Number, [], "the signals: expected int or float or str, got []"),
             (Carton, {"item": "", "label": ""}, 'item: expected a whole number, got ""'),
+            (Extended, {"other": "2"}, "n: is missing"),
+            (Wrapped, {"n": "x"}, 'n: expected a whole number, got "x"'),
             (
                 set[Any],
                 [[1]],
