@@ -1394,7 +1394,8 @@ _DESCRIBING_FIELDS = (
     "content-type", "content-length", "content-encoding", "content-disposition", "content-language",
     "content-location", "content-range", "content-digest", "repr-digest", "etag", "last-modified",
     "accept-ranges", "age", "cache-control", "cdn-cache-control", "expires", "pragma", "location",
-    "refresh", "link",
+    "refresh", "link", "surrogate-control", "x-accel-redirect", "x-accel-expires", "x-sendfile",
+    "datastar-selector", "datastar-mode", "content-md5", "digest",
 )  # fmt: skip
 _KEPT_TEXT = 256  # longest text, in characters, that goes into a cache: so a cache stays small
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
@@ -2118,7 +2119,7 @@ async def _handle_error(
                 _record(c, exc, is_handled=True)  # part 20
             w._forget_answer()
             answer = handlers[kind](c, w, exc)
-            if answer is not None:
+            if inspect.isawaitable(answer):
                 await answer
             return True
     return False

@@ -921,6 +921,7 @@ class TestExceptions(AsyncTest):
             "content-disposition": "attachment", "content-range": "bytes 0-6/9", "etag": '"1"',
             "last-modified": "yesterday", "cache-control": "max-age=9", "expires": "never",
             "content-language": "eo", "accept-ranges": "bytes", "location": "/x",
+            "x-accel-redirect": "/files/report.pdf", "datastar-selector": "#list", "digest": "a=b",
         }  # fmt: skip
         kept = {"content-security-policy": "self", "access-control-allow-origin": "*", "x-a": "b"}
 
@@ -942,6 +943,7 @@ class TestExceptions(AsyncTest):
         app.use(fielded)
         app.get("/{how}", fail)
         app.on_error(ZeroDivisionError, lambda c, w, exc: w.text("a page", 500))
+        app.on_error(KeyError, lambda c, w, exc: w.text("another", 500) or "shown")  # type: ignore[arg-type,func-returns-value,return-value]
         async with TestClient(app, raise_errors=False) as client:
             for how in ("http", "key", "zero"):
                 with self.subTest(how):
