@@ -930,7 +930,7 @@ class ResponseHeaders(Headers):
 
     def update(self, fields: Mapping[str, str | bytes | int]) -> ResponseHeaders:
         """Set several."""
-        for name, value in fields.items():
+        for name, value in dict(fields).items():
             self.set(name, value)
         return self
 
@@ -1542,14 +1542,14 @@ class _RawWriter:
         fields, compressible = content
         if self._headers is not None:
             fields = self._own_fields(fields)
-        if status == 205:  # "Reset Content" has none, and says so (RFC 9110, section 15.3.6)
+        if status in (204, 205, 304):  # 205 says that it has none (RFC 9110, section 15.3.6)
             body = b""
         config = self._compression
         if compressible and config is not None and len(body) >= config.min_size:
             fields, body = _compress(config, self._request.headers, fields, body)
         if status not in _BODILESS:
             fields += _length_line(len(body))
-        if status in _BODILESS or self._request.method == "HEAD":
+        if self._request.method == "HEAD":
             body = b""
         self._carrier.answer(status, fields, body)
         self.completed = True
@@ -7182,7 +7182,7 @@ _CONTENT_TYPE = re.compile(rb"^content-type: ([^\r]*)", re.MULTILINE)
 
 # An answer with any of these fields is not compressed.
 _UNCOMPRESSED = re.compile(
-    rb"(?im)^(?:content-(?:encoding|range): |cache-control:[^\r]*no-transform)"
+    rb"(?im)^(?:content-(?:encoding|range|digest): |repr-digest:|cache-control:[^\r]*no-transform)"
 )
 
 

@@ -2243,6 +2243,10 @@ class TestWriter(AsyncTest):
             w.headers.set("cache-control", "public, No-Transform")
             w.text("x" * 1000)
 
+        async def signed(c: Context, w: Writer) -> None:  # (RFC 9530: of the bytes that are sent)
+            w.headers.update([("content-digest", "sha-256=:4ed8:")])  # type: ignore[arg-type]
+            w.text("x" * 1000)
+
         async def plain(c: Context, w: Writer) -> None:
             w.headers.set("x-note", "content-encoding: none; no-transform")
             w.text("x" * 1000)
@@ -2250,7 +2254,7 @@ class TestWriter(AsyncTest):
         off: dict[str, Any] = {"app": {"compression": CompressionConfig(gzip_level=-1)}}
         for handler, options, coding in (
             (small, {}, None), (image, {}, None), (own, {}, "x-own"), (forbidden, {}, None),
-            (plain, off, None), (plain, {}, "gzip"),
+            (signed, {}, None), (plain, off, None), (plain, {}, "gzip"),
         ):  # fmt: skip
             found = await self.answer(handler, headers={"accept-encoding": "gzip"}, **options)
             self.assertEqual(found.headers.get("content-encoding"), coding, handler)
@@ -3956,14 +3960,17 @@ class TestAnswers(HttpTest):
         """RFC 9110, section 15.3.6: a client would try to decode the nothing of a 205."""
 
         async def reset(c: Context, w: Writer) -> None:
-            w.html(h.P("x" * 5000), 205)
+            w.html(h.P("x" * 5000), c.req.params["status"])
 
         app = Stario(compression=CompressionConfig(min_size=0))
-        app.get("/", reset)
+        app.get("/{status:int}", reset)
         async with connected(app) as peer:
-            answer = await within(peer.get(accept_encoding="gzip"))
-        self.assertEqual((answer.status, answer.headers["content-length"]), (205, "0"))
-        self.assertNotIn("content-encoding", answer.headers)
+            for status, length in ((205, "0"), (204, None), (304, None)):
+                answer = await within(peer.get(f"/{status}", accept_encoding="gzip"))
+                self.assertEqual(
+                    (answer.status, answer.headers.get("content-length")), (status, length)
+                )
+                self.assertNotIn("content-encoding", answer.headers)
 
     async def test_a_body_has_a_length_or_comes_in_chunks_but_not_both(self) -> None:
         """RFC 9112, section 6.2; what a handler says of the connection's own fields is left out."""
