@@ -60,37 +60,37 @@ brackets can be left out of your copy: `python stario.py --without assets,client
         666  4. JSON
         788  5. The request: headers, query, cookies, body
        1259  6. The answer: status, fields, body
-       1678  7. Context and routing
-       2128  8. The app
-     2316  ACT 2. On the network
-       2324  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3306  10. The server
-       4129  11. Trying it without a network: the test client [testclient]
-     4585  ACT 3. Live
-       4635  12. Datastar: attributes and actions
-       5220  13. Streams: events, and staying with a client
-       5733  14. Relay: publish and subscribe
-     6031  ACT 4. For real
-       6038  15. Signals: from JSON to your dataclass
+       1680  7. Context and routing
+       2130  8. The app
+     2318  ACT 2. On the network
+       2326  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
+       3308  10. The server
+       4131  11. Trying it without a network: the test client [testclient]
+     4587  ACT 3. Live
+       4637  12. Datastar: attributes and actions
+       5222  13. Streams: events, and staying with a client
+       5735  14. Relay: publish and subscribe
+     6033  ACT 4. For real
+       6040  15. Signals: from JSON to your dataclass
        6793  16. Forms [forms]
-       6996  17. Behind a proxy
-       7106  18. Compression [compression]
-       7315  19. Static files [assets]
-       7885  20. Telemetry: spans, and who hears of them
-       8451  21. JsonTracer: for log collectors [json]
-       8525  22. RichTracer: for people [rich]
-       8957  23. Sessions [sessions]
-       9071  24. What lives as long as the server
-       9173  25. @baked
-       9459  26. ASGI: the same app under another server [asgi]
-       9686  27. RedisRelay: the same between processes and machines [redis]
-       9961  28. Reload: a saved file restarts the app [reload]
-      10105  29. Development: what went wrong, shown where one looks [development]
-      10222  30. What is refused; hosts, cookies, other sites
-    10583  ACT 5. The pocket client, and this file itself
-      10624  31. The pocket client (JavaScript) [client]
-      11999  32. This file as a page [read]
-      12169  33. An app to begin with
+       6998  17. Behind a proxy
+       7110  18. Compression [compression]
+       7319  19. Static files [assets]
+       7889  20. Telemetry: spans, and who hears of them
+       8455  21. JsonTracer: for log collectors [json]
+       8529  22. RichTracer: for people [rich]
+       8961  23. Sessions [sessions]
+       9075  24. What lives as long as the server
+       9177  25. @baked
+       9463  26. ASGI: the same app under another server [asgi]
+       9690  27. RedisRelay: the same between processes and machines [redis]
+       9965  28. Reload: a saved file restarts the app [reload]
+      10109  29. Development: what went wrong, shown where one looks [development]
+      10226  30. What is refused; hosts, cookies, other sites
+    10588  ACT 5. The pocket client, and this file itself
+      10629  31. The pocket client (JavaScript) [client]
+      12004  32. This file as a page [read]
+      12174  33. An app to begin with
 
 READING PATH
 
@@ -100,18 +100,18 @@ Two hours, for a reader who wants to know how it works, not all that it does. Re
       630-659    `Tags`  `h.P` makes one
      1064-1241   `Request`  what a client asks for
      1270-1339   `Carrier`  what brings the answer back
-     1419-1607   `_RawWriter`  the answer
-     1696-1795   `Context`  what a handler gets beside it
-     1885-1900   `_Tree.find`  from a path to a handler
-     2235-2268   `_App.dispatch`  one request from end to end
-     2679-2792   `_RequestReader`  bytes to requests
-     3062-3302   `Connection`  one connection, many requests
-     3729-3750   `Server.start`  listening
-     3865-3887   `Server.stop`  ending without losing a request
-     5344-5464   `_EventWriter`  events
-     5553-5615   `_Scope`  how a disconnect reaches a handler
-     5643-5729   `Alive`  staying with a client
-     5884-5976   `Relay`  from one handler to another
+     1420-1608   `_RawWriter`  the answer
+     1698-1797   `Context`  what a handler gets beside it
+     1887-1902   `_Tree.find`  from a path to a handler
+     2237-2270   `_App.dispatch`  one request from end to end
+     2681-2794   `_RequestReader`  bytes to requests
+     3064-3304   `Connection`  one connection, many requests
+     3731-3752   `Server.start`  listening
+     3867-3889   `Server.stop`  ending without losing a request
+     5346-5466   `_EventWriter`  events
+     5555-5617   `_Scope`  how a disconnect reaches a handler
+     5645-5731   `Alive`  staying with a client
+     5886-5978   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -1613,6 +1613,7 @@ class _OneShotWriter(_RawWriter):
 
     def respond(self, body: bytes, content_type: str, status: int = 200) -> None:
         """Answer with these bytes. A second answer is a StarioError."""
+        _check_order('w.respond(b"...", "image/png")', content_type, status)  # part 30
         # (`__wrapped__` is the function without its cache.)
         content = _content if len(content_type) <= _KEPT_TEXT else _content.__wrapped__
         self._answer(status, content(content_type), _bytes(body))
@@ -1989,8 +1990,8 @@ class Router:
         """
         if not (isinstance(path, str) and isinstance(method, str) and _TOKEN.fullmatch(method)):
             raise StarioError(f"one method and one path are needed, not {method!r} and {path!r}")
-        if "://" in path:
-            raise StarioError(f"a path has no scheme and no host, as {path!r} has: write '/users'")
+        if re.match("[A-Za-z]+(:/| )/", path):  # "http://x.org/users", "GET /users"
+            raise StarioError(f"a path has no method, no scheme and no host, as {path!r} has")
         _check_handler(f"{method} {path}", handler)
         name, path = getattr(handler, "__name__", ""), "/" + path.lstrip("/")
         self._add(method.upper(), path, _wrapped(handler, middleware), name)
@@ -3703,8 +3704,8 @@ class Server:
                 raise StarioError(f"{name} is {value!r}: a whole number from {least} up is needed")
         if not isinstance(graceful_timeout, (int, float)) or not graceful_timeout >= 0:
             raise StarioError(f"graceful_timeout is {graceful_timeout!r}: seconds are needed")
-        if ssl is not None and not hasattr(ssl, "wrap_bio"):
-            raise StarioError(f"ssl is {ssl!r}: an ssl.SSLContext is needed")
+        if ssl is not None and getattr(ssl, "check_hostname", True):  # as clients do
+            raise StarioError(f"ssl is {ssl!r}: an ssl.SSLContext is needed, of a server")
         where = {field.name for field in dataclasses.fields(_Listener)} & options.keys()
         self._listener = _Listener(host, port, **{name: options.pop(name) for name in where})
         self._limits = _checked_limits(options)
@@ -10408,7 +10409,8 @@ def _cookie_line(
         raise StarioError(f"{name!r} cannot be the name of a cookie")
     if not isinstance(value, str) or _CONTROL.search(value):
         raise StarioError(f"the cookie {name!r} needs a text without control characters")
-    if not isinstance(max_age, int | float | None) or not isinstance(expires, datetime | None):
+    is_time = isinstance(max_age, int | float) and abs(max_age) < math.inf
+    if not (max_age is None or is_time) or not isinstance(expires, datetime | None):
         raise StarioError(f"the cookie {name!r}: max_age is seconds, expires a datetime")
     if samesite is not None and str(samesite).lower() not in ("lax", "strict", "none"):
         raise StarioError(f"samesite is lax, strict or none, not {samesite!r}")

@@ -1113,6 +1113,7 @@ class TestMistakes(unittest.TestCase):
             "'/{id': a parameter is a whole": lambda: self._app("/{id"),
             r"'/x/(\\d+)': a parameter is a whole segment": lambda: self._app(r"/x/(\d+)"),
             "no scheme and no host, as 'http://a/x' has": lambda: self._app("http://a/x"),
+            "a path has no method": lambda: self._app("POST /a b"),
             "/a/{y} cannot be told apart from GET /a/{x}": lambda: self._app("/a/{x}", "/a/{y}"),
             "GET /x cannot be told apart from GET /x": mount_twice,
             "a router cannot be mounted in itself": mount_itself,
@@ -1257,6 +1258,10 @@ class TestMistakes(unittest.TestCase):
             "add app.use(Session(key))": lambda c, w: c.session,
             "as JSON: there is a object in it": lambda c, w: w.json([any_]),
             "call it, and await what is async": lambda c, w: c.req.form["x"],
+            'write w.respond(b"...", "image/png"), not with 404': lambda c, w: w.respond(
+                b"<h1>", 404
+            ),
+            "'trial': max_age is seconds": lambda c, w: w.cookie("trial", "", max_age=math.inf),
         }
 
     def _check_sentence(self, told: str, exc: BaseException) -> None:
@@ -4802,7 +4807,7 @@ class TestListening(HttpTest):
         options: list[dict[str, Any]] = [
             {"port": "8000"}, {"port": 8000.0}, {"host": None}, {"host": 8000}, {"ssl": "cert.pem"},
             {"graceful_timeout": None}, {"graceful_timeout": "5"}, {"max_handlers": 0},
-            {"backlog": None}, {"workers": 0},
+            {"backlog": None}, {"workers": 0}, {"ssl": ssl.create_default_context()},
         ]  # fmt: skip
         for given in options:
             with self.subTest(given), self.assertRaisesRegex(StarioError, f"^{next(iter(given))} "):
