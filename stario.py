@@ -77,20 +77,20 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        7110  18. Compression [compression]
        7319  19. Static files [assets]
        7889  20. Telemetry: spans, and who hears of them
-       8455  21. JsonTracer: for log collectors [json]
-       8529  22. RichTracer: for people [rich]
-       8961  23. Sessions [sessions]
-       9075  24. What lives as long as the server
-       9177  25. @baked
-       9463  26. ASGI: the same app under another server [asgi]
-       9690  27. RedisRelay: the same between processes and machines [redis]
-       9965  28. Reload: a saved file restarts the app [reload]
-      10109  29. Development: what went wrong, shown where one looks [development]
-      10226  30. What is refused; hosts, cookies, other sites
-    10588  ACT 5. The pocket client, and this file itself
-      10629  31. The pocket client (JavaScript) [client]
-      12004  32. This file as a page [read]
-      12174  33. An app to begin with
+       8446  21. JsonTracer: for log collectors [json]
+       8520  22. RichTracer: for people [rich]
+       8951  23. Sessions [sessions]
+       9065  24. What lives as long as the server
+       9167  25. @baked
+       9453  26. ASGI: the same app under another server [asgi]
+       9680  27. RedisRelay: the same between processes and machines [redis]
+       9955  28. Reload: a saved file restarts the app [reload]
+      10099  29. Development: what went wrong, shown where one looks [development]
+      10216  30. What is refused; hosts, cookies, other sites
+    10578  ACT 5. The pocket client, and this file itself
+      10619  31. The pocket client (JavaScript) [client]
+      11994  32. This file as a page [read]
+      12164  33. An app to begin with
 
 READING PATH
 
@@ -8391,8 +8391,11 @@ class _StreamTracer(Tracer):
     def _write(self, ending: bool) -> bool:
         try:
             text = self._compose(ending)
+            if not text.isascii():  # the stream's encoding may lack some of it
+                encoding = getattr(self._stream, "encoding", None) or "utf-8"
+                text = text.encode(encoding, "backslashreplace").decode(encoding)
             if text and self._stream:
-                _write_any(self._stream, text)
+                self._stream.write(text)
                 self._stream.flush()
         except BaseException:  # the disk is full, the stream is closed, or its own `write` fails
             return False
@@ -8430,18 +8433,6 @@ def _write_what_is_left() -> None:
         if isinstance(tracer, _StreamTracer):
             tracer._close()
             tracer._running.acquire(blocking=False)  # (3.11 would wait for a new thread for ever)
-
-
-_ASCII_MARKS = str.maketrans("│─━✗…×", "|-=x.x")
-
-
-def _write_any(stream: IO[str], text: str) -> None:
-    try:
-        stream.write(text)
-    except UnicodeEncodeError:
-        encoding = getattr(stream, "encoding", None) or "ascii"
-        plain = text.translate(_ASCII_MARKS).encode(encoding, "backslashreplace")
-        stream.write(plain.decode(encoding))
 
 
 def _printable(text: str) -> str:
@@ -8838,10 +8829,10 @@ class _Look:
         return line
 
 
-def _terminal_size(stream: IO[str] | None) -> tuple[int, int] | None:
+def _terminal_size(stream: Any) -> tuple[int, int] | None:
     """Columns and lines of a terminal; None where there is none."""
-    with suppress(OSError, ValueError):  # it is closed, or only looks like one
-        if stream is not None and stream.isatty():
+    with suppress(AttributeError, OSError, ValueError):  # it is closed, or only looks like one
+        if stream.isatty():
             size = os.get_terminal_size(stream.fileno())
             return size.columns or 80, size.lines or 24
     return None
@@ -8869,11 +8860,10 @@ def _fit(text: str, width: int) -> str:
     text = _printable(text)
     if _cells(text) <= width:
         return text
-    kept, room = "", width - 1
-    for char in text[: max(0, width)]:
-        room -= _char_cells(char)
-        kept += char if room >= 0 else ""
-    return kept + "…" * (width > 0)
+    text = text[: max(0, width - 1)]
+    while _cells(text) >= max(1, width):
+        text = text[:-1]
+    return text + "…" * (width > 0)
 
 
 def _padded(text: str, width: int, most: int = 0) -> str:

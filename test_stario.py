@@ -11212,6 +11212,25 @@ class TestTelemetry(unittest.TestCase):
             with self.assertRaises(ValueError):
                 make(io.StringIO(), logging_level="LOUD")
 
+    def test_a_stream_may_lack_characters_and_all_but_two_methods(self) -> None:
+        class Tee:
+            encoding = "latin-1"
+
+            def __init__(self) -> None:
+                self.written = b""
+
+            def write(self, text: str) -> None:
+                self.written += text.encode(self.encoding)
+
+            def flush(self) -> None:
+                pass
+
+        for make in (JsonTracer, RichTracer):
+            tee = Tee()
+            with make(cast(Any, tee)) as tracer:
+                tracer("job", {"a": "é漢"}).end()
+            self.assertRegex(tee.written.decode("latin-1"), r"job.*a.*(é|u00e9)\\u6f22")
+
     def test_a_pipe_gets_one_plain_line_a_span(self) -> None:
         out = io.StringIO()
         with RichTracer(out) as tracer, suppress(KeyError), tracer("job", {"a": 1}) as span:
