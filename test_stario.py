@@ -12636,6 +12636,24 @@ class TestAsgi(StreamTest):
         server.room.set()
         await within(server.task)
 
+    async def test_a_client_that_leaves_too_much_unsent_is_cut_off(self) -> None:
+        async def careless(c: Context, w: Writer) -> None:
+            while not w.disconnected:
+                w.event("x", "y" * 10_000)
+                self.log.append("written")
+                await asyncio.sleep(0)
+            w.event("x", "dropped")
+
+        with mock.patch.object(stario, "_ASGI_BUFFER", 200_000):
+            server = AsgiServer(self.app(careless))
+            server.room.clear()
+            await until(lambda: self.log and not stario._asgi_handlers)
+            server.room.set()
+            with self.assertRaises(ClientDisconnected):
+                await within(server.task)
+        self.assertLess(len(self.log), 40)
+        self.assertNotIn(b"dropped", server.body)
+
     async def test_a_disconnect_or_a_server_that_stops_ends_the_stream_and_its_cleanup_runs(
         self,
     ) -> None:
