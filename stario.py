@@ -64,33 +64,33 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        2130  8. The app
      2318  ACT 2. On the network
        2326  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3308  10. The server
-       4131  11. Trying it without a network: the test client [testclient]
-     4587  ACT 3. Live
-       4637  12. Datastar: attributes and actions
-       5222  13. Streams: events, and staying with a client
-       5735  14. Relay: publish and subscribe
-     6033  ACT 4. For real
-       6040  15. Signals: from JSON to your dataclass
-       6793  16. Forms [forms]
-       6998  17. Behind a proxy
-       7110  18. Compression [compression]
-       7319  19. Static files [assets]
-       7889  20. Telemetry: spans, and who hears of them
-       8446  21. JsonTracer: for log collectors [json]
-       8520  22. RichTracer: for people [rich]
-       8951  23. Sessions [sessions]
-       9065  24. What lives as long as the server
-       9167  25. @baked
-       9453  26. ASGI: the same app under another server [asgi]
-       9680  27. RedisRelay: the same between processes and machines [redis]
-       9955  28. Reload: a saved file restarts the app [reload]
-      10099  29. Development: what went wrong, shown where one looks [development]
-      10216  30. What is refused; hosts, cookies, other sites
-    10578  ACT 5. The pocket client, and this file itself
-      10619  31. The pocket client (JavaScript) [client]
-      11994  32. This file as a page [read]
-      12164  33. An app to begin with
+       3309  10. The server
+       4132  11. Trying it without a network: the test client [testclient]
+     4588  ACT 3. Live
+       4638  12. Datastar: attributes and actions
+       5223  13. Streams: events, and staying with a client
+       5736  14. Relay: publish and subscribe
+     6034  ACT 4. For real
+       6041  15. Signals: from JSON to your dataclass
+       6794  16. Forms [forms]
+       6999  17. Behind a proxy
+       7111  18. Compression [compression]
+       7320  19. Static files [assets]
+       7890  20. Telemetry: spans, and who hears of them
+       8447  21. JsonTracer: for log collectors [json]
+       8521  22. RichTracer: for people [rich]
+       8952  23. Sessions [sessions]
+       9066  24. What lives as long as the server
+       9168  25. @baked
+       9454  26. ASGI: the same app under another server [asgi]
+       9681  27. RedisRelay: the same between processes and machines [redis]
+       9956  28. Reload: a saved file restarts the app [reload]
+      10100  29. Development: what went wrong, shown where one looks [development]
+      10217  30. What is refused; hosts, cookies, other sites
+    10579  ACT 5. The pocket client, and this file itself
+      10620  31. The pocket client (JavaScript) [client]
+      11995  32. This file as a page [read]
+      12165  33. An app to begin with
 
 READING PATH
 
@@ -105,13 +105,13 @@ Two hours, for a reader who wants to know how it works, not all that it does. Re
      1887-1902   `_Tree.find`  from a path to a handler
      2237-2270   `_App.dispatch`  one request from end to end
      2681-2794   `_RequestReader`  bytes to requests
-     3064-3304   `Connection`  one connection, many requests
-     3731-3752   `Server.start`  listening
-     3867-3889   `Server.stop`  ending without losing a request
-     5346-5466   `_EventWriter`  events
-     5555-5617   `_Scope`  how a disconnect reaches a handler
-     5645-5731   `Alive`  staying with a client
-     5886-5978   `Relay`  from one handler to another
+     3065-3305   `Connection`  one connection, many requests
+     3732-3753   `Server.start`  listening
+     3868-3890   `Server.stop`  ending without losing a request
+     5347-5467   `_EventWriter`  events
+     5556-5618   `_Scope`  how a disconnect reaches a handler
+     5646-5732   `Alive`  staying with a client
+     5887-5979   `Relay`  from one handler to another
 
 The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
 any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
@@ -2882,6 +2882,7 @@ class _SocketCarrier(Carrier, asyncio.Protocol):
         elif self.scheme == "https":  # asyncio's TLS tells of a lost connection only from the loop
             await asyncio.sleep(0)
         if self._transport.is_closing() and (self.disconnected or not self._closing):
+            self.disconnected = True  # (`connection_lost` comes only with the loop's next round)
             raise ClientDisconnected("the client has gone")
 
     # -- Time: about once a second the sweep calls `check`

@@ -6972,6 +6972,21 @@ class TestAlive(StreamTest):
             self.log.append("not reached")
         self.log.append("cleanup")
 
+    async def test_whoever_learns_by_a_write_that_the_client_has_gone_sees_it_at_once(self) -> None:
+        async def stream(c: Context, w: Writer) -> None:
+            self.start(w)
+            async for _ in w.alive(every=0.01):  # (the body, which nobody reads, hides the reset)
+                w.event("tick", "x")
+            self.log.append(f"disconnected {w.disconnected}")
+
+        head = "GET / HTTP/1.1\r\nhost: x\r\ncontent-length: 1000000\r\n\r\n"
+        async with connected(self.app(stream)) as peer:
+            await peer.send(head, bytes(300_000))
+            await within(self.ready.wait())
+            peer.reset()
+            await within(self.ended.wait())
+        self.assertEqual(self.log, ["disconnected True"])
+
     async def test_the_code_after_it_runs_once_however_the_client_leaves(self) -> None:
         for handler in (self.loop, self.block):
             for leave in LEAVING:
