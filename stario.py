@@ -4587,19 +4587,19 @@ class TestClient:
 # ==================================================================================================
 # ACT 3. Live
 #
-# One click, followed from a button to another tab. Two tabs show this page. `data-init` is run when
-# a page has loaded, so each tab has asked for `/live`, and waits for more of that answer:
+# One click, followed from a button to another tab. Two tabs show this page. `data-init` runs when
+# the page has loaded, so each tab has asked for `/live`, and the answer to that is still open:
 #
 #     <main data-init="@get('/live')">
 #       <button data-on:click="@post('/click')">+1</button> <b id="count">0</b>
 #     </main>
 #
-# The app behind it, without the handler that gives this page:
+# The app behind it, without the handler that serves this page:
 #
 #     clicks, relay = 0, Relay()
 #
 #     async def live(c: Context, w: Writer) -> None:
-#         messages = relay.subscribe("clicks")  # before the first look, so that none is missed
+#         messages = relay.subscribe("clicks")  # before the first patch, so none is missed
 #         w.patch(h.B({"id": "count"}, clicks))
 #         async for _ in w.alive(messages):
 #             w.patch(h.B({"id": "count"}, clicks))
@@ -4610,9 +4610,9 @@ class TestClient:
 #         relay.publish("clicks", None)
 #         w.empty()
 #
-# 1. Python has written the attributes (12), and Datastar in the browser obeys them: a click on the
-#    button runs `@post('/click')`, which sends a request like any other. Its body holds the values
-#    that the page keeps under names, its *signals*. This page has none:
+# 1. Python has written the attributes (12), and Datastar in the browser acts on them: a click on
+#    the button runs `@post('/click')`, which sends an ordinary request. Its body holds the page's
+#    *signals*, the values that the page keeps under names. This page has none:
 #
 #     POST /click HTTP/1.1
 #     datastar-request: true
@@ -4620,18 +4620,18 @@ class TestClient:
 #
 #     {}
 #
-# 2. The handler `click` counts, publishes a message, and answers 204: there is nothing to show.
-# 3. The relay (14) puts the message into the queue of each subscription. For each tab one call of
-#    `live` waits inside `alive` (13) for a message. It wakes, and the body of its loop runs.
-# 4. It writes an event into its answer, which has been open since the page was loaded:
+# 2. The handler `click` counts, publishes a message, and answers 204: it has nothing to show.
+# 3. The relay (14) puts the message into the queue of each subscription. Each tab has a call of
+#    `live` that waits for a message inside `alive` (13). It wakes, and the body of its loop runs.
+# 4. The handler writes an event into its answer, which has been open since the page was loaded:
 #
 #     event: datastar-patch-elements
 #     data: elements <b id="count">1</b>
 #
 # 5. Datastar in both tabs finds the element with the id `count`, and *morphs* it into the new one:
-#    it changes only what differs, so that the focus and what somebody is typing stay.
+#    it changes only what differs, so focus and half-typed text are kept.
 #
-# When a tab is closed, `alive` ends the loop of its handler, and the code after the loop runs.
+# When a tab is closed, `alive` ends the handler's loop, and the code after the loop runs.
 # ==================================================================================================
 
 # ==================================================================================================
@@ -4639,8 +4639,8 @@ class TestClient:
 #
 # Datastar (https://data-star.dev, client 1.0) is the JavaScript in the page: the *client*. It reads
 # `data-*` attributes, which hold JavaScript expressions. In them `$name` is a signal, a value that
-# the page keeps; whatever shows a signal is shown anew when it changes. And `@get('/x')` is an
-# action: it asks the server, which answers with events that patch the page (part 13).
+# the page keeps; when a signal changes, everything that shows it is updated. `@get('/x')` is an
+# action: it sends a request to the server, which answers with events that patch the page (part 13).
 #
 # `data.*` gives attributes as dicts, to put into an element; `at.*` gives actions as strings:
 #
@@ -4648,21 +4648,21 @@ class TestClient:
 #     # <button data-on:click="@post('/click')">+1</button>
 #
 # The rule that must hold: text from users never becomes code. A str given as an *expression* is the
-# developer's own code. All other values are written as JSON, ASCII only, and with escapes in place
-# of the six characters `@ $ ; < > &`: `s("$5")` is `"\u00245"`. `@`, `$` and `;`, since the client
-# rewrites `$name` and `@name(` and splits at `;` before it runs an expression, inside strings, too.
-# `<`, `>` and `&`, because the text may stand in a `<script>`: there `<!--`, `-->` and `</script`
-# mean something, and in SVG `&quot;` would be decoded to a quote.
+# developer's own code. All other values are written as JSON, ASCII only, with the six characters
+# `@ $ ; < > &` escaped: `s("$5")` is `"\u00245"`. `@`, `$` and `;` are escaped because the client
+# rewrites `$name` and `@name(` and splits at `;` before it runs an expression, even inside strings.
+# `<`, `>` and `&` are escaped because the text may be inside a `<script>`, where `<!--`, `-->` and
+# `</script` mean something; and in SVG `&quot;` would be decoded to a quote.
 # ==================================================================================================
 
 
 def _script_json(value: object) -> str:
-    """JSON that can stand in an expression, with the escapes of the rule above."""
+    """JSON that may be part of an expression, with the escapes of the rule above."""
     text = _json(value, _encode_script)
     for letter, escape in _ESCAPES:
         if letter in text:
             text = text.replace(letter, escape)
-    if "__proto__" in text:  # `{"__proto__": x}` sets a prototype; in brackets it is a name
+    if "__proto__" in text:  # `{"__proto__": x}` sets the prototype; `["__proto__"]` is a name
         text = re.sub(r'([{,])"__proto__":', r'\1["__proto__"]:', text)
     return text
 
@@ -4699,7 +4699,7 @@ def js(mapping: Mapping[str, object] | None = None, /, **expressions: object) ->
 
 
 def _code(value: object) -> str:
-    """A value where an expression is meant: a str is one, and True is `true`."""
+    """A value where an expression is expected: a str is code, and True is `true`."""
     if type(value) is str:
         return value
     if _baking.get() and (mark := _mark_for(_code, value)):  # a blank of @baked (part 25)
@@ -4710,42 +4710,42 @@ def _code(value: object) -> str:
 
 
 def _signal_name(name: str) -> str:
-    """The name of a signal, where the client wants a name and no expression."""
+    """The name of a signal, where the client wants a name and not an expression."""
     if not isinstance(name, str) or not re.fullmatch(r"[^\s$@;'\"(){}\[\]]+", name):
         raise StarioError(f"give the name of a signal, as in 'user.name', without $: not {name!r}")
     return str.__str__(name)
 
 
-Duration = int | float | str  # whole seconds; seconds with a fraction; or "250ms" as it is
+Duration = int | float | str  # seconds, whole or with a fraction; or text such as "250ms"
 Timing = Duration | tuple[Any, ...]  # (0.5, "leading") adds flags: see `_TIME_FLAGS`
-Pattern = str | re.Pattern[str] | None  # a regular expression, run by the browser; None fits all
-Expression = str | bool | int | float  # JavaScript; what is no text is written as JavaScript
+Pattern = str | re.Pattern[str] | None  # a regular expression, run by the browser; None: no filter
+Expression = str | bool | int | float  # JavaScript code; a value other than text is written as JSON
 
 
 class Modifiers(TypedDict, total=False):
     """When and how an event runs its expression: `once=True` makes `data-on:click__once`."""
 
-    once: bool  # the first event only
-    passive: bool  # it never prevents the browser's own reaction, so scrolling need not wait
-    capture: bool  # before the elements inside get the event
+    once: bool  # only the first event
+    passive: bool  # it never prevents the browser's default action, so scrolling need not wait
+    capture: bool  # before the elements inside it get the event
     window: bool  # events anywhere in the window,
     document: bool  # in the document,
-    outside: bool  # or outside of this element
-    prevent: bool  # the browser's own reaction: a form is not sent, a link not followed
-    stop: bool  # the elements around do not get the event
+    outside: bool  # or outside this element
+    prevent: bool  # no default action: a form is not submitted, a link not followed
+    stop: bool  # the elements around it do not get the event
     exit: bool  # for on_intersect: when it leaves the view
     half: bool  # for on_intersect: when half of it is visible,
     full: bool  # all of it,
     threshold: int  # or this many percent of it
     duration: Timing  # for on_interval
     delay: Duration  # wait this long
-    debounce: Timing  # wait until there has been no event for this long
-    throttle: Timing  # let one event through in this time
-    viewtransition: bool  # animate what it changes (the browser's View Transition API)
+    debounce: Timing  # wait until no event has come for this long
+    throttle: Timing  # let at most one event through per this time
+    viewtransition: bool  # animate the change (the browser's View Transition API)
 
 
 def _duration(name: str, value: Duration) -> str:
-    """`2s` for 2, `500ms` for 0.5: a dot would begin the next flag, so there is no `0.5s`."""
+    """`2s` for 2, `500ms` for 0.5; not `0.5s`, because a dot would begin the next flag."""
     if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}(ms|s)", value):
         return value
     if isinstance(value, str) or not _is_amount(value):
@@ -4786,13 +4786,13 @@ def _modifier(name: str, value: object) -> str:
     return ".".join((f"__{name}", _duration(name, given[0]), *given[1:]))
 
 
-# The modifiers that are times, each with the client's flags for it: whether the event at the
-# beginning (leading) or at the end (trailing) of the time counts, if that is not usual.
+# The modifiers that are times, each with the client's flags for it. A flag says whether the event
+# at the start (leading) or at the end (trailing) of the time counts, where that is not the default.
 _DELAYS: dict[str, tuple[str, ...]] = {
     "delay": (), "debounce": ("leading", "notrailing"), "throttle": ("noleading", "trailing"),
 }  # fmt: skip
 _TIME_FLAGS = {**_DELAYS, "duration": ("leading",)}
-_MODIFIERS: dict[str, Collection[str]] = {  # by attribute: the client passes over all others
+_MODIFIERS: dict[str, Collection[str]] = {  # by attribute: the client ignores all others
     "data-on": ("once", "passive", "capture", "window", "document", "outside", "prevent", "stop",
                 *_DELAYS, "viewtransition"),
     "data-on-intersect": ("once", "exit", "half", "full", "threshold", *_DELAYS, "viewtransition"),
@@ -4817,7 +4817,7 @@ def _attribute_name(start: str, modifiers: Mapping[str, object]) -> str:
 @lru_cache(maxsize=256)
 def _event_name(event: str) -> str:
     """`data-on:user-saved__case.camel`: the client turns `user-saved` back into `userSaved`."""
-    if not 0 < len(event) <= 100:  # (the cache holds short ones)
+    if not 0 < len(event) <= 100:  # (names are cached, so they must be short)
         raise StarioError(f"{event[:60]!r} is no event's name: one of at most 100 characters")
     if event.lower() in ("onclick", "onsubmit", "oninput", "onchange", "onkeydown"):
         raise StarioError(f"no event {event!r}: without 'on', {event[2:].lower()!r}")
@@ -4830,10 +4830,10 @@ def _event_name(event: str) -> str:
 
 
 def _regex(pattern: str | re.Pattern[str]) -> str:
-    """A JavaScript literal, `/^user\\./i`: what would end it or be rewritten is escaped."""
+    """A JavaScript literal, `/^user\\./i`. What would end it or be rewritten is escaped."""
     text, flags = pattern, ""
     if isinstance(pattern, re.Pattern) and isinstance(pattern.pattern, str):
-        text = re.sub(r"^\(\?[aimsux]+\)", "", pattern.pattern)  # `(?i)`: also in its flags
+        text = re.sub(r"^\(\?[aimsux]+\)", "", pattern.pattern)  # `(?i)` is in the flags, too
         flags = "".join(letter for flag, letter in _REGEX_FLAGS.items() if pattern.flags & flag)
         if pattern.flags & re.VERBOSE:
             raise StarioError("a browser knows no re.VERBOSE: write the pattern without it")
@@ -4843,8 +4843,8 @@ def _regex(pattern: str | re.Pattern[str]) -> str:
 
 
 _REGEX_FLAGS = {re.IGNORECASE: "i", re.MULTILINE: "m", re.DOTALL: "s"}
-# What has to be looked at: a backslash and the character after it, `$` in front of what could be a
-# signal's name, and the characters that would end the literal or be rewritten.
+# What may need an escape: a backslash with the character after it, a `$` before what could be the
+# name of a signal, and the characters that would end the literal or be rewritten.
 _REGEX_SPECIAL = re.compile(r"\\[\s\S]?|\$(?=[\w-])|[/@;\n\r\u2028\u2029]")
 
 
@@ -4872,7 +4872,7 @@ class DataAttributes:
     def signals(self, signals: object, ifmissing: bool = False) -> Attributes:
         """Set signals from a dict, a dataclass, or anything with `model_dump`.
 
-        With `ifmissing` only those that the page does not have yet.
+        With `ifmissing`, only those that the page does not have yet.
         """
         name = "data-signals__ifmissing" if ifmissing else "data-signals"
         return {name: _signals_json(signals, _script_json)}
@@ -4882,8 +4882,8 @@ class DataAttributes:
     ) -> Attributes:
         """Keep a form field and a signal equal, in both directions.
 
-        `prop` is the element's property to bind (`"checked"` of a component of your own), `event`
-        the events, one or several, after which it is read.
+        `prop` is the element's property to bind (`"checked"` of a component of your own). `event`
+        names one event or several, after which the property is read.
         """
         one_event = isinstance(event, str) or not isinstance(event, Iterable)
         props = [] if prop is None else [_kebab(prop) if isinstance(prop, str) else prop]
@@ -4917,8 +4917,8 @@ class DataAttributes:
         return {"data-style": js(styles)}
 
     def computed(self, signals: Mapping[str, Expression]) -> Attributes:
-        """Signals that are computed from others: `{"total": "$price * $count"}`."""
-        js(signals)  # (it refuses what is no dict)
+        """Define signals that are computed from others: `{"total": "$price * $count"}`."""
+        js(signals)  # (refuses anything but a dict)
         getters = {_signal_name(n): f"() => ({_code(code)})" for n, code in signals.items()}
         return {"data-computed": js(getters)}
 
@@ -4927,7 +4927,7 @@ class DataAttributes:
         return {"data-effect": _code(expression)}
 
     def init(self, expression: Expression, **modifiers: Unpack[Modifiers]) -> Attributes:
-        """Run the expression when the element comes into the page (`delay`, `viewtransition`)."""
+        """Run the expression when the element enters the page (`delay`, `viewtransition`)."""
         return {_attribute_name("data-init", modifiers): _code(expression)}
 
     def on(self, event: str, expression: Expression, **modifiers: Unpack[Modifiers]) -> Attributes:
@@ -4952,7 +4952,7 @@ class DataAttributes:
         exclude: Pattern = None,
         **modifiers: Unpack[Modifiers],
     ) -> Attributes:
-        """Run the expression when signals change; with a filter, those whose names match."""
+        """Run the expression when signals change; with a filter, only if their names match."""
         name = _attribute_name("data-on-signal-patch", modifiers)
         attributes: Attributes = {name: _code(expression)}
         if names := _filter(include, exclude):
@@ -4960,7 +4960,7 @@ class DataAttributes:
         return attributes
 
     def indicator(self, signal: str) -> Attributes:
-        """Set the signal to true while a request that this element has sent is unanswered."""
+        """Set the signal to true while a request sent by this element is unanswered."""
         return {"data-indicator": _signal_name(signal)}
 
     def ref(self, signal: str) -> Attributes:
@@ -4968,22 +4968,22 @@ class DataAttributes:
         return {"data-ref": _signal_name(signal)}
 
     def ignore(self, *, self_only: bool = False) -> Attributes:
-        """Keep Datastar away from the element and what is in it (or from the element alone)."""
+        """Make Datastar ignore the element and its content (or only the element itself)."""
         return {"data-ignore__self" if self_only else "data-ignore": True}
 
     def ignore_morph(self) -> Attributes:
-        """Leave the element as it is when a patch comes."""
+        """Leave the element as it is when a patch arrives."""
         return {"data-ignore-morph": True}
 
     def json_signals(
         self, *, include: Pattern = None, exclude: Pattern = None, terse: bool = False
     ) -> Attributes:
-        """Show all signals (or those whose names match) as JSON, `terse` in one line: to debug."""
+        """Show all signals (or those whose names match) as JSON, to debug; `terse` on one line."""
         name = "data-json-signals__terse" if terse else "data-json-signals"
         return {name: _filter(include, exclude) or True}
 
     def preserve_attr(self, *names: str) -> Attributes:
-        """Keep these attributes of the element as they are when a patch comes."""
+        """Keep these attributes of the element as they are when a patch arrives."""
         if not names or not all(isinstance(name, str) for name in names):
             raise StarioError(f"give names of attributes, preserve_attr('open'), not {names!r}")
         return {"data-preserve-attr": " ".join(names)}
@@ -4997,7 +4997,7 @@ _PATCH_WORDS = {"mode": typing.get_args(PatchMode), "namespace": ("html", "svg",
 
 
 class ResponseOverrides(TypedDict, total=False):
-    """Where to patch an answer that is no stream of events; overrides its `datastar-*` fields."""
+    """Where to patch an answer that is not an event stream; overrides its `datastar-*` fields."""
 
     selector: str
     mode: PatchMode  # see `w.patch` (part 13)
@@ -5016,21 +5016,21 @@ class RequestOptions(TypedDict, total=False):
     headers: Mapping[str, str]  # more request headers
     open_when_hidden: bool  # keep the stream while the tab is hidden (False for GET)
     payload: object  # what to send in place of the signals; a str is an expression
-    # When to ask again. "auto": the connection broke; "error": or the status was 4xx or 5xx;
-    # "always": or the stream ended as it should; "never".
+    # When to ask again. "auto": if the connection broke. "error": also if the status was 4xx or
+    # 5xx. "always": also if the stream ended normally. "never": not at all.
     retry: Literal["auto", "error", "always", "never"]
-    retry_interval_ms: int  # before it asks again the first time (1000)
-    retry_scaler: float  # each wait is this many times the one before (2),
+    retry_interval_ms: int  # the wait before the first retry (1000)
+    retry_scaler: float  # each wait is the one before times this (2),
     retry_max_wait_ms: int  # and at most this long (30000)
-    retry_max_count: int  # tries before it gives up (10)
-    # What ends the request. "auto": the next request with its method and URL; "cleanup": or its
-    # element leaves the page; "disabled": nothing. Anything else is an expression that gives an
-    # AbortController: `$controller`, `window.controller`.
+    retry_max_count: int  # retries before it gives up (10)
+    # What cancels the request. "auto": the next request with its method and URL. "cleanup": also
+    # when its element leaves the page. "disabled": nothing. Anything else is an expression whose
+    # value is an AbortController: `$controller`, `window.controller`.
     request_cancellation: str
     response_overrides: ResponseOverrides
 
 
-# What an option may be: one of these words, the client's default first, or of a type.
+# What an option may be: one of these words (the client's default first), or a value of this type.
 _OPTION_KINDS: dict[str, Any] = {
     "content_type": ("json", "form"),
     "retry": ("auto", "error", "always", "never"),
@@ -5042,7 +5042,7 @@ _RETRY_DEFAULTS = {
     "retry_interval_ms": 1000, "retry_scaler": 2, "retry_max_wait_ms": 30_000,
     "retry_max_count": 10,
 }  # fmt: skip
-# Parameters for a URL. A list as a value is written once for each of its items; None is left out.
+# Parameters for a URL. A list as a value gives one parameter for each item; None is left out.
 Queries = Mapping[str, object] | None
 _PLAIN_URL = re.compile(r"[A-Za-z0-9/_.~?&=%:+,#-]*")
 
@@ -5054,31 +5054,31 @@ class Actions:
     """
 
     def get(self, url: str, queries: Queries = None, **options: Unpack[RequestOptions]) -> str:
-        """Ask with GET; signals go into the query. `@get('/subscribe')`"""
+        """Send a GET request, with the signals in the query: `@get('/subscribe')`."""
         return _write_action("get", url, queries, options)
 
     def post(self, url: str, queries: Queries = None, **options: Unpack[RequestOptions]) -> str:
-        """Ask with POST; signals go as JSON."""
+        """Send a POST request, with the signals as JSON."""
         return _write_action("post", url, queries, options)
 
     def put(self, url: str, queries: Queries = None, **options: Unpack[RequestOptions]) -> str:
-        """Ask with PUT; signals go as JSON."""
+        """Send a PUT request, with the signals as JSON."""
         return _write_action("put", url, queries, options)
 
     def patch(self, url: str, queries: Queries = None, **options: Unpack[RequestOptions]) -> str:
-        """Ask with PATCH; signals go as JSON."""
+        """Send a PATCH request, with the signals as JSON."""
         return _write_action("patch", url, queries, options)
 
     def delete(self, url: str, queries: Queries = None, **options: Unpack[RequestOptions]) -> str:
-        """Ask with DELETE; signals go into the query."""
+        """Send a DELETE request, with the signals in the query."""
         return _write_action("delete", url, queries, options)
 
     def query(self, url: str, queries: Queries = None, **options: Unpack[RequestOptions]) -> str:
-        """Ask with QUERY, a GET with signals as JSON; client 1.0.4, newer than `DATASTAR_URL`."""
+        """Send QUERY: a GET with a JSON body. It needs client 1.0.4; `DATASTAR_URL` is older."""
         return _write_action("query", url, queries, options)
 
     def peek(self, expression: Expression) -> str:
-        """The expression's value; when its signals change, the code around it is not run again."""
+        """The expression's value, without running the code around it when its signals change."""
         return f"@peek(() => {_code(expression)})"
 
     def set_all(self, value: object, *, include: Pattern = None, exclude: Pattern = None) -> str:
@@ -5086,7 +5086,7 @@ class Actions:
         return f"@setAll({', '.join(filter(None, (_code(value), _filter(include, exclude))))})"
 
     def toggle_all(self, *, include: Pattern = None, exclude: Pattern = None) -> str:
-        """Turn all signals (or those whose names match) from true to false and back."""
+        """Toggle all signals (or those whose names match) between true and false."""
         return f"@toggleAll({_filter(include, exclude) or ''})"
 
 
@@ -5097,7 +5097,7 @@ def _write_action(method: str, url: str, queries: Queries, options: RequestOptio
     if _baking.get() and (mark := _mark_for(_write_action, method, url, queries, options)):
         return mark
     written = _request_options(method, options) if options else ""
-    pairs: list[str] = []  # names and values in turn, for a cache that hashes them
+    pairs: list[str] = []  # names and values alternate, in a form that the cache can hash
     try:
         url = url if type(url) is str else str.__str__(url)
         size = len(url) + len(written)
@@ -5107,11 +5107,11 @@ def _write_action(method: str, url: str, queries: Queries, options: RequestOptio
             for text in (str(value),) if kind is str or kind is int else _texts(name, value):
                 pairs += (name, text)
                 size += len(text)
-        # A view writes the same actions at each call, so they are cached, if they are short.
+        # A view writes the same actions at each call, so short ones are cached.
         return (_cached_action if size < _KEPT_TEXT else _action)(method, url, written, *pairs)
     except (TypeError, AttributeError) as exc:
         if isinstance(url, str) and (queries is None or hasattr(queries, "items")):
-            raise  # url and queries are right: the `__str__` of a value has failed
+            raise  # url and queries are fine: the `__str__` of a value failed
         wrong = f"not with {url!r} and {queries!r}"
         raise StarioError(f"write at.{method}('/x', {{'id': 3}}), {wrong}") from exc
 
@@ -5140,7 +5140,7 @@ _cached_action = lru_cache(maxsize=2048)(_action)
 
 
 def _request_options(method: str, options: RequestOptions) -> str:
-    """`, {retry: "never"}`: what differs from the client's defaults. Empty if nothing does."""
+    """`, {retry: "never"}`: only what differs from the client's defaults; empty if nothing does."""
     given = cast("dict[str, Any]", dict(options))
     names = _filter(given.pop("include", None), given.pop("exclude", None))
     written = [f"filterSignals: {names}"] if names else []
@@ -5187,12 +5187,12 @@ DATASTAR_INTEGRITY = "sha384-SnyFlWTdFL3c8+9/1WsPuMFBq6AQOGC1LmS9upY4YkM3En3wZr5
 
 
 def datastar_script(src: str | None = None, *, nonce: str | None = None) -> SafeString:
-    """The `<script>` that brings Datastar into a page: put it into `<head>`.
+    """The `<script>` that loads Datastar: put it into `<head>`.
 
-    Without `src` it is the official bundle from its CDN and, where that fails or has not come after
-    1.5 seconds, the pocket client (part 31) from this server. Never both: the bundle is fetched as
-    text, and run when it has come in full and has the right hash. `src` names another copy to load,
-    and nothing else. `nonce` is the one of the page's Content-Security-Policy.
+    Without `src` it loads the official bundle from its CDN. If that fails or takes longer than 1.5
+    seconds, it loads the pocket client (part 31) from this server instead. They never both run: the
+    bundle is fetched as text, and run only when it is complete and has the right hash. With `src`
+    only that copy is loaded. `nonce` is that of the page's Content-Security-Policy.
     """
     attributes = {"type": "module", "nonce": nonce or False}
     if src is not None:
@@ -5223,7 +5223,7 @@ await import(client);
 # 13. Streams: events, and staying with a client
 #
 # A stream is an answer that stays open. Its body is *events* (HTML standard, section 9.2.5), each
-# some lines of text. The handler writes them, and waits inside `alive` for what comes next:
+# a few lines of text. The handler writes them, and waits inside `alive` for the next item:
 #
 #     async for subject, message in w.alive(relay.subscribe("chat")):  # waits here
 #         w.patch(h.P({"id": "last"}, message))
@@ -5232,28 +5232,28 @@ await import(client);
 # How a disconnect travels:
 # 1. The carrier learns that the client has gone: its socket is closed, or it has not acknowledged a
 #    heartbeat (the line `:`, sent when there is no news). Or it learns that the server stops.
-# 2. It ends its *scopes*. A scope is a stretch of a handler that may be interrupted: here one wait
+# 2. It ends its *scopes*. A scope is a stretch of a handler that may be interrupted: here, one wait
 #    of the loop. The scope cancels its task: asyncio raises CancelledError where the task waits.
-# 3. The scope catches the error, which is its own, and the loop ends as if its source had ended.
+# 3. The scope catches this error, as its own, and the loop ends as if its source had ended.
 #
-# While the loop's body runs or waits, it is not interrupted: the loop ends when it asks for the
-# next item. The block of `async with w.alive()` is one scope, and is interrupted at any await.
+# The loop's body is not interrupted, even while it waits: the loop ends when it asks for the next
+# item. The block of `async with w.alive()` is one scope, and may be interrupted at any await.
 # ==================================================================================================
 
 
-# -- Events. The form is that of Datastar's SDK specification (sdk/ADR.md in its repository): the
+# -- Events. The format is that of Datastar's SDK specification (sdk/ADR.md in its repository): the
 # fields in the order event, id, retry, data, and only what differs from a default. A line break of
-# any kind in a value starts a new `data:` line, so that no text can forge an event.
+# any kind in a value starts a new `data:` line, so no text can forge an event.
 
 _LINE_BREAK = re.compile(r"\r\n|\r|\n")
 
 
 def _data_lines(text: str, key: str = "") -> str:
-    """Text as the data lines of an event, each with `key`: `data: elements <p>Hello</p>`."""
-    # Most HTML is one line, and to look for that is quicker than the regex.
+    """Text as the data lines of an event, each with `key` in it: `data: elements <p>Hello</p>`."""
+    # Most HTML is a single line, and these two searches are quicker than the regex.
     if "\n" in text or "\r" in text:
         text = _LINE_BREAK.sub(f"\ndata: {key}", text)
-    return "".join(("data: ", key, text, "\n"))  # (an f-string would copy an element once more)
+    return "".join(("data: ", key, text, "\n"))  # (an f-string would copy the text once more)
 
 
 def _one_line(value: object) -> str:
@@ -5263,20 +5263,20 @@ def _one_line(value: object) -> str:
     return text
 
 
-# HTML whose first element the client finds without a selector: by its id, or since a page has only
-# one <html>, <head> and <body>. (`<!` is a doctype or a comment.) What is not found has no effect.
+# HTML whose first element needs no selector: the client finds it by its id, or it is <html>, <head>
+# or <body>. (`<!` is a doctype or a comment.) An element that is not found has no effect.
 _HAS_PLACE = re.compile(r"\s*<(!|(html|head|body)(?![^\s>/])|[a-z][^>]*\sid\s*=)", re.IGNORECASE)
 
-_CACHED_CALLS, _CACHED_SIZE = 4, 256 * 1024  # the last 4, of at most 256 KiB each
+_CACHED_CALLS, _CACHED_SIZE = 4, 256 * 1024  # the last 4 calls, each with at most 256 KiB of text
 
 
 def _cache_last(make: Callable[P, T]) -> Callable[P, T]:
     """A decorator that keeps the last results: what goes to a thousand streams is made once.
 
-    The first argument is text or bytes. `lru_cache` would read all of it, for a hash. This compares
-    it with the last ones, which mostly have another length: then nothing is read.
+    The first argument is text or bytes. `lru_cache` would read all of it to hash it. This compares
+    it with the last ones; their lengths mostly differ, and then nothing is read.
     """
-    calls: tuple[tuple[object, T], ...] = ()  # replaced as a whole, so threads may share it
+    calls: tuple[tuple[object, T], ...] = ()  # replaced as a whole, so threads can share it
 
     @wraps(make)
     def give(*arguments: P.args, **options: P.kwargs) -> T:
@@ -5329,15 +5329,15 @@ def _patch_data(
     return lines.encode("utf-8", "replace")
 
 
-_STREAM_FIELDS = (  # no proxy may answer from a copy, or hold events back (the last is for nginx)
+_STREAM_FIELDS = (  # no proxy may answer from a cache or hold events back (nginx: the last field)
     b"content-type: text/event-stream\r\ncache-control: no-cache\r\nx-accel-buffering: no\r\n"
 )
 
 
 class EventOptions(TypedDict, total=False):
-    """What every event takes: for when the connection breaks, and the client asks again.
+    """Options of every event, for when the connection breaks and the client asks again.
 
-    `id` comes back in its request as `last-event-id`; `retry` is how many milliseconds it waits.
+    That request carries `id` as `last-event-id`; before it, the client waits `retry` milliseconds.
     """
 
     id: str | None
@@ -5345,7 +5345,7 @@ class EventOptions(TypedDict, total=False):
 
 
 class _EventWriter(_OneShotWriter):
-    """Streams of events. The first event sends the headers, too."""
+    """Streams of events. The first event also sends the head of the answer."""
 
     def patch(
         self,
@@ -5382,9 +5382,9 @@ class _EventWriter(_OneShotWriter):
     def sync(
         self, signals: object, *, only_if_missing: bool = False, **options: Unpack[EventOptions]
     ) -> None:
-        """Set signals of the page: a dict, a dataclass, what has `model_dump`, or JSON text.
+        """Set the page's signals: a dict, a dataclass, anything with `model_dump`, or JSON text.
 
-        The others stay. A value of None removes its signal.
+        Other signals stay as they are. A value of None removes its signal.
         """
         text = _as_text(signals) if isinstance(signals, str) else _signals_json(signals, _json)
         if isinstance(signals, str):
@@ -5406,9 +5406,9 @@ class _EventWriter(_OneShotWriter):
         nonce: str | None = None,
         **options: Unpack[EventOptions],
     ) -> None:
-        """Run JavaScript in the page, in a `<script>` whose own `data-effect` removes it then.
+        """Run JavaScript in the page: a `<script>` whose `data-effect` removes it afterwards.
 
-        `nonce` is the one of the page's Content-Security-Policy.
+        `nonce` is that of the page's Content-Security-Policy.
         """
         own = {"data-effect": auto_remove and "el.remove()", "nonce": nonce or False}
         data = _patch_data(h.Script({**own, **(attributes or {})}, js), "append", "body")
@@ -5422,15 +5422,15 @@ class _EventWriter(_OneShotWriter):
         scheme = url.strip().partition(":")[0].lower()  # (as a browser does: URL standard, 4.4)
         if scheme in ("javascript", "data", "vbscript"):
             raise StarioError(f"{url[:60]!r} is a program, no page: navigate goes to pages only")
-        # By a timer: first the client finishes what it does for this event.
+        # In a timer, so that the client first finishes its work for this event.
         script = f"setTimeout(() => {{ window.location = {_script_json(url)} }})"
         self.execute(script, nonce=nonce, **options)
 
     def redirect(self, url: str, status: int = 307) -> None:
         """Send the client to another address (303 if it should GET that after a POST).
 
-        A request of Datastar's comes from inside a page: it is answered by `navigate`, since a
-        redirect would be followed there, and the other page patched into the open one.
+        A request that Datastar sends comes from inside a page, and is answered with `navigate`: the
+        client would follow a redirect itself, and patch the other page into the open one.
         """
         if self._request.is_datastar and not self.started:
             _check_target(url, status)
@@ -5440,7 +5440,7 @@ class _EventWriter(_OneShotWriter):
             self._redirect(url, status)
 
     def event(self, name: str, data: str = "", **options: Unpack[EventOptions]) -> None:
-        """Send a plain server-sent event (HTML standard, 9.2), for a client other than Datastar."""
+        """Send a plain server-sent event (HTML standard, 9.2), for clients other than Datastar."""
         if not isinstance(data, str):
             raise StarioError(f"an event's data is text, not {type(data).__name__}: json.dumps it")
         self._send_event(_one_line(name), _data_lines(data).encode("utf-8", "replace"), **options)
@@ -5448,7 +5448,7 @@ class _EventWriter(_OneShotWriter):
     def _send_event(
         self, name: str, data: bytes, id: str | None = None, retry: int | None = None
     ) -> None:
-        """`data` are whole lines, as `_data_lines` writes them."""
+        """Send one event. `data` holds whole lines, as `_data_lines` writes them."""
         head = f"event: {name}\n"
         if id is not None:
             head += f"id: {_one_line(id)}\n"
@@ -5470,7 +5470,7 @@ class _EventWriter(_OneShotWriter):
 class Writer(_EventWriter):
     """The answer to one request: `w`. Each handler gets one, and answers through it.
 
-    `status_code` is 0 until the head is sent; then it has `started`. At its end it is `completed`.
+    `status_code` is 0 until the head is sent. Then `started` is True, and at the end `completed`.
     """
 
     _timer: asyncio.TimerHandle | None = None  # the next heartbeat
@@ -5496,11 +5496,11 @@ class Writer(_EventWriter):
 
         `async for item in w.alive(source)` yields the items of the source; `w.alive(every=0.5)`
         yields None, at once and then every half second. `async for _ in w.alive()` is for a body
-        that waits by itself: it runs again at once, or in a quarter of a second if it has neither
-        written nor waited. Loops end only between two rounds; the block of `async with w.alive()`
-        is interrupted where it waits. The code after either runs unless the body raises. Before
-        each item `alive` waits while more than 64 KiB wait for the client. While a stream of
-        events is silent, a comment (`:`) is sent every `heartbeat` seconds.
+        that does its own waiting: the body runs again at once, or after a quarter of a second if it
+        neither wrote nor waited. A loop ends only between two rounds; an `async with w.alive()`
+        block is interrupted where it waits. The code after either runs unless the body raises.
+        `alive` yields no item while more than 64 KiB are waiting to be sent to the client. While
+        an event stream is silent, a comment (`:`) is sent every `heartbeat` seconds.
         """
         if not (heartbeat is None or _is_amount(heartbeat)):
             raise StarioError(f"heartbeat={heartbeat!r} is neither a number of seconds nor None")
@@ -5516,7 +5516,7 @@ class Writer(_EventWriter):
         return Alive(self, source, heartbeat)
 
     def _is_over(self) -> bool:
-        """Whether a stream has no reader any more, or never had one: HEAD asks for no body."""
+        """Whether a stream has lost its reader, or never had one: HEAD asks for no body."""
         carrier = self._carrier
         return carrier.disconnected or carrier.shutting_down or self._request.method == "HEAD"
 
@@ -5524,7 +5524,7 @@ class Writer(_EventWriter):
         self._stop_heartbeat()
         if seconds:
             # asyncio keeps a cancelled timer until it would have been due, and a timer keeps its
-            # context variables. With an empty context the request of an ended stream can be freed.
+            # context variables. An empty context lets the request of an ended stream be freed.
             self._timer = asyncio.get_running_loop().call_later(
                 seconds, self._beat, seconds, self._writes, context=contextvars.Context()
             )
@@ -5535,13 +5535,13 @@ class Writer(_EventWriter):
             self._timer = None
 
     def _beat(self, seconds: float, writes: int) -> None:
-        """Send a comment if nothing was written since `_start_heartbeat`; check the peer, too."""
+        """Send a comment if nothing was written since `_start_heartbeat`, and check the peer."""
         if self.completed or self._carrier.disconnected:
             return
         self._carrier.check_peer(seconds)
         accepted = ",".join(self._request.headers.getlist("accept"))
         if not self.started and "text/event-stream" in accepted:
-            self._begin_events()  # else the client, or a proxy before it, may give up
+            self._begin_events()  # else the client, or a proxy in between, may give up
         if self._is_stream and self._writes == writes:
             self.write(b":\n\n")
         self._start_heartbeat(seconds)
@@ -5550,21 +5550,21 @@ class Writer(_EventWriter):
 Stario._writer = Writer
 
 
-_CLEANUP = 1.0  # seconds for the last code of a handler: a `finally`, or what follows an `alive`
+_CLEANUP = 1.0  # seconds for a handler's last code: a `finally`, or the code after an `alive`
 
 
 class _Scope:
     """A stretch of a handler that ends when the client goes or the server stops.
 
     A task counts how often it was cancelled. `task.cancel()` raises CancelledError at its await and
-    adds one to `task.cancelling()`; `task.uncancel()` takes one away. A scope cancels its task, and
+    adds one to `task.cancelling()`; `task.uncancel()` subtracts one. A scope cancels its task, and
     uncancels it at `__exit__`. If the count is then what it was at `__enter__`, nobody else has
-    cancelled the task, and the error is swallowed. (`asyncio.timeout` counts in the same way.)
+    cancelled the task, and the scope swallows the error. (`asyncio.timeout` counts this way, too.)
 
     Scopes of one task may be nested. One of them cancels; the innermost swallows the error, and its
     `__exit__` interrupts those around it: an `async with` block at its next await, a loop after
-    `_CLEANUP` seconds. (For the source of that loop may be a generator, and the innermost scope a
-    loop within it: the generator gets this time for what follows its own loop.)
+    `_CLEANUP` seconds. (The source of that loop may be a generator with the innermost scope as a
+    loop inside it; this time is for the generator's code after its own loop.)
     """
 
     __slots__ = (
@@ -5572,10 +5572,10 @@ class _Scope:
     )  # fmt: skip
 
     def __init__(self, scopes: list[_Scope], is_block: bool = False) -> None:
-        self._scopes = scopes  # the carrier's: all that are entered now
-        self._is_block = is_block  # of `async with`
+        self._scopes = scopes  # the carrier's list: all scopes entered and not left
+        self._is_block = is_block  # whether it is that of an `async with`
         self._is_ending = False  # `end` has been called
-        self._interrupting = False  # it has cancelled the task, and no scope has swallowed that yet
+        self._interrupting = False  # it has cancelled the task, and the error is still under way
 
     def __enter__(self) -> None:
         self._task = task = cast("asyncio.Task[Any]", asyncio.current_task())
@@ -5583,15 +5583,15 @@ class _Scope:
         self._scopes.append(self)
 
     def end(self) -> None:
-        """End it soon. Called by the carrier; a second call does nothing."""
-        # Not at once: the task itself may have called this. When the event loop calls `_interrupt`,
-        # the task waits: inside of the scope, or the scope is left, and nothing is cancelled.
+        """End the scope soon. Called by the carrier; a second call does nothing."""
+        # Not at once: the task itself may be the caller. By the time the event loop calls
+        # `_interrupt`, the task waits inside the scope, or has left it and nothing is cancelled.
         if not self._is_ending:
             self._is_ending = True
             self._task.get_loop().call_soon(self._interrupt)
 
     def _interrupt(self) -> None:
-        """Cancel the task, unless this scope is left, or another one has just done so."""
+        """Cancel the task, unless this scope was left, or another one has just done so."""
         if self in self._scopes and not any(scope._interrupting for scope in self._of_task()):
             self._interrupting = True
             self._task.cancel()
@@ -5600,14 +5600,14 @@ class _Scope:
         return [scope for scope in self._scopes if scope._task is self._task]
 
     def __exit__(self, kind: type[BaseException] | None, *exc: object) -> bool:
-        """True swallows the error: it is the cancellation by a scope, and by nobody else."""
+        """True swallows the error: the cancellation came from a scope, and from nothing else."""
         self._scopes.remove(self)
         if self._task.cancelling() <= self._cancels_before:
             return False  # this stretch was not interrupted
         around = self._of_task()
         interrupting = [scope for scope in (self, *around) if scope._interrupting]  # one at most
         if not interrupting:
-            return False  # it was, but by somebody else
+            return False  # it was, but not by a scope
         interrupting[0]._interrupting = False
         loop = self._task.get_loop()
         for scope in around:  # they are next, even if the handler has swallowed the error itself
@@ -5619,7 +5619,7 @@ class _Scope:
 
 
 async def _ticks(seconds: float) -> AsyncIterator[None]:
-    """Yield now, and then every `seconds`. What passes while the loop's body runs is skipped."""
+    """Yield now, and then every `seconds`. Ticks due while the loop's body runs are skipped."""
     loop = asyncio.get_running_loop()
     due = loop.time()
     while True:
@@ -5629,22 +5629,22 @@ async def _ticks(seconds: float) -> AsyncIterator[None]:
 
 
 async def _paced_rounds(writer: Writer) -> AsyncIterator[None]:
-    """The source of `w.alive()`. A body that does nothing is run four times a second only."""
+    """The source of `w.alive()`. A body that does nothing runs only four times a second."""
     loop = asyncio.get_running_loop()
     while True:
         writes, waited = writer._writes, asyncio.Event()
-        loop.call_soon(waited.set)  # the event loop gets to it only if the body waits
+        loop.call_soon(waited.set)  # the event loop runs it only if the body waits
         yield
         busy = waited.is_set() or writer._writes != writes
         await asyncio.sleep(0 if busy else 0.25)
 
 
-_LONGEST_RUN = 0.005  # seconds; then `alive` lets other tasks run: its source may never wait
+_LONGEST_RUN = 0.005  # seconds; then `alive` lets other tasks run, as its source may never wait
 _closing_sources: set[asyncio.Task[Any]] = set()  # tasks that close the source of an `alive`
 
 
 class Alive(Generic[T]):
-    """What `w.alive()` gives: to loop over with `async for`, or to enter with `async with`."""
+    """What `w.alive()` returns: loop over it with `async for`, or enter it with `async with`."""
 
     _open = False  # for `__del__`, if `__init__` raises
 
@@ -5654,11 +5654,11 @@ class Alive(Generic[T]):
         if writer.completed:
             raise StarioError("the answer is complete: there is nothing to keep alive")
         self._writer = writer
-        self._block: _Scope | None = None  # of `async with`; a loop in it needs no other scope
+        self._block: _Scope | None = None  # that of `async with`; a loop in it needs no other
         self._iterator = aiter(
             cast(AsyncIterable[T], _paced_rounds(writer)) if source is None else source
         )
-        self._open = True  # the source has not been closed
+        self._open = True  # the source has not been closed yet
         self._loop = asyncio.get_running_loop()
         self._runs_since = time.monotonic()  # when it last let other tasks run
         writer._start_heartbeat(heartbeat)
@@ -5678,12 +5678,12 @@ class Alive(Generic[T]):
                     return await self._next()
             except (StopAsyncIteration, ClientDisconnected):
                 pass
-        # Here the source has ended, or the scope above was interrupted.
+        # Here the source has ended, the scope above was interrupted, or the stream is over.
         await self.aclose()
         raise StopAsyncIteration
 
     async def _next(self) -> T:
-        # Backpressure: a slow client slows down its handler, and no bytes pile up in memory.
+        # Backpressure: a slow client slows its handler down, so bytes do not pile up in memory.
         await self._writer._carrier.drained()
         if time.monotonic() - self._runs_since > _LONGEST_RUN:
             await asyncio.sleep(0)
@@ -5709,7 +5709,7 @@ class Alive(Generic[T]):
             await aclose()
 
     def _close_source(self) -> Callable[[], Coroutine[Any, Any, None]] | None:
-        """Close a subscription at once. For other sources return `aclose`, still to be awaited."""
+        """Close a subscription at once. For others return `aclose`, which must be awaited."""
         # The heartbeat goes on: the handler may send more, or wait in an `alive` around this one.
         was_open, self._open = self._open, False
         if was_open and isinstance(self._iterator, _Messages):  # of a subscription (part 14)
@@ -5718,7 +5718,7 @@ class Alive(Generic[T]):
 
     def __del__(self) -> None:
         # A `break` or an exception in the loop's body closes no async iterator. Python calls this
-        # when nothing refers to it any more: at once, or (in a cycle) later, and in any thread.
+        # when nothing refers to the Alive any more: at once, or (in a cycle) later, in any thread.
         if aclose := self._close_source():
             loop = self._loop
 
@@ -5737,40 +5737,40 @@ class Alive(Generic[T]):
 #
 # `relay.publish("room.1", message)` reaches every subscription whose pattern fits. A subscription
 # exists from the moment `subscribe()` returns, and has a bounded queue of its own: a reader that
-# falls behind loses messages by a rule that it chose, and never costs more than its queue.
+# falls behind loses messages by a rule that it chose, and uses no more memory than its queue.
 #
 #     messages = relay.subscribe("room.*")
 #     relay.publish("room.1", "hello")
 #     print(await anext(messages))  # ('room.1', 'hello')
 #
 # Publishers and readers may be in different threads, with different event loops. One lock guards
-# the tables and queues of a relay. It is held for a few dict operations, and never while a loop is
-# woken. It is an RLock: the thread that holds it can take it again. That happens, since between any
-# two lines Python may run a signal handler that publishes, or collect a subscription, which then
-# closes. That change is only queued: the one that it has interrupted runs it (`Relay._change`).
+# the tables and queues of a relay. It is held for a few dict operations, and never while readers
+# are woken. It is an RLock: the thread that holds it can take it again. That happens because Python
+# may, between any two lines, run a signal handler that publishes, or collect a subscription, which
+# then closes. Such a change is only queued; the change it interrupted runs it (`Relay._change`).
 # ==================================================================================================
 
 
-# The futures that readers wait for, by event loop: the readers that a change has news for.
+# The futures to resolve after a change, by event loop: each belongs to a reader that waits.
 ToWake = dict[asyncio.AbstractEventLoop, list[asyncio.Future[None]]]
 # A pattern, as the length of its prefix and the text: (5, "room.") for `room.*`, (0, "") for `*`.
-# A whole subject has no such length: (None, "room.1").
+# A whole subject has None as its length: (None, "room.1").
 _PatternKey = tuple[int | None, str]
 Overflow = Literal["oldest", "latest", "close"]  # the rule for a full queue: see `subscribe`
 
 
 @dataclasses.dataclass(slots=True, eq=False)
 class _Mailbox:
-    """The relay's side of a subscription. Everything is changed only under the relay's lock.
+    """The relay's side of a subscription. Its fields change only under the relay's lock.
 
-    It does not refer to the Subscription, so that one that nobody uses any more is collected.
+    It does not refer to the Subscription, so a Subscription that nobody uses can be collected.
     """
 
     patterns: Sequence[_PatternKey]
     maxsize: int
     overflow: Overflow
-    queue: deque[Any] | OrderedDict[str, Any]  # the second one, by subject, for "latest"
-    gaps_before: int  # the relay's when this was made: see `Subscription.gaps`
+    queue: deque[Any] | OrderedDict[str, Any]  # the second, by subject, for "latest"
+    gaps_before: int  # `relay._gaps` at its creation: see `Subscription.gaps`
     dropped: int = 0
     closed: bool = False
     waiter: asyncio.Future[None] | None = None  # what the reader awaits, if it waits
@@ -5801,7 +5801,7 @@ class _Mailbox:
         return queue.popitem(last=False)[1] if isinstance(queue, OrderedDict) else queue.popleft()
 
     def move_waiter(self, to_wake: ToWake) -> None:
-        """Hand the reader's future, if it waits, to those that are to be resolved."""
+        """Add the reader's future, if it waits, to those that are to be resolved."""
         waiter, self.waiter = self.waiter, None
         if waiter is not None:
             to_wake.setdefault(waiter.get_loop(), []).append(waiter)
@@ -5811,7 +5811,7 @@ class Subscription(Generic[T]):
     """An async iterator of `(subject, data)`; `relay.subscribe()` makes them.
 
     It closes when the loop over it is left, when its `with` block ends, by `close()`, or when
-    nothing refers to it any more. `dropped` counts the messages it was too slow for.
+    nothing refers to it any more. `dropped` counts the messages lost because it was too slow.
     """
 
     __slots__ = ("__weakref__", "_mailbox", "_relay")
@@ -5827,7 +5827,7 @@ class Subscription(Generic[T]):
 
     @property
     def gaps(self) -> int:
-        """How many times a `RedisRelay` (part 27) was cut off: what came meanwhile was missed."""
+        """How often a `RedisRelay` (part 27) lost its connection, and messages with it."""
         return self._relay._gaps - self._mailbox.gaps_before
 
     @property
@@ -5837,7 +5837,7 @@ class Subscription(Generic[T]):
 
     def close(self) -> None:
         """Take no more messages, from any thread. A waiting reader gets the queued ones first."""
-        if self._mailbox.patterns:  # else `_remove` has been here
+        if self._mailbox.patterns:  # else `_remove` has already run
             self._relay._change(self._relay._remove, self._mailbox)
 
     async def __anext__(self) -> tuple[str, T]:
@@ -5852,7 +5852,7 @@ class Subscription(Generic[T]):
                 if mailbox.waiter is not None:
                     raise StarioError("a subscription has one reader; subscribe once for each")
                 waiter = mailbox.waiter = asyncio.get_running_loop().create_future()
-                if mailbox.queue or mailbox.closed:  # by a signal handler, which saw no waiter
+                if mailbox.queue or mailbox.closed:  # by a signal, before it could see a waiter
                     mailbox.waiter = None
                     continue
             try:
@@ -5875,40 +5875,40 @@ class Subscription(Generic[T]):
 
 
 class _Messages(Subscription[T]):
-    """One loop's iterator. Only the loop refers to it: so `__del__` closes at the loop's end."""
+    """One loop's iterator. Only the loop refers to it, so `__del__` closes it at the loop's end."""
 
     __slots__ = ("_subscription",)
 
     def __init__(self, subscription: Subscription[T]) -> None:
         super().__init__(subscription._relay, subscription._mailbox)
-        self._subscription = subscription  # which would close if nobody held it
+        self._subscription = subscription  # it would close if nothing referred to it
 
 
 class Relay(Generic[T]):
     """Publish and subscribe within one process, from any thread. `Relay[str]()` carries text.
 
     Patterns: `room.1` is that subject, `room.*` all that begin with `room.`, `*` everything.
-    The time to publish grows with the number of subscriptions that fit the subject, not of others.
+    The time to publish grows only with the number of subscriptions that fit the subject.
     """
 
-    _gaps = 0  # how often a RedisRelay (part 27) has been cut off
+    _gaps = 0  # how often a RedisRelay (part 27) has lost its connection
 
     def __init__(self) -> None:
         self._lock = threading.RLock()
-        # {5: {"room.": mailboxes}, None: {"room.1": mailboxes}}: by length of prefix, or None
-        # for whole subjects (subject[:None] is all of it). Mailboxes are keys: an ordered set.
+        # {5: {"room.": mailboxes}, None: {"room.1": mailboxes}}: by length of prefix, or None for
+        # whole subjects (subject[:None] is all of it). The dict of mailboxes is an ordered set.
         self._tables: dict[int | None, dict[str, dict[_Mailbox, None]]] = {}
-        self._is_changing = False  # a step is being run
-        self._steps: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()  # to be run
+        self._is_changing = False  # a step is running
+        self._steps: deque[tuple[Callable[..., None], tuple[Any, ...]]] = deque()  # still to run
 
     def subscribe(
         self, *patterns: str, maxsize: int = 1000, overflow: Overflow = "oldest"
     ) -> Subscription[T]:
         """Listen to the subjects that fit one of the patterns, from now on.
 
-        At most `maxsize` messages wait. One more, and `overflow` decides: "oldest" drops the oldest
-        one, "latest" keeps only the last message of each subject, "close" ends the subscription
-        after what is queued.
+        At most `maxsize` messages wait. When one more comes, `overflow` decides: "oldest" drops the
+        oldest one, "latest" keeps only the last message of each subject, and "close" ends the
+        subscription after the messages in its queue.
         """
         if not patterns:
             raise StarioError("subscribe() needs a pattern; '*' is everything")
@@ -5921,15 +5921,15 @@ class Relay(Generic[T]):
         return Subscription(self, mailbox)
 
     def publish(self, subject: str, data: T = None) -> None:  # type: ignore[assignment]
-        """Give a message to everyone who listens to its subject. From any thread; never waits."""
+        """Send a message to all subscriptions to its subject. From any thread; never waits."""
         _check_subject(subject)
         self._change(self._deliver, subject, data)
 
     def _change(self, step: Callable[..., None], *arguments: Any) -> None:
-        """Change tables and queues by `step(to_wake, *arguments)`; then wake the readers.
+        """Change tables and queues with `step(to_wake, *arguments)`, then wake the readers.
 
-        If this thread is in the middle of another step, this one is only queued: the call that runs
-        the other one runs it next. So no step sees what another one has half done.
+        If this thread is in the middle of another step, this one is only queued, and the call that
+        runs the other step runs it next. So no step sees the half-done work of another.
         """
         to_wake: ToWake = {}
         with self._lock:
@@ -5945,7 +5945,7 @@ class Relay(Generic[T]):
         _wake(to_wake)
 
     def _deliver(self, to_wake: ToWake, subject: str, data: T) -> None:
-        """A step (of `_change`): put a message into the mailboxes of those who listen."""
+        """A step (of `_change`): put a message into the mailbox of each subscription that fits."""
         for mailbox in self._listeners(subject):
             mailbox.put(subject, data)
             if mailbox.closed:  # the rule was "close"
@@ -5953,7 +5953,7 @@ class Relay(Generic[T]):
             mailbox.move_waiter(to_wake)
 
     def _listeners(self, subject: str) -> list[_Mailbox]:
-        """The mailboxes a subject goes to, each once, in a list of their own."""
+        """The mailboxes that a subject goes to, each once, as a new list."""
         found = [table.get(subject[:length]) for length, table in self._tables.items()]
         listeners = [mailboxes for mailboxes in found if mailboxes]
         if len(listeners) < 2:
@@ -5990,7 +5990,7 @@ def _read_pattern(pattern: str) -> _PatternKey:
 
 
 def _check_subject(subject: str) -> None:
-    """Refuse a `*`: it may come from a user's text, and would make a pattern of the subject."""
+    """Refuse a `*`: it may come from a user's text, and would turn the subject into a pattern."""
     if not isinstance(subject, str) or "*" in subject:
         raise StarioError(
             f"write publish('room.1', data), not with {subject!r} first: it is text, and only "
@@ -5999,8 +5999,8 @@ def _check_subject(subject: str) -> None:
 
 
 def _wake(to_wake: ToWake) -> None:
-    """Resolve futures: those of this thread's loop at once; others on their own loop."""
-    here = asyncio._get_running_loop()  # None where none runs
+    """Resolve futures: those of the loop in this thread at once, others in their own loops."""
+    here = asyncio._get_running_loop()  # None if none runs in this thread
     for loop, waiters in to_wake.items():
         if loop is here:
             _resolve(waiters)
@@ -6015,7 +6015,7 @@ def _resolve(waiters: list[asyncio.Future[None]]) -> None:
             waiter.set_result(None)
 
 
-# -- Act 3 runs: a message becomes an event. Without `break` more follow until the client goes.
+# -- Act 3 runs: a message becomes an event. Without `break` the loop goes on until the client goes.
 #
 #     app, relay = Stario(), Relay()
 #
@@ -6033,16 +6033,16 @@ def _resolve(waiters: list[asyncio.Future[None]]) -> None:
 # ==================================================================================================
 # ACT 4. For real
 #
-# What an app needs beyond its first day. Each part can be read alone, except: 16 uses `_parameters`
-# of 17, 19 needs 18, 21 and 22 need 20. One with a [name] in its title can be left out of a copy.
+# What an app needs beyond its first day. Each part can be read alone, except that 16 uses
+# `_parameters` of 17, 19 needs 18, and 21 and 22 need 20. Parts with a [name] can be left out.
 # ==================================================================================================
 
 # ==================================================================================================
 # 15. Signals: from JSON to your dataclass
 #
-# With every request the browser sends all signals but those whose names begin with `_`; a handler
-# gets them by `await c.signals(Order)`. `Order` is a *schema*: a class whose annotated fields say
-# which of them it wants:
+# With every request the browser sends all signals except those whose names begin with `_`. In a
+# handler, `await c.signals(Order)` gives them. `Order` is a *schema*, a class whose annotated
+# fields say which of the signals it wants:
 #
 #     @dataclass
 #     class Order:
@@ -6058,14 +6058,14 @@ def _resolve(waiters: list[asyncio.Future[None]]) -> None:
 #     # weeks: is missing
 #     # paid: expected true or false, got "maybe"
 #
-# HTML inputs give only text, so "3" becomes a number if the schema wants one (never the reverse).
+# HTML inputs give only text, so "3" becomes a number where the schema has one (never the reverse).
 #
-# Two rules must hold. A handler gets values of the types that it asked for, or the client gets one
-# list of all that is wrong. And the time to read grows with the size of the signals, not faster,
-# whatever the schema: else a small request could keep the server busy.
+# Two rules must hold. Either a handler gets values of the types that it asked for, or the client
+# gets one list of everything that is wrong. And the time to read signals grows only in proportion
+# to their size, whatever the schema: otherwise a small request could keep the server busy.
 #
-# A schema is compiled once into *readers*, one for each type in it. A reader is a function: it
-# takes a value and gives it as its type says. If the value does not fit, it gives a `_Wrong`. The
+# A schema is compiled once into *readers*, one for each type in it. A reader is a function that
+# takes a value and returns it converted to its type, or a `_Wrong` if the value does not fit. The
 # `_Wrong` of a list or an object holds one for each item that is wrong, so they form a tree. At the
 # end `_problems_of` makes a sentence of each leaf.
 # ==================================================================================================
@@ -6074,7 +6074,7 @@ def _resolve(waiters: list[asyncio.Future[None]]) -> None:
 class Problem(str):
     """What is wrong with one field of the signals: a str, `"weeks: is missing"`, with its parts.
 
-    `field` is the path of the field (`"pets[0].age"`), `expected` and `got` are in words.
+    `field` is the path to the field (`"pets[0].age"`); `expected` and `got` are in words.
     """
 
     field: str
@@ -6088,11 +6088,11 @@ class Problem(str):
 
 
 class SignalsError(HttpException):
-    """The signals of a request do not fit their schema (422), or are no JSON (400).
+    """The signals of a request do not fit their schema (422), or are not JSON (400).
 
-    `problems` has one `Problem` for each field that is wrong, twenty at most; `more` counts those
-    left out. If `stopped`, reading was given up after thousands of problems: there may be more.
-    `detail` has all of it as lines of text.
+    `problems` has one `Problem` for each field that is wrong, at most twenty; `more` counts the
+    rest. If `stopped`, reading was given up after thousands of problems, and there may be more.
+    `detail` has all of this as lines of text.
     """
 
     def __init__(
@@ -6102,35 +6102,35 @@ class SignalsError(HttpException):
         self.more, self.stopped = more, stopped
         rest = [f"and {'at least ' if stopped else ''}{more} more"] if more else []
         super().__init__(status_code, "\n".join([*self.problems, *rest]))
-        self.args = self.problems, status_code, more, stopped  # what pickle makes it with again
+        self.args = self.problems, status_code, more, stopped  # pickle recreates it from these
 
 
 _MOST_LISTED = 20  # problems in an answer
-_MOST_WORK = 10_000  # reading stops at this sum of `_Wrong.work`; a wrong number counts as 1
+_MOST_WORK = 10_000  # reading stops at this sum of `_Wrong.work`; one wrong number counts as 1
 _LONGEST_SHOWN = 60  # characters of a path or a value in a problem
-_MISSING = object()  # in place of a value that did not come
-# What a dataclass (in `__post_init__`) or a model raises for values that it refuses: a ValueError
-# on purpose, the others by accident (`self.stop < self.start` where one of them is None).
+_MISSING = object()  # stands for a value that was not sent
+# What a dataclass (in `__post_init__`) or a model raises when it refuses values: ValueError on
+# purpose, the others by accident (`self.stop < self.start` where one of them is None).
 _REJECTIONS = (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, AssertionError)
 
 
 class _Wrong:
-    """What a reader gives for a value that does not fit."""
+    """What a reader returns for a value that does not fit."""
 
-    # (there may be many: a union keeps what each of its types gave)
+    # (there may be many: a union keeps one for each of its types)
     __slots__ = "cause", "count", "expected", "message", "parts", "work"
 
     def __init__(self, expected: str = "", message: str = "") -> None:
         self.expected = expected  # in words
-        self.message = message  # to be shown in place of what was expected and what came
-        self.cause: Exception | None = None  # what a dataclass or a model has raised
-        self.count = 1  # of problems, those of its parts if it has some
-        self.work = 1  # what it cost to find them: 1 for a plain value, 10 where a model refused it
-        # The first parts that are wrong: the name of each, the value there, what is wrong with it.
+        self.message = message  # shown instead of what was expected and what was sent
+        self.cause: Exception | None = None  # what a dataclass or a model raised
+        self.count = 1  # how many problems: those of its parts, if it has parts
+        self.work = 1  # what finding them cost: 1 for a plain value, 10 where a model refused it
+        # The first parts that are wrong: for each its name, its value and what is wrong with it.
         self.parts: list[tuple[Any, Any, _Wrong]] = []
 
     def add(self, name: str | int | tuple[Any, ...], value: object, wrong: _Wrong) -> None:
-        """Add a part that is wrong. (Its name is a tuple where it is a part of a part.)"""
+        """Add a part that is wrong. (The name of a part of a part is a tuple.)"""
         if not self.parts:
             self.count = self.work = 0
         self.count += wrong.count
@@ -6142,18 +6142,18 @@ class _Wrong:
 
 @lru_cache(maxsize=256)
 def _expected(what: str) -> _Wrong:
-    """The value itself is wrong: one for all values of which this was expected."""
+    """For a value that is itself wrong. All values that fail this expectation share it."""
     return _Wrong(what)
 
 
 def _problems_of(wrong: _Wrong, value: object, *path: str | int) -> Iterator[Problem]:
-    """The leaves of the tree in words: `pets[0].age: expected a whole number, got "x"`."""
+    """The leaves of the tree, in words: `pets[0].age: expected a whole number, got "x"`."""
     for name, part, wrong_part in wrong.parts:
         names = name if isinstance(name, tuple) else (name,)
         yield from _problems_of(wrong_part, part, *path, *names)
     if not wrong.parts:
         if isinstance(value, _Field) and wrong.expected.startswith("a list"):
-            value = value.values  # (a `_Field`: all that a form has sent under one name, see below)
+            value = value.values  # (a `_Field`: all that a form sent under one name, see below)
         steps = [
             f".{n}" if isinstance(n, str) and _WORD.fullmatch(n) else f"[{_shown(n)}]" for n in path
         ]
@@ -6163,11 +6163,11 @@ def _problems_of(wrong: _Wrong, value: object, *path: str | int) -> Iterator[Pro
         yield Problem(f"{where}: {told}" if where else told, field, wrong.expected, got)
 
 
-_WORD = re.compile(r"[\w-]{1,60}")  # a name that is shown as it is; others are shown as JSON
+_WORD = re.compile(r"[\w-]{1,60}")  # a name shown as it is; others are shown as JSON
 
 
 def _shown(value: object) -> str:
-    """The beginning of a value as JSON. (61 pieces of it are at least 61 characters: enough.)"""
+    """The beginning of a value as JSON. (61 pieces are enough: each has at least 1 character.)"""
     if value is _MISSING:
         return "nothing"
     return _cut("".join(islice(_ANY_JSON.iterencode(value), _LONGEST_SHOWN + 1)))
@@ -6190,13 +6190,13 @@ Reader = Callable[[Any, _Tried], Any]
 _PLAIN = (str, int, float, bool, types.NoneType)
 _BOOLS = dict.fromkeys(("true", "on", "yes", "1"), True)
 _BOOLS |= dict.fromkeys(("false", "off", "no", "0", ""), False)
-_HUGE = 10**400  # to print a number of twice as many digits takes four times as long
-# int() and float() would take "1_000", "nan" and Arabic digits as well.
+_HUGE = 10**400  # printing an int takes quadratic time: twice the digits, four times as long
+# int() and float() would also accept "1_000", "nan" and Arabic digits.
 _WHOLE = re.compile(r"[+-]?\d{1,400}", re.ASCII)
 _NUMBER = re.compile(r"[+-]?(\d{1,400}(\.\d{0,400})?|\.\d{1,400})([eE][+-]?\d{1,5})?", re.ASCII)
 
 
-def _read_any(value: Any, tried: _Tried) -> Any:  # (a `_Field` is of a form: see below)
+def _read_any(value: Any, tried: _Tried) -> Any:  # (a `_Field` comes from a form: see below)
     return value.values[0] if type(value) is _Field else value
 
 
@@ -6250,11 +6250,11 @@ def _read_decimal(value: Any, tried: _Tried) -> Any:
 
 
 def _text_reader(name: str, least: int, make: Callable[[str], Any]) -> Reader:
-    """A type that is text in JSON, of `least` to 100 characters. `make` parses it."""
+    """A type that JSON has as text, of `least` to 100 characters. `make` parses it."""
     wrong = _Wrong(f"a {name} as text")
 
     def _read(value: Any, tried: _Tried) -> Any:
-        # (printable, since `fromisoformat` passes over a NUL at the end)
+        # (printable, because `fromisoformat` ignores a NUL at the end)
         if isinstance(value, str) and least <= len(value) <= 100 and value.isprintable():
             with suppress(ValueError):
                 return make(value)
@@ -6273,7 +6273,7 @@ def _read_bytes(value: Any, tried: _Tried) -> Any:
 
 def _make_uuid(text: str) -> UUID:
     found = UUID(text)
-    if found.hex != text.replace("-", "").lower():  # UUID() takes braces, and "0x1", as well
+    if found.hex != text.replace("-", "").lower():  # UUID() also accepts braces, and "0x1"
         raise ValueError
     return found
 
@@ -6296,7 +6296,7 @@ _READERS: dict[Any, Reader] = {
 
 
 def _choice_reader(choices: Iterable[Any]) -> Reader:
-    """`Literal` and enums: one of the choices, or its text: "1", "true"."""
+    """`Literal` and enums: one of the choices, or a choice as text: "1", "true"."""
     found = _choices_by_key(choices)
     values = (item.value if isinstance(item, enum.Enum) else item for item in choices)
     wrong = _Wrong(_cut("one of " + ", ".join(map(_shown, values)), 200))
@@ -6310,13 +6310,13 @@ def _choices_by_key(choices: Iterable[Any]) -> dict[Any, Any]:
         for value, item in pairs
         for text in ((value,) if isinstance(value, str) else (str(value), _shown(value)))
     ]
-    # A browser writes 1.0 as 1. (The last wins: a choice itself over the text of another one.)
+    # A browser writes 1.0 as 1. (The last entry wins: a choice, over the text of another choice.)
     whole = [(int(v), item) for v, item in pairs if type(v) is float and v.is_integer()]
     return {_key_of(value): item for value, item in texts + whole + pairs if _key_of(value)}
 
 
 def _key_of(value: Any) -> Any:
-    """What tells choices apart: 1 is equal to True, and a list has no hash."""
+    """A key that tells choices apart, with the type, since 1 == True. None if not a plain value."""
     kind = str if isinstance(value, str) else type(value)
     return (kind, value) if kind in _PLAIN else None
 
@@ -6335,14 +6335,14 @@ class _Field(str):
     values: list[str]
 
 
-# What a list is made into, by the type in the schema.
+# What a list is converted into, by the type in the schema.
 _SHAPES: dict[Any, Any] = {
     list: list, Sequence: list, Iterable: list, set: set, frozenset: frozenset, tuple: tuple,
 }  # fmt: skip
 
 
 def _read_each(parts: Iterable[tuple[str | int, Any, Reader]], tried: _Tried) -> Any:
-    """Read parts, each with its name and its reader: a list of them, or what is wrong."""
+    """Read parts, each with its name and its reader. Returns the values, or what is wrong."""
     found, wrong = [], None
     for name, value, read in parts:
         item = read(value, tried)
@@ -6352,13 +6352,13 @@ def _read_each(parts: Iterable[tuple[str | int, Any, Reader]], tried: _Tried) ->
         wrong = wrong or _Wrong()
         wrong.add(name, value, item)
         if wrong.work > (_MOST_WORK if tried is None else _MOST_LISTED):
-            wrong.work += _MOST_WORK  # so all around stops, too; sooner where a union only tries
+            wrong.work += _MOST_WORK  # so readers around it stop, too (sooner in a union's try)
             break
     return wrong or found
 
 
 def _list_reader(make: Any, readers: Sequence[Reader], is_fixed: bool) -> Reader:
-    """A list, made into a list, set or tuple by `make`; if `is_fixed`, a reader for each item."""
+    """A list, converted by `make` to a list, set or tuple. If `is_fixed`, one reader per item."""
     wrong = _Wrong(f"a list of {len(readers)}" if is_fixed else "a list")
 
     def _read(value: Any, tried: _Tried) -> Any:
@@ -6378,7 +6378,7 @@ def _list_reader(make: Any, readers: Sequence[Reader], is_fixed: bool) -> Reader
 
 
 def _dict_reader(read_key: Reader = _read_str, read: Reader = _read_any) -> Reader:
-    """An object with any names. All names, then all values, are read as parts, each by its type."""
+    """An object with any names. All names, then all values, are read as parts, by their types."""
 
     def _read(value: Any, tried: _Tried) -> Any:
         if not isinstance(value, dict):
@@ -6400,11 +6400,11 @@ def _dict_reader(read_key: Reader = _read_str, read: Reader = _read_any) -> Read
 
 
 def _can_be_hashed(items: Sequence[Any]) -> bool:
-    """Whether these can be put into a set, and in a time that grows with their number.
+    """Whether these can go into a set, in a time that grows only with their number.
 
-    A client could send 40,000 different numbers with the same hash, and a set would compare each
-    with all before it. So at most 20 may share one. (Equal items count once: they are told apart by
-    their `repr`, since no client can choose the hash of a text.)
+    A client could send 40,000 different numbers with the same hash, and the set would compare each
+    with all before it. So at most 20 may share a hash. (Equal items count once. They are compared
+    by their `repr`, because a client cannot choose the hash of a text.)
     """
     different = {repr(item): item for item in items} if len(items) > 20 else {}
     try:
@@ -6448,7 +6448,7 @@ _IS_MISSING = _Wrong("a value", "is missing")
 
 
 def _model_reader(model: Any) -> Reader:
-    """A class that checks the values itself, by `model_validate`, as pydantic's do."""
+    """A class that checks values itself, with `model_validate`, as those of pydantic do."""
 
     def _read(value: Any, tried: _Tried) -> Any:
         try:
@@ -6460,10 +6460,10 @@ def _model_reader(model: Any) -> Reader:
 
 
 def _rejection(exc: Exception) -> _Wrong:
-    """Why a dataclass or a model has refused its values."""
+    """Why a dataclass or a model refused its values."""
     errors, error_count = getattr(exc, "errors", None), getattr(exc, "error_count", None)
     number = error_count() if callable(error_count) else 0
-    if number > 1000:  # to list them takes 200 times the memory of the values
+    if number > 1000:  # listing them takes 200 times the values' memory
         whole = _Wrong("", f"{number} values do not fit")
     else:
         message = str(exc) if isinstance(exc, (ValueError, AssertionError)) else ""
@@ -6480,7 +6480,7 @@ def _rejection(exc: Exception) -> _Wrong:
 
 
 def _optional_reader(read: Reader) -> Reader:
-    """`T | None`. An input that was left empty is None, and neither False nor an error."""
+    """`T | None`. An input that was left empty gives None, not False or an error."""
 
     def _read(value: Any, tried: _Tried) -> Any:
         if value is None:
@@ -6502,7 +6502,7 @@ class _Option(NamedTuple):
 
 
 def _union_reader(kinds: Sequence[Any]) -> Reader:
-    """`A | B`: the first type that fits; a value of one of the types stays as it is."""
+    """`A | B`: the first type that fits. A value that has one of the types is not converted."""
     options = []
     for kind in kinds:
         fields = _fields_of(kind) if _is_record(typing.get_origin(kind) or kind) else []
@@ -6516,7 +6516,7 @@ def _union_reader(kinds: Sequence[Any]) -> Reader:
     def _read(value: Any, tried: _Tried) -> Any:
         fitting = options_for.get(type(value), options)
         if isinstance(value, dict) and len(fitting) > 1:
-            if tag in value:  # the field that names the type, `kind` say: see `_tag_of`
+            if tag in value:  # the field that names the type, such as `kind`: see `_tag_of`
                 fitting = by_tag.get(_key_of(value[tag]), [])
             fitting = [option for option in fitting if value.keys() >= option.needed]
         if len(fitting) == 1:
@@ -6534,7 +6534,7 @@ def _union_reader(kinds: Sequence[Any]) -> Reader:
 
 
 def _options_for(came: type, options: Sequence[_Option]) -> Sequence[_Option]:
-    """The options for a value of the type `came`: that type alone, or all that may fit it."""
+    """The options for a value of the type `came`: that type alone, or all that may fit."""
     same = [option for option in options if option.kind is came and came in _PLAIN]
     able = [(_fitness(option.kind, came), option) for option in options]
     able.sort(key=lambda pair: -pair[0])
@@ -6542,7 +6542,7 @@ def _options_for(came: type, options: Sequence[_Option]) -> Sequence[_Option]:
 
 
 def _fitness(kind: Any, came: type) -> int:
-    """How a value of the type `came` fits: 2 as it is, 1 (or True) if converted, 0 (False) never.
+    """How well a value of the type `came` fits: 2 unchanged, 1 (True) converted, 0 (False) never.
 
     So `int | Literal["1"]` tries the `Literal` first for "1".
     """
@@ -6561,7 +6561,7 @@ def _fitness(kind: Any, came: type) -> int:
 
 
 def _tag_of(options: Sequence[_Option]) -> tuple[str | None, dict[Any, list[_Option]]]:
-    """The field that tells these types apart, a `Literal` in each; the types by its values."""
+    """The field that tells these types apart, a `Literal` in each; and the types by its values."""
     tables: dict[str, dict[Any, list[_Option]]] = {}
     times: Counter[str] = Counter()
     for option in options:
@@ -6578,13 +6578,13 @@ def _read_first(value: Any, options: Sequence[_Option], tried: _Tried, nothing_f
     """Read a value by the first type that fits."""
     nearest, fewest, sample = nothing_fits, sys.maxsize, None
     for option in options:
-        # In a long list an earlier type refused one item, the `sample`. Try that one before all.
+        # An earlier type refused one item of a long list, the `sample`. Try that one before all.
         if sample and option.is_uniform and type(option.read(sample, tried)) is _Wrong:
             continue
         found = option.read(value, tried)
         if type(found) is not _Wrong:
             return found
-        # Where only parts are wrong, the type with the fewest problems was meant; a tie names all.
+        # If only parts are wrong, the type with the fewest problems was meant; a tie names all.
         if (found.parts or found.message) and found.count <= fewest:
             nearest = found if found.count < fewest else nothing_fits
             fewest = found.count
@@ -6603,7 +6603,7 @@ _HOLDERS = frozenset((list, dict))
 
 
 def _is_uniform(kind: Any) -> bool:
-    """Whether it is a list or a dict of any length: `tuple[int, ...]`, but no `tuple[int, str]`."""
+    """Whether it is a list or dict of any length: `tuple[int, ...]`, but not `tuple[int, str]`."""
     origin, arguments = typing.get_origin(kind) or kind, typing.get_args(kind)
     if origin is tuple:
         return kind is tuple or arguments[-1:] == (Ellipsis,)
@@ -6623,9 +6623,9 @@ _QUALIFIERS: set[Any] = {
 
 
 def _reader_of(kind: Any) -> Reader:
-    """The reader of a type, which is compiled once.
+    """The reader of a type, which is compiled only once.
 
-    Since `Page[int | bool] == Page[bool | int]`, the text of a generic type is in the key, too.
+    `Page[int | bool] == Page[bool | int]`, so the text of a generic type is part of the cache key.
     """
     kind = _bare(kind)
     if dataclasses.is_dataclass(type(kind)):
@@ -6637,7 +6637,7 @@ def _reader_of(kind: Any) -> Reader:
 
 @lru_cache(maxsize=1024)
 def _schema_reader(kind: Any, text: str) -> Reader:
-    """Compile a type. (What may hold itself is compiled at its first call.)"""
+    """Compile a type. (A type that may hold itself is compiled at its first call.)"""
     origin, arguments = typing.get_origin(kind) or kind, typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):
         kinds = [bare for bare in map(_bare, arguments) if bare is not types.NoneType]
@@ -6656,7 +6656,7 @@ def _schema_reader(kind: Any, text: str) -> Reader:
     if hasattr(origin, "__value__"):  # type Name = ...
         aliased = lru_cache(lambda: _reader_of(_bind(origin.__value__, kind)))
         return lambda value, tried: aliased()(value, tried)
-    if isinstance(kind, TypeVar):  # not filled in: its bound, or one of its constraints, or Any
+    if isinstance(kind, TypeVar):  # not filled in: its bound, one of its constraints, or Any
         among = typing.Union[kind.__constraints__] if kind.__constraints__ else Any  # noqa: UP007
         return _reader_of(kind.__bound__ or among)
     if isinstance(origin, type) and issubclass(origin, enum.Enum):
@@ -6674,7 +6674,7 @@ def _no_schema(kind: Any) -> StarioError:
 
 
 def _bare(kind: Any) -> Any:
-    """The type inside of `Annotated[...]`, `Required[...]`, `NewType` and the like."""
+    """The type inside `Annotated[...]`, `Required[...]`, `NewType` and the like."""
     while not isinstance(kind, type):
         if typing.get_origin(kind) in _QUALIFIERS:
             kind = typing.get_args(kind)[0]
@@ -6701,7 +6701,7 @@ def _bind(kind: Any, generic: Any) -> Any:
 
 
 def _type_hints(schema: Any, **options: Any) -> dict[str, Any]:
-    """`typing.get_type_hints`; but Python 3.12 must be told what T is in `next: "Page[T]"`."""
+    """`typing.get_type_hints`, but Python 3.12 needs to be told what T is in `next: "Page[T]"`."""
     classes = reversed(schema.__mro__) if sys.version_info[:2] == (3, 12) else ()
     names = {p.__name__: p for kind in classes for p in getattr(kind, "__type_params__", ())}
     return typing.get_type_hints(schema, localns=names or None, **options)
@@ -6712,18 +6712,18 @@ def _hints_of(schema: Any) -> dict[str, Any]:
     origin = typing.get_origin(schema) or schema
     plain = _type_hints(origin)
     found = {name: _bind(kind, schema) for name, kind in plain.items()}
-    # `class Ints(Page[int])` inherits a field `list[T]`: only its base tells that T is int.
+    # `class Ints(Page[int])` inherits a field `list[T]`: only its base says that T is int.
     for base in reversed(origin.__dict__.get("__orig_bases__", origin.__bases__)):
         if _is_record(of := typing.get_origin(base) or base):
             theirs = _type_hints(of)
             for name, kind in _hints_of(_bind(base, schema)).items():
-                if plain[name] == theirs[name]:  # (else the class has declared it anew)
+                if plain[name] == theirs[name]:  # (else the class itself redeclares it)
                     found[name] = kind
     return found
 
 
 def _fields_of(schema: Any) -> list[tuple[str, Any, bool]]:
-    """For each field its name, its type, and whether it is required."""
+    """The name and the type of each field, and whether it is required."""
     origin = typing.get_origin(schema) or schema
     try:
         hints = _hints_of(schema)
@@ -6735,7 +6735,7 @@ def _fields_of(schema: Any) -> list[tuple[str, Any, bool]]:
     if hasattr(origin, "__required_keys__"):  # a TypedDict
         declared = _type_hints(origin, include_extras=True).items()
         needed = {name: _is_required(origin, name, kind) for name, kind in declared}
-    else:  # what a dataclass is made with, `InitVar`s too
+    else:  # the arguments of a dataclass, including `InitVar`s
         parameters = inspect.signature(origin).parameters.values()
         named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
         needed = {parameter.name: parameter.default is parameter.empty for parameter in named}
@@ -6744,7 +6744,7 @@ def _fields_of(schema: Any) -> list[tuple[str, Any, bool]]:
 
 def _is_required(schema: Any, name: str, kind: Any) -> bool:
     """Whether a TypedDict requires a key. `from __future__ import annotations` hides `NotRequired`
-    from `__required_keys__`, so the annotation is looked at first.
+    from `__required_keys__`, so the annotation is checked first.
     """
     while (origin := typing.get_origin(kind)) in _QUALIFIERS:
         if origin in (typing.Required, typing.NotRequired):
@@ -6754,7 +6754,7 @@ def _is_required(schema: Any, name: str, kind: Any) -> bool:
 
 
 async def _sent_signals(request: Request) -> dict[str, Any]:
-    """The signals that came with a request. SignalsError where they are no JSON object."""
+    """The signals sent with a request. SignalsError if they are not a JSON object."""
     in_query = request.method in ("GET", "HEAD", "DELETE")
     text = request.query.get("datastar", "") if in_query else await request.body()
     try:
@@ -6769,15 +6769,15 @@ async def _sent_signals(request: Request) -> dict[str, Any]:
 
 
 def read_signals(schema: type[T], signals: object) -> T:
-    """Check signals (a parsed JSON object), a form or a query against a schema and make one.
+    """Check signals (a parsed JSON object), a form or a query against a schema, and return one.
 
-    `schema` is a dataclass, a TypedDict, or a class with `model_validate` (pydantic's). Fields that
-    it does not know are ignored. Raises SignalsError with the fields that do not fit.
+    `schema` is a dataclass, a TypedDict, or a class with `model_validate` (as in pydantic). Fields
+    that it does not know are ignored. Raises SignalsError with the fields that do not fit.
     """
     if inspect.iscoroutine(signals):
         raise StarioError("`await` is missing: read_signals(schema, await c.req.form())")
     find_all = getattr(signals, "getlist", None)
-    if find_all:  # a Form or QueryParams: a name may come several times
+    if find_all:  # a Form or QueryParams: a name may occur several times
         signals = {name: _Field(*find_all(name)) for name in cast("Iterable[str]", signals)}
     try:
         found = _reader_of(schema)(signals, None)
@@ -6793,9 +6793,9 @@ def read_signals(schema: type[T], signals: object) -> T:
 # ==================================================================================================
 # 16. Forms [forms]
 #
-# A form comes as one of two types. `application/x-www-form-urlencoded` is read like a query string
+# A form has one of two types. `application/x-www-form-urlencoded` is read like a query string
 # (part 5). In `multipart/form-data` (RFC 7578) each field is a *part* with a head of its own, and
-# may be a file. A boundary stands between parts; `multipart/form-data; boundary=X` tells which:
+# may be a file. A boundary separates the parts; `multipart/form-data; boundary=X` says which:
 #
 #     --X
 #     content-disposition: form-data; name="photo"; filename="cat.png"
@@ -6804,14 +6804,14 @@ def read_signals(schema: type[T], signals: object) -> T:
 #     ...the bytes of the file
 #     --X--
 #
-# The bytes go to their part as they come; a part beyond 1 MiB goes to disk.
+# The bytes are added to their part as they arrive; a part larger than 1 MiB goes to disk.
 # ==================================================================================================
 
 
 class FormFile(NamedTuple):
-    """A file of a form: its name as the browser gave it (do not trust it), its type, its contents.
+    """A file of a form: its name as the browser sent it (do not trust it), its type, its contents.
 
-    `file` is open for reading; beyond 1 MiB it lies on disk, until nothing refers to it any more.
+    `file` is open for reading. Above 1 MiB it is on disk, until nothing refers to it any more.
     """
 
     filename: str
@@ -6826,14 +6826,14 @@ class FormFile(NamedTuple):
 
 
 class Form(QueryParams):
-    """The fields of a form, as QueryParams; its files by field name in `files`."""
+    """The fields of a form, as QueryParams; `files` has its files, by field name."""
 
     def __init__(self, pairs: Iterable[tuple[str, str]] = ()) -> None:
         super().__init__(pairs)
         self.files: dict[str, list[FormFile]] = {}
 
     def __getitem__(self, name: str) -> str:
-        """The first value of a field; as in QueryParams, HttpException(400) without one."""
+        """The first value of a field. As in QueryParams, HttpException(400) if there is none."""
         if name in self.files and name not in self:
             raise HttpException(
                 400, f"{name!r} came as a file, form.file({name!r}), and not as text"
@@ -6860,7 +6860,7 @@ async def _read_form(request: Request) -> Form:
     try:
         while chunk := await request._read():
             reader.feed(chunk)
-    except asyncio.CancelledError:  # by a timeout, say: the next `form()` goes on from here
+    except asyncio.CancelledError:  # by a timeout, say: the next `form()` continues from here
         request._form_reader = reader
         raise
     return reader.form()
@@ -6868,7 +6868,7 @@ async def _read_form(request: Request) -> Form:
 
 _FORM_FILE_IN_MEMORY = 1024 * 1024  # bytes of a part; a larger one goes to disk
 _MAX_PART_HEAD, _MAX_PART_FIELDS = 8 * 1024, 20  # bytes and header fields of a part of a form
-_CHARSET = re.compile(  # those that browsers know (Encoding standard): other codecs are no charsets
+_CHARSET = re.compile(  # what browsers know (Encoding standard); other codecs are not charsets
     r"utf-?8|us-ascii|iso-8859-(1[0-13-6]?|[2-9])|windows-125[0-8]|koi8-[ru]|macintosh|ibm866|big5"
     r"|gbk|gb2312|gb18030|euc-(jp|kr)|shift_jis|iso-2022-jp|utf-16(le|be)?",
     re.IGNORECASE | re.ASCII,
@@ -6885,11 +6885,11 @@ class _Part(NamedTuple):
 
 
 class _MultipartReader:
-    """Takes multipart/form-data (RFC 7578) apart, as its bytes come.
+    """Splits multipart/form-data (RFC 7578) into its parts, as the bytes arrive.
 
     A delimiter is a line of its own: `--boundary`, or `--boundary--` after the last part (RFC 2046,
-    section 5.1.1). A line that only begins like one is content. The last bytes that have come may
-    be the beginning of a delimiter, so they are kept until more come; all before them is written
+    section 5.1.1). A line that only begins like one is content. The last bytes received may be the
+    beginning of a delimiter, so they are kept until more arrive; all bytes before them are written
     to the part's file.
     """
 
@@ -6899,13 +6899,13 @@ class _MultipartReader:
             raise HttpException(400, "a multipart form needs a boundary of 1 to 70 characters")
         self._delimiter = re.compile(b"\r\n--%b(--)?[ \t]{0,99}(?=\r\n)" % re.escape(boundary))
         self._longest = len(boundary) + 107  # bytes of a delimiter: 4 dashes, 99 blanks, 2 CRLF
-        self._buffer = b"\r\n"  # what is not done yet (a delimiter may be the first line)
+        self._buffer = b"\r\n"  # bytes still to do (a delimiter may be the first line)
         self._parts: list[_Part] = []
         self._complete = False
 
     def feed(self, data: bytes) -> None:
-        """Take these bytes. HttpException(400) if they are no form."""
-        if self._complete:  # what follows the last delimiter is no content
+        """Take these bytes. HttpException(400) if they are not part of a form."""
+        if self._complete:  # anything after the last delimiter is not content
             return
         buffer, at = self._buffer + data, 0
         while found := self._delimiter.search(buffer, at):
@@ -6923,11 +6923,11 @@ class _MultipartReader:
         self._buffer = buffer[end:]
 
     def _write(self, content: bytes) -> None:
-        if self._parts:  # text before the first delimiter is no content
+        if self._parts:  # anything before the first delimiter is not content
             self._parts[-1].file.write(content)
 
     def _head_at(self, buffer: bytes, start: int) -> bytes:
-        """The head of a part, with its first and its last line end; nothing if it has not come."""
+        """A part's head, with its first and last line ends; empty if it has not arrived in full."""
         end = buffer.find(b"\r\n\r\n", start, start + _MAX_PART_HEAD)
         if end < 0 and len(buffer) - start < _MAX_PART_HEAD:
             return b""
@@ -6939,8 +6939,8 @@ class _MultipartReader:
         return head
 
     def form(self) -> Form:
-        """All that has come, as a form. HttpException(400) if its end is missing."""
-        self.feed(b"\r\n")  # (a delimiter stands between line ends, the last one too)
+        """All parts received, as a form. HttpException(400) if the end is missing."""
+        self.feed(b"\r\n")  # (a delimiter is between line ends, even the last one)
         if not self._complete:
             raise HttpException(400, "the multipart form is cut off: its last boundary is missing")
         form, texts = Form(), []
@@ -6949,9 +6949,9 @@ class _MultipartReader:
             file.seek(0)
             if filename is None:
                 texts.append((name, content_type, file.read()))
-            elif filename or size:  # a file field that was left empty has a part, too
+            elif filename or size:  # a file field left empty also has a part
                 form.files.setdefault(name, []).append(FormFile(filename, content_type, file))
-        # A field `_charset_` names the charset of those that name none (RFC 7578, section 4.6).
+        # A field `_charset_` names the charset of the parts that name none (RFC 7578, section 4.6).
         usual = next((text.decode("latin-1") for name, _, text in texts if name == "_charset_"), "")
         for name, content_type, content in texts:
             charset = _parameters(content_type).get("charset") or usual or "utf-8"
@@ -6961,8 +6961,8 @@ class _MultipartReader:
 
 @lru_cache(maxsize=1)
 def _form_contents() -> Callable[[int], IO[bytes]]:
-    """The class of a part's file. Called with a number of bytes; beyond them it is on disk."""
-    from tempfile import SpooledTemporaryFile  # imported here, since it imports a lot
+    """The class of a part's file. Call it with a size in bytes; above that, it is on disk."""
+    from tempfile import SpooledTemporaryFile  # imported here, because it imports a lot
 
     class _FormContents(SpooledTemporaryFile[bytes]):
         def __del__(self) -> None:  # when nothing refers to it any more
@@ -6990,7 +6990,7 @@ def _read_part_head(head: bytes) -> _Part:
 
 
 def _decode_text(content: bytes, charset: str) -> str:
-    if not _CHARSET.fullmatch(charset):  # (Python keeps every name that it is asked for)
+    if not _CHARSET.fullmatch(charset):  # (Python caches every name that it looks up)
         raise HttpException(400, f"the form has an unknown charset: {charset[:40]!r}")
     return content.decode(charset, "replace")
 
@@ -6999,19 +6999,19 @@ def _decode_text(content: bytes, charset: str) -> str:
 # 17. Behind a proxy
 #
 # A proxy (nginx, a load balancer) takes requests and passes them on to us. It is the *peer* of our
-# connection, and tells in a header field who the client is. Each proxy adds its own peer on the
-# right; here 203.0.113.9 asks a proxy at 10.0.0.1, which asks nginx at 10.0.0.2, which asks us:
+# connection, and says in a header field who the client is. Each proxy adds its own peer on the
+# right. Here 203.0.113.9 asks a proxy at 10.0.0.1, which asks nginx at 10.0.0.2, which asks us:
 #
 #     x-forwarded-for: 198.51.100.7, 203.0.113.9, 10.0.0.1
 #
 # Anybody can send this field. So it is read only if the peer is trusted, and from the right, past
-# trusted proxies. If both proxies are trusted, 203.0.113.9 is the client: one of them has seen
-# it. What stands left of it the client may have made up.
+# trusted proxies. If both proxies are trusted, 203.0.113.9 is the client: one of them has seen it.
+# The client may have made up anything to the left of it.
 # ==================================================================================================
 
 
 class _Hop(NamedTuple):
-    """One stretch of a request's way: who sent it, by which scheme, to which host."""
+    """One hop on a request's way: from which client, by which scheme, to which host."""
 
     client: str
     scheme: str
@@ -7019,13 +7019,13 @@ class _Hop(NamedTuple):
 
 
 class TrustedProxies:
-    """The proxies that are trusted: addresses, networks, "unix" for whoever uses a Unix socket.
+    """The proxies that are trusted: addresses, networks, "unix" for any peer on a Unix socket.
 
     It reads `Forwarded` (RFC 7239), and `X-Forwarded-For`, `-Proto` and `-Host`.
     """
 
     def __init__(self, proxies: Sequence[str]) -> None:
-        """StarioError for what is no address and no network."""
+        """StarioError for anything that is neither an address nor a network."""
         try:
             self._networks = [ipaddress.ip_network(str(p), False) for p in proxies if p != "unix"]
         except (ValueError, TypeError) as exc:
@@ -7035,7 +7035,7 @@ class TrustedProxies:
 
     def trust(self, peer: str) -> bool:
         """Whether this peer is a trusted proxy."""
-        if peer in ("", "unix"):  # our own peer has no address; nginx writes `unix:` for its peer
+        if peer in ("", "unix"):  # our own peer has no address; nginx calls its own `unix:`
             return self._unix
         try:
             address = ipaddress.ip_address(peer)
@@ -7045,15 +7045,15 @@ class TrustedProxies:
         return any(address in network for network in self._networks)
 
     def first_hop(self, headers: Headers, last: _Hop) -> _Hop:
-        """The client's hop by the fields, if `last`, the hop to us, is from a trusted proxy.
+        """The client's hop, from the fields, if `last`, the hop to us, is from a trusted proxy.
 
-        A proxy passes on, unchanged, the fields that it does not write itself: configure it to
+        A proxy passes on unchanged any of these fields that it does not write: configure it to
         remove them. HttpException(400) if the two families of fields contradict each other.
         """
         if not self.trust(last.client):
             return last
         names = ("for", "proto", "host")
-        # Of long lists only the last 32: proxies add theirs at the end.
+        # Only the last 32 items of a long list: proxies add theirs at the end.
         usual = self._hop_by(*(headers._list(f"x-forwarded-{name}")[-32:] for name in names))
         elements = [_parameters(";" + element) for element in headers._list("forwarded")[-32:]]
         standard = self._hop_by(*([e.get(name, "") for e in elements] for name in names))
@@ -7062,16 +7062,16 @@ class TrustedProxies:
         return _Hop(*(a or b or c for a, b, c in zip(usual, standard, last, strict=True)))
 
     def _hop_by(self, clients: list[str], schemes: list[str], hosts: list[str]) -> _Hop:
-        """The first hop by these lists; "" for what they do not tell.
+        """The first hop according to these lists; "" for what they do not say.
 
-        The client is, from the right, the first address that is no trusted proxy.
+        The client is the first address from the right that is not a trusted proxy.
         """
         client, place = "", 0
         for place, text in enumerate(reversed(clients)):  # noqa: B007
             client = _address(text)
             if not client or not self.trust(client):
                 break
-        # Scheme and host stand at the client's place; in a list that is shorter, the first counts.
+        # Scheme and host have the client's place in their lists; if a list is shorter, its first.
         scheme, host = (
             values[-1 - place] if len(values) > place else next(iter(values), "")
             for values in (schemes, hosts)
@@ -7110,19 +7110,19 @@ def _address(text: str) -> str:
 # ==================================================================================================
 # 18. Compression [compression]
 #
-# A client says what it can decode, and what it prefers; the answer how it was compressed. These
-# names are *content codings*; `br` is Brotli:
+# A client says which codings it can decode, and which it prefers; the answer says which was used.
+# These are names of *content codings*; `br` is Brotli:
 #
 #     accept-encoding: gzip, br;q=0.8, zstd        in the request; `q` is a preference, 0 to 1
 #     content-encoding: zstd                       in the answer
 #     vary: accept-encoding                        for caches: other clients may get other bytes
 #
-# `_compress` is called for a whole answer, `_compress_stream` for one that comes in pieces. A
+# `_compress` is called for a whole answer, `_compress_stream` for one that is sent in pieces. A
 # `Compressor` is a pair of functions. The first compresses a piece so that the client can decode it
-# at once: an event does not wait for the next one. The second gives the end.
+# at once: an event does not wait for the next one. The second returns the end of the stream.
 #
-# Compressing means to refer back to what was sent before. How far back is the *window*; both sides
-# keep it in memory. Streams get a small one, since thousands of them may be open.
+# A compressor refers back to bytes that were sent before. How far back is the *window*, which both
+# sides keep in memory. Streams get a small one, because thousands of them may be open.
 # ==================================================================================================
 
 
@@ -7169,7 +7169,7 @@ def _compress(
 def _compress_stream(
     config: CompressionConfig, headers: Headers, fields: bytes
 ) -> tuple[bytes, Compressor | None]:
-    """The same for an answer whose body is to come: its fields, and what compresses it."""
+    """The same for an answer whose body follows: its fields, and what compresses the body."""
     kind = _CONTENT_TYPE.search(fields)
     if kind is None or not re.match(_COMPRESSIBLE, kind[1].decode("latin-1")):
         return fields, None
@@ -7194,15 +7194,15 @@ def _coding_for(
     """The coding for an answer with these fields, or None."""
     if _UNCOMPRESSED.search(fields):
         return None
-    accepted = ",".join(headers._values("accept-encoding"))  # (a long one is kept in no cache)
+    accepted = ",".join(headers._values("accept-encoding"))  # (a long one is not cached)
     choose = _choose_coding if len(accepted) <= _KEPT_TEXT else _choose_coding.__wrapped__
     return choose(accepted, config, streaming)
 
 
 def _varied(fields: bytes, coding: str | None = None) -> bytes:
-    """The fields of an answer, with its coding, and with the note that it depends on the client."""
+    """An answer's fields plus its coding, and a note that the answer depends on the client."""
     if coding:
-        # A strong ETag promises the same bytes (RFC 9110, section 8.8.1), which these are not.
+        # A strong ETag promises the same bytes (RFC 9110, section 8.8.1); these are others.
         fields = re.sub(rb'(?m)^etag: "', b'etag: W/"', fields)
         fields += b"content-encoding: %b\r\n" % coding.encode()
     line = b"vary: accept-encoding\r\n"
@@ -7210,12 +7210,12 @@ def _varied(fields: bytes, coding: str | None = None) -> bytes:
 
 
 def _gzip(level: int, streaming: bool) -> Compressor:
-    """gzip (RFC 1952). Between two pieces of a stream no compressor is kept, only the window.
+    """gzip (RFC 1952). Between two pieces a stream keeps only the window, not a compressor.
 
     Each piece gets a compressor of its own, which may refer back to the last 16 kB that were sent
-    (zlib calls them a dictionary). They are all that an open stream keeps, and not the 50 kB of a
-    zlib compressor (120 for zstd, 500 for brotli). And a piece that many streams send after the
-    same bytes is compressed once (`_cache_last`, part 13).
+    (zlib calls them a dictionary). An open stream keeps no more than these, where a zlib compressor
+    would take 50 kB (zstd 120, brotli 500). And a piece that many streams send after the same bytes
+    is compressed once (`_cache_last`, part 13).
     """
     if not streaming:
         coder = zlib.compressobj(level, zlib.DEFLATED, 31)  # 31 is gzip with a window of 32 kB
@@ -7224,7 +7224,7 @@ def _gzip(level: int, streaming: bool) -> Compressor:
     header = b"\x1f\x8b\x08\0\0\0\0\0\0\xff"  # deflate; no name, no time, no system
 
     def compress(data: bytes) -> bytes:
-        """One piece, which the client can decode without the next."""
+        """Compress one piece. The client can decode it without the next one."""
         nonlocal window, checksum, size, header
         checksum, size = zlib.crc32(data, checksum), size + len(data)
         block, window = _deflated(data, window, level)
@@ -7240,7 +7240,7 @@ def _gzip(level: int, streaming: bool) -> Compressor:
 
 @_cache_last
 def _deflated(data: bytes, window: bytes, level: int) -> tuple[bytes, bytes]:
-    """A piece of a stream, compressed, and the stream's window after it."""
+    """A compressed piece of a stream, and the stream's window after it."""
     coder = zlib.compressobj(level, zlib.DEFLATED, -15, zdict=window)  # -15: no header
     block = coder.compress(data) + coder.flush(zlib.Z_SYNC_FLUSH)
     return block, (window + data)[-16 * 1024 :]
@@ -7274,7 +7274,7 @@ def _zstd_package(level: int, streaming: bool) -> Compressor:
 
 @lru_cache(maxsize=1)
 def _codings() -> dict[str, Callable[[int, bool], Compressor]]:
-    """What this Python can do, by content coding. Each is tried: a package may be broken."""
+    """The codings that this Python has. Each is tried once: an installed package may be broken."""
     found: dict[str, Callable[[int, bool], Compressor]] = {"gzip": _gzip}
     for coding, make in (("zstd", _zstd_library), ("zstd", _zstd_package), ("br", _brotli)):
         if coding not in found:
@@ -7295,10 +7295,10 @@ def _level(config: CompressionConfig, coding: str) -> int:
 @lru_cache(maxsize=512)
 def _choose_coding(accepted: str, config: CompressionConfig, streaming: bool = False) -> str | None:
     """The content coding to use for an Accept-Encoding (RFC 9110, section 12.5.3), or None."""
-    # Where a client gives two the same weight: the smaller answer, or for a stream less memory.
+    # If the client weighs two the same: the smaller answer, or for a stream less memory.
     preference = ("gzip", "zstd", "br") if streaming else ("zstd", "br", "gzip")
     weights: dict[str, float] = {}
-    for item in accepted.lower().split(",", 32)[:32]:  # (a dozen exist)
+    for item in accepted.lower().split(",", 32)[:32]:  # (only a dozen exist)
         coding, _, parameter = item.partition(";")
         given = _WEIGHT.fullmatch(parameter)
         weights[coding.strip()] = float(given[1] or 1) if given else 0.0
@@ -7307,59 +7307,59 @@ def _choose_coding(accepted: str, config: CompressionConfig, streaming: bool = F
         weight = weights.get(coding, weights.get("*", 0.0))
         if weight > best_weight and coding in _codings() and _level(config, coding) >= 0:
             best, best_weight = coding, weight
-    return best if best_weight >= weights.get("identity", 0.0) else None  # identity: as it is
+    return best if best_weight >= weights.get("identity", 0.0) else None  # identity: uncompressed
 
 
 _WEIGHT = re.compile(r"\s*(?:q=\s*(0(?:\.\d{0,3})?|1(?:\.0{0,3})?)\s*)?")
 
 
-Stario._compression = CompressionConfig()  # what an app does unless it is told otherwise
+Stario._compression = CompressionConfig()  # an app's default
 
 
 # ==================================================================================================
 # 19. Static files [assets]
 #
 # Each file has a second name, with a *fingerprint*: 16 hex digits of its contents' SHA-256. A
-# browser may keep what it gets by that name for ever, because other contents have another name. The
-# plain name redirects to it, and `asset("style.css")` gives it to a page:
+# browser may keep what it gets by that name forever, because other contents have another name. The
+# plain name redirects to it, and in a page you write it with `asset("style.css")`:
 #
 #     GET /static/style.css                  307 location: ./style.3f2a91c04be7d658.css
 #     GET /static/style.3f2a91c04be7d658.css 200 cache-control: public, max-age=31536000, immutable
 #
 # Files up to 256 KiB are kept in memory, compressed once for each content coding (part 18). Larger
-# ones are read when they are sent, and are not compressed.
+# ones are read when they are sent, and not compressed.
 #
-# Files change while they are served. Two rules hold all the same. An answer that may be kept for
-# ever has all the contents that its name stands for, or is cut off. And nothing is served from
-# outside of the directory, or from a file or folder whose name begins with a dot, whatever a name
-# or a symbolic link says. A request with an old fingerprint gets the file as it is now, with
-# `no-cache`. A redirect to its new name might never end: a growing log has yet another by then.
+# Files may change while they are served. Two rules hold even then. An answer that may be kept
+# forever has exactly the contents that its name stands for, or is cut off. And nothing is served
+# from outside the directory, or from a file or folder whose name begins with a dot, whatever a name
+# or a symbolic link says. A request with an old fingerprint gets the current file, with `no-cache`.
+# Redirecting it might never end: by the next request, a growing log has yet another name.
 #
-# What is left out: listings of directories, and several ranges at once.
+# Not supported: directory listings, and several ranges in one request.
 # ==================================================================================================
 
 
 _IN_MEMORY = 256 * 1024  # bytes: files up to this size are kept in memory
-_IN_MEMORY_TOTAL = 64 * 1024 * 1024  # bytes of a collection, without compressed copies
+_IN_MEMORY_TOTAL = 64 * 1024 * 1024  # bytes of a collection, not counting compressed copies
 _HELD_BACK = 64 * 1024  # bytes at the end of a large file: see `_send_rest`
-_TICK = 50_000_000  # nanoseconds: closer changes of a file may leave the same time on it
+_TICK = 50_000_000  # nanoseconds: two changes within them may give a file the same time
 _IDENTITY = ""  # no content coding
 _FOREVER = b"cache-control: public, max-age=31536000, immutable\r\n"
 _COMPRESSED_ONCE = CompressionConfig(zstd_level=12, brotli_level=9, gzip_level=9)
 _SUFFIX_OF_CODING = {"zstd": ".zst", "br": ".br", "gzip": ".gz"}
 _FINGERPRINT = re.compile(r"\.[0-9a-f]{16}(?=\.[^./]*\Z|\Z)")
-# On Windows a file has more than one name: `a.txt::$DATA`, `A~1.TXT`, `a.txt.`; and some names are
+# On Windows a file has more than one name (`a.txt::$DATA`, `A~1.TXT`, `a.txt.`), and some names are
 # devices in every directory.
 _OTHER_NAME = (
     r'(?i)[<>:"|?*]|[. ]\Z|~\d|\A(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[\d¹²³]) *(\.|\Z)'
 )
-# Errors of the operating system that mean: no such file, or none that we may read.
+# The operating system's errors that mean: no such file, or none that we may read.
 _ABSENT = {
     errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EACCES, errno.EPERM, errno.ELOOP,
     errno.ENAMETOOLONG, errno.EINVAL, errno.ENXIO,
 }  # fmt: skip
-# Types that Python's own table lacks, at least that of 3.11. `x.tar.gz` is of the type gzip: with
-# the type of what is in it, and `content-encoding: gzip`, a browser would unpack the download.
+# Types that Python's own table lacks, at least in 3.11. `x.tar.gz` has the type gzip: with the type
+# of its contents, and `content-encoding: gzip`, a browser would unpack the download.
 _SUFFIXES = """
     text/javascript js mjs cjs | text/plain log | text/markdown md | text/calendar ics |
     application/xml xml | application/json map | application/ld+json jsonld |
@@ -7376,7 +7376,7 @@ _TYPES = {"." + end: kind for kind, *ends in map(str.split, _SUFFIXES.split("|")
 
 @lru_cache(maxsize=256)
 def _content_type(suffix: str) -> str:
-    """By `_TYPES`, then Python's table, then this machine's, which other programs may change."""
+    """From `_TYPES`, then Python's table, then this machine's, which other programs may change."""
     kind = _TYPES.get(suffix)
     if kind is None:
         import mimetypes
@@ -7388,11 +7388,11 @@ def _content_type(suffix: str) -> str:
 
 
 def _version(found: os.stat_result) -> tuple[int, ...]:
-    """What tells the versions of a file apart, without reading it.
+    """Tells versions of a file apart, without reading it.
 
-    Size and time of modification are not enough: reproducible builds give all files one time, and
-    often one size. But a file that replaces another has an inode of its own, and whoever writes to
-    a file changes its `ctime`.
+    Size and modification time are not enough: reproducible builds give all files the same time, and
+    often the same size. But a file that replaces another has its own inode, and every write to a
+    file changes its `ctime`.
     """
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
@@ -7400,19 +7400,19 @@ def _version(found: os.stat_result) -> tuple[int, ...]:
 class _Representation(NamedTuple):
     """A file in one content coding (RFC 9110, section 3.2)."""
 
-    etag: str  # its name: a client that has a copy asks with it whether that is still right
+    etag: str  # names this version; a client sends it to ask whether its copy is still current
     fields: bytes  # of the answer
-    body: bytes | None  # None: large, to be read when it is sent
+    body: bytes | None  # None: the file is large, and is read when it is sent
 
 
 class _File:
     """One version of a file: its fingerprint, and its contents unless it is large.
 
-    `start` is its first two bytes, which tell whether it is gzip.
+    `start` is its first two bytes, which show whether it is gzip.
     """
 
-    version: tuple[int, ...] = ()  # of a file on disk
-    consistent = True  # nobody wrote to it while it was read
+    version: tuple[int, ...] = ()  # for a file on disk
+    consistent = True  # it was not written to while it was read
 
     def __init__(self, name: str, digest: str, data: bytes | None, start: bytes) -> None:
         stem, suffix = os.path.splitext(name)
@@ -7420,9 +7420,9 @@ class _File:
         self.digest = digest
         self.data = data
         self.size = len(data or b"")
-        self.memory = self.size + 1024  # about what this object takes, in bytes
+        self.memory = self.size + 1024  # about the size of this object, in bytes
         self.fingerprinted = f"{stem}.{digest}{suffix}"
-        self.content_type = _content_type(suffix[:32].lower())  # (cut, since it is kept)
+        self.content_type = _content_type(suffix[:32].lower())  # (cut, because it is cached)
         # A `.svgz` is the one compressed file that browsers want unpacked.
         self.is_svgz = suffix.lower() == ".svgz" and start == b"\x1f\x8b"
         can_be_smaller = data is not None and re.match(_COMPRESSIBLE, self.content_type)
@@ -7431,7 +7431,7 @@ class _File:
         self.encode(_IDENTITY, data)
 
     def encode(self, coding: str, body: bytes | None) -> _Representation:
-        """Keep the contents in a coding; or, where that makes them no smaller, as they are."""
+        """Keep the contents in a coding, or as they are if that makes them no smaller."""
         etag = f'"{self.digest}-{coding}"' if coding else f'"{self.digest}"'
         shown = "gzip" if self.is_svgz else coding
         fields = (
@@ -7460,9 +7460,9 @@ def _file_of(name: str, data: bytes) -> _File:
 def _read_file(
     name: str, opened: IO[bytes], large_digest: Callable[[IO[bytes], tuple[int, ...]], str]
 ) -> _File:
-    """Read an open file. A small one that is written to meanwhile is read again, up to three times.
+    """Read an open file. A small one that changes meanwhile is read again, up to 3 times in all.
 
-    Of a large one nothing is kept; `large_digest(opened, version)` gives its fingerprint.
+    The contents of a large one are not kept; `large_digest(opened, version)` is its fingerprint.
     """
     for _ in range(3):
         before = os.fstat(opened.fileno())
@@ -7482,9 +7482,9 @@ def _read_file(
 
 
 def _open_regular(path: str) -> IO[bytes]:
-    """Open a regular file. A pipe or a device counts as missing, and nobody waits for it."""
+    """Open a regular file. A pipe or a device counts as missing, and is not waited for."""
     nonblocking = getattr(os, "O_NONBLOCK", 0)
-    # Without a buffer, so that each `read` sees the file as it is then.
+    # Unbuffered, so that each `read` sees the file's current contents.
     opened = open(  # noqa: SIM115
         path, "rb", buffering=0, opener=lambda path, flags: os.open(path, flags | nonblocking)
     )
@@ -7495,12 +7495,12 @@ def _open_regular(path: str) -> IO[bytes]:
 
 
 def _is_absent(exc: OSError | ValueError) -> bool:
-    """Whether there is no such file for us. ValueError: no file can have that name."""
+    """Whether the file does not exist for us. ValueError: no file can have that name."""
     return getattr(exc, "errno", errno.EINVAL) in _ABSENT
 
 
 def _file_error(exc: OSError | ValueError, w: _RawWriter) -> Exception:
-    """The answer for a file that cannot be opened. An error of the disk stays what it is."""
+    """What to raise for a file that cannot be opened. A disk error is returned unchanged."""
     if not w.started and _is_absent(exc):
         return HttpException(404)
     if not w.started and getattr(exc, "errno", 0) in (errno.EMFILE, errno.ENFILE):
@@ -7511,13 +7511,13 @@ def _file_error(exc: OSError | ValueError, w: _RawWriter) -> Exception:
 def asset(name: str, collection: str = "static") -> str:
     """A file's fingerprinted name: `"/static/" + asset("style.css")` is its address.
 
-    What cannot stand in a URL is escaped. The file is read when it is first asked for, and
-    again when it has changed. Raises StarioError for a file, or a collection, that `app.assets` has
-    not been given.
+    Characters that a URL cannot hold are escaped. The file is read when it is first asked for, and
+    again after it has changed. Raises StarioError if `app.assets` was given no such collection, or
+    the collection has no such file.
     """
     if collection not in _collections:
         raise StarioError(f"no collection {collection!r}: call app.assets(...) for it first")
-    can_be_asked_for = isinstance(name, str) and not _SURROGATE.search(name)  # by an address
+    can_be_asked_for = isinstance(name, str) and not _SURROGATE.search(name)  # in a URL
     file = _collections[collection].file(name) if can_be_asked_for else None
     if file is None:
         raise StarioError(f"{collection!r} has no file {name!r}")
@@ -7525,20 +7525,20 @@ def asset(name: str, collection: str = "static") -> str:
 
 
 class Assets:
-    """A handler for the files of one collection, at a route that ends in `/*`."""
+    """A handler for the files of one collection, on a route that ends in `/*`."""
 
     def __init__(
         self, source: str | os.PathLike[str] | Mapping[str, str | bytes], collection: str
     ) -> None:
-        # By name, the oldest first. A directory's are read in threads: `_keep` takes the lock.
+        # By name, the oldest first. Threads read a directory's files, so `_keep` takes the lock.
         self._files: OrderedDict[str, _File] = OrderedDict()
-        self._held = 0  # about how many bytes they take
+        self._held = 0  # about how many bytes the files take
         self._lock = threading.RLock()
         # Version and fingerprint of each large file, by device and inode: links may give one file
-        # many names, and it is to be read once.
+        # many names, and it should be read only once.
         self._large: dict[tuple[int, ...], tuple[tuple[int, ...], str]] = {}
         self._under_way: dict[object, asyncio.Task[Any]] = {}  # work in threads: see `_once`
-        self._root: str | None = None  # the directory, or
+        self._root: str | None = None  # the directory; or:
         self._given: dict[str, bytes] = {}  # contents by name
         if isinstance(source, Mapping):
             for name, text in source.items():
@@ -7559,29 +7559,29 @@ class Assets:
     # -- Finding a file
 
     def file(self, name: str) -> _File | None:
-        """The file of this plain name, as it is now; None if there is none to be served."""
+        """The current file of this plain name; None if there is none that may be served."""
         return self._current(name) or self._load(name)
 
     async def _find(self, name: str) -> _File | None:
-        """As `file`, but a large one is read in a thread, so that others do not wait for it."""
+        """Like `file`, but a large one is read in a thread, so other requests need not wait."""
         known, large = self._current(name), False
         if known is not None or self._root is None:
             return known or self._load(name)
-        with suppress(OSError, ValueError):  # `_load` looks closer
+        with suppress(OSError, ValueError):  # `_load` deals with these
             large = os.stat(f"{self._root}/{name}").st_size > _IN_MEMORY
         return await self._once(name, lambda: self.file(name)) if large else self._load(name)
 
     async def _once(self, key: object, work: Callable[[], T]) -> T:
-        """Do work in a thread. Others who ask for it meanwhile, on this loop, get its result."""
+        """Do work in a thread. A second call with the same key, on this loop, shares its result."""
         mark = key, asyncio.get_running_loop()
         task = self._under_way.get(mark)
         if task is None:
             task = self._under_way[mark] = asyncio.create_task(asyncio.to_thread(work))
             task.add_done_callback(lambda _: self._under_way.pop(mark))
-        return cast(T, await asyncio.shield(task))  # a client that leaves does not cancel it
+        return cast(T, await asyncio.shield(task))  # a client that goes does not cancel it
 
     def _current(self, name: str) -> _File | None:
-        """What was read before, if the file has not changed since."""
+        """The file as it was read before, unless it has changed since."""
         known = self._files.get(name)
         if known is None or self._root is None:
             return known
@@ -7591,7 +7591,7 @@ class Assets:
             return None
 
     def _load(self, name: str) -> _File | None:
-        """Read the file, and keep it if later changes will show in its version."""
+        """Read the file, and keep it if later changes to it will show in its version."""
         if name in self._given:
             return self._files.setdefault(name, _file_of(name, self._given[name]))
         now = time.time_ns()
@@ -7603,8 +7603,8 @@ class Assets:
                 raise
             self._keep(name, None)
             return None
-        # Two changes within `_TICK` may have one version. So what has just changed is not kept.
-        # (A program can set `modified`, to the future too; the next change sets it to that moment.)
+        # Two changes within `_TICK` may leave the same version. So a file just changed is not kept.
+        # (A program can set `modified`, even to the future; the next change sets it to now.)
         if found.consistent:
             modified, changed = found.version[-2:]
             if now - changed > _TICK and (now - modified > _TICK or modified > now):
@@ -7621,11 +7621,11 @@ class Assets:
         return digest
 
     def open(self, name: str) -> IO[bytes]:
-        """Open a file of the directory. What must not be served is a FileNotFoundError, too."""
+        """Open a file of the directory. FileNotFoundError also for one that must not be served."""
         for _ in range(3):
             path = self._resolve(name)
             opened = _open_regular(path)
-            # Meanwhile the file, or a folder above it, may have been replaced by a link.
+            # The file, or a folder above it, may meanwhile have been replaced by a link.
             with suppress(OSError):
                 same = os.path.samestat(os.lstat(path), os.fstat(opened.fileno()))
                 if same and self._resolve(name) == path:
@@ -7634,8 +7634,8 @@ class Assets:
         raise FileNotFoundError(errno.ENOENT, "the file does not stay in its place", name)
 
     def _resolve(self, name: str) -> str:
-        """The path, free of links, that a name leads to; it is in the directory, and not hidden."""
-        if self._root is None:  # the files were given as a dict, and this is none of them
+        """The real path that a name leads to: inside the directory, and not hidden."""
+        if self._root is None:  # the files were given as a dict without this one
             raise FileNotFoundError(errno.ENOENT, "not in the collection", name)
         for part in name.split("/"):
             odd = "\\" in part or (os.name == "nt" and re.search(_OTHER_NAME, part))
@@ -7643,14 +7643,14 @@ class Assets:
                 raise FileNotFoundError(errno.ENOENT, "hidden, or no plain name", name)
         root = os.path.realpath(self._root)
         path = os.path.realpath(os.path.join(root, name), strict=True)
-        # The links of a ConfigMap that Kubernetes mounts lead to folders that begin with two dots.
+        # Kubernetes mounts a ConfigMap with links to folders whose names begin with two dots.
         for part in os.path.relpath(path, root).split(os.sep):
             if part == ".." or (part[0] == "." and part[:2] != ".."):
                 raise FileNotFoundError(errno.ENOENT, "a link to outside or to a hidden file", name)
         return path
 
     def _keep(self, name: str, found: _File | None) -> None:
-        """Keep this instead of what was known by the name; with None, only forget that."""
+        """Keep this under the name, in place of what was there; None only removes that."""
         with self._lock:
             if known := self._files.pop(name, None):
                 self._held -= known.memory
@@ -7661,7 +7661,7 @@ class Assets:
             if found.data is None:
                 self._large[found.version[:2]] = found.version, found.digest
             while self._held > _IN_MEMORY_TOTAL and self._files:
-                # (no iterator: a `__del__` that runs now may ask for a file, too)
+                # (no iterator: a `__del__` that runs now may ask for a file as well)
                 _, oldest = self._files.popitem(last=False)
                 self._held -= oldest.memory
 
@@ -7669,7 +7669,7 @@ class Assets:
 
     async def __call__(self, c: Context, w: Writer) -> None:
         """Serve the file that `c.req.tail` names."""
-        if "%2f" in c.req.raw_path.lower():  # a slash inside of a name, which no file has
+        if "%2f" in c.req.raw_path.lower():  # a slash inside a name, which no file has
             raise HttpException(404)
         try:
             await self._answer(c.req.tail, w)
@@ -7677,13 +7677,13 @@ class Assets:
             raise _file_error(exc, w) from None
 
     async def _answer(self, asked: str, w: Writer) -> None:
-        """Serve with `_FOREVER`, redirect to the fingerprinted name, or serve without caching."""
+        """Serve with `_FOREVER`, redirect to the fingerprinted name, or serve with `no-cache`."""
         plain = _FINGERPRINT.sub("", asked, count=1)
         file = await self._find(plain)
         if file is not None and asked == file.fingerprinted and file.consistent:
             return await self._serve(file, w, _FOREVER)
-        # `asked` has no fingerprint, or an old one, or what looks like one: a file may itself be
-        # called `a.0123456789abcdef.css`. `literal` is the file of exactly the name `asked`.
+        # `asked` has no fingerprint, or an old one, or something that looks like one: a file may
+        # really be named `a.0123456789abcdef.css`. `literal` is the file named exactly `asked`.
         literal = await self._find(asked) if asked != plain else file
         if literal is not None and literal.consistent:
             w.headers.set("cache-control", "no-cache")
@@ -7707,8 +7707,8 @@ class Assets:
         _answer_with(w, file, representation, caching, opened)
 
     def _encode(self, file: _File, coding: str) -> _Representation:
-        """Compress a file, or take the copy beside it (`style.css.br`), if it holds the same."""
-        with suppress(Exception):  # if anything is wrong with the copy, we compress
+        """Compress a file, or use the copy beside it (`style.css.br`) if it decodes to the file."""
+        with suppress(Exception):  # if anything is wrong with the copy, compress
             with self.open(file.name + _SUFFIX_OF_CODING[coding]) as opened:
                 body = opened.read(2 * _IN_MEMORY)
             if _decoded(coding, body, file.size + 1) == file.data:
@@ -7718,7 +7718,7 @@ class Assets:
 
 
 def _decoded(coding: str, body: bytes, most: int) -> bytes:
-    """Decompress; nothing if the data is cut off. Stops when there are more than `most` bytes."""
+    """Decompress; empty if the data is cut off. Stops once there are more than `most` bytes."""
     decoder: Any = zlib.decompressobj(31)  # 31 is gzip
     if coding == "br":
         import brotli
@@ -7734,7 +7734,7 @@ def _decoded(coding: str, body: bytes, most: int) -> bytes:
         decoder = zstd.ZstdDecompressor()
     decode = decoder.process if coding == "br" else decoder.decompress
     found = b""
-    for start in range(0, len(body), 256):  # in small steps: data may grow a thousandfold
+    for start in range(0, len(body), 256):  # in small steps: it may grow a thousandfold
         found += decode(body[start : start + 256])
         if len(found) > most:
             break
@@ -7743,9 +7743,9 @@ def _decoded(coding: str, body: bytes, most: int) -> bytes:
 
 
 class _Rest:
-    """What is still to be sent of a large file: the value of `w.file(...)`.
+    """What is left to send of a large file: the value of `w.file(...)`.
 
-    A handler may await it. If none does, `dispatch` (part 8) does, when the handler has ended.
+    A handler may await it. Otherwise `dispatch` (part 8) does so after the handler has returned.
     """
 
     def __init__(self, work: Callable[[], Coroutine[Any, Any, None]] | None = None) -> None:
@@ -7767,10 +7767,10 @@ def _answer_with(
     status: int = 200,
     compress: bool = False,
 ) -> None:
-    """Answer with a file (200) or a part of it (206), or without: 304, 412, 416.
+    """Answer with a file (200), a part of it (206), or no contents: 304, 412, 416.
 
-    `more` are fields; with `_FOREVER` the file must not change while it is sent. Of a large one
-    only the head is sent; the rest is a `_Rest`, from the file that is `opened`.
+    `more` are fields; with `_FOREVER` the file must not change while it is sent. For a large file
+    only the head is sent here; a `_Rest` sends the contents, from the file that is `opened`.
     """
     try:
         request = w._request
@@ -7791,7 +7791,7 @@ def _answer_with(
             return w._answer(status, (fields, compress), (representation.body or b"")[start:stop])
         w._begin(status, fields, stop - start)
         w._rest = _Rest(lambda: _send_rest(w, file, opened, start, stop, more is _FOREVER))
-    finally:  # unless a `_Rest` will read it
+    finally:  # close it, unless a `_Rest` will read it
         if opened is not None and w._rest is None:
             opened.close()
 
@@ -7801,9 +7801,9 @@ async def _send_rest(
 ) -> None:
     """Send a part of a large file. If it shrinks, or an `immutable` one changes, it is cut off.
 
-    The last bytes are read, then its version is compared, and only then are they sent.
+    The last bytes are read, then the version is compared, and only then are those bytes sent.
     """
-    w._rest = None  # it is on its way
+    w._rest = None  # it is being sent
     with opened:
         if w._request.method != "HEAD":
             last = max(start, stop - _HELD_BACK)
@@ -7821,7 +7821,7 @@ async def _send_rest(
 def _answer_download(
     w: _OneShotWriter, source: str | os.PathLike[str] | bytes, filename: str | None, status: int
 ) -> None:
-    """Answer `w.file(...)`, a file of no collection. Of a large one only the version is hashed."""
+    """Answer `w.file(...)`: a file of no collection. A large one's etag hashes only its version."""
     fields = b"cache-control: no-cache\r\n" + _disposition(filename)
     opened = None
     if isinstance(source, bytes):
@@ -7840,7 +7840,7 @@ def _answer_download(
 
 
 def _disposition(filename: str | None) -> bytes:
-    """The header field that has a browser save the answer under this name (RFC 6266 and 8187)."""
+    """The header field that makes a browser save the answer under this name (RFC 6266, 8187)."""
     if filename is None:
         return b""
     if _CONTROL.search(filename):
@@ -7853,9 +7853,9 @@ def _disposition(filename: str | None) -> bytes:
 
 
 def _has_copy(request: Request, etag: str) -> bool:
-    """Whether the client has this version already (`If-None-Match`, RFC 9110, section 13.1.2).
+    """Whether the client already has this version (`If-None-Match`, RFC 9110, section 13.1.2).
 
-    HttpException(412) if it wants another version only (`If-Match`, section 13.1.1).
+    HttpException(412) if it wants only other versions (`If-Match`, section 13.1.1).
     """
     wanted, known = request.headers._list("if-match"), request.headers._list("if-none-match")
     if wanted and etag not in wanted and "*" not in wanted:
@@ -7867,10 +7867,10 @@ _RANGE = re.compile("bytes=([0-9]{0,18})-([0-9]{0,18})", re.IGNORECASE)
 
 
 def _range(request: Request, size: int, etag: str) -> tuple[int, int] | None:
-    """Start and stop of the bytes that are asked for, `range: bytes=0-99` (RFC 9110, section 14.2).
+    """Start and stop of the bytes asked for by `range: bytes=0-99` (RFC 9110, section 14.2).
 
-    None if the file has no such bytes. A range of another version (`If-Range`), several at once,
-    and what is no range give the whole file.
+    None if the file has no such bytes. The whole file if the range is for another version
+    (`If-Range`) or malformed, or if there are several.
     """
     whole = (0, size)
     asked = _RANGE.fullmatch(request.headers.get("range") or "")
@@ -7890,22 +7890,22 @@ def _range(request: Request, size: int, etag: str) -> tuple[int, int] | None:
 # 20. Telemetry: spans, and who hears of them
 #
 # A *span* is a piece of work with a beginning and an end: a request, a database query, a job. It
-# has attributes (what it is about), events (what happened in it) and a parent. Spans that have one
-# ancestor in common are a *trace*, and share its id. In a handler:
+# has attributes (what it is about), events (what happened in it) and a parent. Spans with a common
+# ancestor form a *trace*, and share its id. In a handler:
 #
 #     c["user"] = 7                                # an attribute of the request's span
 #     c("stock.checked", {"left": 3})              # an event in it
 #     with c.step("query", {"table": "orders"}):   # a child span
 #         ...
 #
-# A *tracer* is told of three moments, and shows them as it likes: a span starts, an event happens
-# in it, it ends. Override these three methods, and it is your own.
+# A *tracer* is told when a span starts, when an event happens in it, and when it ends, and shows
+# this in its own way. To write your own, override `on_start`, `on_event` and `on_end`.
 #
-# Three rules hold. A tracer hears of every event at once, and a span keeps only the newest hundred,
-# so that a stream which is open for a week does not fill the memory. Attributes are turned into
-# plain data when they are noted (`_noted`), so that no tracer meets an object that changes or fails
-# later. And the two tracers below only put what they hear into a queue: one thread takes it out,
-# has all their state to itself, and writes. So no request waits for a slow terminal or a full pipe.
+# Three rules hold. A tracer gets every event at once, and a span keeps only the newest hundred, so
+# a stream that is open for a week does not fill the memory. Attributes are converted to plain data
+# when they are noted (`_noted`), so no tracer meets an object that changes or fails later. And the
+# two tracers below only put what they are told into a queue. One thread empties it, owns all of
+# their state, and writes. So no request waits for a slow terminal or a full pipe.
 # ==================================================================================================
 
 
@@ -7914,12 +7914,12 @@ _LONGEST_TEXT = 16_000  # characters of one value, or of one traceback
 
 
 def _noted(attributes: Mapping[Any, Any] | None) -> dict[str, Any]:
-    """Attributes as they are now: text, numbers, True, False, None, and lists and dicts of them."""
+    """A copy of the attributes: text, numbers, True, False, None, and lists and dicts of them."""
     if not attributes:
         return {}
     try:
         pairs = dict(attributes)  # copied in one step: another thread may write to it
-    except Exception:  # it is no mapping, or a broken one
+    except Exception:  # not a mapping, or a broken one
         pairs = {"attributes": attributes}
     return {
         key if type(key) is str else _safe_text(key): _plain_data(value)
@@ -7931,7 +7931,7 @@ def _plain_data(value: Any) -> Any:
     kind = type(value)
     if kind is bool or value is None or (kind is str and len(value) <= _LONGEST_TEXT):
         return value
-    if kind is int:  # OpenTelemetry's have 64 bits; Python does not even print very long ones
+    if kind is int:  # OpenTelemetry's have 64 bits; Python will not print very long ones
         return value if -(2**63) <= value < 2**63 else _safe_text(hex(value))
     if kind is float:
         return value if math.isfinite(value) else json.dumps(value)  # NaN, Infinity as text
@@ -7943,7 +7943,7 @@ def _plain_data(value: Any) -> Any:
 
 
 def _safe_text(value: object) -> str:
-    """A value's text, cut if it is long; its `__str__` may fail."""
+    """A value as text, cut if it is long; its `__str__` may fail."""
     try:
         text = str(value.args if isinstance(value, BaseExceptionGroup) else value)  # its members
     except Exception as exc:
@@ -7952,7 +7952,7 @@ def _safe_text(value: object) -> str:
 
 
 def _stack_of(exc: BaseException) -> str:
-    """The traceback; of a very long one the end, where the exception was raised."""
+    """The traceback; of a very long one only the end, where the exception was raised."""
     try:
         text = "".join(traceback.format_exception(exc, limit=-_EVENTS_KEPT))
     except Exception:  # its own methods fail
@@ -7969,9 +7969,9 @@ class SpanEvent(NamedTuple):
 
 
 class _Caller(NamedTuple):
-    """The span of another program that has sent us this request.
+    """The span of another program that sent us this request.
 
-    Programs with many requests record only some of their traces: those that are `sampled`.
+    Programs with many requests record only some of their traces, the `sampled` ones.
     """
 
     trace_id: str
@@ -7979,7 +7979,7 @@ class _Caller(NamedTuple):
     sampled: bool
 
 
-# There is no version ff, 00 has 55 characters, later ones may have more. No id is zero.
+# Version ff is not allowed, 00 has 55 characters, later ones may have more. No id is all zeros.
 _TRACEPARENT = re.compile(
     r"(?!ff|00.{54})[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})(-.*)?"
 )
@@ -7988,7 +7988,7 @@ _TRACEPARENT = re.compile(
 def _caller_of(headers: Headers) -> _Caller | None:
     """The caller that `traceparent` names: `00-<trace id>-<span id>-01`, where 01 means sampled.
 
-    None if the field is missing, there twice, or malformed.
+    None if the field is missing, malformed, or there twice.
     """
     fields = headers._values("traceparent")
     found = _TRACEPARENT.fullmatch(fields[0]) if len(fields) == 1 else None
@@ -8008,15 +8008,15 @@ def _new_id() -> str:
 class Span:
     """A piece of work, from `start_ns` to `end_ns` (nanoseconds since 1970; 0 while it runs).
 
-    Call it to note an event, index it to set an attribute, use it in `with` to end it. Ids are hex,
-    as W3C Trace Context has them: 16 digits for a span, 32 for a trace. Of a trace that is not
-    `sampled`, tracers hear only the spans that fail.
+    Call it to note an event, index it to set an attribute, use it in `with` to end it. Ids are in
+    hex, as in W3C Trace Context: 16 digits for a span, 32 for a trace. If a trace is not `sampled`,
+    tracers are told only of the spans that fail.
     """
 
     def __init__(
         self, tracer: Tracer, name: str, attributes: dict[str, Any], parent: Span | _Caller | None
     ) -> None:
-        """Started by `tracer(name)`, `span.step(name)` or `span.root(name)`."""
+        """Made by `tracer(name)`, `span.step(name)` or `span.root(name)`, and started at once."""
         self.tracer = tracer
         self.name = name
         self.id = _new_id()
@@ -8035,7 +8035,7 @@ class Span:
         if self.sampled:
             try:
                 method(*arguments)
-            except Exception:  # it is shown on standard error, and the request goes on
+            except Exception:  # shown on standard error; the request goes on
                 sys.excepthook(*sys.exc_info())
 
     def __call__(
@@ -8043,8 +8043,8 @@ class Span:
     ) -> None:
         """Note an event by its name, or an exception. Neither makes the span an error."""
         if isinstance(event, BaseException):
-            event.__dict__["_traced_in"] = self.trace_id  # so that `fail` does not note it again
-            attributes = {  # by OpenTelemetry's names
+            event.__dict__["_traced_in"] = self.trace_id  # so `fail` does not note it again
+            attributes = {  # with OpenTelemetry's names
                 "exception.type": type(event).__name__,
                 "exception.message": _safe_text(event),
                 "exception.stacktrace": _stack_of(event),
@@ -8054,7 +8054,7 @@ class Span:
         noted = SpanEvent(_safe_text(event), _noted(attributes), time.time_ns())
         self.events.append(noted)
         if len(self.events) > _EVENTS_KEPT:
-            del self.events[:-_EVENTS_KEPT]  # one operation: two threads may do it together
+            del self.events[:-_EVENTS_KEPT]  # one operation: two threads may do it at once
         self._tell(self.tracer.on_event, self, noted)
 
     def __setitem__(self, key: str, value: Any) -> None:
@@ -8065,28 +8065,28 @@ class Span:
 
     @property
     def traceparent(self) -> str:
-        """This span as the parent of another program's: a header field of the request to it.
+        """This span as the parent of another program's: a header field of a request to it.
 
         https://www.w3.org/TR/trace-context/#traceparent-header
         """
         return f"00-{self.trace_id}-{self.id}-{'01' if self.sampled else '00'}"
 
     def step(self, name: str, attributes: Mapping[str, Any] | None = None) -> Span:
-        """A child: work that is part of this. `with span.step("query"): ...`"""
+        """A child: work that is part of this span. `with span.step("query"): ...`"""
         return Span(self.tracer, _safe_text(name), _noted(attributes), self)
 
     def root(self, name: str, attributes: Mapping[str, Any] | None = None) -> Span:
-        """A new trace: work that this started, but that stands on its own. Link it if you like."""
+        """A new trace, for work started here that stands on its own. `link` can relate the two."""
         return Span(self.tracer, _safe_text(name), _noted(attributes), None)
 
     def link(self, other: Span) -> None:
-        """Note that this work has to do with another span's. (What is no span is passed over.)"""
+        """Note that this work is related to another span's. (Anything but a span is ignored.)"""
         if isinstance(other, Span):
             self.links.append(other)
 
     def fail(self, exc: BaseException) -> None:
-        """Mark the span as failed by an exception, whose traceback a trace shows only once."""
-        if not self.sampled:  # failures are always told
+        """Mark the span as failed by an exception. A trace shows its traceback only once."""
+        if not self.sampled:  # failures are always reported
             self.sampled = True
             self._tell(self.tracer.on_start, self)
         if exc.__dict__.get("_traced_in") != self.trace_id:
@@ -8094,7 +8094,7 @@ class Span:
         self.error = f"{type(exc).__name__}: {_safe_text(exc)}"
 
     def end(self) -> None:
-        """The work is done. A second call does nothing."""
+        """End the span. A second call does nothing."""
         if not self.end_ns:
             self.end_ns = max(time.time_ns(), self.start_ns)
             self._tell(self.tracer.on_end, self)
@@ -8103,7 +8103,7 @@ class Span:
         return self
 
     def __exit__(self, kind: object, exc: BaseException | None, where: object) -> None:
-        if isinstance(exc, Exception):  # a cancellation is no failure
+        if isinstance(exc, Exception):  # a cancellation is not a failure
             self.fail(exc)
         self.end()
 
@@ -8125,17 +8125,17 @@ class Tracer:
         return None
 
     def on_start(self, span: Span) -> None:
-        """A span has begun."""
+        """A span has started."""
 
     def on_event(self, span: Span, event: SpanEvent) -> None:
-        """Something happened in a span, or, where `span.end_ns` is not 0, after its end."""
+        """Something happened in a span, or after its end, if `span.end_ns` is not 0."""
 
     def on_end(self, span: Span) -> None:
-        """A span has ended: its attributes, error and end time stand now."""
+        """A span has ended: its attributes, error and end time are final."""
 
 
 class _UnseenSpan(Span):
-    """What `c.step` gives in an app without a tracer: one span for all, which keeps nothing."""
+    """What `c.step` gives in an app without a tracer: one shared span, which keeps nothing."""
 
     def step(self, *what: object) -> Span:
         """Itself."""
@@ -8144,20 +8144,20 @@ class _UnseenSpan(Span):
     __call__ = __setitem__ = root = link = fail = end = step  # type: ignore[assignment]
 
 
-# (Its caller is not sampled, so no tracer hears of it.)
+# (Its caller is not sampled, so no tracer is told of it.)
 _UNSEEN_SPAN = _UnseenSpan(Tracer(), "unseen", {}, _Caller("f" * 32, "f" * 16, False))
 
 
-# The Context that this task works for, and the span of its present step. Tasks that it starts
-# inherit it, and so do the threads of `asyncio.to_thread`.
+# The Context that this task works for, and the span of its current step. Tasks that it starts
+# inherit both, and so do the threads of `asyncio.to_thread`.
 _current_step: contextvars.ContextVar[tuple[object, Span | None]] = contextvars.ContextVar(
     "stario_step", default=(None, None)
 )
 
 
 class _LogToSpan(logging.Handler):
-    """Replaces the handlers of the root logger. A record that is logged in a span becomes an event
-    of it; the others go to those handlers.
+    """Replaces the handlers of the root logger. A record logged within a span becomes an event of
+    it; other records go to the replaced handlers.
     """
 
     def __init__(self, level: int) -> None:
@@ -8168,7 +8168,7 @@ class _LogToSpan(logging.Handler):
         root.setLevel(min(level, root.level))
 
     def remove(self) -> None:
-        """Put everything back, unless somebody has changed it meanwhile."""
+        """Put everything back, unless the handlers have been changed meanwhile."""
         root = logging.getLogger()
         if self in root.handlers:
             root.handlers[:] = [*self._others, *(h for h in root.handlers if h is not self)]
@@ -8186,7 +8186,7 @@ class _LogToSpan(logging.Handler):
             exc = record.exc_info and record.exc_info[1]
             span(exc or "log", {**said, "body": text})
             return True
-        # It passes if it would have with the root's own level, which `__init__` has lowered.
+        # Let the record through if the root's own level, which `__init__` has lowered, would have.
         logger, level, unhandled = logging.getLogger(record.name), 0, not self._others
         while logger.parent:
             level, unhandled = level or logger.level, unhandled and not logger.handlers
@@ -8198,12 +8198,12 @@ class _LogToSpan(logging.Handler):
         return True
 
 
-# -- What handlers have raised. The test client (part 11) sets a list, and raises what is in it.
+# -- What handlers raised. The test client (part 11) sets a list, and raises what is in it.
 
 _failures: contextvars.ContextVar[list[BaseException] | None]
 _failures = contextvars.ContextVar("stario_failures", default=None)
 
-_HINTS = (  # what Python says where an `await` is missing or too much, and what to write instead
+_HINTS = (  # what Python says if an `await` is missing or wrong, and what to write instead
     (r"NoneType.* can't be (used in 'await'|awaited)",
      "the methods of a Writer are not awaited: w.html(...); nor are c(...) and publish(...). "
      "And a handler is an `async def`"),
@@ -8218,7 +8218,7 @@ _HINTS = (  # what Python says where an `await` is missing or too much, and what
 
 
 def _record(c: Context, exc: BaseException, is_handled: bool = False) -> None:
-    """Record an exception: as an error, or, if it is no fault of the program's, as an event."""
+    """Record an exception: as an error or, if it is not the program's fault, as an event."""
     if isinstance(exc, ClientDisconnected):
         c("client.disconnected")
     elif isinstance(exc, HttpException):
@@ -8228,9 +8228,9 @@ def _record(c: Context, exc: BaseException, is_handled: bool = False) -> None:
 
 
 def _record_fault(c: Context, exc: BaseException, is_handled: bool = False) -> None:
-    """Tell the developer of a fault: in the span, or, if the app is silent, in asyncio's log.
+    """Tell the developer of a fault: in the span or, if the app has no tracer, in asyncio's log.
 
-    In a test, it is raised there instead of logged, unless an `on_error` handler answers for it.
+    In a test, the fault is raised there, not logged, unless an `on_error` handler answers for it.
     """
     in_test = _failures.get()
     if in_test is not None and not is_handled:
@@ -8245,7 +8245,7 @@ def _record_fault(c: Context, exc: BaseException, is_handled: bool = False) -> N
 
 
 def _log_fault(text: str, exc: BaseException) -> None:
-    """Log as asyncio does. Its further lines are indented, so no client can forge an entry."""
+    """Log as asyncio does. The further lines are indented, so no client can forge an entry."""
     loop, text = asyncio.get_running_loop(), _printable(text)
     if loop.get_exception_handler():
         loop.call_exception_handler({"message": text, "exception": exc})
@@ -8258,13 +8258,13 @@ def _log_fault(text: str, exc: BaseException) -> None:
         logger.handle(record)
 
 
-# -- Tracers that write to a stream (a file, a terminal). Any thread appends to one list; in Python
-# that is a single step, so it needs no lock. A thread of the tracer's takes the list ten times a
-# second, and writes all of it at once. The list has texts, and functions that this thread is to
-# call: what they touch belongs to it alone.
+# -- Tracers that write to a stream (a file, a terminal). All threads append to one list; in Python
+# that is a single step, so it needs no lock. A thread of the tracer takes what is in the list ten
+# times a second, and writes it all at once. The list holds texts, and functions for this thread to
+# call: what they touch belongs to this thread alone.
 
 _LONGEST_QUEUE = 20_000  # entries; more are dropped, and counted
-_EARLY = 5_000  # entries: when as many wait, the next write comes at once
+_EARLY = 5_000  # entries; when this many wait, the next write starts at once
 _PATIENCE = 3.0  # seconds for the last write; a stream may have stalled
 _Queued = str | tuple[Any, ...]  # a text, or a function and its arguments
 
@@ -8272,17 +8272,17 @@ _Queued = str | tuple[Any, ...]  # a text, or a function and its arguments
 class _StreamTracer(Tracer):
     """What the two tracers below share.
 
-    A stream that stalls, is full or closed costs spans and events. They are counted, and their
-    number is told when something can be written again, or else at the end, on standard error.
+    While a stream stalls, is full or is closed, spans and events can be lost. Their number is
+    reported by the next write that succeeds, or else at the end on standard error.
     """
 
-    _pause = 0.1  # seconds between two writes; a killed program loses no more
+    _pause = 0.1  # seconds between two writes, and the most that a killed program loses
 
     def __init__(
         self, stream: IO[str] | None = None, *, logging_level: int | str | None = None
     ) -> None:
         """`stream` is standard output by default. With a `logging_level`, what the program logs
-        during a request, from that level on, becomes an event of it while the tracer's `with` runs.
+        during a request, at that level or above, becomes an event of it within the tracer's `with`.
         """
         is_text = hasattr(stream, "write") and hasattr(stream, "flush")
         if stream is not None and (not is_text or hasattr(stream, "readinto")):  # (of bytes)
@@ -8295,9 +8295,9 @@ class _StreamTracer(Tracer):
         _renewed_at_fork.add(self)
 
     def _renew(self) -> None:
-        """Begin with nothing: at first, and in a forked process."""
+        """Start with nothing: at first, and in a forked process."""
         self._queue: list[_Queued] = []
-        self._lines: list[str] = []  # to be written next
+        self._lines: list[str] = []  # to write next
         self._thread: threading.Thread | None = None
         self._running = threading.Lock()  # held while there is a thread, so that there is only one
         self._wake: queue.SimpleQueue[bool] = queue.SimpleQueue()  # True: write what is left, end
@@ -8315,7 +8315,7 @@ class _StreamTracer(Tracer):
         self._close()
 
     def on_end(self, span: Span) -> None:
-        """Into the queue."""
+        """Put the span into the queue."""
         self._put(self._queued_end(span))
 
     def _put(self, what: _Queued) -> None:
@@ -8331,23 +8331,23 @@ class _StreamTracer(Tracer):
             try:
                 thread.start()
                 self._thread = thread
-            except RuntimeError:  # the program ends, and starts no more threads: write in this one
+            except RuntimeError:  # the program is ending, and can start no threads: write here
                 self._wake.put(True)
                 self._run()
 
     def _close(self) -> None:
-        """Write what is left, unless the stream stalls. What comes later begins anew."""
+        """Write what is left, unless the stream stalls. Later entries start a new thread."""
         thread, self._thread = self._thread, None
         if thread is None:
             return
         self._wake.put(True)
         thread.join(_PATIENCE)
-        if thread.is_alive():  # it hangs in a write; Python's flush of stdout at exit would, too
+        if thread.is_alive():  # it hangs in a write, as Python's flush of stdout at exit would
             sys.stdout = None if sys.stdout is self._stream else sys.stdout
             self._complain()
 
     def _complain(self) -> None:
-        """Tell on standard error what was lost. Another thread does it: that may stall as well."""
+        """Report losses on standard error, in another thread: this write may stall as well."""
         lost = len(self._queue) + self._lost - self._reported
         text = f"stario: {lost} spans and events could not be written\n".encode()
         thread = threading.Thread(target=os.write, args=(2, text), daemon=True)
@@ -8361,7 +8361,7 @@ class _StreamTracer(Tracer):
             with suppress(queue.Empty):
                 ending = self._wake.get(timeout=self._pause)
             self._write_all(ending)
-        if self._queue:  # other threads have added some during the last write
+        if self._queue:  # other threads added some during the last write
             self._write_all(ending)
         self._running.release()
 
@@ -8380,9 +8380,9 @@ class _StreamTracer(Tracer):
                     self._lines.append(what)
                 else:
                     what[0](*what[1:])
-            except Exception:  # it cannot be shown; the others can
+            except Exception:  # this one cannot be shown, but the others can
                 self._lost += 1
-        self._lost += entries  # (taken back below, once they are written: `_close` may not wait)
+        self._lost += entries  # (subtracted below, once they are written: `_close` may not wait)
         if self._write(ending):
             self._lost -= entries
             self._reported = lost
@@ -8407,7 +8407,7 @@ class _StreamTracer(Tracer):
         raise NotImplementedError
 
     def _compose(self, ending: bool) -> str:
-        """The text to be written, now that `_lines` has all that came."""
+        """The text to write, now that `_lines` is complete."""
         text = "".join(self._lines)
         self._lines.clear()
         return text
@@ -8418,7 +8418,7 @@ _renewed_at_fork: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def _begin_anew() -> None:
-    """In the forked process."""
+    """Runs in the forked process."""
     _unused_ids.clear()
     for has_thread in _renewed_at_fork:
         has_thread._renew()
@@ -8433,11 +8433,11 @@ def _write_what_is_left() -> None:
     for tracer in list(_renewed_at_fork):
         if isinstance(tracer, _StreamTracer):
             tracer._close()
-            tracer._running.acquire(blocking=False)  # (3.11 would wait for a new thread for ever)
+            tracer._running.acquire(blocking=False)  # (3.11 would wait forever for a new thread)
 
 
 def _printable(text: str) -> str:
-    # Clients choose paths and signals: control characters in them would move the cursor.
+    # Clients choose paths and signals, and control characters in them would move the cursor.
     if text.isprintable():
         return text
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
@@ -8446,7 +8446,7 @@ def _printable(text: str) -> str:
 # ==================================================================================================
 # 21. JsonTracer: for log collectors [json]
 #
-# A log collector reads what programs print, one JSON object on a line, and finds spans by trace id:
+# A log collector reads what programs print, one JSON object per line, and finds spans by trace id:
 #
 #     {"name":"POST /buy","trace_id":"0c10…","span_id":"5b1e…","start_time_unix_nano":17955…,
 #      "end_time_unix_nano":17955…,"attributes":{"http.request.method":"POST", …},"events":[…]}
@@ -8454,19 +8454,19 @@ def _printable(text: str) -> str:
 
 
 class JsonTracer(_StreamTracer):
-    """One JSON object a line, for log collectors; the names are OpenTelemetry's.
+    """One JSON object per line, for log collectors; the names are OpenTelemetry's.
 
-    A span is one line, written within a tenth of a second after its end. Events of one that is open
-    for longer do not wait for that: they get a line with the same ids and `"partial": true`. So do
-    those that come after the end. Thus each event is written once, and nothing is kept.
+    A span is one line, written within a tenth of a second after its end. The events of a span still
+    open do not wait for its end: they get a line with the same ids and `"partial": true`. So do
+    events after its end. Thus each event is written once, and nothing is kept for longer.
     """
 
     def _renew(self) -> None:
         super()._renew()
-        self._events: dict[Span, list[str]] = {}  # those that have not been written, as JSON
+        self._events: dict[Span, list[str]] = {}  # those not yet written, as JSON
 
     def on_event(self, span: Span, event: SpanEvent) -> None:
-        """Into the queue."""
+        """Put the event into the queue."""
         noted = {"name": event.name, "time_unix_nano": event.time_ns}
         self._put((self._add_event, span, _log_json({**noted, "attributes": event.attributes})))
 
@@ -8497,7 +8497,7 @@ class JsonTracer(_StreamTracer):
         """The line of a span, without its events and the braces around it."""
         try:
             name, attributes = _json_text(span.name), _log_json(span.attributes)
-        except Exception:  # somebody has put something there directly
+        except Exception:  # something was put there directly
             name, attributes = _json_text(_safe_text(span.name)), _log_json(_noted(span.attributes))
         text = (
             f'"name":{name},"trace_id":"{span.trace_id}","span_id":"{span.id}",'
@@ -8514,15 +8514,15 @@ class JsonTracer(_StreamTracer):
 
 
 _log_json = _json_writer(_safe_text)
-_json_text = json.encoder.encode_basestring_ascii  # the same for a text, in a fifth of the time
+_json_text = json.encoder.encode_basestring_ascii  # the same for text, in a fifth of the time
 
 
 # ==================================================================================================
 # 22. RichTracer: for people [rich]
 #
-# It prints each request as a small tree when that has ended: below it its events and its steps
-# (child spans), with the time since its start; a step has its duration, and a bar that shows where
-# in the request it lay. A *footer* at the lower edge of the terminal shows what is still open.
+# It prints each request as a small tree once it has ended: below it its events and its steps (child
+# spans), with the time since its start. A step also has its duration, and a bar that shows when it
+# ran within the request. A *footer* at the bottom of the terminal shows what is still open.
 #
 #     09:48:02  POST /buy                               200   5.1 ms
 #                0.51 ms  stock.checked               left=3
@@ -8530,28 +8530,28 @@ _json_text = json.encoder.encode_basestring_ascii  # the same for a text, in a f
 #     ── 1 open ────────────────────────────────────────────────────────────────────────────────
 #       12.4 s  GET /subscribe                         31 events  tile.painted
 #
-# The tracer keeps the trees and the screen; `_Look` makes lines of them. A *line* is a list of
-# pieces, each a text and its style. It becomes one string, cut to the terminal's width, when it is
-# written.
+# The tracer keeps the trees and the screen; `_Look` turns them into lines. A *line* is a list of
+# pieces, each a text and its style. When it is written, it becomes one string, cut to the width of
+# the terminal.
 # ==================================================================================================
 
 _Line = list[tuple[str, str]]
 _STYLES = {"bold": 1, "dim": 2, "red": 31, "green": 32, "yellow": 33, "cyan": 36}
 _STATUS_STYLES = {"2": "green", "3": "cyan", "4": "yellow", "5": "red"}
 _LONG = 10**9  # nanoseconds after which an open span is shown in the footer
-_MOST_SHOWN = 20  # trees in a second (of more, only numbers are shown), and events in a line
+_MOST_SHOWN = 20  # trees per second (beyond that, only counts), and events per line
 _MOST_ROWS = 40  # rows of a tree
 _BAR = 12  # columns of a bar
 
 
 class _Branch:
-    """An open span, with its events and steps in order: its rows. A tree keeps the first 40."""
+    """An open span. Its rows are its events and steps, in order; a tree keeps the first 40 rows."""
 
     def __init__(self, span: Span, parent: _Branch | None) -> None:
         self.span = span
         self.root: _Branch = parent.root if parent else self
         self.rows: list[SpanEvent | _Branch] = []
-        # Of a root, for the whole tree:
+        # Used in a root only, for the whole tree:
         self.events = self.steps = 0
         self.last: SpanEvent | None = None
 
@@ -8560,11 +8560,11 @@ class _Branch:
             self.rows.append(row)
 
     def left_out(self) -> int:
-        """How many events and steps the tree has had beyond those that it keeps, or below 0."""
+        """How many more events and steps the tree has had than it keeps; 0 or below if none."""
         return self.root.events + self.root.steps - _MOST_ROWS
 
     def tree(self, depth: int = 0) -> Iterator[tuple[int, SpanEvent | _Branch]]:
-        """All below it, with the depth of each."""
+        """All rows below this one, each with its depth."""
         for row in self.rows:
             yield depth, row
             if isinstance(row, _Branch):
@@ -8574,34 +8574,34 @@ class _Branch:
 class RichTracer(_StreamTracer):
     """For a person at a terminal: each request is a small tree, shown when it has ended.
 
-    What is open for longer than a second, above all streams, has a line in a footer, which stays
-    below all else; what the program prints goes above it. When more than twenty requests end in a
-    second, the others are one line for each kind: how many, median and longest duration. Where
+    Each request or job open for over a second, such as a stream, has a line in a footer. The footer
+    stays at the bottom; what the program prints goes above it. When more than twenty requests end
+    in a second, the rest are shown as one line per kind: how many, median and longest duration. If
     there is no terminal (a pipe, TERM=dumb), each span is one line of plain text. NO_COLOR and
-    FORCE_COLOR are heeded.
+    FORCE_COLOR are respected.
     """
 
-    _pause = 0.05  # (after a resize the footer scrolls with the rest, until the next write)
+    _pause = 0.05  # (after a resize the footer scrolls with the text until the next write)
 
     def _renew(self) -> None:
         super()._renew()
         self._live = bool(_terminal_size(self._stream)) and os.environ.get("TERM") != "dumb"
         coloured = bool(os.environ.get("FORCE_COLOR")) or self._live
         self._look = _Look(coloured and not os.environ.get("NO_COLOR"))
-        self._footer = "unknown"  # as it is on the screen; a killed program may have left one
+        self._footer = "unknown"  # what the screen shows; a killed program may have left one
         self._open: dict[str, _Branch] = {}  # by the span's id
-        self._second = 0.0  # when the present second began, on the monotonic clock
-        self._shown = 0  # trees that were shown in it
-        # The durations, in nanoseconds, by name and outcome; an empty list if all were shown.
+        self._second = 0.0  # when the current second began, on the monotonic clock
+        self._shown = 0  # trees shown in this second
+        # Durations in nanoseconds, by name and outcome; an empty list if all of them were shown.
         self._summed: dict[tuple[str, tuple[str, str]], list[int]] = {}
 
     def on_start(self, span: Span) -> None:
-        """Into the queue."""
+        """Put the span's start into the queue."""
         if self._live:
             self._put((self._span_started, span))
 
     def on_event(self, span: Span, event: SpanEvent) -> None:
-        """Into the queue."""
+        """Put the event into the queue."""
         if self._live:
             self._put((self._event_happened, span, event))
         elif span.end_ns:
@@ -8630,13 +8630,13 @@ class RichTracer(_StreamTracer):
         root.events, root.last = root.events + 1, event
         branch.add(event)
         is_long = event.time_ns - root.span.start_ns > _LONG
-        if event.name == "exception" and (is_long or branch.left_out() > 0):  # do not wait for it
+        if event.name == "exception" and (is_long or branch.left_out() > 0):  # show it now
             self._show([self._look.heading(root.span), *self._look.row(root.span, 0, event)])
 
     def _span_ended(self, span: Span) -> None:
-        """Show the tree of a root that has ended, or count it if this second has had many.
+        """Show the tree of a root that has ended, or only count it if too many ended this second.
 
-        A step is shown with its root, or by itself if that has ended before.
+        A step is shown with its root, or alone if the root has ended before it.
         """
         branch = self._open.pop(span.id, None) or _Branch(span, None)
         if branch.root.span.id in self._open:
@@ -8651,9 +8651,9 @@ class RichTracer(_StreamTracer):
             durations.append(span.end_ns - span.start_ns)
 
     def _sum_up(self) -> None:
-        """For each kind that was not shown, one line: how many, and how long they took.
+        """For each kind with spans not shown, one line: how many, and how long they took.
 
-        While more than twenty a second are counted, no tree is shown.
+        While more than twenty spans a second are only counted, no trees are shown.
         """
         self._second = time.monotonic()
         summed, self._summed = self._summed, {}
@@ -8669,17 +8669,17 @@ class RichTracer(_StreamTracer):
     def _show(self, lines: list[_Line]) -> None:
         self._lines += map(self._look.painted, lines)
 
-    # -- The screen. A terminal obeys codes that begin with the character ESC (`\x1b`):
+    # -- The screen. A terminal obeys codes that begin with the ESC character (`\x1b`):
     #
-    #     ESC 7, ESC 8        save the place of the cursor; go back there
-    #     ESC [J, ESC [K      erase all from the cursor on; only to the end of the line
-    #     ESC D, ESC [3A      go down a line, and scroll at the last; go up three lines
+    #     ESC 7, ESC 8        save the position of the cursor; go back there
+    #     ESC [J, ESC [K      erase from the cursor to the end of the screen; of the line
+    #     ESC D, ESC [3A      go down a line, scrolling at the last; go up three lines
     #     ESC [20H            go to the beginning of line 20
-    #     ESC [1;20r, ESC [r  scroll only lines 1 to 20; all of them (both move the cursor)
+    #     ESC [1;20r, ESC [r  scroll only lines 1 to 20; all lines (both move the cursor)
     #     ESC [?7l, ESC [?7h  cut lines that are too long; wrap them again
     #
     # The lines above the footer scroll, and the footer does not. The cursor stays above it, and so
-    # does what is written there: prints, what a person types, the output of other programs.
+    # does all that is written there: prints, what a person types, other programs' output.
 
     def _write_all(self, ending: bool) -> None:
         if self._live and (size := _terminal_size(self._stream)):
@@ -8700,7 +8700,7 @@ class RichTracer(_StreamTracer):
         if not text and self._footer == old:
             return ""
         # A print may have left the cursor in mid-line. Then a row of spaces as wide as the screen
-        # ends on the next line; else it ends on this one. The text begins where it ends, at `\r`.
+        # ends on the next line; otherwise on this one. The text begins on that line, after `\r`.
         if text:
             text = f"{'':{self._look.width}}\r\x1b[K{text}"
         erase = "\x1b7\x1b[r\x1b8\x1b[J" if old else ""
@@ -8720,14 +8720,14 @@ class RichTracer(_StreamTracer):
 
 
 class _Look:
-    """How spans look: the lines of trees and of the footer. It keeps the terminal's size only."""
+    """How spans look: the lines of trees and of the footer. It keeps only the terminal's size."""
 
     def __init__(self, coloured: bool) -> None:
         self.coloured = coloured
         self.width, self.height = 1_000_000, 0  # columns, rows
 
     def painted(self, line: _Line) -> str:
-        """A line as it is written: cut to the width, with its colours."""
+        """A line as it is written: cut to the width, and with colours."""
         room, painted = self.width - 1, ""
         for piece, style in line:
             text = _fit(piece, room)
@@ -8736,7 +8736,7 @@ class _Look:
         return painted + "\n"
 
     def footer(self, roots: list[_Branch]) -> list[_Line]:
-        """A line for each root that is open for long, the oldest first; a third of the screen."""
+        """A line per root open for over a second, oldest first; at most a third of the screen."""
         now, most = time.time_ns(), self.height // 3
         long = [root for root in roots if now - root.span.start_ns >= _LONG]
         if not long or most < 2:
@@ -8754,7 +8754,7 @@ class _Look:
         return lines
 
     def columns(self, time_ns: int, title: str, outcome: tuple[str, str], took: str) -> _Line:
-        """Time, title, outcome and duration, each below that of the line before."""
+        """Time, title, outcome and duration, each in its column."""
         name = (_padded(title, self._title_width(), max(20, self.width - 30)), "bold")
         text, style = outcome
         clock = f"{_clock(time_ns)}  "
@@ -8769,8 +8769,8 @@ class _Look:
         return self.columns(span.start_ns, _title(span), _outcome(span), took)
 
     def tree(self, branch: _Branch) -> list[_Line]:
-        """A line for a root, then one for each event and step. A long one without steps is one
-        line: that is a stream.
+        """A line for a root, then lines for its events and steps. A root that ran long without
+        steps or an error is a stream, and is one line.
         """
         span, heading = branch.span, self.heading(branch.span)
         if span.end_ns - span.start_ns >= _LONG and not branch.steps and not span.error:
@@ -8805,7 +8805,7 @@ class _Look:
         return [[*line, (first, "red")], *guided, *_pairs_below(margin, _pairs(row.attributes))]
 
     def _with_pairs(self, line: _Line, margin: str, attributes: Mapping[str, Any]) -> list[_Line]:
-        """A line with the attributes behind it, or, where there is no room for them, below."""
+        """A line with its attributes after it or, if there is no room for them, below it."""
         pairs = _pairs(attributes)
         behind = [piece for key, value in pairs for piece in ((f"  {key}=", "dim"), (value, ""))]
         if not pairs or _cells("".join(piece for piece, _ in [*line, *behind])) < self.width:
@@ -8813,12 +8813,12 @@ class _Look:
         return [line, *_pairs_below(margin, pairs)]
 
     def late(self, span: Span, event: SpanEvent) -> _Line:
-        """An event that came after its span's end."""
+        """An event that happened after its span's end."""
         title = f"{_clock(event.time_ns)} {_title(span)}, after its end: "
         return [(title, "dim"), (_event_text(event), "")]
 
     def one_line(self, span: Span) -> _Line:
-        """A span where there is no terminal, with its newest events."""
+        """A span with its newest events, for output that is not a terminal."""
         outcome, style = _outcome(span)
         line = [(f"{_clock(span.start_ns)} {span.trace_id[:4]} ", "dim"), (_title(span), "bold")]
         took = _time_text(span.end_ns - span.start_ns)
@@ -8831,7 +8831,7 @@ class _Look:
 
 
 def _terminal_size(stream: Any) -> tuple[int, int] | None:
-    """Columns and lines of a terminal; None where there is none."""
+    """Columns and lines of a terminal; None if there is none."""
     with suppress(AttributeError, OSError, ValueError):  # it is closed, or only looks like one
         if stream.isatty():
             size = os.get_terminal_size(stream.fileno())
@@ -8846,7 +8846,7 @@ def _cells(text: str) -> int:
 
 
 def _char_cells(char: str) -> int:
-    """0 for an accent that joins the letter before it, 2 for Chinese characters and the like."""
+    """0 for an accent on the letter before it, 2 for Chinese characters and the like, else 1."""
     if char < "\u0300" or char in "│─━✗…":
         return 1
     import unicodedata  # few programs need it
@@ -8886,7 +8886,7 @@ def _time_text(nanoseconds: int) -> str:
 
 
 def _bar(root: Span, step: Span) -> _Line:
-    """A bar as long as the root took, bold where the step ran: `──━━━───────`."""
+    """A bar for the root's whole time, bold where the step ran: `──━━━───────`."""
     start, end = root.start_ns, root.end_ns or time.time_ns()
     times = step.start_ns, step.end_ns or end
     a, b = (max(0, min(_BAR - 1, (at - start) * _BAR // max(1, end - start))) for at in times)
@@ -8894,7 +8894,7 @@ def _bar(root: Span, step: Span) -> _Line:
 
 
 def _title(span: Span) -> str:
-    """The method and path of a request, the name of any other span."""
+    """The method and path of a request, or the name of any other span."""
     method = span.attributes.get("http.request.method")
     return f"{method} {span.attributes.get('url.path')}" if method else _safe_text(span.name)
 
@@ -8910,7 +8910,7 @@ def _pairs(attributes: Mapping[str, Any]) -> list[tuple[str, str]]:
     """Attributes as text, without those that other columns show."""
     return [
         (key, value if type(value) is str else json.dumps(value))
-        for key, value in _noted(attributes).items()  # what was put there directly, too
+        for key, value in _noted(attributes).items()  # also what was put there directly
         if not key.startswith(("http.", "url.", "client.", "exception."))
     ]
 
@@ -8921,7 +8921,7 @@ def _pairs_below(margin: str, pairs: list[tuple[str, str]]) -> list[_Line]:
 
 
 def _event_text(event: SpanEvent) -> str:
-    """An event in one line; of an exception also where it was raised."""
+    """An event on one line; for an exception, also where it was raised."""
     if event.name == "exception":
         return " < ".join([_failure(event), *_frames(event)])
     return " ".join([event.name, *(f"{key}={value}" for key, value in _pairs(event.attributes))])
@@ -8951,26 +8951,26 @@ _MOST_FRAMES = 8
 # ==================================================================================================
 # 23. Sessions [sessions]
 #
-# A session is a dict that stays with one browser: `c.session["user"] = 7`. It lives in a cookie,
+# A session is a dict that stays with one browser: `c.session["user"] = 7`. It is kept in a cookie,
 # as JSON with a signature (HMAC-SHA256, RFC 2104): a checksum that only the key's owner can make.
-# So the server keeps nothing, and every process that has the key can read the session:
+# So the server stores nothing, and every process that has the key can read the session:
 #
 #     session=eyJ1c2VyIjo3fQ==.1764180000.kq0h…    JSON in base64 . seconds since 1970 . signature
 #
-# The rule that must hold: the browser can read the session, but cannot change it. What is left out:
-# the server cannot end a session before its time (a copy of the cookie stays good), and a cookie
-# holds no more than 4,096 bytes: keep what is larger on the server, and its key in the session.
+# The rule that must hold: the browser can read the session, but cannot change it. Two limits: the
+# server cannot end a session early (a copy of the cookie stays valid), and a cookie holds at most
+# 4,096 bytes. Keep larger data on the server, and its key in the session.
 # ==================================================================================================
 
 
 class Session:
     """Middleware: `app.use(Session(key))` gives each request its `c.session`, a dict of JSON.
 
-    - `key`: a secret of 16 bytes or more that stays the same over restarts. Make one with
+    - `key`: a secret of 16 bytes or more that stays the same across restarts. Make one with
       `python -c "import secrets; print(secrets.token_hex())"`, and keep it out of the code.
-      To change it, give the new one before the old one: the first signs, all are accepted.
-    - `max_age`: seconds after which a session that is not used is empty again
-    - `name`: the cookie's; over HTTPS it gets the prefix `__Host-`, which lets no other host set it
+      To change it, pass the new key before the old one: the first signs, and all are accepted.
+    - `max_age`: seconds after which an unused session is empty again
+    - `name`: the cookie's; over HTTPS it gets the prefix `__Host-`, so no other host can set it
 
     A cookie whose signature is wrong gives an empty session, and the event `session.refused`.
     """
@@ -8989,7 +8989,7 @@ class Session:
                 "a session's key needs 16 bytes or more that nobody can guess: make one with "
                 'python -c "import secrets; print(secrets.token_hex())"'
             )
-        _cookie_line(name, "", max_age, samesite=samesite)  # (only to be checked)
+        _cookie_line(name, "", max_age, samesite=samesite)  # (only to check the arguments)
         if name.startswith("__") or not max_age or max_age < 0:
             raise StarioError("a session has a max_age above 0; its name gets __Host- by itself")
         self._name = name
@@ -8997,7 +8997,7 @@ class Session:
         self._samesite = samesite
 
     def __call__(self, handler: Handler) -> Handler:
-        """Wrap a handler: read the session before it, write what has changed with its answer."""
+        """Wrap a handler: read the session before it, write changes with its answer."""
 
         async def _with_session(c: Context, w: Writer) -> None:
             name = f"__Host-{self._name}" if c.req.scheme == "https" else self._name
@@ -9009,8 +9009,8 @@ class Session:
             def save() -> None:
                 nonlocal kept
                 text = _session_json(session)
-                w.headers.add("vary", "cookie")  # no cache may show one's page to another
-                if text != kept or age > self._max_age / 2:  # half its time is over: renew it
+                w.headers.add("vary", "cookie")  # no cache may show one user's page to another
+                if text != kept or age > self._max_age / 2:  # half its time has passed: renew it
                     self._write(w, name, text if session else "")
                 kept = text
 
@@ -9065,10 +9065,10 @@ def _session_json(session: dict[str, Any]) -> str:
 # ==================================================================================================
 # 24. What lives as long as the server
 #
-# A *lifespan* is what has to be there for all requests, such as a database connection: an async
-# context manager, entered before the first and left after the last. *Background* work has no
-# request that waits for it: a clock that ticks, a long job. Both start and end with the server, on
-# the event loop that `serve` was called on.
+# A *lifespan* provides something for all requests, such as a database connection. It is an async
+# context manager, entered before the first request and left after the last. *Background* work is
+# work that no request waits for: a clock that ticks, a long job. Both start and end with the
+# server, on the event loop that called `serve`.
 #
 #     @asynccontextmanager
 #     async def database(app: Stario) -> AsyncIterator[None]:
@@ -9085,19 +9085,19 @@ Lifespan = Callable[["Stario"], AbstractAsyncContextManager[object]]
 
 
 class _Life:
-    """An app's lifespans and background tasks. `tasks` is touched on `loop` only."""
+    """An app's lifespans and background tasks. `tasks` is touched only on `loop`."""
 
     def __init__(self, app: Stario) -> None:
         self.app = app
         self.lifespans: list[Lifespan] = []
-        self.loop: asyncio.AbstractEventLoop | None = None  # of the server, while there is one
+        self.loop: asyncio.AbstractEventLoop | None = None  # the server's, while it runs
         self.tasks: set[asyncio.Task[None]] = set()
-        # What is to start with the server, and how. (If no server starts, `serve` closes it.)
+        # The work to start with the server, and how. (If no server starts, `serve` closes it.)
         self.waiting: dict[Coroutine[Any, Any, Any], Callable[[], None]] = {}
 
     @asynccontextmanager
     async def while_served(self) -> AsyncIterator[None]:
-        """Enter the lifespans in their order, and start what waits. At the end, end all of it."""
+        """Enter the lifespans in order, and start the waiting work. At the end, end all of it."""
         if self.loop is not None:
             raise StarioError("this app is served already: make another Stario for this server")
         self.loop = asyncio.get_running_loop()
@@ -9110,11 +9110,11 @@ class _Life:
                         if start := self.waiting.pop(work, None):
                             start()
                     yield
-                finally:  # before the lifespans are left: tasks may use what they have opened
+                finally:  # before leaving the lifespans: tasks may use what they opened
                     await self._end_tasks()
         finally:
             self.loop = None
-            await self._end_tasks()  # what a lifespan has started as it was left
+            await self._end_tasks()  # those that a lifespan started while it was left
 
     async def _end_tasks(self) -> None:
         _cancel(self.tasks)
@@ -9122,34 +9122,34 @@ class _Life:
             await asyncio.wait(self.tasks, timeout=_CLEANUP)
 
     def begin(self, work: Coroutine[Any, Any, T]) -> Future[T]:
-        """Start the work now, or when the server starts. Any thread may call this, and wait for the
-        `concurrent.futures.Future` that it gives, or cancel it. (A Task belongs to a loop.)
+        """Start the work now, or when the server starts. Any thread may call this, and may wait for
+        or cancel the `concurrent.futures.Future` that it returns. (A Task belongs to one loop.)
         """
         handle: Future[T] = Future()
 
-        def end(_: object = None) -> None:  # (does nothing to what has ended)
+        def end(_: object = None) -> None:  # (no effect if the work has ended)
             handle.cancel()
             work.close()
 
         def start() -> None:
             loop = self.loop
             if loop is None or handle.cancelled():
-                return end()  # the server, or whoever wanted this, has gone
+                return end()  # the server has stopped, or the work was cancelled
             task = loop.create_task(self._watch(work, handle))
             _keep(task, self.tasks)
-            task.add_done_callback(end)  # to cancel the one cancels the other:
+            task.add_done_callback(end)  # cancelling either one cancels the other:
             handle.add_done_callback(lambda _: loop.call_soon_threadsafe(task.cancel))
 
         self.waiting[work] = start
-        # Whoever takes it out of `waiting` starts it: `while_served`, or this line.
+        # Whichever removes it from `waiting` starts it: `while_served`, or this line.
         if (loop := self.loop) and self.waiting.pop(work, None):
             loop.call_soon_threadsafe(start)
         return handle
 
     async def _watch(self, work: Coroutine[Any, Any, T], handle: Future[T]) -> None:
-        """Do the work in a span of its own, which shows its failure; without a tracer, log that."""
+        """Do the work in its own span, which records a failure; without a tracer, log that."""
         name = getattr(work, "__qualname__", "background")
-        with self.app.tracer(name) as span, suppress(InvalidStateError):  # it was cancelled by then
+        with self.app.tracer(name) as span, suppress(InvalidStateError):  # the handle was cancelled
             try:
                 result = await work
             except asyncio.CancelledError:
@@ -9167,53 +9167,53 @@ class _Life:
 # ==================================================================================================
 # 25. @baked
 #
-# A row of a table is built by the same steps each time, and only a few values in it differ. So
-# `@baked` calls the view once, with *blanks* in place of its arguments, and finds in the text that
-# it gives where they have ended up: its *holes*. Then it writes a function that fills these. Of
+# Each row of a table is built by the same steps, and rows differ only in a few values. So `@baked`
+# calls the view once, with *blanks* in place of its arguments, and looks in the resulting text for
+# the places where they ended up: its *holes*. Then it writes a function that fills these. Of
 #
 #     @baked
 #     def line(name: str, number: int) -> SafeString:
 #         return h.Li({"id": f"line-{number}"}, name)
 #
-# it makes this function, which first tests for the types that most values have:
+# it makes this function, which first tests for the most common types:
 #
 #     lambda name, number: SafeString("".join((
 #         '<li id="line-', f"{number}" if number.__class__ is int else _quote(f"{number}"),
 #         '">', _escape(name) if name.__class__ is str else _html(name), "</li>")))
 #
-# A hole is found by the *mark* that a blank gives as its text, `"<b41f9….0>"`. Escaping changes it,
-# which tells where it stands: in content it begins with `"&lt;`, in an attribute with `&quot;&lt;`.
+# A hole is found by the *mark* that a blank gives as its text, `"<b41f9….0>"`. Escaping changes the
+# mark, which shows its place: in content it begins with `"&lt;`, in an attribute with `&quot;&lt;`.
 #
-# The rule that must hold: the function gives what the view gives, to the byte, or the first call is
-# a StarioError. So a blank can be put somewhere, and refuses all else (`if name:`), and the first
-# call compares the two functions for values of many types.
+# The rule that must hold: the function returns what the view returns, to the byte, or the first
+# call raises a StarioError. So a blank can only be put into the page, and refuses anything else
+# (`if name:`); and the first call compares the two functions with values of many types.
 # ==================================================================================================
 
 
 def baked(view: Callable[P, SafeString]) -> Callable[P, SafeString]:
-    """Build this view's element once; from then on, only fill the arguments into its text.
+    """Build this view's element once; after that, only fill the arguments into its text.
 
         @baked
         def row(name: str, price: float) -> SafeString:
             return h.Tr(h.Td(name), h.Td({"class": "price"}, f"{price:.2f}"))
 
-    An argument may be content, an attribute's value (also within its list or dict), a part of one
-    (`f"row-{id}"`, `"mailto:" + email`), or in the URL and the queries of an action. Whatever else
-    is done with it (`if name:` above all) is a StarioError at the first call, which names the
-    argument. Globals and the like keep the values that they have at the first call.
+    An argument may be content, an attribute's value (also within its list or dict), part of a value
+    (`f"row-{id}"`, `"mailto:" + email`), or in the URL and the queries of an action. Any other use
+    of it (`if name:` above all) raises a StarioError at the first call, which names the argument.
+    Globals and the like keep the values that they have at the first call.
     """
     if not inspect.isfunction(view):
         raise StarioError(f"@baked stands over a function (def), not over {view!r}")
 
-    # Python lets a function's `__code__` be replaced. At first that of `call` only calls `first`.
-    # `first` replaces it by the code of `filled`, so later calls take no detour. `names` are the
-    # global names of both.
+    # Python lets a function's `__code__` be replaced. At first the code of `call` only calls
+    # `first`. `first` replaces it with the code of `filled`, so later calls take no detour. `names`
+    # holds the globals of both.
     def first(*args: object, **kwargs: object) -> object:
         filled, own = _Bake(view, names).filled(args, kwargs), view.__code__
-        if filled is None:  # the view fails: let the caller see how
+        if filled is None:  # the view fails: let the caller see its error
             return view(*args, **kwargs)
         call.__defaults__, call.__kwdefaults__ = view.__defaults__, view.__kwdefaults__
-        call.__code__ = filled.__code__.replace(  # a traceback shows where the view stands
+        call.__code__ = filled.__code__.replace(  # a traceback shows the view's place
             co_name=own.co_name, co_filename=own.co_filename, co_firstlineno=own.co_firstlineno
         )
         return call(*args, **kwargs)
@@ -9225,44 +9225,44 @@ def baked(view: Callable[P, SafeString]) -> Callable[P, SafeString]:
 
 class _Hole(NamedTuple):
     argument: str  # its name
-    code: str  # an expression for the text that is filled in, before it is escaped
-    is_html: bool = False  # there is nothing to escape in it, as content
-    number_test: str = ""  # code: whether the value is a number, in which nothing is escaped
+    code: str  # an expression for the text that is filled in, not yet escaped
+    is_html: bool = False  # as content it needs no escaping
+    number_test: str = ""  # code that tests whether the value is a number: no escaping
 
 
-# How the beginning of a mark looks in the text, and the function that escapes there.
+# How a mark begins in the text, and the function that escapes at such a place.
 _ESCAPE_OF = {'"<': "", '"&lt;': "_escape", "&quot;&lt;": "_quote"}
 _PROBES = (None, True, False, 7, 0.5, "", ' aA <Be> & "c"\r\n', (), SafeString("<i>"))
-# Shortcuts for `mark_for`. By function: code that does the same for a text, and for a number, both
-# in `_v`. (NAME is the function's first argument.) For other types the function is called.
+# Shortcuts for `mark_for`. By function: code that does the same for a text, and for a number; both
+# are in `_v`. (NAME is the function's first argument.) For other types the function is called.
 _SHORT: dict[Callable[..., str], tuple[str, str]] = {
     _html: ("_escape(_v)", "f'{_v}'"),
     _other_attribute: ("f' NAME=\"{_quote(_v)}\"'", "f' NAME=\"{_v}\"'"),
     _declaration: ("f'NAME:{_v};'", "f'NAME:{_v};'"),
     _code: ("_v", "f'{_v}'"),
 }
-# The views that this task is calling with blanks, the innermost first.
+# The views that this task is calling with blanks, innermost first.
 _baking: contextvars.ContextVar[tuple[_Bake, ...]] = contextvars.ContextVar("baking", default=())
 
 
 class _Bake:
-    """One view, from the call with blanks to the function that fills its holes."""
+    """One view, from its call with blanks to the function that fills its holes."""
 
     def __init__(self, view: types.FunctionType, names: dict[str, Any]) -> None:
         self.view = view
         self.names = names
-        self.token = "b" + os.urandom(12).hex()  # in each mark, so that no text can forge one
+        self.token = "b" + os.urandom(12).hex()  # in each mark, so no text can forge one
         mark = rf'("<|"&lt;|&quot;&lt;){self.token}\.([0-9]+)(?:>|&gt;)(?:"|&quot;)'
         self.marks = re.compile(mark)
-        self.holes: list[_Hole] = []  # by the number in their marks
-        self.found: set[int] = set()  # the holes that are in the page
-        self.met = ""  # set by `code` and `text`: the argument of the last blank or mark in there
+        self.holes: list[_Hole] = []  # indexed by the number in their marks
+        self.found: set[int] = set()  # the holes that were found in the page
+        self.met = ""  # set by `code` and `text`: the argument of the last blank or mark
         self.refusal: StarioError | None = None  # raised again if the view catches it
 
     def filled(self, args: Any, kwargs: Any) -> types.FunctionType | None:
-        """A function that fills the holes, after it has been compared with the view.
+        """A function that fills the holes, compared with the view before it is returned.
 
-        None where the view fails with these values, so that there is nothing to compare.
+        None if the view fails with these values, so that there is nothing to compare.
         """
         signature = inspect.signature(self.view, follow_wrapped=False)
         given = signature.bind(*args, **kwargs)
@@ -9325,13 +9325,13 @@ class _Bake:
         return cast(types.FunctionType, eval(source, self.names))
 
     def text(self, text: str, is_page: bool = False) -> str:
-        """Code for a text: `"".join((…))` of what stands between the marks, and of the holes."""
+        """Code for a text: `"".join((…))` of the texts between the marks, and of the holes."""
         before, *rest = self.marks.split(text)  # a text; then start, number and text of each mark
         pieces = [repr(before)]
         for start, number, after in zip(rest[::3], rest[1::3], rest[2::3], strict=True):
             hole, escape = self.holes[int(number)], _ESCAPE_OF[start]
             if is_page and not hole.is_html and not escape:
-                continue  # no hole: the view has written HTML by hand, and escapes nothing
+                continue  # not a hole: the view wrote this HTML by hand, unescaped
             self.found.add(int(number))
             self.met = hole.argument
             code = f"{escape}({hole.code})"
@@ -9362,19 +9362,19 @@ class _Bake:
         return name
 
     def blank(self, argument: str, code: str) -> _Blank:
-        """A blank of a type named after its argument, since Python's own errors name types."""
+        """A blank whose type is named after its argument, since Python's own errors name types."""
         kind = type(f"argument {argument}", (_Blank,), {"__slots__": ()})
         return cast(_Blank, kind(self, argument, code))
 
     def mark(self, *hole: Any) -> str:
-        """The text that stands for a new hole, which is given as the fields of a `_Hole`."""
+        """The text that stands for a new hole. `hole` has the fields of a `_Hole`."""
         self.holes.append(_Hole(*hole))
         if self not in _baking.get():
             raise self.error(f"{hole[0]!r} has been kept, and is used elsewhere")
         return f'"<{self.token}.{len(self.holes) - 1}>"'
 
     def mark_for(self, function: Callable[..., str], *values: Any, is_html: bool = False) -> str:
-        """A mark for the result of a function that gets blanks; empty if no value holds one.
+        """A mark for the result of a function called with blanks; empty if no value holds one.
 
         `(_escape(_v) if (_v := name).__class__ is str else ... else _17(_v))`: the code for `_html`
         """
@@ -9394,7 +9394,7 @@ class _Bake:
 
 
 class _Blank:
-    """What a view gets in place of an argument. `code` gives its value: `name`, `('#' + name)`."""
+    """What a view gets in place of an argument. `_code` gives its value: `name`, `('#' + name)`."""
 
     __slots__ = ("_argument", "_bake", "_code")
 
@@ -9446,7 +9446,7 @@ def _result_or_none(view: Callable[..., object], given: inspect.BoundArguments) 
 
 
 def _mark_for(function: Callable[..., str], *values: object, is_html: bool = False) -> str:
-    """`mark_for` of the view that is being baked, for functions of other parts."""
+    """`mark_for` of the innermost view that is being baked, for functions of other parts."""
     return _baking.get()[0].mark_for(function, *values, is_html=is_html)
 
 
@@ -9454,9 +9454,9 @@ def _mark_for(function: Callable[..., str], *values: object, is_html: bool = Fal
 # 26. ASGI: the same app under another server [asgi]
 #
 # ASGI (https://asgi.readthedocs.io) is how Python's servers call an app: one `await app(scope,
-# receive, send)` for each request, and one for the server's life. `scope` is a request's head; each
-# `await receive()` gives some of its body, or says that the client has gone; each `await
-# send(message)` takes some of the answer, and lasts as long as the client needs to take it. So
+# receive, send)` for each request, and one for the server's lifetime. `scope` is a request's head.
+# Each `await receive()` returns some of its body, or says that the client has gone. Each `await
+# send(message)` takes some of the answer, and waits until the client can take it. So
 # `uvicorn myapp:app` serves a Stario, and `Mount("/live", app)` puts one into a FastAPI app.
 #
 #     scope        {"type": "http", "method": "GET", "path": "/", "headers": [...], ...}
@@ -9466,8 +9466,8 @@ def _mark_for(function: Callable[..., str], *values: object, is_html: bool = Fal
 #                  {"type": "http.response.body", "body": b"...", "more_body": False}
 #
 # Up to three tasks work on a request. One runs the handler. The server's own task sends the answer
-# (`pass_on`). If the handler has to wait, a third one receives (`listen`). Between each two of them
-# there is a `Body` (part 9), which holds bytes until they are read:
+# (`pass_on`). If the handler has to wait, a third one receives (`listen`). Where one passes bytes
+# to another, a `Body` (part 9) holds them until they are read:
 #
 #     receive()  ->  listen   ->  body     ->  the handler: `await c.req.body()`
 #     send(...)  <-  pass_on  <-  _answer  <-  the handler: `w.html(page)`
@@ -9484,10 +9484,10 @@ Send = Callable[[Message], Awaitable[None]]
 
 
 class _AsgiExchange(Carrier):
-    """The Carrier of one request that comes by ASGI. It lives on one loop.
+    """The Carrier of one request that comes through ASGI. It belongs to one event loop.
 
-    `_answer.ended`: the handler has completed its answer. `disconnected`: nobody takes it any
-    more. `shutting_down`: the server stops, or has cancelled this request.
+    `_answer.ended`: the handler has completed its answer. `disconnected`: nobody will read the
+    answer. `shutting_down`: the server is stopping, or has cancelled this request.
     """
 
     shutting_down = False
@@ -9516,13 +9516,13 @@ class _AsgiExchange(Carrier):
     # -- The handler's side
 
     def begin(self, status: int, fields: bytes, unsized: bool) -> None:
-        """See Carrier. `unsized` means nothing here: the server decides how a body ends."""
+        """See Carrier. `unsized` has no meaning here: the server decides how a body ends."""
         lines = [tuple(line.split(b": ", 1)) for line in fields.split(b"\r\n") if line]
         self._head = {"type": "http.response.start", "status": status, "headers": lines}
-        self._answer.feed(b"")  # it wakes `pass_on`, though there is no body yet
+        self._answer.feed(b"")  # wakes `pass_on`, though there is no body yet
 
     def send(self, data: bytes) -> None:
-        """See Carrier. A client that leaves more than `_ASGI_BUFFER` waiting is cut off."""
+        """See Carrier. A client with more than `_ASGI_BUFFER` bytes waiting for it is cut off."""
         if self._answer.buffered > _ASGI_BUFFER:
             self.abort()
             self.disconnect()
@@ -9546,7 +9546,7 @@ class _AsgiExchange(Carrier):
     # -- The server's side
 
     async def pass_on(self, send: Send) -> None:
-        """Send the answer while the handler writes it. Raises what is to make the server cut it."""
+        """Send the answer while the handler writes it. Raises to make the server cut it off."""
         more = True
         try:
             while more:
@@ -9558,11 +9558,11 @@ class _AsgiExchange(Carrier):
                 if self.may_have_body and not (more or self.body.ended):
                     await send({"type": "http.response.body", "body": data, "more_body": True})
                     data = b""
-                    # Let the rest of an unwanted body come before the answer's end. If it comes
-                    # later, hypercorn closes the connection, with all its streams of HTTP/2.
+                    # Let the rest of an unread body arrive before the answer ends. If it arrives
+                    # later, hypercorn closes the connection, with all its HTTP/2 streams.
                     await self._until(lambda: self.body.ended, _ASGI_GRACE)
                 await send({"type": "http.response.body", "body": data, "more_body": more})
-        except OSError:  # the client has gone: `disconnect` says so, or the server by `send`
+        except OSError:  # the client has gone, according to `disconnect` or to `send`
             self.disconnect()
         finally:
             self._news.set()
@@ -9572,7 +9572,7 @@ class _AsgiExchange(Carrier):
         try:
             while (message := await receive())["type"] != "http.disconnect":
                 if self.body.ended:
-                    return  # some servers give the last message again, and no disconnect
+                    return  # some servers repeat the last message, and send no disconnect
                 if chunk := message.get("body"):
                     self.body.feed(chunk)
                 if not message.get("more_body"):
@@ -9588,7 +9588,7 @@ class _AsgiExchange(Carrier):
         self.disconnect()
 
     def disconnect(self) -> None:
-        """Nobody takes the answer any more. If it is complete, the handler hears nothing of it."""
+        """Nobody will read the answer. If it is complete, the handler is not told."""
         if not self.body.ended:
             self.body.fail(ClientDisconnected("the client left before its request was complete"))
             self.body.end()
@@ -9600,22 +9600,22 @@ class _AsgiExchange(Carrier):
             self._end_scopes()
 
 
-_asgi_handlers: dict[asyncio.Task[None], _AsgiExchange] = {}  # that run
+_asgi_handlers: dict[asyncio.Task[None], _AsgiExchange] = {}  # those running
 
 
 async def _serve_asgi(app: Stario, scope: Message, receive: Receive, send: Send) -> None:
-    """One request, from its scope to the end of its handler."""
+    """Handle one request, from its scope to the end of its handler."""
     loop, exchange = asyncio.get_running_loop(), _AsgiExchange(app, scope)
     try:
         request = _asgi_request(scope, exchange)
     except HttpException as exc:
         text = exc.detail.encode()
-        exchange.may_have_body = False  # nobody reads it, so `pass_on` does not wait for it
+        exchange.may_have_body = False  # nobody reads it, so `pass_on` need not wait for it
         exchange.answer(exc.status_code, _TEXT_CONTENT[0] + _length_line(len(text)), text)
         await exchange.pass_on(send)
         return
     handling = _spawn(app.dispatch(request, exchange), loop)
-    if handling.done() and not exchange.may_have_body:  # so the third task is not needed
+    if handling.done() and not exchange.may_have_body:  # then no third task is needed
         await exchange.pass_on(send)
         return
     _asgi_handlers[handling] = exchange
@@ -9623,9 +9623,9 @@ async def _serve_asgi(app: Stario, scope: Message, receive: Receive, send: Send)
     listening = _spawn(exchange.listen(receive), loop)
     try:
         await exchange.pass_on(send)
-        if not handling.done():  # it goes on after its answer
+        if not handling.done():  # it continues after its answer
             await asyncio.wait([handling])
-    except asyncio.CancelledError:  # the server stops; the handler, a task of its own, may clean up
+    except asyncio.CancelledError:  # the server stops; the handler, in its own task, may clean up
         exchange.shutting_down = True
         loop.call_later(_ASGI_GRACE, handling.cancel)
         raise
@@ -9639,7 +9639,7 @@ def _asgi_request(scope: Message, exchange: _AsgiExchange) -> Request:
     path = (scope.get("raw_path") or quote(scope["path"]).encode()).decode("latin-1")
     root = scope.get("root_path", "").rstrip("/")
     if root and f"{scope['path']}/".startswith(f"{root}/"):  # this app is mounted there
-        # Cuts off the root's bytes and a slash. %xx is one byte, too: "/%6cive/x" becomes "/x".
+        # Cuts off the root's bytes and a slash; %xx is one byte, too: "/%6cive/x" becomes "/x".
         path = "/" + re.sub(f"(%..|.){{,{len(root.encode()) + 1}}}", "", path, count=1)
     query = scope.get("query_string", b"").decode("latin-1")
     fields: dict[str, list[str]] = {}
@@ -9656,7 +9656,7 @@ def _asgi_request(scope: Message, exchange: _AsgiExchange) -> Request:
 
 
 async def _asgi_lifespan(app: Stario, receive: Receive, send: Send) -> None:
-    """From the server's start to its end (ASGI's lifespan protocol)."""
+    """The time from the server's start to its end (ASGI's lifespan protocol)."""
     await receive()
     stage = "startup"
     try:
@@ -9681,38 +9681,38 @@ async def _asgi_lifespan(app: Stario, receive: Receive, send: Send) -> None:
 # 27. RedisRelay: the same between processes and machines [redis]
 #
 # Redis is a server that, among other things, passes messages on: PUBLISH sends one to a channel,
-# SUBSCRIBE asks for those of a channel, PSUBSCRIBE for those of all that fit a pattern. A
+# SUBSCRIBE asks for those of a channel, PSUBSCRIBE for those of all channels that fit a pattern. A
 # RedisRelay is a Relay (part 14) whose messages go through Redis, or Valkey, to all processes. It
-# asks Redis for a pattern once, however many subscriptions in this process have it.
+# subscribes to a pattern in Redis once, however many subscriptions in this process use it.
 #
 #     publish("room.1", x)  ->  _outgoing  ->  PUBLISH stario:room.1 "x"  ->  Redis
 #     subscriptions  <-  Relay._deliver  <-  one message for each pattern that fits  <-  Redis
 #
-# A thread with an event loop of its own talks to Redis, over one connection, for all loops of the
+# A thread with its own event loop talks to Redis, over one connection, for all event loops of the
 # process. So `publish` and `subscribe` work in any thread, and never wait. Redis reads commands in
-# the order in which they are sent, so whoever subscribes and then publishes hears that.
+# the order they are sent, so if you subscribe and then publish, you get that message.
 #
-# Redis keeps nothing for later. What is published while the connection is broken is missed: every
-# subscription then counts one more in its `gaps`, and a handler that shows state reads it anew.
+# Redis stores no messages. Those published while the connection is broken are missed. Every
+# subscription then adds one to its `gaps`, and a handler that shows state should read it again.
 # ==================================================================================================
 
 
-_MAX_UNSENT = 16 * 1024 * 1024  # bytes of data that may wait to be sent, while Redis answers
-_BATCH = 500  # messages that are sent at once
+_MAX_UNSENT = 16 * 1024 * 1024  # bytes of data that may wait to be sent while Redis is up
+_BATCH = 500  # messages sent at once, at most
 _RedisCommand = tuple[str | bytes, ...]
-_PING: _RedisCommand = ("PING",)  # Redis answers "PONG",
-_LAST_PING: _RedisCommand = ("PING", "last")  # and "last"
+_PING: _RedisCommand = ("PING",)  # Redis answers this with "PONG",
+_LAST_PING: _RedisCommand = ("PING", "last")  # and this with "last"
 
 
 class RedisRelay(Relay[T]):
     """A `Relay` for many processes and machines: `RedisRelay("redis://localhost")`.
 
-    It needs the package `redis`, and Redis 6 or newer. Data is what JSON can hold. At Redis,
-    subjects get `prefix` in front, so that several apps can share one.
+    It needs the package `redis`, and Redis 6 or newer. Data is what JSON can hold. In Redis, each
+    subject has `prefix` in front, so several apps can share one Redis.
 
-    While Redis cannot be reached `publish` raises StarioError; with `queue=1000`, a thousand
-    messages wait until it is back. A Redis that says nothing for `timeout` seconds counts as gone.
-    `tracer` hears of it: spans `relay.lost` and `relay.back`.
+    While Redis cannot be reached, `publish` raises StarioError; with `queue=1000`, a thousand
+    messages wait until it is back. If Redis sends nothing for `timeout` seconds, it counts as down.
+    `tracer` is told with the spans `relay.lost` and `relay.back`.
     """
 
     def __init__(
@@ -9736,14 +9736,14 @@ class RedisRelay(Relay[T]):
             from redis.asyncio import ConnectionPool
 
             pool: Any = ConnectionPool.from_url(f"{url}")
-            pool.connection_kwargs.update(  # whatever the url says
-                protocol=3,  # in which answers and messages come over one connection
+            pool.connection_kwargs.update(  # whatever the URL says
+                protocol=3,  # with it, answers and messages share one connection
                 decode_responses=False,
-                socket_timeout=timeout,  # also to connect
+                socket_timeout=timeout,  # for connecting, too
                 health_check_interval=0,
             )
             self._new_connection = pool.make_connection
-            self._new_connection()  # (it does not connect)
+            self._new_connection()  # (does not connect yet)
         except ImportError:
             raise StarioError("RedisRelay needs the package redis: pip install redis") from None
         except (ValueError, TypeError) as exc:
@@ -9756,26 +9756,26 @@ class RedisRelay(Relay[T]):
         _renewed_at_fork.add(self)
 
     def _renew(self) -> None:
-        """What a forked process needs anew: the other threads, and their work, stay behind."""
+        """Set what a forked process needs anew: it has no other threads, and not their work."""
         self._lock = threading.RLock()
         self._is_changing = False
         self._steps.clear()
         # Under the lock:
         self._outgoing: deque[tuple[str, bytes, bytes]] = deque()  # PUBLISH, channel, data
         self._unsent = 0  # bytes of data in it
-        self._changed: set[_PatternKey] = set()  # patterns that Redis is to be told of
-        self._thread: threading.Thread | None = None  # started when it is needed
-        # Set by the thread, and read by all:
-        self._down = ""  # why Redis could not be reached, if nothing has come from it since
+        self._changed: set[_PatternKey] = set()  # patterns to (un)subscribe in Redis
+        self._thread: threading.Thread | None = None  # started when needed
+        # Set by the thread, and read by all threads:
+        self._down = ""  # why Redis could not be reached; empty once it has answered again
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._work = asyncio.Event()  # there is something to be sent, or this is closed
+        self._work = asyncio.Event()  # there is something to send, or this is closed
 
     # -- In any thread
 
     def publish(self, subject: str, data: T = None) -> None:  # type: ignore[assignment]
         """Hand a message to Redis, for all subscriptions to its subject. Never waits.
 
-        Raises StarioError for data that JSON cannot hold, and where Redis is down.
+        Raises StarioError for data that JSON cannot hold, or if Redis is down.
         """
         _check_subject(subject)
         message = "PUBLISH", self._channel(subject), _relay_json(data)
@@ -9791,7 +9791,7 @@ class RedisRelay(Relay[T]):
             self._nudge()
 
     def close(self) -> None:
-        """Send what waits, for a second at most, end all subscriptions, and let go of Redis."""
+        """Send what waits, for at most a second; end all subscriptions; disconnect from Redis."""
         atexit.unregister(self.close)
         self._change(self._end)
         if self._thread is not None and not self._down:
@@ -9818,7 +9818,7 @@ class RedisRelay(Relay[T]):
             self._note_change(patterns)
 
     def _note_change(self, patterns: Sequence[_PatternKey]) -> None:
-        """Before the first subscription to a pattern, and after its last one, tell Redis of it."""
+        """Tell Redis before the first subscription to a pattern, and after the end of its last."""
         self._changed.update(pattern for pattern in patterns if not self._is_heard(pattern))
         self._nudge()
 
@@ -9827,14 +9827,14 @@ class RedisRelay(Relay[T]):
         return text in self._tables.get(length, ())
 
     def _nudge(self) -> None:
-        """Let the thread know that there is something to do; the first time, start it."""
+        """Tell the thread that there is something to do; the first time, start it."""
         if self._thread is None:
             work = (self._stay_connected(),)
             self._thread = threading.Thread(None, asyncio.run, "stario-redis", work, daemon=True)
             self._thread.start()
             atexit.register(self.close)
         elif self._loop is not None and not self._work.is_set():
-            with suppress(RuntimeError):  # closed: the thread has ended
+            with suppress(RuntimeError):  # the loop is closed: the thread has ended
                 self._loop.call_soon_threadsafe(self._work.set)
 
     def _channel(self, subject: str) -> bytes:
@@ -9843,15 +9843,15 @@ class RedisRelay(Relay[T]):
     # -- In the thread
 
     async def _stay_connected(self) -> None:
-        """Connect again and again, after up to two seconds, till this is closed and all is sent."""
+        """Keep connecting, with pauses of up to two seconds, until closed and all is sent."""
         import random
 
         self._loop, pause = asyncio.get_running_loop(), 0.05
         while not self._closed or (self._outgoing and not self._down):
             try:
                 await self._talk(self._new_connection())
-            except Exception as exc:  # whatever it is, the thread goes on
-                self._changed = set()  # (Redis is told of all patterns when it is back)
+            except Exception as exc:  # whatever happens, the thread goes on
+                self._changed = set()  # (a new connection subscribes to all patterns)
                 if not self._down:
                     reason = exc.exceptions[0] if isinstance(exc, ExceptionGroup) else exc
                     self._down, pause = f"{type(reason).__name__}: {reason}", 0.05
@@ -9860,7 +9860,7 @@ class RedisRelay(Relay[T]):
                 pause = min(2.0, pause * 2)
 
     async def _talk(self, connection: Any) -> None:
-        """One connection, from its beginning to its end."""
+        """Use one connection, from its beginning to its end."""
         await connection.connect()
         writer = connection._writer  # (redis-py has no public name for it)
         try:
@@ -9868,7 +9868,7 @@ class RedisRelay(Relay[T]):
                 group.create_task(self._send(connection.pack_commands, writer))
                 await self._receive(connection)
         finally:
-            writer.transport.abort()  # else its unsent bytes could reach Redis after the next one's
+            writer.transport.abort()  # else its unsent bytes might arrive after the next one's
             await connection.disconnect(nowait=True)
 
     async def _send(self, pack: Callable[..., list[bytes]], writer: asyncio.StreamWriter) -> None:
@@ -9898,7 +9898,7 @@ class RedisRelay(Relay[T]):
         return commands + messages
 
     def _command(self, pattern: _PatternKey) -> _RedisCommand:
-        """(UN)SUBSCRIBE to a pattern. Redis has more of them, `?` and `[a]`: these are escaped."""
+        """(UN)SUBSCRIBE to a pattern. `?` and `[a]` also have a meaning in Redis: escape them."""
         length, text = pattern
         verb = "SUBSCRIBE" if self._is_heard(pattern) else "UNSUBSCRIBE"
         if length is None:
@@ -9908,12 +9908,12 @@ class RedisRelay(Relay[T]):
     async def _receive(self, connection: Any) -> None:
         """Take what Redis sends: answers to PING and PUBLISH, and messages (redis-py: "pushes").
 
-        A message comes once for each of our patterns that fits, and nothing comes in between:
+        A message comes once for each of our patterns that fits, with nothing else in between:
         `[b"message", b"room.1", b"7"]`, `[b"pmessage", b"room.*", b"room.1", b"7"]`. The first is
-        delivered. The same by another pattern is a copy; by the same pattern, a new message.
-        It ends with the answer to the last PING: then Redis has done all that was sent before.
+        delivered. The same one with another pattern is a copy; with the same pattern, a new one.
+        The answer to the last PING ends this: Redis has then done all that was sent before it.
         """
-        pattern, content = None, None  # of the last message that was delivered
+        pattern, content = None, None  # of the last message delivered
         answer = None
         while answer != b"last":
             answer = await connection.read_response(
@@ -9926,7 +9926,7 @@ class RedisRelay(Relay[T]):
                 self._gaps += 1
                 self._tracer("relay.back").end()
             is_message = isinstance(answer, list) and answer[0] in (b"message", b"pmessage")
-            if self._down or not is_message:  # (what comes too early belongs to the gap)
+            if self._down or not is_message:  # (messages before the PONG belong to the gap)
                 content = None
             elif answer[-2:] != content or answer[1] == pattern:
                 pattern, content = answer[1], answer[-2:]
@@ -9936,12 +9936,12 @@ class RedisRelay(Relay[T]):
         try:
             subject = channel.decode("utf-8", "surrogatepass")[len(self._prefix) :]
             self._change(self._deliver, subject, json.loads(payload))
-        except (ValueError, RecursionError) as exc:  # another program has published it
+        except (ValueError, RecursionError) as exc:  # another program published it
             self._tracer("relay.unreadable", {"reason": f"{exc}"}).end()
 
 
 def _relay_json(data: object) -> bytes:
-    """Data as JSON. StarioError if reading it again would not give the same."""
+    """Data as JSON. StarioError if parsing it again would not give an equal value."""
     with suppress(TypeError, ValueError, RecursionError):
         text = json.dumps(data, allow_nan=False, separators=(",", ":"))
         if json.loads(text) == data and not isinstance(data, SafeString):
@@ -9957,34 +9957,34 @@ def _relay_json(data: object) -> bytes:
 #
 # `serve(reload=True)` starts the program a second time, as a child process, and watches the files.
 # When one is saved, the child is ended and another is started. The parent opens the listening
-# sockets and keeps them, so that between two children a browser waits, and is not refused. A
-# script in each page holds an event stream open, and the browser opens it again when it breaks. On
-# it the child tells its process id; when that is another one, the page loads itself anew. Windows
-# cannot hand sockets over: there each child opens its own.
+# sockets and keeps them, so between two children a browser waits, and is not refused. A script in
+# each page holds an event stream open; when it breaks, the browser reopens it. There the child
+# sends its process id; when that is a new one, the page reloads itself. Windows cannot hand sockets
+# over: there each child opens its own.
 # ==================================================================================================
 
 
-_RELOADED = "STARIO_RELOADED"  # this variable gives a child the descriptors of the sockets: 3,4
-_LOOK_EVERY = 0.2  # seconds between two looks at the files
+_RELOADED = "STARIO_RELOADED"  # this variable tells a child the sockets' descriptors: 3,4
+_LOOK_EVERY = 0.2  # seconds between two checks of the files
 
 
 def _watched_folders() -> set[str]:
     """The folders of the program's modules (not Python's, not installed), and of its assets."""
     paths = (getattr(module, "__file__", None) for module in list(sys.modules.values()))
     own = {os.path.dirname(os.path.abspath(path)) for path in paths if path and _is_own(path)}
-    for top in list(own):  # what is imported there later, too
+    for top in list(own):  # including what is imported later
         for folder, inside, files in os.walk(top):
             if any(name.endswith(".py") for name in files):
                 own.add(folder)
             else:
-                inside.clear()  # `walk` does not go into these
+                inside.clear()  # so `walk` does not enter these
     for assets in _collections.values():
         own |= {folder for folder, _, _ in os.walk(assets._root or "")}
     return own
 
 
 def _times(folders: set[str]) -> dict[str, int]:
-    """When each file in them was changed, by path."""
+    """When each file in these folders was last changed, by path."""
     times = {}
     for folder in folders:
         with suppress(OSError), os.scandir(folder) as entries:
@@ -10011,9 +10011,9 @@ def _compiles(paths: Iterable[str]) -> bool:
 
 
 def _keep_restarting(sockets: list[socket.socket]) -> int:
-    """Run the program as a child, and anew when a file is saved; gives its exit status at the end.
+    """Run the program as a child, restarted when a file is saved. Returns its exit status.
 
-    The end comes by a signal, or when the newest child ends by itself without an error.
+    It returns after a signal, or when the newest child ends by itself without an error.
     """
     signals: queue.SimpleQueue[int] = queue.SimpleQueue()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -10029,8 +10029,8 @@ def _keep_restarting(sockets: list[socket.socket]) -> int:
         started = subprocess.Popen(command, env=environment, pass_fds=descriptors)
         children = [*(child for child in children if child.poll() is None), started]
         restart = False
-        while not (restart or started.poll() == 0):  # while it runs (None), or if it has failed
-            # (Ctrl-C goes to the children, too. Ours within 0.1 s counts as the same: see part 10.)
+        while not (restart or started.poll() == 0):  # while it runs (None), or after it has failed
+            # (Ctrl-C reaches the children, too. Our signal within 0.1 s is ignored: see part 10.)
             with suppress(queue.Empty):
                 signals.get(timeout=_LOOK_EVERY)
                 break
@@ -10045,7 +10045,7 @@ def _keep_restarting(sockets: list[socket.socket]) -> int:
 
 
 class _ReloadingWriter(Writer):
-    """The writer of a child: adds to each page the script that loads it anew."""
+    """The writer of a child: it adds to each page the script that reloads it."""
 
     def html(self, node: object, status: int = 200) -> None:
         """Answer with a page."""
@@ -10079,7 +10079,7 @@ def _reload(app: Stario, server: Server) -> None:
         if os.name != "nt":
             server._listener.open()
         raise SystemExit(_keep_restarting(server._listener.sockets))
-    _IDLE_GRACE = 0.0  # a child that stops closes idle connections at once, to serve no old page
+    _IDLE_GRACE = 0.0  # a stopping child closes idle connections at once, to serve no old page
     descriptors = os.environ[_RELOADED].split(",")
     server._listener.sockets += [socket.socket(fileno=int(each)) for each in descriptors if each]
 
@@ -10101,14 +10101,14 @@ def _reload(app: Stario, server: Server) -> None:
 #
 # With `serve(debug=True)`, the default at a terminal, a handler's exception is answered with a page
 # that shows it: the frames of the program's own code first, with their lines and values, then the
-# request. If Datastar made the request, the page comes as a patch over the open one. A handler that
+# request. If Datastar made the request, this page is patched over the open one. A handler that
 # blocks the event loop for more than 100 ms (`time.sleep`, a long computation) is reported on
-# standard error, with its line. The rule: without `debug` nothing of this leaves the server.
+# standard error, with its line. The rule: without `debug`, none of this leaves the server.
 # ==================================================================================================
 
 
 _SECRET = re.compile(r"(?i)pass|secret|token|key|cookie|auth|session")
-_FRAMES_SHOWN = 40  # the most that are shown with lines and values
+_FRAMES_SHOWN = 40  # how many are shown, with lines and values
 _DEBUG_STYLE = """
 #stario-error { position: fixed; inset: 0; z-index: 9999; overflow: auto; padding: 1.5rem;
   font: 14px/1.5 ui-monospace, monospace; text-align: left; color: #eee; background: #1c1417; }
@@ -10120,7 +10120,7 @@ _DEBUG_STYLE = """
 
 
 def _shown_value(name: object, value: object) -> str:
-    """A value in a line: short, and hidden if it, or a name inside of it, sounds like a secret."""
+    """A value in a line: short, and hidden if it, or a name in it, sounds like a secret."""
     try:
         text = repr(value)
     except Exception as exc:
@@ -10143,7 +10143,7 @@ def _frame_view(frame: types.FrameType, at: int) -> SafeString:
 
 
 def _error_view(c: Context, exc: BaseException) -> SafeString:
-    """An exception, as an element that covers the page."""
+    """An exception as an element that covers the page."""
     frames = list(traceback.walk_tb(exc.__traceback__))[::-1]
     frames.sort(key=lambda entry: not _is_own(entry[0].f_code.co_filename))
     request = [f"{c.req.method} {c.req.raw_path} {c.req.query_string}"]
@@ -10174,10 +10174,10 @@ def _show_error(c: Context, w: Writer, exc: BaseException) -> None:
 
 
 class _Watchdog:
-    """Tells where an event loop is blocked.
+    """Reports where an event loop is blocked.
 
-    The loop notes the time every 20 ms. A thread looks at it; when it is older than 100 ms, it
-    prints which line of the program the loop's thread is at.
+    The loop notes the time every 20 ms. A thread checks it. When it is older than 100 ms, the
+    thread prints the line of the program where the loop's thread is.
     """
 
     def __init__(self) -> None:
@@ -10204,28 +10204,28 @@ class _Watchdog:
     def _tell(self, frame: types.FrameType | None) -> None:
         while frame is not None and not _is_own(frame.f_code.co_filename):
             frame = frame.f_back
-        # (Where only the line that runs the loop is left, nothing blocks: the machine is slow.)
+        # (If only the line that runs the loop is left, nothing blocks: the machine is slow.)
         if frame is not None and frame not in self._outside:
             where = f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}"
             print(f"stario: the event loop is blocked for over 100 ms at {where}", file=sys.stderr)
 
 
-Stario._develops = True  # so that `serve` turns `debug` on at a terminal
+Stario._develops = True  # `serve` turns `debug` on at a terminal
 
 
 # ==================================================================================================
 # 30. What is refused; hosts, cookies, other sites
 #
-# What cannot work is refused where it is written, and the error says what to write instead: a
-# handler that is none, an address that leads elsewhere, a host that nobody can ask for, a cookie
-# that browsers would drop without a word. Here, too, are the routes of hosts, and `same_origin`.
+# What cannot work is refused where it is written, and the error says what to write instead: an
+# object that is no handler, an address that leads elsewhere, a host that nobody can ask for, a
+# cookie that browsers would silently drop. The routes of hosts, and `same_origin`, are here, too.
 # ==================================================================================================
 
 
 def _check_word(what: str, word: object, known: Collection[str]) -> None:
-    """Refuse a word that is not known, and say which one was probably meant."""
+    """Refuse an unknown word, and say which one was probably meant."""
     if word not in known:
-        import difflib  # (here, since it takes 1 ms, and only an error needs it)
+        import difflib  # (here, because it takes 1 ms, and only errors need it)
 
         near = difflib.get_close_matches(str(word), known, 1)
         meant = f" ({near[0]!r}?)" if near else ""
@@ -10233,7 +10233,7 @@ def _check_word(what: str, word: object, known: Collection[str]) -> None:
 
 
 def _check_handler(route: str, handler: Any) -> None:
-    """Raise StarioError for what is no handler."""
+    """Raise StarioError for anything that is not a handler."""
     if handler is None:
         raise StarioError(f"{route}: no handler. Not a decorator: app.get('/', handler)")
     if isinstance(handler, type):
@@ -10251,7 +10251,7 @@ def _check_handler(route: str, handler: Any) -> None:
 
 
 def _check_arguments(function: Any, wanted: str) -> None:
-    """Raise StarioError where a function cannot be called with these arguments."""
+    """Raise StarioError if a function cannot be called with these arguments."""
     if inspect.iscoroutine(function):
         function.close()
         raise StarioError(f"{function.__name__} was called: give it without its parentheses")
@@ -10262,7 +10262,7 @@ def _check_arguments(function: Any, wanted: str) -> None:
         signature = inspect.signature(function)
         signature.bind(*wanted.split(", "))
     except ValueError:
-        return  # a builtin that does not tell
+        return  # a builtin without a known signature
     except TypeError as exc:
         raise StarioError(f"{name} is called as {name}({wanted}): {exc}") from None
     if [*signature.parameters][:2] == ["w", "c"]:
@@ -10270,7 +10270,7 @@ def _check_arguments(function: Any, wanted: str) -> None:
 
 
 def _check_middleware(middleware: Any) -> None:
-    """Raise StarioError for what is no middleware."""
+    """Raise StarioError for anything that is not middleware."""
     if middleware is Session:
         raise StarioError("a Session needs its key: app.use(Session(key))")
     _check_arguments(middleware, "handler")
@@ -10280,7 +10280,7 @@ def _check_middleware(middleware: Any) -> None:
 
 
 def _wrapped(handler: Handler, middleware: Sequence[Middleware]) -> Handler:
-    """The handler within middleware, of which the first is the outermost. StarioError for none."""
+    """The handler inside its middleware, the first outermost. StarioError if one is not valid."""
     for wrap in reversed(middleware):
         _check_middleware(wrap)
         handler = wrap(handler)
@@ -10303,8 +10303,8 @@ def _check_order(wanted: str, first: object, second: object, kind: type = object
 def _filled_in(path: str, params: dict[str, object]) -> str:
     """`/u/{id:int}/*` with {"id": 7, "tail": "a/b"} is `/u/7/a/b`: a route's path with its values.
 
-    StarioError for what does not fit the route, or would lead elsewhere: browsers take `.` and `..`
-    out of a path, and a path that begins with `//` is another host.
+    StarioError for a value that does not fit the route, or would lead elsewhere: browsers remove
+    `.` and `..` from a path, and a path that begins with `//` is another host.
     """
     filled, left = [], dict(params)
     for segment in path.split("/"):
@@ -10329,7 +10329,7 @@ def _filled_in(path: str, params: dict[str, object]) -> str:
     return address
 
 
-# -- Hosts: what names they can have, and the routes (part 7) that belong to one
+# -- Hosts: which names they can have, and the routes (part 7) that belong to one
 
 _HOST_NAME = re.compile(r"\[[0-9a-f:.]+\]|[a-z0-9_-]+(\.[a-z0-9_-]+)*")
 
@@ -10344,7 +10344,7 @@ def _host_name(name: str) -> str:
 
 
 def _tree_of(router: Router, host: str) -> _Tree:
-    """The router's tree for a host. Exact names stand first, then the longer patterns."""
+    """The router's tree for a host. Exact names come first, then the longer patterns."""
     hosts = {host: _Tree(), **router._hosts}
     order = sorted(hosts, key=lambda name: (name.startswith("*"), -len(name)))
     router._hosts = {name: hosts[name] for name in order}
@@ -10360,7 +10360,7 @@ def _trees_for(app: Router, request: Request) -> Iterator[tuple[_Tree, str]]:
             yield tree, ""
         elif pattern.startswith("*") and taken != host and all(taken.split(".")):
             yield tree, taken
-    yield app._tree, ""  # of all hosts
+    yield app._tree, ""  # for all hosts
 
 
 def _find_by_host(app: Router, request: Request) -> Handler | None:
@@ -10375,7 +10375,7 @@ def _find_by_host(app: Router, request: Request) -> Handler | None:
 
 
 class CookieOptions(TypedDict, total=False):
-    """What `w.cookie` takes beside name and value."""
+    """The options of `w.cookie` after name and value."""
 
     max_age: int | None
     expires: datetime | None
@@ -10395,7 +10395,7 @@ def _cookie_line(
     path: str = "/", domain: str | None = None, secure: bool = False, httponly: bool = False,
     samesite: str | None = "lax", partitioned: bool = False,
 ) -> str:  # fmt: skip
-    """A cookie as the value of `set-cookie` (RFC 6265). StarioError where a browser drops it."""
+    """A cookie as the value of `set-cookie` (RFC 6265). StarioError if browsers would drop it."""
     if not (isinstance(name, str) and _TOKEN.fullmatch(name)):
         raise StarioError(f"{name!r} cannot be the name of a cookie")
     if not isinstance(value, str) or _CONTROL.search(value):
@@ -10410,7 +10410,7 @@ def _cookie_line(
     prefix = name.lower().partition("-")[0]
     if prefix == "__host" and (path != "/" or domain):
         raise StarioError(f"{name!r} says: this host and all of it. Leave path and domain out")
-    # Without Secure, browsers take none of these (the drafts RFC 6265bis, section 5.7, and CHIPS).
+    # Browsers refuse all of these without Secure (drafts RFC 6265bis, section 5.7, and CHIPS).
     is_for_others = partitioned or (samesite is not None and samesite.lower() == "none")
     pieces = [
         f"{name}={quote(value, safe=_COOKIE_SAFE, errors='replace')}",
@@ -10428,7 +10428,7 @@ def _cookie_line(
     return "; ".join(filter(None, pieces))
 
 
-# -- Names that other frameworks have. Here they are attributes that say what to write instead.
+# -- Names from other frameworks. Here they are attributes that say what to write instead.
 
 _ELSEWHERE: dict[type, dict[str, str]] = {
     Router: {
@@ -10492,11 +10492,11 @@ _ELSEWHERE: dict[type, dict[str, str]] = {
 
 
 class _NoSuchName(StarioError, AttributeError):
-    """So that `hasattr` is False."""
+    """An AttributeError, too, so that `hasattr` is False."""
 
 
 class _Elsewhere:
-    """An attribute that is not there: whoever reads it is told what to write instead."""
+    """An attribute that does not exist: reading it raises an error with what to write instead."""
 
     def __init__(self, name: str, instead: str) -> None:
         self._told = f"there is no {name}: write {instead}"
@@ -10506,7 +10506,7 @@ class _Elsewhere:
 
 
 class _NotOfWriter(_Elsewhere):
-    """It cannot be set either: `w.status = 404` would have no effect."""
+    """Setting it raises, too: `w.status = 404` would have no effect."""
 
     def __set__(self, owner: object, value: object) -> NoReturn:
         raise _NoSuchName(self._told)
@@ -10529,9 +10529,9 @@ def same_origin(handler: Handler) -> Handler:
     """Middleware: refuse with 403 what other sites make a browser send.
 
     A form on another site can be sent to yours, and the browser adds your cookies: that is CSRF,
-    cross-site request forgery. Safe methods (GET) pass. For others a browser says where the request
-    comes from: over HTTPS in `Sec-Fetch-Site` (Fetch Metadata); over HTTP, and if it is old, in
-    `Origin`. What says neither is no browser, and carries nobody's cookies.
+    cross-site request forgery. Safe methods (GET) pass. For others the browser says where the
+    request comes from: over HTTPS in `Sec-Fetch-Site` (Fetch Metadata); over HTTP, and in old
+    browsers, in `Origin`. A request with neither is not a browser's, and carries nobody's cookies.
     """
 
     async def _guarded(c: Context, w: Writer) -> None:
@@ -10553,14 +10553,14 @@ def _is_own_origin(origin: str, request: Request) -> bool:
     scheme, _, place = origin.lower().partition("://")
     if scheme not in _PORTS or not place:
         return False
-    if request.scheme == "https" and scheme == "http":  # (the reverse may be a proxy's doing)
+    if request.scheme == "https" and scheme == "http":  # (the reverse may be due to a proxy)
         return False
     (host, port), (own, own_port) = _split_host(place), _split_host(request._hop.host)
     return host == own and (port or _PORTS[scheme]) == (own_port or _PORTS[scheme])
 
 
 # -- Act 4 runs: what a browser sends, checked against a dataclass. The query has the text "21";
-# `read_signals` compiles `Order` to readers (part 15), and that of `count` makes an int of it.
+# `read_signals` compiles `Order` to readers (part 15), and the one for `count` makes it an int.
 #
 #     @dataclasses.dataclass
 #     class Order:
@@ -10578,42 +10578,42 @@ def _is_own_origin(origin: str, request: Request) -> bool:
 # ==================================================================================================
 # ACT 5. The pocket client, and this file itself
 #
-# The other half of a live page runs in the browser. Part 31 is JavaScript, for where Datastar's own
-# client cannot be reached. It is made of three ideas that most libraries for pages have in common.
+# The other half of a live page runs in the browser. Part 31 is JavaScript, used where Datastar's
+# own client cannot be reached. It combines three ideas that most page libraries have in common.
 #
-# Signals. A signal is a named value in the page that knows who has read it.
+# Signals. A signal is a named value in the page that knows which code has read it.
 #
 #     <div data-signals="{price: 2, count: 3}"></div>
 #     <input type="number" data-bind="count">
 #     <b data-text="$price * $count"></b>
 #
-# `$price * $count` is JavaScript in which `$name` is a signal. The client makes a function of it,
-# and runs it for the <b>. Each signal that it reads takes a note:
+# `$price * $count` is JavaScript in which `$name` is a signal. The client compiles it to a function
+# and runs that for the <b>. Each signal that is read records its reader:
 #
 #     price  2  read by: the text of <b>
 #     count  3  read by: the text of <b>, the field
 #
-# Effects. Such a function is an effect: it runs again when something that it has read has changed.
-# Nobody declares what depends on what, each run finds out: `$open && $count` depends on `count`
-# only while `open` is true. When somebody types 4, the field writes `count`. Its readers become
-# due, and run when the event has been handled: once each, however many signals were written. A
-# computed signal (`data-computed:sum="$price * $count"`) reads and is read. A write marks it as
-# stale: it is worked out when somebody asks for it. If its value stays, its readers need not run.
+# Effects. Such a function is an effect: it runs again when a signal that it has read has changed.
+# Dependencies are not declared; each run discovers them: `$open && $count` depends on `count` only
+# while `open` is true. When somebody types 4, the field writes `count`. Its readers become due, and
+# run when the event has been handled, once each, however many signals were written. A computed
+# signal (`data-computed:sum="$price * $count"`) reads and is read. A write marks it as stale, and
+# it is computed when it is next read. If its value is the same, its readers need not run.
 #
-# Morphing. The server sends a view as HTML, the whole of it. Were it put in the place of the old
-# one, the field would lose its focus and what has been typed, and the list would jump to its top.
-# So the old elements stay, and only what differs is changed:
+# Morphing. The server sends a view as HTML, the whole of it. If it simply replaced the old one, the
+# field would lose its focus and its text, and the list would scroll to its top. So the old elements
+# stay, and only what differs is changed:
 #
 #     old  <ul> <li id="a">milk</li> <li id="b">bread</li> </ul>
 #     new  <ul> <li id="c">eggs</li> <li id="a">oat milk</li> <li id="b">bread</li> </ul>
 #
-# All depends on knowing which old element is which new one. Those with the same id are the same;
-# what has no id takes the next one of its kind. Here `a` gets another text, `b` is not touched, `c`
-# comes in front. Without ids, `a` would have become the eggs, and who was editing `a` would go on
-# in the wrong row: rows of a list that changes have ids.
+# Everything depends on knowing which old element is which new one. Elements with the same id are
+# the same; one without an id takes the next one of its kind. Here `a` gets another text, `b` is not
+# touched, and `c` is put in front. Without ids, `a` would have become the eggs, and somebody
+# editing `a` would go on in the wrong row. So give ids to the rows of a list that changes.
 #
-# Three write into one page, and each owns a part of it: a field that is being edited belongs to
-# the person, what an attribute shows (`data-text`) to its signal, all else to the server.
+# Three parties write into a page, and each owns a part of it: a field that is being edited belongs
+# to the person, what an attribute shows (`data-text`) to its signal, and all else to the server.
 # ==================================================================================================
 
 # ==================================================================================================
@@ -10621,26 +10621,26 @@ def _is_own_origin(origin: str, request: Request) -> bool:
 #
 # How its sections meet. `startPage` calls `follow` for each element. That makes an `Attribute` of
 # each `data-*` attribute and calls the plugin of its name, which listens or starts an effect. A
-# click runs an expression, and in it an action, `@post`: `request` sends it, `readEvents` takes in
+# click runs an expression, and in it an action, `@post`. `request` sends it, and `readEvents` reads
 # the answer. Each event waits for its turn (`inTurn`), and `patchElements` morphs it into the page.
-# Then the MutationObserver calls `update`, which follows what came and went, and `runDue` runs the
-# effects whose signals were written.
+# Then the MutationObserver calls `update`, which follows what was added or removed, and `runDue`
+# runs the effects whose signals were written.
 # ==================================================================================================
 
 
 POCKET_CLIENT = r"""
-// The pocket client: Datastar's protocol for the everyday part. One rule holds everywhere: what
-// fails is told in the console under its attribute's name, once, and everything else goes on. It
-// needs the right to compile expressions (CSP: 'unsafe-eval').
+// The pocket client: the everyday part of Datastar's protocol. One rule holds everywhere: whatever
+// fails is reported in the console, once, under its attribute's name, and everything else goes on.
+// It must be allowed to compile expressions (CSP: 'unsafe-eval').
 //
-// Left out: Datastar Pro, plugins, shadow roots, resets of a form, a script answer's attributes.
+// Left out: Datastar Pro, plugins, shadow roots, form resets, the attributes of a script answer.
 
 const report = (what, error, el = '') => console.error(`pocket client: ${what}: ${error}`, el);
 const unknown = (what, el) => console.warn(`pocket client: ${what} is not known here`, el);
 
-// A form's fields, and a page's images, hide properties of the same name: with a field that is
-// called "id", `form.id` is that field (HTML standard, 4.10.3). So the properties of prototypes are
-// made functions: parentNode(el) is el.parentNode, contains(el, node) is el.contains(node).
+// A form's fields, and a page's images, hide properties of the same name: if a field is called
+// "id", `form.id` is that field (HTML standard, 4.10.3). So the properties of the prototypes are
+// turned into functions: parentNode(el) is el.parentNode, contains(el, node) is el.contains(node).
 function functionsOf(...kinds) {
   const all = kinds.map((kind) => Object.getOwnPropertyDescriptors(kind.prototype));
   const jobs = Object.entries(Object.assign({}, ...all))
@@ -10666,23 +10666,23 @@ const family = (node) => isElement(node) ? [node, ...querySelectorAll(node, '*')
 const tell = (name, detail) => dispatchEvent(document, new CustomEvent(name, { detail }));
 
 // ---- Effects: functions that run again when what they read has changed ----
-// What can be read is a cell, with a version. A reader keeps the versions of what it has read, and
-// runs again when one of them is another by now. A write makes its readers stale. Computed signals
-// are worked out when somebody asks. Effects are `due`: they run when the outermost batch ends, in
+// What can be read is a cell, with a version. A reader keeps the versions of the cells it has read,
+// and runs again when one of them has changed. A write makes its readers stale. Computed signals
+// are computed when they are read. Effects are `due`: they run when the outermost batch ends, in
 // the order of their elements and attributes, whichever signal was written first.
 
 let active = null;           // the reader that is running
 let depth = 0;               // how many batches are open
-const due = new Set();       // effects to look at when the last of them ends
+const due = new Set();       // effects to check when the last of them ends
 
 class Cell {
   version = 0;
   readers = new Set();
 }
 
-// A reader with an attribute is an effect. One without is a computed signal, and a cell itself.
+// A reader with an attribute is an effect. One without is a computed signal, and is itself a cell.
 class Reader extends Cell {
-  cells = new Map();         // what it has read -> the version
+  cells = new Map();         // each cell it has read -> the version it read
   stale = true;
   value = undefined;
   constructor(job, attribute) {
@@ -10691,7 +10691,7 @@ class Reader extends Cell {
   }
 }
 
-// note: the active reader reads a cell. wake: a cell has changed. mark: its readers are stale.
+// note: the active reader reads a cell. wake: a cell has changed. mark: make its readers stale.
 function note(cell) {
   active?.cells.set(cell, cell.version);
   if (active) cell.readers.add(active);
@@ -10718,7 +10718,7 @@ function isOutdated(reader) {
   return !reader.cells.size;         // its first run
 }
 
-// What the run itself has changed does not make the reader stale.
+// Changes that the run itself makes do not make the reader stale.
 function refresh(reader) {
   if (!reader.stale) return;
   reader.stale = false;
@@ -10738,7 +10738,7 @@ function forget(reader) {
   due.delete(reader);
 }
 
-// What a job reads is this reader's, or nobody's.
+// Runs a job. What it reads is noted for this reader, or for none (null).
 function within(reader, job) {
   const outer = active;
   active = reader;
@@ -10749,7 +10749,7 @@ function within(reader, job) {
   }
 }
 
-// All that a job writes is one change. At its end the effects run, with depth still 1: what they
+// All that a job writes is one change. At its end the effects run, with depth still 1, so what they
 // write belongs to it. Then `announce` (below) tells the page which signals have changed.
 function batch(job) {
   depth++;
@@ -10773,12 +10773,12 @@ function runDue() {
 }
 
 // ---- Signals: a tree of values, and a proxy for each branch ----
-// A branch is an object without prototype, so that a signal called "constructor" is one like any
-// other. What comes from outside is copied. A list, with what is in it, is one signal: it is read
-// and announced whole, and its entries may be null; elsewhere null means that the signal is gone
+// A branch is an object without a prototype, so a signal called "constructor" is like any other.
+// Values from outside are copied. A list, with all its contents, is one signal: it is read and
+// announced as a whole, and its entries may be null. Elsewhere null means that the signal is gone
 // (JSON Merge Patch, RFC 7386).
 
-const branches = new WeakMap();  // -> { keys: its path, cells: of the keys that somebody has read }
+const branches = new WeakMap();  // -> { keys: its path, cells: one for each key that was read }
 const proxies = new WeakMap();   // of branches, of lists, and of objects in lists
 const everything = new Cell();   // read by data-json-signals, changed by every write
 const ALL_KEYS = Symbol('all keys');   // the cell of a branch's keys
@@ -10787,9 +10787,9 @@ let changes = [];                // [keys, value] of this batch, for datastar-si
 const has = Object.hasOwn;
 const isPlain = (value) => Object(value) === value
   && [Object.prototype, null].includes(Object.getPrototypeOf(value));
-const REFUSED = '__proto__';                       // JSON.stringify and {...} would misread it
+const REFUSED = '__proto__';                       // assigning to it would set a prototype
 
-// A copy without proxies. What is neither an object nor a list (an element, say) stays itself.
+// A copy without proxies. Anything but a plain object or list (an element, say) is not copied.
 function plain(value) {
   if (Array.isArray(value)) return Array.from(value, plain);
   if (!isPlain(value)) return value;
@@ -10818,7 +10818,7 @@ function current(value) {
   return value.value;
 }
 
-// `then`, `toJSON` and the like are asked for by JavaScript itself.
+// JavaScript itself reads `then`, `toJSON` and the like.
 const BY_LANGUAGE = /^(?:then|toJSON|toString|valueOf)$/;
 
 const handler = {
@@ -10826,13 +10826,13 @@ const handler = {
     if (typeof key === 'symbol') return undefined;
     if (!(key in branch) && !branches.get(branch).cells.has(key)) {
       if (BY_LANGUAGE.test(key)) return Object.prototype[key];
-      batch(() => write(branch, key, ''));         // a signal that nobody declared is empty text
+      batch(() => write(branch, key, ''));         // an undeclared signal is empty text
     }
     noteKey(branch, key);
     return key in branch ? inside(current(branch[key]), branch, key) : '';    // it was erased
   },
   set(branch, key, value) {
-    const copy = plain(value);                     // not in the batch: its reads are noted
+    const copy = plain(value);                     // outside the batch, so its reads are noted
     batch(() => write(branch, key, copy));
     return true;
   },
@@ -10841,7 +10841,7 @@ const handler = {
   ownKeys: (branch) => (noteKey(branch, ALL_KEYS), Reflect.ownKeys(branch)),
 };
 
-// What is in a list has proxies, too: a write in there is a change of the list's own signal.
+// The contents of a list have proxies, too: a write to them changes the list's own signal.
 function inside(value, branch, key) {
   if (!Array.isArray(value) && !isPlain(value)) return value;
   if (!proxies.has(value)) {
@@ -10870,12 +10870,12 @@ function leaves(value, keys = [], found = []) {
   return found;
 }
 
-// Objects merge into what is there, so that only what differs wakes its readers.
+// Objects are merged into the old value, so only what differs wakes its readers.
 function write(branch, key, value) {
   const old = branch[key];
   if (key === REFUSED || Object.is(old, value)) return;
   if ((value ?? null) === null) erase(branch, key);
-  else if (old instanceof Reader && !(value instanceof Reader)) return;   // it has no other value
+  else if (old instanceof Reader && !(value instanceof Reader)) return;   // it stays computed
   else if (!isPlain(value)) assign(branch, key, plain(value));
   else {
     if (!isPlain(old)) assign(branch, key, newBranch([...branches.get(branch).keys, key]));
@@ -10902,8 +10902,8 @@ function wakeKey(branch, key) {
   wake(everything);
 }
 
-// A signal that is erased keeps its cell while it has readers. Else their next read would find
-// neither signal nor cell, and `get` would declare the signal anew.
+// An erased signal keeps its cell while it has readers. Otherwise their next read would find
+// neither signal nor cell, and `get` would declare the signal again.
 function erase(branch, key) {
   if (!(key in branch)) return;
   const { cells } = branches.get(branch);
@@ -10912,8 +10912,8 @@ function erase(branch, key) {
   if (!cells.get(key)?.readers.size) cells.delete(key);
 }
 
-// An object takes the place of a single value even if only what is missing is set: a reader of
-// `$user.name` that came first has made `user` a text.
+// An object replaces a single value even with `onlyIfMissing`: a reader of `$user.name` that came
+// first has made `user` a text.
 function merge(patch, onlyIfMissing, branch = data) {
   for (const key of Object.keys(patch)) {
     const [old, fresh] = [branch[key], patch[key]];
@@ -10924,7 +10924,7 @@ function merge(patch, onlyIfMissing, branch = data) {
   }
 }
 
-// A path is what names a signal outside of expressions: "user.name", "items.0".
+// A path names a signal outside expressions: "user.name", "items.0".
 const find = (path) => path.split('.').reduce((at, key) =>
   Object(at) === at && key in at ? at[key] : undefined, root);
 
@@ -10938,7 +10938,7 @@ function put(path, value) {
   });
 }
 
-// One object out of [keys, value] of its leaves.
+// Build one object from the [keys, value] of its leaves.
 function nested(found) {
   const whole = Object.create(null);
   for (const [keys, value] of found) {
@@ -10972,10 +10972,10 @@ function announce() {
 }
 
 // ---- Expressions: from an attribute's text to a function ----
-// A scanner goes over the text token by token. Outside of strings, comments and regular expressions
+// A scanner goes over the text token by token. Outside strings, comments and regular expressions,
 // ; ends a statement, and $name and @name() are rewritten: `@get('/' + $a.b)` becomes
-// `__act('get',()=>['/' + $['a']['b']])`, where a retry asks for the arguments anew. The value of
-// the last statement is that of the whole.
+// `__act('get',()=>['/' + $['a']['b']])`, so a retry can compute the arguments again. The value of
+// the last statement is the value of the whole.
 
 // In this order: blanks and comments; strings; $a.b-c, but not $a -b; @name(; words; one character.
 const TOKEN = new RegExp([/(\s+|\/\/.*|\/\*[^]*?\*\/)/, /('(?:\\[^]|[^\\'])*'|"(?:\\[^]|[^\\"])*")/,
@@ -10985,11 +10985,11 @@ const TEMPLATE = /[`}](?:\\[^]|\$(?!\{)|[^\\`$])*(?:`|\$\{|$)/y;   // from ` or 
 const REGEX = /\/(?![/*])(?:\\.|\[(?:\\.|[^\]\\\n])*\]|[^/\\[\n])+\/[a-z]*/y;
 const NO_VALUE = /^(?:return|typeof|case|in|of|new|delete|void|throw|else|do)$/;
 
-// Gives what stands before the last statement, and that one.
+// Returns the code before the last statement, and the last statement.
 function translate(text) {
-  const open = [];                   // brackets that are open; ` for the ${ of a template
+  const open = [];                   // the open brackets; ` for the ${ of a template
   let [code, at, last] = ['', 0, 0]; // last: where in `code` the last statement begins
-  let value = false;                 // is a value behind us? Then / divides
+  let value = false;                 // did a value come just before? Then / divides
   let ended = false;                 // was the last token the ; after a statement?
   const next = (kind) => Object.assign(kind, { lastIndex: at }).exec(text);
   while (at < text.length) {
@@ -11015,7 +11015,7 @@ function translate(text) {
   return [code.slice(0, last), code.slice(last).replace(/[\s;]*$/, '')];
 }
 
-// Functions are kept: the rows of a table share their expressions. Long texts are data, seen once.
+// Functions are cached: the rows of a table share expressions. Long texts are data, seen once.
 const compiled = new Map();          // text -> function
 
 function compile(text) {
@@ -11034,15 +11034,15 @@ function compile(text) {
 }
 
 // ---- Attributes: data-<plugin>:<key>__<modifier>.<tag>.<tag>="<expression>" ----
-// Each element that has some is an owner; each attribute knows what it started (effects,
-// listeners, timers, observers, requests), and `end` ends all of it.
+// Each element with such attributes is an owner. Each attribute knows what it started (effects,
+// listeners, timers, observers, requests), and `end` ends all of that.
 
 const MISSING = new RegExp('^(?:on-.*|animate|custom-validity|match-media|persist|query-string|'
   + 'replace-url|rocket|scroll-into-view|view-transition)$');
 const NAMES = /^(?:bind|ref|indicator)$/;        // their value is a name, not an expression
 const SIGNAL_KEYS = /^(?:signals|computed|bind|ref|indicator)$/;
 
-// HTML lower-cases names. A signal's becomes camelCase again, all others stay kebab-case.
+// HTML lower-cases names. Signal names become camelCase again; all others stay kebab-case.
 const CASES = {
   camel: (key) => key.replace(/-+([a-z\d])/g, (_, char) => char.toUpperCase()),
   pascal: (key) => CASES.camel('-' + key),
@@ -11078,8 +11078,8 @@ class Attribute {
     });
   }
 
-  // What its expression gives. It may throw: `guard` tells that, once, and `act` is for what
-  // comes from outside, such as events and timers.
+  // The value of its expression. It may throw: `guard` reports that, once. `act` is for calls that
+  // come from outside, such as events and timers.
   run(evt, patch) {
     const callAction = (action, args) => actions[action](this, evt, args);
     return this.compiled(root, callAction, this.el, evt, patch);
@@ -11104,8 +11104,8 @@ class Attribute {
     refresh(effect);
   }
 
-  // An effect that writes into its element; `job` gives the parts. It has the last word: when a
-  // script or a morph writes there, `update` wakes the owner, a cell, which each of these reads.
+  // An effect that writes to its element; `job` gives the parts. It has the last word: if a script
+  // or a morph writes there, `update` wakes the owner, a cell that each such effect reads.
   keep(job) {
     this.effect(() => {
       note(this.owner);
@@ -11131,7 +11131,7 @@ class Attribute {
   }
 }
 
-// A part of an element is an attribute, or its text: null where there is more than text.
+// A part of an element is an attribute, or its text: null if it contains more than text.
 function partOf(el, part) {
   if (part !== '#text') return getAttribute(el, part);
   return isElement(firstChild(el)) ? null : textContent(el);
@@ -11144,8 +11144,8 @@ function showText({ el }, text) {
   return ['#text'];
 }
 
-// Key by key or all at once: data-class:done="$x" and data-class="{done: $x}". What is no longer
-// named is taken back. `writeOne` gives the name of the attribute that it wrote.
+// Key by key or all at once: data-class:done="$x" and data-class="{done: $x}". Names no longer
+// given are undone. `writeOne` returns the name of the attribute that it wrote.
 function keepEach(attribute, writeOne) {
   let last = {};
   attribute.keep(() => {
@@ -11187,7 +11187,7 @@ const plugins = {
     });
   },
   attr: (attribute) => keepEach(attribute, (name, value) => {
-    const json = Object(value) === value && JSON.stringify(value);   // none of a function
+    const json = Object(value) === value && JSON.stringify(value);   // a function has none
     const text = value === true ? '' : json || String(value);
     if (value === false || (value ?? null) === null) removeAttribute(attribute.el, name);
     else if (getAttribute(attribute.el, name) !== text) setAttribute(attribute.el, name, text);
@@ -11195,7 +11195,7 @@ const plugins = {
   }),
   style(attribute) {
     const style = styleOf(attribute.el);
-    const before = new Map();        // what was there without us
+    const before = new Map();        // the values that were not ours
     const wrote = {};
     keepEach(attribute, (name, value) => {
       if (!name.startsWith('--')) name = name.replace(/[A-Z]/g, '-$&').toLowerCase();
@@ -11230,7 +11230,7 @@ const plugins = {
       : mods.has('window') ? window : el;
     attribute.listen(target, key, (evt) => {
       if (mods.has('outside') && evt.target instanceof Node && contains(el, evt.target)) return;
-      // A form that is handled here must not load a page as well.
+      // A form that is handled here must not also load a page.
       if (mods.has('prevent') || (key === 'submit' && el instanceof HTMLFormElement)) {
         evt.preventDefault();
       }
@@ -11258,8 +11258,8 @@ const plugins = {
     const timer = setInterval(job, milliseconds(tags, 1000));
     attribute.ends.add(() => clearInterval(timer));
   },
-  'on-signal-patch-filter'() {},     // it is read by the next one
-  // The page's first signals are no change, nor is what its own expression writes.
+  'on-signal-patch-filter'() {},     // the next plugin reads it
+  // The page's first signals do not count as a change, nor does what its own expression writes.
   'on-signal-patch'(attribute) {
     const filter = getAttribute(attribute.el, 'data-on-signal-patch-filter') ?? '';
     const chosen = chooser(compile(filter)(root));
@@ -11267,10 +11267,10 @@ const plugins = {
     const later = timed(attribute, (evt, some) => attribute.act(() => {
       busy = true;
       attribute.guard(() => attribute.run(evt, some));
-      announce();                                  // now, while this one does not listen
+      announce();                                  // now, while this one ignores changes
       busy = false;
     }));
-    announce();                                    // what has changed before is no news
+    announce();                                    // earlier changes are not for this one
     attribute.listen(document, 'datastar-signal-patch', (evt) => {
       const some = busy || starting ? [] : leaves(evt.detail).filter(chosen);
       if (some.length) later(evt, nested(some));
@@ -11278,7 +11278,7 @@ const plugins = {
   },
 };
 
-// When a job runs: in a view transition, after a delay, when it is quiet, at a steady pace.
+// When a job runs: in a view transition, after a delay, once it is quiet, at a limited rate.
 const TIMING = {
   viewtransition: (job) => (...args) => transition(() => job(...args)),
   delay: (job, tags) => (...args) => { setTimeout(job, milliseconds(tags), ...args); },
@@ -11300,7 +11300,7 @@ function milliseconds(tags, otherwise = 0) {
   return tag ? parseInt(tag) * (/\ds$/.test(tag) ? 1000 : 1) : otherwise;
 }
 
-// Debounce lets each call start the time anew, throttle lets the time run out.
+// Debounce restarts the timer at each call; throttle lets it run out.
 function paced(job, tags, leading, trailing, anew) {
   let timer = null;
   let waiting = null;                // the arguments of the last call that was held back
@@ -11319,20 +11319,20 @@ function paced(job, tags, leading, trailing, anew) {
 }
 
 // ---- data-bind: a field and a signal follow each other ----
-// `save` takes what the field says, `show` writes the signal into it. A signal that exists wins at
-// first, and keeps its type: a number stays one. The field that somebody is editing is theirs: what
-// came from it is never written back (an emptied number field stays empty, "1." stays "1.").
+// `save` puts the field's value into the signal, `show` the signal's into the field. At first an
+// existing signal wins. It keeps its type: a number stays a number. The field that is being edited
+// belongs to the person: its own value is never written back ("1." stays "1.", and "" stays "").
 
 const isBox = (el) => /^(?:checkbox|radio)$/.test(el.type);
 const isNumeric = (el) => /^(?:number|range)$/.test(el.type);
 
-// An <option> -> the entry of the signal's list that chose it: the number 1, for the value "1".
+// An <option> -> the entry of the signal's list that selected it: the number 1, for the value "1".
 const entries = new WeakMap();
 
-// `prop` is for elements that are no fields: the property, or else the attribute, that is bound.
+// `prop` is for elements that are not fields: it names the bound property, or else attribute.
 function take(el, prop, old) {
   if (prop) return prop in el ? el[prop] : getAttribute(el, prop);
-  if (el.type === 'checkbox') {      // its value is "on" if the page gives it none
+  if (el.type === 'checkbox') {      // its value is "on" unless the page sets one
     const isFlag = typeof old === 'boolean' || (el.value === 'on' && typeof old !== 'string');
     return isFlag ? el.checked : el.checked ? el.value : '';
   }
@@ -11360,20 +11360,20 @@ function give(el, prop, value) {
   } else if (el.value !== text) el.value = text;
 }
 
-// The official client's name for what is told to a field that a patch has written into.
+// The official client's name for the event that tells a field that a patch has written to it.
 const REFILLED = 'datastar-prop-change';
 
-let composing = null;                            // the field with an input method (IME) at work
+let composing = null;                            // the field where an input method (IME) is at work
 addEventListener(document, 'compositionstart', (evt) => { composing = evt.target; }, true);
 addEventListener(document, 'compositionend', () => { composing = null; }, true);
 
-// Half a number, half a date, half a word: that is no value to take, nor a moment to write one.
+// Half a number, half a date, half a word: neither read such a value nor write over it.
 const isHalf = (el) => composing === el || Boolean(el.validity?.badInput);
 const isFocused = (el) => doc.activeElement(document) === el;
 
-// Several fields may share one list. The place in the page that a field had at first is its place
-// in the list: what comes and goes around it later does not give it another entry.
-const groups = new Map();                        // path -> the fields that are bound to it
+// Several fields may share one list. A field's index in the list is the place it first had among
+// them in the page. Fields that are added or removed around it later do not change that.
+const groups = new Map();                        // path -> the fields bound to it
 const precedes = (a, b) => compareDocumentPosition(b, a) & Node.DOCUMENT_POSITION_PRECEDING;
 
 function bind(attribute) {
@@ -11383,9 +11383,9 @@ function bind(attribute) {
   const prop = isField ? null : CASES.camel(mods.get('prop')?.[0] ?? 'value');
   const group = groups.get(path) ?? new Set();
   let index = null;
-  let taken = {};                    // what the signal last got from here; a new {} is no value
-  let seen = null;                   // what the field said then
-  let waiting = false;               // something was not written because the field was half-way
+  let taken = {};                    // what was last saved; a new {} equals no value
+  let seen = null;                   // the field's state at that time
+  let waiting = false;               // a value was not shown, because the field was half typed
   const state = () => String([take(el, prop, ''), el.checked]);
   const isUnchosen = () => el.type === 'radio' && !el.checked;
   function place() {
@@ -11419,10 +11419,10 @@ function bind(attribute) {
   for (const name of [...events, REFILLED]) attribute.listen(el, name, save);
   attribute.listen(el, 'blur', () => waiting && show());
   attribute.effect(show);
-  // A browser that comes back to a page fills in its fields again, and tells nobody.
+  // A browser that returns to a page fills its fields in again, without an event.
   attribute.listen(window, 'pageshow', () => setTimeout(() => state() !== seen && save()));
   if (!isSelect) return;
-  attribute.watch(new MutationObserver(() => {   // other options may have come
+  attribute.watch(new MutationObserver(() => {   // the options may have changed
     taken = {};
     show();
   }), { subtree: true, childList: true, attributes: true, characterData: true });
@@ -11447,14 +11447,14 @@ async function readFile(file) {
 }
 
 // ---- Which attributes are alive ----
-// A MutationObserver tells of every element and attribute that comes or goes, whoever did it. An
-// element that only moved is in the page again by then: it is neither ended nor begun anew.
+// A MutationObserver reports all elements and attributes that are added or removed, by any code.
+// An element that only moved is back in the page by then: it is neither ended nor started again.
 
 const MODIFIERS = new Set(['case', 'ifmissing', 'terse', 'prop', 'event', 'once', 'passive',
   'capture', 'window', 'document', 'outside', 'prevent', 'stop', 'exit', 'half', 'full',
   'threshold', 'duration', ...Object.keys(TIMING)]);
 
-// Ends and starts what has changed among an element's attributes: all, when it has left.
+// Ends and starts the attributes of an element that changed; ends all if it is gone or ignored.
 function follow(el) {
   const names = getAttributeNames(el).filter((name) => name.startsWith('data-'));
   if (!owners.has(el) && !names.length) return;
@@ -11482,7 +11482,7 @@ function quit(owner, name) {
 }
 
 function update(records) {
-  // Asked first: an attribute that starts below may write into the same part, an element's style.
+  // Found first: an attribute that starts below may write to the same part, such as the style.
   const overwritten = new Set(records.map(overwrittenOwner).filter(Boolean));
   const gone = records.flatMap(({ removedNodes }) => [...removedNodes]);
   for (const node of gone) if (!isConnected(node)) family(node).forEach(follow);
@@ -11494,7 +11494,7 @@ function update(records) {
   overwritten.forEach(wake);
 }
 
-// The owner of an element, if something else stands there than what its attributes wrote.
+// The owner of an element, if a part now differs from what the owner's attributes wrote.
 function overwrittenOwner({ type, target, attributeName: name }) {
   const el = type === 'characterData' ? parentNode(target) : target;
   const owner = owners.get(el);
@@ -11505,8 +11505,8 @@ function overwrittenOwner({ type, target, attributeName: name }) {
 const observer = new MutationObserver((records) => batch(() => update(records)));
 const settle = () => batch(() => update(observer.takeRecords()));
 
-// ---- Actions, and requests above all ----
-// `args` gives an action's arguments as they are now. A request asks anew for each attempt.
+// ---- Actions, above all requests ----
+// `args` returns an action's current arguments. A request calls it again for each attempt.
 
 const setEach = (filter, change) => batch(() => {
   const deep = (value) => Array.isArray(value) ? value.map(deep)
@@ -11527,8 +11527,8 @@ const actions = {
   toggleAll: (attribute, evt, args) => setEach(args()[0], (old) => !old),
 };
 
-// A call is a request with all its attempts; what later functions need is set on it. `given` are
-// the arguments of the first attempt; the next ask `args` anew. An error here is the expression's.
+// A call is a request with all its attempts, and holds their state. `given` are the arguments of
+// the first attempt; later ones call `args` again. An error here is reported as the expression's.
 for (const method of ['GET', 'POST', 'PUT', 'PATCH', 'DELETE', 'QUERY']) {
   actions[method.toLowerCase()] = (attribute, evt, args) => {
     const given = args();
@@ -11542,7 +11542,7 @@ for (const method of ['GET', 'POST', 'PUT', 'PATCH', 'DELETE', 'QUERY']) {
 
 const underWay = new Map();          // "GET /url" -> the AbortController of the request
 
-// The same request again cancels the one under way. "cleanup" ends it with its element, too.
+// The same request again cancels the one under way. With "cleanup", so does its element's removal.
 async function request(call) {
   const { attribute, method, given: [url, options = {}] } = call;
   const { requestCancellation: cancel = 'auto' } = options;
@@ -11570,13 +11570,13 @@ async function request(call) {
   }
   attribute.ends.delete(ends);
   if (underWay.get(slot) === own) underWay.delete(slot);
-  await inTurn('finished', () => {   // after the patches that it brought
+  await inTurn('finished', () => {   // after its patches
     attribute.owner.requests--;
     call.emit('finished');
   });
 }
 
-// Asks until there is an answer. A hidden tab lets go of its @get streams until it is shown.
+// Tries until there is an answer. A hidden tab closes its @get streams until it is visible again.
 async function attempts(call, { openWhenHidden = call.method !== 'GET', retry = 'auto',
   retryInterval = 1000, retryScaler = 2, retryMaxWait = 30000, retryMaxCount = 10 }) {
   const { cancelled } = call;
@@ -11601,7 +11601,7 @@ async function attempts(call, { openWhenHidden = call.method !== 'GET', retry = 
         call.emit('retries-failed');
         throw new Error(`given up after ${call.tries} tries`);
       }
-      // A little chance in each wait: after a restart not all clients come at the same moment.
+      // The random part keeps all clients from coming at the same moment after a restart.
       const longest = (call.interval ?? retryInterval) * retryScaler ** (call.tries - 1);
       const wait = Math.min(longest, retryMaxWait) * (1 - Math.random() / 4);
       call.emit('retrying');
@@ -11611,9 +11611,9 @@ async function attempts(call, { openWhenHidden = call.method !== 'GET', retry = 
   } while (!cancelled.aborted);
 }
 
-// Asks once; true: ask again. A broken connection throws: then `attempts` decides. `retry` 'error'
-// asks again from status 400 on, 'always' also after a stream. Status 200 grants new tries; 204 and
-// 3xx are final.
+// One attempt; true: try again. A broken connection throws, and `attempts` decides. With `retry`
+// 'error' or 'always', status 400 and above is tried again; with 'always' also an ended stream, and
+// other 2xx. Status 200 resets the count of tries; 204 and 3xx are final.
 async function attempt(call, signal, retry) {
   const { url, ...sent } = batch(() => sentWith(call));
   const answer = await fetch(url, { ...sent, signal });
@@ -11628,7 +11628,7 @@ async function attempt(call, signal, retry) {
   return retry === 'always' && status !== 204 && status < 300;
 }
 
-// What is sent, made from the arguments, signals and fields of the moment.
+// The request to send, made from the current arguments, signals and fields.
 function sentWith(call) {
   const { method, form } = call;
   const [url, options = {}] = call.given ?? call.args();
@@ -11640,7 +11640,7 @@ function sentWith(call) {
     Accept: 'text/event-stream, text/html, application/json', 'Datastar-Request': 'true',
     ...inUrl || form ? {} : { 'Content-Type': 'application/json' }, ...options.headers,
   });
-  // A header holds bytes. Ids are sent as UTF-8, one character for each byte.
+  // A header holds bytes, so an id is sent as UTF-8, with one character for each byte.
   const id = String.fromCharCode(...new TextEncoder().encode(call.lastId));
   if (id) headers.set('Last-Event-ID', id);
   const { payload, filterSignals } = options;
@@ -11653,16 +11653,16 @@ function sentWith(call) {
 
 const BUTTONS = 'button,input[type=submit],input[type=image]';
 
-// Gives a function for the fields of the form, with the button that was pressed, if that is one of
-// the form's. Null: a field is not valid.
+// Returns a function that collects the fields of the form, with the button that was pressed, if it
+// belongs to the form. Null: a field is not valid.
 function formOf(el, evt, selector) {
-  const own = localName(el) !== 'form' && el.form;           // as form="edit" says
+  const own = localName(el) !== 'form' && el.form;           // as in form="edit"
   const form = selector ? doc.querySelector(document, selector) : own || closest(el, 'form');
   if (!(form instanceof HTMLFormElement)) throw new Error('there is no form to send');
   const button = [evt?.submitter, el].find((each) =>
     each?.form === form && closest(each, BUTTONS) === each);
   const pressed = isElement(evt?.target) && closest(evt.target, BUTTONS);
-  if (pressed || evt?.type === 'submit') evt.preventDefault();     // or a page is loaded as well
+  if (pressed || evt?.type === 'submit') evt.preventDefault();     // or a page would load, too
   const { reportValidity, noValidate, enctype } = functionsOf(HTMLFormElement);
   if (!noValidate(form) && !button?.formNoValidate && !reportValidity(form)) return null;
   return () => {
@@ -11678,7 +11678,7 @@ const ANSWERS = [
   ['text/javascript', 'text/javascript', 'script'],
 ];
 
-// Reads an answer, by its type. True if it was a stream of events.
+// Reads an answer, according to its type. True if it was a stream of events.
 async function readAnswer(answer, call) {
   const kind = answer.headers.get('content-type') ?? '';
   if (kind.includes('text/event-stream')) {
@@ -11695,14 +11695,14 @@ async function readAnswer(answer, call) {
   return false;
 }
 
-// Server-Sent Events (HTML standard). Datastar's data lines are "key value"; a key can have many.
+// Server-Sent Events (HTML standard). Datastar's data lines are "key value"; keys may repeat.
 async function readEvents(body, call) {
   const reading = body.pipeThrough(new TextDecoderStream()).getReader();
   let [rest, type, data, id] = ['', '', {}, null];
   for (;;) {
     const { done, value } = await reading.read();
     if (done) return;                            // an event without its blank line is dropped
-    const whole = /[\r\n]/.test(value) || rest.endsWith('\r');      // or no line is complete
+    const whole = /[\r\n]/.test(value) || rest.endsWith('\r');      // else no line is complete
     const lines = whole ? (rest + value).split(/\r\n|\n|\r(?!$)/) : [rest + value];
     rest = lines.pop();                          // perhaps only the first half of a line
     for (const line of lines) {
@@ -11720,10 +11720,10 @@ async function readEvents(body, call) {
   }
 }
 
-// ---- What answers bring, one after the other ----
-// A view transition applies its patch a frame later. All that comes meanwhile waits for it.
+// ---- What answers bring, applied one at a time ----
+// A view transition applies its patch a frame later. Whatever arrives meanwhile waits for it.
 
-let applied = Promise.resolve();     // fulfilled when all that has come is in the page
+let applied = Promise.resolve();     // fulfilled when all received so far is in the page
 
 function inTurn(what, job, { useViewTransition, viewTransitionSelector: part } = {}) {
   const asked = String(useViewTransition) === 'true';
@@ -11733,13 +11733,13 @@ function inTurn(what, job, { useViewTransition, viewTransitionSelector: part } =
   return applied;
 }
 
-// In the whole page, or in a part of it where the browser knows how to.
+// In the whole page, or in a part of it if the browser supports that.
 function transition(job, selector) {
   const part = selector && doc.querySelector(document, selector);
   const scope = part?.startViewTransition ? part : document;
   if (!scope.startViewTransition) return job();
   const { ready, updateCallbackDone } = scope.startViewTransition(job);
-  ready.catch(() => {});                         // another one took its place
+  ready.catch(() => {});                         // another one replaced it
   return updateCallbackDone;
 }
 
@@ -11747,7 +11747,7 @@ const apply = {
   'datastar-patch-signals': ({ signals, onlyIfMissing = false }) =>
     merge(JSON.parse(signals), `${onlyIfMissing}` === 'true'),
   'datastar-patch-elements': patchElements,
-  'text/javascript': ({ script }) => (0, eval)(script),    // in the page's scope, as a script runs
+  'text/javascript': ({ script }) => (0, eval)(script),    // in the global scope, like a script
 };
 
 // ---- Elements: patches, and the morph ----
@@ -11765,7 +11765,7 @@ function patchElements({ elements = '', selector, mode = 'outer', namespace }) {
   } else throw new Error(`the mode ${mode} needs a selector`);
 }
 
-// What an element takes the place of, where there is no selector.
+// The element that a new one replaces, if there is no selector.
 function targetOf(node) {
   const whole = { html: page, head: doc.head(document), body: doc.body(document) };
   const id = getAttribute(node, 'id') ?? '';
@@ -11792,7 +11792,7 @@ const refilled = new Set();          // fields whose content the morph has chang
 const MODES = /^(?:outer|inner|replace|prepend|append|before|after|remove)$/;
 
 function patchOne(mode, target, nodes) {
-  if (!target || !isConnected(target)) return;   // one in another may be gone by then
+  if (!target || !isConnected(target)) return;   // one inside another may be gone by now
   const parent = parentNode(target);
   const isIgnored = isElement(parent) && closest(parent, '[data-ignore-morph]');
   if (isIgnored && /^(?:outer|inner)$/.test(mode)) return;
@@ -11801,14 +11801,14 @@ function patchOne(mode, target, nodes) {
   else if (mode === 'inner') morph(target, [...childNodes(target)], nodes);
   else ofElement[mode === 'replace' ? 'replaceWith' : mode](target, ...nodes);
   for (const script of scripts) if (isConnected(script)) enliven(script);
-  // Bindings are told directly: the events `input` and `change` are a person's. Those that the
-  // patch brings are not: a signal that exists wins at first.
+  // Bindings are told by a separate event: `input` and `change` mean a person. Bindings that the
+  // patch itself brings are not told: an existing signal wins at first.
   for (const el of refilled) dispatchEvent(el, new Event(REFILLED));
   refilled.clear();
   settle();
 }
 
-// A script that was parsed never runs; one that is made by hand does, when it enters the page.
+// A parsed script never runs; one that is created by code runs when it enters the page.
 function enliven(dead) {
   const script = doc.createElementNS(document, dead.namespaceURI, 'script');
   for (const name of getAttributeNames(dead)) copyAttribute(dead, script, name);
@@ -11821,18 +11821,18 @@ function enliven(dead) {
 const copyAttribute = (from, to, name) =>
   setAttributeNode(to, cloneNode(getAttributeNode(from, name)));
 
-// The morph turns old nodes into new ones and keeps what is the same. First it pairs: elements
-// whose id is on both sides (once, with the same tag), wherever they are, and with them the
-// elements around them. What has no partner takes, among the children of one parent, the next old
-// node of its kind. Then all children are put into their places, and only after that the morph
-// goes into each. What found no use goes at the very end: until then it may be wanted elsewhere.
+// The morph turns old nodes into new ones and keeps what is the same. First it pairs elements whose
+// id is on both sides (once, with the same tag), wherever they are, and with them the elements that
+// contain them. Each other new node takes, among the children of one parent, the next old node of
+// its kind. Then all children are put into place, and only after that does the morph descend into
+// each. Old nodes without use are removed at the very end: until then they may be needed elsewhere.
 function morph(parent, old, nodes) {
   const focused = doc.activeElement(document);
   const { selectionStart, selectionEnd, selectionDirection } = focused ?? {};
   const plan = planOf(parent, old, nodes);
   morphNodes(parent, old, nodes, plan);
   for (const node of plan.doomed) removeChild(parentNode(node), node);
-  // Without moveBefore, an element that moves loses the focus.
+  // Without moveBefore, an element loses the focus when it moves.
   if (!focused || !isConnected(focused) || isFocused(focused)) return;
   focused.focus({ preventScroll: true });
   if (typeof selectionStart === 'number') {      // not every field has a selection
@@ -11840,14 +11840,14 @@ function morph(parent, old, nodes) {
   }
 }
 
-// partners: new element -> old one. promised: these old ones. around: new elements that have some
-// with a partner inside. doomed: old nodes that find no use.
+// partners: new element -> its old one. promised: those old ones. around: new elements that
+// contain one with a partner. doomed: old nodes without use.
 function planOf(parent, old, nodes) {
   const [partners, promised, around] = [new Map(), new Set(), new Set()];
   const pair = (fresh, el) => promised.add(el) && partners.set(fresh, el);
   const [before, after] = [old, nodes].map(elementsById);
   for (const [id, [el, twin]] of before) {
-    const [fresh, other = twin] = after.get(id) ?? [];     // other: the id is there twice
+    const [fresh, other = twin] = after.get(id) ?? [];     // other: the id occurs twice
     if (fresh && !other && nodeName(el) === nodeName(fresh)) pair(fresh, el);
   }
   for (const [inner, partner] of [...partners]) {  // from each pair outwards
@@ -11863,7 +11863,7 @@ function planOf(parent, old, nodes) {
   return { partners, promised, around, doomed: [] };
 }
 
-// All elements of an id, outside of what is not to be morphed.
+// The elements by id, except those that must not be morphed.
 function elementsById(roots) {
   const isMorphed = (el) => !closest(parentNode(el), '[data-ignore-morph]');
   const found = roots.filter(isElement).flatMap((top) => [...hasAttribute(top, 'id') ? [top] : [],
@@ -11871,14 +11871,14 @@ function elementsById(roots) {
   return Map.groupBy(found, (el) => getAttribute(el, 'id'));
 }
 
-// Scripts are the same only if they are equal: those that are there do not run again.
+// Scripts match only if they are equal: a script already in the page does not run again.
 function kindOf(node) {
   const name = isElement(node) ? localName(node) : '';
   return nodeName(node) + (name === 'input' ? node.type : name === 'script' ? node.outerHTML : '');
 }
 
-// These are cloned, and stay in the new HTML. When the chosen option leaves a select, that chooses
-// another one: were they taken out one by one, the last would be chosen in the end.
+// These are cloned, and stay in the new HTML. A select that loses its chosen option chooses another
+// one: if options were taken out one by one, the last would end up chosen.
 const OPTIONS = /^OPT(?:ION|GROUP)$/;
 
 function morphNodes(parent, old, nodes, plan) {
@@ -11886,14 +11886,14 @@ function morphNodes(parent, old, nodes, plan) {
   const staying = new Set(matches);
   const leaving = new Set(old.filter((node) => !staying.has(node)));
   for (const node of leaving) if (!plan.promised.has(node)) plan.doomed.push(node);
-  let at = old[0] ?? null;                       // what is in the place of the next node
+  let at = old[0] ?? null;                       // the node now in the place of the next one
   nodes.forEach((node, n) => {
     while (leaving.has(at)) at = nextSibling(at);
     const match = matches[n];
     if (match && at && nextSibling(at) === match) at = match;   // the node at `at` moves later
     if (match && match === at) at = nextSibling(at);
     else if (match) move(parent, match, at);
-    else {                                       // new itself, but perhaps around old elements
+    else {                                       // a new node, which may contain old elements
       const made = plan.around.has(node) || OPTIONS.test(nodeName(node))
         ? cloneNode(node, false) : node;
       insertBefore(parent, made, at);
@@ -11903,7 +11903,7 @@ function morphNodes(parent, old, nodes, plan) {
   nodes.forEach((node, n) => matches[n] && morphNode(matches[n], node, plan));
 }
 
-// For each new node the old one that it takes the place of, if any.
+// For each new node, the old one that becomes it, if any.
 function matchAll(old, nodes, { partners, promised }) {
   const idOf = (node) => isElement(node) && getAttribute(node, 'id') || '';
   const keyOf = (node, id = idOf(node)) => `${kindOf(node)}#${id}`;
@@ -11913,7 +11913,7 @@ function matchAll(old, nodes, { partners, promised }) {
     ?? left.get(keyOf(node))?.pop() ?? left.get(keyOf(node, ''))?.pop());
 }
 
-// moveBefore keeps focus, frames and animations. It wants both ends in the page.
+// moveBefore keeps focus, frames and animations. Both nodes must be in the page.
 function move(parent, node, before) {
   if (moveBefore && isConnected(node) && isConnected(parent)) moveBefore(parent, node, before);
   else insertBefore(parent, node, before);
@@ -11925,7 +11925,7 @@ function morphNode(old, fresh, plan) {
     return;
   }
   if (hasAttribute(old, 'data-ignore-morph') || hasAttribute(fresh, 'data-ignore-morph')) return;
-  // What is in a template is in a document of its own, and no part of the comparison.
+  // A template's contents are a document of their own, and are not part of the comparison.
   if (isEqualNode(old, fresh) && !family(old).some((el) => localName(el) === 'template')) return;
   const name = localName(old);
   const [before, after] = name === 'textarea' ? [old.defaultValue, fresh.defaultValue] : [];
@@ -11942,19 +11942,19 @@ function morphAttributes(old, fresh) {
   const differs = (name) => getAttribute(old, name) !== getAttribute(fresh, name);
   const fields = { input: ['value', 'checked'], option: ['selected'] }[localName(old)] ?? [];
   const changed = fields.filter((name) => differs(name) && !preserved.includes(name));
-  // What an attribute has shown here is taken back before the new view is put there.
+  // Undo what an attribute has shown here before the new view is put in place.
   if (owners.has(old)) for (const name of oursOf(old).filter(differs)) quit(owners.get(old), name);
-  // The order in which ours stand is that in which they run. If it differs, all are set anew.
+  // Our attributes run in the order they have in the element. If it differs, all are set anew.
   if (oursOf(fresh).join() !== oursOf(old).join()) {
     for (const name of oursOf(old)) removeAttribute(old, name);
   }
   for (const name of namesOf(old)) if (!hasAttribute(fresh, name)) removeAttribute(old, name);
   for (const name of namesOf(fresh)) if (differs(name)) copyAttribute(fresh, old, name);
-  // Attributes say what a field starts with. What it has now is in its properties.
+  // Attributes hold a field's initial state; properties hold its current one.
   for (const name of changed) {
     const isThere = hasAttribute(fresh, name);
     if (name !== 'value') writeField(old, name, isThere);
-    // A box has no value of its own beside the attribute, a file field takes none.
+    // A box has no value apart from its attribute, and a file field's cannot be set.
     else if (old.type !== 'file' && (isThere || !isBox(old))) {
       writeField(old, name, getAttribute(fresh, name) ?? '');
     }
@@ -11963,7 +11963,7 @@ function morphAttributes(old, fresh) {
 
 function writeField(el, name, value) {
   const field = name === 'selected' ? closest(el, 'select') ?? el : el;
-  // What somebody is typing may mean the same already: "1." means 1, an empty number field 0.
+  // What is being typed may already mean the same: "1." means 1, an empty number field 0.
   const isSame = isNumeric(el) ? Number(el.value) === Number(value) : el.value === value;
   if (name === 'value' && isFocused(el) && (isHalf(el) || isSame)) return;
   el[name] = value;
@@ -11971,8 +11971,8 @@ function writeField(el, name, value) {
 }
 
 // ---- Start ----
-// After the browser has filled in the fields of a page that somebody comes back to: it does so
-// when the document is ready, and tells nobody.
+// The start waits until the browser, on a return to the page, has filled its fields in again: it
+// does that when the document is ready, without an event.
 
 let starting = true;
 
@@ -11994,9 +11994,9 @@ Stario._pocket = Assets({"pocket.js": POCKET_CLIENT}, "_stario")
 # ==================================================================================================
 # 32. This file as a page [read]
 #
-# `python stario.py --read` serves it: comments beside their code, names that lead to where they are
-# defined, examples with a button that runs them. An example is code in a comment, which makes an
-# `app`; its last line is a request to that, and what the answer begins with:
+# `python stario.py --read` serves it: comments beside their code, names that link to where they are
+# defined, examples with a button that runs them. An example is code in a comment that makes an
+# `app`; its last line is a request to the app, and how the answer begins:
 #
 #     async def hello(c: Context, w: Writer) -> None:
 #         w.html(h.P("Hello, ", c.req.query.get("name", "world")))
@@ -12008,7 +12008,7 @@ Stario._pocket = Assets({"pocket.js": POCKET_CLIENT}, "_stario")
 
 
 class _Row(NamedTuple):
-    """Some lines of this file: a comment or a docstring, and the code that it is about."""
+    """Some lines of this file: a comment or a docstring, and the code that it describes."""
 
     line: int  # where it begins
     prose: list[str]
@@ -12016,19 +12016,19 @@ class _Row(NamedTuple):
 
     @property
     def title(self) -> str:
-        """Of the act or part that begins here; else empty."""
+        """The title of the act or part that begins here; empty if none does."""
         return self.prose[1] if self.prose and self.prose[0].startswith("====") else ""
 
     @property
     def example(self) -> list[str]:
-        """What stands in the comment as an example: code, target, answer; or nothing."""
+        """The example in the comment: code, target, answer; empty if there is none."""
         example = r"((?:^(?: {4}.*)?\n)+)^ {4}# GET (/\S*) -> (.*)$"
         found = re.search(example, "\n".join(self.prose), re.MULTILINE)
         return list(found.groups()) if found else []
 
 
 def _rows(source: str) -> list[_Row]:
-    """Sort the lines of a file into rows: after code, a comment, function or class begins one."""
+    """Split a file into rows. After code, a comment, function or class begins a new row."""
     begins, docstrings = set[int](), dict[int, int]()  # lines; docstrings' lines, with their indent
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
@@ -12065,7 +12065,7 @@ def _code_pattern() -> re.Pattern[str]:
 
 
 def _colored(code: str, defined: set[str]) -> SafeString:
-    """Code as HTML: coloured, and its names as links to where they are defined."""
+    """Code as HTML: coloured, with its names as links to where they are defined."""
 
     def mark(found: re.Match[str]) -> str:
         kind, text = found.lastgroup, SafeString(found[0])
@@ -12079,7 +12079,7 @@ def _colored(code: str, defined: set[str]) -> SafeString:
 
 
 def _prose(lines: list[str]) -> Iterator[SafeString]:
-    """The text of a comment: paragraphs, and what is indented as it is."""
+    """A comment's text as HTML: paragraphs, and indented lines unchanged."""
     for block in "\n".join(lines).split("\n\n"):
         if block.strip("\n").startswith("    "):
             yield h.Pre(textwrap.dedent(block.strip("\n")))
@@ -12115,7 +12115,7 @@ addEventListener("scrollend", () => find.value || (localStorage.place = scrollY)
 
 
 def _book_page(rows: list[_Row]) -> SafeString:
-    """The file as a page."""
+    """The file as an HTML page."""
     codes = ["\n".join(row.code).strip("\n") for row in rows]
     part, are_scripts = "", list[bool]()
     defined = {False: set[str](), True: set[str]()}  # names of Python, and of JavaScript
@@ -12165,7 +12165,7 @@ def _example_app(row: _Row) -> Stario:
 # 33. An app to begin with
 #
 # `python stario.py` runs this app: a counter and a clock that all tabs share. `--read` serves this
-# file as a page (part 32). `--without assets,client` prints it without these parts.
+# file as a page (part 32). `--without assets,client` prints a copy without these parts.
 # ==================================================================================================
 
 
@@ -12206,8 +12206,8 @@ def _first_app() -> Stario:
 
 
 # -- Act 5 runs: a page whose text follows its input, without a request. Typing writes the signal
-# `name`; that makes the effect of `data-text` due, which writes the text of the <p>. (The page
-# loads Datastar's own client; this file's one takes its place where that cannot be reached.)
+# `name`. That makes the effect of `data-text` due, which writes the text of the <p>. (The page
+# loads Datastar's own client, or this file's if that cannot be reached.)
 #
 #     async def page(c: Context, w: Writer) -> None:
 #         field = h.Input(data.bind("name"), {"placeholder": "Your name"})
@@ -12238,10 +12238,10 @@ class _LeftOut:
 
 
 def _without(leaving: set[str]) -> str:
-    """The text of this file without these parts. Those that can go have a [name] in their title.
+    """The text of this file without these parts. Only parts with a [name] in the title can go.
 
-    SystemExit if another such part, or the import of the copy, needs one of them. Elsewhere what is
-    gone gives a StarioError when it is called.
+    SystemExit if another such part, or importing the copy, needs one of them. Elsewhere, a name
+    that is gone raises StarioError when it is called.
     """
     from symtable import symtable
 
@@ -12257,7 +12257,7 @@ def _without(leaving: set[str]) -> str:
     for name, part in left.items():
         symbols = symtable(part, "", "exec").get_symbols()
         assigned = {symbol.get_name() for symbol in symbols if symbol.is_assigned()}
-        gone |= dict.fromkeys(assigned & globals().keys(), name)  # (none of a comprehension's)
+        gone |= dict.fromkeys(assigned & globals().keys(), name)  # (not a comprehension's names)
     for name, part in rooms.items():
         for node in ast.walk(ast.parse(part)):
             if isinstance(node, ast.Name) and node.id in gone:
