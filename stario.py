@@ -9670,7 +9670,7 @@ async def _asgi_lifespan(app: Stario, receive: Receive, send: Send) -> None:
                 exchange._end_scopes()
             if running:
                 await asyncio.wait(running, timeout=_ASGI_GRACE)
-    except Exception as exc:
+    except (Exception, SystemExit) as exc:
         reason = f"{type(exc).__name__}: {exc}"
         await send({"type": f"lifespan.{stage}.failed", "message": reason})
         raise

@@ -12918,14 +12918,20 @@ class TestAsgi(StreamTest):
         self.assertEqual((said[1:], self.log[1:]), (["lifespan.shutdown.complete"], ["closed"]))
 
     async def test_a_life_that_fails_is_told_for_what_it_was(self) -> None:
-        for stage in ("startup", "shutdown"):
+        for stage, error in (
+            ("startup", LookupError("no database")),
+            ("shutdown", LookupError("no database")),
+            ("startup", SystemExit("DATABASE is not set")),  # or uvicorn would serve all the same
+        ):
 
             @asynccontextmanager
-            async def life(app: Stario, stage: str = stage) -> AsyncIterator[None]:
+            async def life(
+                app: Stario, stage: str = stage, error: BaseException = error
+            ) -> AsyncIterator[None]:
                 if stage == "startup":
-                    raise LookupError("no database")
+                    raise error
                 yield
-                raise LookupError("no database")
+                raise error
 
             app, said = Stario(), list[dict[str, str]]()
             app.lifespan(life)
@@ -12936,10 +12942,10 @@ class TestAsgi(StreamTest):
             async def send(message: Any, said: Any = said) -> None:
                 said.append(message)
 
-            with self.assertRaises(LookupError):
+            with self.assertRaises(type(error)):
                 await app({"type": "lifespan"}, receive, send)
-            failed = {"type": f"lifespan.{stage}.failed", "message": "LookupError: no database"}
-            self.assertEqual(said[-1], failed)
+            reason = f"{type(error).__name__}: {error}"
+            self.assertEqual(said[-1], {"type": f"lifespan.{stage}.failed", "message": reason})
 
 
 @needs("starlette")
