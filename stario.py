@@ -77,20 +77,20 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        7111  18. Compression [compression]
        7320  19. Static files [assets]
        7890  20. Telemetry: spans, and who hears of them
-       8447  21. JsonTracer: for log collectors [json]
-       8521  22. RichTracer: for people [rich]
-       8952  23. Sessions [sessions]
-       9066  24. What lives as long as the server
-       9168  25. @baked
-       9454  26. ASGI: the same app under another server [asgi]
-       9681  27. RedisRelay: the same between processes and machines [redis]
-       9956  28. Reload: a saved file restarts the app [reload]
-      10100  29. Development: what went wrong, shown where one looks [development]
-      10217  30. What is refused; hosts, cookies, other sites
-    10579  ACT 5. The pocket client, and this file itself
-      10620  31. The pocket client (JavaScript) [client]
-      11995  32. This file as a page [read]
-      12165  33. An app to begin with
+       8444  21. JsonTracer: for log collectors [json]
+       8518  22. RichTracer: for people [rich]
+       8949  23. Sessions [sessions]
+       9063  24. What lives as long as the server
+       9165  25. @baked
+       9451  26. ASGI: the same app under another server [asgi]
+       9678  27. RedisRelay: the same between processes and machines [redis]
+       9953  28. Reload: a saved file restarts the app [reload]
+      10097  29. Development: what went wrong, shown where one looks [development]
+      10214  30. What is refused; hosts, cookies, other sites
+    10576  ACT 5. The pocket client, and this file itself
+      10617  31. The pocket client (JavaScript) [client]
+      11992  32. This file as a page [read]
+      12162  33. An app to begin with
 
 READING PATH
 
@@ -2179,7 +2179,7 @@ def _answer_error(c: Context, w: Writer, exc: BaseException) -> None:
         else:
             w.text(exc.detail, exc.status_code)
     except Exception as wrong:  # a status, or an address, that no answer can have
-        _record_fault(c, wrong)
+        _record(c, wrong)
         w.text(_PHRASES[500], 500)
 
 
@@ -4300,7 +4300,7 @@ class TestStream:
     def __init__(self, client: TestClient, name: str, timeout: float) -> None:
         self._name = name  # of the request, for messages
         self._timeout = timeout
-        self._raised: list[BaseException] = []  # by its handler; `_record_fault` (20) puts it there
+        self._raised: list[BaseException] = []  # by its handler; `_record` (20) puts it there
         self._unread = b""  # bytes that the body's decoder cannot read before more have come
         self._unparsed = b""  # the beginning of an event
         self._events: deque[ServerEvent] = deque()  # that have come, and are not asked for yet
@@ -8218,20 +8218,17 @@ _HINTS = (  # what Python says if an `await` is missing or wrong, and what to wr
 
 
 def _record(c: Context, exc: BaseException, is_handled: bool = False) -> None:
-    """Record an exception: as an error or, if it is not the program's fault, as an event."""
+    """Record an exception: as an event, or, if it is a fault of the program's, as the span's error.
+
+    A silent app logs faults, as asyncio does. In a test they are raised there instead, unless an
+    `on_error` handler answers for them.
+    """
     if isinstance(exc, ClientDisconnected):
         c("client.disconnected")
-    elif isinstance(exc, HttpException):
+        return
+    if isinstance(exc, HttpException):
         c("http.exception", {"http.response.status_code": exc.status_code, "detail": exc.detail})
-    else:
-        _record_fault(c, exc, is_handled)
-
-
-def _record_fault(c: Context, exc: BaseException, is_handled: bool = False) -> None:
-    """Tell the developer of a fault: in the span or, if the app has no tracer, in asyncio's log.
-
-    In a test, the fault is raised there, not logged, unless an `on_error` handler answers for it.
-    """
+        return
     in_test = _failures.get()
     if in_test is not None and not is_handled:
         in_test.append(exc)
