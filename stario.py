@@ -18,18 +18,18 @@ Copy this file into your project, under any name. The smallest app (RichTracer p
 
 ACT 0. The life of a request
 
-A browser opens a connection to this app. The server (part 10) accepts it. The browser sends bytes;
-each line of them ends with "\r\n". (Numbers in brackets are those of the parts.)
+A browser opens a connection to this app. The server (part 10) accepts it. The browser sends lines
+of text, each ending in "\r\n". (Numbers in brackets are part numbers.)
 
     GET /?name=Ada HTTP/1.1
     host: localhost:8000
 
-The first line is the request line: method, target, version. Header fields follow, one on a line,
+The first line is the request line: method, target, version. Header fields follow, one per line,
 each a name and a value. All this is the head; an empty line ends it, and a body may follow. The
-connection (9) finds where the request ends, and makes a `Request` (5) of it. `dispatch` (8) takes
-that through the app: the router (7) finds the handler of `/`, the function that you wrote for it,
-and `dispatch` calls it with a `Context`, which has the request, and a `Writer` for the answer. The
-handler builds an HTML element (3) and gives it to the writer (6), which answers:
+connection (9) finds where the request ends, and makes a `Request` (5) from it. `dispatch` (8) takes
+that through the app: the router (7) finds the handler for `/`, the function that you wrote for it,
+and `dispatch` calls it with a `Context`, which holds the request, and a `Writer` for the answer.
+The handler builds an HTML element (3) and gives it to the writer (6), which answers:
 
     HTTP/1.1 200 OK
     content-type: text/html; charset=utf-8
@@ -37,21 +37,21 @@ handler builds an HTML element (3) and gives it to the writer (6), which answers
 
     <h1>Hello, Ada</h1>
 
-A page that changes while one looks at it sends a second request. Its answer has no end: it is a
-stream of events (13). The handler does not return, but writes an event whenever something changes.
-Mostly it learns of the change from another handler, through the relay (14). An event is some lines
-of text and an empty line:
+A page that changes while you look at it sends a second request. The answer does not end: it is a
+stream of events (13). The handler does not return; it writes an event whenever something changes.
+It usually learns of the change from another handler, through the relay (14). An event is a few
+lines of text followed by an empty line:
 
     event: datastar-patch-elements
     data: elements <h1 id="title">Hello, Grace</h1>
 
-Datastar (12) is the JavaScript in the page that asks for the stream, and puts each element in the
-place of the one with the same id. Part 31 is a small replacement for it that comes with this file.
+Datastar (12) is the JavaScript in the page. It requests the stream, and puts each element that
+arrives in place of the one with the same id. Part 31 of this file is a small substitute for it.
 
 MAP
 
-After each act something runs, and you may stop there. Acts 1 to 3 are what one has to understand of
-a live page; each part of act 4 can be read alone, when it is needed. A part with a name in square
+After each act something runs, and you may stop there. Acts 1 to 3 are all you need to understand a
+live page; each part of act 4 can be read alone, when it is needed. A part with a name in square
 brackets can be left out of your copy: `python stario.py --without assets,client >mine.py`.
 
       222  ACT 1. A framework
@@ -94,7 +94,7 @@ brackets can be left out of your copy: `python stario.py --without assets,client
 
 READING PATH
 
-Two hours, for a reader who wants to know how it works, not all that it does. Read in this order:
+Two hours, for a reader who wants to know how it works, not everything it does. In this order:
 
       332-349    `SafeString`  an element is a string
       630-659    `Tags`  `h.P` makes one
@@ -113,16 +113,16 @@ Two hours, for a reader who wants to know how it works, not all that it does. Re
      5646-5732   `Alive`  staying with a client
      5887-5979   `Relay`  from one handler to another
 
-The parts know little of each other. HTML, JSON, Datastar's attributes, events and the relay work in
-any framework. What brings a request and takes its answer is a `Carrier` (6), and the app knows no
-more of it than that class says: a connection (9) is one, another server's request (26) is one.
+The parts know little about each other. HTML, JSON, Datastar's attributes, events and the relay work
+in any framework. A `Carrier` (6) brings a request and takes its answer, and the app knows only what
+that class declares. A connection (9) is a carrier; so is another server's request (26).
 """
 
 from __future__ import annotations
 
 import sys
 
-if sys.version_info < (3, 11):  # noqa: UP036 - whoever tries an older one reads it here
+if sys.version_info < (3, 11):  # noqa: UP036 - the user of an older one sees this message
     raise ImportError(f"stario needs Python 3.11 or newer, and this is {sys.version.split()[0]}")
 
 import ast
@@ -221,7 +221,7 @@ P = ParamSpec("P")
 # ==================================================================================================
 # ACT 1. A framework
 #
-# What a framework is without a network: a function from a request to an answer. Whatever brings the
+# Without a network, a framework is a function from a request to an answer. Whatever brings the
 # request and takes the answer is a *carrier*. In act 2 that is a connection; at the end of this act
 # it is a class of a few lines that prints what it is given.
 # ==================================================================================================
@@ -229,17 +229,17 @@ P = ParamSpec("P")
 # ==================================================================================================
 # 2. Errors
 #
-# Three kinds. A StarioError tells the developer that the framework was used wrongly, and what to
-# write instead. An HttpException is for the client: raise one anywhere in a handler, and it becomes
-# the answer. ClientDisconnected says that nobody is left to answer.
+# There are three kinds. A StarioError tells the developer that the framework was used wrongly, and
+# what to write instead. An HttpException is for the client: raise one anywhere in a handler, and it
+# becomes the answer. ClientDisconnected says that nobody is left to answer.
 # ==================================================================================================
 
 
 class StarioError(Exception):
     """The framework was used in a way that cannot work; the message says what to do instead.
 
-    Most frames of its traceback are in this file. So a note below it says which line of your own
-    code called: `at /home/ada/app.py:12`.
+    Most frames of its traceback are in this file. So a note below it names the line of your own
+    code that made the call: `at /home/ada/app.py:12`.
     """
 
     def __init__(self, *arguments: object) -> None:
@@ -258,7 +258,7 @@ def _is_own(filename: str) -> bool:
     return not (filename.startswith(_OTHER_CODE) or "-packages" in filename)
 
 
-# (a program that was frozen into one file has no __file__, but its functions tell its name)
+# (A program frozen into one file has no __file__, but its functions know the file's name.)
 _OTHER_CODE = (os.path.dirname(os.__file__), _is_own.__code__.co_filename, "<frozen")
 
 
@@ -273,7 +273,7 @@ class HttpException(Exception):
     """An answer, raised. `HttpException(404, "no such room")` answers that text with that status.
 
     With a redirect's status the detail is the address to go to: `HttpException(302, "/login")`.
-    Without a detail the text is the status's phrase, as Python's `http.HTTPStatus` has it.
+    Without a detail the text is the status's phrase from Python's `http.HTTPStatus`.
     """
 
     def __init__(self, status_code: int, detail: str = "") -> None:
@@ -299,16 +299,16 @@ _PHRASES = {status.value: status.phrase for status in HTTPStatus}
 
 
 def _check_status(status: object) -> None:
-    """Refuse a number that is no answer's status. 600 to 999 pass: a program may have its own."""
+    """Refuse what cannot be an answer's status. 600 to 999 pass: a program may use its own."""
     if not isinstance(status, int) or not 200 <= status <= 999:
         raise StarioError(f"{status!r} is no status of an answer: 200 to 599 are")
 
 
 def _ungrouped(exc: BaseException) -> BaseException:
-    """The exception inside of an ExceptionGroup, as if the handler itself had raised it.
+    """The exception inside an ExceptionGroup, as if the handler itself had raised it.
 
-    asyncio's TaskGroup raises such a group even where only one thing has failed. A group of several
-    stays, unless each is an HttpException or a ClientDisconnected: then the first stands for all.
+    asyncio's TaskGroup raises such a group even if only one task has failed. A group of several is
+    kept, unless each is an HttpException or a ClientDisconnected: then the first one is used.
     """
     if isinstance(exc, BaseExceptionGroup):
         inside = [_ungrouped(inner) for inner in exc.exceptions]
@@ -321,11 +321,11 @@ def _ungrouped(exc: BaseException) -> BaseException:
 # 3. HTML: elements are strings
 #
 # `h.P("a < b")` is the string `<p>a &lt; b</p>`, marked as safe by its type. So there is no tree to
-# build and then to walk: an element can be kept, compared, cached and joined as the text it is, and
-# what does not change can be built once, as a module constant. The rule that must hold: a plain str
-# is text and gets escaped, a SafeString is HTML and does not. Only the functions of this part turn
-# text into HTML, and whoever writes `SafeString(text)`. The value of an attribute is text to the
-# browser, which decodes it once: so everything is escaped there, even a SafeString.
+# build and then walk. An element is text: it can be kept, compared, cached and joined, and HTML
+# that does not change can be built once, as a module constant. The rule that must hold: a plain str
+# is text and gets escaped; a SafeString is HTML and does not. Text becomes HTML only in this part,
+# or where somebody writes `SafeString(text)`. To the browser an attribute's value is text, which it
+# decodes once. So everything in an attribute is escaped, even a SafeString.
 # ==================================================================================================
 
 
@@ -345,14 +345,14 @@ class SafeString(str):
         return render(other, self)
 
     def __format__(self, spec: str) -> str:
-        """In an f-string it is plain text again. (str's own may give `self` for `{x:>3}`.)"""
+        """An f-string makes it plain text again. (str's method may return `self` for `{x:>3}`.)"""
         return format(str.__str__(self), spec)
 
 
 def _escape(text: str) -> str:
     """`a < b & c` as `a &lt; b &amp; c`."""
-    # Most text has none of these, and to look takes half of the time of replacing. A carriage
-    # return is written as a reference: browsers turn a bare one into a line feed.
+    # Most text has none of these, and looking for them takes half as long as replacing. A carriage
+    # return is written as a reference, because browsers turn a bare one into a line feed.
     if "&" in text or "<" in text or ">" in text or "\r" in text:
         text = text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
         return text.replace("\r", "&#13;") if "\r" in text else text
@@ -360,7 +360,7 @@ def _escape(text: str) -> str:
 
 
 def _quote(text: str) -> str:
-    """Escape text for between the quotes of an attribute."""
+    """Escape text that goes between the quotes of an attribute."""
     if '"' in text or "&" in text or "<" in text or ">" in text or "\r" in text:
         return _escape(text).replace('"', "&quot;")
     return text
@@ -377,7 +377,7 @@ Attributes = dict[str, object]
 def _html(
     part: Any, attributes: Attributes | None = None, escape: Callable[[str], str] = _escape
 ) -> str:
-    """A part as HTML. A dict is put into `attributes`, which is None where there is no element."""
+    """A part as HTML. A dict is added to `attributes`, which is None if there is no element."""
     kind = type(part)
     if kind is str:
         return escape(part)
@@ -385,7 +385,7 @@ def _html(
         return "".join([v if type(v) is SafeString else _html(v, attributes, escape) for v in part])
     if part is None or part is True or part is False:
         return ""
-    if hasattr(part, "__html__"):  # elements, strings of template libraries, `h.Br` uncalled
+    if hasattr(part, "__html__"):  # elements, template libraries' strings, `h.Br` without a call
         return cast(str, part.__html__())
     if isinstance(part, (str, int, float, Decimal)):
         return escape(_as_text(part))
@@ -400,7 +400,7 @@ def _html(
         return ""
     if isinstance(part, Iterable) and not isinstance(part, (bytes, bytearray, memoryview)):
         items = list(part)
-        # A member of enum.Flag yields itself, so does a UserString of one letter: they are refused.
+        # A member of enum.Flag yields itself, and so does a UserString of one letter: refuse both.
         if not (len(items) == 1 and type(items[0]) is kind and items[0] == part):
             return _html(items, attributes, escape)
     raise StarioError(
@@ -417,7 +417,7 @@ def _as_text(value: object) -> str:
 
 
 def _hint(value: object) -> str:
-    """For an error message: what was probably forgotten."""
+    """For an error message: what the caller probably forgot."""
     if isinstance(value, Awaitable):
         return " (await it first)"
     return " (call it)" if inspect.isfunction(value) or inspect.ismethod(value) else ""
@@ -433,10 +433,10 @@ _DATASTAR_NAME = re.compile(
 
 
 def _merged(first: Mapping[str, object], more: Mapping[str, object]) -> dict[str, object]:
-    """Attributes of two dicts: the later value of a name wins.
+    """Merge the attributes of two dicts: the later value of a name wins.
 
-    StarioError where Datastar would act on both values, two click handlers for example: one of
-    them would be lost, and nobody would notice.
+    StarioError for a Datastar attribute with two values, such as two click handlers: one of them
+    would be lost, and nobody would notice.
     """
     merged = {**first, **more}
     if len(merged) < len(first) + len(more):  # a name is in both
@@ -467,7 +467,7 @@ def _check_name(name: object) -> None:
 
 
 def _attributes(attributes: Mapping[str, object]) -> str:
-    """Write a dict as ` name="value" bare`: a bare name is for True and None, False is left out."""
+    """Write a dict as ` name="value" bare`: True and None give a bare name, False gives nothing."""
     text = ""
     for name in attributes:  # (a fifth faster than items(), with Python 3.13)
         if name not in _known_names:
@@ -481,7 +481,7 @@ def _attributes(attributes: Mapping[str, object]) -> str:
 
 
 def _other_attribute(name: str, value: object) -> str:
-    """An attribute whose value is no plain str. `{"data": {"id": 1}}` gives ` data-id="1"`."""
+    """An attribute whose value is not a plain str. `{"data": {"id": 1}}` gives ` data-id="1"`."""
     if value is True or value is None:
         return f" {name}"
     if value is False:
@@ -495,16 +495,16 @@ def _other_attribute(name: str, value: object) -> str:
             return f' style="{_quote(style)}"'
         if name != "class":
             return _attributes({f"{name}-{key}": item for key, item in value.items()})
-    # Only for `@baked` (part 25): skip it. It calls a view once, with placeholders (*blanks*) as
-    # arguments; at other times `_baking` is empty. For a blank `_mark_for` gives a *mark*, and each
-    # later call puts `_other_attribute(name, argument)` in its place. For other values it gives "".
+    # This is only for `@baked` (part 25): skip it for now. `@baked` calls a view once, with
+    # placeholders (*blanks*); at other times `_baking` is empty. For a blank, `_mark_for` returns a
+    # *mark*, which later calls replace by `_other_attribute(name, argument)`; for others, "".
     if _baking.get() and (mark := _mark_for(_other_attribute, name, value, is_html=True)):
         return mark
     return f' {name}="{_quote(_value_text(name, value))}"'
 
 
 def _declaration(name: str, value: object) -> str:
-    """A declaration of a style, `top:0;`, or nothing for None and False."""
+    """A style declaration, such as `top:0;`, or nothing for None and False."""
     if value is None or value is False:
         return ""
     if _baking.get() and (mark := _mark_for(_declaration, name, value)):
@@ -529,8 +529,8 @@ def _value_text(name: str, value: object) -> str:
     )
 
 
-# -- Factories. `h.P` is a function. A call of it gives an element with these parts: dicts are its
-# attributes, all else is content. `h.P({"id": "x"}, "Hello, ", h.B("Ada"))` is the string
+# -- Factories. `h.P` is a function that makes an element from its arguments: dicts are attributes,
+# all else is content. `h.P({"id": "x"}, "Hello, ", h.B("Ada"))` is the string
 # `<p id="x">Hello, <b>Ada</b></p>`. Without a call, as in `h.Div(h.Br)`, it is the empty element.
 
 Tag = Callable[..., SafeString]  # what `h.P` is: a factory
@@ -547,8 +547,8 @@ def _factory(name: str) -> Tag:
     check = _refuse_content if is_void else _CONTENT_RULES.get(name)
 
     def _element(*parts: Any) -> SafeString:
-        # A page calls this function for each element. So what most parts are is asked here, and
-        # not by a call of `_html`, with which it takes a third longer.
+        # A page calls this function for each element. So the most common types are handled here:
+        # leaving them to `_html` would take a third longer.
         attributes: Attributes | None = None
         pieces: list[str] = [bare]
         for part in parts:
@@ -575,14 +575,14 @@ def _factory(name: str) -> Tag:
 
 
 def _refuse_content(name: str, content: str) -> str:
-    """For a void element, `<br/>` say, which has no end tag."""
+    """For a void element, such as `<br/>`, which has no end tag."""
     if content:
         raise StarioError(f"<{name}> is void: it cannot have content ({content!r})")
     return ""
 
 
 def _check_raw(name: str, content: str) -> str:
-    """For a script or a style, whose text no browser decodes: so no mark of `@baked` fits there."""
+    """For a script or style. Browsers do not decode its text, so `@baked` can put no mark there."""
     if (bakes := _baking.get()) and (mark := bakes[0].marks.search(content)):
         raise StarioError(f"{mark[0]} cannot stand in a <{name}>")
     if "<!--" in content or f"</{name}" in content.lower():
@@ -594,7 +594,7 @@ def _check_raw(name: str, content: str) -> str:
 
 
 def _keep_line_feed(name: str, content: str) -> str:
-    """Browsers drop a line feed that comes first in <pre> and <textarea>: put one more there."""
+    """Browsers drop a line feed at the start of <pre> and <textarea>: add one for them to drop."""
     if _baking.get() and (mark := _mark_for(_keep_line_feed, name, content, is_html=True)):
         return mark
     return "\n" + content if content.startswith("\n") else content
@@ -644,15 +644,15 @@ class Tags:
         return [*super().__dir__(), *map(_cap_words, _TAG_NAMES.values())]
 
     def tag(self, name: str) -> Tag:
-        """A factory for any other element, a web component's say: `card = h.tag("my-card")`."""
+        """A factory for any other element, such as a web component: `card = h.tag("my-card")`."""
         if not (isinstance(name, str) and re.fullmatch(r"[A-Za-z][^\s/<>=\"'\x00]*", name)):
             raise StarioError(f"{name!r} cannot be the name of an HTML element")
         name = _TAG_NAMES.get(name.lower(), name)  # `<SCRIPT>` is a script to browsers
         factory = _factory(name)
         setattr(factory, "__html__", factory)  # noqa: B010 - `h.Div(h.Br)`: `_html` calls it
         factory.__name__ = name
-        # For `h.Div(id="x")` Python raises a TypeError that begins with this name, so it tells what
-        # to write. (A parameter `**wrong`, to raise a better one, makes each call 5% slower.)
+        # For `h.Div(id="x")` Python raises a TypeError that begins with this name, so the name says
+        # what to write. (A parameter `**wrong`, for a better message, makes each call 5% slower.)
         call = f"h.{_cap_words(name)}"
         factory.__qualname__ = f'attributes are a dict, {call}({{"id": "x"}}): {call}'
         factory.__doc__ = f"A <{name}> element with these parts: see part 3 of the file."
@@ -665,17 +665,17 @@ h = Tags()
 # ==================================================================================================
 # 4. JSON
 #
-# Answers, signals (part 15) and events (part 13) carry JSON. What JSON lacks is written as the
-# nearest thing that it has: a dataclass as an object, a date as text, a set as an array. NaN and
-# Infinity are no numbers of JSON: they are neither written nor read.
+# Answers, signals (part 15) and events (part 13) carry JSON. A type that JSON lacks is written as
+# the nearest one that it has: a dataclass as an object, a date as text, a set as an array. NaN and
+# Infinity are not JSON: they are neither written nor read.
 # ==================================================================================================
 
 
 def _json_default(value: object) -> object:
-    """What JSON lacks, as the nearest thing that it has: the `default` of json.dumps."""
+    """Convert a value of a type that JSON lacks to the nearest one: the `default` of json.dumps."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    if hasattr(value, "model_dump"):  # a model of Pydantic's
+    if hasattr(value, "model_dump"):  # a Pydantic model
         return value.model_dump(mode="json")
     if isinstance(value, (date, time_of_day)):
         return value.isoformat()
@@ -693,9 +693,9 @@ def _json_default(value: object) -> object:
 def _json_writer(default: Callable[[Any], object], ascii_only: bool = True) -> Callable[[Any], str]:
     """Make a function like json.dumps. It writes no spaces, and refuses NaN and Infinity.
 
-    json.dumps makes an encoder at each call, and takes 4 times as long for a dict of two items.
-    Here it is made once. It does not look for circular references: for that it would keep a dict,
-    which threads cannot share. So a value that holds itself ends in a RecursionError.
+    json.dumps makes an encoder on each call, and takes 4 times as long for a dict of two items.
+    Here the encoder is made once. It does not look for circular references: that needs a dict,
+    which threads cannot share. So a value that contains itself ends in a RecursionError.
     """
     encoder = json.encoder
     escape = encoder.encode_basestring_ascii if ascii_only else encoder.encode_basestring
@@ -711,11 +711,11 @@ _encode_script = _json_writer(_json_default)  # in ASCII only, for JavaScript wi
 
 
 def _json(value: object, encode: Callable[[object], str] = _encode_json) -> str:
-    """A value as JSON. StarioError where it cannot be."""
+    """A value as JSON. StarioError if it cannot be written as JSON."""
     try:
         try:
             return encode(value)
-        except TypeError:  # perhaps a date is a key, and `default` is called for values only
+        except TypeError:  # perhaps a key is a date: `default` is called only for values
             return encode(_with_plain_keys(value))
     except RecursionError as exc:
         raise StarioError("JSON cannot hold what holds itself, or is nested so deeply") from exc
@@ -737,7 +737,7 @@ _JSON_TYPES = (str, int, float, types.NoneType)
 
 
 def _finite(text: str) -> float:
-    """A number of JSON: not NaN or Infinity (RFC 8259, section 6), which 1e999 would become."""
+    """Parse a JSON number; ValueError for NaN and Infinity (RFC 8259, section 6), or 1e999."""
     number = float(text)
     if not math.isfinite(number):
         raise ValueError(f"{text[:20]} is no finite number")
@@ -748,10 +748,10 @@ _json_decoder = json.JSONDecoder(parse_float=_finite, parse_constant=_finite)
 
 
 def _parse_json(text: str | bytes) -> Any:
-    """The value of JSON in UTF-8 (RFC 8259); HttpException(400) where it is not JSON.
+    """Parse JSON in UTF-8 (RFC 8259); HttpException(400) if it is not JSON.
 
-    JSON may escape an emoji as two halves (*surrogates*), `\\ud83d\\ude00`. Half an emoji is no
-    text. So the value is written as UTF-8 and read again, which makes a `?` of each lone half.
+    JSON may escape an emoji as two halves (*surrogates*), `\\ud83d\\ude00`. One half alone is not
+    text. So the value is written as UTF-8 and read again, which turns each lone half into a `?`.
     """
     try:
         plain = (text if isinstance(text, str) else text.decode()).strip("\ufeff \t\r\n")
@@ -771,15 +771,15 @@ _MANY_CONTAINERS = 10_000
 
 
 def _is_dense(text: str) -> bool:
-    """Whether JSON is little else than `[],[],[]`: that takes 40 times its length in memory."""
+    """Whether JSON is little more than `[],[],[]`, which takes 40 times its length in memory."""
     most = max(_MANY_CONTAINERS, len(text) // 5)
     if text.count("[") + text.count("{") <= most:
         return False
-    rest = _JSON_STRING.sub("", text)  # what stands within text opens nothing
+    rest = _JSON_STRING.sub("", text)  # a bracket within a string opens nothing
     return rest.count("[") + rest.count("{") > most
 
 
-# (`*+` and `++` never try again with less, so the time of a match grows only with the length.)
+# (`*+` and `++` never backtrack, so the time of a match grows only linearly with the length.)
 _JSON_STRING = re.compile(r'"[^"\\]*+(?:\\.[^"\\]*+)*+"?', re.DOTALL)
 _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
@@ -788,38 +788,38 @@ _ESCAPED_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 # 5. The request: headers, query, cookies, body
 #
 # A request is made from what a carrier has read: method, target, header fields, and a body that may
-# still be on its way. Everything else is worked out when somebody asks for it. The rules: text is
-# always decoded `str`, and what a client sends wrongly ends in an HttpException, never in a guess.
+# still be on its way. Everything else is computed when it is first needed. The rules: text is
+# always decoded `str`, and malformed input ends in an HttpException, never in a guess.
 # ==================================================================================================
 
 
 _TOKEN = re.compile(r"[!#$%&'*+.^_`|~0-9A-Za-z-]+")  # a field's name (RFC 9110, section 5.6.2)
-_BAD_VALUE = re.compile(r"[^\t\x20-\x7e\x80-\xff]")  # no value of a field has these (section 5.5)
+_BAD_VALUE = re.compile(r"[^\t\x20-\x7e\x80-\xff]")  # no field value has these (section 5.5)
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half of an emoji (see `_parse_json`)
 
 
 class _Missing(HttpException, KeyError):
-    """The client has left out what the handler asks for with `[name]`."""
+    """The client has left out a value that the handler requires with `[name]`."""
 
 
 class _Fields:
-    """Values by name. A name may come several times, as `tag` does in `?tag=a&tag=b`."""
+    """Values by name. A name may occur several times, as `tag` does in `?tag=a&tag=b`."""
 
-    _fold: Callable[[str], str] = str  # a name as it is kept: for header fields, in lower case
+    _fold: Callable[[str], str] = str  # how a name is stored: header fields use lower case
 
     def __init__(self, fields: dict[str, list[str]] | None = None) -> None:
         self._fields = fields if fields is not None else {}  # name -> its values, in order
 
     def _values(self, name: str) -> Sequence[str]:
-        """All values of a name, in order. (Lower case is tried last: to make it takes time.)"""
+        """All values of a name, in order. (The folded name is tried last: folding takes time.)"""
         return self._fields.get(name) or self._fields.get(self._fold(name)) or ()
 
     def items(self) -> list[tuple[str, str]]:
-        """All fields as pairs of name and value; a name that came twice is in two of them."""
+        """All fields as pairs of name and value; a name with two values is in two pairs."""
         return [(name, value) for name, values in self._fields.items() for value in values]
 
     def getlist(self, name: str) -> list[str]:
-        """All values of a name, in order; an empty list where there is none."""
+        """All values of a name, in order; an empty list if there are none."""
         return list(self._values(name))
 
     def keys(self) -> list[str]:
@@ -839,10 +839,10 @@ class _Fields:
     def get(self, name: str, *, type: Callable[[str], T]) -> T | None: ...
 
     def get(self, name: str, default: Any = None, type: Callable[[str], Any] | None = None) -> Any:
-        """The first value of a name. `default` where there is none, or `type` refuses it.
+        """The first value of a name; `default` if there is none, or if `type` refuses it.
 
         `c.req.query.get("start", 0, type=int)`; a bool is true for "true", "on", "yes" and "1".
-        A type refuses by a ValueError, LookupError, ArithmeticError or RecursionError.
+        A type refuses with a ValueError, LookupError, ArithmeticError or RecursionError.
         """
         values = self._values(name)
         if not values or type is None:
@@ -855,7 +855,7 @@ class _Fields:
             return default
 
     def __getitem__(self, name: str) -> str:
-        """The first value of a name. Without one: an HttpException(400) that is a KeyError, too."""
+        """The first value of a name. If none: an HttpException(400) that is also a KeyError."""
         values = self.getlist(name)
         if not values:
             raise _Missing(400, f"{name!r} is missing")
@@ -875,7 +875,7 @@ class _Fields:
 
 
 class QueryParams(_Fields):
-    """The parameters of a query or a form: decoded text, a key may come several times."""
+    """The parameters of a query or a form: decoded text. A key may occur several times."""
 
     def __init__(self, pairs: Iterable[tuple[str, str]] = ()) -> None:
         fields: dict[str, list[str]] = {}
@@ -885,28 +885,28 @@ class QueryParams(_Fields):
 
 
 class Headers(_Fields):
-    """Header fields: names without regard to case, values as text (RFC 9110, section 5)."""
+    """Header fields: names are case-insensitive, values are text (RFC 9110, section 5)."""
 
     _fold = staticmethod(str.lower)
 
     def _list(self, name: str) -> list[str]:
-        """The items of a field that is a list, `a, b`, in all its lines (RFC 9110, section 5.3)."""
+        """The items of a list field, `a, b`, from all its lines (RFC 9110, section 5.3)."""
         items = ",".join(self._values(name)).split(",")
         return [item for text in items if (item := text.strip(" \t"))]
 
 
 class ResponseHeaders(Headers):
-    """The header fields of an answer. What changes them returns them, so calls can be chained.
+    """The header fields of an answer. Methods that change them can be chained.
 
-    A name is `str` or `bytes`, a value also `int`. What cannot stand in one (line breaks, control
-    characters, text outside of Latin-1) raises StarioError, and so does writing after the headers
-    have been sent.
+    A name is `str` or `bytes`; a value may also be `int`. A character that a field cannot have
+    (line break, control character, text outside Latin-1) raises StarioError, and so does a change
+    after the headers have been sent.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.sent = False
-        self.before_sending: Callable[[], None] | None = None  # may add some: sessions (part 23) do
+        self.before_sending: Callable[[], None] | None = None  # sessions (part 23) add some
 
     def set(self, name: str | bytes, value: str | bytes | int) -> ResponseHeaders:
         """Make this the only value of the field."""
@@ -923,13 +923,13 @@ class ResponseHeaders(Headers):
         return self
 
     def setdefault(self, name: str | bytes, value: str | bytes | int) -> ResponseHeaders:
-        """Set the field unless it is there."""
+        """Set the field unless it is already there."""
         key, text = _field(name, value)
         self._unsent.setdefault(key, [text])
         return self
 
     def update(self, fields: Mapping[str, str | bytes | int]) -> ResponseHeaders:
-        """Set several."""
+        """Set several fields."""
         for name, value in dict(fields).items():
             self.set(name, value)
         return self
@@ -946,7 +946,7 @@ class ResponseHeaders(Headers):
 
     @property
     def _unsent(self) -> dict[str, list[str]]:
-        """The fields, to be changed. StarioError once they have been sent."""
+        """The fields, while they may change. StarioError once they have been sent."""
         if self.sent:
             raise StarioError("the headers have been sent: set them before the first write")
         return self._fields
@@ -957,7 +957,7 @@ def _text(value: str | bytes) -> str:
 
 
 def _field(name: str | bytes, value: str | bytes | int) -> tuple[str, str]:
-    """Check a header field; give its name in lower case, and its value as text."""
+    """Check a header field; return its name in lower case, and its value as text."""
     if not isinstance(value, (str, bytes, int)):
         raise StarioError(f"the value of {name!r} is text, not {type(value).__name__}")
     key = _text(name).lower()
@@ -991,7 +991,7 @@ _ESCAPE = re.compile("%([0-9A-Fa-f]{2})")
 def _unescaped(text: str) -> bytes:
     """`a%20b` as `b"a b"` (RFC 3986, section 2.1). A percent sign that escapes nothing stays.
 
-    (In Latin-1 one character is one byte. So it is done with text, which joins in less memory.)
+    (In Latin-1 one character is one byte. So this works on text, which takes less memory to join.)
     """
     pieces = _ESCAPE.split(text.encode("utf-8", "replace").decode("latin-1"))  # a, 20, b
     pieces[1::2] = bytes.fromhex("".join(pieces[1::2])).decode("latin-1")  # 20 -> " ", and so on
@@ -999,12 +999,12 @@ def _unescaped(text: str) -> bytes:
 
 
 def _unquote(text: str) -> str:
-    """Percent-decode; what is no UTF-8 then is replaced."""
+    """Percent-decode; bytes that are not UTF-8 are replaced."""
     return _unescaped(text).decode("utf-8", "replace") if "%" in text else text
 
 
 _BAD_ESCAPE = re.compile(r"%(?![0-9A-Fa-f]{2})")
-_SLASH = "\udcff"  # stands for `%2F` until a path is split: the byte FF, which UTF-8 never has
+_SLASH = "\udcff"  # stands for `%2F` until a path is split: the byte FF, never part of UTF-8
 
 
 def _decode_path(raw: str) -> str:
@@ -1015,35 +1015,35 @@ def _decode_path(raw: str) -> str:
     if _BAD_ESCAPE.search(raw):
         raise HttpException(400, "the path has a percent sign that escapes nothing")
     marked, slashes = re.subn("%2[Ff]", "%FF", raw)  # which decodes to `_SLASH`
-    # "surrogateescape" makes a surrogate of each byte that is no UTF-8: only our own may be there.
+    # "surrogateescape" turns each byte that is not UTF-8 into a surrogate: only ours may be there.
     path = _unescaped(marked).decode("utf-8", "surrogateescape")
     if len(_SURROGATE.findall(path)) != slashes:
         raise HttpException(400, "the path is not UTF-8")
     return path
 
 
-# -- asyncio in short. A body comes in pieces, so whoever reads it has to wait. A call of an `async
-# def` function runs nothing: it makes a *coroutine*. That runs when it is awaited, or when it is
-# made a *task*, which runs beside the others. The *event loop* runs one task at a time, until its
-# next `await` that has to wait; then it runs another one that can go on.
+# -- asyncio in short. A body arrives in pieces, so its reader has to wait. Calling an `async def`
+# function runs nothing: it makes a *coroutine*. That runs when it is awaited, or when it is made
+# into a *task*, which runs beside the others. The *event loop* runs one task at a time, until that
+# task reaches an `await` that has to wait; then it runs another task that is ready.
 #
 #     async def visitor(name):
 #         await asyncio.sleep(1)   # others run meanwhile
 #         print(name)
 #
-#     async def main():            # both have said their name after one second
+#     async def main():            # both names are printed after one second
 #         await asyncio.gather(visitor("Ada"), visitor("Grace"))
 #
 #     asyncio.run(main())          # makes an event loop, and runs it until main() is done
 #
 # A *future* is a result to come: `await future` waits for it, `future.set_result()` ends the wait.
-# To *cancel* a task raises CancelledError where it waits, and adds one to `task.cancelling()`. Only
-# at awaits do others run: no locks. A *context variable* is like a global, but what a task sets by
-# `x.set(1)` only this task gets by `x.get()`, and the tasks that it makes afterwards.
+# *Cancelling* a task raises CancelledError where it waits, and adds one to `task.cancelling()`.
+# Other tasks run only at an `await`, so no locks are needed. A *context variable* is like a global,
+# but `x.set(1)` changes `x.get()` only for the task that calls it, and for tasks it makes later.
 
 
 class RequestLine:
-    """The first line of a request, taken apart (RFC 9112, section 3).
+    """The first line of a request, split into its parts (RFC 9112, section 3).
 
     Raises HttpException(400) for a path that cannot be decoded.
     """
@@ -1064,10 +1064,10 @@ class RequestLine:
 class Request:
     """What a client asks for: `c.req`.
 
-    From the router (part 7): `route` is the route as it was written (`/users/{id}`), `params` are
-    the path's parameters, `tail` is what the `*` of `/files/*` stands for, `subhost` that of the
+    The router (part 7) sets four: `route` is the route as written (`/users/{id}`), `params` are the
+    path's parameters, `tail` is what `*` matched in `/files/*`, `subhost` what it matched in the
     host `*.example.com`. `max_body` (bytes) can be raised for one request before its body is read.
-    `root_path` is where another app has mounted this one ("/live"), or empty.
+    `root_path` is the path at which another app has mounted this one ("/live"), or empty.
     """
 
     root_path = ""
@@ -1075,7 +1075,7 @@ class Request:
     def __init__(
         self, line: RequestLine, headers: Headers, body: Body | bytes, carrier: Carrier
     ) -> None:
-        """From what a carrier has read; `body` is a Body (part 9) where more of it is to come."""
+        """From what a carrier has read; `body` is a Body (part 9) if more of it is to come."""
         self.method = line.method
         self.raw_path = line.raw_path
         self.path = line.path
@@ -1085,10 +1085,10 @@ class Request:
         self.route = ""
         self.tail = ""
         self.subhost = ""
-        self.max_body = 0  # until `dispatch` (part 8) says
-        self._body = body  # what is to be read: the bytes, or a Body that waits for them
+        self.max_body = 0  # `dispatch` (part 8) sets it
+        self._body = body  # what is left to read: the bytes, or a Body that waits for them
         self._begun = False  # `_body` is being read, or was: a second reader is refused
-        self._received = 0  # bytes that were taken from `_body`
+        self._received = 0  # bytes taken from `_body` so far
         self._whole: bytes | None = None  # all of it, once `body()` has it: can be read again
         self._carrier = carrier
         self._query: QueryParams | None = None
@@ -1096,21 +1096,21 @@ class Request:
     @cached_property
     def params(self) -> dict[str, Any]:
         """The parameters of the path: `{"id": 7}` for `/users/{id:int}`."""
-        return {}  # the router puts its own here, where there are any
+        return {}  # the router replaces this if the route has parameters
 
     @property
     def query(self) -> QueryParams:
-        """The parameters of the query string. More than 1,000 are an HttpException(400)."""
+        """The parameters of the query string. HttpException(400) for more than 1,000."""
         if self._query is None:
             self._query = QueryParams(_parse_pairs(self.query_string))
         return self._query
 
     @cached_property
     def cookies(self) -> dict[str, str]:
-        """The cookies by name (RFC 6265, section 4.2), percent-decoded; the first one counts.
+        """The cookies by name (RFC 6265, section 4.2), percent-decoded; of two, the first counts.
 
-        Those after the first 1,000 are left out: no browser keeps so many for one host.
-        Only blanks and tabs around a name are dropped. `str.strip()` would drop more, and take
+        Those after the first 1,000 are left out: no browser keeps that many for one host.
+        Only spaces and tabs around a name are dropped. `str.strip()` would drop more, and mistake
         `\\xa0__Host-id`, which any subdomain may set, for `__Host-id`, which only this host may.
         """
         cookies: dict[str, str] = {}
@@ -1125,48 +1125,48 @@ class Request:
 
     @cached_property
     def _hop(self) -> _Hop:
-        """Client's address, scheme and host. If proxies (see `client`) passed it on: their word."""
+        """Client's address, scheme and host: as proxies report them, if any (see `client`)."""
         carrier = self._carrier
         last = _Hop(carrier.client, carrier.scheme, self.headers.get("host") or "")
         return last if carrier.proxies is None else carrier.proxies.first_hop(self.headers, last)
 
     @property
     def client(self) -> str:
-        """The client's address ("127.0.0.1"), empty where it has none (a Unix socket).
+        """The client's address ("127.0.0.1"); empty if it has none (a Unix socket).
 
         A proxy is a server that passes requests on. If one of `serve(trusted_proxies=…)` has sent
-        this request, then this, `scheme`, `host` and `url` are of its own client, as the proxy
-        tells. HttpException(400) where what it tells can be read in two ways.
+        this request, then `client`, `scheme`, `host` and `url` are those of the proxy's own client,
+        as the proxy reports them. HttpException(400) if its report can be read in two ways.
         """
         carrier = self._carrier
         return carrier.client if carrier.proxies is None else self._hop.client
 
     @property
     def scheme(self) -> str:
-        """How the client speaks with us: "https" or "http"."""
+        """How the client talks to us: "https" or "http"."""
         return self._hop.scheme
 
     @property
     def host(self) -> str:
-        """The host that was asked for: lower case, without port and final dot; IPv6 in brackets."""
+        """The requested host: lower case, without port and final dot; IPv6 in brackets."""
         return _split_host(self._hop.host)[0]
 
     @property
     def url(self) -> str:
-        """The whole address that was asked for, as the client sees it."""
+        """The whole address that was requested, as the client sees it."""
         query = f"?{self.query_string}" if self.query_string else ""
         return f"{self.scheme}://{self._hop.host}{self.root_path}{self.raw_path}{query}"
 
     @property
     def is_datastar(self) -> bool:
-        """Whether Datastar (part 12) sent it, from within a page that is open already."""
+        """Whether Datastar (part 12) sent this request, from a page that is already open."""
         return self.headers.get("datastar-request") == "true"
 
     _form: Form | None = None  # once it has been read (part 16)
-    _form_reader: _MultipartReader | None = None  # of a cancelled `form()`: the next goes on
+    _form_reader: _MultipartReader | None = None  # left by a cancelled `form()`, for the next
 
     async def stream(self) -> AsyncIterator[bytes]:
-        """The body in chunks as they come. A client that sends faster than they are taken waits.
+        """The body in chunks as they arrive. A client that sends them too fast has to wait.
 
         Raises HttpException: 413 beyond `max_body` bytes, 408 if the client stalls, 400 if what it
         sends is malformed; ClientDisconnected if it goes; StarioError after another `stream()`.
@@ -1177,7 +1177,7 @@ class Request:
                 yield chunk
         finally:
             if isinstance(self._body, Body):
-                self._body.discard()  # the loop was left: nobody reads what still comes
+                self._body.discard()  # the loop was left: nobody reads the rest
 
     def _begin(self) -> None:
         """Begin to read: from `_whole`, if `body()` has kept it; else from `_body`, only once."""
@@ -1190,7 +1190,7 @@ class Request:
         self._begun, self._received = True, 0
 
     async def _read(self) -> bytes:
-        """The next bytes of the body; at its end, nothing. HttpException(413) beyond `max_body`."""
+        """The next bytes of the body; b"" at its end. HttpException(413) beyond `max_body`."""
         if isinstance(self._body, bytes):
             chunk, self._body = self._body, b""
         else:
@@ -1207,9 +1207,9 @@ class Request:
             raise HttpException(413, f"the body is larger than {self.max_body} bytes")
 
     async def body(self) -> bytes:
-        """The whole body; a second call gives it again. Raises what `stream()` raises.
+        """The whole body; a second call returns it again. Raises what `stream()` raises.
 
-        This, `json`, `form` and `c.signals` go on where a call was cancelled, by a timeout say.
+        If a timeout, say, cancels `body`, `json`, `form` or `c.signals`, a new call loses nothing.
         """
         if isinstance(self._body, bytes) and not self._begun:  # the usual case: all of it is here
             self._check_size(len(self._body))
@@ -1228,13 +1228,13 @@ class Request:
         return self._whole
 
     async def json(self) -> Any:
-        """The body parsed as JSON. Raises HttpException(400) where it is not JSON."""
+        """The body parsed as JSON. Raises HttpException(400) if it is not JSON."""
         return _parse_json(await self.body())
 
     async def form(self) -> Form:
-        """The body as a form, urlencoded or multipart; a second call gives it again.
+        """The body as a form, urlencoded or multipart; a second call returns it again.
 
-        HttpException: 400, 415 for no form, and what `stream()` raises.
+        HttpException: 400 if malformed, 415 if it is not a form, and what `stream()` raises.
         """
         if self._form is None:
             self._form = await _read_form(self)
@@ -1249,7 +1249,7 @@ _HOST = re.compile(
 
 def _split_host(host: str) -> tuple[str, str]:
     """Host and port of a Host field. `example.com.` is the same host, in its absolute form."""
-    # The colon before the port stands behind the brackets of an IPv6 address: `[::1]:8000`.
+    # The colon before the port comes after the brackets of an IPv6 address: `[::1]:8000`.
     end = host.rfind(":", host.find("]") + 1)
     name, port = (host[:end], host[end + 1 :]) if end >= 0 else (host, "")
     return name.lower().removesuffix("."), port
@@ -1258,9 +1258,9 @@ def _split_host(host: str) -> tuple[str, str]:
 # ==================================================================================================
 # 6. The answer: status, fields, body
 #
-# A handler answers through a Writer: in one shot, which is one call (`html`, `json`, `redirect`),
-# or with a stream of events (part 13). It may go on working after either. The Writer knows what
-# HTTP means (status, fields, which answers have a body); the bytes are sent by a `Carrier`.
+# A handler answers through a Writer: in one shot, with one call (`html`, `json`, `redirect`), or
+# with a stream of events (part 13). It may go on working after either. The Writer knows the rules
+# of HTTP (status, fields, which answers have a body); a `Carrier` sends the bytes.
 # ==================================================================================================
 
 
@@ -1268,7 +1268,7 @@ _FILE_PIECE = 256 * 1024  # bytes of a file that are read at a time
 
 
 class Carrier:
-    """What brings the bytes of one answer to its client. `fields` are lines, `name: value\\r\\n`.
+    """Carries the bytes of one answer to its client. `fields` are lines, `name: value\\r\\n`.
 
     A carrier must have `scopes` and the five methods that raise NotImplementedError here; it may
     replace the others. (For answers in one shot it needs only `scopes`, and its own `answer`.)
@@ -1281,8 +1281,8 @@ class Carrier:
     # A scope is a handler's wait that ends when the client goes, or the server stops (part 13).
     scopes: list[_Scope]
     disconnected = False  # the client has gone, or has closed its sending side: streams end
-    client = ""  # the address of the other end, or empty where it has none
-    scheme = "http"  # or "https": how the other end speaks with us
+    client = ""  # the address of the other end, or empty if it has none
+    scheme = "http"  # or "https": how the other end talks to us
     proxies: TrustedProxies | None = None  # which other ends may speak for their clients (part 17)
 
     @property
@@ -1291,15 +1291,15 @@ class Carrier:
         return False
 
     def begin(self, status: int, fields: bytes, unsized: bool) -> None:
-        """The head of an answer; `unsized`: a body follows whose length the fields do not tell."""
+        """Send the head of an answer. `unsized`: a body of unknown length follows."""
         raise NotImplementedError
 
     def send(self, data: bytes) -> None:
-        """More of the body."""
+        """Send more of the body."""
         raise NotImplementedError
 
     def finish(self) -> None:
-        """The answer is complete."""
+        """End the answer: it is complete."""
         raise NotImplementedError
 
     def abort(self) -> None:
@@ -1314,13 +1314,13 @@ class Carrier:
         raise NotImplementedError
 
     def answer(self, status: int, fields: bytes, body: bytes) -> None:
-        """A whole answer. Its fields say how long the body is, if there is one."""
+        """Send a whole answer. Its fields say how long the body is, if there is one."""
         self.begin(status, fields, unsized=False)
         self.send(body)
         self.finish()
 
     async def send_file(self, file: IO[bytes], offset: int, count: int) -> None:
-        """More of the body, from a file. Raises ClientDisconnected if the client goes."""
+        """Send more of the body, from a file. Raises ClientDisconnected if the client goes."""
         file.seek(offset)
         while count:
             await self.drained()
@@ -1332,15 +1332,15 @@ class Carrier:
             count -= len(data)
 
     def check_peer(self, seconds: float) -> None:
-        """Abort if the client has acknowledged no bytes for `seconds`. (Not all can know that.)"""
+        """Abort if the client has acknowledged no bytes for `seconds`. (Some carriers cannot.)"""
 
     def _end_scopes(self) -> None:
         for scope in self.scopes:
             scope.end()
 
 
-# Types of content that compression (part 18) makes smaller: images and films mostly are compressed.
-# (Compiled at its first use. An app that answers with HTML only never uses it.)
+# Content types that compression (part 18) makes smaller: most images and videos are compressed
+# already. (Compiled on first use. An app that answers only with HTML never uses it.)
 _COMPRESSIBLE = (
     r"(?i)text/|application/(json|[\w.-]+\+(json|xml|yaml)\b|(x-)?(javascript|ndjson|yaml|toml|sh|tar)"
     r"|json-seq|jsonl(ines)?|xml|xml-dtd|wasm|graphql|sql|rtf|postscript|x-www-form-urlencoded"
@@ -1373,7 +1373,7 @@ def _content(content_type: str) -> Content:
     return f"content-type: {text}\r\n".encode("latin-1"), can_be_smaller
 
 
-@lru_cache(maxsize=1024)  # (to format the line takes 3 times as long as to find it here)
+@lru_cache(maxsize=1024)  # (formatting the line takes 3 times as long as finding it here)
 def _length_line(length: int) -> bytes:
     return b"content-length: %d\r\n" % length
 
@@ -1383,8 +1383,8 @@ _TEXT_CONTENT: Content = b"content-type: text/plain; charset=utf-8\r\n", True
 _JSON_CONTENT: Content = b"content-type: application/json\r\n", True
 
 
-# Fields that tell how the answer travels. Only the Writer and its carrier know that; what a handler
-# sets is left out.
+# Fields that say how the answer is transferred. Only the Writer and its carrier know that, so the
+# ones that a handler sets are left out.
 _CARRIER_FIELDS = (
     "content-length", "transfer-encoding", "connection", "keep-alive", "upgrade", "trailer", "date",
 )  # fmt: skip
@@ -1397,15 +1397,15 @@ _DESCRIBING_FIELDS = (
     "refresh", "link", "surrogate-control", "x-accel-redirect", "x-accel-expires", "x-sendfile",
     "datastar-selector", "datastar-mode", "content-md5", "digest",
 )  # fmt: skip
-_KEPT_TEXT = 256  # longest text, in characters, that goes into a cache: so a cache stays small
+_KEPT_TEXT = 256  # longest text, in characters, that is cached: this keeps the caches small
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-_REDIRECT_SAFE = "!#$%&'()*+,-./:;=?@[]_~"  # what is not percent-encoded in an address
+_REDIRECT_SAFE = "!#$%&'()*+,-./:;=?@[]_~"  # characters that are not percent-encoded in an address
 
 
 def _bytes(data: bytes) -> bytes:
     if not isinstance(data, (bytes, bytearray, memoryview)):
         raise StarioError(f"bytes are needed, not {type(data).__name__}: encode it, or w.text()")
-    return bytes(data)  # what can still be changed is copied
+    return bytes(data)  # a buffer that can still change is copied
 
 
 def _check_target(url: object, status: int = 303) -> None:
@@ -1418,13 +1418,13 @@ def _check_target(url: object, status: int = 303) -> None:
 
 
 class _RawWriter:
-    """An answer as HTTP has it: a status, header fields, and a body in pieces.
+    """An answer in HTTP's own terms: a status, header fields, and a body in pieces.
 
-    `started`: the head has been sent. `completed`: the answer is at its end. Each subclass adds a
-    layer to the last one: answers in one shot, then (part 13) events, and `alive` in Writer.
+    `started`: the head has been sent. `completed`: the answer has ended. Each subclass adds a layer
+    to the one before: answers in one shot, then events (part 13), then, in Writer, `alive`.
     """
 
-    _rest: _Rest | None = None  # of a large file, still to be sent (19): no `write` may follow
+    _rest: _Rest | None = None  # of a large file, still to be sent (19): `write` is then refused
 
     def __init__(
         self, carrier: Carrier, request: Request, compression: CompressionConfig | None
@@ -1436,10 +1436,10 @@ class _RawWriter:
         self._request = request
         self._compression = compression
         self._headers: ResponseHeaders | None = None
-        self._compressor: Compressor | None = None  # two functions: [0] more, [1] end (part 18)
+        self._compressor: Compressor | None = None  # [0] compresses, [1] ends (part 18)
         self._remaining: int | None = None  # bytes still due, if a Content-Length was given
         self._is_stream = False  # this is a stream of events (part 13)
-        self._writes = 0  # pieces of the body so far: a heartbeat (13) is sent if there are no more
+        self._writes = 0  # pieces of the body so far: if no more come, a heartbeat (13) is sent
 
     @property
     def headers(self) -> ResponseHeaders:
@@ -1469,7 +1469,7 @@ class _RawWriter:
         return self._carrier.shutting_down
 
     def write_headers(self, status: int) -> Self:
-        """Send the status and `headers`; the body follows by `write` and `end`."""
+        """Send the status and `headers`; `write` and `end` send the body."""
         lengths = self.headers.getlist("content-length")
         if lengths and (len(lengths) > 1 or not re.fullmatch("[0-9]{1,18}", lengths[0])):
             raise StarioError(f"{', '.join(lengths)!r} cannot be a Content-Length")
@@ -1477,7 +1477,7 @@ class _RawWriter:
         return self
 
     def write(self, data: bytes) -> Self:
-        """Send some of the body. After a disconnect it is dropped without an error."""
+        """Send some of the body. After a disconnect the bytes are dropped without an error."""
         data = _bytes(data)
         if not self.started:
             self.write_headers(200)
@@ -1489,7 +1489,7 @@ class _RawWriter:
         return self
 
     def end(self, data: bytes | None = None) -> None:
-        """Complete the answer, with some last bytes if you like. `end()` once more does nothing."""
+        """Complete the answer, with some last bytes if given. A second `end()` does nothing."""
         if data is not None:
             data = _bytes(data)
             if not self.started and "content-length" not in self.headers:
@@ -1524,25 +1524,25 @@ class _RawWriter:
         """Wait until the client has taken most of what was sent. ClientDisconnected if it goes."""
         await self._carrier.drained()
 
-    # -- Inside. `_answer` sends a whole answer; `_begin` a head, and `_send` each piece after it.
+    # -- Internals. `_answer` sends a whole answer; `_begin` a head, and `_send` each later piece.
 
     def _start(self, status: int) -> None:
         if self.started:
             raise StarioError("this request has been answered already: a Writer answers once")
         _check_status(status)
         if self._headers is not None and (last_chance := self._headers.before_sending):
-            self._headers.before_sending = None  # if it fails, the error's answer does not call it
+            self._headers.before_sending = None  # if it fails, the error's answer skips it
             last_chance()
         self.started = True
         self._status = status
 
     def _answer(self, status: int, content: Content, body: bytes) -> None:
-        """Send a whole answer. A field that the handler has set replaces that of `content`."""
+        """Send a whole answer. A field that the handler has set replaces the one in `content`."""
         self._start(status)
         fields, compressible = content
         if self._headers is not None:
             fields = self._own_fields(fields)
-        if status in (204, 205, 304):  # 205 says that it has none (RFC 9110, section 15.3.6)
+        if status in (204, 205, 304):  # a 205 says that it has no body (RFC 9110, section 15.3.6)
             body = b""
         config = self._compression
         if compressible and config is not None and len(body) >= config.min_size:
@@ -1555,7 +1555,7 @@ class _RawWriter:
         self.completed = True
 
     def _begin(self, status: int, fields: bytes, length: int | None) -> None:
-        """Send the head. A body of `length` bytes follows, or (None) of a length not known yet."""
+        """Send the head. A body of `length` bytes follows; None: its length is not known yet."""
         self._start(status)
         fields = self._own_fields(fields)
         length = 0 if status == 205 else length
@@ -1565,14 +1565,14 @@ class _RawWriter:
             if self._compression is not None:
                 headers = self._request.headers
                 fields, compressor = _compress_stream(self._compression, headers, fields)
-        elif status != 204:  # which has no Content-Length (RFC 9110, section 8.6)
+        elif status != 204:  # a 204 has no Content-Length (RFC 9110, section 8.6)
             fields += _length_line(length)
         if has_body:
             self._remaining, self._compressor = length, compressor
         self._carrier.begin(status, fields, unsized=length is None and has_body)
 
     def _own_fields(self, fields: bytes) -> bytes:
-        """The handler's own header fields, and those of `fields` that it has not set itself."""
+        """The handler's own header fields, and those of `fields` that the handler has not set."""
         headers = self._headers
         if headers is None:
             return fields
@@ -1586,7 +1586,7 @@ class _RawWriter:
         return "\r\n".join([*defaults, *own, ""]).encode("latin-1")
 
     def _send(self, data: bytes) -> None:
-        """Send a piece of the body; never more than its Content-Length. With HEAD it is dropped."""
+        """Send a piece of the body; never more than its Content-Length. For HEAD, drop it."""
         self._writes += 1
         if self._request.method == "HEAD" or not data:
             return
@@ -1602,7 +1602,7 @@ class _RawWriter:
         self._carrier.send(data)
 
     def _forget_answer(self) -> None:
-        """Remove what described an answer that failed before it began. Cookies, say, stay."""
+        """Remove the fields that describe an answer that failed before it began. Cookies stay."""
         if self._headers is not None and not self.started:
             for name in _DESCRIBING_FIELDS:
                 self._headers.remove(name)
@@ -1612,14 +1612,14 @@ class _OneShotWriter(_RawWriter):
     """Answers in one shot, and the cookies that go with any answer."""
 
     def respond(self, body: bytes, content_type: str, status: int = 200) -> None:
-        """Answer with these bytes. A second answer is a StarioError."""
+        """Answer with these bytes. A second answer raises StarioError."""
         _check_order('w.respond(b"...", "image/png")', content_type, status)  # part 30
         # (`__wrapped__` is the function without its cache.)
         content = _content if len(content_type) <= _KEPT_TEXT else _content.__wrapped__
         self._answer(status, content(content_type), _bytes(body))
 
     def html(self, node: object, status: int = 200) -> None:
-        """Answer with a page: an element, or anything that can stand in one."""
+        """Answer with a page: an element, or anything that an element can contain."""
         text = node if type(node) is SafeString else render(node)
         self._answer(status, _HTML_CONTENT, text.encode("utf-8", "replace"))
 
@@ -1630,7 +1630,7 @@ class _OneShotWriter(_RawWriter):
         self._answer(status, _TEXT_CONTENT, text.encode("utf-8", "replace"))
 
     def json(self, obj: object, status: int = 200) -> None:
-        """Answer with JSON. Dataclasses, dates, enums, UUIDs and models are written, too."""
+        """Answer with JSON. Dataclasses, dates, enums, UUIDs and Pydantic models work, too."""
         self._answer(status, _JSON_CONTENT, _json(obj).encode("utf-8", "replace"))
 
     def empty(self, status: int = 204) -> None:
@@ -1644,14 +1644,14 @@ class _OneShotWriter(_RawWriter):
         filename: str | None = None,
         status: int = 200,
     ) -> Awaitable[None]:
-        """Answer with a file, or with bytes as one. Its type and `etag` are told.
+        """Answer with a file, or with bytes as if from a file. Sets its type and `etag`.
 
         The client may ask for a part of it (RFC 9110, section 14). With `filename` it saves the
-        file under that name, whose ending tells the type. A path that leads to no file is a 404. A
+        file under that name, whose extension gives the type. A path without a file gives a 404. A
         large file is sent after the handler has ended, or by `await w.file(...)`.
         """
         _answer_download(self, source, filename, status)  # part 19
-        return self._rest or _Rest()  # all sent: an empty one, whose await ends at once
+        return self._rest or _Rest()  # if all is sent: an empty one, whose await ends at once
 
     def _redirect(self, url: str, status: int) -> None:
         """Redirect as HTTP does, by status and `location`. (`redirect`, part 13, calls it.)"""
@@ -1663,15 +1663,15 @@ class _OneShotWriter(_RawWriter):
     def cookie(self, name: str, value: str, **options: Unpack[CookieOptions]) -> None:
         """Set a cookie (RFC 6265, section 4.1). `max_age` is in seconds, `samesite` by default lax.
 
-        What cannot stand in a value is percent-encoded; `c.req.cookies` decodes it again. What a
-        browser would not take is a StarioError.
+        Characters that a value cannot have are percent-encoded; `c.req.cookies` decodes them. A
+        cookie that a browser would not accept raises StarioError.
         """
         for option in options:
             _check_word("option of a cookie", option, CookieOptions.__annotations__)  # part 30
         self.headers.add("set-cookie", _cookie_line(name, value, **options))
 
     def delete_cookie(self, name: str, **options: Unpack[CookieOptions]) -> None:
-        """Ask the client to forget a cookie. Give what it was set with: only that one matches."""
+        """Ask the client to forget a cookie. Pass its own options, or it will not match."""
         options["max_age"], options["expires"] = 0, datetime.fromtimestamp(0, timezone.utc)
         self.cookie(name, "", **options)
 
@@ -1687,11 +1687,11 @@ class _OneShotWriter(_RawWriter):
 #             await handler(c, w)
 #         return inner
 #
-# A router keeps its routes in a tree of path segments, the texts between two `/`. Where several
-# routes fit a path, the order in which they were added does not count: `/users/me` wins over
-# `/users/{id:int}`, that over `/users/{name}`, and that over the catch-all `/users/*`. Only routes
-# with the request's method count; if only others fit, the answer is 405. An escaped `/` stays
-# inside its segment. What checks arguments, applies middleware and chooses by host is in part 30.
+# A router keeps its routes in a tree of path segments, the text between two slashes. If several
+# routes match a path, the order in which they were added does not matter: `/users/me` wins over
+# `/users/{id:int}`, which wins over `/users/{name}`, which wins over the catch-all `/users/*`. Only
+# routes with the request's method count; if only others match, the answer is 405. An escaped `/`
+# stays inside its segment. Checks of arguments, middleware and the choice by host are in part 30.
 # ==================================================================================================
 
 
@@ -1699,7 +1699,7 @@ class Context:
     """Everything about one request: `c`. `app` is the Stario that serves it, `req` the request.
 
     A request is recorded in a *span* (part 20): a name, a beginning, an end, attributes, events.
-    `c["user"] = 7` sets an attribute, `c("mail sent", {"to": 7})` notes an event. Spans go to the
+    `c["user"] = 7` sets an attribute, `c("mail sent", {"to": 7})` records an event. Spans go to the
     app's *tracer*. An app without one is *silent*: it makes no spans, and logs only faults.
     """
 
@@ -1722,7 +1722,7 @@ class Context:
 
     @property
     def span(self) -> Span:
-        """The request's span, a child of its caller's (20). (A silent app makes it if asked.)"""
+        """The request's span, a child of its caller's (20). (A silent app makes one on demand.)"""
         if self._span is None:
             req = self.req
             attributes = {"http.request.method": req.method, "url.path": req.path}
@@ -1743,7 +1743,7 @@ class Context:
     def __call__(
         self, event: str | BaseException, attributes: Mapping[str, Any] | None = None
     ) -> None:
-        """Note an event, or an exception, in the span of the current step, else the request's."""
+        """Record an event or exception in the span of the current step, else the request's."""
         if not self.app._silent:
             self._current()(event, attributes)
 
@@ -1763,7 +1763,7 @@ class Context:
 
     @contextmanager
     def step(self, name: str, attributes: Mapping[str, Any] | None = None) -> Iterator[Span]:
-        """Record a part of the work in a child span. Tasks that are started inside belong to it."""
+        """Record a part of the work in a child span. Tasks started inside belong to it."""
         if self.app._silent:
             yield _UNSEEN_SPAN  # a span that ignores all it is told (part 20)
             return
@@ -1776,8 +1776,8 @@ class Context:
                 _current_step.set(before)
 
     def _current(self) -> Span:
-        """The span of the step of this request that the task is in, else the request's."""
-        owner, span = _current_step.get()  # (20) a task has its maker's: of another request, say
+        """The span of this request's step that the task is in, else the request's own span."""
+        owner, span = _current_step.get()  # (20) inherited by tasks, even from another request
         return span if owner is self and span is not None else self.span
 
     @typing.overload
@@ -1790,7 +1790,7 @@ class Context:
         """The signals that Datastar sent: checked against `schema`, or as a dict.
 
         Signals are the values that a page keeps (part 15). GET and DELETE carry them in the query,
-        others in the JSON body. SignalsError: 422 with all that does not fit, 400 for no JSON.
+        others in a JSON body. SignalsError: 422 with all that does not fit, 400 if it is not JSON.
         https://data-star.dev/reference/actions
         """
         found = await _sent_signals(self.req)
@@ -1798,7 +1798,7 @@ class Context:
 
 
 Handler = Callable[[Context, "Writer"], Awaitable[None]]  # (Writer is complete in part 13)
-_NO_HANDLER: Any = None  # so that `@app.get("/")` reaches `_check_handler`, which tells better
+_NO_HANDLER: Any = None  # lets `@app.get("/")` reach `_check_handler` and its better error
 Middleware = Callable[[Handler], Handler]
 ErrorHandler = Callable[[Context, "Writer", Any], Awaitable[None] | None]
 
@@ -1815,20 +1815,20 @@ class _Node:
         self.path = ""  # as it was written
 
     def parameter(self, kind: str) -> _Node:
-        """The place behind a parameter of this type."""
+        """The place after a parameter of this type, made if it is new."""
         self.parameters.setdefault(kind, _Node())
         ordered = [known for known in (*_PATH_TYPES, _ANY) if known in self.parameters]
         self.parameters = {known: self.parameters[known] for known in ordered}
         return self.parameters[kind]
 
 
-# What is found for a path: a node, the values of the parameters, the text that a catch-all took.
+# What a path matches: a node, the values of its parameters, the text that a catch-all matched.
 _Match = tuple[_Node, list[Any], str]
 _PARAMETER_SEGMENT = re.compile(r"\{([A-Za-z_]\w*)(?::(\w+))?\}")
-_NO_SEGMENT = re.compile(r"[{}*<>?#\\]|^:\w")  # `<id>`, `:id`, `\d`: as other routers have it
+_NO_SEGMENT = re.compile(r"[{}*<>?#\\]|^:\w")  # `<id>`, `:id`, `\d`: as other routers write it
 
 
-# The types of parameters, in the order in which they are tried: what fits, and what converts it.
+# Types of parameters, in the order in which they are tried: what matches, and what converts it.
 _PATH_TYPES: dict[str, tuple[re.Pattern[str], Callable[[str], Any]]] = {
     "int": (re.compile(r"-?[0-9]{1,1000}"), int),
     "float": (re.compile(r"-?[0-9]{1,1000}(\.[0-9]{1,1000})?"), _finite),
@@ -1839,7 +1839,7 @@ _ANY = "str"  # a parameter without a type; it is tried last
 
 
 def _converted(kind: str, segment: str) -> Any:
-    """A segment converted to a type, or None where it does not fit."""
+    """A segment converted to a type, or None if it does not fit."""
     if kind == _ANY:
         return segment or None
     pattern, convert = _PATH_TYPES[kind]
@@ -1848,14 +1848,14 @@ def _converted(kind: str, segment: str) -> Any:
 
 
 class _Tree:
-    """The routes of one host, or of all."""
+    """The routes of one host, or those for any host."""
 
     def __init__(self) -> None:
         self._root = _Node()
         self._exact: dict[str, dict[str, Handler]] = {}  # routes without parameters, by path
 
     def add(self, method: str, path: str, handler: Handler) -> None:
-        """Add a route. StarioError where it cannot be told from one that is there."""
+        """Add a route. StarioError if it cannot be told apart from an existing one."""
         node, names = self._root, []
         segments = path.split("/")[1:]
         for i, segment in enumerate(segments):
@@ -1885,7 +1885,7 @@ class _Tree:
             self._exact[path] = node.routes
 
     def find(self, request: Request) -> Handler | None:
-        """The handler for a request, or None. Route and parameters are put into the request."""
+        """The handler for a request, or None. Sets the request's route and parameters."""
         routes = self._exact.get(request._split_path)  # first those without parameters
         if routes is not None and request.method in routes:
             request.route = request._split_path
@@ -1902,11 +1902,11 @@ class _Tree:
         return None
 
     def _matches(self, path: str) -> Iterator[_Match]:
-        """All nodes with routes that a path fits, the most specific first."""
+        """All nodes with routes that match a path, the most specific first."""
         segments = path.split("/")[1:]
         if _SLASH in path:
             segments = [segment.replace(_SLASH, "/") for segment in segments]
-        return _walk(self._root, segments, 0, []) if segments else iter(())  # `*` has none
+        return _walk(self._root, segments, 0, []) if segments else iter(())  # `*` has no segments
 
     def methods(self, path: str) -> set[str]:
         """The methods that a path has routes for."""
@@ -1915,7 +1915,7 @@ class _Tree:
 
 
 def _walk(node: _Node, segments: list[str], at_segment: int, values: list[Any]) -> Iterator[_Match]:
-    """The nodes below this one that fit `segments[at_segment:]`, the most specific first."""
+    """The nodes from this one down that match `segments[at_segment:]`, the most specific first."""
     if at_segment == len(segments):
         if node.routes:
             yield node, values, ""
@@ -1947,7 +1947,7 @@ class Router:
         self._hosts: dict[str, _Tree] = {}  # of the others, by host (part 30)
         self._middleware: list[Middleware] = []
         self._errors: dict[type[Exception], ErrorHandler] = {}
-        self._mounted = False  # its routes have been copied: it can have no more
+        self._mounted = False  # its routes have been copied: no more can be added
 
     def get(self, path: str, handler: Handler = _NO_HANDLER, *middleware: Middleware) -> None:
         """Answer GET (and HEAD) at a path: `/users`, `/users/{id}` or `/files/*`."""
@@ -1974,19 +1974,19 @@ class Router:
         self.handle("QUERY", path, handler, *middleware)
 
     def head(self, path: str, handler: Handler = _NO_HANDLER, *middleware: Middleware) -> None:
-        """Answer HEAD at a path, where the GET handler should not."""
+        """Answer HEAD at a path, if the GET handler should not."""
         self.handle("HEAD", path, handler, *middleware)
 
     def options(self, path: str, handler: Handler = _NO_HANDLER, *middleware: Middleware) -> None:
-        """Answer OPTIONS at a path, where a list of its methods is not enough."""
+        """Answer OPTIONS at a path, if a list of its methods is not enough."""
         self.handle("OPTIONS", path, handler, *middleware)
 
     def handle(self, method: str, path: str, handler: Handler, *middleware: Middleware) -> None:
         """Answer a method at a path: `app.handle("PROPFIND", "/files/*", list_files)`.
 
         A path is `/users`, `/users/{name}`, `/users/{id:int}` (or float, date, uuid: the value is
-        in `c.req.params`; what does not fit is a 404), or `/files/*` (the rest is `c.req.tail`). Of
-        the middleware the first is the outermost.
+        in `c.req.params`; what does not fit is a 404), or `/files/*` (the rest is `c.req.tail`).
+        The first middleware is the outermost.
         """
         if not (isinstance(path, str) and isinstance(method, str) and _TOKEN.fullmatch(method)):
             raise StarioError(f"one method and one path are needed, not {method!r} and {path!r}")
@@ -1999,8 +1999,8 @@ class Router:
     def url(self, name: str, /, **params: object) -> str:
         """The path of the route whose handler has this name: `app.url("user", id=3)`.
 
-        `tail` fills a `*`. StarioError where no route, or more than one, has a handler of that
-        name, and where the parameters are not those of the route. Routes of hosts come last.
+        `tail` fills a `*`. StarioError if no route, or more than one, has a handler of that name,
+        or if the parameters are not the route's. Routes of a host count only if there is no other.
         """
         named = [(path, host) for _, path, _, known, host in self._routes if known == name]
         paths = {path for path, host in named if not host} or {path for path, _ in named}
@@ -2011,7 +2011,7 @@ class Router:
         return _filled_in(path, params)  # part 30
 
     def _add(self, method: str, path: str, handler: Handler, name: str, host: str = "") -> None:
-        """Add a route for a host, or for any, within this router's middleware."""
+        """Add a route for a host, or for any host, wrapped in this router's middleware."""
         self._check_open()
         handler = _wrapped(handler, self._middleware)
         (_tree_of(self, host) if host else self._tree).add(method, path, handler)
@@ -2026,15 +2026,15 @@ class Router:
     ) -> None:
         """Serve the files of a directory, or of a dict from names to contents (see part 19).
 
-        `asset(name, collection=…)` gives a file's fingerprinted name; the collection is called by
-        the prefix if you do not name it. A directory that does not exist is a StarioError.
+        `asset(name, collection=…)` gives a file's fingerprinted name; the collection is named after
+        the prefix unless you name it. StarioError if the directory does not exist.
         """
         _check_order('assets("/static", "directory")', prefix, source)
         name = prefix.strip("/") if collection is None else collection
         self.get(f"{prefix.strip('/')}/*", Assets(source, name), *middleware)
 
     def use(self, *middleware: Middleware) -> None:
-        """Wrap every route of this router. It has to come before the first route."""
+        """Wrap every route of this router. Call it before you add the first route."""
         self._check_open()
         if self._routes:
             raise StarioError("use() comes before the routes: it would not wrap those that exist")
@@ -2045,10 +2045,10 @@ class Router:
     def on_error(self, exception_type: type[Exception], handler: ErrorHandler) -> None:
         """Let `handler(c, w, exc)`, sync or async, answer for exceptions of this type.
 
-        Of several, the one for the exception's own class wins, else for its nearest base class. A
-        handler for `Exception` is for faults: it gets neither an HttpException nor a
-        ClientDisconnected. A redirect is no error. The exception has been recorded by then. Answer
-        only if not `w.started`.
+        Of several handlers, the one for the exception's own class wins, else the one for its
+        nearest base class. A handler for `Exception` is for faults: it gets neither HttpException
+        nor ClientDisconnected. A redirect is not an error. The exception has already been recorded.
+        Answer only if not `w.started`.
         """
         if not (isinstance(exception_type, type) and issubclass(exception_type, Exception)):
             raise StarioError(
@@ -2060,14 +2060,14 @@ class Router:
         self._errors[exception_type] = handler
 
     def mount(self, prefix: str, router: Router) -> None:
-        """Take over a router's routes, each under the prefix. Add its routes before."""
+        """Take over a router's routes, each under the prefix. Add routes to the router first."""
         _check_order('mount("/shop", router)', prefix, router, Router)
         self._take_over(router, ("/" + prefix.strip("/")).rstrip("/"))
 
     def host(self, pattern: str, router: Router) -> None:
-        """Serve a router's routes on one host: `api.example.com`, or `*.example.com` for any below.
+        """Serve a router on one host, `api.example.com`, or on all subdomains, `*.example.com`.
 
-        What `*` took is `c.req.subhost`. What the router has no route for goes to the app's own.
+        `c.req.subhost` is what `*` matched. If the router has no route, the app's own are tried.
         """
         _check_order('host("api.example.com", router)', pattern, router, Router)
         star = "*." if pattern.startswith("*.") else ""
@@ -2109,13 +2109,13 @@ class Router:
 async def _handle_error(
     handlers: Mapping[type[Exception], ErrorHandler], c: Context, w: Writer, exc: BaseException
 ) -> bool:
-    """Give an exception to the `on_error` handler for it; False where there is none."""
+    """Give an exception to the `on_error` handler for it; False if there is none."""
     if isinstance(exc, HttpException) and exc.status_code < 400:
         return False
     foreseen = isinstance(exc, (HttpException, ClientDisconnected))
     for kind in type(exc).__mro__:  # its class, then the base classes, the nearest first
         if kind in handlers and not (foreseen and kind is Exception):
-            # A silent app records faults only: what falls to the handler for `Exception`.
+            # A silent app records only faults: what goes to the handler for `Exception`.
             if kind is Exception or not c.app._silent:
                 _record(c, exc, is_handled=True)  # part 20
             w._forget_answer()
@@ -2130,13 +2130,13 @@ async def _handle_error(
 # 8. The app
 #
 # A Stario is a router with a tracer (part 20), to which it gives its spans. `dispatch` takes one
-# request through it: context, handler, errors, the end of the answer. It is all that a carrier ever
-# calls.
+# request through the app: context, handler, errors, the end of the answer. A carrier calls nothing
+# else.
 # ==================================================================================================
 
 
 def _is_stopped(carrier: Carrier, exc: BaseException) -> bool:
-    """Whether a stopping server has ended the handler: by a cancel, or at a second Ctrl-C."""
+    """Whether a stopping server has ended the handler, by a cancellation or a second Ctrl-C."""
     task = asyncio.current_task()
     cancelled = isinstance(exc, asyncio.CancelledError) and task is not None and task.cancelling()
     return carrier.shutting_down and bool(cancelled or isinstance(exc, KeyboardInterrupt))
@@ -2169,7 +2169,7 @@ async def _fail(c: Context, w: Writer, exc: BaseException) -> None:
 
 
 def _answer_error(c: Context, w: Writer, exc: BaseException) -> None:
-    if not (isinstance(exc, HttpException) and exc.status_code == 304):  # which needs its `etag`
+    if not (isinstance(exc, HttpException) and exc.status_code == 304):  # it needs its `etag`
         w._forget_answer()
     try:
         if not isinstance(exc, HttpException):
@@ -2184,11 +2184,11 @@ def _answer_error(c: Context, w: Writer, exc: BaseException) -> None:
 
 
 async def _complete(c: Context, w: Writer) -> None:
-    """The handler has ended: complete its answer, or answer 204 where it gave none.
+    """The handler has ended: complete its answer, or answer 204 if it gave none.
 
-    StarioError where that cannot be: the answer is shorter than its Content-Length, say.
+    StarioError if that is impossible: the answer is shorter than its Content-Length, say.
     """
-    if w._rest is not None:  # of a large file
+    if w._rest is not None:  # the rest of a large file
         await w._rest
     if w.started:
         w.end()
@@ -2218,7 +2218,7 @@ class _App(Router):
         self.compression = compression or self._compression
         self.max_body = max_body
         self._silent = type(self.tracer) is Tracer  # the base class, which does nothing
-        self._fallback: Handler = self._no_route  # where no route fits; `use` wraps it
+        self._fallback: Handler = self._no_route  # if no route matches; `use` wraps it
         if self._pocket is not None:
             self._tree.add("GET", "/_stario/*", self._pocket)
 
@@ -2230,14 +2230,14 @@ class _App(Router):
     _writer: type[Writer]  # Writer (part 13), or one that development (part 29) makes
 
     def use(self, *middleware: Middleware) -> None:
-        """Wrap every route that follows, and the answers where there is no route."""
+        """Wrap every route that follows, and the answer if no route matches."""
         super().use(*middleware)
         self._fallback = _wrapped(self._no_route, self._middleware)
 
     async def dispatch(self, request: Request, carrier: Carrier) -> None:
         """Take one request from its carrier to its handler, and its answer back.
 
-        Raises nothing, unless the server, which is stopping, cancels it.
+        Raises nothing, unless a stopping server cancels it.
         """
         request.max_body = self.max_body
         c = Context(self, request)  # type: ignore[arg-type]  # every app is a Stario
@@ -2247,7 +2247,7 @@ class _App(Router):
                 handler = _find_by_host(self, request) if self._hosts else self._tree.find(request)
                 handler = handler or self._fallback
                 if not self._silent:
-                    _current_step.set((c, c.span))  # what is noted goes there (part 20)
+                    _current_step.set((c, c.span))  # events go to this span (part 20)
                 got = await handler(c, w)  # type: ignore[func-returns-value]
                 if got is not None:
                     c("ignored", {"returned": got, "hint": "a handler answers by w, not by return"})
@@ -2270,7 +2270,7 @@ class _App(Router):
                 c._span.end()
 
     async def _no_route(self, c: Context, w: Writer) -> None:
-        """Answer where no route does: OPTIONS, 405, 404, and 308 from `/x/` to a route `/x`."""
+        """Answer if no route matches: OPTIONS, 405, 404, and 308 from `/x/` to a route `/x`."""
         request = c.req
         methods = self._methods_for(request, request._split_path)
         if methods:
@@ -2280,7 +2280,7 @@ class _App(Router):
             w.empty(204)
             return
         bare = request._split_path.rstrip("/")
-        is_own = bare[1:2] not in ("/", "\\")  # "//evil.com" is an address of another host
+        is_own = bare[1:2] not in ("/", "\\")  # "//evil.com" is the address of another host
         if bare != request._split_path and is_own and self._methods_for(request, bare):
             query = f"?{request.query_string}" if request.query_string else ""
             w._redirect(request.root_path + request.raw_path.rstrip("/") + query, 308)
@@ -2318,86 +2318,86 @@ class _App(Router):
 # ACT 2. On the network
 #
 # The same app behind a socket: bytes become requests, answers become bytes. One event loop serves
-# many connections, and a server that stops answers every request that has come. At its end the app
-# runs in a browser, and in a test.
+# many connections, and a stopping server answers every request that it has received. At the end of
+# the act the app runs in a browser, and in a test.
 # ==================================================================================================
 
 # ==================================================================================================
 # 9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
 #
-# Words. A *head* is the first line, the header fields and the empty line. *Framing* tells where a
-# message ends. A body's length stands in the head (`content-length: 5`), or the body comes in
-# *chunks*, each behind its length in hexadecimal, the last one of length 0:
+# Terms. A *head* is the first line, the header fields and the empty line. *Framing* says where a
+# message ends. Either the head has the body's length (`content-length: 5`), or the body comes in
+# *chunks*, each preceded by its length in hexadecimal; the last one has length 0:
 #
 #     transfer-encoding: chunked\r\n\r\n5\r\nHello\r\n6\r\n, Ada!\r\n0\r\n\r\n
 #
 # A connection stays open for the next request (*keep-alive*), unless a head says
-# `connection: close`. A client may send its next request before it has its answer (*pipelining*).
+# `connection: close`. A client may send its next request before it has the answer (*pipelining*).
 # With `expect: 100-continue` it sends a body only when it is told to: `HTTP/1.1 100 Continue`.
 #
 # Theory of operation. A connection works on one request at a time. Its state (see `_State`) says
 # what the next bytes are: a request's head, some of its body, or, while a handler works, bytes to
-# keep. `_advance` reads one head, or what has come of a body. It is called when bytes have
-# come, when an answer is complete, and when the client has taken earlier answers. A connection
-# belongs to a `Worker` (part 10): an event loop, the app, and all connections of that loop.
+# keep for later. `_advance` reads one head, or the part of a body that has arrived. It is called
+# when bytes arrive, when an answer is complete, and when the client has taken earlier answers. A
+# connection belongs to a `Worker` (part 10): an event loop, the app, and that loop's connections.
 #
-# The rule for everything that comes in: what could be understood in two ways is refused, with 400
-# and a closed connection. Where a proxy and a server disagree on where a request ends, its last
-# bytes pass the proxy as a body and reach the server as a request of their own (*smuggling*).
+# The rule for all input: what could be read in two ways is refused with 400, and the connection is
+# closed. If a proxy and a server disagree on where a request ends, its last bytes pass the proxy as
+# part of a body and reach the server as a request of their own (*smuggling*).
 #
 # Time. A connection has one `_deadline`, the time until which it waits. About once a second the
-# worker looks at all of them: the *sweep*. So a time limit is an attribute, and no timer.
+# worker checks all deadlines: the *sweep*. So a time limit is an attribute, not a timer.
 #
-# What has been read before, byte for byte, is not read again: a browser repeats its header block,
-# so the last one is kept. A header field is looked up when somebody asks for it.
+# A header block that comes twice is parsed once: browsers repeat theirs byte for byte, so the last
+# one is kept. A header field is looked up only when it is needed.
 # ==================================================================================================
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Limits:
-    """What a client may cost: each of these is a keyword of `serve()` and `running()`.
+    """What a client may cost: each field is a keyword of `serve()` and `running()`.
 
     Times are in seconds, sizes in bytes.
     """
 
     header_timeout: float = 10.0  # for a whole head; then 408 (Request Timeout)
-    body_timeout: float = 30.0  # without a body's next bytes; then 408 (see `_read_body`)
+    body_timeout: float = 30.0  # for the next bytes of a body; then 408 (see `_read_body`)
     keep_alive_timeout: float = 75.0  # for the next request on an idle connection; then closed
-    write_timeout: float = 30.0  # for a client that takes nothing of its answer; then cut off
+    write_timeout: float = 30.0  # while a client takes none of its answer; then cut off
     max_header_bytes: int = 32 * 1024  # of a head, and of the trailers of a body; beyond: 431
     max_headers: int = 100  # fields in a head; beyond: 431
     max_target: int = 32 * 1024  # of the target (a GET has its signals there, part 15); beyond: 414
     max_buffer: int = 16 * 1024 * 1024  # bytes of an answer that wait for the client; then cut off
     max_connections: int = 10_000  # at once; beyond: 503
-    max_handlers: int = 1000  # this many more than connections; beyond: requests wait
+    max_handlers: int = 1000  # this many more than there are connections; beyond: requests wait
 
 
-_HIGH_WATER = 64 * 1024  # bytes kept of what comes in, and of what goes out; then the sender waits
+_HIGH_WATER = 64 * 1024  # bytes that are buffered in each direction; beyond: the sender waits
 _DISCARD_LIMIT = 256 * 1024  # bytes of an unwanted body that are read and dropped; beyond: closed
-_MAX_EXCESS = 100  # connections above `max_connections` that are answered, 503; more are closed
+_MAX_EXCESS = 100  # connections above `max_connections` that get a 503; more are closed
 _ACCEPT_BATCH = 64  # connections that are accepted before the loop runs other tasks
 _KEPT_HEAD = 4096  # bytes: a larger header section is not kept for the next request
 _IDLE_GRACE = 0.5  # seconds in which an idle client may still send: at a stop, and in `_linger`
 _LINGER = 2.0  # seconds in which a client may read an answer that ends its connection (`_linger`)
 _NEVER = float("inf")
-# A value of the socket option SO_LINGER. A close then sends a *reset*: the client sees an error.
+# A value for the socket option SO_LINGER. A close then sends a *reset*: the client sees an error.
 _RESET = struct.pack("hh" if os.name == "nt" else "ii", 1, 0)
 
 _REQUEST_LINE = re.compile(rb"([!#$%&'*+.^_`|~0-9A-Za-z-]+) ([!-~]+) HTTP/([0-9])\.([0-9])")
 _WHOLE_URL = re.compile(r"https?://(?!:)([^/?#@]+)(/[^?#]*)?(\?[^#]*)?", re.IGNORECASE)
 
-# A *header section* (RFC 9110, section 6.3), with the line breaks before and behind it, is a block:
+# A *header section* (RFC 9110, section 6.3), with the line breaks before and after it, is a block:
 #
 #     b"\r\nhost: a.example\r\naccept: */*\r\n\r\n"
 #
-# A field is one line, without a blank before its colon, without control characters.
+# A field is one line, with no space before its colon and no control characters.
 _FIELD_LINE = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]++:[\t\x20-\x7e\x80-\xff]*+\r\n"
 _FRAMING_FIELDS = re.compile(
     rb"\n(?=[hcte])((?:host|connection|content-length|transfer-encoding|expect):[^\r]*)",
     re.IGNORECASE,
 )
 _LONE_LF = re.compile(rb"[^\r]\n")
-_LINE_SO_FAR = re.compile(rb"[ -~]*+\r?")  # a request line whose end has not come
+_LINE_SO_FAR = re.compile(rb"[ -~]*+\r?")  # a request line that is not complete yet
 
 
 @lru_cache
@@ -2431,10 +2431,10 @@ _SINGLE_FIELDS = {
 
 
 class _Framing:
-    """What a header block says of a request's end, and of the connection after it."""
+    """What a header block says about a request's end, and about the connection after it."""
 
     def __init__(self, lines: bytes) -> None:
-        """From the fields that matter here, one on a line (RFC 9112, section 6)."""
+        """From the fields that matter here, one per line (RFC 9112, section 6)."""
         fields = _split_fields(lines)
         for name, (pattern, wrong) in _SINGLE_FIELDS.items():
             values = fields.get(name, [])
@@ -2453,13 +2453,13 @@ class _Framing:
         self.is_plain = self.has_host and not (self.length or self.chunked or self.expects)
 
 
-# A cache: these few fields are the same in most requests, whatever else their heads have.
+# A cache: these few fields are the same in most requests, whatever else their heads contain.
 _kept_framing = lru_cache(maxsize=256)(_Framing)
 
 
 class _ReceivedHeaders(Headers):
-    """Headers as they came. The first three fields asked for are searched in their block, one by
-    one. A fourth splits all of it, which takes as long as five searches of a browser's block.
+    """Headers as they came. The first three names asked for are searched for in the block, one by
+    one. A fourth splits it all, which takes as long as five searches in a browser's block.
     """
 
     def __init__(self, block: bytes) -> None:
@@ -2481,14 +2481,14 @@ class _ReceivedHeaders(Headers):
     def _look_up(self, name: str) -> Sequence[str]:
         wanted, end = f"\n{name}:".encode("ascii", "replace"), 0
         lowered, values = self._block.lower(), []
-        while ":" not in name and (at := lowered.find(wanted, end)) >= 0:  # (no name has one)
+        while ":" not in name and (at := lowered.find(wanted, end)) >= 0:  # (no name has a colon)
             end = lowered.find(b"\r", at)
             value = self._block[at + len(wanted) : end].strip(b" \t")
             values.append(value.decode("utf-8" if name in _UTF_8_FIELDS else "latin-1", "replace"))
         return values
 
 
-# Fields are latin-1, but browsers send these in UTF-8 (HTML standard, 9.2.4; a script's cookies).
+# Fields are Latin-1, but browsers send these in UTF-8 (HTML standard, 9.2.4; a script's cookies).
 _UTF_8_FIELDS = {"cookie", "last-event-id"}
 
 
@@ -2507,7 +2507,7 @@ def _split_fields(block: bytes) -> dict[str, list[str]]:
 def _normalised(
     line: RequestLine, headers: Headers, framing: _Framing
 ) -> tuple[RequestLine, Headers]:
-    """The rare cases: check line and head against each other, take the host out of a target.
+    """The rare cases: check line and head against each other; take the host from the target.
 
     `GET http://a.example/x` becomes a request for `/x` with `host: a.example`.
     """
@@ -2537,16 +2537,16 @@ class Body:
     """The body of one request, on its way from the carrier that receives it to the handler.
 
     The carrier calls `feed` and `end`, or `fail`; the handler's side calls `read`, and `discard`
-    when it is done. The carrier stops reading from the network while `buffered` is large, and goes
-    on when the body calls `want_more`. So a client that sends faster than the handler reads has to
-    wait, and fills no memory: that is called *backpressure*.
+    when it is done. The carrier stops reading from the network while `buffered` is large, and
+    resumes when the body calls `want_more`. So a client that sends faster than the handler reads
+    has to wait, and cannot fill the memory: this is called *backpressure*.
     """
 
     def __init__(self, want_more: Callable[[], None] = lambda: None) -> None:
         self.want_more = want_more
         self.buffered = 0  # bytes that nobody has read yet
         self.discarding = False  # nobody will read any more
-        self.dropped = 0  # bytes that have come since
+        self.dropped = 0  # bytes that have come since then
         self.ended = False
         self._chunks: list[bytes] = []
         self._error: Exception | None = None
@@ -2562,7 +2562,7 @@ class Body:
             self._news.set()
 
     def end(self) -> None:
-        """All of it has come."""
+        """The whole body has come."""
         self.ended = True
         self._news.set()
 
@@ -2572,7 +2572,7 @@ class Body:
         self._news.set()
 
     async def read(self) -> bytes:
-        """Wait for bytes, and give all that have come since the last call; at the end, b""."""
+        """Wait for bytes, and return all that have come since the last call; b"" at the end."""
         while not self._chunks:
             if self._error:
                 raise self._error
@@ -2587,12 +2587,12 @@ class Body:
         return data
 
     def put_back(self, data: bytes) -> None:
-        """The next `read` gives these bytes once more, before all that come."""
-        self._chunks[:0] = [data] if data else []  # (an empty one would be the end)
+        """Let the next `read` return these bytes again, before any later ones."""
+        self._chunks[:0] = [data] if data else []  # (an empty chunk would mean the end)
         self.buffered += len(data)
 
     def discard(self) -> None:
-        """Nobody will read the rest: it is forgotten as it comes. Who still reads gets an error."""
+        """Drop the rest as it comes: nobody will read it. A task that still reads gets an error."""
         self.discarding = True
         if self._chunks or not self.ended:
             self.fail(StarioError("the body was read after its handler: await it before it ends"))
@@ -2603,32 +2603,32 @@ class Body:
 
 
 class _BodyDecoder:
-    """Takes one body out of a connection's bytes: a known number of them, or chunks.
+    """Extracts one body from a connection's bytes: a known number of them, or chunks.
 
-    A chunk follows a line with its size, which may have an extension (`5;name=value`). Behind the
-    last one, of size 0, come *trailers*, fields like those of a head, and an empty line (RFC 9112,
-    section 7.1).
+    Before each chunk is a line with its size, and perhaps an extension (`5;name=value`). After the
+    last one, of size 0, come *trailers*, which are fields like those of a head, and an empty line
+    (RFC 9112, section 7.1).
     """
 
     _SIZE = rb"([0-9A-Fa-f]{1,15})([ \t]*+;[\t\x20-\x7e\x80-\xff]*+)?\r\n"
     _FIRST_SIZE = re.compile(_SIZE)
-    _NEXT_SIZE = re.compile(rb"\r\n" + _SIZE)  # with the line break behind the chunk before
+    _NEXT_SIZE = re.compile(rb"\r\n" + _SIZE)  # with the line break that ends the chunk before
     _TRAILER = re.compile(_FIELD_LINE + rb"|\r\n")
 
     def __init__(self, framing: _Framing, limits: Limits) -> None:
         self._max_ignored = limits.max_header_bytes
         self._ignored = 0  # bytes of extensions and trailers so far
-        self.left = framing.length  # bytes to come of the body, or of this chunk
+        self.left = framing.length  # bytes of the body, or of this chunk, that are still to come
         # The pattern of the line that follows these bytes; None: the body ends there.
         self._expected = self._FIRST_SIZE if framing.chunked else None
 
     @property
     def ended(self) -> bool:
-        """Whether all of it has been read."""
+        """Whether the whole body has been read."""
         return self.left == 0 and self._expected is None
 
     def decode(self, buffer: bytes, at: int) -> tuple[bytes, int]:
-        """The body's bytes in the buffer from `at` on, and the position behind what was read."""
+        """The body's bytes in the buffer from `at` on, and the position after what was read."""
         out: list[bytes] = []
         while at < len(buffer):
             if self.left:
@@ -2652,7 +2652,7 @@ class _BodyDecoder:
         return b"".join(out), at
 
     def _read_trailer(self, line: bytes) -> None:
-        # It must not change the framing (RFC 9110, section 6.5.1): a proxy may heed it.
+        # A trailer must not change the framing (RFC 9110, section 6.5.1): a proxy may obey it.
         if _FRAMING_FIELDS.match(b"\n" + line):
             raise HttpException(400, "a trailer of the body is malformed")
         self._ignored = self._check_ignored(line)
@@ -2660,7 +2660,7 @@ class _BodyDecoder:
             self._expected = None
 
     def _check_line(self, start: bytes) -> None:
-        """Refuse a malformed line. One whose end has not come may still be well-formed."""
+        """Refuse a malformed line. A line whose end has not come may still be well-formed."""
         if self._expected is self._NEXT_SIZE:
             if not b"\r\n".startswith(start[:2]):
                 raise HttpException(400, "a chunk is longer than its size says")
@@ -2671,7 +2671,7 @@ class _BodyDecoder:
         self._check_ignored(start)
 
     def _check_ignored(self, more: bytes) -> int:
-        """The new `_ignored`, with these bytes; 431 beyond: a client could send them for ever."""
+        """The new `_ignored`, with these bytes. 431 if too many: they could go on for ever."""
         total = self._ignored + len(more)
         if total > self._max_ignored:
             raise HttpException(431, "the chunk extensions or trailers of the body are too large")
@@ -2681,21 +2681,21 @@ class _BodyDecoder:
 class _RequestReader:
     """Reads heads and bodies from a client's bytes, in whatever pieces they come.
 
-    It knows of no socket and no time. What is malformed raises HttpException, and stays unread.
+    It knows nothing of sockets or time. Malformed input raises HttpException, and stays unread.
     """
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._block_pattern = _block_pattern(limits.max_headers)
-        self.buffer = b""  # what has come; emptied when all of it has been read
-        self._at = 0  # up to where the buffer has been read
-        self._searched = 0  # bytes of a head without an end so far (the last 3 may be part of it)
-        # The last header block, and what was read from it. At first, one without fields.
+        self.buffer = b""  # the bytes that have come; emptied when all have been read
+        self._at = 0  # the position up to which the buffer has been read
+        self._searched = 0  # bytes in which no head ends (the last 3 may be the start of its end)
+        # The last header block, and what was read from it. At first it is one without fields.
         self._block, self._headers, self._framing = b"\r\n\r\n", Headers(), _kept_framing(b"")
         self.decoder: _BodyDecoder | None = None  # while a body is coming in
 
     def feed(self, data: bytes) -> None:
-        """Add bytes that have come."""
+        """Add bytes from the client."""
         self.buffer, self._at = self.buffer[self._at :] + data, 0
 
     def unread(self) -> int:
@@ -2703,17 +2703,17 @@ class _RequestReader:
         return len(self.buffer) - self._at
 
     def _use(self, upto: int) -> None:
-        """The buffer has been read up to this position."""
+        """Note that the buffer has been read up to this position."""
         self._at = upto
         if upto >= len(self.buffer):
             self.buffer, self._at = b"", 0
 
     def head(self) -> tuple[RequestLine, Headers, _Framing] | None:
-        """The next request's head, or None if not all of it is here."""
+        """The next request's head, or None if it is not complete yet."""
         buffer, at, limits = self.buffer, self._at, self._limits
         while (line_end := buffer.find(b"\r\n", at)) == at:  # skip empty lines (RFC 9112, 2.2)
             at += 2
-        is_known = buffer.startswith(self._block, line_end)  # (with -1, no line yet, it is not)
+        is_known = buffer.startswith(self._block, line_end)  # (-1, no line yet, gives False)
         if is_known:
             end = line_end + len(self._block)
         else:
@@ -2743,7 +2743,7 @@ class _RequestReader:
     def _check_start(self) -> None:
         """Refuse an incomplete head at once if it is malformed or too large already."""
         start = self.buffer[self._at :]
-        checked = max(0, self._searched - 1)  # the last byte again: half a line break, perhaps
+        checked = max(0, self._searched - 1)  # the last byte again: it may be half a line break
         line, line_end, _ = start.partition(b"\r\n")
         if _LONE_LF.search(start, checked):
             raise HttpException(400, "a line of the head ends in a bare line feed")
@@ -2775,7 +2775,7 @@ class _RequestReader:
         return headers, framing
 
     def whole_body(self, framing: _Framing) -> bytes | None:
-        """The body if all of it is here. If not, None: a `decoder` is made, for `body`."""
+        """The body if all of it is here. If not, None, and a `decoder` is made for `body`."""
         at, upto = self._at, self._at + framing.length
         if upto <= len(self.buffer) and not framing.chunked:
             whole = self.buffer[at:upto]
@@ -2785,7 +2785,7 @@ class _RequestReader:
         return None
 
     def body(self) -> bytes:
-        """What has come of the body. At the body's end `decoder` becomes None."""
+        """The part of the body that has come. At the body's end `decoder` becomes None."""
         assert self.decoder is not None
         data, upto = self.decoder.decode(self.buffer, self._at)
         self._use(upto)
@@ -2795,26 +2795,26 @@ class _RequestReader:
 
 
 # -- From here on there is a socket. In asyncio a *transport* owns it, and calls the methods of a
-# *protocol*, which is the connection:
+# *protocol*, which here is the connection:
 #
-#     connection_made(transport)      # once, at first
-#     data_received(b"GET / HTT")     # for each piece that comes, of any size
+#     connection_made(transport)      # once, at the start
+#     data_received(b"GET / HTT")     # for each piece that arrives, of any size
 #     eof_received()                  # the client sends no more
-#     connection_lost(exc)            # once, at last
+#     connection_lost(exc)            # once, at the end
 #
 # `transport.write(data)` returns at once: the transport keeps what the kernel does not take. When
-# it keeps more than `_HIGH_WATER` bytes it calls `pause_writing`, and when few are left
-# `resume_writing`. Between these two calls `drained` waits: so a client that reads slowly slows
-# down the handler that awaits it. The other way round, `transport.pause_reading()` slows down a
-# client that sends too much. For HTTPS the transport encrypts and decrypts (TLS); a protocol sees
-# no difference.
+# it keeps more than `_HIGH_WATER` bytes it calls `pause_writing`, and when few are left,
+# `resume_writing`. Between these two calls `drained` waits, so a client that reads slowly slows
+# down a handler that awaits `drained`. In the other direction, `transport.pause_reading()` slows
+# down a client that sends too much. For HTTPS the transport encrypts and decrypts (TLS); the
+# protocol sees no difference.
 
 
 class _SocketCarrier(Carrier, asyncio.Protocol):
-    """A connection's socket: it sends bytes, notices who has gone, and ends in bounded time.
+    """A connection's socket: sends bytes, notices a client that goes, closes in bounded time.
 
-    It knows nothing of requests. Once it is `_closing`, nothing more is written, and what comes is
-    dropped. What was written before still goes out, except after `_drop`.
+    It knows nothing of requests. Once it is `_closing`, nothing more is written, and incoming bytes
+    are dropped. What was written before is still sent, except after `_drop`.
     """
 
     # Two methods that the subclass Connection adds:
@@ -2825,14 +2825,14 @@ class _SocketCarrier(Carrier, asyncio.Protocol):
         self._worker = worker
         self._transport: asyncio.Transport = None  # type: ignore[assignment]  # connection_made
         self._closing = False
-        self._deadline = worker.now + worker.limits.header_timeout  # of a first head
+        self._deadline = worker.now + worker.limits.header_timeout  # for the first head
         self._eof = False  # the client has closed its side (it may still read)
         self._paused_reading = False
         # Between pause_writing and resume_writing: an event that the latter sets. Else None.
         self._paused_writing: asyncio.Event | None = None
         self._sent = 0  # bytes given to the transport
         self._taken = 0  # how many of them had left it when the sweep last saw progress
-        self._stalled_since = 0.0  # when that was; 0.0 while nothing waits
+        self._stalled_since = 0.0  # when that was; 0.0 while nothing is unsent
         self.proxies = worker.proxies
         self.scopes: list[_Scope] = []
 
@@ -2854,7 +2854,7 @@ class _SocketCarrier(Carrier, asyncio.Protocol):
             self._deadline = self._worker.idle_deadline
 
     def _is_closing(self) -> bool:
-        """Whether it is closed, or will be: nothing more can be written."""
+        """Whether the socket is closed or closing: nothing more can be written."""
         return self._closing or self._transport.is_closing()
 
     # -- Sending
@@ -2873,16 +2873,16 @@ class _SocketCarrier(Carrier, asyncio.Protocol):
         paused, self._paused_writing = self._paused_writing, None
         if paused:
             paused.set()
-        self._worker.loop.call_soon(self.go_on)  # perhaps a next request waits for it
+        self._worker.loop.call_soon(self.go_on)  # the next request may wait for this
 
     async def drained(self) -> None:
-        """See Carrier. If the transport closes, and we have not closed it, the client has gone."""
+        """See Carrier. If the transport closes and we did not close it, the client has gone."""
         if self._paused_writing and (self._closing or not self._transport.is_closing()):
             await self._paused_writing.wait()
-        elif self.scheme == "https":  # asyncio's TLS tells of a lost connection only from the loop
+        elif self.scheme == "https":  # asyncio's TLS reports a lost connection only from the loop
             await asyncio.sleep(0)
         if self._transport.is_closing() and (self.disconnected or not self._closing):
-            self.disconnected = True  # (`connection_lost` comes only with the loop's next round)
+            self.disconnected = True  # (`connection_lost` is called only in the loop's next round)
             raise ClientDisconnected("the client has gone")
 
     # -- Time: about once a second the sweep calls `check`
@@ -2902,7 +2902,7 @@ class _SocketCarrier(Carrier, asyncio.Protocol):
         self._check_taken(now)
 
     def extend_deadlines(self, seconds: float) -> None:
-        """Give the client `seconds` more: for so long the server itself stood still."""
+        """Give the client `seconds` more, because the server itself stood still for that long."""
         self._deadline += seconds
         self._stalled_since += seconds if self._stalled_since else 0.0
 
@@ -2922,7 +2922,7 @@ class _SocketCarrier(Carrier, asyncio.Protocol):
         self._drop()
 
     def check_peer(self, seconds: float) -> None:
-        """See Carrier. Linux tells, by TCP_INFO. (TCP_USER_TIMEOUT would end slow readers too.)"""
+        """See Carrier. Linux has TCP_INFO for it. (TCP_USER_TIMEOUT would end slow readers too.)"""
         connection = self._transport.get_extra_info("socket")
         with suppress(AttributeError, OSError):  # another system, or a Unix socket
             info = connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 60)
@@ -2932,7 +2932,7 @@ class _SocketCarrier(Carrier, asyncio.Protocol):
                 self._drop()
 
     def _poll_peer(self) -> None:
-        """While reading is paused no callback tells that the client has gone: ask the system."""
+        """While reading is paused, no callback reports that the client has gone: ask the system."""
         connection = self._transport.get_extra_info("socket")
         if connection is None or not hasattr(select, "poll"):  # Windows
             return
@@ -2948,22 +2948,22 @@ class _SocketCarrier(Carrier, asyncio.Protocol):
     # -- Ending
 
     def _drop(self) -> None:
-        """End at once: what was not sent yet is dropped."""
+        """Close at once: unsent bytes are dropped."""
         self._closing = self.disconnected = True
         self._transport.abort()
 
     def _close(self) -> None:
-        """Close, in bounded time. (With TLS a close waits for the client's answer to it.)"""
+        """Close, in bounded time. (With TLS, closing waits for the client's reply.)"""
         was_closing, self._closing = self._is_closing(), True
         if not was_closing:
             self._deadline = self._worker.loop.time() + _LINGER
             self._transport.close()
 
     def _linger(self, sending: bool) -> None:
-        """Close after an answer: our side only, and read on for a while (RFC 9112, section 9.6).
+        """After an answer, close only our side, and go on reading a while (RFC 9112, section 9.6).
 
-        What a client sends to a closed socket comes back as a reset, and its kernel may then drop
-        an answer that it has not read. `sending`: more of its bytes are on their way, or here.
+        A client that sends to a closed socket gets a reset, and its kernel may then drop an answer
+        that it has not read. `sending`: more of the client's bytes are on their way, or here.
         """
         # asyncio's TLS cannot close one side: there we linger only while the client is sending.
         half = self._transport.can_write_eof()
@@ -2980,20 +2980,20 @@ class _SocketCarrier(Carrier, asyncio.Protocol):
 
 
 class _AnswerCarrier(_SocketCarrier):
-    """Sends answers as HTTP/1.1 writes them. What they answer is the business of Connection."""
+    """Sends answers in the form of HTTP/1.1. Which request they answer is Connection's business."""
 
-    _gives_up_rest: Callable[[], bool]  # whether a body's rest is left unread (it decides that now)
+    _gives_up_rest: Callable[[], bool]  # decides whether the rest of a body is left unread
     _after_answer: Callable[[], None]  # the answer is complete
 
     def __init__(self, worker: Worker) -> None:
         super().__init__(worker)
-        self._http_1_0 = False  # the version of the request
+        self._http_1_0 = False  # whether the request is HTTP/1.0
         self._close_after = False  # the connection ends with this answer
-        self._is_usual = False  # HTTP/1.1 that stays open, and all of the request is here
+        self._is_usual = False  # HTTP/1.1, the connection stays open, the whole request is here
         self._chunked = False  # the answer is sent in chunks
 
     def answer(self, status: int, fields: bytes, body: bytes) -> None:
-        """See Carrier. Mostly no field `connection` is needed."""
+        """See Carrier. Usually no `connection` field is needed."""
         if not self._is_usual or self._worker.stopping:
             fields = self._with_connection(fields)
         self._write(b"".join((_status_line(status), fields, self._worker.end_of_head, body)))
@@ -3010,7 +3010,7 @@ class _AnswerCarrier(_SocketCarrier):
         self._write(b"".join((_status_line(status), fields, self._worker.end_of_head)))
 
     def _with_connection(self, fields: bytes) -> bytes:
-        """Add the field `connection`, and settle whether it stays open (RFC 9112, section 9.3)."""
+        """Decide whether the connection stays open, and say so (RFC 9112, section 9.3)."""
         self._close_after = self._gives_up_rest() or self._close_after or self._worker.stopping
         if self._close_after:
             fields += b"connection: close\r\n"
@@ -3033,17 +3033,17 @@ class _AnswerCarrier(_SocketCarrier):
         self._after_answer()
 
     def abort(self) -> None:
-        """See Carrier. In HTTP/1.0 a body ends with the connection: a reset tells of a fault."""
+        """See Carrier. In HTTP/1.0 the end of the connection ends a body; a reset marks a fault."""
         if self._http_1_0 and not self._is_closing():
             connection = self._transport.get_extra_info("socket")
             with suppress(AttributeError, OSError):
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
             self._drop()
         self._close()
-        self.disconnected = True  # whatever comes of it, the client gets no more
+        self.disconnected = True  # in any case, the client gets no more
 
 
-# What a connection is doing decides what the next bytes are, and what it waits for:
+# The state of a connection decides what the next bytes are, and what it waits for:
 #
 # | state     | the handler  | the next bytes are    | it waits, at most            | and then |
 # | --------- | ------------ | --------------------- | ---------------------------- | -------- |
@@ -3055,9 +3055,9 @@ class _AnswerCarrier(_SocketCarrier):
 # | LATE_BODY | has answered | of its request's body | `body_timeout`               | closes   |
 #
 # A request may pass through IDLE, HEAD, BODY, ANSWER and IDLE again. A head that comes whole skips
-# HEAD, a body that comes with it skips BODY. LATE_BODY is the rest of a body whose request is
-# answered already. A new connection is IDLE, for `header_timeout`; one above `max_connections` is
-# EXCESS. While it is not the client who has to act, `_deadline` is `_NEVER`.
+# HEAD; a body that comes with it skips BODY. In LATE_BODY the request has been answered, and the
+# rest of its body is still coming in. A new connection is IDLE, for `header_timeout`; one above
+# `max_connections` is EXCESS. While it is not the client's turn to act, `_deadline` is `_NEVER`.
 _State = enum.Enum("_State", "EXCESS IDLE HEAD BODY ANSWER LATE_BODY")
 _EXCESS, _IDLE, _HEAD, _BODY, _ANSWER, _LATE_BODY = _State
 
@@ -3065,17 +3065,17 @@ _EXCESS, _IDLE, _HEAD, _BODY, _ANSWER, _LATE_BODY = _State
 class Connection(_AnswerCarrier):
     """A client's connection: it reads requests, one at a time, and starts their handlers.
 
-    It is told in three steps: the socket, the answers, and this. Each knows only those before it.
+    Its code has three layers: the socket, the answers, and this class. Each knows only those below.
     """
 
     def __init__(self, worker: Worker) -> None:
         super().__init__(worker)
         self._state = _IDLE
         self._reader = _RequestReader(worker.limits)
-        self._body: Body  # in BODY and LATE_BODY: the one that is coming in
-        self._expects = False  # the client sends it only after "100 Continue"
+        self._body: Body  # in BODY and LATE_BODY: the body that is coming in
+        self._expects = False  # the client sends the body only after "100 Continue"
 
-    # -- What the transport calls, and the worker
+    # -- Called by the transport and the worker
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """A client has connected."""
@@ -3090,7 +3090,7 @@ class Connection(_AnswerCarrier):
             self._advance()
 
     def eof_received(self) -> bool:
-        """The client will send no more. It may still be reading: what it asked for is answered."""
+        """The client will send no more. It may still be reading: its requests are answered."""
         if self._closing:
             return False  # it has read our answer, or never will: the transport closes
         self._eof = self.disconnected = True
@@ -3099,7 +3099,7 @@ class Connection(_AnswerCarrier):
         return self.scheme == "http"  # asyncio has no half-closed TLS
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The connection is closed: wake whoever waits for it."""
+        """The connection is closed: wake every task that waits for it."""
         self._worker.connections.discard(self)
         self._worker.waiting.discard(self)
         self._closing = self.disconnected = True
@@ -3109,9 +3109,9 @@ class Connection(_AnswerCarrier):
             self._paused_writing.set()
 
     def shut_down(self) -> None:
-        """The server stops: streams end, requests are answered, idle connections may still ask."""
+        """The server stops: streams end, requests finish, an idle client may send one more."""
         self._end_scopes()
-        # (One with unread bytes is not idle: its request waits until fewer handlers run.)
+        # (A connection with unread bytes is not idle: its request waits until fewer handlers run.)
         if self._state is _EXCESS or (self._state is _IDLE and not self._reader.buffer):
             self._deadline = self._worker.idle_deadline
 
@@ -3125,12 +3125,12 @@ class Connection(_AnswerCarrier):
     # -- Requests
 
     def go_on(self) -> None:
-        """Advance again, when what the connection waited for has come."""
+        """Advance again, now that what the connection waited for has happened."""
         if not self._is_closing():
             self._advance()
 
     def _advance(self) -> None:
-        """Read the next request's head, or more of a body, if its time has come."""
+        """Read the next request's head, or more of a body, depending on the state."""
         state, reader = self._state, self._reader
         try:
             if state is _IDLE or state is _HEAD:
@@ -3141,7 +3141,7 @@ class Connection(_AnswerCarrier):
                 raise HttpException(503, "too many connections")
         except HttpException as exc:
             self._refuse(exc)
-        # Most often a whole request has come, and nothing else.
+        # Usually exactly one whole request has come, and there is nothing to do here.
         if reader.buffer or reader.decoder or self._paused_reading:
             self._pause_or_resume_reading()
 
@@ -3149,9 +3149,9 @@ class Connection(_AnswerCarrier):
         """Read a head, and start the handler of its request."""
         worker = self._worker
         if self._paused_writing:
-            self._deadline = _NEVER  # the answer before is not taken: `write_timeout` counts
+            self._deadline = _NEVER  # the last answer is not taken yet: `write_timeout` counts
             return
-        # Handlers may go on after their answers: so there can be more of them than connections.
+        # Handlers may go on after their answers, so there can be more of them than connections.
         if len(worker.tasks) >= len(worker.connections) + worker.limits.max_handlers:
             self._deadline = _NEVER
             worker.waiting.add(self)
@@ -3167,18 +3167,18 @@ class Connection(_AnswerCarrier):
         body: Body | bytes = b"" if framing.is_plain else self._begin_body(framing)
         self._is_usual = not (self._close_after or line.http_1_0 or self._state is _BODY)
         handling = worker.app.dispatch(Request(line, headers, body, self), self)
-        # In a copy of the context variables: what a handler sets there ends with its request.
+        # A handler gets a copy of the context variables: what it sets there ends with its request.
         # From Python 3.12 on it runs at once, up to its first wait (`_spawn`, part 10).
         task = _spawn(handling, worker.loop, worker.context.copy())
         if not task.done():
             worker.track(task)
         if (self._reader.buffer or self._eof) and self._is_reading_body():
-            self._read_body()  # what has come behind the head
+            self._read_body()  # what has come after the head
 
     def _wait_for_head(self) -> None:
         if self._eof:
-            self._close()  # what is left is a part of a request whose rest will not come
-        # Its time begins with its first bytes, or (`_NEVER`) now that we read from it again.
+            self._close()  # what is left is part of a request whose rest will not come
+        # A head's time begins with its first bytes, or (`_NEVER`) now that we read again.
         elif self._deadline == _NEVER or (self._state is _IDLE and self._reader.buffer):
             self._state = _HEAD if self._reader.buffer else _IDLE
             self._deadline = self._worker.loop.time() + self._worker.limits.header_timeout
@@ -3197,13 +3197,13 @@ class Connection(_AnswerCarrier):
         return self._state is _BODY or self._state is _LATE_BODY
 
     def _read_body(self) -> None:
-        """Hand on what has come of a body."""
+        """Pass on the part of a body that has come."""
         body, data = self._body, self._reader.body()
-        self._expects = False  # it sends without waiting
+        self._expects = False  # the client sends without waiting
         if data:
             body.feed(data)
-            # Each kilobyte moves the deadline by a second, to `body_timeout` from now at most: so
-            # a client cannot hold a handler for ever with a byte now and then.
+            # Each kilobyte moves the deadline by a second, to at most `body_timeout` from now. So
+            # a client cannot hold a handler for ever by sending a byte now and then.
             if self._deadline != _NEVER:
                 limit = self._worker.loop.time() + self._worker.limits.body_timeout
                 self._deadline = min(limit, self._deadline + len(data) / 1024)
@@ -3219,7 +3219,7 @@ class Connection(_AnswerCarrier):
             self._close_if_rest_is_unwanted()
 
     def _wants_body(self) -> None:
-        """Called by the body when its reader waits for more, or has given it up."""
+        """Called by the body when its reader waits for more, or has given up."""
         if not self._is_reading_body() or self._is_closing():
             return
         if self._expects and not self._body.discarding:
@@ -3231,13 +3231,13 @@ class Connection(_AnswerCarrier):
         self._pause_or_resume_reading()
 
     def _close_if_rest_is_unwanted(self) -> None:
-        """Close once the answer is sent, if what is left of the body would be read for nothing."""
+        """Close after the answer, if the rest of the body would only be read to be dropped."""
         is_large = self._body.dropped + self._still_to_come() > _DISCARD_LIMIT
         if self._state is _LATE_BODY and self._body.discarding and (self._close_after or is_large):
             self._end()
 
     def _fail_body(self, error: Exception) -> None:
-        """If a body is coming in, its rest will not come: its reader gets the error."""
+        """The rest of a body will not come: if one is being received, its reader gets the error."""
         if self._state is _BODY:
             self._state, self._deadline = _ANSWER, _NEVER
             self._close_after = True
@@ -3247,7 +3247,7 @@ class Connection(_AnswerCarrier):
             self._end()
 
     def _pause_or_resume_reading(self) -> None:
-        """Read no more while enough unread bytes are in memory (backpressure)."""
+        """Stop reading while enough unread bytes are in memory (backpressure)."""
         if self._is_closing():
             return
         if self._is_reading_body():
@@ -3263,7 +3263,7 @@ class Connection(_AnswerCarrier):
         self._paused_reading = full
 
     def _refuse(self, exc: HttpException) -> None:
-        """Refuse what is malformed, late or too much, and close. A reader of a body gets it."""
+        """Refuse malformed, late or excessive input, and close. A body's reader gets the error."""
         self._worker.note_refusal(self.client, exc)
         self._close_after = True
         if self._is_reading_body():
@@ -3278,13 +3278,13 @@ class Connection(_AnswerCarrier):
             self.answer(exc.status_code, fields, b"" if unread.startswith(b"HEAD ") else text)
 
     def _gives_up_rest(self) -> bool:
-        # A client that still waits for "100 Continue", which comes no more, may send its body now,
-        # or never.
+        # A client that still waits for "100 Continue" will not get it now: it may send its body,
+        # or not.
         expects, self._expects = self._expects, False
         return expects or self._still_to_come() > _DISCARD_LIMIT
 
     def _still_to_come(self) -> int:
-        """How many bytes of a body are known to come."""
+        """How many more bytes of a body are known to come."""
         return self._reader.decoder.left if self._reader.decoder else 0
 
     def _after_answer(self) -> None:
@@ -3296,7 +3296,7 @@ class Connection(_AnswerCarrier):
         elif not self._closing:
             self._state, self._deadline = _IDLE, self._worker.idle_deadline
             if self._reader.buffer or self._eof:
-                # Not at once: other clients come first, and the handler that has just answered.
+                # Not at once: other clients, and the handler that has just answered, come first.
                 self._worker.loop.call_soon(self.go_on)
 
     def _end(self) -> None:
@@ -3312,12 +3312,12 @@ class Connection(_AnswerCarrier):
 # (the *backlog*) until they are *accepted*, each as a socket of its own. The server accepts on the
 # caller's event loop, and hands each connection to one of its workers in turn: one on that same
 # loop, and `workers - 1` in threads with a loop of their own. They share memory, so what handlers
-# keep in variables is there for all of them.
+# keep in variables is visible to all of them.
 #
-# A server that stops must not lose a request. From then on each answer says that its connection
-# ends; the connections in the backlog are accepted before the sockets close; an idle connection is
-# read for `_IDLE_GRACE` seconds more; streams are told to end. After `graceful_timeout` seconds all
-# that is left is cut off.
+# A server that stops must not lose a request. While it stops, each answer says that its connection
+# closes; the connections in the backlog are accepted before the sockets close; an idle connection
+# is read for `_IDLE_GRACE` seconds more; streams are told to end. After `graceful_timeout` seconds
+# whatever is left is cut off.
 # ==================================================================================================
 
 
@@ -3329,10 +3329,10 @@ def _spawn(
     loop: asyncio.AbstractEventLoop,
     context: contextvars.Context | None = None,
 ) -> asyncio.Task[T]:
-    """Make a task of a coroutine.
+    """Make a coroutine into a task.
 
-    From Python 3.12 on it runs at once, up to its first wait, and not only when the loop comes to
-    it: a handler that never waits is done when this returns. (A `name` saves asyncio one.)
+    From Python 3.12 on it runs at once, up to its first wait, not in the loop's next round: so a
+    handler that never waits is done when this returns. (A given `name` saves making one up.)
     """
     if _EAGER:
         return asyncio.Task(coroutine, loop=loop, name="stario", context=context, eager_start=True)  # type: ignore[call-arg]
@@ -3340,7 +3340,7 @@ def _spawn(
 
 
 def _keep(task: asyncio.Task[Any], tasks: set[asyncio.Task[Any]]) -> None:
-    """Refer to a task until it has ended: a loop's own reference to it is only a weak one."""
+    """Keep a reference to a task until it ends: the loop itself has only a weak one."""
     tasks.add(task)
     task.add_done_callback(tasks.discard)
 
@@ -3348,8 +3348,8 @@ def _keep(task: asyncio.Task[Any], tasks: set[asyncio.Task[Any]]) -> None:
 class Worker:
     """An event loop, its share of the connections, and the handlers that run for them.
 
-    Only that loop's thread uses it. The server sets `stopping` and `deadline` from its own thread,
-    and reads `room`.
+    Only that loop's thread uses it, with one exception: the server, from its own thread, sets
+    `stopping` and `deadline`, and reads `room`.
     """
 
     def __init__(
@@ -3367,23 +3367,23 @@ class Worker:
         self.connections: set[Connection] = set()
         self.arriving: set[asyncio.Task[None]] = set()  # accepted, in their TLS handshake
         self.tasks: set[asyncio.Task[None]] = set()  # handlers under way
-        self.waiting: set[Connection] = set()  # to start one, when fewer run
+        self.waiting: set[Connection] = set()  # to start a handler, when fewer run
         self.stopping = False  # every answer says "connection: close", streams end
-        self.deadline = _NEVER  # when stopping: all is cut off then (the loop's clock)
+        self.deadline = _NEVER  # when a stop cuts off what is left (loop's clock)
         self.ended = False  # its loop is to end
         self.context = contextvars.copy_context()  # each handler gets a copy of it
         times = [value for name, value in dataclasses.asdict(limits).items() if "timeout" in name]
-        self._interval = max(0.01, min(1.0, min(times) / 4))  # of sweeps: 4 in the shortest time
+        self._interval = max(0.01, min(1.0, min(times) / 4))  # of sweeps: 4 in the shortest timeout
         self.now = loop.time()  # the time of the last sweep
         self._sweep()
 
     @property
     def room(self) -> int:
-        """How many connections more it may have."""
+        """How many more connections it may have."""
         return self.limits.max_connections - len(self.connections) - len(self.arriving)
 
     def adopt(self, accepted: socket.socket, tls: ssl_module.SSLContext | None) -> None:
-        """Make a Connection of an accepted socket, unless there are far too many already."""
+        """Make a Connection for an accepted socket, unless there are far too many already."""
         if self.room <= -_MAX_EXCESS:
             accepted.close()
         else:
@@ -3397,7 +3397,7 @@ class Worker:
                 ssl=tls,
                 ssl_handshake_timeout=self.limits.header_timeout if tls else None,
             )
-        except (OSError, asyncio.CancelledError):  # no TLS, the client has gone, or `stop`
+        except (OSError, asyncio.CancelledError):  # TLS failed, the client has gone, or `stop`
             with suppress(OSError):
                 accepted.shutdown(socket.SHUT_RDWR)  # asyncio sees that, and closes it
 
@@ -3408,7 +3408,7 @@ class Worker:
 
     def _handler_ended(self, task: asyncio.Task[None]) -> None:
         self.tasks.discard(task)
-        # All that wait are woken at once: so not for one free place, but for a tenth of them.
+        # This wakes all that wait. So it happens not for one free place, but when a tenth is free.
         wake_below = len(self.connections) + 0.9 * self.limits.max_handlers
         if self.waiting and len(self.tasks) < wake_below:
             waiting, self.waiting = self.waiting, set()
@@ -3422,7 +3422,7 @@ class Worker:
             self.app.tracer("http.refused", {**told, "client.address": client}).end()
 
     def _sweep(self) -> None:
-        """About once a second: note the time, and let each connection compare its deadline."""
+        """About once a second: note the time, and let each connection check its deadline."""
         self._timer = self.loop.call_later(self._interval, self._sweep)
         now = self.loop.time()
         late = now - self.now - self._interval  # seconds that this sweep is late
@@ -3449,16 +3449,16 @@ class Worker:
         left = self.tasks, self.connections, self.arriving
         while any(left) and self.loop.time() < self.deadline:
             await asyncio.sleep(0.01)
-            if self.loop.time() >= start + _LINGER:  # a TLS handshake gets no longer
+            if self.loop.time() >= start + _LINGER:  # a TLS handshake gets no more time
                 _cancel(self.arriving)
         self._timer.cancel()
         _cancel(self.arriving)
-        await asyncio.gather(*self.arriving, return_exceptions=True)  # one may just start a handler
+        await asyncio.gather(*self.arriving, return_exceptions=True)  # one may start a handler
         _cancel(self.tasks)
         for connection in list(self.connections):
             connection._transport.abort()
         if self.tasks:
-            await asyncio.wait(self.tasks, timeout=_CLEANUP)  # (part 13) for their `finally`
+            await asyncio.wait(self.tasks, timeout=_CLEANUP)  # (part 13) they run `finally`
         await asyncio.sleep(0)  # let the loop call connection_lost
 
     def run(self) -> None:
@@ -3482,9 +3482,9 @@ def _cancel(tasks: Iterable[asyncio.Task[None]]) -> None:
 
 
 class _Threads(ThreadPoolExecutor):
-    """Threads for `asyncio.to_thread(f)`, by which a handler calls a blocking function `f`.
+    """Threads for `asyncio.to_thread(f)`, with which a handler calls a blocking function `f`.
 
-    (At exit Python waits for the threads of a plain pool, not for these. asyncio wants a subclass.)
+    (At exit Python waits for a plain pool's threads, not for these. asyncio requires a subclass.)
     """
 
     def __init__(self) -> None:
@@ -3500,14 +3500,14 @@ class _Threads(ThreadPoolExecutor):
             if future.set_running_or_notify_cancel():
                 try:
                     future.set_result(call(*args, **kwargs))
-                except StopIteration as exc:  # which asyncio, before 3.12, cannot pass on
+                except StopIteration as exc:  # asyncio, before 3.12, cannot pass it on
                     future.set_exception(RuntimeError(f"a thread raised {exc!r}"))
                 except BaseException as exc:
                     future.set_exception(exc)
 
         if self._started < self._max_workers:
             threading.Thread(target=self._work, name="stario-thread", daemon=True).start()
-            self._started += 1  # (after it: there may be no room for one more thread)
+            self._started += 1  # (only now: the system may have refused the thread)
         self._jobs.put(job)
         return future
 
@@ -3603,7 +3603,7 @@ class _Listener:
 
     def _addresses(self) -> Iterable[tuple[int, Any]]:
         """The addresses of the host, each with its family (IPv4, IPv6)."""
-        # As bytes: for a text Python imports the rules of international names (1 ms at the start).
+        # As bytes: for text, Python imports its codec for international names (1 ms at the start).
         host = self.host.encode() if self.host.isascii() else self.host
         found = socket.getaddrinfo(
             host or None, self.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -3615,23 +3615,23 @@ class _Listener:
         for family, address in self._addresses():
             listening = socket.socket(family, socket.SOCK_STREAM)
             self.sockets.append(listening)
-            if os.name == "posix":  # listen again at once, while old connections still end
+            if os.name == "posix":  # allow a bind while old connections are still ending
                 listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if self.reuse_port:
                 listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
             _set_options(listening)
-            if family == socket.AF_INET6:  # for IPv4 there is a socket of its own
+            if family == socket.AF_INET6:  # IPv4 has a socket of its own
                 listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             listening.bind((address[0], self.port, *address[2:]))
-            self.bound, self.port = listening.getsockname()[:2]  # port 0: the first one's for all
+            self.bound, self.port = listening.getsockname()[:2]  # port 0: all get the first's
 
     def _bind_unix(self, path: str) -> None:
-        """Listen under a temporary name, then rename: the path never leads to a deaf socket."""
+        """Listen under a temporary name, then rename: the path always leads to a live socket."""
         _refuse_taken(path, self.reuse_port)
         listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.sockets.append(listening)
         folder, name = os.path.split(path)
-        # No longer than the path itself: systems allow about 100 bytes.
+        # It is no longer than the path itself: systems allow about 100 bytes.
         own = os.path.join(folder, f".{os.getpid()}".ljust(len(os.fsencode(name)), "_"))
         with suppress(FileNotFoundError):
             os.unlink(own)
@@ -3671,13 +3671,13 @@ class Server:
     - `host`, `port`: where to listen; port 0 takes a free one
     - `workers`: how many event loops; each but the first runs in a thread of its own
     - `unix_socket`: a path to listen on instead, with `unix_mode` as its permissions
-    - `sock`: a socket to listen on instead. Sockets from systemd (LISTEN_FDS) are used unasked
+    - `sock`: a socket to listen on instead. Sockets from systemd (LISTEN_FDS) need no option
     - `ssl`: an `ssl.SSLContext`, for HTTPS
-    - `reuse_port`: listen where another process may do so, too: on a port by SO_REUSEPORT; a Unix
-      socket's path is taken over, and the other server keeps what has connected already
+    - `reuse_port`: listen where another process listens, too. A port is shared by SO_REUSEPORT; a
+      Unix socket's path is taken over, and the other server keeps the connections that it has
     - `backlog`: how many connections may wait to be accepted
-    - `graceful_timeout`: seconds that requests under way get when the server stops
-    - `trusted_proxies`: proxies whose word on the client is believed; see TrustedProxies (part 17)
+    - `graceful_timeout`: seconds that running requests get when the server stops
+    - `trusted_proxies`: proxies whose report on the client is trusted; see TrustedProxies (part 17)
     - the fields of `Limits`
     """
 
@@ -3720,7 +3720,7 @@ class Server:
 
     @property
     def url(self) -> str:
-        """The address to open, without a slash at its end."""
+        """The address to open, without a trailing slash."""
         if self._listener.unix_socket:
             return f"unix:{self._listener.unix_socket}"
         host = _LOOPBACK.get(self._listener.bound, self._listener.host)
@@ -3730,7 +3730,7 @@ class Server:
     # -- Starting
 
     async def start(self, *, heed_signals: bool = False) -> None:
-        """Listen, and start the workers, or raise StarioError. `heed_signals`: Ctrl-C ends it."""
+        """Listen, and start the workers, or raise StarioError. `heed_signals`: Ctrl-C stops it."""
         if self._workers:
             raise StarioError("this server runs already")
         self._loop, self._starting = asyncio.get_running_loop(), asyncio.current_task()
@@ -3760,12 +3760,12 @@ class Server:
         return Worker(self.app, loop, limits, self._proxies)
 
     def _start_thread(self, name: str) -> Worker:
-        """Start a thread with a worker. It takes milliseconds, and nobody can cancel it."""
+        """Start a thread with a worker. This takes milliseconds, and cannot be cancelled."""
         started: Future[Worker] = Future()
 
         def run() -> None:
             try:
-                # (Not made in the main thread: on Windows signals would then wake this loop.)
+                # (The loop is not made in the main thread: on Windows, signals would wake it.)
                 with asyncio.Runner(loop_factory=type(self._loop)) as runner:  # the same kind
                     runner.get_loop().set_default_executor(_Threads())
                     worker = self._worker_on(runner.get_loop())
@@ -3802,13 +3802,13 @@ class Server:
             self._loop.call_later(0.1, self._watch, listening)
 
     def _accept_waiting(self, listening: socket.socket, most: int) -> bool:
-        """Accept connections that wait, and hand them to the workers; false if that fails."""
+        """Accept waiting connections, and hand them to the workers; False if that fails."""
         for _ in range(most):
             try:
                 self._deal(listening.accept()[0])
             except BlockingIOError:
                 break
-            except ConnectionError:  # the client has gone meanwhile
+            except ConnectionError:  # the client has already gone
                 continue
             except OSError:
                 return False
@@ -3836,16 +3836,16 @@ class Server:
     # -- Stopping
 
     async def wait_for_signal(self) -> None:
-        """Wait for Ctrl-C, SIGTERM, the terminal's end (SIGHUP), or Ctrl-Break (SIGBREAK).
+        """Wait for Ctrl-C, SIGTERM, a closed terminal (SIGHUP), or Ctrl-Break (SIGBREAK).
 
         A second signal while the server stops sets `graceful_timeout` to 0: requests are cancelled.
-        One more ends the process; so does the second, if that was 0 or the event loop is blocked.
+        A third ends the process; so does the second, if that was 0 or the event loop is blocked.
         """
         _heed_signals(self)
         await self._asked.wait()
 
     def _signalled(self, number: int) -> None:
-        """A signal has come. (A second one within 0.1 s is the same: terminals send it twice.)"""
+        """A signal has come. (Another within 0.1 s is ignored: terminals may send it twice.)"""
         now = time.monotonic()
         if not self._asked_at:
             self._asked_at = now
@@ -3854,13 +3854,13 @@ class Server:
             if not self._asked.is_set() or not self._graceful_timeout:  # blocked, or 0 by now
                 if isinstance(self.app.tracer, _StreamTracer):  # (20): it may have a footer
                     self.app.tracer._close()
-                os._exit(128 + number)  # (no signal of its own ends process 1 of a container)
+                os._exit(128 + number)  # (in a container, process 1 cannot end itself by a signal)
             self._asked_at, self._graceful_timeout = now, 0.0
             for worker in self._workers:
                 worker.deadline = 0.0
 
     def _begin_stop(self) -> None:
-        """Stop. A server that is starting (its database is migrated, say) ends that, too."""
+        """Stop. If the server is still starting (migrating a database, say), cancel that."""
         self._asked.set()
         if self._starting is not None:
             self._starting.cancel()
@@ -3881,7 +3881,7 @@ class Server:
                 if not self._graceful_timeout:  # a second signal has come
                     deadline = min(deadline, time.monotonic() + _CLEANUP)
                 _, waiting = await asyncio.wait(waiting, timeout=0.1)
-        except asyncio.CancelledError:  # no more patience: cut off what is left, and then end
+        except asyncio.CancelledError:  # the caller waits no longer: cut off what is left
             for worker in self._workers:
                 worker.deadline = 0.0
             await asyncio.wait(waiting, timeout=2 * _CLEANUP)
@@ -3892,8 +3892,8 @@ class Server:
     def _stop_accepting(self) -> None:
         """Accept what is in the backlog, then close the listening sockets.
 
-        To their clients those connections are open already, and a close would reset them. (On Linux
-        a handshake under way is lost, but for `reuse_port` with net.ipv4.tcp_migrate_req set.)
+        To their clients those connections are already open, and a close would reset them. (On Linux
+        a TCP handshake under way is lost, except with `reuse_port` and net.ipv4.tcp_migrate_req.)
         """
         self._listener.unlink()  # first, so that no more clients come
         _cancel(self._accepting)
@@ -3905,7 +3905,7 @@ class Server:
         self._accepting = []
 
     async def _end_workers(self) -> None:
-        """End the workers' threads. (One that is blocked ends with the process.)"""
+        """End the workers' threads. (A blocked thread ends with the process.)"""
         for worker in self._workers:
             if worker.loop is self._loop:
                 worker._timer.cancel()
@@ -3925,8 +3925,8 @@ def _checked_limits(options: dict[str, Any]) -> Limits:
     return Limits(**options)
 
 
-# -- The system's signals (Ctrl-C sends one) go to the process: one stops all servers that wait.
-# When the last of these servers has stopped, the program's earlier signal handlers are put back.
+# -- A signal (Ctrl-C sends one) goes to the whole process: it stops all servers that wait for one.
+# When the last of these servers has stopped, the program's earlier signal handlers are restored.
 
 _awaiting_signal: list[Server] = []  # used by the main thread only
 _earlier_handlers: dict[int, Any] = {}  # by signal number
@@ -3934,7 +3934,7 @@ _earlier_handlers: dict[int, Any] = {}  # by signal number
 
 def _heed_signals(server: Server) -> None:
     if threading.current_thread() is not threading.main_thread() or server in _awaiting_signal:
-        return  # Python allows signal handlers in the main thread only
+        return  # Python allows signal handlers only in the main thread
     _awaiting_signal.append(server)
     for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK"):
         number = getattr(signal, name, None)
@@ -3958,18 +3958,18 @@ def _forget_signals(server: Server) -> None:
 
 
 _SOCKET_OPTIONS = {
-    # The kernel asks a silent client after 15 s, then every 5 s; without an answer it gives up
-    # after 30 s. So a client that has vanished shows, even where nothing is sent to it.
+    # The kernel probes a silent client after 15 s, then every 5 s; without an answer it gives up
+    # after 30 s. So a client that has vanished is noticed, even if nothing is sent to it.
     "TCP_KEEPIDLE": 15,
     "TCP_KEEPINTVL": 5,
     "TCP_KEEPCNT": 3,
-    # For a client that does not read the kernel keeps this many bytes, and not megabytes.
+    # If a client does not read, the kernel keeps this many bytes for it, rather than megabytes.
     "TCP_NOTSENT_LOWAT": _HIGH_WATER,
 }
 
 
 def _set_options(listening: socket.socket) -> None:
-    """Set the options of a listening socket; the sockets that it accepts have them, too."""
+    """Set the options of a listening socket; the sockets that it accepts inherit them."""
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in _SOCKET_OPTIONS.items():
         with suppress(AttributeError, OSError):  # not on this system
@@ -3985,7 +3985,7 @@ def _is_local(family: int, address: tuple[Any, ...]) -> bool:
 
 
 def _refuse_taken(path: str, take_over: bool) -> None:
-    """Refuse a path where another server answers, and one that is a file of another kind."""
+    """Refuse a path where another server answers, or where the file is not a socket."""
     try:
         if not stat.S_ISSOCK(os.stat(path).st_mode):
             raise StarioError("there is a file of that name, and it is no socket")
@@ -3999,11 +3999,11 @@ def _refuse_taken(path: str, take_over: bool) -> None:
 
 
 def _systemd_sockets() -> list[socket.socket]:
-    """Sockets that systemd has opened, or what speaks its protocol (sd_listen_fds): from 3 on."""
+    """Sockets from systemd, or whatever uses its protocol (sd_listen_fds): descriptors from 3."""
     if os.environ.get("LISTEN_PID") != str(os.getpid()):
         return []  # none, or they are meant for another process
     count = int(os.environ.pop("LISTEN_FDS", "0"))
-    del os.environ["LISTEN_PID"]  # programs that we start shall not take them for theirs
+    del os.environ["LISTEN_PID"]  # programs that we start must not take them for theirs
     sockets = [socket.socket(fileno=descriptor) for descriptor in range(3, 3 + count)]
     for inherited in sockets:
         inherited.set_inheritable(False)
@@ -4022,10 +4022,10 @@ class Stario(_App):
         return _Life(self)
 
     def lifespan(self, manager: Lifespan) -> Lifespan:
-        """Add what is opened before the first request and closed after the last, as a database is.
+        """Add what opens before the first request and closes after the last, such as a database.
 
-        `manager(app)` gives an async context manager. Several are entered in their order. An
-        exception in it keeps the server from starting.
+        `manager(app)` returns an async context manager. Several are entered in the order in which
+        they were added. An exception while one is entered keeps the server from starting.
         """
         _check_arguments(manager, "app")
         if hasattr(manager, "__aenter__"):
@@ -4042,8 +4042,8 @@ class Stario(_App):
     def background(self, work: Coroutine[Any, Any, T]) -> Future[T]:
         """Start a task that lives as long as the server: `app.background(tick())`.
 
-        If the server does not run yet, the task starts with it. It has a span of its own, and is
-        cancelled when the server stops, or by `cancel()` of what this gives, from any thread.
+        If the server is not running yet, the task starts with it. It has its own span, and is
+        cancelled when the server stops, or by the returned future's `cancel()`, from any thread.
         """
         if not asyncio.iscoroutine(work):
             got = type(work).__name__
@@ -4075,10 +4075,10 @@ class Stario(_App):
     ) -> None:
         """Serve until a signal (`wait_for_signal`). Options: see `Server` (part 10), `Limits` (9).
 
-        With `reload` a saved file restarts the program (part 28). With `debug`, by default on at
-        a terminal and off elsewhere, errors are shown in the browser (part 29). What keeps it from
-        starting (a port that is taken, an option that does not exist) ends the program with one
-        sentence: SystemExit. Threads of `asyncio.to_thread` do not hold up the program's end.
+        With `reload`, saving a file restarts the program (part 28). With `debug`, by default on at
+        a terminal and off elsewhere, errors are shown in the browser (part 29). If it cannot start
+        (a port is taken, an option does not exist), the program ends with one sentence: SystemExit.
+        Threads of `asyncio.to_thread` do not delay the program's end.
         """
         try:
             server = Server(self, host, port, workers, **options)
@@ -4099,7 +4099,7 @@ class Stario(_App):
                 raise
             return  # none: it was only the signal
         except StarioError as exc:
-            for work in self._life.waiting:  # or Python warns that nobody has awaited it
+            for work in self._life.waiting:  # or Python warns that it was never awaited
                 work.close()
             raise SystemExit(f"stario: {exc}") from None
         self.tracer("listening", {"url": server.url}).end()
@@ -4118,7 +4118,7 @@ class Stario(_App):
     ) -> AsyncIterator[Server]:
         """Serve inside a program of your own: `async with app.running(port=0) as server:`
 
-        `server.url` says where. Raises StarioError where it cannot start.
+        `server.url` is its address. Raises StarioError if it cannot start.
         """
         server = Server(self, host, port, workers, **options)
         await server.start()
@@ -4133,7 +4133,7 @@ class Stario(_App):
 #
 # Each request of a TestClient gets a pair of connected sockets: at one end the server's own
 # connection (9) with a worker of its own (10), at the other this client. So a test sees the bytes
-# that a browser would. All of it runs in the test's event loop: no port, no thread.
+# that a browser would. All of it runs in the test's event loop, without a port or a thread.
 # ==================================================================================================
 
 
@@ -4156,7 +4156,7 @@ class TestResponse(NamedTuple):
 
 
 class ServerEvent(NamedTuple):
-    """An event of a stream, parsed: its name, data and id; for Datastar's, what they patch.
+    """A parsed event of a stream: its name, data and id; for a Datastar event, what it patches.
 
     `fields` has the lines of a Datastar event by their first word: `event.fields["selector"]`.
     """
@@ -4244,7 +4244,7 @@ class _Jar:
 
 
 def _quoted(name: str) -> str:
-    """As browsers write the name of a field or a file (HTML standard, 4.10.21.8)."""
+    """Quote the name of a field or file as browsers do (HTML standard, 4.10.21.8)."""
     return '"' + name.translate({10: "%0A", 13: "%0D", 34: "%22"}) + '"'
 
 
@@ -4252,7 +4252,7 @@ def _sent_body(
     json: object, form: Mapping[str, object] | None,
     files: Mapping[str, tuple[str, bytes]] | None, body: bytes,
 ) -> tuple[bytes, str]:  # fmt: skip
-    """A request's body and its type, made of what a test gives for it."""
+    """A request's body and its type, made from a test's arguments."""
     if json is not None:
         return _json(json, _encode_sent).encode("utf-8", "replace"), "application/json"
     if files is not None:
@@ -4268,7 +4268,7 @@ def _multipart(
 ) -> tuple[bytes, str]:
     """A form with files as a body, and its content type (RFC 7578)."""
     boundary, body = os.urandom(16).hex(), b""
-    # A list is several fields of one name, as in the other kind of form.
+    # A list becomes several fields of one name, as in an urlencoded form.
     fields = parse_qsl(urlencode(form, doseq=True, errors="replace"), keep_blank_values=True)
     parts = [(_quoted(name), value.encode()) for name, value in fields]
     for name, file in files.items():
@@ -4282,7 +4282,7 @@ def _multipart(
 
 
 def _plain_sent(value: object) -> object:
-    """As Datastar sends signals: bytes, the contents of a file, go as base64."""
+    """Signals as Datastar sends them: bytes, the contents of a file, become base64."""
     return base64.b64encode(value).decode() if isinstance(value, bytes) else _json_default(value)
 
 
@@ -4290,9 +4290,9 @@ _encode_sent = _json_writer(_plain_sent, ascii_only=False)
 
 
 class TestStream:
-    """An answer under way: `status`, `headers`, and, with `async for`, its events."""
+    """An answer in progress: `status`, `headers`, and, with `async for`, its events."""
 
-    __test__ = False  # pytest: this is no test case
+    __test__ = False  # pytest: this is not a test case
 
     status = 0  # 0 until the answer begins
     headers = Headers()
@@ -4300,10 +4300,10 @@ class TestStream:
     def __init__(self, client: TestClient, name: str, timeout: float) -> None:
         self._name = name  # of the request, for messages
         self._timeout = timeout
-        self._raised: list[BaseException] = []  # by its handler; `_record` (20) puts it there
-        self._unread = b""  # bytes that the body's decoder cannot read before more have come
+        self._raised: list[BaseException] = []  # by its handler; `_record` (20) adds it
+        self._unread = b""  # bytes that the body's decoder cannot read until more have come
         self._unparsed = b""  # the beginning of an event
-        self._events: deque[ServerEvent] = deque()  # that have come, and are not asked for yet
+        self._events: deque[ServerEvent] = deque()  # that have come, but are not asked for yet
         self._last: ServerEvent | None = None
         self._worker = Worker(client.app, asyncio.get_running_loop(), client.limits)
         if client.raise_errors:
@@ -4313,7 +4313,7 @@ class TestStream:
         return self
 
     async def __anext__(self) -> ServerEvent:
-        # A test may give up waiting, and ask again: what has come until then is kept.
+        # A test may stop waiting and ask again: what has come by then is kept.
         async with self._awaiting(f"the next event{f' after {self._last}' if self._last else ''}"):
             while not self._events and (piece := await self._read_piece()):
                 text = (self._unparsed + piece).replace(b"\r\n", b"\n")
@@ -4347,7 +4347,7 @@ class TestStream:
         self.status = status
 
     async def _read_piece(self) -> bytes:
-        """Some more of the body; nothing at its end."""
+        """More of the body; b"" at its end."""
         await asyncio.shield(self._head)
         while not self._decoder.ended:
             if not (data := await self._reader.read(_HIGH_WATER)):
@@ -4362,7 +4362,7 @@ class TestStream:
 
     @asynccontextmanager
     async def _awaiting(self, what: str) -> AsyncIterator[None]:
-        """Bound the block by the time limit; a failure in it says what was awaited."""
+        """Apply the time limit to the block; the error says what was awaited."""
         try:
             async with asyncio.timeout(self._timeout):
                 yield
@@ -4374,7 +4374,7 @@ class TestStream:
             raise ClientDisconnected(f"{self._name}: the answer broke off") from None
 
     async def _settle(self) -> None:
-        """Let the handler run to its first bytes, or to where it waits."""
+        """Let the handler run until it sends its first bytes, or waits."""
         async with self._awaiting("the start of its handler"):
             while not (self._worker.tasks or self._head.done()):
                 await asyncio.sleep(0)
@@ -4410,13 +4410,13 @@ class TestClient:
     """A client for tests: `async with TestClient(app) as client: r = await client.get("/")`.
 
     `cookies` is its jar: answers change it, requests send it. A request returns when its handler
-    has ended, with all that it does after its answer; with `wait=False` when the answer is there.
-    What a handler raises is raised in the test; with `raise_errors=False` it is answered with 500,
-    as to a browser. What takes longer than `timeout` seconds is a TimeoutError that says what was
+    has ended, with all that it does after its answer; with `wait=False`, when the answer is there.
+    An exception in a handler is raised in the test; with `raise_errors=False` the answer is a 500,
+    as for a browser. A wait of more than `timeout` seconds raises a TimeoutError that says what was
     awaited. Other options are those of `Limits`.
     """
 
-    __test__ = False  # pytest: this is no test case
+    __test__ = False  # pytest: this is not a test case
 
     def __init__(
         self,
@@ -4457,12 +4457,12 @@ class TestClient:
     async def request(
         self, method: str, path: str, *, wait: bool = True, follow: bool = False, **options: Any
     ) -> TestResponse:
-        """Send a request and give its answer. `client.get(path)` is `client.request("GET", path)`.
+        """Send a request, return its answer. `client.get(path)` is `client.request("GET", path)`.
 
         Options: `signals` (as Datastar sends them; a dict, a dataclass, a model), `json`, `form` (a
         dict), `files` (`{"field": ("name.txt", b"...")}`), `body` (bytes), `headers` and `timeout`;
-        `follow=True` goes where a redirect leads. Raises ClientDisconnected if the answer breaks
-        off.
+        `follow=True` follows redirects on the same host. Raises ClientDisconnected if the answer
+        breaks off.
         """
         for _ in range(20):
             answer = await self._request(method, path, wait, **options)
