@@ -2164,7 +2164,7 @@ async def _fail(c: Context, w: Writer, exc: BaseException) -> None:
     if not (w.started or isinstance(exc, ClientDisconnected)):
         _answer_error(c, w, exc)
     if not w.completed:
-        w.completed = True
+        w.completed, w._rest = True, None  # (a file that is not sent is closed)
         w._carrier.abort()
 
 

@@ -10839,10 +10839,15 @@ class TestDownloads(HttpTest):
             w.text("again")
 
         self.app.get("/twice", twice)
+        self.addCleanup(gc.enable)
         async with connected(self.app) as peer:
+            await within(peer.get("/"))
+            without_connection = max(0, _open_files() - 1)
+            gc.disable()
             await peer.send(f"GET /twice HTTP/1.1\r\n{HOST}\r\n")
             await within(peer.head())
             self.assertEqual(await within(peer.rest()), b"")
+            await until(lambda: _open_files() <= without_connection)
         self.assertIn("answered already", self.spans.named("GET /twice")[0].error or "")
 
     async def test_it_is_compressed_as_other_answers_are(self) -> None:
