@@ -64,33 +64,33 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        2130  8. The app
      2318  ACT 2. On the network
        2326  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3309  10. The server
-       4132  11. Trying it without a network: the test client [testclient]
-     4588  ACT 3. Live
-       4638  12. Datastar: attributes and actions
-       5223  13. Streams: events, and staying with a client
-       5736  14. Relay: publish and subscribe
-     6034  ACT 4. For real
-       6041  15. Signals: from JSON to your dataclass
-       6794  16. Forms [forms]
-       6999  17. Behind a proxy
-       7111  18. Compression [compression]
-       7320  19. Static files [assets]
-       7890  20. Telemetry: spans, and who hears of them
-       8444  21. JsonTracer: for log collectors [json]
-       8518  22. RichTracer: for people [rich]
-       8949  23. Sessions [sessions]
-       9063  24. What lives as long as the server
-       9165  25. @baked
-       9451  26. ASGI: the same app under another server [asgi]
-       9678  27. RedisRelay: the same between processes and machines [redis]
-       9953  28. Reload: a saved file restarts the app [reload]
-      10097  29. Development: what went wrong, shown where one looks [development]
-      10214  30. What is refused; hosts, cookies, other sites
-    10576  ACT 5. The pocket client, and this file itself
-      10617  31. The pocket client (JavaScript) [client]
-      11992  32. This file as a page [read]
-      12162  33. An app to begin with
+       3310  10. The server
+       4133  11. Trying it without a network: the test client [testclient]
+     4589  ACT 3. Live
+       4639  12. Datastar: attributes and actions
+       5224  13. Streams: events, and staying with a client
+       5737  14. Relay: publish and subscribe
+     6035  ACT 4. For real
+       6042  15. Signals: from JSON to your dataclass
+       6795  16. Forms [forms]
+       7000  17. Behind a proxy
+       7112  18. Compression [compression]
+       7321  19. Static files [assets]
+       7891  20. Telemetry: spans, and who hears of them
+       8445  21. JsonTracer: for log collectors [json]
+       8519  22. RichTracer: for people [rich]
+       8950  23. Sessions [sessions]
+       9064  24. What lives as long as the server
+       9166  25. @baked
+       9452  26. ASGI: the same app under another server [asgi]
+       9679  27. RedisRelay: the same between processes and machines [redis]
+       9954  28. Reload: a saved file restarts the app [reload]
+      10098  29. Development: what went wrong, shown where one looks [development]
+      10215  30. What is refused; hosts, cookies, other sites
+    10577  ACT 5. The pocket client, and this file itself
+      10618  31. The pocket client (JavaScript) [client]
+      11993  32. This file as a page [read]
+      12163  33. An app to begin with
 
 READING PATH
 
@@ -105,13 +105,13 @@ Two hours, for a reader who wants to know how it works, not everything it does. 
      1887-1902   `_Tree.find`  from a path to a handler
      2237-2270   `_App.dispatch`  one request from end to end
      2681-2794   `_RequestReader`  bytes to requests
-     3065-3305   `Connection`  one connection, many requests
-     3732-3753   `Server.start`  listening
-     3868-3890   `Server.stop`  ending without losing a request
-     5347-5467   `_EventWriter`  events
-     5556-5618   `_Scope`  how a disconnect reaches a handler
-     5646-5732   `Alive`  staying with a client
-     5887-5979   `Relay`  from one handler to another
+     3065-3306   `Connection`  one connection, many requests
+     3733-3754   `Server.start`  listening
+     3869-3891   `Server.stop`  ending without losing a request
+     5348-5468   `_EventWriter`  events
+     5557-5619   `_Scope`  how a disconnect reaches a handler
+     5647-5733   `Alive`  staying with a client
+     5888-5980   `Relay`  from one handler to another
 
 The parts know little about each other. HTML, JSON, Datastar's attributes, events and the relay work
 in any framework. A `Carrier` (6) brings a request and takes its answer, and the app knows only what
@@ -3233,7 +3233,8 @@ class Connection(_AnswerCarrier):
     def _close_if_rest_is_unwanted(self) -> None:
         """Close after the answer, if the rest of the body would only be read to be dropped."""
         is_large = self._body.dropped + self._still_to_come() > _DISCARD_LIMIT
-        if self._state is _LATE_BODY and self._body.discarding and (self._close_after or is_large):
+        closes = is_large or self._close_after or self._worker.stopping
+        if self._state is _LATE_BODY and self._body.discarding and closes:
             self._end()
 
     def _fail_body(self, error: Exception) -> None:

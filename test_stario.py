@@ -5612,6 +5612,22 @@ class TestStopping(StreamTest):
             self.assertEqual(await within(peer.rest()), b"")
             await peer.close()
 
+    async def test_a_stream_whose_request_does_not_end_holds_nothing_up(self) -> None:
+        async def stay(c: Context, w: Writer) -> None:
+            self.start(w)
+            async with w.alive():
+                await asyncio.Event().wait()
+
+        server = Server(self.app(stay), port=0, graceful_timeout=600)
+        await server.start()
+        peer = await Peer.connect(server.port)
+        with mock.patch.object(stario, "_LINGER", 0.05):
+            await peer.send(f"GET / HTTP/1.1\r\n{HOST}Content-Length: 9\r\n\r\nnot all")
+            await within(self.ready.wait())
+            await within(server.stop())
+        self.assertIn(b"\r\n0\r\n\r\n", await within(peer.rest()))
+        await peer.close()
+
     async def test_a_start_that_is_cancelled_leaves_no_thread(self) -> None:
         """By a signal, say, while the workers start."""
         server = Server(echo_app(), port=0, workers=3)
