@@ -79,18 +79,18 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        7891  20. Telemetry: spans, and who hears of them
        8445  21. JsonTracer: for log collectors [json]
        8519  22. RichTracer: for people [rich]
-       8950  23. Sessions [sessions]
-       9064  24. What lives as long as the server
-       9166  25. @baked
-       9452  26. ASGI: the same app under another server [asgi]
-       9679  27. RedisRelay: the same between processes and machines [redis]
-       9954  28. Reload: a saved file restarts the app [reload]
-      10098  29. Development: what went wrong, shown where one looks [development]
-      10215  30. What is refused; hosts, cookies, other sites
-    10577  ACT 5. The pocket client, and this file itself
-      10618  31. The pocket client (JavaScript) [client]
-      11993  32. This file as a page [read]
-      12163  33. An app to begin with
+       8948  23. Sessions [sessions]
+       9062  24. What lives as long as the server
+       9164  25. @baked
+       9450  26. ASGI: the same app under another server [asgi]
+       9677  27. RedisRelay: the same between processes and machines [redis]
+       9952  28. Reload: a saved file restarts the app [reload]
+      10096  29. Development: what went wrong, shown where one looks [development]
+      10213  30. What is refused; hosts, cookies, other sites
+    10575  ACT 5. The pocket client, and this file itself
+      10616  31. The pocket client (JavaScript) [client]
+      11991  32. This file as a page [read]
+      12161  33. An app to begin with
 
 READING PATH
 
@@ -8583,9 +8583,10 @@ class RichTracer(_StreamTracer):
 
     def _renew(self) -> None:
         super()._renew()
-        self._live = bool(_terminal_size(self._stream)) and os.environ.get("TERM") != "dumb"
-        coloured = bool(os.environ.get("FORCE_COLOR")) or self._live
-        self._look = _Look(coloured and not os.environ.get("NO_COLOR"))
+        size = None if os.environ.get("TERM") == "dumb" else _terminal_size(self._stream)
+        self._live = size is not None
+        coloured = self._live or bool(os.environ.get("FORCE_COLOR"))
+        self._look = _Look(coloured and not os.environ.get("NO_COLOR"), size or (10**6, 0))
         self._footer = "unknown"  # what the screen shows; a killed program may have left one
         self._open: dict[str, _Branch] = {}  # by the span's id
         self._second = 0.0  # when the current second began, on the monotonic clock
@@ -8679,12 +8680,10 @@ class RichTracer(_StreamTracer):
     # The lines above the footer scroll, and the footer does not. The cursor stays above it, and so
     # does all that is written there: prints, what a person types, other programs' output.
 
-    def _write_all(self, ending: bool) -> None:
-        if self._live and (size := _terminal_size(self._stream)):
-            self._look.width, self._look.height = size
-        super()._write_all(ending)
-
     def _compose(self, ending: bool) -> str:
+        if not self._live:
+            return super()._compose(ending)
+        self._look.width, self._look.height = _terminal_size(self._stream) or (80, 24)
         if ending or time.monotonic() - self._second >= 1:
             self._sum_up()
         roots = [branch for branch in self._open.values() if branch.root is branch]
@@ -8692,8 +8691,6 @@ class RichTracer(_StreamTracer):
             self._show([self._look.heading(root.span) for root in roots])
             self._open.clear()
         text, old = super()._compose(ending), self._footer
-        if not self._live:
-            return text
         self._footer = "" if ending else self._at_the_foot(roots)
         if not text and self._footer == old:
             return ""
@@ -8720,9 +8717,9 @@ class RichTracer(_StreamTracer):
 class _Look:
     """How spans look: the lines of trees and of the footer. It keeps only the terminal's size."""
 
-    def __init__(self, coloured: bool) -> None:
+    def __init__(self, coloured: bool, size: tuple[int, int]) -> None:
         self.coloured = coloured
-        self.width, self.height = 1_000_000, 0  # columns, rows
+        self.width, self.height = size  # columns, rows
 
     def painted(self, line: _Line) -> str:
         """A line as it is written: cut to the width, and with colours."""
@@ -8796,8 +8793,9 @@ class _Look:
         if row.name != "exception":
             line.append((_padded(row.name, room, room + 16), "cyan"))
             return self._with_pairs(line, margin, row.attributes)
-        width = max(20, self.width - len(margin) - 3)
-        first, *rest = re.findall(f".{{1,{width}}}", _failure(row))[:12]
+        text = _failure(row)
+        width = max(20, self.width - len(margin) - 3) // (1 + (_cells(text) > len(text)))
+        first, *rest = re.findall(f".{{1,{width}}}", text)[:12]
         below = [(part, "red") for part in rest] + [(frame, "") for frame in _frames(row)]
         guided = [[(f"{margin}  ", "dim"), piece] for piece in below]
         return [[*line, (first, "red")], *guided, *_pairs_below(margin, _pairs(row.attributes))]
