@@ -12085,14 +12085,14 @@ def _prose(lines: list[str]) -> Iterator[SafeString]:
 
 _STYLE = """
 :root { color-scheme: light dark; font: 100%/1.55 Georgia, serif; scroll-padding: 4rem; }
-body { margin: 0; } a { color: inherit; text-decoration: underline dotted #8888; }
+body { margin: 0; } [hidden] { display: none !important; } h2 { margin: 3rem 0 1rem; }
 header { position: sticky; top: 0; z-index: 1; display: flex; gap: 1rem; padding: .5rem 1.5rem;
   border-bottom: 1px solid #8884; background: Canvas; }
 nav { padding: 1rem 1.5rem; columns: 20rem; } nav a { display: block; }
 nav a[href^="#ACT"] { font-weight: bold; margin-top: .5rem; break-after: avoid; }
 section { display: grid; grid-template-columns: clamp(24rem, 100vw - 52rem, 34rem) minmax(0, 1fr); }
 section > * { padding: .25rem 1.5rem; margin: 0; min-width: 0; }
-section > pre { background: #8881; } h2 { margin: 3rem 0 1rem; }
+section > pre { background: #8881; } a { color: inherit; text-decoration: underline dotted #8888; }
 p { margin: .4rem 0; overflow-wrap: break-word; } output { display: block; white-space: pre-wrap; }
 pre, code, output { font: .8rem/1.5 ui-monospace, Menlo, Consolas, monospace; overflow-x: auto; }
 .c { opacity: .6; } .s { color: light-dark(#0a6b3d, #8fd19e); }
@@ -12100,7 +12100,7 @@ pre, code, output { font: .8rem/1.5 ui-monospace, Menlo, Consolas, monospace; ov
 @media (max-width: 60rem) { section { grid-template-columns: minmax(0, 1fr); } }
 """
 _SCRIPT = """
-const rows = [...document.querySelectorAll("section")], find = document.querySelector("input");
+const rows = document.querySelectorAll("section, nav a"), find = document.querySelector("input");
 find.oninput = () => rows.forEach((row) =>
   row.hidden = !row.textContent.toLowerCase().includes(find.value.toLowerCase()));
 for (const run of document.querySelectorAll("button")) run.onclick = async () =>

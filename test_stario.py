@@ -16509,6 +16509,31 @@ class TestReadingPage(AsyncTest):
         self.assertEqual((answer.status, answer.text), (200, "<p>Hello, you</p>"))
         self.assertEqual((await within(peer.get("/1"))).status, 404)
 
+    @needs("playwright", CHROMIUM)
+    def test_a_search_leaves_the_rows_and_titles_that_hold_the_words(self) -> None:
+        parts = (("1. One", "size = 1"), ("2. Two", "print(size)"), ("3. Size", "x = 2"))
+        rows = [
+            stario._Row(n, ["====", *part[:1], "===="], [part[1]]) for n, part in enumerate(parts)
+        ]
+        book = stario._book_page(rows)
+        with sync_playwright() as playwright:
+            browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+            page = browser.new_page()
+            page.route(
+                "http://book/", lambda route: route.fulfill(body=book, content_type="text/html")
+            )
+            page.goto("http://book/")
+            for words, shown in (
+                ("", [3, 3]),
+                ("SIZE", [3, 1]),
+                ("print(", [1, 0]),
+                ("no", [0, 0]),
+            ):
+                page.fill("input", words)
+                found = [page.locator(f"{kind}:visible").count() for kind in ("section", "nav a")]
+                self.assertEqual(found, shown, words)
+            browser.close()
+
 
 class TestWithout(unittest.TestCase):
     """Part 33: a copy of the file without some of its parts."""
