@@ -7369,6 +7369,8 @@ _SUFFIXES = """
     application/x-bzip2 bz2 tbz2 | application/x-xz xz txz | application/octet-stream br |
     application/x-compress z | image/svg+xml svgz | image/apng apng | image/webp webp |
     image/x-icon ico | image/jxl jxl | font/woff woff | font/woff2 woff2 | font/ttf ttf |
+    application/yaml yaml yml | application/toml toml | application/x-ndjson ndjson jsonl |
+    application/vnd.ms-fontobject eot | application/epub+zip epub | image/jpeg jfif |
     font/otf otf | audio/mp4 m4a | audio/ogg ogg oga opus | audio/wav wav | audio/flac flac |
     audio/webm weba | video/mp4 m4v | video/ogg ogv | model/gltf-binary glb | model/gltf+json gltf
 """

@@ -9461,6 +9461,8 @@ class TestForms(AsyncTest):
             encoded = "é€" if "8859" not in charset else "é"
             form = self.form((head, encoded.encode(charset.strip('"'))))
             self.assertEqual(form["a"], encoded)
+        latin = self.form((self.named("a", f"\r\nContent-Type: {text}Latin1"), b"\xe9"))
+        self.assertEqual(latin["a"], "é")
         usual = self.form(
             (self.named("a"), "ж".encode("koi8-r")), (self.named("_charset_"), b"koi8-r"),
             (self.named("b", "\r\nContent-Type: text/plain;charset=utf-8"), "ж".encode()),
@@ -10646,6 +10648,8 @@ class TestAssets(HttpTest):
             "plain.svgz": ("image/svg+xml", None),
             "data:,x.html": ("text/html; charset=utf-8", None),
             "a.unknown-kind": ("application/octet-stream", None),
+            "compose.yml": ("application/yaml", None),
+            "icons.eot": ("application/vnd.ms-fontobject", None),
         }
         async with connected(self.app) as peer:
             for name, (kind, coding) in wanted.items():
