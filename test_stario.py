@@ -9224,7 +9224,9 @@ class TestSignals(unittest.TestCase):
             self.problems(kind, 10**4000)
             self.problems(kind, "9" * 100_000)
             self.problems(kind, "1" * 100_000 + "x")
-        self.problems(uuid.UUID, "{" + "1" * 32 + "}")
+        for form in ("{%s}", "urn:uuid:%s", "0x%s", "1_%s", "%s\0"):
+            self.problems(uuid.UUID, form % ("1" * 32))
+            self.problems(uuid.UUID, form % ("1" * 30))
         self.problems(date, "2" * 100_000)
         self.problems(datetime, "2024-01-02T03:04:05\0")
 
