@@ -77,20 +77,20 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        7103  18. Compression [compression]
        7312  19. Static files [assets]
        7884  20. Telemetry: spans, and who hears of them
-       8438  21. JsonTracer: for log collectors [json]
-       8512  22. RichTracer: for people [rich]
-       8941  23. Sessions [sessions]
-       9055  24. What lives as long as the server
-       9157  25. @baked
-       9443  26. ASGI: the same app under another server [asgi]
-       9670  27. RedisRelay: the same between processes and machines [redis]
-       9945  28. Reload: a saved file restarts the app [reload]
-      10089  29. Development: what went wrong, shown where one looks [development]
-      10206  30. What is refused; hosts, cookies, other sites
-    10568  ACT 5. The pocket client, and this file itself
-      10609  31. The pocket client (JavaScript) [client]
-      11984  32. This file as a page [read]
-      12154  33. An app to begin with
+       8433  21. JsonTracer: for log collectors [json]
+       8507  22. RichTracer: for people [rich]
+       8936  23. Sessions [sessions]
+       9050  24. What lives as long as the server
+       9152  25. @baked
+       9438  26. ASGI: the same app under another server [asgi]
+       9665  27. RedisRelay: the same between processes and machines [redis]
+       9940  28. Reload: a saved file restarts the app [reload]
+      10084  29. Development: what went wrong, shown where one looks [development]
+      10201  30. What is refused; hosts, cookies, other sites
+    10563  ACT 5. The pocket client, and this file itself
+      10604  31. The pocket client (JavaScript) [client]
+      11979  32. This file as a page [read]
+      12149  33. An app to begin with
 
 READING PATH
 
@@ -8335,16 +8335,13 @@ class _StreamTracer(Tracer):
         thread.join(_PATIENCE)
         if thread.is_alive():  # it hangs in a write, as Python's flush of stdout at exit would
             sys.stdout = None if sys.stdout is self._stream else sys.stdout
-            self._complain()
-
-    def _complain(self) -> None:
-        """Report losses on standard error, in another thread: this write may stall as well."""
-        lost = len(self._queue) + self._lost - self._reported
-        text = f"stario: {lost} spans and events could not be written\n".encode()
-        thread = threading.Thread(target=os.write, args=(2, text), daemon=True)
-        thread.start()
-        thread.join(0.2)
-        self._reported = self._lost
+            self._lost += len(self._queue)
+        if self._lost > self._reported:  # told in a thread, since standard error may stall as well
+            lost, self._reported = self._lost - self._reported, self._lost
+            text = f"stario: {lost} spans and events could not be written\n".encode()
+            telling = threading.Thread(target=os.write, args=(2, text), daemon=True)
+            telling.start()
+            telling.join(0.2)
 
     def _run(self) -> None:
         ending = False
@@ -8377,8 +8374,6 @@ class _StreamTracer(Tracer):
         if self._write(ending):
             self._lost -= entries
             self._reported = lost
-        if ending and self._lost > self._reported:
-            self._complain()
 
     def _write(self, ending: bool) -> bool:
         try:

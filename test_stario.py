@@ -11088,6 +11088,27 @@ class TestTelemetry(unittest.TestCase):
         self.assertEqual(lost["attributes"]["count"], 7)
         self.assertEqual(len(lines), stario._LONGEST_QUEUE + 2)
 
+    def test_what_could_not_be_written_is_told_on_standard_error_at_the_end(self) -> None:
+        program = (
+            "import stario\n"
+            "stario._PATIENCE = 0.1\n"
+            "with stario.JsonTracer() as tracer:\n"
+            "    for _ in range(5000): tracer('job').end()\n"
+        )
+        reader, writer = os.pipe()
+        self.addCleanup(os.close, reader)
+        self.addCleanup(os.close, writer)
+        done = subprocess.run(  # nobody reads what it prints
+            [sys.executable, "-c", program],
+            cwd=HERE,
+            stdout=writer,
+            stderr=subprocess.PIPE,
+            timeout=60,
+        )
+        told = rb"^stario: \d+ spans and events could not be written\n$"
+        self.assertRegex(done.stderr, told)
+        self.assertEqual(done.returncode, 0)
+
     def test_whatever_a_stream_raises_the_next_spans_are_written(self) -> None:
         class Failing(io.StringIO):
             def __init__(self, error: BaseException) -> None:
