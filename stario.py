@@ -428,7 +428,7 @@ def _hint(value: object) -> str:
 # The names of attributes that Datastar (part 12) acts on: `data-on:click`, `data-signals`.
 _DATASTAR_NAME = re.compile(
     "data-((attr|bind|class|computed|effect|indicator|init|on|ref|show|signals|style|text)(:|__|$)"
-    "|on-(intersect|interval|signal-patch))"
+    "|on-(intersect|interval|signal-patch)|preserve-attr)"
 )
 
 

@@ -6712,6 +6712,7 @@ class TestBuildersWriteWhatWasMeant(unittest.TestCase):
             (data.effect("a()"), data.effect("b()")),
             (data.init("a()"), [data.init("b()")]),
             (data.on_interval("a()"), data.on_interval("b()")),
+            (data.preserve_attr("open"), data.preserve_attr("class")),
             (MappingProxyType(data.computed({"a": "1"})), data.computed({"b": "2"})),
         ):
             for element in (h.Div, h.Input, h.Textarea):
