@@ -74,23 +74,23 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        6042  15. Signals: from JSON to your dataclass
        6786  16. Forms [forms]
        6991  17. Behind a proxy
-       7103  18. Compression [compression]
-       7312  19. Static files [assets]
-       7884  20. Telemetry: spans, and who hears of them
-       8433  21. JsonTracer: for log collectors [json]
-       8507  22. RichTracer: for people [rich]
-       8936  23. Sessions [sessions]
-       9050  24. What lives as long as the server
-       9152  25. @baked
-       9438  26. ASGI: the same app under another server [asgi]
-       9665  27. RedisRelay: the same between processes and machines [redis]
-       9940  28. Reload: a saved file restarts the app [reload]
-      10084  29. Development: what went wrong, shown where one looks [development]
-      10201  30. What is refused; hosts, cookies, other sites
-    10563  ACT 5. The pocket client, and this file itself
-      10604  31. The pocket client (JavaScript) [client]
-      11979  32. This file as a page [read]
-      12149  33. An app to begin with
+       7105  18. Compression [compression]
+       7314  19. Static files [assets]
+       7886  20. Telemetry: spans, and who hears of them
+       8435  21. JsonTracer: for log collectors [json]
+       8509  22. RichTracer: for people [rich]
+       8938  23. Sessions [sessions]
+       9052  24. What lives as long as the server
+       9154  25. @baked
+       9440  26. ASGI: the same app under another server [asgi]
+       9667  27. RedisRelay: the same between processes and machines [redis]
+       9942  28. Reload: a saved file restarts the app [reload]
+      10086  29. Development: what went wrong, shown where one looks [development]
+      10203  30. What is refused; hosts, cookies, other sites
+    10565  ACT 5. The pocket client, and this file itself
+      10606  31. The pocket client (JavaScript) [client]
+      11981  32. This file as a page [read]
+      12151  33. An app to begin with
 
 READING PATH
 
@@ -7086,9 +7086,11 @@ def _parameters(value: str) -> dict[str, str]:
     quote they write as `%22`, line breaks as `%0D%0A`, and a `%` as it is (HTML standard).
     """
     found = {}
-    for name, quoted, plain in _PARAMETER.findall(value):
-        text = re.sub(r'\\(["\\])', r"\1", quoted) or plain.strip()
-        found[name.lower()] = text.replace("%22", '"').replace("%0D", "\r").replace("%0A", "\n")
+    for name, text, plain in _PARAMETER.findall(value):
+        if "\\" in text or "%" in text:
+            text = re.sub(r'\\(["\\])', r"\1", text).replace("%22", '"')
+            text = text.replace("%0D", "\r").replace("%0A", "\n")
+        found[name.lower()] = text or plain.strip()
     return found
 
 
