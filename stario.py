@@ -60,37 +60,37 @@ brackets can be left out of your copy: `python stario.py --without assets,client
         666  4. JSON
         788  5. The request: headers, query, cookies, body
        1259  6. The answer: status, fields, body
-       1680  7. Context and routing
-       2130  8. The app
-     2318  ACT 2. On the network
-       2326  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3310  10. The server
-       4133  11. Trying it without a network: the test client [testclient]
-     4589  ACT 3. Live
-       4639  12. Datastar: attributes and actions
-       5224  13. Streams: events, and staying with a client
-       5737  14. Relay: publish and subscribe
-     6035  ACT 4. For real
-       6042  15. Signals: from JSON to your dataclass
-       6786  16. Forms [forms]
-       6991  17. Behind a proxy
-       7105  18. Compression [compression]
-       7314  19. Static files [assets]
-       7886  20. Telemetry: spans, and who hears of them
-       8435  21. JsonTracer: for log collectors [json]
-       8509  22. RichTracer: for people [rich]
-       8938  23. Sessions [sessions]
-       9052  24. What lives as long as the server
-       9154  25. @baked
-       9440  26. ASGI: the same app under another server [asgi]
-       9667  27. RedisRelay: the same between processes and machines [redis]
-       9942  28. Reload: a saved file restarts the app [reload]
-      10086  29. Development: what went wrong, shown where one looks [development]
-      10203  30. What is refused; hosts, cookies, other sites
-    10565  ACT 5. The pocket client, and this file itself
-      10606  31. The pocket client (JavaScript) [client]
-      11981  32. This file as a page [read]
-      12151  33. An app to begin with
+       1683  7. Context and routing
+       2133  8. The app
+     2321  ACT 2. On the network
+       2329  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
+       3314  10. The server
+       4137  11. Trying it without a network: the test client [testclient]
+     4593  ACT 3. Live
+       4643  12. Datastar: attributes and actions
+       5228  13. Streams: events, and staying with a client
+       5741  14. Relay: publish and subscribe
+     6039  ACT 4. For real
+       6046  15. Signals: from JSON to your dataclass
+       6790  16. Forms [forms]
+       6995  17. Behind a proxy
+       7109  18. Compression [compression]
+       7318  19. Static files [assets]
+       7890  20. Telemetry: spans, and who hears of them
+       8439  21. JsonTracer: for log collectors [json]
+       8513  22. RichTracer: for people [rich]
+       8942  23. Sessions [sessions]
+       9056  24. What lives as long as the server
+       9158  25. @baked
+       9444  26. ASGI: the same app under another server [asgi]
+       9671  27. RedisRelay: the same between processes and machines [redis]
+       9946  28. Reload: a saved file restarts the app [reload]
+      10090  29. Development: what went wrong, shown where one looks [development]
+      10207  30. What is refused; hosts, cookies, other sites
+    10569  ACT 5. The pocket client, and this file itself
+      10610  31. The pocket client (JavaScript) [client]
+      11985  32. This file as a page [read]
+      12155  33. An app to begin with
 
 READING PATH
 
@@ -100,18 +100,18 @@ Two hours, for a reader who wants to know how it works, not everything it does. 
       630-659    `Tags`  `h.P` makes one
      1064-1241   `Request`  what a client asks for
      1270-1339   `Carrier`  what brings the answer back
-     1420-1608   `_RawWriter`  the answer
-     1698-1797   `Context`  what a handler gets beside it
-     1887-1902   `_Tree.find`  from a path to a handler
-     2237-2270   `_App.dispatch`  one request from end to end
-     2681-2794   `_RequestReader`  bytes to requests
-     3065-3306   `Connection`  one connection, many requests
-     3733-3754   `Server.start`  listening
-     3869-3891   `Server.stop`  ending without losing a request
-     5348-5468   `_EventWriter`  events
-     5557-5619   `_Scope`  how a disconnect reaches a handler
-     5647-5733   `Alive`  staying with a client
-     5888-5980   `Relay`  from one handler to another
+     1420-1611   `_RawWriter`  the answer
+     1701-1800   `Context`  what a handler gets beside it
+     1890-1905   `_Tree.find`  from a path to a handler
+     2240-2273   `_App.dispatch`  one request from end to end
+     2684-2797   `_RequestReader`  bytes to requests
+     3069-3310   `Connection`  one connection, many requests
+     3737-3758   `Server.start`  listening
+     3873-3895   `Server.stop`  ending without losing a request
+     5352-5472   `_EventWriter`  events
+     5561-5623   `_Scope`  how a disconnect reaches a handler
+     5651-5737   `Alive`  staying with a client
+     5892-5984   `Relay`  from one handler to another
 
 The parts know little about each other. HTML, JSON, Datastar's attributes, events and the relay work
 in any framework. A `Carrier` (6) brings a request and takes its answer, and the app knows only what
@@ -1503,10 +1503,13 @@ class _RawWriter:
             self._send(self._compressor[1]())
             self._compressor = None
         self.completed = True
-        if self._remaining and not self._carrier.disconnected:
-            self._carrier.abort()
+        if not self._remaining:
+            self._carrier.finish()
+            return
+        has_left = self._carrier.disconnected  # then the handler may stop early
+        self._carrier.abort()
+        if not has_left:
             raise StarioError(f"the answer is {self._remaining} bytes short of its Content-Length")
-        self._carrier.finish()
 
     async def send_file(self, file: IO[bytes], offset: int, count: int) -> None:
         """Write `count` bytes of an open binary file, without reading it into memory.
@@ -2984,6 +2987,7 @@ class _AnswerCarrier(_SocketCarrier):
 
     _gives_up_rest: Callable[[], bool]  # decides whether the rest of a body is left unread
     _after_answer: Callable[[], None]  # the answer is complete
+    _end: Callable[[], None]  # the connection ends with what has been sent
 
     def __init__(self, worker: Worker) -> None:
         super().__init__(worker)
@@ -3039,7 +3043,7 @@ class _AnswerCarrier(_SocketCarrier):
             with suppress(AttributeError, OSError):
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
             self._drop()
-        self._close()
+        self._end()  # (no reset now: it could take answers to earlier requests with it)
         self.disconnected = True  # in any case, the client gets no more
 
 

@@ -3715,6 +3715,30 @@ class TestConnections(HttpTest):
             self.assertEqual(await within(peer.rest()), b"")
             await peer.close()
 
+    async def test_an_answer_that_breaks_off_does_not_destroy_the_one_before(self) -> None:
+        """RFC 9112, section 9.6: a client that still sends its second request gets no reset."""
+
+        async def broken(c: Context, w: Writer) -> None:
+            w.write(b"begin")
+            raise HttpException(500)
+
+        app = echo_app()
+        app.post("/broken", broken)
+        async with app.running() as server:
+            peer = await Peer.connect(server.port)
+            await until(lambda: connections_of(server))
+            (connection,) = connections_of(server)
+            stop_reading(peer)
+            upload = f"POST /broken HTTP/1.1\r\n{HOST}Content-Length: 500000\r\n\r\n"
+            await peer.send(GET, upload)
+            await until(connection._is_closing)
+            for _ in range(3):
+                await peer.send(bytes(10_000))
+            read_again(peer)
+            self.assertEqual((await within(peer.answer())).status, 200)
+            self.assertTrue((await within(peer.rest())).endswith(b"begin\r\n"))
+            await peer.close()
+
     async def test_a_refused_client_may_go_on_sending(self) -> None:
         """RFC 9112, section 9.6: closing at once would be a reset, which destroys the answer."""
         async with echo_app(max_body=1000).running() as server:
@@ -4110,6 +4134,25 @@ class TestAnswers(HttpTest):
                 self.assertEqual(out.partition(b"\r\n\r\n")[2], wanted)
                 (span,) = spans.named(f"GET {path}")
                 self.assertIn("Content-Length", span.error or "")
+
+    async def test_a_short_answer_after_a_half_close_ends_the_connection(self) -> None:
+        """It may still read, and would take the next answer for the rest of this one."""
+        spans = Spans()
+
+        async def stop_early(c: Context, w: Writer) -> None:
+            w.headers.set("content-length", 90)
+            async for _ in w.alive(every=0.01):
+                w.write(b"1")
+
+        app = Stario(spans)
+        app.get("/early", stop_early)
+        async with connected(app) as peer:
+            await peer.send(f"GET /early HTTP/1.1\r\n{HOST}\r\n{NEXT}")
+            await peer.head()
+            peer.writer.write_eof()
+            self.assertEqual((await within(peer.rest())).strip(b"1"), b"")
+        (span,) = spans.named("GET /early")
+        self.assertIsNone(span.error)
 
     async def test_a_file_that_was_sent_in_part_is_no_complete_answer(self) -> None:
         """What is answered next would be read as the rest of its body (RFC 9112, section 6.3)."""
