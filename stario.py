@@ -66,31 +66,31 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        2329  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
        3314  10. The server
        4137  11. Trying it without a network: the test client [testclient]
-     4593  ACT 3. Live
-       4643  12. Datastar: attributes and actions
-       5228  13. Streams: events, and staying with a client
-       5741  14. Relay: publish and subscribe
-     6039  ACT 4. For real
-       6046  15. Signals: from JSON to your dataclass
-       6790  16. Forms [forms]
-       6995  17. Behind a proxy
-       7109  18. Compression [compression]
-       7318  19. Static files [assets]
-       7890  20. Telemetry: spans, and who hears of them
-       8439  21. JsonTracer: for log collectors [json]
-       8513  22. RichTracer: for people [rich]
-       8942  23. Sessions [sessions]
-       9056  24. What lives as long as the server
-       9158  25. @baked
-       9444  26. ASGI: the same app under another server [asgi]
-       9671  27. RedisRelay: the same between processes and machines [redis]
-       9946  28. Reload: a saved file restarts the app [reload]
-      10090  29. Development: what went wrong, shown where one looks [development]
-      10207  30. What is refused; hosts, cookies, other sites
-    10569  ACT 5. The pocket client, and this file itself
-      10610  31. The pocket client (JavaScript) [client]
-      11985  32. This file as a page [read]
-      12155  33. An app to begin with
+     4596  ACT 3. Live
+       4646  12. Datastar: attributes and actions
+       5231  13. Streams: events, and staying with a client
+       5744  14. Relay: publish and subscribe
+     6042  ACT 4. For real
+       6049  15. Signals: from JSON to your dataclass
+       6793  16. Forms [forms]
+       6998  17. Behind a proxy
+       7112  18. Compression [compression]
+       7321  19. Static files [assets]
+       7893  20. Telemetry: spans, and who hears of them
+       8442  21. JsonTracer: for log collectors [json]
+       8516  22. RichTracer: for people [rich]
+       8945  23. Sessions [sessions]
+       9059  24. What lives as long as the server
+       9161  25. @baked
+       9447  26. ASGI: the same app under another server [asgi]
+       9674  27. RedisRelay: the same between processes and machines [redis]
+       9949  28. Reload: a saved file restarts the app [reload]
+      10093  29. Development: what went wrong, shown where one looks [development]
+      10210  30. What is refused; hosts, cookies, other sites
+    10572  ACT 5. The pocket client, and this file itself
+      10613  31. The pocket client (JavaScript) [client]
+      11988  32. This file as a page [read]
+      12158  33. An app to begin with
 
 READING PATH
 
@@ -108,10 +108,10 @@ Two hours, for a reader who wants to know how it works, not everything it does. 
      3069-3310   `Connection`  one connection, many requests
      3737-3758   `Server.start`  listening
      3873-3895   `Server.stop`  ending without losing a request
-     5352-5472   `_EventWriter`  events
-     5561-5623   `_Scope`  how a disconnect reaches a handler
-     5651-5737   `Alive`  staying with a client
-     5892-5984   `Relay`  from one handler to another
+     5355-5475   `_EventWriter`  events
+     5564-5626   `_Scope`  how a disconnect reaches a handler
+     5654-5740   `Alive`  staying with a client
+     5895-5987   `Relay`  from one handler to another
 
 The parts know little about each other. HTML, JSON, Datastar's attributes, events and the relay work
 in any framework. A `Carrier` (6) brings a request and takes its answer, and the app knows only what
@@ -4539,7 +4539,10 @@ class TestClient:
         files: Mapping[str, tuple[str, bytes]] | None = None,
         body: bytes = b"",
         timeout: float | None = None,
+        **unknown: object,
     ) -> TestStream:
+        for option in unknown:
+            _check_word("option", option, self._send.__kwdefaults__ or ())  # (30)
         if self.app._life.loop is None:  # (24)
             raise StarioError("write `async with TestClient(app) as client:` around it")
         for option, given in (("headers", headers), ("form", form), ("files", files)):
