@@ -74,23 +74,23 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        6049  15. Signals: from JSON to your dataclass
        6793  16. Forms [forms]
        6998  17. Behind a proxy
-       7112  18. Compression [compression]
-       7321  19. Static files [assets]
-       7893  20. Telemetry: spans, and who hears of them
-       8442  21. JsonTracer: for log collectors [json]
-       8516  22. RichTracer: for people [rich]
-       8945  23. Sessions [sessions]
-       9059  24. What lives as long as the server
-       9161  25. @baked
-       9447  26. ASGI: the same app under another server [asgi]
-       9674  27. RedisRelay: the same between processes and machines [redis]
-       9949  28. Reload: a saved file restarts the app [reload]
-      10093  29. Development: what went wrong, shown where one looks [development]
-      10210  30. What is refused; hosts, cookies, other sites
-    10572  ACT 5. The pocket client, and this file itself
-      10613  31. The pocket client (JavaScript) [client]
-      11988  32. This file as a page [read]
-      12158  33. An app to begin with
+       7111  18. Compression [compression]
+       7320  19. Static files [assets]
+       7892  20. Telemetry: spans, and who hears of them
+       8441  21. JsonTracer: for log collectors [json]
+       8515  22. RichTracer: for people [rich]
+       8944  23. Sessions [sessions]
+       9058  24. What lives as long as the server
+       9160  25. @baked
+       9446  26. ASGI: the same app under another server [asgi]
+       9673  27. RedisRelay: the same between processes and machines [redis]
+       9948  28. Reload: a saved file restarts the app [reload]
+      10092  29. Development: what went wrong, shown where one looks [development]
+      10209  30. What is refused; hosts, cookies, other sites
+    10571  ACT 5. The pocket client, and this file itself
+      10612  31. The pocket client (JavaScript) [client]
+      11987  32. This file as a page [read]
+      12157  33. An app to begin with
 
 READING PATH
 
@@ -7088,9 +7088,8 @@ _PARAMETER = re.compile(
 def _parameters(value: str) -> dict[str, str]:
     """The parameters of a field, by name: `form-data; name="a"` has one (part 16 uses it, too).
 
-    Within quotes `\\"` is a quote and `\\\\` a backslash. But browsers write a backslash in a name
-    as it is: in `filename="C:\\"; x="y"` it is the last character of the name, and no escape. A
-    quote they write as `%22`, line breaks as `%0D%0A`, and a `%` as it is (HTML standard).
+    Within quotes `\\"` is a quote. But a browser writes a backslash as it is (in `filename="C:\\";
+    x="y"` it is the last character of the name), a quote as `%22`, and a line break as `%0D%0A`.
     """
     found = {}
     for name, text, plain in _PARAMETER.findall(value):
