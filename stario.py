@@ -76,21 +76,21 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        6998  17. Behind a proxy
        7111  18. Compression [compression]
        7320  19. Static files [assets]
-       7892  20. Telemetry: spans, and who hears of them
-       8441  21. JsonTracer: for log collectors [json]
-       8515  22. RichTracer: for people [rich]
-       8944  23. Sessions [sessions]
-       9058  24. What lives as long as the server
-       9160  25. @baked
-       9446  26. ASGI: the same app under another server [asgi]
-       9673  27. RedisRelay: the same between processes and machines [redis]
-       9948  28. Reload: a saved file restarts the app [reload]
-      10092  29. Development: what went wrong, shown where one looks [development]
-      10209  30. What is refused; hosts, cookies, other sites
-    10571  ACT 5. The pocket client, and this file itself
-      10612  31. The pocket client (JavaScript) [client]
-      11987  32. This file as a page [read]
-      12157  33. An app to begin with
+       7890  20. Telemetry: spans, and who hears of them
+       8439  21. JsonTracer: for log collectors [json]
+       8513  22. RichTracer: for people [rich]
+       8942  23. Sessions [sessions]
+       9056  24. What lives as long as the server
+       9158  25. @baked
+       9444  26. ASGI: the same app under another server [asgi]
+       9671  27. RedisRelay: the same between processes and machines [redis]
+       9946  28. Reload: a saved file restarts the app [reload]
+      10090  29. Development: what went wrong, shown where one looks [development]
+      10207  30. What is refused; hosts, cookies, other sites
+    10569  ACT 5. The pocket client, and this file itself
+      10610  31. The pocket client (JavaScript) [client]
+      11985  32. This file as a page [read]
+      12155  33. An app to begin with
 
 READING PATH
 
@@ -7777,16 +7777,16 @@ def _answer_with(
     try:
         request = w._request
         fields = representation.fields + more
-        part: tuple[int, int] | None = (0, file.size)
+        part = None
         if status == 200 and request.method in ("GET", "HEAD"):
             if _has_copy(request, representation.etag):
                 return w._answer(304, (fields, False), b"")
             part = _range(request, file.size, representation.etag)
-        if part is None:
+        start, stop = part or (0, file.size)
+        if part and start >= stop:
             outside = b"content-range: bytes */%d\r\ncache-control: no-store\r\n" % file.size
             return w._answer(416, (outside, False), b"")
-        start, stop = part
-        if part != (0, file.size):
+        if part:
             status, compress = 206, False
             fields += b"content-range: bytes %d-%d/%d\r\n" % (start, stop - 1, file.size)
         if representation.body is not None or opened is None:
@@ -7871,21 +7871,19 @@ _RANGE = re.compile("bytes=([0-9]{0,18})-([0-9]{0,18})", re.IGNORECASE)
 def _range(request: Request, size: int, etag: str) -> tuple[int, int] | None:
     """Start and stop of the bytes asked for by `range: bytes=0-99` (RFC 9110, section 14.2).
 
-    None if the file has no such bytes. The whole file if the range is for another version
-    (`If-Range`) or malformed, or if there are several.
+    If the file has no such bytes, they are the same. None, for the whole file, if the range is for
+    another version (`If-Range`) or malformed, or if there are several.
     """
-    whole = (0, size)
     asked = _RANGE.fullmatch(request.headers.get("range") or "")
     of_another = request.headers.get("if-range") not in (None, etag)
-    if asked is None or asked[0][-2:] == "=-" or request.method != "GET" or of_another:
-        return whole
+    if asked is None or asked[0][-2:] == "=-" or request.method != "GET" or of_another or not size:
+        return None
     first, last = asked.groups()
     if not first:  # "bytes=-500": the last 500
-        return (max(0, size - int(last)), size) if int(last) else None
-    start, stop = int(first), min(int(last) + 1, size) if last else size
-    if last and int(last) < start:
-        return whole  # it ends before it starts
-    return (start, stop) if start < size else None
+        return max(0, size - int(last)), size
+    if last and int(last) < int(first):  # it ends before it starts
+        return None
+    return min(int(first), size), min(int(last) + 1, size) if last else size
 
 
 # ==================================================================================================
