@@ -4,9 +4,9 @@
 # ///
 """Tiles: a board that everybody paints together. `python tiles_app.py`, and open it in two tabs.
 
-Whoever opens the page gets a colour. A click paints a cell, a second click clears it, and everyone
-sees it at once: the page opens a stream, and with each change the server sends it the whole view
-again. The browser changes only what differs.
+Everyone who opens the page gets a colour. A click paints a cell, a second click clears it, and
+everyone sees it at once: the page opens a stream, and on each change the server sends the whole
+view again. The browser changes only what differs.
 """
 
 import argparse
@@ -53,9 +53,9 @@ def color_for_user(user_id: str) -> str:
     return f"hsl({crc32(user_id.encode()) % 360} 70% 52%)"
 
 
-# -- State. One object holds it, and its relay tells that it has changed. All workers are threads
-# of one process, so they share it. Each change is made under the lock, since a read and a write
-# that depends on it are two steps.
+# -- State. One object holds it, and its relay announces each change. All workers are threads of one
+# process, so they share it. A change is made under the lock, because a read and a write that
+# depends on it are two steps.
 
 
 class State:
@@ -96,10 +96,10 @@ class State:
 
 
 class SharedState(State):
-    """The same for many processes: it is kept in Redis, and here is a copy to show.
+    """The same for many processes: Redis holds the state, and this object a copy to show.
 
-    A player is a member of a sorted set whose score is the time until which it counts. Each process
-    puts that off for its own players; those of a process that has died run out.
+    A player is a member of a sorted set; its score is the time at which it expires. Each process
+    extends that time for its own players, so the players of a dead process expire.
     """
 
     PAINT = """
@@ -115,11 +115,11 @@ class SharedState(State):
         from redis import RedisError
         from redis.asyncio import BlockingConnectionPool, Redis
 
-        # It has 50 connections. Who needs one while all are in use waits.
+        # It has 50 connections. A caller waits while all of them are in use.
         pool = BlockingConnectionPool.from_url(url, decode_responses=True, socket_timeout=5)
         self.redis = Redis.from_pool(pool)
-        self.refreshing = asyncio.Lock()  # one at a time: what is older must not come last
-        self.away = (RedisError, OSError)  # what it raises while Redis cannot be reached
+        self.refreshing = asyncio.Lock()  # one at a time: the newest reply wins
+        self.away = (RedisError, OSError)  # the errors while Redis cannot be reached
         self.expiry = expiry
         self.process = uuid.uuid4().hex
         self.own: Counter[str] = Counter()  # the players whose streams are open here
@@ -136,29 +136,29 @@ class SharedState(State):
         await self.redis.eval(self.PAINT, 1, "tiles:board", cell, color_for_user(user_id))
 
     def tell(self, event: str, user_id: str) -> None:
-        with suppress(StarioError):  # Redis is away; they look again when it is back
+        with suppress(StarioError):  # Redis is away; the others refresh when it is back
             self.others.publish(event, user_id)
 
     async def follow(self) -> None:
-        """Keep the copy like what Redis has: at every word of the others, and now and then."""
+        """Keep the copy up to date: refresh when another process publishes, and now and then."""
         events = self.others.subscribe("*", overflow="latest")
-        self.tell("start", "")  # when it comes back the subscription is made: look again
+        self.tell("start", "")  # it comes back once the subscription is made: then refresh
         while True:
             await self.refresh()
             with suppress(TimeoutError):
                 await asyncio.wait_for(anext(events), self.expiry / 4)
 
     async def refresh(self) -> None:
-        """Tell Redis of our players, read everything, and let our tabs know what has changed."""
+        """Tell Redis about our players, read everything, and tell our tabs if anything changed."""
         async with self.refreshing:
-            with suppress(*self.away):  # the copy stays as it is; the next time may go better
+            with suppress(*self.away):  # keep the copy as it is; try again the next time
                 board, players = await self.exchange()
                 if (board, players) != (self.board, self.players):
                     self.board, self.players = board, players
                     self.relay.publish("change", "")
 
     async def exchange(self) -> tuple[dict[int, str], Counter[str]]:
-        """Put off our players' end, remove who has left, and read board and players."""
+        """Extend our players' time, remove those who left, and read board and players."""
         now = time.time()
         members = {user_id: f"{self.process} {user_id}" for user_id in self.own}
         left = [user_id for user_id in members if not self.own[user_id]]
@@ -173,7 +173,7 @@ class SharedState(State):
             all_at_once.hgetall("tiles:board")
             *_, present, cells = await all_at_once.execute()
         for user_id in left:
-            if not self.own[user_id]:  # nor has come back meanwhile
+            if not self.own[user_id]:  # unless it has come back meanwhile
                 del self.own[user_id]
         players = Counter(member.partition(" ")[2] for member in present)
         return {int(cell): color for cell, color in cells.items()}, players
@@ -182,7 +182,7 @@ class SharedState(State):
 state = State()  # `make_app` may put a SharedState in its place
 
 
-# -- Views. An element is a string, so what never changes is built once, here.
+# -- Views. An element is a string, so parts that never change are built once, here.
 
 CLICK = [at.post("/click", {"cellId": cell}) for cell in CELLS]
 
@@ -207,10 +207,10 @@ def page(*content: SafeString) -> SafeString:
 
 
 def home_view(user_id: str) -> SafeString:
-    """All that changes, as one user sees it. `id` tells the browser which element to patch."""
+    """Everything that changes, as one user sees it. `id` says which element to patch."""
     with state.lock:
         cells, present = dict(state.board), sorted(state.players)
-    # The order of attributes matters: the stream's request sends the signals, so they come first.
+    # The order of attributes matters: the stream's request sends the signals, so set them first.
     return h.Main(
         {"id": "home"},
         data.signals({"user_id": user_id}, ifmissing=True),
@@ -243,7 +243,7 @@ def cell_view(cell: int, color: str | None) -> SafeString:
     return cell_button(cell, label, color, CLICK[cell])
 
 
-# A baked view decides nothing: its arguments are only put in their places, which is much faster.
+# A baked view decides nothing: it only puts its arguments in their places, which is much faster.
 @baked
 def cell_button(cell: int, label: str, color: str | None, click: str) -> SafeString:
     """A button that sends a click on this cell."""
@@ -285,8 +285,8 @@ async def subscribe(c: Context, w: Writer) -> None:
     if len(signals.user_id) > 40 or not signals.user_id.isprintable():
         raise HttpException(400, "a user id has at most 40 printable characters")
 
-    # Subscribe first, and nothing is missed between the view and the first turn of the loop. Who
-    # falls behind needs only the last event of each kind: the view is always whole.
+    # Subscribe first, so that nothing is missed between the view and the first round of the loop.
+    # A slow client needs only the last event of each kind, because it gets the whole view.
     events = state.relay.subscribe("*", overflow="latest")
     await state.join(signals.user_id)
     state.tell("join", signals.user_id)
@@ -319,7 +319,7 @@ async def click(c: Context, w: Writer) -> None:
     c["user_id"] = signals.user_id
     c["cell_id"] = cell
 
-    # What the answer promises is done before it
+    # Do what the answer promises before sending it
     await state.paint(cell, signals.user_id)
 
     # Respond immediately: the client gets its 204 No Content now
