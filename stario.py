@@ -10423,7 +10423,7 @@ def _cookie_line(
 _ELSEWHERE: dict[type, dict[str, str]] = {
     Router: {
         "await app.serve()": "run listen start",
-        'app.get("/users", handler)': "route add_route add_api_route",
+        'app.get("/users", handler)': "route add add_route add_api_route add_url_rule",
         "app.use(middleware)": "middleware add_middleware before_request after_request",
         "app.on_error(KeyError, handler)": "errorhandler exception_handler add_exception_handler",
         'app.mount("/shop", router)': "include_router register_blueprint",
@@ -10437,12 +10437,13 @@ _ELSEWHERE: dict[type, dict[str, str]] = {
     Context: {
         "c.req": "request",
         "c.req.query": "query args",
-        "c.req.params": "params",
+        "c.req.params": "params match",
         "c.req.headers": "headers",
         "c.req.cookies": "cookies",
         "await c.req.json()": "json",
         "await c.req.form()": "form",
         'c.state["user"]': "user g",
+        "w.alive(source)": "alive",
     },
     Request: {
         "c.req.query": "args query_params",
@@ -10469,14 +10470,13 @@ _ELSEWHERE: dict[type, dict[str, str]] = {
         "file.filename": "name",
         "file.data, or read what file.file has": "read content save stream",
     },
-    TestResponse: {
-        "answer.status": "status_code",
-        "answer.body": "content data",
-    },
+    TestResponse: {"answer.status": "status_code", "answer.body": "content data"},
+    Span: {"span[name] = value": "attr set_attribute", "span(name, {...})": "event add_event"},
     DataAttributes: {
         'data.on("click", expression)': "click on_click onclick on_submit",
         "data.init(expression)": "on_load load",
         "data.class_({name: expression})": "classes class_name",
+        "data.attr, style or computed, with a dict": "attrs styles computeds",
     },
 }
 

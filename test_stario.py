@@ -16864,6 +16864,18 @@ class TestReadme(unittest.TestCase):
                 self.assertGreater(len(written), 1)
                 self.assertEqual(written - known, set())
 
+    def test_methods_of_other_frameworks_are_answered(self) -> None:
+        tables = self.text.partition("\n## Coming from elsewhere\n")[2].partition("\n## ")[0]
+        theirs = "\n".join(re.findall(r"(?m)^\| (.*?) \|", tables))
+        app = Stario()
+        c = Context(app, cast("Any", None))
+        owners = {"app": app, "c.span": app.tracer("x"), "c": c, "data": stario.data}
+        names = re.findall(r"(?<![\w.])(app|c\.span|c|data)\.([a-z]\w*)", theirs)
+        self.assertGreater(len(names), 9)
+        for owner, name in names:
+            with self.subTest(f"{owner}.{name}"):
+                self.assertIn(name, dir(owners[owner]))  # so that it says what to write, or works
+
     @staticmethod
     def options() -> Iterator[tuple[str, set[str]]]:
         """Each public function, method and class that users call, with its optional parameters."""
