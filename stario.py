@@ -84,13 +84,13 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        9158  25. @baked
        9444  26. ASGI: the same app under another server [asgi]
        9671  27. RedisRelay: the same between processes and machines [redis]
-       9946  28. Reload: a saved file restarts the app [reload]
-      10090  29. Development: what went wrong, shown where one looks [development]
-      10207  30. What is refused; hosts, cookies, other sites
-    10569  ACT 5. The pocket client, and this file itself
-      10610  31. The pocket client (JavaScript) [client]
-      11985  32. This file as a page [read]
-      12155  33. An app to begin with
+       9943  28. Reload: a saved file restarts the app [reload]
+      10087  29. Development: what went wrong, shown where one looks [development]
+      10204  30. What is refused; hosts, cookies, other sites
+    10566  ACT 5. The pocket client, and this file itself
+      10607  31. The pocket client (JavaScript) [client]
+      11982  32. This file as a page [read]
+      12152  33. An app to begin with
 
 READING PATH
 
@@ -9690,8 +9690,6 @@ async def _asgi_lifespan(app: Stario, receive: Receive, send: Send) -> None:
 _MAX_UNSENT = 16 * 1024 * 1024  # bytes of data that may wait to be sent while Redis is up
 _BATCH = 500  # messages sent at once, at most
 _RedisCommand = tuple[str | bytes, ...]
-_PING: _RedisCommand = ("PING",)  # Redis answers this with "PONG",
-_LAST_PING: _RedisCommand = ("PING", "last")  # and this with "last"
 
 
 class RedisRelay(Relay[T]):
@@ -9796,8 +9794,7 @@ class RedisRelay(Relay[T]):
 
     def _add(self, to_wake: ToWake, mailbox: _Mailbox) -> None:
         if self._closed:
-            super()._remove(to_wake, mailbox)
-            return
+            return super()._remove(to_wake, mailbox)
         self._note_change(mailbox.patterns)
         super()._add(to_wake, mailbox)
 
@@ -9873,7 +9870,7 @@ class RedisRelay(Relay[T]):
             if not (self._outgoing or self._changed or self._closed):
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self._work.wait(), self._timeout / 2)
-        writer.write(b"".join(pack([_LAST_PING])))
+        writer.write(b"".join(pack([("PING", "last")])))  # (Redis answers it with "last")
 
     def _next_commands(self) -> list[_RedisCommand]:
         """Take what waits to be sent: first the subscriptions. If nothing waits, a PING."""
@@ -9884,7 +9881,7 @@ class RedisRelay(Relay[T]):
             messages = [self._outgoing.popleft() for _ in range(min(_BATCH, len(self._outgoing)))]
             self._unsent -= sum(len(data) for _, _, data in messages)
         if commands or not messages:
-            commands.append(_PING)  # its answer says that the subscriptions are made
+            commands.append(("PING",))  # its answer says that the subscriptions are made
         return commands + messages
 
     def _command(self, pattern: _PatternKey) -> _RedisCommand:
