@@ -7915,7 +7915,7 @@ _LONGEST_TEXT = 16_000  # characters of one value, or of one traceback
 
 def _noted(attributes: Mapping[Any, Any] | None) -> dict[str, Any]:
     """A copy of the attributes: text, numbers, True, False, None, and lists and dicts of them."""
-    if not attributes:
+    if attributes is None:
         return {}
     try:
         pairs = dict(attributes)  # copied in one step: another thread may write to it
@@ -8048,7 +8048,7 @@ class Span:
                 "exception.type": type(event).__name__,
                 "exception.message": _safe_text(event),
                 "exception.stacktrace": _stack_of(event),
-                **(attributes or {}),
+                **_noted(attributes),
             }
             event = "exception"
         noted = SpanEvent(_safe_text(event), _noted(attributes), time.time_ns())

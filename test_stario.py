@@ -11290,13 +11290,20 @@ class TestTelemetry(unittest.TestCase):
             def keys(self) -> Any:
                 raise RuntimeError
 
+        class Array:
+            def __bool__(self) -> bool:  # as of several values
+                raise ValueError
+
+        wrong: tuple[Any, ...] = (
+            None, 7, b"x", "a\n\x1b", ["x"], {"x"}, Broken(a=1), 1.5, Array(),
+        )  # fmt: skip
         for make in (JsonTracer, RichTracer):
             out = io.StringIO()
             with make(out) as tracer:
-                wrong: tuple[Any, ...] = (None, 7, b"x", "a\n\x1b", ["x"], {"x"}, Broken(a=1), 1.5)
                 for value in wrong:
                     with tracer(value, value) as span, span.step(value, value):
                         span(value, value)
+                        span(KeyError(), value)
                         span.name = value
             self.assertEqual(out.getvalue().count("\n"), 2 * len(wrong), out.getvalue())
             self.assertNotIn("telemetry.lost", out.getvalue())
