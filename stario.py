@@ -60,37 +60,37 @@ brackets can be left out of your copy: `python stario.py --without assets,client
         666  4. JSON
         788  5. The request: headers, query, cookies, body
        1259  6. The answer: status, fields, body
-       1683  7. Context and routing
-       2133  8. The app
-     2321  ACT 2. On the network
-       2329  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3314  10. The server
-       4137  11. Trying it without a network: the test client [testclient]
-     4596  ACT 3. Live
-       4646  12. Datastar: attributes and actions
-       5231  13. Streams: events, and staying with a client
-       5744  14. Relay: publish and subscribe
-     6042  ACT 4. For real
-       6049  15. Signals: from JSON to your dataclass
-       6793  16. Forms [forms]
-       6998  17. Behind a proxy
-       7111  18. Compression [compression]
-       7320  19. Static files [assets]
-       7890  20. Telemetry: spans, and who hears of them
-       8439  21. JsonTracer: for log collectors [json]
-       8513  22. RichTracer: for people [rich]
-       8942  23. Sessions [sessions]
-       9056  24. What lives as long as the server
-       9158  25. @baked
-       9444  26. ASGI: the same app under another server [asgi]
-       9671  27. RedisRelay: the same between processes and machines [redis]
-       9943  28. Reload: a saved file restarts the app [reload]
-      10087  29. Development: what went wrong, shown where one looks [development]
-      10204  30. What is refused; hosts, cookies, other sites
-    10566  ACT 5. The pocket client, and this file itself
-      10607  31. The pocket client (JavaScript) [client]
-      11982  32. This file as a page [read]
-      12152  33. An app to begin with
+       1687  7. Context and routing
+       2142  8. The app
+     2329  ACT 2. On the network
+       2337  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
+       3322  10. The server
+       4145  11. Trying it without a network: the test client [testclient]
+     4604  ACT 3. Live
+       4654  12. Datastar: attributes and actions
+       5239  13. Streams: events, and staying with a client
+       5752  14. Relay: publish and subscribe
+     6050  ACT 4. For real
+       6057  15. Signals: from JSON to your dataclass
+       6801  16. Forms [forms]
+       7006  17. Behind a proxy
+       7119  18. Compression [compression]
+       7328  19. Static files [assets]
+       7898  20. Telemetry: spans, and who hears of them
+       8447  21. JsonTracer: for log collectors [json]
+       8521  22. RichTracer: for people [rich]
+       8950  23. Sessions [sessions]
+       9064  24. What lives as long as the server
+       9166  25. @baked
+       9452  26. ASGI: the same app under another server [asgi]
+       9679  27. RedisRelay: the same between processes and machines [redis]
+       9951  28. Reload: a saved file restarts the app [reload]
+      10095  29. Development: what went wrong, shown where one looks [development]
+      10212  30. What is refused; hosts, cookies, other sites
+    10574  ACT 5. The pocket client, and this file itself
+      10615  31. The pocket client (JavaScript) [client]
+      11990  32. This file as a page [read]
+      12160  33. An app to begin with
 
 READING PATH
 
@@ -100,18 +100,18 @@ Two hours, for a reader who wants to know how it works, not everything it does. 
       630-659    `Tags`  `h.P` makes one
      1064-1241   `Request`  what a client asks for
      1270-1339   `Carrier`  what brings the answer back
-     1420-1611   `_RawWriter`  the answer
-     1701-1800   `Context`  what a handler gets beside it
-     1890-1905   `_Tree.find`  from a path to a handler
-     2240-2273   `_App.dispatch`  one request from end to end
-     2684-2797   `_RequestReader`  bytes to requests
-     3069-3310   `Connection`  one connection, many requests
-     3737-3758   `Server.start`  listening
-     3873-3895   `Server.stop`  ending without losing a request
-     5355-5475   `_EventWriter`  events
-     5564-5626   `_Scope`  how a disconnect reaches a handler
-     5654-5740   `Alive`  staying with a client
-     5895-5987   `Relay`  from one handler to another
+     1420-1615   `_RawWriter`  the answer
+     1705-1804   `Context`  what a handler gets beside it
+     1894-1909   `_Tree.find`  from a path to a handler
+     2248-2281   `_App.dispatch`  one request from end to end
+     2692-2805   `_RequestReader`  bytes to requests
+     3077-3318   `Connection`  one connection, many requests
+     3745-3766   `Server.start`  listening
+     3881-3903   `Server.stop`  ending without losing a request
+     5363-5483   `_EventWriter`  events
+     5572-5634   `_Scope`  how a disconnect reaches a handler
+     5662-5748   `Alive`  staying with a client
+     5903-5995   `Relay`  from one handler to another
 
 The parts know little about each other. HTML, JSON, Datastar's attributes, events and the relay work
 in any framework. A `Carrier` (6) brings a request and takes its answer, and the app knows only what
@@ -1596,13 +1596,17 @@ class _RawWriter:
         if self._remaining is not None:
             if len(data) > self._remaining:
                 excess = len(data) - self._remaining
-                self._remaining, self.completed = None, True
-                self._carrier.abort()
+                self._break_off()
                 raise StarioError(f"the answer is {excess} bytes longer than its Content-Length")
             self._remaining -= len(data)
         if self._status in _BODILESS:
             raise StarioError(f"an answer with status {self._status} has no body")
         self._carrier.send(data)
+
+    def _break_off(self) -> None:
+        """Let the client see that the answer is not complete."""
+        self.completed, self._rest = True, None  # (a file that is not sent is closed)
+        self._carrier.abort()
 
     def _forget_answer(self) -> None:
         """Remove the fields that describe an answer that failed before it began. Cookies stay."""
@@ -2051,7 +2055,8 @@ class Router:
         Of several handlers, the one for the exception's own class wins, else the one for its
         nearest base class. A handler for `Exception` is for faults: it gets neither HttpException
         nor ClientDisconnected. A redirect is not an error. The exception has already been recorded.
-        Answer only if not `w.started`.
+        Answer only if not `w.started`. An answer that had begun breaks off, unless `handler` writes
+        more of it, or ends it.
         """
         if not (isinstance(exception_type, type) and issubclass(exception_type, Exception)):
             raise StarioError(
@@ -2122,9 +2127,13 @@ async def _handle_error(
             if kind is Exception or not c.app._silent:
                 _record(c, exc, is_handled=True)  # part 20
             w._forget_answer()
+            had_begun, writes = w.started, w._writes
             answer = handlers[kind](c, w, exc)
             if inspect.isawaitable(answer):
                 await answer
+            has_all = w.completed or w._rest is not None  # (of a file: it is still sent)
+            if had_begun and w._writes == writes and not has_all:
+                w._break_off()  # it would look complete, and what failed is missing
             return True
     return False
 
@@ -2167,8 +2176,7 @@ async def _fail(c: Context, w: Writer, exc: BaseException) -> None:
     if not (w.started or isinstance(exc, ClientDisconnected)):
         _answer_error(c, w, exc)
     if not w.completed:
-        w.completed, w._rest = True, None  # (a file that is not sent is closed)
-        w._carrier.abort()
+        w._break_off()
 
 
 def _answer_error(c: Context, w: Writer, exc: BaseException) -> None:
@@ -2869,7 +2877,7 @@ class _SocketCarrier(Carrier, asyncio.Protocol):
 
     def pause_writing(self) -> None:
         """The transport holds more than `_HIGH_WATER` bytes of our answer."""
-        self._paused_writing = self._paused_writing or asyncio.Event()
+        self._paused_writing = asyncio.Event()
 
     def resume_writing(self) -> None:
         """The client has taken most of what the transport held."""

@@ -873,6 +873,37 @@ class TestExceptions(AsyncTest):
                 self.assertEqual((await client.request(method, "/")).status, 500)
                 self.assertIn("StarioError", tracer.ended[-1].error or "")
 
+    async def test_an_answer_whose_handler_has_failed_does_not_look_complete(self) -> None:
+        """Nor if an `on_error` handler notes it; if it adds what failed, the client has that."""
+        noted = []
+
+        async def failing(c: Context, w: Writer) -> None:
+            w.write(b"row 1\n")
+            await asyncio.sleep(0)
+            raise {"key": KeyError, "index": IndexError}[c.req.params["how"]]
+
+        async def note(c: Context, w: Writer, exc: Exception) -> None:
+            noted.append(w.started)
+            if not w.started:
+                w.text("sorry", 500)
+
+        def add(c: Context, w: Writer, exc: Exception) -> None:
+            w.write(b"the rest is missing\n")
+
+        app, inner = Stario(), Router()
+        for router in (app, inner):
+            router.get("/{how}", failing)
+            router.on_error(KeyError, note)
+            router.on_error(IndexError, add)
+        app.mount("/inner", inner)
+        for path, is_complete in {
+            "/key": False, "/inner/key": False, "/index": True, "/inner/index": True
+        }.items():  # fmt: skip
+            with self.subTest(path):
+                out = await ask(app, f"GET {path} HTTP/1.1\r\n{HOST}Connection: close\r\n\r\n")
+                self.assertEqual(out.endswith(b"\r\n0\r\n\r\n"), is_complete)
+        self.assertEqual(noted, [True, True])
+
     async def test_a_logger_that_takes_no_errors_is_told_of_none(self) -> None:
         async def fail(c: Context, w: Writer) -> None:
             raise KeyError("x")
