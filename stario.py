@@ -86,11 +86,11 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        9679  27. RedisRelay: the same between processes and machines [redis]
        9951  28. Reload: a saved file restarts the app [reload]
       10095  29. Development: what went wrong, shown where one looks [development]
-      10212  30. What is refused; hosts, cookies, other sites
-    10574  ACT 5. The pocket client, and this file itself
-      10615  31. The pocket client (JavaScript) [client]
-      11990  32. This file as a page [read]
-      12160  33. An app to begin with
+      10213  30. What is refused; hosts, cookies, other sites
+    10575  ACT 5. The pocket client, and this file itself
+      10616  31. The pocket client (JavaScript) [client]
+      11991  32. This file as a page [read]
+      12161  33. An app to begin with
 
 READING PATH
 
@@ -10144,13 +10144,14 @@ def _error_view(c: Context, exc: BaseException) -> SafeString:
     request = [f"{c.req.method} {c.req.raw_path} {c.req.query_string}"]
     request += [f"{name}: {_shown_value(name, value)}" for name, value in c.req.headers.items()]
     events = [f"{event.name} {_shown_value('', event.attributes)}" for event in c.span.events]
+    stack = _stack_of(exc)  # open if it has causes, or the exceptions of a group
     return h.Div(
         {"id": "stario-error"},
         h.Style(_DEBUG_STYLE),
         h.Button({"onclick": "this.parentNode.remove()"}, "×"),
         h.H1("".join(traceback.format_exception_only(exc)).strip()),
         [_frame_view(frame, at) for frame, at in frames[:_FRAMES_SHOWN]],
-        h.Details(h.Summary("Traceback"), h.Pre(_stack_of(exc))),
+        h.Details({"open": stack.count("Traceback (") > 1}, h.Summary("Traceback"), h.Pre(stack)),
         h.Details(h.Summary("Request"), h.Pre("\n".join(request))),
         h.Details(h.Summary("Trace"), h.Pre("\n".join(events))),
     )

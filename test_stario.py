@@ -13925,6 +13925,7 @@ class TestDevelopment(AsyncTest):
         self.assertIn('<meta name="viewport"', text)
         self.assertIn("rows = ['<b>one</b>']", text)
         self.assertNotIn("<b>one</b>", answer.text)  # values are text
+        self.assertIn("<details><summary>Traceback</summary>", text)  # it has nothing more to say
         self.assertLess(text.index("in broken"), text.index("/stario.py, line"))
         self.assertIn("GET / a=1", text)
         self.assertIn("looked up {'rows': 1}", text)
@@ -13938,6 +13939,7 @@ class TestDevelopment(AsyncTest):
         async with connected(self.app(debug=True)) as peer:
             text = html.unescape((await peer.get("/deep")).text)
         self.assertIn("ValueError: at the bottom</h1>", text)
+        self.assertIn("<details open><summary>Traceback</summary>", text)
         self.assertIn("RecursionError: maximum recursion depth exceeded", text)
         self.assertIn("[Previous line repeated", text)
         self.assertLess(text.count("<summary>"), 50)
