@@ -81,16 +81,16 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        8521  22. RichTracer: for people [rich]
        8950  23. Sessions [sessions]
        9064  24. What lives as long as the server
-       9166  25. @baked
-       9452  26. ASGI: the same app under another server [asgi]
-       9679  27. RedisRelay: the same between processes and machines [redis]
-       9951  28. Reload: a saved file restarts the app [reload]
-      10095  29. Development: what went wrong, shown where one looks [development]
-      10213  30. What is refused; hosts, cookies, other sites
-    10575  ACT 5. The pocket client, and this file itself
-      10616  31. The pocket client (JavaScript) [client]
-      11991  32. This file as a page [read]
-      12161  33. An app to begin with
+       9165  25. @baked
+       9451  26. ASGI: the same app under another server [asgi]
+       9678  27. RedisRelay: the same between processes and machines [redis]
+       9950  28. Reload: a saved file restarts the app [reload]
+      10094  29. Development: what went wrong, shown where one looks [development]
+      10212  30. What is refused; hosts, cookies, other sites
+    10574  ACT 5. The pocket client, and this file itself
+      10615  31. The pocket client (JavaScript) [client]
+      11990  32. This file as a page [read]
+      12160  33. An app to begin with
 
 READING PATH
 
@@ -9101,15 +9101,14 @@ class _Life:
         self.loop = asyncio.get_running_loop()
         try:
             async with AsyncExitStack() as stack:
-                try:
-                    for lifespan in self.lifespans:
-                        await stack.enter_async_context(lifespan(self.app))
-                    for work in list(self.waiting):
-                        if start := self.waiting.pop(work, None):
-                            start()
-                    yield
-                finally:  # before leaving the lifespans: tasks may use what they opened
-                    await self._end_tasks()
+                for lifespan in self.lifespans:
+                    await stack.enter_async_context(lifespan(self.app))
+                    # Run before it is left: tasks may use what it has opened.
+                    stack.push_async_callback(self._end_tasks)
+                for work in list(self.waiting):
+                    if start := self.waiting.pop(work, None):
+                        start()
+                yield
         finally:
             self.loop = None
             await self._end_tasks()  # those that a lifespan started while it was left
