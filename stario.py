@@ -8292,7 +8292,7 @@ class _StreamTracer(Tracer):
         is_text = hasattr(stream, "write") and hasattr(stream, "flush")
         if stream is not None and (not is_text or hasattr(stream, "readinto")):  # (of bytes)
             raise StarioError(f"a tracer needs a stream of text, like sys.stdout, not {stream!r}")
-        self._stream = stream or sys.stdout
+        self._stream = sys.stdout if stream is None else stream
         level = logging_level
         self._logging_level = None if level is None else logging.Handler(level).level
         self._logging: _LogToSpan | None = None
@@ -8395,7 +8395,7 @@ class _StreamTracer(Tracer):
             if not text.isascii():  # the stream's encoding may lack some of it
                 encoding = getattr(self._stream, "encoding", None) or "utf-8"
                 text = text.encode(encoding, "backslashreplace").decode(encoding)
-            if text and self._stream:
+            if text and self._stream is not None:
                 self._stream.write(text)
                 self._stream.flush()
         except BaseException:  # the disk is full, the stream is closed, or its own `write` fails
