@@ -15988,6 +15988,10 @@ class TestPocketClient(ClientPromises, unittest.TestCase):
         self.see("fetches", [])
         self.assertEqual(len(self.problems), 1)
 
+    def test_the_name_of_a_signal_may_have_letters_beyond_ascii(self) -> None:
+        self.show("""<p id="p" data-signals="{größe: {maß: 1}}" data-text="$größe.maß + 1"></p>""")
+        self.see("byId('p').textContent", "2")
+
     def test_a_click_inside_a_button_loads_no_page(self) -> None:
         self.show(
             """<form action="/gone"><input name="a" value="1"><button><b id="b"
