@@ -8942,7 +8942,7 @@ def _frames(event: SpanEvent) -> list[str]:
     return [*shown, f"and {more} frames of other code"] if more else shown
 
 
-_FRAME = re.compile(r'File "([^"\n]+)", line (\d+)(?:, in ([^\n]+))?(?:\n[ |]*(?!File ")([^\n]+))?')
+_FRAME = re.compile(r'File "([^"\n]+)", line (\d+)(?:, in (.+))?(?:\n[ |]*+(?!File ")(.+))?')
 _MOST_FRAMES = 8
 
 

@@ -11610,6 +11610,26 @@ class TestTelemetry(unittest.TestCase):
         self.assertEqual((cursor.x, cursor.attrs.fg), (0, "default"))
 
     @needs("pyte")
+    def test_at_a_terminal_much_is_summed_up_and_a_failure_is_shown_all_the_same(self) -> None:
+        terminal = Terminal(
+            self,
+            "    import contextlib, json\n"
+            "    with tracer('long') as span:\n"
+            "        for n in range(60): span('tick', {'n': n})\n"
+            "    for _ in range(70): tracer('burst').end()\n"
+            "    with contextlib.suppress(ValueError), tracer('odd'):\n"
+            "        json.loads('no JSON')\n",
+        )
+        self.assertEqual(terminal.wait(), 0)
+        text = terminal.text()
+        self.assertRegex(text, r"tick +n=39\n +and 20 more\n")
+        bursts = re.findall(r"burst +(?:(\d+) x  p50 [\d.]+ ms  max)?", text)
+        self.assertEqual(sum(int(times or 1) for times in bursts), 70, text)
+        self.assertLess(len(bursts), 50)
+        own = r"odd +failed .*\n.* ✗ JSONDecodeError: (?s:.*?)\n +<string>:\d+  <module>.*"
+        self.assertRegex(text, own + r"\n +and 3 frames of other code\n")
+
+    @needs("pyte")
     def test_what_a_program_prints_is_never_dropped_at_a_terminal_that_takes_it(self) -> None:
         terminal = Terminal(
             self,
