@@ -72,25 +72,25 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        5752  14. Relay: publish and subscribe
      6050  ACT 4. For real
        6057  15. Signals: from JSON to your dataclass
-       6801  16. Forms [forms]
-       7006  17. Behind a proxy
-       7119  18. Compression [compression]
-       7328  19. Static files [assets]
-       7898  20. Telemetry: spans, and who hears of them
-       8447  21. JsonTracer: for log collectors [json]
-       8521  22. RichTracer: for people [rich]
-       8950  23. Sessions [sessions]
-       9064  24. What lives as long as the server
-       9165  25. @baked
-       9451  26. ASGI: the same app under another server [asgi]
-       9678  27. RedisRelay: the same between processes and machines [redis]
-       9950  28. Reload: a saved file restarts the app [reload]
-      10094  29. Development: what went wrong, shown where one looks [development]
-      10212  30. What is refused; hosts, cookies, other sites
-    10574  ACT 5. The pocket client, and this file itself
-      10615  31. The pocket client (JavaScript) [client]
-      11990  32. This file as a page [read]
-      12160  33. An app to begin with
+       6803  16. Forms [forms]
+       7008  17. Behind a proxy
+       7121  18. Compression [compression]
+       7330  19. Static files [assets]
+       7900  20. Telemetry: spans, and who hears of them
+       8449  21. JsonTracer: for log collectors [json]
+       8523  22. RichTracer: for people [rich]
+       8952  23. Sessions [sessions]
+       9066  24. What lives as long as the server
+       9167  25. @baked
+       9453  26. ASGI: the same app under another server [asgi]
+       9680  27. RedisRelay: the same between processes and machines [redis]
+       9952  28. Reload: a saved file restarts the app [reload]
+      10096  29. Development: what went wrong, shown where one looks [development]
+      10214  30. What is refused; hosts, cookies, other sites
+    10576  ACT 5. The pocket client, and this file itself
+      10617  31. The pocket client (JavaScript) [client]
+      11992  32. This file as a page [read]
+      12162  33. An app to begin with
 
 READING PATH
 
@@ -6743,7 +6743,9 @@ def _fields_of(schema: Any) -> list[tuple[str, Any, bool]]:
         declared = _type_hints(origin, include_extras=True).items()
         needed = {name: _is_required(origin, name, kind) for name, kind in declared}
     else:  # the arguments of a dataclass, including `InitVar`s
-        parameters = inspect.signature(origin).parameters.values()
+        init = functools.partial(origin.__init__, None)  # so the signature is without `self`
+        make = origin if hasattr(origin, "__signature__") else init  # pydantic's says it there
+        parameters = inspect.signature(make).parameters.values()
         named = [p for p in parameters if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
         needed = {parameter.name: parameter.default is parameter.empty for parameter in named}
     return [(name, hints.get(name, Any), must) for name, must in needed.items()]

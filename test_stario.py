@@ -8771,6 +8771,16 @@ class Wrapped:
     n: int
 
 
+@dataclass
+class Shared:
+    """One that does not tell by its signature what it takes."""
+
+    n: int
+
+    def __new__(cls, *values: Any, **named: Any) -> Shared:
+        return super().__new__(cls)
+
+
 class Extended(dict[str, Any]):
     """What is known of a TypedDict that is not `typing`'s."""
 
@@ -9213,7 +9223,8 @@ class TestSignals(unittest.TestCase):
             (Decimal, "-1.50", Decimal("-1.50")), (Decimal, 2.5, Decimal("2.5")),
             (Waits, {"seconds": 1, "minutes": "2"}, Waits(1, 2)),
             (Search | Inner, {"": 1, "n": "2"}, Inner(2)),
-            (Wrapped, {"n": "2", "extra": 1}, Wrapped(2)), (Extended, {"n": "2"}, Extended(n=2)),
+            (Wrapped, {"n": "2", "extra": 1}, Wrapped(2)), (Shared, {"n": "2"}, Shared(2)),
+            (Extended, {"n": "2"}, Extended(n=2)),
         ]:  # fmt: skip
             with self.subTest(f"{schema} {signals}"):
                 found = read_signals(schema, signals)  # type: ignore[arg-type,var-annotated]
