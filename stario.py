@@ -83,14 +83,14 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        9066  24. What lives as long as the server
        9167  25. @baked
        9453  26. ASGI: the same app under another server [asgi]
-       9680  27. RedisRelay: the same between processes and machines [redis]
-       9952  28. Reload: a saved file restarts the app [reload]
-      10096  29. Development: what went wrong, shown where one looks [development]
-      10214  30. What is refused; hosts, cookies, other sites
-    10576  ACT 5. The pocket client, and this file itself
-      10617  31. The pocket client (JavaScript) [client]
-      11992  32. This file as a page [read]
-      12162  33. An app to begin with
+       9682  27. RedisRelay: the same between processes and machines [redis]
+       9954  28. Reload: a saved file restarts the app [reload]
+      10098  29. Development: what went wrong, shown where one looks [development]
+      10216  30. What is refused; hosts, cookies, other sites
+    10578  ACT 5. The pocket client, and this file itself
+      10619  31. The pocket client (JavaScript) [client]
+      11994  32. This file as a page [read]
+      12164  33. An app to begin with
 
 READING PATH
 
@@ -9635,7 +9635,9 @@ async def _serve_asgi(app: Stario, scope: Message, receive: Receive, send: Send)
 
 def _asgi_request(scope: Message, exchange: _AsgiExchange) -> Request:
     """The request of a scope. HttpException(400) for a malformed path or host, as in part 9."""
-    path = (scope.get("raw_path") or quote(scope["path"]).encode()).decode("latin-1")
+    path = (scope.get("raw_path") or b"").decode("latin-1")
+    if unquote(path) != scope["path"]:  # some frameworks cut the mount's root off the one only
+        path = quote(scope["path"])
     root = scope.get("root_path", "").rstrip("/")
     if root and f"{scope['path']}/".startswith(f"{root}/"):  # this app is mounted there
         # Cuts off the root's bytes and a slash; %xx is one byte, too: "/%6cive/x" becomes "/x".

@@ -12748,6 +12748,8 @@ class TestAsgi(StreamTest):
             ("/livery", b"/livery", "/livery at /live"),
             ("/live/a/b", b"/live%2Fa/b", "/a/b at /live"),
             ("/live/é", None, "/é at /live"),
+            ("/é/y", b"/live/%C3%A9/y", "/é/y at /live"),  # as Starlette before 0.33 mounts
+            ("/live/z", b"/z", "/z at /live"),
         ):
             server = await self.asked(app, path, raw_path=raw, root_path="/live")
             self.assertEqual(server.body.decode(), text)
