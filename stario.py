@@ -2012,10 +2012,10 @@ class Router:
         named = [(path, host) for _, path, _, known, host in self._routes if known == name]
         paths = {path for path, host in named if not host} or {path for path, _ in named}
         if len(paths) != 1:
-            found = ", ".join(sorted(paths)) or "none"
+            names = ", ".join(sorted({known for _, _, _, known, _ in self._routes}))
+            found = ", ".join(sorted(paths)) or f"none of {names}"
             raise StarioError(f"one route needs a handler named {name!r}; found: {found}")
-        [path] = paths
-        return _filled_in(path, params)  # part 30
+        return _filled_in(paths.pop(), params)  # part 30
 
     def _add(self, method: str, path: str, handler: Handler, name: str, host: str = "") -> None:
         """Add a route for a host, or for any host, wrapped in this router's middleware."""

@@ -1152,6 +1152,7 @@ class TestMistakes(unittest.TestCase):
             'write host("api.example.com", router)': lambda: app().host("x.y", any_),
             'write assets("/static", "directory")': lambda: app().assets(any_, "/static"),
             "needs a handler named 'nope'; found: none": lambda: app().url("nope"),
+            "'fine'; found: none of _fine": lambda: self._app("/a", "/b").url("fine"),
             "needs a value for {id:int}: write id=...": url,
             "'x' does not fit {id:int} in /{id:int}": lambda: url(id="x"),
             "asynccontextmanager above lived": lambda: app().lifespan(lived),  # type: ignore[arg-type]
