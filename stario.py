@@ -83,14 +83,14 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        9066  24. What lives as long as the server
        9167  25. @baked
        9453  26. ASGI: the same app under another server [asgi]
-       9682  27. RedisRelay: the same between processes and machines [redis]
-       9954  28. Reload: a saved file restarts the app [reload]
-      10098  29. Development: what went wrong, shown where one looks [development]
-      10216  30. What is refused; hosts, cookies, other sites
-    10578  ACT 5. The pocket client, and this file itself
-      10619  31. The pocket client (JavaScript) [client]
-      11994  32. This file as a page [read]
-      12164  33. An app to begin with
+       9678  27. RedisRelay: the same between processes and machines [redis]
+       9950  28. Reload: a saved file restarts the app [reload]
+      10094  29. Development: what went wrong, shown where one looks [development]
+      10212  30. What is refused; hosts, cookies, other sites
+    10574  ACT 5. The pocket client, and this file itself
+      10615  31. The pocket client (JavaScript) [client]
+      11990  32. This file as a page [read]
+      12160  33. An app to begin with
 
 READING PATH
 
@@ -9611,12 +9611,10 @@ async def _serve_asgi(app: Stario, scope: Message, receive: Receive, send: Send)
         text = exc.detail.encode()
         exchange.may_have_body = False  # nobody reads it, so `pass_on` need not wait for it
         exchange.answer(exc.status_code, _TEXT_CONTENT[0] + _length_line(len(text)), text)
-        await exchange.pass_on(send)
-        return
+        return await exchange.pass_on(send)
     handling = _spawn(app.dispatch(request, exchange), loop)
     if handling.done() and not exchange.may_have_body:  # then no third task is needed
-        await exchange.pass_on(send)
-        return
+        return await exchange.pass_on(send)
     _asgi_handlers[handling] = exchange
     handling.add_done_callback(_asgi_handlers.pop)
     listening = _spawn(exchange.listen(receive), loop)
@@ -9658,13 +9656,11 @@ def _asgi_request(scope: Message, exchange: _AsgiExchange) -> Request:
 
 async def _asgi_lifespan(app: Stario, receive: Receive, send: Send) -> None:
     """The time from the server's start to its end (ASGI's lifespan protocol)."""
-    await receive()
-    stage = "startup"
+    message = await receive()  # lifespan.startup
     try:
         async with app._life.while_served():
             await send({"type": "lifespan.startup.complete"})
-            stage = "shutdown"
-            await receive()
+            message = await receive()  # lifespan.shutdown
             running = {task: own for task, own in [*_asgi_handlers.items()] if own.app is app}
             for exchange in running.values():
                 exchange.shutting_down = True
@@ -9673,7 +9669,7 @@ async def _asgi_lifespan(app: Stario, receive: Receive, send: Send) -> None:
                 await asyncio.wait(running, timeout=_ASGI_GRACE)
     except (Exception, SystemExit) as exc:
         reason = f"{type(exc).__name__}: {exc}"
-        await send({"type": f"lifespan.{stage}.failed", "message": reason})
+        await send({"type": f"{message['type']}.failed", "message": reason})
         raise
     await send({"type": "lifespan.shutdown.complete"})
 

@@ -13099,9 +13099,10 @@ class TestAsgi(StreamTest):
 
             app, said = Stario(), list[dict[str, str]]()
             app.lifespan(life)
+            told = iter(("startup", "shutdown"))
 
-            async def receive() -> dict[str, str]:
-                return {}
+            async def receive(told: Any = told) -> dict[str, str]:
+                return {"type": f"lifespan.{next(told)}"}
 
             async def send(message: Any, said: Any = said) -> None:
                 said.append(message)
