@@ -11642,6 +11642,22 @@ class TestTelemetry(unittest.TestCase):
         self.assertRegex(text, own + r"\n +and 3 frames of other code\n")
 
     @needs("pyte")
+    def test_at_a_terminal_an_exception_in_a_stream_is_shown_while_it_is_open(self) -> None:
+        terminal = Terminal(
+            self,
+            "    stario._LONG = 0\n"
+            "    stream = tracer('stream')\n"
+            "    stream(KeyError('now'))\n"
+            "    stream('tick')\n"
+            "    sys.stdin.readline()\n",
+        )
+        wanted = r" stream .*\n.* ✗ KeyError: 'now'\n── 1 open ─+\n.* stream +2 events  tick\n"
+        terminal.read_until(lambda: re.search(wanted, terminal.text()))
+        terminal.type("\n")
+        self.assertEqual(terminal.wait(), 0)
+        self.assertRegex(terminal.lines()[-1], r" stream +[\d.]+ m?s$")
+
+    @needs("pyte")
     def test_what_a_program_prints_is_never_dropped_at_a_terminal_that_takes_it(self) -> None:
         terminal = Terminal(
             self,
