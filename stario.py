@@ -9635,7 +9635,7 @@ def _asgi_request(scope: Message, exchange: _AsgiExchange) -> Request:
     """The request of a scope. HttpException(400) for a malformed path or host, as in part 9."""
     path = (scope.get("raw_path") or b"").decode("latin-1")
     if unquote(path) != scope["path"]:  # some frameworks cut the mount's root off the one only
-        path = quote(scope["path"])
+        path = quote(scope["path"], errors="replace")
     root = scope.get("root_path", "").rstrip("/")
     if root and f"{scope['path']}/".startswith(f"{root}/"):  # this app is mounted there
         # Cuts off the root's bytes and a slash; %xx is one byte, too: "/%6cive/x" becomes "/x".

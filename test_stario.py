@@ -12767,6 +12767,7 @@ class TestAsgi(StreamTest):
             ("/live/é", None, "/é at /live"),
             ("/é/y", b"/live/%C3%A9/y", "/é/y at /live"),  # as Starlette before 0.33 mounts
             ("/live/z", b"/z", "/z at /live"),
+            ("/live/\udcff", b"/live/%FF", "/? at /live"),
         ):
             server = await self.asked(app, path, raw_path=raw, root_path="/live")
             self.assertEqual(server.body.decode(), text)
