@@ -19,7 +19,7 @@ Copy this file into your project, under any name. The smallest app (RichTracer p
 ACT 0. The life of a request
 
 A browser opens a connection to this app. The server (part 10) accepts it. The browser sends lines
-of text, each ending in "\r\n". (Numbers in brackets are part numbers.)
+of text, each ending in "\r\n". (Numbers in brackets are parts; this text is part 1.)
 
     GET /?name=Ada HTTP/1.1
     host: localhost:8000
@@ -60,37 +60,37 @@ brackets can be left out of your copy: `python stario.py --without assets,client
         666  4. JSON
         788  5. The request: headers, query, cookies, body
        1259  6. The answer: status, fields, body
-       1687  7. Context and routing
-       2142  8. The app
-     2329  ACT 2. On the network
-       2337  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3322  10. The server
-       4145  11. Trying it without a network: the test client [testclient]
-     4604  ACT 3. Live
-       4654  12. Datastar: attributes and actions
-       5239  13. Streams: events, and staying with a client
-       5752  14. Relay: publish and subscribe
-     6050  ACT 4. For real
-       6057  15. Signals: from JSON to your dataclass
-       6803  16. Forms [forms]
-       7008  17. Behind a proxy
-       7121  18. Compression [compression]
-       7330  19. Static files [assets]
-       7900  20. Telemetry: spans, and who hears of them
-       8449  21. JsonTracer: for log collectors [json]
-       8523  22. RichTracer: for people [rich]
-       8952  23. Sessions [sessions]
-       9066  24. What lives as long as the server
-       9167  25. @baked
-       9453  26. ASGI: the same app under another server [asgi]
-       9678  27. RedisRelay: the same between processes and machines [redis]
-       9950  28. Reload: a saved file restarts the app [reload]
-      10094  29. Development: what went wrong, shown where one looks [development]
-      10212  30. What is refused; hosts, cookies, other sites
-    10574  ACT 5. The pocket client, and this file itself
-      10615  31. The pocket client (JavaScript) [client]
-      11990  32. This file as a page [read]
-      12160  33. An app to begin with
+       1688  7. Context and routing
+       2146  8. The app
+     2333  ACT 2. On the network
+       2341  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
+       3330  10. The server
+       4153  11. Trying it without a network: the test client [testclient]
+     4612  ACT 3. Live
+       4662  12. Datastar: attributes and actions
+       5248  13. Streams: events, and staying with a client
+       5763  14. Relay: publish and subscribe
+     6061  ACT 4. For real
+       6068  15. Signals: from JSON to your dataclass
+       6814  16. Forms [forms]
+       7019  17. Behind a proxy
+       7132  18. Compression [compression]
+       7341  19. Static files [assets]
+       7911  20. Telemetry: spans, and who hears of them
+       8460  21. JsonTracer: for log collectors [json]
+       8534  22. RichTracer: for people [rich]
+       8963  23. Sessions [sessions]
+       9077  24. What lives as long as the server
+       9178  25. @baked
+       9464  26. ASGI: the same app under another server [asgi]
+       9689  27. RedisRelay: the same between processes and machines [redis]
+       9961  28. Reload: a saved file restarts the app [reload]
+      10105  29. Development: what went wrong, shown where one looks [development]
+      10223  30. What is refused; hosts, cookies, other sites
+    10585  ACT 5. The pocket client, and this file itself
+      10626  31. The pocket client (JavaScript) [client]
+      12001  32. This file as a page [read]
+      12171  33. An app to begin with
 
 READING PATH
 
@@ -100,18 +100,18 @@ Two hours, for a reader who wants to know how it works, not everything it does. 
       630-659    `Tags`  `h.P` makes one
      1064-1241   `Request`  what a client asks for
      1270-1339   `Carrier`  what brings the answer back
-     1420-1615   `_RawWriter`  the answer
-     1705-1804   `Context`  what a handler gets beside it
-     1894-1909   `_Tree.find`  from a path to a handler
-     2248-2281   `_App.dispatch`  one request from end to end
-     2692-2805   `_RequestReader`  bytes to requests
-     3077-3318   `Connection`  one connection, many requests
-     3745-3766   `Server.start`  listening
-     3881-3903   `Server.stop`  ending without losing a request
-     5363-5483   `_EventWriter`  events
-     5572-5634   `_Scope`  how a disconnect reaches a handler
-     5662-5748   `Alive`  staying with a client
-     5903-5995   `Relay`  from one handler to another
+     1420-1616   `_RawWriter`  the answer
+     1706-1807   `Context`  what a handler gets beside it
+     1898-1913   `_Tree.find`  from a path to a handler
+     2252-2285   `_App.dispatch`  one request from end to end
+     2698-2809   `_RequestReader`  bytes to requests
+     3083-3326   `Connection`  one connection, many requests
+     3753-3774   `Server.start`  listening
+     3889-3911   `Server.stop`  ending without losing a request
+     5372-5494   `_EventWriter`  events
+     5583-5645   `_Scope`  how a disconnect reaches a handler
+     5673-5759   `Alive`  staying with a client
+     5914-6006   `Relay`  from one handler to another
 
 The parts know little about each other. HTML, JSON, Datastar's attributes, events and the relay work
 in any framework. A `Carrier` (6) brings a request and takes its answer, and the app knows only what
@@ -332,7 +332,7 @@ def _ungrouped(exc: BaseException) -> BaseException:
 class SafeString(str):
     """HTML that is never escaped again. `SafeString(text)` says: I trust this text as it is."""
 
-    __slots__ = ()
+    __slots__ = ()  # no attributes of its own: it is hardly larger than a str
 
     def __html__(self) -> str:
         """The text itself: the protocol by which template libraries recognise trusted HTML."""
@@ -345,7 +345,7 @@ class SafeString(str):
         return render(other, self)
 
     def __format__(self, spec: str) -> str:
-        """An f-string makes it plain text again. (str's method may return `self` for `{x:>3}`.)"""
+        """Plain text: an f-string escapes nothing. (str's own may return `self` for `{x:>3}`.)"""
         return format(str.__str__(self), spec)
 
 
@@ -544,7 +544,7 @@ def _factory(name: str) -> Tag:
     close, end = ("/>", "") if is_void else (">", f"</{name}>")
     bare = start + close
     escape = str if name in ("script", "style") else _escape  # (see `_check_raw`)
-    check = _refuse_content if is_void else _CONTENT_RULES.get(name)
+    rule = _refuse_content if is_void else _CONTENT_RULES.get(name)
 
     def _element(*parts: Any) -> SafeString:
         # A page calls this function for each element. So the most common types are handled here:
@@ -564,8 +564,8 @@ def _factory(name: str) -> Tag:
             elif part is not None:
                 attributes = dict(attributes or {})  # a copy: it may be the caller's own dict
                 pieces.append(_html(part, attributes, escape))
-        if check is not None:
-            pieces[1:] = [check(name, "".join(pieces[1:]))]
+        if rule is not None:
+            pieces[1:] = [rule(name, "".join(pieces[1:]))]
         if attributes:
             pieces[0] = f"{start}{_attributes(attributes)}{close}"
         pieces.append(end)
@@ -826,7 +826,7 @@ class _Fields:
         """The names, each once."""
         return list(self._fields)
 
-    @typing.overload
+    @typing.overload  # (for type checkers only: what `get` returns for which arguments)
     def get(self, name: str) -> str | None: ...
 
     @typing.overload
@@ -1194,7 +1194,7 @@ class Request:
         if isinstance(self._body, bytes):
             chunk, self._body = self._body, b""
         else:
-            self._check_size(int(self.headers.get("content-length") or 0))
+            self._check_size(int(self.headers.get("content-length") or 0))  # as announced
             chunk = await self._body.read()
         self._received += len(chunk)
         self._check_size(self._received)
@@ -1533,9 +1533,11 @@ class _RawWriter:
         if self.started:
             raise StarioError("this request has been answered already: a Writer answers once")
         _check_status(status)
-        if self._headers is not None and (last_chance := self._headers.before_sending):
-            self._headers.before_sending = None  # if it fails, the error's answer skips it
-            last_chance()
+        if self._headers is not None:
+            if last_chance := self._headers.before_sending:
+                self._headers.before_sending = None  # if it fails, the error's answer skips it
+                last_chance()
+            self._headers.sent = True
         self.started = True
         self._status = status
 
@@ -1564,12 +1566,12 @@ class _RawWriter:
         length = 0 if status == 205 else length
         has_body = status not in _BODILESS and self._request.method != "HEAD"
         compressor = None
-        if length is None:
-            if self._compression is not None:
-                headers = self._request.headers
-                fields, compressor = _compress_stream(self._compression, headers, fields)
-        elif status != 204:  # a 204 has no Content-Length (RFC 9110, section 8.6)
-            fields += _length_line(length)
+        if length is not None:
+            if status != 204:  # a 204 has no Content-Length (RFC 9110, section 8.6)
+                fields += _length_line(length)
+        elif self._compression is not None:
+            headers = self._request.headers
+            fields, compressor = _compress_stream(self._compression, headers, fields)
         if has_body:
             self._remaining, self._compressor = length, compressor
         self._carrier.begin(status, fields, unsized=length is None and has_body)
@@ -1579,7 +1581,6 @@ class _RawWriter:
         headers = self._headers
         if headers is None:
             return fields
-        headers.sent = True
         own = [f"{name}: {v}" for name, v in headers.items() if name not in _CARRIER_FIELDS]
         defaults = [
             line
@@ -1605,7 +1606,7 @@ class _RawWriter:
 
     def _break_off(self) -> None:
         """Let the client see that the answer is not complete."""
-        self.completed, self._rest = True, None  # (a file that is not sent is closed)
+        self.completed, self._rest = True, None  # (nothing refers to its file now: it is closed)
         self._carrier.abort()
 
     def _forget_answer(self) -> None:
@@ -1620,7 +1621,7 @@ class _OneShotWriter(_RawWriter):
 
     def respond(self, body: bytes, content_type: str, status: int = 200) -> None:
         """Answer with these bytes. A second answer raises StarioError."""
-        _check_order('w.respond(b"...", "image/png")', content_type, status)  # part 30
+        _check_order('w.respond(b"...", "image/png")', content_type, status)  # swapped? (30)
         # (`__wrapped__` is the function without its cache.)
         content = _content if len(content_type) <= _KEPT_TEXT else _content.__wrapped__
         self._answer(status, content(content_type), _bytes(body))
@@ -1755,13 +1756,15 @@ class Context:
             self._current()(event, attributes)
 
     def __setitem__(self, key: str, value: Any) -> None:
-        (self._current() if self._is_traced() else self._untraced)[key] = value
+        self._store()[key] = value
 
     def __getitem__(self, key: str) -> Any:
-        return self._current()[key] if self._is_traced() else self._untraced[key]
+        return self._store()[key]
 
-    def _is_traced(self) -> bool:
-        return self._span is not None or not self.app._silent
+    def _store(self) -> Span | dict[str, Any]:
+        """Where attributes are kept: in the current span; in a dict while there is none."""
+        is_traced = self._span is not None or not self.app._silent
+        return self._current() if is_traced else self._untraced
 
     @cached_property
     def _untraced(self) -> dict[str, Any]:
@@ -1867,10 +1870,11 @@ class _Tree:
         segments = path.split("/")[1:]
         for i, segment in enumerate(segments):
             named = _PARAMETER_SEGMENT.fullmatch(segment)
+            kind = (named[2] or _ANY) if named else ""
             if segment == "*" and i == len(segments) - 1:
                 node.catch_all = node.catch_all or _Node()
                 node = node.catch_all
-            elif named and (kind := named[2] or _ANY) in (*_PATH_TYPES, _ANY):
+            elif named and kind in (*_PATH_TYPES, _ANY):
                 names.append(named[1])
                 node = node.parameter(kind)
             elif _NO_SEGMENT.search(segment):
@@ -1913,7 +1917,7 @@ class _Tree:
         segments = path.split("/")[1:]
         if _SLASH in path:
             segments = [segment.replace(_SLASH, "/") for segment in segments]
-        return _walk(self._root, segments, 0, []) if segments else iter(())  # `*` has no segments
+        return _walk(self._root, segments, 0, []) if segments else iter(())  # none: `OPTIONS *`
 
     def methods(self, path: str) -> set[str]:
         """The methods that a path has routes for."""
@@ -2328,9 +2332,9 @@ class _App(Router):
 # ==================================================================================================
 # ACT 2. On the network
 #
-# The same app behind a socket: bytes become requests, answers become bytes. One event loop serves
-# many connections, and a stopping server answers every request that it has received. At the end of
-# the act the app runs in a browser, and in a test.
+# The same app behind a *socket*, the operating system's end of a connection: bytes become requests,
+# answers become bytes. One event loop serves many connections, and a stopping server answers every
+# request that it has received. At the end of the act the app runs in a browser, and in a test.
 # ==================================================================================================
 
 # ==================================================================================================
@@ -2380,7 +2384,7 @@ class Limits:
     max_target: int = 32 * 1024  # of the target (a GET has its signals there, part 15); beyond: 414
     max_buffer: int = 16 * 1024 * 1024  # bytes of an answer that wait for the client; then cut off
     max_connections: int = 10_000  # at once; beyond: 503
-    max_handlers: int = 1000  # this many more than there are connections; beyond: requests wait
+    max_handlers: int = 1000  # beside one per connection, as some outlast answers
 
 
 _HIGH_WATER = 64 * 1024  # bytes that are buffered in each direction; beyond: the sender waits
@@ -2405,7 +2409,7 @@ _WHOLE_URL = re.compile(r"https?://(?!:)([^/?#@]+)(/[^?#]*)?(\?[^#]*)?", re.IGNO
 _FIELD_LINE = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]++:[\t\x20-\x7e\x80-\xff]*+\r\n"
 _FRAMING_FIELDS = re.compile(
     rb"\n(?=[hcte])((?:host|connection|content-length|transfer-encoding|expect):[^\r]*)",
-    re.IGNORECASE,
+    re.IGNORECASE,  # (the lookahead lets most lines fail at their first letter)
 )
 _LONE_LF = re.compile(rb"[^\r]\n")
 _LINE_SO_FAR = re.compile(rb"[ -~]*+\r?")  # a request line that is not complete yet
@@ -2490,9 +2494,11 @@ class _ReceivedHeaders(Headers):
         return values
 
     def _look_up(self, name: str) -> Sequence[str]:
+        if ":" in name:  # no name has one, but "host: a" would find `host: a:8000`
+            return ()
         wanted, end = f"\n{name}:".encode("ascii", "replace"), 0
         lowered, values = self._block.lower(), []
-        while ":" not in name and (at := lowered.find(wanted, end)) >= 0:  # (no name has a colon)
+        while (at := lowered.find(wanted, end)) >= 0:
             end = lowered.find(b"\r", at)
             value = self._block[at + len(wanted) : end].strip(b" \t")
             values.append(value.decode("utf-8" if name in _UTF_8_FIELDS else "latin-1", "replace"))
@@ -2561,7 +2567,7 @@ class Body:
         self.ended = False
         self._chunks: list[bytes] = []
         self._error: Exception | None = None
-        self._news = asyncio.Event()  # what `read` waits for: any of these has changed
+        self._news = asyncio.Event()  # its `set()` wakes `read`: one of these has changed
 
     def feed(self, chunk: bytes) -> None:
         """The next bytes have come."""
@@ -2724,8 +2730,7 @@ class _RequestReader:
         buffer, at, limits = self.buffer, self._at, self._limits
         while (line_end := buffer.find(b"\r\n", at)) == at:  # skip empty lines (RFC 9112, 2.2)
             at += 2
-        is_known = buffer.startswith(self._block, line_end)  # (-1, no line yet, gives False)
-        if is_known:
+        if buffer.startswith(self._block, line_end):  # (-1, no line yet, gives False)
             end = line_end + len(self._block)
         else:
             end = buffer.find(b"\r\n\r\n", at + max(0, self._searched - 3)) + 4
@@ -2736,10 +2741,7 @@ class _RequestReader:
         raw_line = buffer[at:line_end]
         if end - at > limits.max_header_bytes:
             raise self._too_large(raw_line)
-        if is_known:
-            headers, framing = self._headers, self._framing
-        else:
-            headers, framing = self._read_block(buffer[line_end:end])
+        headers, framing = self._read_block(buffer[line_end:end])
         keep = len(raw_line) <= _KEPT_TEXT
         read = _parse_request_line if keep else _parse_request_line.__wrapped__
         line = read(raw_line)
@@ -2754,15 +2756,15 @@ class _RequestReader:
     def _check_start(self) -> None:
         """Refuse an incomplete head at once if it is malformed or too large already."""
         start = self.buffer[self._at :]
-        checked = max(0, self._searched - 1)  # the last byte again: it may be half a line break
+        new = max(0, self._searched - 1)  # from here (the last old byte may be half a line break)
         line, line_end, _ = start.partition(b"\r\n")
-        if _LONE_LF.search(start, checked):
+        if _LONE_LF.search(start, new):
             raise HttpException(400, "a line of the head ends in a bare line feed")
-        if not (line_end or _LINE_SO_FAR.fullmatch(line, checked)):
+        if not (line_end or _LINE_SO_FAR.fullmatch(line, new)):
             raise HttpException(400, "the request line is malformed")
         if len(start) > self._limits.max_header_bytes:
             raise self._too_large(line)
-        if line_end and len(line) >= checked:  # the request line is new: refuse a bad one now
+        if line_end and len(line) >= new:  # its end has just come: refuse a bad one now
             _parse_request_line.__wrapped__(line)
         self._searched = len(start)
 
@@ -2773,6 +2775,8 @@ class _RequestReader:
 
     def _read_block(self, block: bytes) -> tuple[Headers, _Framing]:
         """Read a header block, and keep it for the next request unless it is large."""
+        if block == self._block:
+            return self._headers, self._framing
         if not self._block_pattern.fullmatch(block):
             if block.count(b"\n") - 2 > self._limits.max_headers:
                 raise HttpException(431, f"more than {self._limits.max_headers} header fields")
@@ -2888,7 +2892,8 @@ class _SocketCarrier(Carrier, asyncio.Protocol):
 
     async def drained(self) -> None:
         """See Carrier. If the transport closes and we did not close it, the client has gone."""
-        if self._paused_writing and (self._closing or not self._transport.is_closing()):
+        has_gone = self._transport.is_closing() and not self._closing
+        if self._paused_writing and not has_gone:
             await self._paused_writing.wait()
         elif self.scheme == "https":  # asyncio's TLS reports a lost connection only from the loop
             await asyncio.sleep(0)
@@ -2915,7 +2920,8 @@ class _SocketCarrier(Carrier, asyncio.Protocol):
     def extend_deadlines(self, seconds: float) -> None:
         """Give the client `seconds` more, because the server itself stood still for that long."""
         self._deadline += seconds
-        self._stalled_since += seconds if self._stalled_since else 0.0
+        if self._stalled_since:
+            self._stalled_since += seconds
 
     def _check_taken(self, now: float) -> None:
         """Cut the client off if it has taken none of its answer for `write_timeout`."""
@@ -2977,13 +2983,13 @@ class _SocketCarrier(Carrier, asyncio.Protocol):
         that it has not read. `sending`: more of the client's bytes are on their way, or here.
         """
         # asyncio's TLS cannot close one side: there we linger only while the client is sending.
-        half = self._transport.can_write_eof()
-        if self._is_closing() or self._eof or not (half or sending):
+        can_close_half = self._transport.can_write_eof()
+        if self._is_closing() or self._eof or not (can_close_half or sending):
             self._close()
             return
         self._closing = True
         self._deadline = self._worker.loop.time() + (_LINGER if sending else _IDLE_GRACE)
-        if half:
+        if can_close_half:
             with suppress(OSError):  # it has gone already
                 self._transport.write_eof()
         if self._paused_reading:
@@ -3051,7 +3057,7 @@ class _AnswerCarrier(_SocketCarrier):
             with suppress(AttributeError, OSError):
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
             self._drop()
-        self._end()  # (no reset now: it could take answers to earlier requests with it)
+        self._end()  # (1.1 shows what is missing: a reset could also take earlier answers)
         self.disconnected = True  # in any case, the client gets no more
 
 
@@ -3190,8 +3196,10 @@ class Connection(_AnswerCarrier):
     def _wait_for_head(self) -> None:
         if self._eof:
             self._close()  # what is left is part of a request whose rest will not come
-        # A head's time begins with its first bytes, or (`_NEVER`) now that we read again.
-        elif self._deadline == _NEVER or (self._state is _IDLE and self._reader.buffer):
+            return
+        has_begun = self._state is _IDLE and self._reader.buffer  # the head's first bytes are here
+        had_paused = self._deadline == _NEVER  # we did not read: the client's time begins now
+        if has_begun or had_paused:
             self._state = _HEAD if self._reader.buffer else _IDLE
             self._deadline = self._worker.loop.time() + self._worker.limits.header_timeout
 
@@ -3353,7 +3361,7 @@ def _spawn(
 
 
 def _keep(task: asyncio.Task[Any], tasks: set[asyncio.Task[Any]]) -> None:
-    """Keep a reference to a task until it ends: the loop itself has only a weak one."""
+    """Keep a task until it ends: the loop does not, and Python could collect it half done."""
     tasks.add(task)
     task.add_done_callback(tasks.discard)
 
@@ -4242,8 +4250,8 @@ class _Jar:
 
         found: dict[str, str] = {}
         for line in headers.getlist("set-cookie"):
-            (name, value), *rest = (part.partition("=")[::2] for part in line.split(";"))
-            attributes = {key.strip().lower(): text.strip() for key, text in rest}
+            (name, _, value), *rest = (part.partition("=") for part in line.split(";"))
+            attributes = {key.strip().lower(): text.strip() for key, _, text in rest}
             name, value, end = name.strip(), unquote(value.strip()), _NEVER
             with suppress(KeyError, ValueError, OverflowError):  # what is malformed is ignored
                 end = parsedate_to_datetime(attributes["expires"]).timestamp()
@@ -5113,18 +5121,18 @@ def _write_action(method: str, url: str, queries: Queries, options: RequestOptio
     if _baking.get() and (mark := _mark_for(_write_action, method, url, queries, options)):
         return mark
     written = _request_options(method, options) if options else ""
-    pairs: list[str] = []  # names and values alternate, in a form that the cache can hash
+    pairs: list[tuple[str, str]] = []  # names and values; a list in `queries` is several pairs
     try:
         url = url if type(url) is str else str.__str__(url)
         size = len(url) + len(written)
         for name, value in queries.items() if queries else ():
             name = name if type(name) is str else _as_text(name)
-            kind = type(value)
-            for text in (str(value),) if kind is str or kind is int else _texts(name, value):
-                pairs += (name, text)
-                size += len(text)
+            for text in _texts(name, value):
+                pairs.append((name, text))
+                size += len(name) + len(text) + 2
         # A view writes the same actions at each call, so short ones are cached.
-        return (_cached_action if size < _KEPT_TEXT else _action)(method, url, written, *pairs)
+        write = _cached_action if size < _KEPT_TEXT else _action
+        return write(method, url, written, tuple(pairs))
     except (TypeError, AttributeError) as exc:
         if isinstance(url, str) and (queries is None or hasattr(queries, "items")):
             raise  # url and queries are fine: the `__str__` of a value failed
@@ -5134,6 +5142,8 @@ def _write_action(method: str, url: str, queries: Queries, options: RequestOptio
 
 def _texts(name: str, value: object) -> list[str]:
     """The texts of one query parameter: several for a list, none for None."""
+    if type(value) is str or type(value) is int:  # the usual case
+        return [str(value)]
     if isinstance(value, (Mapping, bytes, bytearray)):
         raise StarioError(f"{type(value).__name__} cannot be in a query (as {name!r}): give text")
     if isinstance(value, Iterable) and not isinstance(value, (str, enum.Enum)):
@@ -5141,12 +5151,11 @@ def _texts(name: str, value: object) -> list[str]:
     return [] if value is None else [_as_text(value)]
 
 
-def _action(method: str, url: str, options: str, *pairs: str) -> str:
+def _action(method: str, url: str, options: str, queries: tuple[tuple[str, str], ...]) -> str:
     """`@post('/click?cellId=3', {retry: "never"})`"""
-    if pairs:
-        queries = zip(pairs[::2], pairs[1::2], strict=True)
+    if queries:
         url, number_sign, fragment = url.partition("#")
-        url += ("&" if "?" in url else "?") + urlencode(list(queries), errors="replace")
+        url += ("&" if "?" in url else "?") + urlencode(queries, errors="replace")
         url += number_sign + fragment
     address = f"'{url}'" if _PLAIN_URL.fullmatch(url) else s(url)
     return f"@{method}({address}{options})"
@@ -5402,13 +5411,14 @@ class _EventWriter(_OneShotWriter):
 
         Other signals stay as they are. A value of None removes its signal.
         """
-        text = _as_text(signals) if isinstance(signals, str) else _signals_json(signals, _json)
         if isinstance(signals, str):
-            decoded = None
+            text, decoded = _as_text(signals), None
             with suppress(ValueError, RecursionError):
                 decoded = _json_decoder.decode(text)
             if not isinstance(decoded, dict):
                 raise StarioError(f"no JSON object: {text[:60]!r}; give a dict of names and values")
+        else:
+            text = _signals_json(signals, _json)
         lines = "data: onlyIfMissing true\n" if only_if_missing else ""
         lines += _data_lines(text, "signals ")
         self._send_event("datastar-patch-signals", lines.encode("utf-8", "replace"), **options)
@@ -5439,7 +5449,8 @@ class _EventWriter(_OneShotWriter):
         if scheme in ("javascript", "data", "vbscript"):
             raise StarioError(f"{url[:60]!r} is a program, no page: navigate goes to pages only")
         # In a timer, so that the client first finishes its work for this event.
-        script = f"setTimeout(() => {{ window.location = {_script_json(url)} }})"
+        address = _script_json(url.replace("\\", "%5C"))  # (as `_redirect` writes it)
+        script = f"setTimeout(() => {{ window.location = {address} }})"
         self.execute(script, nonce=nonce, **options)
 
     def redirect(self, url: str, status: int = 307) -> None:
@@ -5579,8 +5590,8 @@ class _Scope:
 
     Scopes of one task may be nested. One of them cancels; the innermost swallows the error, and its
     `__exit__` interrupts those around it: an `async with` block at its next await, a loop after
-    `_CLEANUP` seconds. (The source of that loop may be a generator with the innermost scope as a
-    loop inside it; this time is for the generator's code after its own loop.)
+    `_CLEANUP` seconds. (In `w.alive(source())` the source may be a generator that itself loops over
+    a `w.alive()`. When that inner loop ends, these seconds are for the generator's code after it.)
     """
 
     __slots__ = (
@@ -5621,10 +5632,10 @@ class _Scope:
         if self._task.cancelling() <= self._cancels_before:
             return False  # this stretch was not interrupted
         around = self._of_task()
-        interrupting = [scope for scope in (self, *around) if scope._interrupting]  # one at most
-        if not interrupting:
+        canceller = next((scope for scope in (self, *around) if scope._interrupting), None)
+        if canceller is None:
             return False  # it was, but not by a scope
-        interrupting[0]._interrupting = False
+        canceller._interrupting = False
         loop = self._task.get_loop()
         for scope in around:  # they are next, even if the handler has swallowed the error itself
             if scope._is_block:
@@ -5762,7 +5773,7 @@ class Alive(Generic[T]):
 # Publishers and readers may be in different threads, with different event loops. One lock guards
 # the tables and queues of a relay. It is held for a few dict operations, and never while readers
 # are woken. It is an RLock: the thread that holds it can take it again. That happens because Python
-# may, between any two lines, run a signal handler that publishes, or collect a subscription, which
+# may, between any two lines, run a SIGINT handler that publishes, or collect a subscription, which
 # then closes. Such a change is only queued; the change it interrupted runs it (`Relay._change`).
 # ==================================================================================================
 
@@ -5775,7 +5786,7 @@ _PatternKey = tuple[int | None, str]
 Overflow = Literal["oldest", "latest", "close"]  # the rule for a full queue: see `subscribe`
 
 
-@dataclasses.dataclass(slots=True, eq=False)
+@dataclasses.dataclass(slots=True, eq=False)  # (each equals only itself: a dict's key)
 class _Mailbox:
     """The relay's side of a subscription. Its fields change only under the relay's lock.
 
@@ -5860,7 +5871,7 @@ class Subscription(Generic[T]):
         mailbox, lock = self._mailbox, self._relay._lock
         while True:
             with lock:
-                closed = mailbox.closed  # (before the queue: a signal may publish, then close)
+                closed = mailbox.closed  # (before the queue: a SIGINT may publish, then close)
                 if mailbox.queue:
                     return cast("tuple[str, T]", mailbox.take())
                 if closed:
@@ -5868,7 +5879,7 @@ class Subscription(Generic[T]):
                 if mailbox.waiter is not None:
                     raise StarioError("a subscription has one reader; subscribe once for each")
                 waiter = mailbox.waiter = asyncio.get_running_loop().create_future()
-                if mailbox.queue or mailbox.closed:  # by a signal, before it could see a waiter
+                if mailbox.queue or mailbox.closed:  # by a SIGINT, before it could see a waiter
                     mailbox.waiter = None
                     continue
             try:
@@ -5957,7 +5968,7 @@ class Relay(Generic[T]):
                         step, arguments = self._steps.popleft()
                         step(to_wake, *arguments)
                 finally:
-                    self._is_changing = False  # (a signal may have queued a step just before)
+                    self._is_changing = False  # (a SIGINT may have queued a step just before)
         _wake(to_wake)
 
     def _deliver(self, to_wake: ToWake, subject: str, data: T) -> None:
@@ -5971,10 +5982,10 @@ class Relay(Generic[T]):
     def _listeners(self, subject: str) -> list[_Mailbox]:
         """The mailboxes that a subject goes to, each once, as a new list."""
         found = [table.get(subject[:length]) for length, table in self._tables.items()]
-        listeners = [mailboxes for mailboxes in found if mailboxes]
-        if len(listeners) < 2:
-            return list(listeners[0]) if listeners else []
-        return list(dict.fromkeys(mailbox for mailboxes in listeners for mailbox in mailboxes))
+        groups = [mailboxes for mailboxes in found if mailboxes]
+        if len(groups) < 2:
+            return list(groups[0]) if groups else []
+        return list(dict.fromkeys(mailbox for mailboxes in groups for mailbox in mailboxes))
 
     def _add(self, to_wake: ToWake, mailbox: _Mailbox) -> None:
         """A step: put a mailbox into the tables."""

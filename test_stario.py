@@ -6939,6 +6939,13 @@ class TestBuildersWriteWhatWasMeant(unittest.TestCase):
         writer.navigate("/a?next=javascript:x", nonce="n")
         writer.navigate("https://example.com/?a=<b>&c")
 
+    def test_no_backslash_leads_to_another_host(self) -> None:
+        for url, told in (("/\\evil.com", "/%5Cevil.com"), ("\\/evil.com/x", "%5C/evil.com/x")):
+            for go in (Writer.redirect, Writer.navigate):
+                kept, asked = Kept(), a_request(datastar_request="true")
+                go(Writer(kept, asked, CompressionConfig()), url)
+                self.assertIn(f'window.location = "{told}"'.encode(), kept.kept)
+
     def test_a_nonce_and_the_clients_newer_attributes(self) -> None:
         self.assertIn(' nonce="a1"', datastar_script("/x.js", nonce="a1"))
         self.assertIn(' nonce="a1"', datastar_script(nonce="a1"))
@@ -7015,6 +7022,14 @@ class TestActionQueries(unittest.TestCase):
         )  # (it can be iterated)
         written = [at.get("/x", {name: 1}) for name in values]  # type: ignore[dict-item]
         self.assertEqual(written, [f"@get('/x?{name}=1')" for name in values])
+
+    def test_only_short_actions_are_kept(self) -> None:
+        kept = stario._cached_action.cache_info
+        many = {f"{n}": "" for n in range(2000)}  # short names, and long together
+        for queries in ({"q": 1}, {"n" * 5000: ""}, {"q": "v" * 5000}, {"q": ["v"] * 5000}, many):
+            stario._cached_action.cache_clear()
+            at.get("/x", queries)
+            self.assertEqual(kept().currsize, queries == {"q": 1})
 
     def test_a_member_of_an_enum_is_its_value(self) -> None:
         class Place(str, enum.Enum):  # noqa: UP042 - a StrEnum is written as its value anyway
