@@ -77,20 +77,20 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        7132  18. Compression [compression]
        7341  19. Static files [assets]
        7911  20. Telemetry: spans, and who hears of them
-       8460  21. JsonTracer: for log collectors [json]
-       8534  22. RichTracer: for people [rich]
-       8963  23. Sessions [sessions]
-       9077  24. What lives as long as the server
-       9178  25. @baked
-       9464  26. ASGI: the same app under another server [asgi]
-       9689  27. RedisRelay: the same between processes and machines [redis]
-       9961  28. Reload: a saved file restarts the app [reload]
-      10105  29. Development: what went wrong, shown where one looks [development]
-      10223  30. What is refused; hosts, cookies, other sites
-    10585  ACT 5. The pocket client, and this file itself
-      10626  31. The pocket client (JavaScript) [client]
-      12001  32. This file as a page [read]
-      12171  33. An app to begin with
+       8454  21. JsonTracer: for log collectors [json]
+       8528  22. RichTracer: for people [rich]
+       8957  23. Sessions [sessions]
+       9071  24. What lives as long as the server
+       9172  25. @baked
+       9458  26. ASGI: the same app under another server [asgi]
+       9683  27. RedisRelay: the same between processes and machines [redis]
+       9955  28. Reload: a saved file restarts the app [reload]
+      10099  29. Development: what went wrong, shown where one looks [development]
+      10217  30. What is refused; hosts, cookies, other sites
+    10579  ACT 5. The pocket client, and this file itself
+      10620  31. The pocket client (JavaScript) [client]
+      11995  32. This file as a page [read]
+      12165  33. An app to begin with
 
 READING PATH
 
@@ -8398,12 +8398,7 @@ class _StreamTracer(Tracer):
             except Exception:  # this one cannot be shown, but the others can
                 self._lost += 1
         self._lost += entries  # (subtracted below, once they are written: `_close` may not wait)
-        if self._write(ending):
-            self._lost -= entries
-            self._reported = lost
-
-    def _write(self, ending: bool) -> bool:
-        try:
+        with suppress(BaseException):  # a full disk, a closed stream, its own `write` that fails
             text = self._compose(ending)
             if not text.isascii():  # the stream's encoding may lack some of it
                 encoding = getattr(self._stream, "encoding", None) or "utf-8"
@@ -8411,9 +8406,8 @@ class _StreamTracer(Tracer):
             if text and self._stream is not None:
                 self._stream.write(text)
                 self._stream.flush()
-        except BaseException:  # the disk is full, the stream is closed, or its own `write` fails
-            return False
-        return True
+            self._lost -= entries
+            self._reported = lost
 
     def _queued_end(self, span: Span) -> _Queued:
         """What goes into the queue for a span that has ended."""
