@@ -64,33 +64,33 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        2146  8. The app
      2333  ACT 2. On the network
        2341  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3330  10. The server
-       4153  11. Trying it without a network: the test client [testclient]
-     4612  ACT 3. Live
-       4662  12. Datastar: attributes and actions
-       5248  13. Streams: events, and staying with a client
-       5763  14. Relay: publish and subscribe
-     6061  ACT 4. For real
-       6068  15. Signals: from JSON to your dataclass
-       6814  16. Forms [forms]
-       7019  17. Behind a proxy
-       7132  18. Compression [compression]
-       7341  19. Static files [assets]
-       7911  20. Telemetry: spans, and who hears of them
-       8454  21. JsonTracer: for log collectors [json]
-       8528  22. RichTracer: for people [rich]
-       8957  23. Sessions [sessions]
-       9071  24. What lives as long as the server
-       9172  25. @baked
-       9458  26. ASGI: the same app under another server [asgi]
-       9683  27. RedisRelay: the same between processes and machines [redis]
-       9955  28. Reload: a saved file restarts the app [reload]
-      10099  29. Development: what went wrong, shown where one looks [development]
-      10217  30. What is refused; hosts, cookies, other sites
-    10579  ACT 5. The pocket client, and this file itself
-      10620  31. The pocket client (JavaScript) [client]
-      11995  32. This file as a page [read]
-      12165  33. An app to begin with
+       3332  10. The server
+       4155  11. Trying it without a network: the test client [testclient]
+     4614  ACT 3. Live
+       4664  12. Datastar: attributes and actions
+       5250  13. Streams: events, and staying with a client
+       5765  14. Relay: publish and subscribe
+     6063  ACT 4. For real
+       6070  15. Signals: from JSON to your dataclass
+       6816  16. Forms [forms]
+       7021  17. Behind a proxy
+       7134  18. Compression [compression]
+       7343  19. Static files [assets]
+       7913  20. Telemetry: spans, and who hears of them
+       8456  21. JsonTracer: for log collectors [json]
+       8530  22. RichTracer: for people [rich]
+       8959  23. Sessions [sessions]
+       9073  24. What lives as long as the server
+       9174  25. @baked
+       9460  26. ASGI: the same app under another server [asgi]
+       9685  27. RedisRelay: the same between processes and machines [redis]
+       9957  28. Reload: a saved file restarts the app [reload]
+      10101  29. Development: what went wrong, shown where one looks [development]
+      10219  30. What is refused; hosts, cookies, other sites
+    10581  ACT 5. The pocket client, and this file itself
+      10622  31. The pocket client (JavaScript) [client]
+      11997  32. This file as a page [read]
+      12167  33. An app to begin with
 
 READING PATH
 
@@ -104,14 +104,14 @@ Two hours, for a reader who wants to know how it works, not everything it does. 
      1706-1807   `Context`  what a handler gets beside it
      1898-1913   `_Tree.find`  from a path to a handler
      2252-2285   `_App.dispatch`  one request from end to end
-     2698-2809   `_RequestReader`  bytes to requests
-     3083-3326   `Connection`  one connection, many requests
-     3753-3774   `Server.start`  listening
-     3889-3911   `Server.stop`  ending without losing a request
-     5372-5494   `_EventWriter`  events
-     5583-5645   `_Scope`  how a disconnect reaches a handler
-     5673-5759   `Alive`  staying with a client
-     5914-6006   `Relay`  from one handler to another
+     2698-2811   `_RequestReader`  bytes to requests
+     3085-3328   `Connection`  one connection, many requests
+     3755-3776   `Server.start`  listening
+     3891-3913   `Server.stop`  ending without losing a request
+     5374-5496   `_EventWriter`  events
+     5585-5647   `_Scope`  how a disconnect reaches a handler
+     5675-5761   `Alive`  staying with a client
+     5916-6008   `Relay`  from one handler to another
 
 The parts know little about each other. HTML, JSON, Datastar's attributes, events and the relay work
 in any framework. A `Carrier` (6) brings a request and takes its answer, and the app knows only what
@@ -2730,7 +2730,8 @@ class _RequestReader:
         buffer, at, limits = self.buffer, self._at, self._limits
         while (line_end := buffer.find(b"\r\n", at)) == at:  # skip empty lines (RFC 9112, 2.2)
             at += 2
-        if buffer.startswith(self._block, line_end):  # (-1, no line yet, gives False)
+        is_known = buffer.startswith(self._block, line_end)  # (-1, no line yet, gives False)
+        if is_known:
             end = line_end + len(self._block)
         else:
             end = buffer.find(b"\r\n\r\n", at + max(0, self._searched - 3)) + 4
@@ -2741,7 +2742,10 @@ class _RequestReader:
         raw_line = buffer[at:line_end]
         if end - at > limits.max_header_bytes:
             raise self._too_large(raw_line)
-        headers, framing = self._read_block(buffer[line_end:end])
+        if is_known:
+            headers, framing = self._headers, self._framing
+        else:
+            headers, framing = self._read_block(buffer[line_end:end])
         keep = len(raw_line) <= _KEPT_TEXT
         read = _parse_request_line if keep else _parse_request_line.__wrapped__
         line = read(raw_line)
@@ -2775,8 +2779,6 @@ class _RequestReader:
 
     def _read_block(self, block: bytes) -> tuple[Headers, _Framing]:
         """Read a header block, and keep it for the next request unless it is large."""
-        if block == self._block:
-            return self._headers, self._framing
         if not self._block_pattern.fullmatch(block):
             if block.count(b"\n") - 2 > self._limits.max_headers:
                 raise HttpException(431, f"more than {self._limits.max_headers} header fields")
