@@ -66,31 +66,31 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        2341  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
        3332  10. The server
        4155  11. Trying it without a network: the test client [testclient]
-     4614  ACT 3. Live
-       4664  12. Datastar: attributes and actions
-       5250  13. Streams: events, and staying with a client
-       5765  14. Relay: publish and subscribe
-     6063  ACT 4. For real
-       6070  15. Signals: from JSON to your dataclass
-       6816  16. Forms [forms]
-       7021  17. Behind a proxy
-       7134  18. Compression [compression]
-       7343  19. Static files [assets]
-       7913  20. Telemetry: spans, and who hears of them
-       8456  21. JsonTracer: for log collectors [json]
-       8530  22. RichTracer: for people [rich]
-       8959  23. Sessions [sessions]
-       9073  24. What lives as long as the server
-       9174  25. @baked
-       9460  26. ASGI: the same app under another server [asgi]
-       9685  27. RedisRelay: the same between processes and machines [redis]
-       9957  28. Reload: a saved file restarts the app [reload]
-      10101  29. Development: what went wrong, shown where one looks [development]
-      10219  30. What is refused; hosts, cookies, other sites
-    10581  ACT 5. The pocket client, and this file itself
-      10622  31. The pocket client (JavaScript) [client]
-      11997  32. This file as a page [read]
-      12167  33. An app to begin with
+     4619  ACT 3. Live
+       4669  12. Datastar: attributes and actions
+       5255  13. Streams: events, and staying with a client
+       5770  14. Relay: publish and subscribe
+     6068  ACT 4. For real
+       6075  15. Signals: from JSON to your dataclass
+       6821  16. Forms [forms]
+       7026  17. Behind a proxy
+       7139  18. Compression [compression]
+       7348  19. Static files [assets]
+       7918  20. Telemetry: spans, and who hears of them
+       8461  21. JsonTracer: for log collectors [json]
+       8535  22. RichTracer: for people [rich]
+       8964  23. Sessions [sessions]
+       9078  24. What lives as long as the server
+       9179  25. @baked
+       9465  26. ASGI: the same app under another server [asgi]
+       9690  27. RedisRelay: the same between processes and machines [redis]
+       9962  28. Reload: a saved file restarts the app [reload]
+      10106  29. Development: what went wrong, shown where one looks [development]
+      10224  30. What is refused; hosts, cookies, other sites
+    10586  ACT 5. The pocket client, and this file itself
+      10627  31. The pocket client (JavaScript) [client]
+      12002  32. This file as a page [read]
+      12172  33. An app to begin with
 
 READING PATH
 
@@ -108,10 +108,10 @@ Two hours, for a reader who wants to know how it works, not everything it does. 
      3085-3328   `Connection`  one connection, many requests
      3755-3776   `Server.start`  listening
      3891-3913   `Server.stop`  ending without losing a request
-     5374-5496   `_EventWriter`  events
-     5585-5647   `_Scope`  how a disconnect reaches a handler
-     5675-5761   `Alive`  staying with a client
-     5916-6008   `Relay`  from one handler to another
+     5379-5501   `_EventWriter`  events
+     5590-5652   `_Scope`  how a disconnect reaches a handler
+     5680-5766   `Alive`  staying with a client
+     5921-6013   `Relay`  from one handler to another
 
 The parts know little about each other. HTML, JSON, Datastar's attributes, events and the relay work
 in any framework. A `Carrier` (6) brings a request and takes its answer, and the app knows only what
@@ -4567,7 +4567,7 @@ class TestClient:
             if not isinstance(given, Mapping | None):
                 raise StarioError(f"{option} is a dict, not {given!r}")
         method, path, body = method.upper(), path.partition("#")[0], _bytes(body)
-        fields = {"host": self.host}
+        fields: dict[str, object] = {"host": self.host}
         if cookies := self._jar.header(path):
             fields["cookie"] = cookies
         if signals is not None:
@@ -4584,14 +4584,19 @@ class TestClient:
         if body:
             fields["content-length"] = str(len(body))
         fields.update({name.lower(): value for name, value in (headers or {}).items()})
-        target = quote(path, safe="/?&=%:@!$'()*+,;~[]-._{}|\\", errors="replace")
-        lines = [f"{method} {target} HTTP/1.1"]
-        for name, value in fields.items():
-            sent = str(value).encode("utf-8" if name in _UTF_8_FIELDS else "latin-1", "replace")
-            lines.append(": ".join(_field(name, sent)))
         stream = TestStream(self, f"{method} {path}", timeout or self.timeout)
-        await stream._send("\r\n".join([*lines, "", ""]), body)
+        await stream._send(_sent_head(method, path, fields), body)
         return stream
+
+
+def _sent_head(method: str, path: str, fields: Mapping[str, object]) -> str:
+    """The head of a request, with the empty line at its end."""
+    target = quote(path, safe="/?&=%:@!$'()*+,;~[]-._{}|\\", errors="replace")
+    lines = [f"{method} {target} HTTP/1.1"]
+    for name, value in fields.items():
+        sent = str(value).encode("utf-8" if name in _UTF_8_FIELDS else "latin-1", "replace")
+        lines.append(": ".join(_field(name, sent)))
+    return "\r\n".join([*lines, "", ""])
 
 
 # -- Act 2 runs: the same app, in a browser with `asyncio.run(app.serve())`, and in a test.
