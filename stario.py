@@ -11051,7 +11051,7 @@ const SIGNAL_KEYS = /^(?:signals|computed|bind|ref|indicator)$/;
 
 // HTML lower-cases names. Signal names become camelCase again; all others stay kebab-case.
 const CASES = {
-  camel: (key) => key.replace(/-+([a-z\d])/g, (_, char) => char.toUpperCase()),
+  camel: (key) => key.replace(/-([a-z])/g, (_, char) => char.toUpperCase()),
   pascal: (key) => CASES.camel('-' + key),
   snake: (key) => key.replace(/-/g, '_'),
   kebab: (key) => key,
@@ -11878,10 +11878,14 @@ function elementsById(roots) {
   return Map.groupBy(found, (el) => getAttribute(el, 'id'));
 }
 
-// Scripts match only if they are equal: a script already in the page does not run again.
+// Fields for text are of one kind: a password may be shown. Scripts are the same only if they are
+// equal: those that are there do not run again.
+const FOR_TEXT = /^(?:text|search|tel|url|email|password|number)$/;
+
 function kindOf(node) {
   const name = isElement(node) ? localName(node) : '';
-  return nodeName(node) + (name === 'input' ? node.type : name === 'script' ? node.outerHTML : '');
+  const kind = name === 'input' && !FOR_TEXT.test(node.type) ? node.type : '';
+  return nodeName(node) + (name === 'script' ? node.outerHTML : kind);
 }
 
 // These are cloned, and stay in the new HTML. A select that loses its chosen option chooses another

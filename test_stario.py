@@ -14607,6 +14607,7 @@ class ClientPromises(_Case):
             <div data-signals:foo-bar__case.kebab="5"></div>
             <i data-signals="{plain: 'not me', fresh: 6}" data-signals__ifmissing="{plain: 7}"></i>
             <div data-signals:late__ifmissing="8" data-signals:deep.er.y="9"></div>
+            <div data-signals:line-1-of="10" data-signals:b2-c="11"></div>
             <div data-signals="{gone: 1}"></div><div data-signals="{gone: null}"></div>"""
         )
         self.see(
@@ -14620,6 +14621,8 @@ class ClientPromises(_Case):
                 "a": {"b": 4},
                 "foo-bar": 5,
                 "fresh": 6,
+                "line-1Of": 10,
+                "b2C": 11,
                 "late": 8,
             },
         )
@@ -15629,6 +15632,19 @@ class ClientPromises(_Case):
         self.now("[document.body.children.length, document.title]", [1, ""])
 
     # -- the morph
+
+    def test_a_password_that_is_shown_stays_while_its_form_is_patched(self) -> None:
+        form = """<form id="f"><p>{}</p><input type="password" data-attr:type="$shown ? 'text'
+            : 'password'"></form>"""
+        self.answers("/s", patch_elements(form.format("too short").replace("\n", "")))
+        self.show(
+            form.format("").replace("\n", "")
+            + "<b id='b' data-signals='{shown: true}' data-on:click=\"@get('/s')\"></b>"
+        )
+        self.do("byId('f').lastChild.focus(), document.activeElement.value = 'secret'")
+        self.do("byId('b').click()")
+        self.see("byId('f').textContent", "too short")
+        self.now("[document.activeElement.value, document.activeElement.type]", ["secret", "text"])
 
     def test_the_morph_keeps_focus_selection_and_typed_text(self) -> None:
         form = """<form id="f">{0}<label>x</label><input id="i" name="i" value="start">
