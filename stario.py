@@ -89,8 +89,8 @@ brackets can be left out of your copy: `python stario.py --without assets,client
       10224  30. What is refused; hosts, cookies, other sites
     10586  ACT 5. The pocket client, and this file itself
       10627  31. The pocket client (JavaScript) [client]
-      12002  32. This file as a page [read]
-      12172  33. An app to begin with
+      12003  32. This file as a page [read]
+      12173  33. An app to begin with
 
 READING PATH
 
@@ -10797,11 +10797,11 @@ const isPlain = (value) => Object(value) === value
 const REFUSED = '__proto__';                       // assigning to it would set a prototype
 
 // A copy without proxies. Anything but a plain object or list (an element, say) is not copied.
-function plain(value) {
-  if (Array.isArray(value)) return Array.from(value, plain);
-  if (!isPlain(value)) return value;
+function plain(value, change = (each) => each) {
+  if (Array.isArray(value)) return Array.from(value, (each) => plain(each, change));
+  if (!isPlain(value)) return change(value);
   const copy = Object.create(null);
-  for (const key of Object.keys(value)) if (key !== REFUSED) copy[key] = plain(value[key]);
+  for (const key of Object.keys(value)) if (key !== REFUSED) copy[key] = plain(value[key], change);
   return copy;
 }
 
@@ -11126,11 +11126,6 @@ class Attribute {
     this.ends.add(() => removeEventListener(target, name, heard, options));
   }
 
-  watch(observer, options) {
-    observer.observe(this.el, options);
-    this.ends.add(() => observer.disconnect());
-  }
-
   end() {
     for (const job of this.ends) this.guard(job);
     this.ends.clear();
@@ -11256,7 +11251,8 @@ const plugins = {
       later();
       if (mods.has('once')) observer.disconnect();
     }, { threshold: percent / 100 });
-    attribute.watch(observer);
+    observer.observe(attribute.el);
+    attribute.ends.add(() => observer.disconnect());
   },
   'on-interval'(attribute) {
     const tags = attribute.mods.get('duration') ?? [];
@@ -11392,9 +11388,9 @@ function bind(attribute) {
   let index = null;
   let taken = {};                    // what was last saved; a new {} equals no value
   let seen = null;                   // the field's state at that time
-  let waiting = false;               // a value was not shown, because the field was half typed
   const state = () => String([take(el, prop, ''), el.checked]);
   const isUnchosen = () => el.type === 'radio' && !el.checked;
+  const left = () => attribute.act(show);
   function place() {
     if (!Array.isArray(find(path)) || el.type === 'select-multiple') return path;
     index ??= [...group].filter((other) => precedes(other, el)).length;
@@ -11404,7 +11400,6 @@ function bind(attribute) {
     if (isUnchosen() || el.validity?.badInput) return;
     const where = place();
     taken = take(el, prop, find(where));
-    waiting = false;
     seen = state();
     put(where, taken);
   }
@@ -11412,8 +11407,7 @@ function bind(attribute) {
     const value = find(place());
     if (Object.is(value, taken)) return;
     taken = {};
-    waiting = isFocused(el) && isHalf(el);
-    if (waiting) return;
+    if (isFocused(el) && isHalf(el)) return addEventListener(el, 'blur', left, { once: true });
     give(el, prop, value);
     seen = state();
   }
@@ -11424,15 +11418,16 @@ function bind(attribute) {
   const isSelect = localName(el) === 'select';
   const events = mods.get('event') ?? (isSelect ? ['change'] : ['input', 'change']);
   for (const name of [...events, REFILLED]) attribute.listen(el, name, save);
-  attribute.listen(el, 'blur', () => waiting && show());
   attribute.effect(show);
   // A browser that returns to a page fills its fields in again, without an event.
   attribute.listen(window, 'pageshow', () => setTimeout(() => state() !== seen && save()));
   if (!isSelect) return;
-  attribute.watch(new MutationObserver(() => {   // the options may have changed
+  const watching = new MutationObserver(() => {  // the options may have changed
     taken = {};
     show();
-  }), { subtree: true, childList: true, attributes: true, characterData: true });
+  });
+  watching.observe(el, ALL_CHANGES);
+  ends.add(() => watching.disconnect());
 }
 
 // A file field's signal is a list of { name, contents in base64, mime }.
@@ -11495,8 +11490,7 @@ function update(records) {
   for (const node of gone) if (!isConnected(node)) family(node).forEach(follow);
   for (const { target, addedNodes, attributeName: name } of records) {
     for (const node of addedNodes) family(node).forEach(follow);
-    if (name === 'data-ignore') family(target).forEach(follow);
-    else if (name?.startsWith('data-')) follow(target);
+    if (name?.startsWith('data-')) follow(target);
   }
   overwritten.forEach(wake);
 }
@@ -11509,18 +11503,15 @@ function overwrittenOwner({ type, target, attributeName: name }) {
   return owner?.wrote.has(part) && owner.wrote.get(part) !== partOf(el, part) ? owner : null;
 }
 
+const ALL_CHANGES = { subtree: true, childList: true, attributes: true, characterData: true };
 const observer = new MutationObserver((records) => batch(() => update(records)));
-const settle = () => batch(() => update(observer.takeRecords()));
 
 // ---- Actions, above all requests ----
 // `args` returns an action's current arguments. A request calls it again for each attempt.
 
 const setEach = (filter, change) => batch(() => {
-  const deep = (value) => Array.isArray(value) ? value.map(deep)
-    : isPlain(value) ? Object.fromEntries(Object.entries(value).map(([k, v]) => [k, deep(v)]))
-    : change(value);
   for (const [keys, value] of leaves(data).filter(chooser(filter))) {
-    put(keys.join('.'), deep(value));
+    put(keys.join('.'), plain(value, change));
   }
 });
 
@@ -11812,7 +11803,7 @@ function patchOne(mode, target, nodes) {
   // patch itself brings are not told: an existing signal wins at first.
   for (const el of refilled) dispatchEvent(el, new Event(REFILLED));
   refilled.clear();
-  settle();
+  batch(() => update(observer.takeRecords()));
 }
 
 // A parsed script never runs; one that is created by code runs when it enters the page.
@@ -11847,11 +11838,11 @@ function morph(parent, old, nodes) {
   }
 }
 
-// partners: new element -> its old one. promised: those old ones. around: new elements that
-// contain one with a partner. doomed: old nodes without use.
+// partners: new element -> its old one. promised: those old ones, numbered. around: new elements
+// that contain one with a partner. doomed: old nodes without use.
 function planOf(parent, old, nodes) {
-  const [partners, promised, around] = [new Map(), new Set(), new Set()];
-  const pair = (fresh, el) => promised.add(el) && partners.set(fresh, el);
+  const [partners, promised, around] = [new Map(), new Map(), new Set()];
+  const pair = (fresh, el) => promised.set(el, promised.size + 1) && partners.set(fresh, el);
   const [before, after] = [old, nodes].map(elementsById);
   for (const [id, [el, twin]] of before) {
     const [fresh, other = twin] = after.get(id) ?? [];     // other: the id occurs twice
@@ -11878,14 +11869,12 @@ function elementsById(roots) {
   return Map.groupBy(found, (el) => getAttribute(el, 'id'));
 }
 
-// Fields for text are of one kind: a password may be shown. Scripts are the same only if they are
-// equal: those that are there do not run again.
-const FOR_TEXT = /^(?:text|search|tel|url|email|password|number)$/;
-
-function kindOf(node) {
+// Text fields, which have a selection, match each other: a password may be shown. Scripts match
+// only if they are equal: a script already in the page does not run again.
+function kindOf(node, id = isElement(node) && getAttribute(node, 'id') || '') {
   const name = isElement(node) ? localName(node) : '';
-  const kind = name === 'input' && !FOR_TEXT.test(node.type) ? node.type : '';
-  return nodeName(node) + (name === 'script' ? node.outerHTML : kind);
+  const type = name === 'input' && node.selectionStart === null ? node.type : '';
+  return `${nodeName(node)}${name === 'script' ? node.outerHTML : type}#${id}`;
 }
 
 // These are cloned, and stay in the new HTML. A select that loses its chosen option chooses another
@@ -11914,14 +11903,23 @@ function morphNodes(parent, old, nodes, plan) {
   nodes.forEach((node, n) => matches[n] && morphNode(matches[n], node, plan));
 }
 
-// For each new node, the old one that becomes it, if any.
+// For each new node, the old one that becomes it, if any: its partner; the next one of its kind
+// behind the same pair; the next one of its kind anywhere; the next one that has no id.
 function matchAll(old, nodes, { partners, promised }) {
-  const idOf = (node) => isElement(node) && getAttribute(node, 'id') || '';
-  const keyOf = (node, id = idOf(node)) => `${kindOf(node)}#${id}`;
-  const free = old.toReversed().filter((node) => !promised.has(node));     // the first one last
-  const left = Map.groupBy(free, (node) => keyOf(node));
-  return nodes.map((node) => partners.get(node)
-    ?? left.get(keyOf(node))?.pop() ?? left.get(keyOf(node, ''))?.pop());
+  const matches = nodes.map((node) => partners.get(node));
+  const placed = (list, pair = 0) =>
+    list.map((node) => [node, pair = promised.get(partners.get(node) ?? node) ?? pair]);
+  const behind = new Map([...placed(old), ...placed(nodes)]);
+  const rules = [(node) => `${isElement(node) && behind.get(node)} ${kindOf(node)}`,
+    (node) => kindOf(node), kindOf];
+  for (const keyOf of rules) {
+    if (!old.length || !matches.includes(undefined)) break;
+    const taken = new Set(matches);
+    const free = old.filter((node) => !promised.has(node) && !taken.has(node));
+    const left = Map.groupBy(free.reverse(), (node) => keyOf(node));         // the first one last
+    nodes.forEach((node, n) => { matches[n] ??= left.get(keyOf(node, ''))?.pop(); });
+  }
+  return matches;
 }
 
 // moveBefore keeps focus, frames and animations. Both nodes must be in the page.
@@ -11990,8 +11988,7 @@ let starting = true;
 function startPage() {
   batch(() => family(page).forEach(follow));
   starting = false;
-  observer.observe(document, { subtree: true, childList: true, attributes: true,
-    characterData: true });
+  observer.observe(document, ALL_CHANGES);
   tell('datastar-ready');
 }
 

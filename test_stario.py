@@ -15633,6 +15633,15 @@ class ClientPromises(_Case):
 
     # -- the morph
 
+    def test_what_stands_behind_an_id_stays_there(self) -> None:
+        view = '<div id="w">{}<p id="p">x</p><div><textarea></textarea></div></div>'
+        self.answers("/s", patch_elements(view.format("<div>news</div>")))
+        self.show(view.format("") + "<b id='b' data-on:click=\"@get('/s')\"></b>")
+        self.do("window.t = byId('w').lastChild.firstChild, t.focus(), t.value = 'a draft'")
+        self.do("byId('b').click()")
+        self.see("byId('w').firstChild.textContent", "news")
+        self.now("[t.value, t === document.activeElement, t.isConnected]", ["a draft", True, True])
+
     def test_a_password_that_is_shown_stays_while_its_form_is_patched(self) -> None:
         form = """<form id="f"><p>{}</p><input type="password" data-attr:type="$shown ? 'text'
             : 'password'"></form>"""
