@@ -77,20 +77,20 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        7139  18. Compression [compression]
        7348  19. Static files [assets]
        7918  20. Telemetry: spans, and who hears of them
-       8461  21. JsonTracer: for log collectors [json]
-       8535  22. RichTracer: for people [rich]
-       8964  23. Sessions [sessions]
-       9078  24. What lives as long as the server
-       9179  25. @baked
-       9465  26. ASGI: the same app under another server [asgi]
-       9690  27. RedisRelay: the same between processes and machines [redis]
-       9962  28. Reload: a saved file restarts the app [reload]
-      10106  29. Development: what went wrong, shown where one looks [development]
-      10224  30. What is refused; hosts, cookies, other sites
-    10586  ACT 5. The pocket client, and this file itself
-      10627  31. The pocket client (JavaScript) [client]
-      12003  32. This file as a page [read]
-      12173  33. An app to begin with
+       8463  21. JsonTracer: for log collectors [json]
+       8537  22. RichTracer: for people [rich]
+       8966  23. Sessions [sessions]
+       9080  24. What lives as long as the server
+       9181  25. @baked
+       9467  26. ASGI: the same app under another server [asgi]
+       9692  27. RedisRelay: the same between processes and machines [redis]
+       9964  28. Reload: a saved file restarts the app [reload]
+      10108  29. Development: what went wrong, shown where one looks [development]
+      10226  30. What is refused; hosts, cookies, other sites
+    10588  ACT 5. The pocket client, and this file itself
+      10629  31. The pocket client (JavaScript) [client]
+      12005  32. This file as a page [read]
+      12175  33. An app to begin with
 
 READING PATH
 
@@ -8447,7 +8447,9 @@ def _write_what_is_left() -> None:
     for tracer in list(_renewed_at_fork):
         if isinstance(tracer, _StreamTracer):
             tracer._close()
-            tracer._running.acquire(blocking=False)  # (3.11 would wait forever for a new thread)
+            # No thread begins from here on: 3.11 would wait for it forever.
+            if tracer._running.acquire(blocking=False) and tracer._queue:
+                tracer._write_all(True)  # came after the thread's last write
 
 
 def _printable(text: str) -> str:

@@ -11256,6 +11256,26 @@ class TestTelemetry(unittest.TestCase):
             writing.clear()
             let_go.clear()
 
+    def test_a_span_that_ends_after_the_last_write_is_written_at_exit(self) -> None:
+        out = io.StringIO()
+        tracer = JsonTracer(out)
+        lock = tracer._running
+
+        class Late:
+            acquire = lock.acquire
+
+            def release(self) -> None:  # the thread has looked into the queue for the last time
+                tracer("late").end()
+                lock.release()
+
+        tracer._running = cast("Any", Late())
+        with tracer:
+            tracer("early").end()
+        self.assertNotIn('"late"', out.getvalue())
+        with mock.patch.object(stario, "_renewed_at_fork", {tracer}):
+            stario._write_what_is_left()
+        self.assertEqual(out.getvalue().count('"late"'), 1)
+
     def test_lines_are_written_at_exit_at_a_crash_and_soon(self) -> None:
         begin = "import os, sys, time, stario\nstario.JsonTracer()('job').end()\n"
         for end in ("", "raise SystemExit(3)", "1 / 0", "time.sleep(0.4); os.kill(os.getpid(), 9)"):
