@@ -60,37 +60,37 @@ brackets can be left out of your copy: `python stario.py --without assets,client
         666  4. JSON
         788  5. The request: headers, query, cookies, body
        1259  6. The answer: status, fields, body
-       1688  7. Context and routing
-       2146  8. The app
-     2333  ACT 2. On the network
-       2341  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3332  10. The server
-       4155  11. Trying it without a network: the test client [testclient]
-     4619  ACT 3. Live
-       4669  12. Datastar: attributes and actions
-       5255  13. Streams: events, and staying with a client
-       5770  14. Relay: publish and subscribe
-     6068  ACT 4. For real
-       6075  15. Signals: from JSON to your dataclass
-       6821  16. Forms [forms]
-       7026  17. Behind a proxy
-       7139  18. Compression [compression]
-       7348  19. Static files [assets]
-       7918  20. Telemetry: spans, and who hears of them
-       8463  21. JsonTracer: for log collectors [json]
-       8537  22. RichTracer: for people [rich]
-       8966  23. Sessions [sessions]
-       9080  24. What lives as long as the server
-       9181  25. @baked
-       9467  26. ASGI: the same app under another server [asgi]
-       9692  27. RedisRelay: the same between processes and machines [redis]
-       9964  28. Reload: a saved file restarts the app [reload]
-      10108  29. Development: what went wrong, shown where one looks [development]
-      10226  30. What is refused; hosts, cookies, other sites
-    10588  ACT 5. The pocket client, and this file itself
-      10629  31. The pocket client (JavaScript) [client]
-      12005  32. This file as a page [read]
-      12175  33. An app to begin with
+       1686  7. Context and routing
+       2144  8. The app
+     2331  ACT 2. On the network
+       2339  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
+       3330  10. The server
+       4153  11. Trying it without a network: the test client [testclient]
+     4617  ACT 3. Live
+       4667  12. Datastar: attributes and actions
+       5253  13. Streams: events, and staying with a client
+       5768  14. Relay: publish and subscribe
+     6066  ACT 4. For real
+       6073  15. Signals: from JSON to your dataclass
+       6819  16. Forms [forms]
+       7024  17. Behind a proxy
+       7137  18. Compression [compression]
+       7346  19. Static files [assets]
+       7916  20. Telemetry: spans, and who hears of them
+       8461  21. JsonTracer: for log collectors [json]
+       8535  22. RichTracer: for people [rich]
+       8964  23. Sessions [sessions]
+       9078  24. What lives as long as the server
+       9179  25. @baked
+       9465  26. ASGI: the same app under another server [asgi]
+       9690  27. RedisRelay: the same between processes and machines [redis]
+       9962  28. Reload: a saved file restarts the app [reload]
+      10106  29. Development: what went wrong, shown where one looks [development]
+      10224  30. What is refused; hosts, cookies, other sites
+    10586  ACT 5. The pocket client, and this file itself
+      10627  31. The pocket client (JavaScript) [client]
+      12003  32. This file as a page [read]
+      12173  33. An app to begin with
 
 READING PATH
 
@@ -99,19 +99,19 @@ Two hours, for a reader who wants to know how it works, not everything it does. 
       332-349    `SafeString`  an element is a string
       630-659    `Tags`  `h.P` makes one
      1064-1241   `Request`  what a client asks for
-     1270-1339   `Carrier`  what brings the answer back
-     1420-1616   `_RawWriter`  the answer
-     1706-1807   `Context`  what a handler gets beside it
-     1898-1913   `_Tree.find`  from a path to a handler
-     2252-2285   `_App.dispatch`  one request from end to end
-     2698-2811   `_RequestReader`  bytes to requests
-     3085-3328   `Connection`  one connection, many requests
-     3755-3776   `Server.start`  listening
-     3891-3913   `Server.stop`  ending without losing a request
-     5379-5501   `_EventWriter`  events
-     5590-5652   `_Scope`  how a disconnect reaches a handler
-     5680-5766   `Alive`  staying with a client
-     5921-6013   `Relay`  from one handler to another
+     1270-1337   `Carrier`  what brings the answer back
+     1418-1614   `_RawWriter`  the answer
+     1704-1805   `Context`  what a handler gets beside it
+     1896-1911   `_Tree.find`  from a path to a handler
+     2250-2283   `_App.dispatch`  one request from end to end
+     2696-2809   `_RequestReader`  bytes to requests
+     3083-3326   `Connection`  one connection, many requests
+     3753-3774   `Server.start`  listening
+     3889-3911   `Server.stop`  ending without losing a request
+     5377-5499   `_EventWriter`  events
+     5588-5650   `_Scope`  how a disconnect reaches a handler
+     5678-5764   `Alive`  staying with a client
+     5919-6011   `Relay`  from one handler to another
 
 The parts know little about each other. HTML, JSON, Datastar's attributes, events and the relay work
 in any framework. A `Carrier` (6) brings a request and takes its answer, and the app knows only what
@@ -1275,8 +1275,6 @@ class Carrier:
     Only the two `async` methods wait: what cannot be sent yet is kept in a buffer. Once the client
     has gone, bytes are dropped without an error.
     """
-
-    __slots__ = ()
 
     # A scope is a handler's wait that ends when the client goes, or the server stops (part 13).
     scopes: list[_Scope]
