@@ -2302,7 +2302,7 @@ class _App(Router):
 
     def _methods_for(self, request: Request, path: str) -> set[str]:
         if path == "*":  # `OPTIONS *` asks what the server as a whole can do
-            return {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE"}
+            return {"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "QUERY"}
         return {name for tree, _ in _trees_for(self, request) for name in tree.methods(path)}
 
 
