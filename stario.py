@@ -11909,7 +11909,7 @@ function matchAll(old, nodes, { partners, promised }) {
   const matches = nodes.map((node) => partners.get(node));
   const placed = (list, pair = 0) =>
     list.map((node) => [node, pair = promised.get(partners.get(node) ?? node) ?? pair]);
-  const behind = new Map([...placed(old), ...placed(nodes)]);
+  const behind = new Map(matches.some(Boolean) ? [...placed(old), ...placed(nodes)] : []);
   const rules = [(node) => `${isElement(node) && behind.get(node)} ${kindOf(node)}`,
     (node) => kindOf(node), kindOf];
   for (const keyOf of rules) {
