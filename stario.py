@@ -72,25 +72,25 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        5768  14. Relay: publish and subscribe
      6066  ACT 4. For real
        6073  15. Signals: from JSON to your dataclass
-       6819  16. Forms [forms]
-       7024  17. Behind a proxy
-       7137  18. Compression [compression]
-       7346  19. Static files [assets]
-       7916  20. Telemetry: spans, and who hears of them
-       8461  21. JsonTracer: for log collectors [json]
-       8535  22. RichTracer: for people [rich]
-       8964  23. Sessions [sessions]
-       9078  24. What lives as long as the server
-       9179  25. @baked
-       9465  26. ASGI: the same app under another server [asgi]
-       9690  27. RedisRelay: the same between processes and machines [redis]
-       9962  28. Reload: a saved file restarts the app [reload]
-      10106  29. Development: what went wrong, shown where one looks [development]
-      10224  30. What is refused; hosts, cookies, other sites
-    10586  ACT 5. The pocket client, and this file itself
-      10627  31. The pocket client (JavaScript) [client]
-      12003  32. This file as a page [read]
-      12173  33. An app to begin with
+       6827  16. Forms [forms]
+       7033  17. Behind a proxy
+       7146  18. Compression [compression]
+       7355  19. Static files [assets]
+       7927  20. Telemetry: spans, and who hears of them
+       8474  21. JsonTracer: for log collectors [json]
+       8548  22. RichTracer: for people [rich]
+       8979  23. Sessions [sessions]
+       9093  24. What lives as long as the server
+       9194  25. @baked
+       9480  26. ASGI: the same app under another server [asgi]
+       9705  27. RedisRelay: the same between processes and machines [redis]
+       9978  28. Reload: a saved file restarts the app [reload]
+      10122  29. Development: what went wrong, shown where one looks [development]
+      10240  30. What is refused; hosts, cookies, other sites
+    10602  ACT 5. The pocket client, and this file itself
+      10643  31. The pocket client (JavaScript) [client]
+      12027  32. This file as a page [read]
+      12197  33. An app to begin with
 
 READING PATH
 
@@ -6259,11 +6259,12 @@ def _read_int(value: Any, tried: _Tried) -> Any:
 
 
 def _read_float(value: Any, tried: _Tried) -> Any:
-    text = value.strip() if isinstance(value, str) else ""
-    if type(value) not in (float, int) and not _NUMBER.fullmatch(text):
+    if isinstance(value, str) and _NUMBER.fullmatch(text := value.strip()):
+        value = text
+    elif type(value) not in (float, int):
         return _expected("a number")
     try:
-        return _finite(text or value)
+        return _finite(value)
     except (ValueError, OverflowError):  # (a whole number may be beyond the largest float)
         return _expected("a finite number")
 
@@ -6331,7 +6332,8 @@ def _choices_by_key(choices: Iterable[Any]) -> dict[Any, Any]:
     texts = [
         (text, item)
         for value, item in pairs
-        for text in ((value,) if isinstance(value, str) else (str(value), _shown(value)))
+        if not isinstance(value, str)
+        for text in (str(value), _shown(value))  # "True" and "true"
     ]
     # A browser writes 1.0 as 1. (The last entry wins: a choice, over the text of another choice.)
     whole = [(int(v), item) for v, item in pairs if type(v) is float and v.is_integer()]
@@ -6406,18 +6408,17 @@ def _dict_reader(read_key: Reader = _read_str, read: Reader = _read_any) -> Read
     def _read(value: Any, tried: _Tried) -> Any:
         if not isinstance(value, dict):
             return _expected("an object")
-        keys: Any = value
         parts: Iterable[Any] = zip(value, value.values(), repeat(read))
-        if read_key is not _read_str:
-            parts = chain(zip(value, value, repeat(read_key)), parts)
-        found = _read_each(parts, tried)
+        if read_key is _read_str:  # names are text already
+            found = _read_each(parts, tried)
+            return found if type(found) is _Wrong else dict(zip(value, found, strict=True))
+        found = _read_each(chain(zip(value, value, repeat(read_key)), parts), tried)
         if type(found) is _Wrong:
             return found
-        if read_key is not _read_str:
-            keys, found = found[: len(value)], found[len(value) :]
-            if not _can_be_hashed(keys):
-                return _expected("an object with names that a dict can hold")
-        return dict(zip(keys, found, strict=True))
+        keys, values = found[: len(value)], found[len(value) :]
+        if not _can_be_hashed(keys):
+            return _expected("an object with names that a dict can hold")
+        return dict(zip(keys, values, strict=True))
 
     return _read
 
@@ -6426,15 +6427,19 @@ def _can_be_hashed(items: Sequence[Any]) -> bool:
     """Whether these can go into a set, in a time that grows only with their number.
 
     A client could send 40,000 different numbers with the same hash, and the set would compare each
-    with all before it. So at most 20 may share a hash. (Equal items count once. They are compared
-    by their `repr`, because a client cannot choose the hash of a text.)
+    with all before it. So at most 20 different ones may share a hash.
     """
-    different = {repr(item): item for item in items} if len(items) > 20 else {}
+    by_hash: dict[int, list[Any]] = {}
     try:
-        sharing = Counter(map(hash, different.values() or items))
+        for item in items:
+            sharing = by_hash.setdefault(hash(item), [])
+            if item not in sharing:
+                sharing.append(item)
+            if len(sharing) > 20:
+                return False
     except TypeError:  # a list, say
         return False
-    return not different or max(sharing.values()) <= 20
+    return True
 
 
 def _record_reader(schema: Any) -> Reader:
@@ -6452,11 +6457,12 @@ def _record_reader(schema: Any) -> Reader:
         wrong = None
         for name, read, must in fields:
             sent = value.get(name, _MISSING)
-            if sent is not _MISSING or must:
-                found[name] = item = _IS_MISSING if sent is _MISSING else read(sent, tried)
-                if type(item) is _Wrong:
-                    wrong = wrong or _Wrong()
-                    wrong.add(name, sent, item)
+            if sent is _MISSING and not must:
+                continue  # the class has a default
+            found[name] = item = read(sent, tried) if sent is not _MISSING else _IS_MISSING
+            if type(item) is _Wrong:
+                wrong = wrong or _Wrong()
+                wrong.add(name, sent, item)
         if wrong:
             return wrong
         try:
@@ -6544,11 +6550,13 @@ def _union_reader(kinds: Sequence[Any]) -> Reader:
             fitting = [option for option in fitting if value.keys() >= option.needed]
         if len(fitting) == 1:
             return fitting[0].read(value, tried)
-        # If A and B both hold `A | B`, a value that is nested 20 times would be read 2**20 times
-        # without `tried`. (To read one that holds no list or object again is quick.)
-        if tried is None or not _is_nested(value):
-            return _read_first(value, fitting, {} if tried is None else tried, nothing_fits)
-        key = nothing_fits, id(value)  # (this union's own `_Wrong` stands for it)
+        if tried is None:  # the outermost union
+            return _read_first(value, fitting, {}, nothing_fits)
+        if not _is_nested(value):  # reading it again is quick
+            return _read_first(value, fitting, tried, nothing_fits)
+        # If A and B both hold `A | B`, a value that is nested 20 times would else be read 2**20
+        # times. (In the key, this union's own `_Wrong` stands for the union.)
+        key = nothing_fits, id(value)
         if key not in tried:
             tried[key] = _read_first(value, fitting, tried, nothing_fits)
         return tried[key]
@@ -7003,7 +7011,8 @@ def _read_part_head(head: bytes) -> _Part:
     disposition = _parameters(fields.get("content-disposition", ""))
     if "name" not in disposition:
         raise HttpException(400, "a part of the multipart form has no name")
-    # `filename*` is not allowed here (RFC 7578, section 4.2), but sent by some; `filename*0`, too.
+    # `filename*` is not allowed here (RFC 7578, section 4.2), but sent by some, as is `filename*0`.
+    # In the order of texts these come after `filename`, so `max` prefers them.
     key = max((key for key in disposition if key.startswith("filename")), default="")
     filename = disposition.get(key)
     if key == "filename*":
@@ -7592,11 +7601,12 @@ class Assets:
 
     async def _find(self, name: str) -> _File | None:
         """Like `file`, but a large one is read in a thread, so other requests need not wait."""
-        known, large = self._current(name), False
-        if known is not None or self._root is None:
-            return known or self._load(name)
-        with suppress(OSError, ValueError):  # `_load` deals with these
-            large = os.stat(f"{self._root}/{name}").st_size > _IN_MEMORY
+        if known := self._current(name):
+            return known
+        large = False
+        if self._root is not None:
+            with suppress(OSError, ValueError):  # `_load` deals with these
+                large = os.stat(f"{self._root}/{name}").st_size > _IN_MEMORY
         return await self._once(name, lambda: self.file(name)) if large else self._load(name)
 
     async def _once(self, key: object, work: Callable[[], T]) -> T:
@@ -7900,16 +7910,17 @@ def _range(request: Request, size: int, etag: str) -> tuple[int, int] | None:
     If the file has no such bytes, they are the same. None, for the whole file, if the range is for
     another version (`If-Range`) or malformed, or if there are several.
     """
-    asked = _RANGE.fullmatch(request.headers.get("range") or "")
     of_another = request.headers.get("if-range") not in (None, etag)
-    if asked is None or asked[0][-2:] == "=-" or request.method != "GET" or of_another or not size:
+    asked = _RANGE.fullmatch(request.headers.get("range") or "")
+    if request.method != "GET" or of_another or not size or asked is None:
         return None
     first, last = asked.groups()
-    if not first:  # "bytes=-500": the last 500
-        return max(0, size - int(last)), size
+    if not first:  # "bytes=-500": the last 500. ("bytes=-" is malformed.)
+        return (max(0, size - int(last)), size) if last else None
     if last and int(last) < int(first):  # it ends before it starts
         return None
-    return min(int(first), size), min(int(last) + 1, size) if last else size
+    stop = min(int(last) + 1, size) if last else size
+    return min(int(first), size), stop
 
 
 # ==================================================================================================
@@ -8213,12 +8224,13 @@ class _LogToSpan(logging.Handler):
             span(exc or "log", {**said, "body": text})
             return True
         # Let the record through if the root's own level, which `__init__` has lowered, would have.
-        logger, level, unhandled = logging.getLogger(record.name), 0, not self._others
-        while logger.parent:
-            level, unhandled = level or logger.level, unhandled and not logger.handlers
+        logger, level, has_handler = logging.getLogger(record.name), 0, bool(self._others)
+        while logger.parent:  # from the record's logger up to the root, without it
+            level = level or logger.level  # the first that is set counts
+            has_handler = has_handler or bool(logger.handlers)
             logger = logger.parent
         if record.levelno >= (level or self._root_level):
-            for handler in filter(None, [logging.lastResort] if unhandled else self._others):
+            for handler in filter(None, self._others if has_handler else [logging.lastResort]):
                 if record.levelno >= handler.level:
                     handler.handle(record)
         return True
@@ -8365,9 +8377,10 @@ class _StreamTracer(Tracer):
             return
         self._wake.put(True)
         thread.join(_PATIENCE)
-        if thread.is_alive():  # it hangs in a write, as Python's flush of stdout at exit would
-            sys.stdout = None if sys.stdout is self._stream else sys.stdout
+        if thread.is_alive():  # it hangs in a write
             self._lost += len(self._queue)
+            if sys.stdout is self._stream:  # Python's flush at exit would hang as well
+                sys.stdout = None
         if self._lost > self._reported:  # told in a thread, since standard error may stall as well
             lost, self._reported = self._lost - self._reported, self._lost
             text = f"stario: {lost} spans and events could not be written\n".encode()
@@ -8810,7 +8823,9 @@ class _Look:
             line.append((_padded(row.name, room, room + 16), "cyan"))
             return self._with_pairs(line, margin, row.attributes)
         text = _failure(row)
-        width = max(20, self.width - len(margin) - 3) // (1 + (_cells(text) > len(text)))
+        width = max(20, self.width - len(margin) - 3)
+        if _cells(text) > len(text):  # some of its characters take two columns
+            width //= 2
         first, *rest = re.findall(f".{{1,{width}}}", text)[:12]
         below = [(part, "red") for part in rest] + [(frame, "") for frame in _frames(row)]
         guided = [[(f"{margin}  ", "dim"), piece] for piece in below]
@@ -9393,9 +9408,9 @@ class _Bake:
         codes = [self.code(value) for value in values]
         if not self.met:
             return ""
-        name, short = (values[0] if len(values) == 2 else ""), ""
-        is_blank = isinstance(values[-1], _Blank)
-        if function in _SHORT and is_blank and re.fullmatch(r"[\w:.-]*", name):
+        *names, value = values
+        name, short = (names[0] if names else ""), ""  # (the name of an attribute, see `_SHORT`)
+        if function in _SHORT and isinstance(value, _Blank) and re.fullmatch(r"[\w:.-]*", name):
             text, number = [code.replace("NAME", name) for code in _SHORT[function]]
             text_test, number_test = f"(_v := {codes[-1]}).__class__ is str", "_v.__class__ is int"
             short = f"{text} if {text_test} else {number} if {number_test} else "
@@ -9791,7 +9806,8 @@ class RedisRelay(Relay[T]):
             full = waiting >= self._queue if self._down else self._unsent > _MAX_UNSENT
             if self._closed or full:
                 why = f"Redis cannot be reached: {self._down}" if self._down else "it is overrun"
-                why = "it is closed" if self._closed else why
+                if self._closed:
+                    why = "it is closed"
                 raise StarioError(f"{subject!r} is not published: {why}, {waiting} messages wait")
             self._outgoing.append(message)
             self._unsent += len(message[2])
@@ -10718,7 +10734,10 @@ function mark(cell) {
   }
 }
 
-const versionOf = (cell) => (cell instanceof Reader && refresh(cell), cell.version);
+function versionOf(cell) {
+  if (cell instanceof Reader) refresh(cell);       // a computed signal
+  return cell.version;
+}
 
 function isOutdated(reader) {
   for (const [cell, version] of reader.cells) if (versionOf(cell) !== version) return true;
@@ -11546,12 +11565,12 @@ async function request(call) {
   const { requestCancellation: cancel = 'auto' } = options;
   const own = cancel instanceof AbortController ? cancel : new AbortController();
   const slot = `${method} ${url}`;
-  const ends = () => own.abort();
+  const abort = () => own.abort();
   if (cancel === 'auto' || cancel === 'cleanup') {
     underWay.get(slot)?.abort();
     underWay.set(slot, own);
   }
-  if (cancel === 'cleanup') attribute.ends.add(ends);
+  if (cancel === 'cleanup') attribute.ends.add(abort);
   call.cancelled = own.signal;
   call.emit = (type, argsRaw = {}) => tell('datastar-fetch', { type, el: attribute.el, argsRaw });
   call.receive = (type, came) => inTurn(type, () => {
@@ -11566,7 +11585,7 @@ async function request(call) {
   } catch (error) {
     if (!own.signal.aborted) report(`${attribute.name}: ${slot}`, error, attribute.el);
   }
-  attribute.ends.delete(ends);
+  attribute.ends.delete(abort);
   if (underWay.get(slot) === own) underWay.delete(slot);
   await inTurn('finished', () => {   // after its patches
     attribute.owner.requests--;
@@ -11845,8 +11864,9 @@ function planOf(parent, old, nodes) {
   const pair = (fresh, el) => promised.set(el, promised.size + 1) && partners.set(fresh, el);
   const [before, after] = [old, nodes].map(elementsById);
   for (const [id, [el, twin]] of before) {
-    const [fresh, other = twin] = after.get(id) ?? [];     // other: the id occurs twice
-    if (fresh && !other && nodeName(el) === nodeName(fresh)) pair(fresh, el);
+    const [fresh, second] = after.get(id) ?? [];
+    const isUnique = fresh && !twin && !second;            // else the id occurs twice on a side
+    if (isUnique && nodeName(el) === nodeName(fresh)) pair(fresh, el);
   }
   for (const [inner, partner] of [...partners]) {  // from each pair outwards
     let el = partner;
@@ -11854,8 +11874,9 @@ function planOf(parent, old, nodes) {
     for (; isElement(fresh) && !partners.has(fresh); fresh = parentNode(fresh)) {
       around.add(fresh);
       el = el && parentNode(el);
-      if (el === parent || promised.has(el) || el && nodeName(el) !== nodeName(fresh)) el = null;
-      if (el) pair(fresh, el);
+      const fits = el && el !== parent && !promised.has(el) && nodeName(el) === nodeName(fresh);
+      if (fits) pair(fresh, el);
+      else el = null;                            // nor do those around it
     }
   }
   return { partners, promised, around, doomed: [] };
@@ -11907,17 +11928,20 @@ function morphNodes(parent, old, nodes, plan) {
 // behind the same pair; the next one of its kind anywhere; the next one that has no id.
 function matchAll(old, nodes, { partners, promised }) {
   const matches = nodes.map((node) => partners.get(node));
-  const placed = (list, pair = 0) =>
-    list.map((node) => [node, pair = promised.get(partners.get(node) ?? node) ?? pair]);
+  const placed = (list, last = 0) => list.map((node) => {
+    last = promised.get(partners.get(node) ?? node) ?? last;     // the number of the last pair
+    return [node, last];
+  });
   const behind = new Map(matches.some(Boolean) ? [...placed(old), ...placed(nodes)] : []);
-  const rules = [(node) => `${isElement(node) && behind.get(node)} ${kindOf(node)}`,
-    (node) => kindOf(node), kindOf];
-  for (const keyOf of rules) {
+  const inPlace = (node) => `${isElement(node) && behind.get(node)} ${kindOf(node)}`;
+  const withoutId = (node) => kindOf(node, '');
+  const rules = [[inPlace, inPlace], [kindOf, kindOf], [kindOf, withoutId]];
+  for (const [keyOfOld, keyOfNew] of rules) {
     if (!old.length || !matches.includes(undefined)) break;
     const taken = new Set(matches);
     const free = old.filter((node) => !promised.has(node) && !taken.has(node));
-    const left = Map.groupBy(free.reverse(), (node) => keyOf(node));         // the first one last
-    nodes.forEach((node, n) => { matches[n] ??= left.get(keyOf(node, ''))?.pop(); });
+    const left = Map.groupBy(free.reverse(), (node) => keyOfOld(node));      // the first one last
+    nodes.forEach((node, n) => { matches[n] ??= left.get(keyOfNew(node))?.pop(); });
   }
   return matches;
 }
@@ -12256,17 +12280,17 @@ def _without(leaving: set[str]) -> str:
     text = inspect.getsource(sys.modules[__name__])
     parts = re.split(r"^(?=# ={90,}\n# (?:ACT )?\d+\. )", text, flags=re.MULTILINE)
     titles = [re.match(r".*\n# .*\[(\w+)\]\n", part) for part in parts]
-    rooms = {title[1]: part for title, part in zip(titles, parts, strict=True) if title}
-    if unknown := leaving - rooms.keys():
+    named = {title[1]: part for title, part in zip(titles, parts, strict=True) if title}
+    if unknown := leaving - named.keys():
         wrong = ",".join(sorted(unknown))
-        raise SystemExit(f"--without {wrong}: what can go is {', '.join(rooms)}")
-    left = {name: rooms.pop(name) for name in sorted(leaving)}
+        raise SystemExit(f"--without {wrong}: what can go is {', '.join(named)}")
+    left = {name: named.pop(name) for name in sorted(leaving)}
     gone: dict[str, str] = {}  # names, and the parts that define them
     for name, part in left.items():
         symbols = symtable(part, "", "exec").get_symbols()
         assigned = {symbol.get_name() for symbol in symbols if symbol.is_assigned()}
         gone |= dict.fromkeys(assigned & globals().keys(), name)  # (not a comprehension's names)
-    for name, part in rooms.items():
+    for name, part in named.items():  # those that stay
         for node in ast.walk(ast.parse(part)):
             if isinstance(node, ast.Name) and node.id in gone:
                 raise SystemExit(f"--without {gone[node.id]}: {name} needs {node.id}")

@@ -8678,6 +8678,11 @@ class Shelf:
     rows: list[Inner]
 
 
+@dataclass(frozen=True)
+class Unshown:
+    pin: int = field(repr=False)
+
+
 @dataclass
 class Left:
     name: str
@@ -9216,6 +9221,9 @@ class TestSignals(unittest.TestCase):
         grid = [[x, y] for x in range(-9, 9) for y in range(-9, 9)]  # hash(-1) is that of -2
         self.assertEqual(len(read_signals(set[tuple[int, int]], grid)), 18 * 18)
         self.assertEqual(len(read_signals(set[str], [f"{n}" for n in alike])), 99)
+        pins = [{"pin": n} for n in alike]  # of which `repr` shows nothing
+        self.problems(set[Unshown], pins)
+        self.assertEqual(read_signals(set[Unshown], pins[:1] * 5000), {Unshown(alike[0])})
 
     def test_schemas_mean_what_python_means_by_them(self) -> None:
         for schema, signals, expected in [
