@@ -16350,6 +16350,50 @@ class TestPocketClient(ClientPromises, unittest.TestCase):
             (sent,) = self.stage.requests(f"/n{n}")
             self.assertEqual((sent.headers["try"], json.loads(sent.body)), (str(n), {"n": n}))
 
+    def test_a_key_with_a_dot_is_a_name_of_its_own(self) -> None:
+        self.show("""<p id="p" data-signals="{'a.b': 1, c: {'d.e': 2}}"></p>""")
+        self.see("own()", {"a.b": 1, "c": {"d.e": 2}})
+
+    def test_radios_of_which_none_is_checked_are_empty(self) -> None:
+        radios = "".join(f'<input type="radio" data-bind="r" value="{value}">' for value in "xy")
+        self.show(f"""{radios}<p id="p" data-text="$r ? 'some' : 'none'"></p>""")
+        self.see("byId('p').textContent", "none")
+        self.now("own()", {"r": ""})
+
+    def test_fields_of_one_list_that_change_places_keep_their_entries(self) -> None:
+        one, two = (f'<input id="{name}" data-bind="names" value="{name}">' for name in "ab")
+        self.answers("/s", patch_elements(f'<div id="d">{two}{one}</div>'))
+        go = """<b id="go" data-on:click="@get('/s')"></b>"""
+        self.show(f"""<p data-signals="{{names: []}}"></p><div id="d">{one}{two}</div>{go}""")
+        self.do("type('a', 'Ada'), byId('go').click()")
+        self.see("byId('d').firstElementChild.id", "b")
+        self.do("type('b', 'Bob')")
+        self.see("own()", {"names": ["Ada", "Bob"]})
+        self.now("[byId('a').value, byId('b').value]", ["Ada", "Bob"])
+
+    def test_a_style_that_a_script_writes_while_its_entry_is_false_stays(self) -> None:
+        self.show(
+            """<p id="p" style="color: red" data-signals="{on: true, n: 0}"
+              data-style="{color: $on &amp;&amp; 'blue', width: $n + 'px'}"></p>
+            <b id="b" data-on:click="$on = false"></b><i id="i" data-on:click="$n = 3"></i>"""
+        )
+        self.do("byId('b').click()")
+        self.see("byId('p').style.color", "red")
+        self.do("byId('p').style.color = 'green', byId('i').click()")
+        self.see("byId('p').style.width", "3px")
+        self.now("byId('p').style.color", "green")
+
+    def test_what_a_morph_takes_out_of_data_ignore_does_not_start(self) -> None:
+        shown = """<div id="d"><p id="p" data-text="'changed'">kept</p></div><i id="i">new</i>"""
+        self.answers("/s", patch_elements(shown))
+        self.show(
+            """<div id="d" data-ignore><p id="p" data-text="'changed'">kept</p></div>
+            <i id="i">old</i><b id="b" data-on:click="@get('/s')"></b>"""
+        )
+        self.do("byId('b').click()")
+        self.see("byId('i').textContent", "new")
+        self.now("byId('p').textContent", "kept")
+
     def test_each_new_attempt_is_told_to_the_document(self) -> None:
         retry = "{retry: 'always', retryInterval: 5}"
         self.answers("/again", patch_signals({"n": 1}), Reply(status=204))
