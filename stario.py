@@ -61,36 +61,36 @@ brackets can be left out of your copy: `python stario.py --without assets,client
         788  5. The request: headers, query, cookies, body
        1259  6. The answer: status, fields, body
        1686  7. Context and routing
-       2144  8. The app
-     2331  ACT 2. On the network
-       2339  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3330  10. The server
-       4153  11. Trying it without a network: the test client [testclient]
-     4617  ACT 3. Live
-       4667  12. Datastar: attributes and actions
-       5253  13. Streams: events, and staying with a client
-       5768  14. Relay: publish and subscribe
-     6066  ACT 4. For real
-       6073  15. Signals: from JSON to your dataclass
-       6827  16. Forms [forms]
-       7033  17. Behind a proxy
-       7146  18. Compression [compression]
-       7355  19. Static files [assets]
-       7927  20. Telemetry: spans, and who hears of them
-       8474  21. JsonTracer: for log collectors [json]
-       8548  22. RichTracer: for people [rich]
-       8979  23. Sessions [sessions]
-       9093  24. What lives as long as the server
-       9194  25. @baked
-       9480  26. ASGI: the same app under another server [asgi]
-       9705  27. RedisRelay: the same between processes and machines [redis]
-       9978  28. Reload: a saved file restarts the app [reload]
-      10122  29. Development: what went wrong, shown where one looks [development]
-      10240  30. What is refused; hosts, cookies, other sites
-    10602  ACT 5. The pocket client, and this file itself
-      10643  31. The pocket client (JavaScript) [client]
-      12027  32. This file as a page [read]
-      12197  33. An app to begin with
+       2148  8. The app
+     2335  ACT 2. On the network
+       2343  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
+       3334  10. The server
+       4157  11. Trying it without a network: the test client [testclient]
+     4621  ACT 3. Live
+       4671  12. Datastar: attributes and actions
+       5257  13. Streams: events, and staying with a client
+       5772  14. Relay: publish and subscribe
+     6070  ACT 4. For real
+       6077  15. Signals: from JSON to your dataclass
+       6829  16. Forms [forms]
+       7035  17. Behind a proxy
+       7148  18. Compression [compression]
+       7357  19. Static files [assets]
+       7929  20. Telemetry: spans, and who hears of them
+       8476  21. JsonTracer: for log collectors [json]
+       8550  22. RichTracer: for people [rich]
+       8981  23. Sessions [sessions]
+       9095  24. What lives as long as the server
+       9196  25. @baked
+       9482  26. ASGI: the same app under another server [asgi]
+       9707  27. RedisRelay: the same between processes and machines [redis]
+       9980  28. Reload: a saved file restarts the app [reload]
+      10124  29. Development: what went wrong, shown where one looks [development]
+      10242  30. What is refused; hosts, cookies, other sites
+    10604  ACT 5. The pocket client, and this file itself
+      10645  31. The pocket client (JavaScript) [client]
+      12029  32. This file as a page [read]
+      12199  33. An app to begin with
 
 READING PATH
 
@@ -101,17 +101,17 @@ Two hours, for a reader who wants to know how it works, not everything it does. 
      1064-1241   `Request`  what a client asks for
      1270-1337   `Carrier`  what brings the answer back
      1418-1614   `_RawWriter`  the answer
-     1704-1805   `Context`  what a handler gets beside it
-     1896-1911   `_Tree.find`  from a path to a handler
-     2250-2283   `_App.dispatch`  one request from end to end
-     2696-2809   `_RequestReader`  bytes to requests
-     3083-3326   `Connection`  one connection, many requests
-     3753-3774   `Server.start`  listening
-     3889-3911   `Server.stop`  ending without losing a request
-     5377-5499   `_EventWriter`  events
-     5588-5650   `_Scope`  how a disconnect reaches a handler
-     5678-5764   `Alive`  staying with a client
-     5919-6011   `Relay`  from one handler to another
+     1704-1809   `Context`  what a handler gets beside it
+     1900-1915   `_Tree.find`  from a path to a handler
+     2254-2287   `_App.dispatch`  one request from end to end
+     2700-2813   `_RequestReader`  bytes to requests
+     3087-3330   `Connection`  one connection, many requests
+     3757-3778   `Server.start`  listening
+     3893-3915   `Server.stop`  ending without losing a request
+     5381-5503   `_EventWriter`  events
+     5592-5654   `_Scope`  how a disconnect reaches a handler
+     5682-5768   `Alive`  staying with a client
+     5923-6015   `Relay`  from one handler to another
 
 The parts know little about each other. HTML, JSON, Datastar's attributes, events and the relay work
 in any framework. A `Carrier` (6) brings a request and takes its answer, and the app knows only what
@@ -1802,7 +1802,11 @@ class Context:
         https://data-star.dev/reference/actions
         """
         found = await _sent_signals(self.req)
-        return found if schema is None else read_signals(schema, found)
+        if schema is None:
+            return found
+        if len(self.req._whole or b"") > 25_000:  # 10 ms and more: others go on
+            return await asyncio.to_thread(read_signals, schema, found)
+        return read_signals(schema, found)
 
 
 Handler = Callable[[Context, "Writer"], Awaitable[None]]  # (Writer is complete in part 13)
@@ -6214,8 +6218,8 @@ def _cut(text: str, length: int = _LONGEST_SHOWN) -> str:
 
 # -- Plain values
 
-# `tried` is a memo: (union, id of a value) -> what the union gave for it. Only `_union_reader` uses
-# it, so that nested unions read nothing twice. Outside of unions it is None, and only passed on.
+# `tried` is a memo: (reader, id of a value) -> what it gave. Only unions use it (`_read_first`), so
+# that none of their types reads a value twice. Outside of unions it is None, and only passed on.
 _Tried = dict[tuple[object, int], Any] | None
 Reader = Callable[[Any, _Tried], Any]
 
@@ -6550,16 +6554,7 @@ def _union_reader(kinds: Sequence[Any]) -> Reader:
             fitting = [option for option in fitting if value.keys() >= option.needed]
         if len(fitting) == 1:
             return fitting[0].read(value, tried)
-        if tried is None:  # the outermost union
-            return _read_first(value, fitting, {}, nothing_fits)
-        if not _is_nested(value):  # reading it again is quick
-            return _read_first(value, fitting, tried, nothing_fits)
-        # If A and B both hold `A | B`, a value that is nested 20 times would else be read 2**20
-        # times. (In the key, this union's own `_Wrong` stands for the union.)
-        key = nothing_fits, id(value)
-        if key not in tried:
-            tried[key] = _read_first(value, fitting, tried, nothing_fits)
-        return tried[key]
+        return _read_first(value, fitting, tried, nothing_fits)
 
     return _read
 
@@ -6608,11 +6603,18 @@ def _tag_of(options: Sequence[_Option]) -> tuple[str | None, dict[Any, list[_Opt
 def _read_first(value: Any, options: Sequence[_Option], tried: _Tried, nothing_fits: _Wrong) -> Any:
     """Read a value by the first type that fits."""
     nearest, fewest, sample = nothing_fits, sys.maxsize, None
+    # If A and B both hold `A | B`, a value that is nested 20 times would be read 2**20 times. (The
+    # outermost union reads its value once, and what is not nested is quick to read again.)
+    is_repeated = tried is not None and _is_nested(value)
+    tried = {} if tried is None else tried
     for option in options:
         # An earlier type refused one item of a long list, the `sample`. Try that one before all.
         if sample and option.is_uniform and type(option.read(sample, tried)) is _Wrong:
             continue
-        found = option.read(value, tried)
+        key = option.read, id(value)
+        found = tried[key] if key in tried else option.read(value, tried)
+        if is_repeated:
+            tried[key] = found
         if type(found) is not _Wrong:
             return found
         # If only parts are wrong, the type with the fewest problems was meant; a tie names all.

@@ -9484,6 +9484,44 @@ class TestSignals(unittest.TestCase):
 
         asyncio.run(check())
 
+    def test_others_are_answered_while_many_signals_are_checked(self) -> None:
+        begun, other_is_answered = threading.Event(), threading.Event()
+
+        @dataclass
+        class Note:
+            text: str
+
+            def __post_init__(self) -> None:
+                begun.set()
+                if not other_is_answered.wait(10):
+                    other_is_answered.set()  # (so that the next ones do not wait, too)
+                    raise ValueError("nobody else was answered")
+
+        board = dataclasses.make_dataclass("Board", [("notes", list[Note])])
+
+        async def notes(c: Context, w: Writer) -> None:
+            w.json(len((await c.signals(board)).notes))
+
+        async def other(c: Context, w: Writer) -> None:
+            other_is_answered.set()
+
+        app = Stario()
+        app.post("/notes", notes)
+        app.get("/other", other)
+
+        async def check() -> None:
+            async with TestClient(app) as client:
+                for last, status in (({"text": "x"}, 200), ({"text": 1}, 422)):
+                    begun.clear()
+                    other_is_answered.clear()
+                    sent = {"notes": [{"text": "x"}] * 9_999 + [last]}
+                    checked = asyncio.ensure_future(client.post("/notes", signals=sent))
+                    self.assertTrue(await asyncio.to_thread(begun.wait, 10))
+                    await client.get("/other")
+                    self.assertEqual((await checked).status, status)
+
+        asyncio.run(check())
+
 
 # -- 16. Forms
 
