@@ -72,17 +72,17 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        5772  14. Relay: publish and subscribe
      6070  ACT 4. For real
        6077  15. Signals: from JSON to your dataclass
-       6829  16. Forms [forms]
-       7035  17. Behind a proxy
-       7148  18. Compression [compression]
-       7357  19. Static files [assets]
-       7929  20. Telemetry: spans, and who hears of them
-       8476  21. JsonTracer: for log collectors [json]
-       8550  22. RichTracer: for people [rich]
-       8981  23. Sessions [sessions]
-       9095  24. What lives as long as the server
-       9196  25. @baked
-       9482  26. ASGI: the same app under another server [asgi]
+       6827  16. Forms [forms]
+       7033  17. Behind a proxy
+       7146  18. Compression [compression]
+       7355  19. Static files [assets]
+       7927  20. Telemetry: spans, and who hears of them
+       8474  21. JsonTracer: for log collectors [json]
+       8548  22. RichTracer: for people [rich]
+       8979  23. Sessions [sessions]
+       9093  24. What lives as long as the server
+       9194  25. @baked
+       9480  26. ASGI: the same app under another server [asgi]
        9707  27. RedisRelay: the same between processes and machines [redis]
        9980  28. Reload: a saved file restarts the app [reload]
       10124  29. Development: what went wrong, shown where one looks [development]
@@ -6070,15 +6070,15 @@ def _resolve(waiters: list[asyncio.Future[None]]) -> None:
 # ACT 4. For real
 #
 # What an app needs beyond its first day. Each part can be read alone, except that 16 uses
-# `_parameters` of 17, 19 needs 18, and 21 and 22 need 20. Parts with a [name] can be left out.
+# `_parameters` of 17, 19 needs 18, and 21, 22 and 29 need 20. Parts with a [name] can be left out.
 # ==================================================================================================
 
 # ==================================================================================================
 # 15. Signals: from JSON to your dataclass
 #
-# With every request the browser sends all signals except those whose names begin with `_`. In a
-# handler, `await c.signals(Order)` gives them. `Order` is a *schema*, a class whose annotated
-# fields say which of the signals it wants:
+# With the request of every action (12), Datastar sends all signals except those whose names begin
+# with `_`. In a handler, `await c.signals(Order)` gives them. `Order` is a *schema*, a class whose
+# annotated fields say which of the signals it wants:
 #
 #     @dataclass
 #     class Order:
@@ -6144,7 +6144,7 @@ class SignalsError(HttpException):
 _MOST_LISTED = 20  # problems in an answer
 _MOST_WORK = 10_000  # reading stops at this sum of `_Wrong.work`; one wrong number counts as 1
 _LONGEST_SHOWN = 60  # characters of a path or a value in a problem
-_MISSING = object()  # stands for a value that was not sent
+_NOT_SENT = object()  # stands for a value that was not sent
 # What a dataclass (in `__post_init__`) or a model raises when it refuses values: ValueError on
 # purpose, the others by accident (`self.stop < self.start` where one of them is None).
 _REJECTIONS = (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, AssertionError)
@@ -6178,7 +6178,7 @@ class _Wrong:
 
 @lru_cache(maxsize=256)
 def _expected(what: str) -> _Wrong:
-    """For a value that is itself wrong. All values that fail this expectation share it."""
+    """The `_Wrong` of a value without parts. All values that fail this expectation share it."""
     return _Wrong(what)
 
 
@@ -6188,13 +6188,13 @@ def _problems_of(wrong: _Wrong, value: object, *path: str | int) -> Iterator[Pro
         names = name if isinstance(name, tuple) else (name,)
         yield from _problems_of(wrong_part, part, *path, *names)
     if not wrong.parts:
-        if isinstance(value, _Field) and wrong.expected.startswith("a list"):
-            value = value.values  # (a `_Field`: all that a form sent under one name, see below)
+        if isinstance(value, _FormValue) and wrong.expected.startswith("a list"):
+            value = value.values  # (a `_FormValue`: all that a form sent under one name, see below)
         steps = [
             f".{n}" if isinstance(n, str) and _WORD.fullmatch(n) else f"[{_shown(n)}]" for n in path
         ]
         field, got = _cut("".join(steps).removeprefix(".")), _shown(value)
-        where = field if path or wrong.message else "the signals"
+        where = field if path or wrong.message else "the signals"  # ("" for a refused whole)
         told = _cut(" ".join(wrong.message.split()), 200) or f"expected {wrong.expected}, got {got}"
         yield Problem(f"{where}: {told}" if where else told, field, wrong.expected, got)
 
@@ -6204,7 +6204,7 @@ _WORD = re.compile(r"[\w-]{1,60}")  # a name shown as it is; others are shown as
 
 def _shown(value: object) -> str:
     """The beginning of a value as JSON. (61 pieces are enough: each has at least 1 character.)"""
-    if value is _MISSING:
+    if value is _NOT_SENT:
         return "nothing"
     return _cut("".join(islice(_ANY_JSON.iterencode(value), _LONGEST_SHOWN + 1)))
 
@@ -6232,14 +6232,12 @@ _WHOLE = re.compile(r"[+-]?\d{1,400}", re.ASCII)
 _NUMBER = re.compile(r"[+-]?(\d{1,400}(\.\d{0,400})?|\.\d{1,400})([eE][+-]?\d{1,5})?", re.ASCII)
 
 
-def _read_any(value: Any, tried: _Tried) -> Any:  # (a `_Field` comes from a form: see below)
-    return value.values[0] if type(value) is _Field else value
+def _read_any(value: Any, tried: _Tried) -> Any:  # (a `_FormValue` comes from a form: see below)
+    return value.values[0] if type(value) is _FormValue else value
 
 
 def _read_str(value: Any, tried: _Tried) -> Any:
-    if type(value) is _Field:
-        return value.values[0]
-    return value if isinstance(value, str) else _expected("text")
+    return str(value) if isinstance(value, str) else _expected("text")  # (`str` of a `_FormValue`)
 
 
 def _read_none(value: Any, tried: _Tried) -> Any:
@@ -6286,7 +6284,7 @@ def _read_decimal(value: Any, tried: _Tried) -> Any:
 
 
 def _text_reader(name: str, pattern: str, make: Callable[[str], Any]) -> Reader:
-    """A type that JSON has as text. `make` parses what fits the pattern: it would take more."""
+    """A type that JSON has as text. The pattern is checked first: `make` alone accepts more."""
     wrong, fits = _Wrong(f"a {name} as text"), re.compile(pattern).fullmatch
 
     def _read(value: Any, tried: _Tried) -> Any:
@@ -6339,7 +6337,7 @@ def _choices_by_key(choices: Iterable[Any]) -> dict[Any, Any]:
         if not isinstance(value, str)
         for text in (str(value), _shown(value))  # "True" and "true"
     ]
-    # A browser writes 1.0 as 1. (The last entry wins: a choice, over the text of another choice.)
+    # A browser writes 1.0 as 1. (If two have the same key, the last wins: choices before texts.)
     whole = [(int(v), item) for v, item in pairs if type(v) is float and v.is_integer()]
     return {_key_of(value): item for value, item in texts + whole + pairs if _key_of(value)}
 
@@ -6353,10 +6351,10 @@ def _key_of(value: Any) -> Any:
 # -- Values that hold others
 
 
-class _Field(str):
+class _FormValue(str):
     """The values of one name in a form or a query: the first as a str, all of them in `values`."""
 
-    def __new__(cls, *values: str) -> _Field:  # (`copy` passes only the first, then sets `values`)
+    def __new__(cls, *values: str) -> _FormValue:  # (`copy` gives the first, then sets `values`)
         field = super().__new__(cls, values[0])
         field.values = list(values)
         return field
@@ -6381,7 +6379,7 @@ def _read_each(parts: Iterable[tuple[str | int, Any, Reader]], tried: _Tried) ->
         wrong = wrong or _Wrong()
         wrong.add(name, value, item)
         if wrong.work > (_MOST_WORK if tried is None else _MOST_LISTED):
-            wrong.work += _MOST_WORK  # so readers around it stop, too (sooner in a union's try)
+            wrong.work += _MOST_WORK  # so readers around it stop, too (in a union, after 20)
             break
     return wrong or found
 
@@ -6391,7 +6389,7 @@ def _list_reader(make: Any, readers: Sequence[Reader], is_fixed: bool) -> Reader
     wrong = _Wrong(f"a list of {len(readers)}" if is_fixed else "a list")
 
     def _read(value: Any, tried: _Tried) -> Any:
-        if isinstance(value, _Field):
+        if isinstance(value, _FormValue):
             value = value.values
         if not isinstance(value, list) or (is_fixed and len(value) != len(readers)):
             return wrong
@@ -6399,7 +6397,7 @@ def _list_reader(make: Any, readers: Sequence[Reader], is_fixed: bool) -> Reader
         items = _read_each(zip(count(), value, each), tried)
         if make is list or type(items) is _Wrong:
             return items
-        if make is not tuple and not _can_be_hashed(items):
+        if make is not tuple and not _is_safe_to_hash(items):
             return _expected("a list of values that a set can hold")
         return make(items)
 
@@ -6407,7 +6405,7 @@ def _list_reader(make: Any, readers: Sequence[Reader], is_fixed: bool) -> Reader
 
 
 def _dict_reader(read_key: Reader = _read_str, read: Reader = _read_any) -> Reader:
-    """An object with any names. All names, then all values, are read as parts, by their types."""
+    """An object with any names: a dict. First all names are read by their type, then all values."""
 
     def _read(value: Any, tried: _Tried) -> Any:
         if not isinstance(value, dict):
@@ -6420,15 +6418,15 @@ def _dict_reader(read_key: Reader = _read_str, read: Reader = _read_any) -> Read
         if type(found) is _Wrong:
             return found
         keys, values = found[: len(value)], found[len(value) :]
-        if not _can_be_hashed(keys):
+        if not _is_safe_to_hash(keys):
             return _expected("an object with names that a dict can hold")
         return dict(zip(keys, values, strict=True))
 
     return _read
 
 
-def _can_be_hashed(items: Sequence[Any]) -> bool:
-    """Whether these can go into a set, in a time that grows only with their number.
+def _is_safe_to_hash(items: Sequence[Any]) -> bool:
+    """Whether these may go into a set: they can be hashed, and few share a hash.
 
     A client could send 40,000 different numbers with the same hash, and the set would compare each
     with all before it. So at most 20 different ones may share a hash.
@@ -6460,10 +6458,10 @@ def _record_reader(schema: Any) -> Reader:
         found: dict[str, Any] = {}
         wrong = None
         for name, read, must in fields:
-            sent = value.get(name, _MISSING)
-            if sent is _MISSING and not must:
+            sent = value.get(name, _NOT_SENT)
+            if sent is _NOT_SENT and not must:
                 continue  # the class has a default
-            found[name] = item = read(sent, tried) if sent is not _MISSING else _IS_MISSING
+            found[name] = item = read(sent, tried) if sent is not _NOT_SENT else _IS_NOT_SENT
             if type(item) is _Wrong:
                 wrong = wrong or _Wrong()
                 wrong.add(name, sent, item)
@@ -6477,7 +6475,7 @@ def _record_reader(schema: Any) -> Reader:
     return _read
 
 
-_IS_MISSING = _Wrong("a value", "is missing")
+_IS_NOT_SENT = _Wrong("a value", "is missing")
 
 
 def _model_reader(model: Any) -> Reader:
@@ -6493,7 +6491,7 @@ def _model_reader(model: Any) -> Reader:
 
 
 def _rejection(exc: Exception) -> _Wrong:
-    """Why a dataclass or a model refused its values."""
+    """Why a dataclass or a model refused its values. (pydantic's errors have these two methods.)"""
     errors, error_count = getattr(exc, "errors", None), getattr(exc, "error_count", None)
     number = error_count() if callable(error_count) else 0
     if number > 1000:  # listing them takes 200 times the values' memory
@@ -6501,8 +6499,8 @@ def _rejection(exc: Exception) -> _Wrong:
     else:
         message = str(exc) if isinstance(exc, (ValueError, AssertionError)) else ""
         whole = _Wrong("", message or "the values do not fit together")
-        for error in errors() if callable(errors) else ():  # pydantic's, one for each field
-            value = _MISSING if error.get("type") == "missing" else error.get("input", _MISSING)
+        for error in errors() if callable(errors) else ():  # one for each field
+            value = _NOT_SENT if error.get("type") == "missing" else error.get("input", _NOT_SENT)
             message = error.get("msg") or str(exc)
             whole.add(error.get("loc", ()), value, _Wrong(message, message))
     whole.cause, whole.work = exc, 10 * whole.count  # (exceptions are slow)
@@ -6541,7 +6539,7 @@ def _union_reader(kinds: Sequence[Any]) -> Reader:
         fields = _fields_of(kind) if _is_record(typing.get_origin(kind) or kind) else []
         needed = frozenset(name for name, _, must in fields if must)
         options.append(_Option(kind, _reader_of(kind), fields, needed, _is_uniform(kind)))
-    options_for = {came: _options_for(came, options) for came in (*_PLAIN, list, dict)}
+    options_for = {kind: _options_for(kind, options) for kind in (*_PLAIN, list, dict)}
     tag, by_tag = _tag_of(options_for[dict])
     nothing_fits = _Wrong(" or ".join(getattr(kind, "__name__", str(kind)) for kind in kinds))
     nothing_fits.work = len(options)
@@ -6559,35 +6557,35 @@ def _union_reader(kinds: Sequence[Any]) -> Reader:
     return _read
 
 
-def _options_for(came: type, options: Sequence[_Option]) -> Sequence[_Option]:
-    """The options for a value of the type `came`: that type alone, or all that may fit."""
-    same = [option for option in options if option.kind is came and came in _PLAIN]
-    able = [(_fitness(option.kind, came), option) for option in options]
+def _options_for(json_type: type, options: Sequence[_Option]) -> Sequence[_Option]:
+    """The options for a value of the type `json_type`: that type alone, or all that fit."""
+    same = [option for option in options if option.kind is json_type and json_type in _PLAIN]
+    able = [(_fitness(option.kind, json_type), option) for option in options]
     able.sort(key=lambda pair: -pair[0])
     return same or [option for fitness, option in able if fitness]
 
 
-def _fitness(kind: Any, came: type) -> int:
-    """How well a value of the type `came` fits: 2 unchanged, 1 (True) converted, 0 (False) never.
+def _fitness(kind: Any, json_type: type) -> int:
+    """How well a `json_type` fits: 2 unchanged, 1 (True) converted, 0 (False) never.
 
-    So `int | Literal["1"]` tries the `Literal` first for "1".
+    The best is tried first: `int | Literal["1"]` tries the `Literal` first for "1".
     """
     origin = typing.get_origin(kind) or kind
     if origin in _SHAPES:
-        return came is list
+        return json_type is list
     if origin in (dict, Mapping) or _is_record(origin):
-        return came is dict
+        return json_type is dict
     if origin is typing.Literal:
-        is_same = came in map(type, typing.get_args(kind))
-        return (1 + is_same) if came in _PLAIN else 0
+        is_same = json_type in map(type, typing.get_args(kind))
+        return (1 + is_same) if json_type in _PLAIN else 0
     if origin in (Any, object):
-        return 2 if came in _PLAIN else 1
+        return 2 if json_type in _PLAIN else 1
     is_enum = isinstance(origin, type) and issubclass(origin, enum.Enum)
-    return came in _PLAIN if is_enum or origin in _READERS else 1
+    return json_type in _PLAIN if is_enum or origin in _READERS else 1
 
 
 def _tag_of(options: Sequence[_Option]) -> tuple[str | None, dict[Any, list[_Option]]]:
-    """The field that tells these types apart, a `Literal` in each; and the types by its values."""
+    """The `Literal` field that tells these types apart (with most values); the types by value."""
     tables: dict[str, dict[Any, list[_Option]]] = {}
     times: Counter[str] = Counter()
     for option in options:
@@ -6608,7 +6606,7 @@ def _read_first(value: Any, options: Sequence[_Option], tried: _Tried, nothing_f
     is_repeated = tried is not None and _is_nested(value)
     tried = {} if tried is None else tried
     for option in options:
-        # An earlier type refused one item of a long list, the `sample`. Try that one before all.
+        # `sample`: an item of a long list that an earlier type refused: tried before the list.
         if sample and option.is_uniform and type(option.read(sample, tried)) is _Wrong:
             continue
         key = option.read, id(value)
@@ -6813,7 +6811,7 @@ def read_signals(schema: type[T], signals: object) -> T:
         raise StarioError("`await` is missing: read_signals(schema, await c.req.form())")
     find_all = getattr(signals, "getlist", None)
     if find_all:  # a Form or QueryParams: a name may occur several times
-        signals = {name: _Field(*find_all(name)) for name in cast("Iterable[str]", signals)}
+        signals = {name: _FormValue(*find_all(name)) for name in cast("Iterable[str]", signals)}
     try:
         found = _reader_of(schema)(signals, None)
         if type(found) is not _Wrong:
@@ -7014,7 +7012,7 @@ def _read_part_head(head: bytes) -> _Part:
     if "name" not in disposition:
         raise HttpException(400, "a part of the multipart form has no name")
     # `filename*` is not allowed here (RFC 7578, section 4.2), but sent by some, as is `filename*0`.
-    # In the order of texts these come after `filename`, so `max` prefers them.
+    # In alphabetical order these come after `filename`, so `max` prefers them.
     key = max((key for key in disposition if key.startswith("filename")), default="")
     filename = disposition.get(key)
     if key == "filename*":
@@ -7081,9 +7079,9 @@ class TrustedProxies:
         return any(address in network for network in self._networks)
 
     def first_hop(self, headers: Headers, last: _Hop) -> _Hop:
-        """The client's hop, from the fields, if `last`, the hop to us, is from a trusted proxy.
+        """The client's hop: by the fields if `last`, our peer's, is a trusted proxy's; else `last`.
 
-        A proxy passes on unchanged any of these fields that it does not write: configure it to
+        A proxy passes on unchanged those of these fields that it does not write. Configure it to
         remove them. HttpException(400) if the two families of fields contradict each other.
         """
         if not self.trust(last.client):
@@ -7107,7 +7105,7 @@ class TrustedProxies:
             client = _address(text)
             if not client or not self.trust(client):
                 break
-        # Scheme and host have the client's place in their lists; if a list is shorter, its first.
+        # Scheme and host are at the client's place in their lists; in a shorter list, the first.
         scheme, host = (
             values[-1 - place] if len(values) > place else next(iter(values), "")
             for values in (schemes, hosts)
@@ -7125,8 +7123,8 @@ _PARAMETER = re.compile(
 def _parameters(value: str) -> dict[str, str]:
     """The parameters of a field, by name: `form-data; name="a"` has one (part 16 uses it, too).
 
-    Within quotes `\\"` is a quote. But a browser writes a backslash as it is (in `filename="C:\\";
-    x="y"` it is the last character of the name), a quote as `%22`, and a line break as `%0D%0A`.
+    Within quotes `\\"` is a quote, by the standard. A browser instead writes a quote as `%22`, a
+    line break as `%0D%0A`, and a backslash as it is: the name in `filename="C:\\"; x="y"` has one.
     """
     found = {}
     for name, text, plain in _PARAMETER.findall(value):
@@ -7379,7 +7377,7 @@ Stario._compression = CompressionConfig()  # an app's default
 _IN_MEMORY = 256 * 1024  # bytes: files up to this size are kept in memory
 _IN_MEMORY_TOTAL = 64 * 1024 * 1024  # bytes of a collection, not counting compressed copies
 _HELD_BACK = 64 * 1024  # bytes at the end of a large file: see `_send_rest`
-_TICK = 50_000_000  # nanoseconds: two changes within them may give a file the same time
+_TICK = 50_000_000  # nanoseconds; two changes to a file within this time may show the same time
 _IDENTITY = ""  # no content coding
 _FOREVER = b"cache-control: public, max-age=31536000, immutable\r\n"
 _COMPRESSED_ONCE = CompressionConfig(zstd_level=12, brotli_level=9, gzip_level=9)
@@ -7701,7 +7699,7 @@ class Assets:
             if found.data is None:
                 self._large[found.version[:2]] = found.version, found.digest
             while self._held > _IN_MEMORY_TOTAL and self._files:
-                # (no iterator: a `__del__` that runs now may ask for a file as well)
+                # (no `for`: a `__del__` that runs now may call this again, in this thread)
                 _, oldest = self._files.popitem(last=False)
                 self._held -= oldest.memory
 
@@ -9134,7 +9132,7 @@ class _Life:
             async with AsyncExitStack() as stack:
                 for lifespan in self.lifespans:
                     await stack.enter_async_context(lifespan(self.app))
-                    # Run before it is left: tasks may use what it has opened.
+                    # Called just before this lifespan is left: tasks may use what it has opened.
                     stack.push_async_callback(self._end_tasks)
                 for work in list(self.waiting):
                     if start := self.waiting.pop(work, None):
@@ -9165,7 +9163,7 @@ class _Life:
                 return end()  # the server has stopped, or the work was cancelled
             task = loop.create_task(self._watch(work, handle))
             _keep(task, self.tasks)
-            task.add_done_callback(end)  # cancelling either one cancels the other:
+            task.add_done_callback(end)  # a cancelled task cancels the handle, and the reverse:
             handle.add_done_callback(lambda _: loop.call_soon_threadsafe(task.cancel))
 
         self.waiting[work] = start
@@ -9234,14 +9232,14 @@ def baked(view: Callable[P, SafeString]) -> Callable[P, SafeString]:
         raise StarioError(f"@baked stands over a function (def), not over {view!r}")
 
     # Python lets a function's `__code__` be replaced. At first the code of `call` only calls
-    # `first`. `first` replaces it with the code of `filled`, so later calls take no detour. `names`
+    # `first`, which replaces it with the code of `filling`. So later calls take no detour. `names`
     # holds the globals of both.
     def first(*args: object, **kwargs: object) -> object:
-        filled, own = _Bake(view, names).filled(args, kwargs), view.__code__
-        if filled is None:  # the view fails: let the caller see its error
+        filling, own = _Bake(view, names).filling(args, kwargs), view.__code__
+        if filling is None:  # the view fails: let the caller see its error
             return view(*args, **kwargs)
         call.__defaults__, call.__kwdefaults__ = view.__defaults__, view.__kwdefaults__
-        call.__code__ = filled.__code__.replace(  # a traceback shows the view's place
+        call.__code__ = filling.__code__.replace(  # a traceback shows the view's place
             co_name=own.co_name, co_filename=own.co_filename, co_firstlineno=own.co_firstlineno
         )
         return call(*args, **kwargs)
@@ -9261,8 +9259,8 @@ class _Hole(NamedTuple):
 # How a mark begins in the text, and the function that escapes at such a place.
 _ESCAPE_OF = {'"<': "", '"&lt;': "_escape", "&quot;&lt;": "_quote"}
 _PROBES = (None, True, False, 7, 0.5, "", ' aA <Be> & "c"\r\n', (), SafeString("<i>"))
-# Shortcuts for `mark_for`. By function: code that does the same for a text, and for a number; both
-# are in `_v`. (NAME is the function's first argument.) For other types the function is called.
+# Shortcuts for `mark_for`. By function: code that does the same if the value, in `_v`, is a text,
+# and if it is a number. (NAME is an attribute's name.) For other types the function is called.
 _SHORT: dict[Callable[..., str], tuple[str, str]] = {
     _html: ("_escape(_v)", "f'{_v}'"),
     _other_attribute: ("f' NAME=\"{_quote(_v)}\"'", "f' NAME=\"{_v}\"'"),
@@ -9284,11 +9282,11 @@ class _Bake:
         self.marks = re.compile(mark)
         self.holes: list[_Hole] = []  # indexed by the number in their marks
         self.found: set[int] = set()  # the holes that were found in the page
-        self.met = ""  # set by `code` and `text`: the argument of the last blank or mark
+        self.met = ""  # the argument of the last blank or mark that `code` and `text` came across
         self.refusal: StarioError | None = None  # raised again if the view catches it
 
-    def filled(self, args: Any, kwargs: Any) -> types.FunctionType | None:
-        """A function that fills the holes, compared with the view before it is returned.
+    def filling(self, args: Any, kwargs: Any) -> types.FunctionType | None:
+        """A function that fills the holes. Before it is returned, it is compared with the view.
 
         None if the view fails with these values, so that there is nothing to compare.
         """
@@ -9297,22 +9295,22 @@ class _Bake:
         given.apply_defaults()
         values = given.arguments.copy()
         given.arguments.update({name: self.blank(name, name) for name in values})
-        filled = self.compiled(self.page(given), signature)
+        filling = self.compiled(self.page(given), signature)
         for name, value in values.items():
             reusable = isinstance(value, str) or not isinstance(value, (_Blank, Iterable))
-            values[name] = value if reusable else ""  # (an iterable may be read only once)
+            values[name] = value if reusable else ""  # (others are read only once, or are blanks)
         given.arguments.update(values)
         if _result_or_none(self.view, given) is None:
             return None
         for name, usual in values.items():  # each argument in turn
             for value in (usual, *_PROBES):
                 given.arguments.update(values, **{name: value})
-                if _result_or_none(self.view, given) != _result_or_none(filled, given):
+                if _result_or_none(self.view, given) != _result_or_none(filling, given):
                     raise self.error(
                         f"with {name}={value!r} it gives another page than with a blank for "
                         f"{name!r}, so it decides by it, or changes it, or differs each time"
                     )
-        return filled
+        return filling
 
     def page(self, blanks: inspect.BoundArguments) -> str:
         """The view's text, with marks where the blanks are."""
@@ -9359,7 +9357,7 @@ class _Bake:
         for start, number, after in zip(rest[::3], rest[1::3], rest[2::3], strict=True):
             hole, escape = self.holes[int(number)], _ESCAPE_OF[start]
             if is_page and not hole.is_html and not escape:
-                continue  # not a hole: the view wrote this HTML by hand, unescaped
+                continue  # this HTML is written by hand, unescaped: `compiled` will refuse it
             self.found.add(int(number))
             self.met = hole.argument
             code = f"{escape}({hole.code})"
@@ -9494,8 +9492,8 @@ def _mark_for(function: Callable[..., str], *values: object, is_html: bool = Fal
 #                  {"type": "http.response.body", "body": b"...", "more_body": False}
 #
 # Up to three tasks work on a request. One runs the handler. The server's own task sends the answer
-# (`pass_on`). If the handler has to wait, a third one receives (`listen`). Where one passes bytes
-# to another, a `Body` (part 9) holds them until they are read:
+# (`pass_on`). If the handler has to wait, a third one receives (`listen`). Between two tasks, a
+# `Body` (part 9) holds the bytes until they are read; `_answer` is one, too:
 #
 #     receive()  ->  listen   ->  body     ->  the handler: `await c.req.body()`
 #     send(...)  <-  pass_on  <-  _answer  <-  the handler: `w.html(page)`
@@ -9526,7 +9524,9 @@ class _AsgiExchange(Carrier):
         self.client = str((scope.get("client") or ("",))[0] or "")
         self.scheme = str(scope.get("scheme") or "http")
         is_http_1 = scope.get("http_version", "1.1") < "2"
-        self.may_have_body = not is_http_1 or scope["method"] not in ("GET", "HEAD")
+        # Whether the answer's end waits for the body's (`pass_on`): for a GET only in HTTP/2, where
+        # a body that comes too late costs all streams of its connection.
+        self.waits_for_body = not is_http_1 or scope["method"] not in ("GET", "HEAD")
         self._news = asyncio.Event()  # one of the two bodies has been read, or has ended
         self.body = Body(self._news.set)
         self._answer = Body(self._news.set)
@@ -9583,7 +9583,7 @@ class _AsgiExchange(Carrier):
                 if self._head:
                     head, self._head = self._head, None
                     await send(head)
-                if self.may_have_body and not (more or self.body.ended):
+                if self.waits_for_body and not (more or self.body.ended):
                     await send({"type": "http.response.body", "body": data, "more_body": True})
                     data = b""
                     # Let the rest of an unread body arrive before the answer ends. If it arrives
@@ -9607,7 +9607,7 @@ class _AsgiExchange(Carrier):
                     self.body.end()
                     self._news.set()
                 elif not await self._until(lambda: self.body.buffered < _HIGH_WATER, _ASGI_UNREAD):
-                    # Drop the rest: a disconnect, which ends streams, is told only behind it.
+                    # Drop the rest: a disconnect, which ends streams, is received only after it.
                     self.body.fail(HttpException(408, "nobody has read the body"))
                     self.body.discard()
         except Exception as exc:
@@ -9638,11 +9638,11 @@ async def _serve_asgi(app: Stario, scope: Message, receive: Receive, send: Send)
         request = _asgi_request(scope, exchange)
     except HttpException as exc:
         text = exc.detail.encode()
-        exchange.may_have_body = False  # nobody reads it, so `pass_on` need not wait for it
+        exchange.waits_for_body = False  # nobody reads it
         exchange.answer(exc.status_code, _TEXT_CONTENT[0] + _length_line(len(text)), text)
         return await exchange.pass_on(send)
     handling = _spawn(app.dispatch(request, exchange), loop)
-    if handling.done() and not exchange.may_have_body:  # then no third task is needed
+    if handling.done() and not exchange.waits_for_body:  # then no third task is needed
         return await exchange.pass_on(send)
     _asgi_handlers[handling] = exchange
     handling.add_done_callback(_asgi_handlers.pop)
@@ -9663,11 +9663,11 @@ async def _serve_asgi(app: Stario, scope: Message, receive: Receive, send: Send)
 def _asgi_request(scope: Message, exchange: _AsgiExchange) -> Request:
     """The request of a scope. HttpException(400) for a malformed path or host, as in part 9."""
     path = (scope.get("raw_path") or b"").decode("latin-1")
-    if unquote(path) != scope["path"]:  # some frameworks cut the mount's root off the one only
+    if unquote(path) != scope["path"]:  # some frameworks cut the root off only one of the two
         path = quote(scope["path"], errors="replace")
     root = scope.get("root_path", "").rstrip("/")
     if root and f"{scope['path']}/".startswith(f"{root}/"):  # this app is mounted there
-        # Cuts off the root's bytes and a slash; %xx is one byte, too: "/%6cive/x" becomes "/x".
+        # Cut off as many bytes as the root and a slash have; %xx is one: "/%6cive/x" gives "/x".
         path = "/" + re.sub(f"(%..|.){{,{len(root.encode()) + 1}}}", "", path, count=1)
     query = scope.get("query_string", b"").decode("latin-1")
     fields: dict[str, list[str]] = {}
@@ -9780,7 +9780,7 @@ class RedisRelay(Relay[T]):
         _renewed_at_fork.add(self)
 
     def _renew(self) -> None:
-        """Set what a forked process needs anew: it has no other threads, and not their work."""
+        """Set what a forked process needs anew: the parent's thread, and its work, stay there."""
         self._lock = threading.RLock()
         self._is_changing = False
         self._steps.clear()
@@ -9826,7 +9826,7 @@ class RedisRelay(Relay[T]):
     def _end(self, to_wake: ToWake) -> None:
         self._closed = True
         tables = self._tables.values()
-        for mailbox in {one for table in tables for those in table.values() for one in those}:
+        for mailbox in {box for table in tables for boxes in table.values() for box in boxes}:
             super()._remove(to_wake, mailbox)
 
     def _add(self, to_wake: ToWake, mailbox: _Mailbox) -> None:
@@ -9934,7 +9934,7 @@ class RedisRelay(Relay[T]):
 
         A message comes once for each of our patterns that fits, with nothing else in between:
         `[b"message", b"room.1", b"7"]`, `[b"pmessage", b"room.*", b"room.1", b"7"]`. The first is
-        delivered. The same one with another pattern is a copy; with the same pattern, a new one.
+        delivered. If the same content comes with another pattern it is a copy, else a new message.
         The answer to the last PING ends this: Redis has then done all that was sent before it.
         """
         pattern, content = None, None  # of the last message delivered
@@ -9988,7 +9988,7 @@ def _relay_json(data: object) -> bytes:
 # ==================================================================================================
 
 
-_RELOADED = "STARIO_RELOADED"  # this variable tells a child the sockets' descriptors: 3,4
+_RELOADED = "STARIO_RELOADED"  # environment variable for a child: the sockets' descriptors, "3,4"
 _LOOK_EVERY = 0.2  # seconds between two checks of the files
 
 
@@ -10054,7 +10054,7 @@ def _keep_restarting(sockets: list[socket.socket]) -> int:
         children = [*(child for child in children if child.poll() is None), started]
         restart = False
         while not (restart or started.poll() == 0):  # while it runs (None), or after it has failed
-            # (Ctrl-C reaches the children, too. Our signal within 0.1 s is ignored: see part 10.)
+            # (Ctrl-C reaches the children, too. They ignore `terminate` just after it: part 10.)
             with suppress(queue.Empty):
                 signals.get(timeout=_LOOK_EVERY)
                 break
@@ -10094,7 +10094,7 @@ listen();
 
 
 def _reload(app: Stario, server: Server) -> None:
-    """Become the parent, which does not return.
+    """What `serve(reload=True)` calls. The parent stays in here until the program ends.
 
     In a child: use the parent's sockets, and tell the pages which version this is.
     """
@@ -10317,7 +10317,7 @@ def _wrapped(handler: Handler, middleware: Sequence[Middleware]) -> Handler:
 
 
 def _check_order(wanted: str, first: object, second: object, kind: type = object) -> None:
-    """Raise StarioError unless the first is text and the second of that kind: `wanted` is shown."""
+    """Raise StarioError, which shows `wanted`, unless `first` is text and `second` of that kind."""
     if not (isinstance(first, str) and isinstance(second, kind)):
         raise StarioError(f"write {wanted}, not with {first!r} and {second!r}")
 
@@ -10369,7 +10369,7 @@ def _host_name(name: str) -> str:
 
 
 def _tree_of(router: Router, host: str) -> _Tree:
-    """The router's tree for a host. Exact names come first, then the longer patterns."""
+    """The router's tree for a host, made if needed. First exact names, then the longer patterns."""
     hosts = {host: _Tree(), **router._hosts}
     order = sorted(hosts, key=lambda name: (name.startswith("*"), -len(name)))
     router._hosts = {name: hosts[name] for name in order}
@@ -10531,7 +10531,7 @@ class _Elsewhere:
 
 
 class _NotOfWriter(_Elsewhere):
-    """Setting it raises, too: `w.status = 404` would have no effect."""
+    """For a Writer. Setting it raises, too: `w.status = 404` would have no effect."""
 
     def __set__(self, owner: object, value: object) -> NoReturn:
         raise _NoSuchName(self._told)
@@ -12274,8 +12274,8 @@ class _LeftOut:
 def _without(leaving: set[str]) -> str:
     """The text of this file without these parts. Only parts with a [name] in the title can go.
 
-    SystemExit if another such part, or importing the copy, needs one of them. Elsewhere, a name
-    that is gone raises StarioError when it is called.
+    SystemExit if another such part, or importing the copy, needs one of them. In the other parts, a
+    name that is gone raises StarioError when it is called.
     """
     from symtable import symtable
 
