@@ -77,20 +77,20 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        7146  18. Compression [compression]
        7355  19. Static files [assets]
        7927  20. Telemetry: spans, and who hears of them
-       8474  21. JsonTracer: for log collectors [json]
-       8548  22. RichTracer: for people [rich]
-       8979  23. Sessions [sessions]
-       9093  24. What lives as long as the server
-       9194  25. @baked
-       9480  26. ASGI: the same app under another server [asgi]
-       9707  27. RedisRelay: the same between processes and machines [redis]
-       9980  28. Reload: a saved file restarts the app [reload]
-      10124  29. Development: what went wrong, shown where one looks [development]
-      10242  30. What is refused; hosts, cookies, other sites
-    10604  ACT 5. The pocket client, and this file itself
-      10645  31. The pocket client (JavaScript) [client]
-      12029  32. This file as a page [read]
-      12199  33. An app to begin with
+       8418  21. JsonTracer: for log collectors [json]
+       8491  22. RichTracer: for people [rich]
+       8924  23. Sessions [sessions]
+       9038  24. What lives as long as the server
+       9139  25. @baked
+       9425  26. ASGI: the same app under another server [asgi]
+       9652  27. RedisRelay: the same between processes and machines [redis]
+       9925  28. Reload: a saved file restarts the app [reload]
+      10069  29. Development: what went wrong, shown where one looks [development]
+      10187  30. What is refused; hosts, cookies, other sites
+    10606  ACT 5. The pocket client, and this file itself
+      10647  31. The pocket client (JavaScript) [client]
+      12031  32. This file as a page [read]
+      12201  33. An app to begin with
 
 READING PATH
 
@@ -2131,7 +2131,7 @@ async def _handle_error(
         if kind in handlers and not (foreseen and kind is Exception):
             # A silent app records only faults: what goes to the handler for `Exception`.
             if kind is Exception or not c.app._silent:
-                _record(c, exc, is_handled=True)  # part 20
+                _record(c, exc, is_handled=True)  # part 30
             w._forget_answer()
             had_begun, writes = w.started, w._writes
             answer = handlers[kind](c, w, exc)
@@ -4325,7 +4325,7 @@ class TestStream:
     def __init__(self, client: TestClient, name: str, timeout: float) -> None:
         self._name = name  # of the request, for messages
         self._timeout = timeout
-        self._raised: list[BaseException] = []  # by its handler; `_record` (20) adds it
+        self._raised: list[BaseException] = []  # by its handler; `_record` (30) adds it
         self._unread = b""  # bytes that the body's decoder cannot read until more have come
         self._unparsed = b""  # the beginning of an event
         self._events: deque[ServerEvent] = deque()  # that have come, but are not asked for yet
@@ -7938,63 +7938,15 @@ def _range(request: Request, size: int, etag: str) -> tuple[int, int] | None:
 # A *tracer* is told when a span starts, when an event happens in it, and when it ends, and shows
 # this in its own way. To write your own, override `on_start`, `on_event` and `on_end`.
 #
-# Three rules hold. A tracer gets every event at once, and a span keeps only the newest hundred, so
-# a stream that is open for a week does not fill the memory. Attributes are converted to plain data
-# when they are noted (`_noted`), so no tracer meets an object that changes or fails later. And the
-# two tracers below only put what they are told into a queue. One thread empties it, owns all of
-# their state, and writes. So no request waits for a slow terminal or a full pipe.
+# Two rules hold. A tracer gets every event at once, and a span keeps only the newest hundred, so a
+# stream that is open for a week does not fill the memory. And attributes are converted to plain
+# data when they are noted, so no tracer meets an object that changes or fails later.
+#
+# With the current step you have met all that a tracer of your own needs. The rest of this part is
+# for the two that follow: values as plain data, a thread that writes, log records.
 # ==================================================================================================
 
-
 _EVENTS_KEPT = 100
-_LONGEST_TEXT = 16_000  # characters of one value, or of one traceback
-
-
-def _noted(attributes: Mapping[Any, Any] | None) -> dict[str, Any]:
-    """A copy of the attributes: text, numbers, True, False, None, and lists and dicts of them."""
-    if attributes is None:
-        return {}
-    try:
-        pairs = dict(attributes)  # copied in one step: another thread may write to it
-    except Exception:  # not a mapping, or a broken one
-        pairs = {"attributes": attributes}
-    return {
-        key if type(key) is str else _safe_text(key): _plain_data(value)
-        for key, value in pairs.items()
-    }
-
-
-def _plain_data(value: Any) -> Any:
-    kind = type(value)
-    if kind is bool or value is None or (kind is str and len(value) <= _LONGEST_TEXT):
-        return value
-    if kind is int:  # OpenTelemetry's have 64 bits; Python will not print very long ones
-        return value if -(2**63) <= value < 2**63 else _safe_text(hex(value))
-    if kind is float:
-        return value if math.isfinite(value) else json.dumps(value)  # NaN, Infinity as text
-    if kind in (dict, list, tuple):
-        with suppress(Exception):  # it holds itself, NaN, or keys that JSON does not have
-            text = json.dumps(value, default=_safe_text, allow_nan=False)
-            return json.loads(text) if len(text) <= _LONGEST_TEXT else _safe_text(text)
-    return _plain_data(value.value) if isinstance(value, enum.Enum) else _safe_text(value)
-
-
-def _safe_text(value: object) -> str:
-    """A value as text, cut if it is long; its `__str__` may fail."""
-    try:
-        text = str(value.args if isinstance(value, BaseExceptionGroup) else value)  # its members
-    except Exception as exc:
-        return f"<{type(value).__name__}: its text raises {type(exc).__name__}>"
-    return text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]}... ({len(text)})"
-
-
-def _stack_of(exc: BaseException) -> str:
-    """The traceback; of a very long one only the end, where the exception was raised."""
-    try:
-        text = "".join(traceback.format_exception(exc, limit=-_EVENTS_KEPT))
-    except Exception:  # its own methods fail
-        text = "".join(traceback.format_tb(exc.__traceback__, -_EVENTS_KEPT)) + type(exc).__name__
-    return text[-_LONGEST_TEXT:]
 
 
 class SpanEvent(NamedTuple):
@@ -8003,43 +7955,6 @@ class SpanEvent(NamedTuple):
     name: str
     attributes: Mapping[str, Any]
     time_ns: int
-
-
-class _Caller(NamedTuple):
-    """The span of another program that sent us this request.
-
-    Programs with many requests record only some of their traces, the `sampled` ones.
-    """
-
-    trace_id: str
-    id: str
-    sampled: bool
-
-
-# Version ff is not allowed, 00 has 55 characters, later ones may have more. No id is all zeros.
-_TRACEPARENT = re.compile(
-    r"(?!ff|00.{54})[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})(-.*)?"
-)
-
-
-def _caller_of(headers: Headers) -> _Caller | None:
-    """The caller that `traceparent` names: `00-<trace id>-<span id>-01`, where 01 means sampled.
-
-    None if the field is missing, malformed, or there twice.
-    """
-    fields = headers._values("traceparent")
-    found = _TRACEPARENT.fullmatch(fields[0]) if len(fields) == 1 else None
-    return _Caller(found[1], found[2], bool(int(found[3], 16) & 1)) if found else None
-
-
-# Random ids that no span has yet, of 16 hex digits: the system is asked for many at once.
-_unused_ids: list[str] = []
-
-
-def _new_id() -> str:
-    if len(_unused_ids) < 100:  # not 0, since other threads take some at the same time
-        _unused_ids.extend(os.urandom(8 * 1000).hex("-", 8).split("-"))
-    return _unused_ids.pop()
 
 
 class Span:
@@ -8171,38 +8086,295 @@ class Tracer:
         """A span has ended: its attributes, error and end time are final."""
 
 
-class _UnseenSpan(Span):
-    """What `c.step` gives in an app without a tracer: one shared span, which keeps nothing."""
+# -- A trace goes on in other programs (W3C Trace Context). A request to one of them has the field
+# `traceparent: 00-<trace id>-<span id>-01`, and its span there becomes a child of ours. Programs
+# with many requests record only some traces, the *sampled* ones. The field of others ends in 00.
 
-    def step(self, *what: object) -> Span:
-        """Itself."""
-        return self
-
-    __call__ = __setitem__ = root = link = fail = end = step  # type: ignore[assignment]
+# Random ids that no span has yet, of 16 hex digits: the system is asked for many at once.
+_unused_ids: list[str] = []
 
 
-# (Its caller is not sampled, so no tracer is told of it.)
-_UNSEEN_SPAN = _UnseenSpan(Tracer(), "unseen", {}, _Caller("f" * 32, "f" * 16, False))
+def _new_id() -> str:
+    if len(_unused_ids) < 100:  # not 0, since other threads take some at the same time
+        _unused_ids.extend(os.urandom(8 * 1000).hex("-", 8).split("-"))
+    return _unused_ids.pop()
 
 
-# The Context that this task works for, and the span of its current step. Tasks that it starts
-# inherit both, and so do the threads of `asyncio.to_thread`.
+class _Caller(NamedTuple):
+    """The span of another program that sent us this request."""
+
+    trace_id: str
+    id: str
+    sampled: bool
+
+
+# Version ff is not allowed, 00 has 55 characters, later ones may have more. No id is all zeros.
+_TRACEPARENT = re.compile(
+    r"(?!ff|00.{54})[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-([0-9a-f]{2})(-.*)?"
+)
+
+
+def _caller_of(headers: Headers) -> _Caller | None:
+    """Who `traceparent` names: None if the field is missing, malformed, or there twice."""
+    fields = headers._values("traceparent")
+    found = _TRACEPARENT.fullmatch(fields[0]) if len(fields) == 1 else None
+    return _Caller(found[1], found[2], bool(int(found[3], 16) & 1)) if found else None
+
+
+# -- The current step: the Context that this task works for, and the span that it writes to. Tasks
+# that it starts inherit both, and so do the threads of `asyncio.to_thread`.
+
 _current_step: contextvars.ContextVar[tuple[object, Span | None]] = contextvars.ContextVar(
     "stario_step", default=(None, None)
 )
 
 
-class _LogToSpan(logging.Handler):
-    """Replaces the handlers of the root logger. A record logged within a span becomes an event of
-    it; other records go to the replaced handlers.
-    """
+class _UnseenSpan(Span):
+    """What `c.step` gives in an app without a tracer: one shared span, which keeps nothing."""
 
-    def __init__(self, level: int) -> None:
-        super().__init__()
+    def step(self, *what: object) -> Span:
+        return self
+
+    __call__ = __setitem__ = root = link = fail = end = step  # type: ignore[assignment]
+
+
+_UNSEEN_SPAN = _UnseenSpan(Tracer(), "unseen", {}, _Caller("f" * 32, "f" * 16, False))
+
+
+# -- Plain data: text, numbers, True, False, None, and lists and dicts of them. Whatever is noted is
+# converted to it here: `_noted` takes attributes, `_plain_data` one value, `_safe_text` a name.
+
+_LONGEST_TEXT = 16_000  # characters of one value, or of one traceback
+
+
+def _noted(attributes: Mapping[Any, Any] | None) -> dict[str, Any]:
+    """A copy of the attributes, as plain data."""
+    if attributes is None:
+        return {}
+    try:
+        pairs = dict(attributes)  # copied in one step: another thread may write to it
+    except Exception:  # not a mapping, or a broken one
+        pairs = {"attributes": attributes}
+    return {
+        key if type(key) is str else _safe_text(key): _plain_data(value)
+        for key, value in pairs.items()
+    }
+
+
+def _plain_data(value: Any) -> Any:
+    kind = type(value)
+    if kind is bool or value is None or (kind is str and len(value) <= _LONGEST_TEXT):
+        return value
+    if kind is int:  # OpenTelemetry's have 64 bits; Python will not print very long ones
+        return value if -(2**63) <= value < 2**63 else _safe_text(hex(value))
+    if kind is float:
+        return value if math.isfinite(value) else json.dumps(value)  # NaN, Infinity as text
+    if kind in (dict, list, tuple):
+        with suppress(Exception):  # it holds itself, NaN, or keys that JSON does not have
+            text = json.dumps(value, default=_safe_text, allow_nan=False)
+            return json.loads(text) if len(text) <= _LONGEST_TEXT else _safe_text(text)
+    return _plain_data(value.value) if isinstance(value, enum.Enum) else _safe_text(value)
+
+
+def _safe_text(value: object) -> str:
+    """A value as text, cut if it is long; its `__str__` may fail."""
+    try:
+        text = str(value.args if isinstance(value, BaseExceptionGroup) else value)  # its members
+    except Exception as exc:
+        return f"<{type(value).__name__}: its text raises {type(exc).__name__}>"
+    return text if len(text) <= _LONGEST_TEXT else f"{text[:_LONGEST_TEXT]}... ({len(text)})"
+
+
+def _stack_of(exc: BaseException) -> str:
+    """The traceback; of a very long one only the end, where the exception was raised."""
+    try:
+        text = "".join(traceback.format_exception(exc, limit=-_EVENTS_KEPT))
+    except Exception:  # its own methods fail
+        text = "".join(traceback.format_tb(exc.__traceback__, -_EVENTS_KEPT)) + type(exc).__name__
+    return text[-_LONGEST_TEXT:]
+
+
+def _printable(text: str) -> str:
+    # Clients choose paths and signals, and control characters in them would move the cursor.
+    if text.isprintable():
+        return text
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+
+
+# -- A thread that writes to a stream (a file, a terminal), so that no request waits for it. Who has
+# something to tell appends an *entry* to a list, the queue; in Python that is a single step, and
+# needs no lock. Ten times a second the thread empties the list, and writes all of it at once. An
+# entry is a text, or a function and its arguments, which the thread calls for the text. So what
+# these functions touch (which spans are open, say) belongs to the thread alone.
+#
+# Entries are lost if the list is full, because the stream stalls, or if a write fails. The next
+# write that succeeds tells how many, in a span `telemetry.lost`; otherwise standard error does.
+
+_LONGEST_QUEUE = 20_000  # entries; more are dropped, and counted
+_EARLY = 5_000  # entries; when this many wait, the next write starts at once
+_PATIENCE = 3.0  # seconds for the last write; the stream may have stalled
+_Entry = str | tuple[Any, ...]
+
+
+class _StreamTracer(Tracer):
+    """What JsonTracer (part 21) and RichTracer (22) share: the queue and the thread."""
+
+    _pause = 0.1  # seconds between two writes, and the most that a killed program loses
+
+    def __init__(
+        self, stream: IO[str] | None = None, *, logging_level: int | str | None = None
+    ) -> None:
+        """`stream` is standard output by default. With a `logging_level`, what the program logs
+        during a request, at that level or above, becomes an event of it within the tracer's `with`.
+        """
+        is_text = hasattr(stream, "write") and hasattr(stream, "flush")
+        if stream is not None and (not is_text or hasattr(stream, "readinto")):  # (of bytes)
+            raise StarioError(f"a tracer needs a stream of text, like sys.stdout, not {stream!r}")
+        self._stream: Any = sys.stdout if stream is None else stream  # (None: there is no output)
+        self._logging = None if logging_level is None else _LogToSpan(logging_level)
+        self._renew()
+        _renewed_at_fork.add(self)
+
+    def _renew(self) -> None:
+        """Start with nothing: at first, and in a forked process."""
+        self._queue: list[_Entry] = []
+        self._running = threading.Lock()  # held while there is a thread, so that there is only one
+        self._wake: queue.SimpleQueue[bool] = queue.SimpleQueue()  # True: write what is left, end
+        self._lost = 0  # entries that were not written, and are not reported yet
+
+    def __enter__(self) -> Self:
+        if self._logging:
+            self._logging.install()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._logging:
+            self._logging.remove()
+        self._close()
+
+    def on_end(self, span: Span) -> None:
+        """Put the span into the queue."""
+        self._put(self._entry_of(span))
+
+    def _entry_of(self, span: Span) -> _Entry:
+        """What a tracer puts into the queue for a span that has ended."""
+        raise NotImplementedError
+
+    def _put(self, entry: _Entry) -> None:
+        waiting = len(self._queue)
+        if self._stream is None or waiting >= _LONGEST_QUEUE:
+            self._lost += 1
+            return
+        self._queue.append(entry)
+        if waiting == _EARLY:
+            self._wake.put(False)
+        if self._running.acquire(False):
+            try:
+                threading.Thread(target=self._run, name="tracer", daemon=True).start()
+            except RuntimeError:  # the program is ending, and can start no threads: write here
+                self._wake.put(True)
+                self._run()
+
+    def _run(self) -> None:
+        ending = False
+        while not ending:
+            with suppress(queue.Empty):
+                ending = self._wake.get(timeout=self._pause)
+            self._write_all(ending)
+        if self._queue:  # other threads added some during the last write
+            self._write_all(ending)
+        self._running.release()
+
+    def _write_all(self, ending: bool) -> None:
+        entries, lost = self._queue[:], self._lost
+        count = len(entries)
+        del self._queue[:count]
+        self._lost += count  # until they are written, since `_close` may give up before
+        if lost:
+            note = Tracer()("telemetry.lost", {"count": lost})
+            note.end()
+            entries.append(self._entry_of(note))
+        text = "".join(map(self._text_of, entries))
+        with suppress(BaseException):  # whatever the stream's methods raise
+            text = self._completed(text, ending)
+            encoding = getattr(self._stream, "encoding", None) or "utf-8"  # may lack characters
+            if text:
+                self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+                self._stream.flush()
+            self._lost -= count + lost
+
+    def _text_of(self, entry: _Entry) -> str:
+        try:
+            return entry if isinstance(entry, str) else entry[0](*entry[1:])
+        except Exception:  # this one cannot be shown, but the others can
+            self._lost += 1
+            return ""
+
+    def _completed(self, text: str, ending: bool) -> str:
+        """What to write, given the entries' text."""
+        return text
+
+    def _close(self) -> None:
+        """Write what is left, unless the stream stalls. Later entries start a new thread."""
+        if not self._running.locked():
+            return
+        self._wake.put(True)
+        if self._running.acquire(timeout=_PATIENCE):
+            self._running.release()
+        else:  # it hangs in a write
+            self._lost += len(self._queue)
+            if sys.stdout is self._stream:  # Python's flush at exit would hang as well
+                sys.stdout = None
+        if self._lost:  # told in a thread, since standard error may stall as well
+            text = f"stario: {self._lost} spans and events could not be written\n".encode()
+            self._lost = 0
+            telling = threading.Thread(target=os.write, args=(2, text), daemon=True)
+            telling.start()
+            telling.join(0.2)
+
+
+@atexit.register
+def _write_what_is_left() -> None:
+    for tracer in list(_renewed_at_fork):
+        if isinstance(tracer, _StreamTracer):
+            tracer._close()
+            # No thread begins from here on: 3.11 would wait for it forever.
+            if tracer._running.acquire(False) and tracer._queue:
+                tracer._write_all(True)  # came after the thread's last write
+
+
+# Tracers and relays. Each has a thread, and a forked process has none of its parent's threads.
+_renewed_at_fork: weakref.WeakSet[Any] = weakref.WeakSet()
+
+
+def _begin_anew() -> None:
+    """Runs in the forked process."""
+    _unused_ids.clear()
+    for has_thread in _renewed_at_fork:
+        has_thread._renew()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_begin_anew)
+
+
+# -- Log records, while a tracer with a `logging_level` is in use: what is logged within a span goes
+# to the span, and is not printed as well.
+
+
+class _LogToSpan(logging.Handler):
+    """Replaces the root logger's handlers, and gives them what is not logged within a span."""
+
+    def __init__(self, level: int | str) -> None:
+        super().__init__(level)
+        self._least, self.level = self.level, logging.NOTSET  # it is given all records
+
+    def install(self) -> None:
         root = logging.getLogger()
-        self._least, self._root_level, self._others = level, root.level, root.handlers[:]
-        root.handlers[:] = [self]
-        root.setLevel(min(level, root.level))
+        if self not in root.handlers:
+            self._others, self._root_level = root.handlers[:], root.level
+            root.handlers[:] = [self]
+            root.setLevel(min(self._least, root.level))
 
     def remove(self) -> None:
         """Put everything back, unless the handlers have been changed meanwhile."""
@@ -8222,252 +8394,24 @@ class _LogToSpan(logging.Handler):
                 text = record.msg
             exc = record.exc_info and record.exc_info[1]
             span(exc or "log", {**said, "body": text})
-            return True
-        # Let the record through if the root's own level, which `__init__` has lowered, would have.
-        logger, level, has_handler = logging.getLogger(record.name), 0, bool(self._others)
-        while logger.parent:  # from the record's logger up to the root, without it
-            level = level or logger.level  # the first that is set counts
-            has_handler = has_handler or bool(logger.handlers)
-            logger = logger.parent
-        if record.levelno >= (level or self._root_level):
-            for handler in filter(None, self._others if has_handler else [logging.lastResort]):
+        else:
+            for handler in self._others_for(record):
                 if record.levelno >= handler.level:
                     handler.handle(record)
         return True
 
-
-# -- What handlers raised. The test client (part 11) sets a list, and raises what is in it.
-
-_failures: contextvars.ContextVar[list[BaseException] | None]
-_failures = contextvars.ContextVar("stario_failures", default=None)
-
-_HINTS = (  # what Python says if an `await` is missing or wrong, and what to write instead
-    (r"NoneType.* can't be (used in 'await'|awaited)",
-     "the methods of a Writer are not awaited: w.html(...); nor are c(...) and publish(...). "
-     "And a handler is an `async def`"),
-    (r"'(?:method|function)' object (?:is not subscriptable|has no attribute)",
-     "call it, and await what is async: `(await c.signals())['name']`, `await c.req.form()`"),
-    (r"\bFuture\b.* can't be", "a loop's own futures are awaited: await asyncio.wrap_future(...)"),
-    (r"\bcoroutine\b", "`await` is missing: await c.signals(), await c.req.form()"),
-    (r"\b(Alive|Subscription|async_generator)\b",
-     "loop over it, `async for item in w.alive(source):`, or write `async with w.alive():`"),
-    (r"_GeneratorContextManager.* asynchronous", "a step is no async one: `with c.step(...):`"),
-)  # fmt: skip
-
-
-def _record(c: Context, exc: BaseException, is_handled: bool = False) -> None:
-    """Record an exception: as an event, or, if it is a fault of the program's, as the span's error.
-
-    A silent app logs faults, as asyncio does. In a test they are raised there instead, unless an
-    `on_error` handler answers for them.
-    """
-    if isinstance(exc, ClientDisconnected):
-        c("client.disconnected")
-        return
-    if isinstance(exc, HttpException):
-        c("http.exception", {"http.response.status_code": exc.status_code, "detail": exc.detail})
-        return
-    in_test = _failures.get()
-    if in_test is not None and not is_handled:
-        in_test.append(exc)
-    for sign, hint in _HINTS:
-        if isinstance(exc, (TypeError, AttributeError)) and re.search(sign, _safe_text(exc)):
-            exc.add_note(f"stario: {hint}")
-    if not c.app._silent:
-        c.span.fail(exc)
-    elif in_test is None:
-        _log_fault(f"unhandled exception in {c.req.method} {c.req.path}", exc)
-
-
-def _log_fault(text: str, exc: BaseException) -> None:
-    """Log as asyncio does. The further lines are indented, so no client can forge an entry."""
-    loop, text = asyncio.get_running_loop(), _printable(text)
-    if loop.get_exception_handler():
-        loop.call_exception_handler({"message": text, "exception": exc})
-        return
-    logger = logging.getLogger("asyncio")
-    info = (type(exc), exc, exc.__traceback__)
-    record = logger.makeRecord(logger.name, logging.ERROR, "", 0, text, (), info)
-    record.exc_text = "\n    ".join(map(_printable, _stack_of(exc).split("\n")))
-    if logger.isEnabledFor(logging.ERROR):
-        logger.handle(record)
-
-
-# -- Tracers that write to a stream (a file, a terminal). All threads append to one list; in Python
-# that is a single step, so it needs no lock. A thread of the tracer takes what is in the list ten
-# times a second, and writes it all at once. The list holds texts, and functions for this thread to
-# call: what they touch belongs to this thread alone.
-
-_LONGEST_QUEUE = 20_000  # entries; more are dropped, and counted
-_EARLY = 5_000  # entries; when this many wait, the next write starts at once
-_PATIENCE = 3.0  # seconds for the last write; a stream may have stalled
-_Queued = str | tuple[Any, ...]  # a text, or a function and its arguments
-
-
-class _StreamTracer(Tracer):
-    """What the two tracers below share.
-
-    While a stream stalls, is full or is closed, spans and events can be lost. Their number is
-    reported by the next write that succeeds, or else at the end on standard error.
-    """
-
-    _pause = 0.1  # seconds between two writes, and the most that a killed program loses
-
-    def __init__(
-        self, stream: IO[str] | None = None, *, logging_level: int | str | None = None
-    ) -> None:
-        """`stream` is standard output by default. With a `logging_level`, what the program logs
-        during a request, at that level or above, becomes an event of it within the tracer's `with`.
-        """
-        is_text = hasattr(stream, "write") and hasattr(stream, "flush")
-        if stream is not None and (not is_text or hasattr(stream, "readinto")):  # (of bytes)
-            raise StarioError(f"a tracer needs a stream of text, like sys.stdout, not {stream!r}")
-        self._stream = sys.stdout if stream is None else stream
-        level = logging_level
-        self._logging_level = None if level is None else logging.Handler(level).level
-        self._logging: _LogToSpan | None = None
-        self._renew()
-        _renewed_at_fork.add(self)
-
-    def _renew(self) -> None:
-        """Start with nothing: at first, and in a forked process."""
-        self._queue: list[_Queued] = []
-        self._lines: list[str] = []  # to write next
-        self._thread: threading.Thread | None = None
-        self._running = threading.Lock()  # held while there is a thread, so that there is only one
-        self._wake: queue.SimpleQueue[bool] = queue.SimpleQueue()  # True: write what is left, end
-        self._lost = self._reported = 0  # spans and events not written; how many were reported
-
-    def __enter__(self) -> Self:
-        if self._logging_level is not None and self._logging is None:
-            self._logging = _LogToSpan(self._logging_level)
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        if self._logging is not None:
-            self._logging.remove()
-            self._logging = None
-        self._close()
-
-    def on_end(self, span: Span) -> None:
-        """Put the span into the queue."""
-        self._put(self._queued_end(span))
-
-    def _put(self, what: _Queued) -> None:
-        waiting = len(self._queue)
-        if self._stream is None or waiting >= _LONGEST_QUEUE:
-            self._lost += 1
-            return
-        self._queue.append(what)
-        if waiting == _EARLY:
-            self._wake.put(False)
-        if self._thread is None and self._running.acquire(blocking=False):
-            thread = threading.Thread(target=self._run, name="tracer", daemon=True)
-            try:
-                thread.start()
-                self._thread = thread
-            except RuntimeError:  # the program is ending, and can start no threads: write here
-                self._wake.put(True)
-                self._run()
-
-    def _close(self) -> None:
-        """Write what is left, unless the stream stalls. Later entries start a new thread."""
-        thread, self._thread = self._thread, None
-        if thread is None:
-            return
-        self._wake.put(True)
-        thread.join(_PATIENCE)
-        if thread.is_alive():  # it hangs in a write
-            self._lost += len(self._queue)
-            if sys.stdout is self._stream:  # Python's flush at exit would hang as well
-                sys.stdout = None
-        if self._lost > self._reported:  # told in a thread, since standard error may stall as well
-            lost, self._reported = self._lost - self._reported, self._lost
-            text = f"stario: {lost} spans and events could not be written\n".encode()
-            telling = threading.Thread(target=os.write, args=(2, text), daemon=True)
-            telling.start()
-            telling.join(0.2)
-
-    def _run(self) -> None:
-        ending = False
-        while not ending:
-            with suppress(queue.Empty):
-                ending = self._wake.get(timeout=self._pause)
-            self._write_all(ending)
-        if self._queue:  # other threads added some during the last write
-            self._write_all(ending)
-        self._running.release()
-
-    def _write_all(self, ending: bool) -> None:
-        """Take what is in the queue, and write it."""
-        taken, lost = self._queue[:], self._lost
-        entries = len(taken)
-        del self._queue[:entries]
-        if lost > self._reported:
-            note = Span(Tracer(), "telemetry.lost", {"count": lost - self._reported}, None)
-            note.end()
-            taken.append(self._queued_end(note))
-        for what in taken:
-            try:
-                if isinstance(what, str):
-                    self._lines.append(what)
-                else:
-                    what[0](*what[1:])
-            except Exception:  # this one cannot be shown, but the others can
-                self._lost += 1
-        self._lost += entries  # (subtracted below, once they are written: `_close` may not wait)
-        with suppress(BaseException):  # a full disk, a closed stream, its own `write` that fails
-            text = self._compose(ending)
-            if not text.isascii():  # the stream's encoding may lack some of it
-                encoding = getattr(self._stream, "encoding", None) or "utf-8"
-                text = text.encode(encoding, "backslashreplace").decode(encoding)
-            if text and self._stream is not None:
-                self._stream.write(text)
-                self._stream.flush()
-            self._lost -= entries
-            self._reported = lost
-
-    def _queued_end(self, span: Span) -> _Queued:
-        """What goes into the queue for a span that has ended."""
-        raise NotImplementedError
-
-    def _compose(self, ending: bool) -> str:
-        """The text to write, now that `_lines` is complete."""
-        text = "".join(self._lines)
-        self._lines.clear()
-        return text
-
-
-# Tracers and relays. Each has a thread, and a forked process has none of its parent's threads.
-_renewed_at_fork: weakref.WeakSet[Any] = weakref.WeakSet()
-
-
-def _begin_anew() -> None:
-    """Runs in the forked process."""
-    _unused_ids.clear()
-    for has_thread in _renewed_at_fork:
-        has_thread._renew()
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_begin_anew)
-
-
-@atexit.register
-def _write_what_is_left() -> None:
-    for tracer in list(_renewed_at_fork):
-        if isinstance(tracer, _StreamTracer):
-            tracer._close()
-            # No thread begins from here on: 3.11 would wait for it forever.
-            if tracer._running.acquire(blocking=False) and tracer._queue:
-                tracer._write_all(True)  # came after the thread's last write
-
-
-def _printable(text: str) -> str:
-    # Clients choose paths and signals, and control characters in them would move the cursor.
-    if text.isprintable():
-        return text
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+    def _others_for(self, record: logging.LogRecord) -> list[logging.Handler]:
+        """The handlers that the root logger would have given the record to, at its own level."""
+        below, logger = [], logging.getLogger(record.name)
+        while logger.parent:  # from the record's logger up to the root, without it
+            below.append(logger)
+            logger = logger.parent
+        level = next((each.level for each in below if each.level), self._root_level)
+        if record.levelno < level:
+            return []
+        if self._others or any(each.handlers for each in below) or not logging.lastResort:
+            return self._others
+        return [logging.lastResort]
 
 
 # ==================================================================================================
@@ -8495,30 +8439,29 @@ class JsonTracer(_StreamTracer):
     def on_event(self, span: Span, event: SpanEvent) -> None:
         """Put the event into the queue."""
         noted = {"name": event.name, "time_unix_nano": event.time_ns}
-        self._put((self._add_event, span, _log_json({**noted, "attributes": event.attributes})))
+        self._put((self._keep, span, _log_json({**noted, "attributes": event.attributes})))
 
-    def _queued_end(self, span: Span) -> _Queued:
+    def _entry_of(self, span: Span) -> _Entry:
         fields = self._fields(span, f'"end_time_unix_nano":{span.end_ns}')
-        return (self._add_line, span, fields) if span.events else f"{{{fields}}}\n"
+        return (self._line, span, fields) if span.events else f"{{{fields}}}\n"
 
-    def _add_event(self, span: Span, text: str) -> None:
+    # These run in the tracer's thread:
+
+    def _keep(self, span: Span, event: str) -> str:
         events = self._events.setdefault(span, [])
-        events.append(text)
-        if len(events) == _EVENTS_KEPT:
-            self._add_partial(span)
+        events.append(event)
+        return self._partial_line(span) if len(events) == _EVENTS_KEPT else ""
 
-    def _add_partial(self, span: Span) -> None:
-        self._add_line(span, self._fields(span, '"partial":true'))
+    def _partial_line(self, span: Span) -> str:
+        return self._line(span, self._fields(span, '"partial":true'))
 
-    def _add_line(self, span: Span, fields: str) -> None:
+    def _line(self, span: Span, fields: str) -> str:
         if span in self._events:
             fields += f',"events":[{",".join(self._events.pop(span))}]'
-        self._lines.append(f"{{{fields}}}\n")
+        return f"{{{fields}}}\n"
 
-    def _compose(self, ending: bool) -> str:
-        for span in list(self._events):
-            self._add_partial(span)
-        return super()._compose(ending)
+    def _completed(self, text: str, ending: bool) -> str:
+        return text + "".join(map(self._partial_line, list(self._events)))
 
     def _fields(self, span: Span, more: str) -> str:
         """The line of a span, without its events and the braces around it."""
@@ -8547,65 +8490,93 @@ _json_text = json.encoder.encode_basestring_ascii  # the same for text, in a fif
 # ==================================================================================================
 # 22. RichTracer: for people [rich]
 #
-# It prints each request as a small tree once it has ended: below it its events and its steps (child
-# spans), with the time since its start. A step also has its duration, and a bar that shows when it
-# ran within the request. A *footer* at the bottom of the terminal shows what is still open.
+# It prints each request as a small tree once it has ended: its line, then its events and its steps
+# (child spans) with the time since its start. A step has a bar that shows when it ran within the
+# request. A *footer* at the bottom of the terminal shows what is still open.
 #
 #     09:48:02  POST /buy                               200   5.1 ms
 #                0.51 ms  stock.checked               left=3
 #                0.56 ms  query                               4.3 ms  ─━━━━━━━━━━━  table=orders
 #     ── 1 open ────────────────────────────────────────────────────────────────────────────────
-#       12.4 s  GET /subscribe                         31 events  tile.painted
+#       12.4 s  GET /subscribe                             31 events  tile.painted
 #
-# The tracer keeps the trees and the screen; `_Look` turns them into lines. A *line* is a list of
-# pieces, each a text and its style. When it is written, it becomes one string, cut to the width of
-# the terminal.
+# `RichTracer` keeps what is open as trees of `_Branch`, and the footer on the screen; `_Burst` says
+# which trees are shown; `_Look` turns them into lines.
 # ==================================================================================================
 
-_Line = list[tuple[str, str]]
-_STYLES = {"bold": 1, "dim": 2, "red": 31, "green": 32, "yellow": 33, "cyan": 36}
-_STATUS_STYLES = {"2": "green", "3": "cyan", "4": "yellow", "5": "red"}
 _LONG = 10**9  # nanoseconds after which an open span is shown in the footer
-_MOST_SHOWN = 20  # trees per second (beyond that, only counts), and events per line
+_MOST_SHOWN = 20  # trees per second, and events per line in a pipe
 _MOST_ROWS = 40  # rows of a tree
-_BAR = 12  # columns of a bar
 
 
 class _Branch:
-    """An open span. Its rows are its events and steps, in order; a tree keeps the first 40 rows."""
+    """A span that is open, or part of a tree that is. Its rows are its events and steps."""
 
     def __init__(self, span: Span, parent: _Branch | None) -> None:
         self.span = span
         self.root: _Branch = parent.root if parent else self
         self.rows: list[SpanEvent | _Branch] = []
-        # Used in a root only, for the whole tree:
-        self.events = self.steps = 0
+        self.events = self.steps = 0  # (these and `last` are used in a root, for its tree)
         self.last: SpanEvent | None = None
 
     def add(self, row: SpanEvent | _Branch) -> None:
-        if self.left_out() <= 0:
+        """Count an event or a step, and keep it unless the tree is full."""
+        root = self.root
+        if isinstance(row, SpanEvent):
+            root.events, root.last = root.events + 1, row
+        else:
+            root.steps += 1
+        if not root.left_out():
             self.rows.append(row)
 
     def left_out(self) -> int:
-        """How many more events and steps the tree has had than it keeps; 0 or below if none."""
-        return self.root.events + self.root.steps - _MOST_ROWS
+        """How many more events and steps the tree of this root has had than it keeps."""
+        return max(0, self.events + self.steps - _MOST_ROWS)
 
-    def tree(self, depth: int = 0) -> Iterator[tuple[int, SpanEvent | _Branch]]:
-        """All rows below this one, each with its depth."""
-        for row in self.rows:
-            yield depth, row
-            if isinstance(row, _Branch):
-                yield from row.tree(depth + 1)
+
+class _Burst:
+    """Says which trees are shown: twenty a second, and the first failure of each kind.
+
+    Others are counted. After the second each kind of them (name and outcome) gets a line, and in
+    the next second as many fewer are shown.
+    """
+
+    def __init__(self) -> None:
+        self.began = 0.0  # the second, on the monotonic clock
+        self.shown = 0  # trees in it
+        self.kinds: dict[tuple[str, _Piece], list[int]] = {}  # durations of those counted
+
+    def is_shown(self, span: Span) -> bool:
+        """Whether to show a span that has ended; otherwise it is counted."""
+        kind = (_safe_text(span.name), _outcome(span))
+        is_new_error = span.error and kind not in self.kinds
+        durations = self.kinds.setdefault(kind, [])
+        if self.shown < _MOST_SHOWN or is_new_error:
+            self.shown += 1
+            return True
+        durations.append(span.end_ns - span.start_ns)
+        return False
+
+    def summary(self, look: _Look) -> Iterator[_Line]:
+        """The lines for what was counted, the most frequent kind first. A new second begins."""
+        kinds, self.kinds = self.kinds, {}
+        counted = sum(map(len, kinds.values()))
+        self.began, self.shown = time.monotonic(), min(_MOST_SHOWN, counted)
+        for (name, outcome), took in sorted(kinds.items(), key=lambda kind: -len(kind[1])):
+            if took:
+                took.sort()
+                now, count = f"{_clock(time.time_ns())}  ", f"{len(took):,} x"
+                times = f"  p50 {_time_text(took[len(took) // 2])}  max {_time_text(took[-1])}"
+                yield [*look.columns(now, name, count, outcome), (times, "dim")]
 
 
 class RichTracer(_StreamTracer):
     """For a person at a terminal: each request is a small tree, shown when it has ended.
 
-    Each request or job open for over a second, such as a stream, has a line in a footer. The footer
-    stays at the bottom; what the program prints goes above it. When more than twenty requests end
-    in a second, the rest are shown as one line per kind: how many, median and longest duration. If
-    there is no terminal (a pipe, TERM=dumb), each span is one line of plain text. NO_COLOR and
-    FORCE_COLOR are respected.
+    What is open for over a second, such as a stream, has a line in a footer at the bottom; what the
+    program prints goes above it. When more than twenty requests end in a second, the rest are one
+    line per kind: how many, median and longest duration. If there is no terminal (a pipe,
+    TERM=dumb), each span is one line of plain text. NO_COLOR and FORCE_COLOR are respected.
     """
 
     _pause = 0.05  # (after a resize the footer scrolls with the text until the next write)
@@ -8616,88 +8587,55 @@ class RichTracer(_StreamTracer):
         self._live = size is not None
         coloured = self._live or bool(os.environ.get("FORCE_COLOR"))
         self._look = _Look(coloured and not os.environ.get("NO_COLOR"), size or (10**6, 0))
-        self._footer = "unknown"  # what the screen shows; a killed program may have left one
         self._open: dict[str, _Branch] = {}  # by the span's id
-        self._second = 0.0  # when the current second began, on the monotonic clock
-        self._shown = 0  # trees shown in this second
-        # Durations in nanoseconds, by name and outcome; an empty list if all of them were shown.
-        self._summed: dict[tuple[str, tuple[str, str]], list[int]] = {}
+        self._burst = _Burst()
+        self._footer = "unknown"  # what the screen shows; a killed program may have left one
 
     def on_start(self, span: Span) -> None:
         """Put the span's start into the queue."""
         if self._live:
-            self._put((self._span_started, span))
+            self._put((self._started, span))
 
     def on_event(self, span: Span, event: SpanEvent) -> None:
         """Put the event into the queue."""
         if self._live:
-            self._put((self._event_happened, span, event))
+            self._put((self._happened, span, event))
         elif span.end_ns:
-            self._put(self._look.painted(self._look.late(span, event)))
+            self._put(self._look.plain(span, [event]))
 
-    def _queued_end(self, span: Span) -> _Queued:
+    def _entry_of(self, span: Span) -> _Entry:
         if self._live:
-            return (self._span_ended, span)
-        return self._look.painted(self._look.one_line(span))
+            return (self._ended, span)
+        return self._look.plain(span, span.events[-_MOST_SHOWN:])
 
-    # -- In the tracer's thread: what happens to spans
+    # These run in the tracer's thread. Each returns the text to show now.
 
-    def _span_started(self, span: Span) -> None:
+    def _started(self, span: Span) -> str:
         parent = self._open.get(span.parent_id or "")
         branch = self._open[span.id] = _Branch(span, parent)
         if parent:
-            parent.root.steps += 1
             parent.add(branch)
+        return ""
 
-    def _event_happened(self, span: Span, event: SpanEvent) -> None:
+    def _happened(self, span: Span, event: SpanEvent) -> str:
+        """Show an event now if its tree will not, or an exception if its tree will not soon."""
         branch = self._open.get(span.id)
-        if branch is None:  # the span has ended, and its tree is gone
-            self._show([self._look.late(span, event)])
-            return
-        root = branch.root
-        root.events, root.last = root.events + 1, event
-        branch.add(event)
-        is_long = event.time_ns - root.span.start_ns > _LONG
-        if event.name == "exception" and (is_long or branch.left_out() > 0):  # show it now
-            self._show([self._look.heading(root.span), *self._look.row(root.span, 0, event)])
+        if branch:
+            branch.add(event)
+            span = branch.root.span
+            is_long = event.time_ns - span.start_ns > _LONG or branch.root.left_out()
+            if event.name != "exception" or not is_long:
+                return ""
+        return self._look.text([self._look.heading(span), *self._look.event(span, event)])
 
-    def _span_ended(self, span: Span) -> None:
-        """Show the tree of a root that has ended, or only count it if too many ended this second.
-
-        A step is shown with its root, or alone if the root has ended before it.
-        """
+    def _ended(self, span: Span) -> str:
+        """A root is shown as a tree, and a step with its root; alone if that has ended before."""
         branch = self._open.pop(span.id, None) or _Branch(span, None)
-        if branch.root.span.id in self._open:
-            return
-        kind = (_safe_text(span.name), _outcome(span))
-        is_new_error = span.error and kind not in self._summed
-        durations = self._summed.setdefault(kind, [])
-        if self._shown < _MOST_SHOWN or is_new_error:
-            self._shown += 1
-            self._show(self._look.tree(branch))
-        else:
-            durations.append(span.end_ns - span.start_ns)
+        if branch.root.span.id in self._open or not self._burst.is_shown(span):
+            return ""
+        return self._look.text(self._look.tree(branch))
 
-    def _sum_up(self) -> None:
-        """For each kind with spans not shown, one line: how many, and how long they took.
-
-        While more than twenty spans a second are only counted, no trees are shown.
-        """
-        self._second = time.monotonic()
-        summed, self._summed = self._summed, {}
-        burst = sum(map(len, summed.values())) > _MOST_SHOWN
-        self._shown = _MOST_SHOWN if burst else 0
-        for (name, outcome), took in sorted(summed.items(), key=lambda entry: -len(entry[1])):
-            if took:
-                took.sort()
-                times = f"  p50 {_time_text(took[len(took) // 2])}  max {_time_text(took[-1])}"
-                line = self._look.columns(time.time_ns(), name, outcome, f"{len(took):,} x")
-                self._show([[*line, (times, "dim")]])
-
-    def _show(self, lines: list[_Line]) -> None:
-        self._lines += map(self._look.painted, lines)
-
-    # -- The screen. A terminal obeys codes that begin with the ESC character (`\x1b`):
+    # The screen. A terminal obeys codes that begin with the ESC character (`\x1b`):
     #
     #     ESC 7, ESC 8        save the position of the cursor; go back there
     #     ESC [J, ESC [K      erase from the cursor to the end of the screen; of the line
@@ -8709,55 +8647,139 @@ class RichTracer(_StreamTracer):
     # The lines above the footer scroll, and the footer does not. The cursor stays above it, and so
     # does all that is written there: prints, what a person types, other programs' output.
 
-    def _compose(self, ending: bool) -> str:
+    def _completed(self, text: str, ending: bool) -> str:
+        """The codes that erase the footer, the text, and those that paint the footer anew."""
         if not self._live:
-            return super()._compose(ending)
-        self._look.width, self._look.height = _terminal_size(self._stream) or (80, 24)
-        if ending or time.monotonic() - self._second >= 1:
-            self._sum_up()
+            return text
+        look = self._look
+        look.width, look.height = _terminal_size(self._stream) or (80, 24)
+        if ending or time.monotonic() - self._burst.began >= 1:
+            text += look.text(self._burst.summary(look))
         roots = [branch for branch in self._open.values() if branch.root is branch]
         if ending:
-            self._show([self._look.heading(root.span) for root in roots])
+            text += look.text([look.heading(root.span) for root in roots])
             self._open.clear()
-        text, old = super()._compose(ending), self._footer
-        self._footer = "" if ending else self._at_the_foot(roots)
+        old, self._footer = self._footer, "" if ending else self._painted_footer(roots)
         if not text and self._footer == old:
             return ""
         # A print may have left the cursor in mid-line. Then a row of spaces as wide as the screen
         # ends on the next line; otherwise on this one. The text begins on that line, after `\r`.
         if text:
-            text = f"{'':{self._look.width}}\r\x1b[K{text}"
+            text = f"{'':{look.width}}\r\x1b[K{text}"
         erase = "\x1b7\x1b[r\x1b8\x1b[J" if old else ""
         return erase + text + self._footer
 
-    def _at_the_foot(self, roots: list[_Branch]) -> str:
+    def _painted_footer(self, roots: list[_Branch]) -> str:
         """The footer's codes: scroll until there is room below the cursor, then paint it there."""
         lines = self._look.footer(roots)
         if not lines:
             return ""
         rows, above = len(lines), self._look.height - len(lines)
         room = "\x1bD" * rows + f"\x1b[{rows}A\x1b7\x1b[1;{above}r"
-        painted = (
-            f"\x1b[{at}H{self._look.painted(each)}" for at, each in enumerate(lines, above + 1)
-        )
-        return f"{room}\x1b[?7l{''.join(painted)}\x1b[?7h\x1b8"
+        painted = ""
+        for row, line in enumerate(lines, above + 1):
+            painted += f"\x1b[{row}H{self._look.text([line])}"
+        return f"{room}\x1b[?7l{painted}\x1b[?7h\x1b8"
+
+
+# -- What it looks like. A *line* is a list of pieces, each a text and its style. The first ones are
+# four columns: time, name, outcome, and a figure (an event has the first two). Attributes follow.
+
+_Piece = tuple[str, str]
+_Line = list[_Piece]
+_STYLES = {"bold": 1, "dim": 2, "red": 31, "green": 32, "yellow": 33, "cyan": 36}
+_STATUS_STYLES = {"2": "green", "3": "cyan", "4": "yellow", "5": "red"}
+_BAR = 12  # columns of a bar
 
 
 class _Look:
-    """How spans look: the lines of trees and of the footer. It keeps only the terminal's size."""
+    """Turns spans into lines, and lines into text for a terminal of this size."""
 
     def __init__(self, coloured: bool, size: tuple[int, int]) -> None:
         self.coloured = coloured
         self.width, self.height = size  # columns, rows
 
-    def painted(self, line: _Line) -> str:
-        """A line as it is written: cut to the width, and with colours."""
-        room, painted = self.width - 1, ""
-        for piece, style in line:
-            text = _fit(piece, room)
-            room -= _cells(text)
-            painted += f"\x1b[{_STYLES[style]}m{text}\x1b[0m" if style and self.coloured else text
-        return painted + "\n"
+    def text(self, lines: Iterable[_Line]) -> str:
+        """Lines as they are written: with colours, and cut to the width."""
+        written = []
+        for line in lines:
+            room = self.width - 1
+            for piece, style in line:
+                text = _fit(piece, room)
+                room -= _cells(text)
+                colour = f"\x1b[{_STYLES[style]}m" if style and self.coloured else ""
+                written.append(f"{colour}{text}\x1b[0m" if colour else text)
+            written.append("\n")
+        return "".join(written)
+
+    def columns(
+        self, when: str, name: str, figure: str, outcome: _Piece = ("", ""), style: str = "bold"
+    ) -> _Line:
+        """Four columns. The name gets the room that the others leave; a longer one pushes them."""
+        shown, figure = f"{outcome[0]:>7}".rstrip(), f"{figure:>9}"
+        others = len(when) + len(shown) + len(figure)
+        room = self._figures_end() - others
+        name = _fit(name, max(8, room, self.width - 4 - others), room)
+        return [(when, "dim"), (name, style), (shown, outcome[1]), (figure, "")]
+
+    def _figures_end(self) -> int:
+        return max(46, min(70, self.width - 34))
+
+    def heading(self, span: Span) -> _Line:
+        """The first line of a tree."""
+        took = _time_text((span.end_ns or time.time_ns()) - span.start_ns)
+        return self.columns(f"{_clock(span.start_ns)}  ", _title(span), took, _outcome(span))
+
+    def tree(self, branch: _Branch) -> list[_Line]:
+        """A root with its events and steps. If it ran long without steps or error, it is a line."""
+        span, line = branch.span, self.heading(branch.span)
+        if span.end_ns - span.start_ns >= _LONG and not branch.steps and not span.error:
+            line.append((f"  {branch.events:,} events", "dim"))
+            return self.with_pairs(line, " " * 8, span.attributes)
+        lines = [*self.with_pairs(line, " " * 8, span.attributes), *self.rows(branch, " " * 20)]
+        if branch.left_out():
+            lines.append([(f"{'':20}and {branch.left_out()} more", "dim")])
+        return lines
+
+    def rows(self, branch: _Branch, margin: str) -> Iterator[_Line]:
+        """Lines for the events and steps of a branch, and below each step its own."""
+        for row in branch.rows:
+            if isinstance(row, SpanEvent):
+                yield from self.event(branch.root.span, row, margin)
+            else:
+                yield from self.step(branch.root.span, row.span, margin)
+                yield from self.rows(row, margin + "│ ")
+
+    def step(self, root: Span, span: Span, margin: str) -> list[_Line]:
+        """A step: when it began after the root, how long it took, and its bar."""
+        when = f"{_time_text(span.start_ns - root.start_ns):>18}{margin[18:]}"
+        took = _time_text(span.end_ns - span.start_ns) if span.end_ns else "open"
+        columns = self.columns(when, _safe_text(span.name), took, style="")
+        return self.with_pairs([*columns, ("  ", ""), *_bar(root, span)], margin, span.attributes)
+
+    def event(self, root: Span, event: SpanEvent, margin: str = " " * 20) -> list[_Line]:
+        """An event. Below an exception are the frames that it has passed through."""
+        when = f"{_time_text(event.time_ns - root.start_ns):>18}{margin[18:]}"
+        end = self._figures_end() - len(when)
+        name, below = (_fit(event.name, end, end - 16), "cyan"), list[_Piece]()
+        if event.name == "exception":
+            for text in _failure(event).split("\n"):
+                is_wide = _cells(text) > len(text)  # some of its characters take two columns
+                width = max(20, self.width - len(margin) - 3) // (1 + is_wide)
+                below += [(part, "red") for part in textwrap.wrap(text, width)]
+            name, below = below[0], [*below[1:12], *((frame, "") for frame in _frames(event))]
+        lines = self.with_pairs([(when, "dim"), name], margin, event.attributes)
+        return [*lines, *([(f"{margin}  ", "dim"), piece] for piece in below)]
+
+    def with_pairs(self, line: _Line, margin: str, attributes: Mapping[str, Any]) -> list[_Line]:
+        """A line with its attributes after it or, if there is no room for them, below it."""
+        pairs = _pairs(attributes)
+        behind = [piece for key, value in pairs for piece in ((f"  {key}=", "dim"), (value, ""))]
+        if not pairs or _cells("".join(piece for piece, _ in [*line, *behind])) < self.width:
+            return [[*line, *behind]]
+        widest = min(24, max(len(key) for key, _ in pairs))
+        below = [[(f"{margin}  {key:<{widest}}  ", "dim"), (value, "")] for key, value in pairs]
+        return [line, *below]
 
     def footer(self, roots: list[_Branch]) -> list[_Line]:
         """A line per root open for over a second, oldest first; at most a third of the screen."""
@@ -8768,93 +8790,27 @@ class _Look:
         shown = long if len(long) < most else long[: most - 2]
         lines: list[_Line] = [[(f"── {len(long)} open ".ljust(self.width - 1, "─"), "dim")]]
         for root in shown:
+            open_for = f"{_time_text(now - root.span.start_ns):>8}  "
+            title = _fit(_title(root.span), self.width // 2)
             count = f"{root.events:,} event{'s' * (root.events != 1)}"
-            last = _event_text(root.last) if root.last else ""
-            title = (_padded(_title(root.span), self._title_width(), self.width // 2), "bold")
-            open_for = (f"{_time_text(now - root.span.start_ns):>8}  ", "green")
-            lines.append([open_for, title, (f"{count:>13}  ", "dim"), (last, "cyan")])
+            last = f"  {_event_text(root.last)}" if root.last else ""
+            lines.append([*self.columns(open_for, title, count), (last, "cyan")])
         if len(shown) < len(long):
             lines.append([(f"{'':10}and {len(long) - len(shown)} more", "dim")])
         return lines
 
-    def columns(self, time_ns: int, title: str, outcome: tuple[str, str], took: str) -> _Line:
-        """Time, title, outcome and duration, each in its column."""
-        name = (_padded(title, self._title_width(), max(20, self.width - 30)), "bold")
-        text, style = outcome
-        clock = f"{_clock(time_ns)}  "
-        return [(clock, "dim"), name, (f"{text:>7}", style), (f"{took:>9}", "")]
-
-    def _title_width(self) -> int:
-        return max(20, min(44, self.width - 60))
-
-    def heading(self, span: Span) -> _Line:
-        """The first line of a tree."""
-        took = _time_text((span.end_ns or time.time_ns()) - span.start_ns)
-        return self.columns(span.start_ns, _title(span), _outcome(span), took)
-
-    def tree(self, branch: _Branch) -> list[_Line]:
-        """A line for a root, then lines for its events and steps. A root that ran long without
-        steps or an error is a stream, and is one line.
-        """
-        span, heading = branch.span, self.heading(branch.span)
-        if span.end_ns - span.start_ns >= _LONG and not branch.steps and not span.error:
-            heading.append((f"  {branch.events:,} events", "dim"))
-            return self._with_pairs(heading, " " * 8, span.attributes)
-        lines = self._with_pairs(heading, " " * 8, span.attributes)
-        for depth, row in branch.tree():
-            lines += self.row(span, depth, row)
-        if branch.left_out() > 0:
-            lines.append([(f"{'':20}and {branch.left_out()} more", "dim")])
-        return lines
-
-    def row(self, root: Span, depth: int, row: SpanEvent | _Branch) -> list[_Line]:
-        """An event or a step of a tree: the time since the root's start, and what it is."""
-        guides = "│ " * min(depth, 15)
-        margin, room = f"{'':20}{guides}", max(8, self._title_width() - 10 - len(guides))
-        came_ns = row.span.start_ns if isinstance(row, _Branch) else row.time_ns
-        line = [(f"{_time_text(came_ns - root.start_ns):>18}  {guides}", "dim")]
-        if isinstance(row, _Branch):
-            span = row.span
-            took = _time_text(span.end_ns - span.start_ns) if span.end_ns else "open"
-            name = _padded(_safe_text(span.name), room + 7)
-            line += [(f"{name}{took:>9}  ", ""), *_bar(root, span)]
-            return self._with_pairs(line, margin, span.attributes)
-        if row.name != "exception":
-            line.append((_padded(row.name, room, room + 16), "cyan"))
-            return self._with_pairs(line, margin, row.attributes)
-        text = _failure(row)
-        width = max(20, self.width - len(margin) - 3)
-        if _cells(text) > len(text):  # some of its characters take two columns
-            width //= 2
-        first, *rest = re.findall(f".{{1,{width}}}", text)[:12]
-        below = [(part, "red") for part in rest] + [(frame, "") for frame in _frames(row)]
-        guided = [[(f"{margin}  ", "dim"), piece] for piece in below]
-        return [[*line, (first, "red")], *guided, *_pairs_below(margin, _pairs(row.attributes))]
-
-    def _with_pairs(self, line: _Line, margin: str, attributes: Mapping[str, Any]) -> list[_Line]:
-        """A line with its attributes after it or, if there is no room for them, below it."""
-        pairs = _pairs(attributes)
-        behind = [piece for key, value in pairs for piece in ((f"  {key}=", "dim"), (value, ""))]
-        if not pairs or _cells("".join(piece for piece, _ in [*line, *behind])) < self.width:
-            return [[*line, *behind]]
-        return [line, *_pairs_below(margin, pairs)]
-
-    def late(self, span: Span, event: SpanEvent) -> _Line:
-        """An event that happened after its span's end."""
-        title = f"{_clock(event.time_ns)} {_title(span)}, after its end: "
-        return [(title, "dim"), (_event_text(event), "")]
-
-    def one_line(self, span: Span) -> _Line:
-        """A span with its newest events, for output that is not a terminal."""
+    def plain(self, span: Span, events: list[SpanEvent]) -> str:
+        """A span and events of it as one line, for output that is not a terminal."""
         outcome, style = _outcome(span)
-        line = [(f"{_clock(span.start_ns)} {span.trace_id[:4]} ", "dim"), (_title(span), "bold")]
-        took = _time_text(span.end_ns - span.start_ns)
-        line += [(f" {outcome}".rstrip(), style), (f" {took}", "")]
-        line += [(f" {key}={value}", "") for key, value in _pairs(span.attributes)]
-        for event in span.events[-_MOST_SHOWN:]:
-            after = _time_text(event.time_ns - span.start_ns)
-            line.append((f" | {after} {_event_text(event)}", ""))
-        return line
+        rest = [_time_text(span.end_ns - span.start_ns)]
+        rest += [f"{key}={value}" for key, value in _pairs(span.attributes)]
+        for event in events:
+            rest.append(f"| {_time_text(event.time_ns - span.start_ns)} {_event_text(event)}")
+        line = [
+            (f"{_clock(span.start_ns)} {span.trace_id[:4]} ", "dim"),
+            (_title(span), "bold"),
+        ]
+        return self.text([[*line, (f" {outcome}".rstrip(), style), (f" {' '.join(rest)}", "")]])
 
 
 def _terminal_size(stream: Any) -> tuple[int, int] | None:
@@ -8883,20 +8839,15 @@ def _char_cells(char: str) -> int:
     return 1 + (unicodedata.east_asian_width(char) in "WF")
 
 
-def _fit(text: str, width: int) -> str:
-    """A text without control characters, cut to a width in columns."""
+def _fit(text: str, most: int, least: int = 0) -> str:
+    """A text without control characters, cut and padded to a width in columns."""
     text = _printable(text)
-    if _cells(text) <= width:
-        return text
-    text = text[: max(0, width - 1)]
-    while _cells(text) >= max(1, width):
-        text = text[:-1]
-    return text + "…" * (width > 0)
-
-
-def _padded(text: str, width: int, most: int = 0) -> str:
-    text = _fit(text, max(width, most))
-    return text + " " * (width - _cells(text))
+    if _cells(text) > most:
+        text = text[: max(0, most - 1)]
+        while _cells(text) >= max(1, most):
+            text = text[:-1]
+        text += "…" * (most > 0)
+    return text + " " * (least - _cells(text))
 
 
 def _clock(time_ns: int) -> str:
@@ -8926,7 +8877,7 @@ def _title(span: Span) -> str:
     return f"{method} {span.attributes.get('url.path')}" if method else _safe_text(span.name)
 
 
-def _outcome(span: Span) -> tuple[str, str]:
+def _outcome(span: Span) -> _Piece:
     """The status of the answer, or "failed", and its style."""
     status = str(span.attributes.get("http.response.status_code") or "")
     style = "red" if span.error else _STATUS_STYLES.get(status[:1], "")
@@ -8940,11 +8891,6 @@ def _pairs(attributes: Mapping[str, Any]) -> list[tuple[str, str]]:
         for key, value in _noted(attributes).items()  # also what was put there directly
         if not key.startswith(("http.", "url.", "client.", "exception."))
     ]
-
-
-def _pairs_below(margin: str, pairs: list[tuple[str, str]]) -> list[_Line]:
-    widest = min(24, max((len(key) for key, _ in pairs), default=0))
-    return [[(f"{margin}  {key:<{widest}}  ", "dim"), (value, "")] for key, value in pairs]
 
 
 def _event_text(event: SpanEvent) -> str:
@@ -8965,14 +8911,13 @@ def _frames(event: SpanEvent) -> list[str]:
     own = [frame for frame in found if _is_own(frame[0])]
     shown = [
         f"{os.path.basename(path)}:{line}  {function}  {code}".rstrip()
-        for path, line, function, code in reversed((own or found)[-_MOST_FRAMES:])
+        for path, line, function, code in reversed((own or found)[-8:])
     ]
     more = len(found) - len(shown)
     return [*shown, f"and {more} frames of other code"] if more else shown
 
 
 _FRAME = re.compile(r'File "([^"\n]+)", line (\d+)(?:, in (.+))?(?:\n[ |]*+(?!File ")(.+))?')
-_MOST_FRAMES = 8
 
 
 # ==================================================================================================
@@ -10320,6 +10265,63 @@ def _check_order(wanted: str, first: object, second: object, kind: type = object
     """Raise StarioError, which shows `wanted`, unless `first` is text and `second` of that kind."""
     if not (isinstance(first, str) and isinstance(second, kind)):
         raise StarioError(f"write {wanted}, not with {first!r} and {second!r}")
+
+
+# -- What handlers raise. The test client (part 11) sets a list, and raises what is in it.
+
+_failures: contextvars.ContextVar[list[BaseException] | None]
+_failures = contextvars.ContextVar("stario_failures", default=None)
+
+_HINTS = (  # what Python says if an `await` is missing or wrong, and what to write instead
+    (r"NoneType.* can't be (used in 'await'|awaited)",
+     "the methods of a Writer are not awaited: w.html(...); nor are c(...) and publish(...). "
+     "And a handler is an `async def`"),
+    (r"'(?:method|function)' object (?:is not subscriptable|has no attribute)",
+     "call it, and await what is async: `(await c.signals())['name']`, `await c.req.form()`"),
+    (r"\bFuture\b.* can't be", "a loop's own futures are awaited: await asyncio.wrap_future(...)"),
+    (r"\bcoroutine\b", "`await` is missing: await c.signals(), await c.req.form()"),
+    (r"\b(Alive|Subscription|async_generator)\b",
+     "loop over it, `async for item in w.alive(source):`, or write `async with w.alive():`"),
+    (r"_GeneratorContextManager.* asynchronous", "a step is no async one: `with c.step(...):`"),
+)  # fmt: skip
+
+
+def _record(c: Context, exc: BaseException, is_handled: bool = False) -> None:
+    """Record an exception: as an event, or, if it is a fault of the program's, as the span's error.
+
+    A silent app logs faults, as asyncio does. In a test they are raised there instead, unless an
+    `on_error` handler answers for them.
+    """
+    if isinstance(exc, ClientDisconnected):
+        c("client.disconnected")
+        return
+    if isinstance(exc, HttpException):
+        c("http.exception", {"http.response.status_code": exc.status_code, "detail": exc.detail})
+        return
+    in_test = _failures.get()
+    if in_test is not None and not is_handled:
+        in_test.append(exc)
+    for sign, hint in _HINTS:
+        if isinstance(exc, (TypeError, AttributeError)) and re.search(sign, _safe_text(exc)):
+            exc.add_note(f"stario: {hint}")
+    if not c.app._silent:
+        c.span.fail(exc)
+    elif in_test is None:
+        _log_fault(f"unhandled exception in {c.req.method} {c.req.path}", exc)
+
+
+def _log_fault(text: str, exc: BaseException) -> None:
+    """Log as asyncio does. The further lines are indented, so no client can forge an entry."""
+    loop, text = asyncio.get_running_loop(), _printable(text)
+    if loop.get_exception_handler():
+        loop.call_exception_handler({"message": text, "exception": exc})
+        return
+    logger = logging.getLogger("asyncio")
+    info = (type(exc), exc, exc.__traceback__)
+    record = logger.makeRecord(logger.name, logging.ERROR, "", 0, text, (), info)
+    record.exc_text = "\n    ".join(map(_printable, _stack_of(exc).split("\n")))
+    if logger.isEnabledFor(logging.ERROR):
+        logger.handle(record)
 
 
 # -- Addresses

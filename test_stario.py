@@ -11309,10 +11309,11 @@ class TestTelemetry(unittest.TestCase):
         lock = tracer._running
 
         class Late:
-            acquire = lock.acquire
+            acquire, locked = lock.acquire, lock.locked
 
-            def release(self) -> None:  # the thread has looked into the queue for the last time
-                tracer("late").end()
+            def release(self) -> None:
+                if threading.current_thread() is not threading.main_thread():
+                    tracer("late").end()  # the thread has looked for the last time
                 lock.release()
 
         tracer._running = cast("Any", Late())
@@ -11759,7 +11760,7 @@ class TestTelemetry(unittest.TestCase):
         for width in (1, 2, 7, 20):
             for text in (letter * 30 for letter in letters):
                 screen = pyte.Screen(40, 1)
-                screen.draw(stario._padded(text, width) + "|")
+                screen.draw(stario._fit(text, width, width) + "|")
                 self.assertEqual(screen.cursor.x, width + 1, (text, width))
 
     @needs("pyte")
