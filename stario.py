@@ -77,20 +77,20 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        7146  18. Compression [compression]
        7355  19. Static files [assets]
        7927  20. Telemetry: spans, and who hears of them
-       8418  21. JsonTracer: for log collectors [json]
-       8491  22. RichTracer: for people [rich]
-       8924  23. Sessions [sessions]
-       9038  24. What lives as long as the server
-       9139  25. @baked
-       9425  26. ASGI: the same app under another server [asgi]
-       9652  27. RedisRelay: the same between processes and machines [redis]
-       9925  28. Reload: a saved file restarts the app [reload]
-      10069  29. Development: what went wrong, shown where one looks [development]
-      10187  30. What is refused; hosts, cookies, other sites
-    10606  ACT 5. The pocket client, and this file itself
-      10647  31. The pocket client (JavaScript) [client]
-      12031  32. This file as a page [read]
-      12201  33. An app to begin with
+       8416  21. JsonTracer: for log collectors [json]
+       8489  22. RichTracer: for people [rich]
+       8919  23. Sessions [sessions]
+       9033  24. What lives as long as the server
+       9134  25. @baked
+       9420  26. ASGI: the same app under another server [asgi]
+       9647  27. RedisRelay: the same between processes and machines [redis]
+       9920  28. Reload: a saved file restarts the app [reload]
+      10064  29. Development: what went wrong, shown where one looks [development]
+      10182  30. What is refused; hosts, cookies, other sites
+    10601  ACT 5. The pocket client, and this file itself
+      10642  31. The pocket client (JavaScript) [client]
+      12026  32. This file as a page [read]
+      12196  33. An app to begin with
 
 READING PATH
 
@@ -8005,8 +8005,7 @@ class Span:
             event = "exception"
         noted = SpanEvent(_safe_text(event), _noted(attributes), time.time_ns())
         self.events.append(noted)
-        if len(self.events) > _EVENTS_KEPT:
-            del self.events[:-_EVENTS_KEPT]  # one operation: two threads may do it at once
+        del self.events[:-_EVENTS_KEPT]  # one operation: two threads may do it at once
         self._tell(self.tracer.on_event, self, noted)
 
     def __setitem__(self, key: str, value: Any) -> None:
@@ -8348,7 +8347,6 @@ _renewed_at_fork: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def _begin_anew() -> None:
-    """Runs in the forked process."""
     _unused_ids.clear()
     for has_thread in _renewed_at_fork:
         has_thread._renew()
@@ -8494,11 +8492,11 @@ _json_text = json.encoder.encode_basestring_ascii  # the same for text, in a fif
 # (child spans) with the time since its start. A step has a bar that shows when it ran within the
 # request. A *footer* at the bottom of the terminal shows what is still open.
 #
-#     09:48:02  POST /buy                               200   5.1 ms
-#                0.51 ms  stock.checked               left=3
-#                0.56 ms  query                               4.3 ms  ─━━━━━━━━━━━  table=orders
+#     09:48:02  POST /buy                          200   5.1 ms
+#                0.51 ms  stock.checked                 left=3
+#                0.56 ms  query                          4.3 ms  ─━━━━━━━━━━━  table=orders
 #     ── 1 open ────────────────────────────────────────────────────────────────────────────────
-#       12.4 s  GET /subscribe                             31 events  tile.painted
+#       12.4 s  GET /subscribe                        31 events  tile.painted
 #
 # `RichTracer` keeps what is open as trees of `_Branch`, and the footer on the screen; `_Burst` says
 # which trees are shown; `_Look` turns them into lines.
@@ -8535,16 +8533,14 @@ class _Branch:
 
 
 class _Burst:
-    """Says which trees are shown: twenty a second, and the first failure of each kind.
-
-    Others are counted. After the second each kind of them (name and outcome) gets a line, and in
-    the next second as many fewer are shown.
+    """Says which trees are shown: twenty a second, and the first failure of each kind. Others are
+    counted, and summed up in a line for each kind; in the next second as many fewer are shown.
     """
 
     def __init__(self) -> None:
         self.began = 0.0  # the second, on the monotonic clock
         self.shown = 0  # trees in it
-        self.kinds: dict[tuple[str, _Piece], list[int]] = {}  # durations of those counted
+        self.kinds: dict[tuple[str, _Piece], list[int]] = {}  # (name, outcome): counted durations
 
     def is_shown(self, span: Span) -> bool:
         """Whether to show a span that has ended; otherwise it is counted."""
@@ -8618,13 +8614,13 @@ class RichTracer(_StreamTracer):
         return ""
 
     def _happened(self, span: Span, event: SpanEvent) -> str:
-        """Show an event now if its tree will not, or an exception if its tree will not soon."""
+        """Keep an event for its tree, if that is open. An exception that would wait is shown."""
         branch = self._open.get(span.id)
         if branch:
             branch.add(event)
             span = branch.root.span
-            is_long = event.time_ns - span.start_ns > _LONG or branch.root.left_out()
-            if event.name != "exception" or not is_long:
+            is_soon = event.time_ns - span.start_ns < _LONG and not branch.root.left_out()
+            if event.name != "exception" or is_soon:
                 return ""
         return self._look.text([self._look.heading(span), *self._look.event(span, event)])
 
@@ -8718,12 +8714,9 @@ class _Look:
         """Four columns. The name gets the room that the others leave; a longer one pushes them."""
         shown, figure = f"{outcome[0]:>7}".rstrip(), f"{figure:>9}"
         others = len(when) + len(shown) + len(figure)
-        room = self._figures_end() - others
+        room = max(46, min(70, self.width - 34)) - others
         name = _fit(name, max(8, room, self.width - 4 - others), room)
         return [(when, "dim"), (name, style), (shown, outcome[1]), (figure, "")]
-
-    def _figures_end(self) -> int:
-        return max(46, min(70, self.width - 34))
 
     def heading(self, span: Span) -> _Line:
         """The first line of a tree."""
@@ -8758,18 +8751,22 @@ class _Look:
         return self.with_pairs([*columns, ("  ", ""), *_bar(root, span)], margin, span.attributes)
 
     def event(self, root: Span, event: SpanEvent, margin: str = " " * 20) -> list[_Line]:
-        """An event. Below an exception are the frames that it has passed through."""
+        """An event: when it happened after the root's start, and what it was."""
         when = f"{_time_text(event.time_ns - root.start_ns):>18}{margin[18:]}"
-        end = self._figures_end() - len(when)
-        name, below = (_fit(event.name, end, end - 16), "cyan"), list[_Piece]()
+        line, below = self.columns(when, event.name, "", style="cyan")[:2], list[_Piece]()
         if event.name == "exception":
-            for text in _failure(event).split("\n"):
-                is_wide = _cells(text) > len(text)  # some of its characters take two columns
-                width = max(20, self.width - len(margin) - 3) // (1 + is_wide)
-                below += [(part, "red") for part in textwrap.wrap(text, width)]
-            name, below = below[0], [*below[1:12], *((frame, "") for frame in _frames(event))]
-        lines = self.with_pairs([(when, "dim"), name], margin, event.attributes)
-        return [*lines, *([(f"{margin}  ", "dim"), piece] for piece in below)]
+            line[1], *below = self.failure(event, self.width - len(margin) - 3)
+        *lines, last = line, *([(f"{margin}  ", "dim"), piece] for piece in below)
+        return [*lines, *self.with_pairs(last, margin, event.attributes)]
+
+    def failure(self, event: SpanEvent, width: int) -> list[_Piece]:
+        """An exception's message, wrapped; below it the frames that it has passed through."""
+        message: list[_Piece] = []
+        for text in _failure(event).split("\n"):
+            is_wide = _cells(text) > len(text)  # some of its characters take two columns
+            parts = textwrap.wrap(text, max(20, width // 2 if is_wide else width))
+            message += [(part, "red") for part in parts]
+        return [*message[:12], *((frame, "") for frame in _frames(event))]
 
     def with_pairs(self, line: _Line, margin: str, attributes: Mapping[str, Any]) -> list[_Line]:
         """A line with its attributes after it or, if there is no room for them, below it."""
@@ -8806,11 +8803,9 @@ class _Look:
         rest += [f"{key}={value}" for key, value in _pairs(span.attributes)]
         for event in events:
             rest.append(f"| {_time_text(event.time_ns - span.start_ns)} {_event_text(event)}")
-        line = [
-            (f"{_clock(span.start_ns)} {span.trace_id[:4]} ", "dim"),
-            (_title(span), "bold"),
-        ]
-        return self.text([[*line, (f" {outcome}".rstrip(), style), (f" {' '.join(rest)}", "")]])
+        line = [(f"{_clock(span.start_ns)} {span.trace_id[:4]} ", "dim"), (_title(span), "bold")]
+        line += [(f" {outcome}".rstrip(), style), (f" {' '.join(rest)}", "")]
+        return self.text([line])
 
 
 def _terminal_size(stream: Any) -> tuple[int, int] | None:

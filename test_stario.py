@@ -11483,6 +11483,16 @@ class TestTelemetry(unittest.TestCase):
         )
         self.assertRegex(job, r" job failed [\d.]+ ms a=1 \| [\d.]+ ms half\\x1b\[2J\\n k=v$")
 
+    def test_an_event_after_the_end_is_a_line_of_its_own(self) -> None:
+        for make, pattern in (
+            (JsonTracer, r'job.*end_time.*\n.*job.*"partial":true.*"name":"late".*"n":1.*\n'),
+            (RichTracer, r" job [\d.]+ ms\n.* job [\d.]+ ms \| [\d.]+ ms late n=1\n"),
+        ):
+            with make(out := io.StringIO()) as tracer:
+                (span := tracer("job")).end()
+                span("late", {"n": 1})
+            self.assertRegex(out.getvalue(), pattern)
+
     def test_trace_context_of_the_caller_is_taken_over(self) -> None:
         """W3C Trace Context, section 3.2: what is not well-formed is ignored."""
         tracer, parents = CountingTracer(), []
@@ -11739,6 +11749,24 @@ class TestTelemetry(unittest.TestCase):
         terminal.type("\n")
         self.assertEqual(terminal.wait(), 0)
         self.assertRegex(terminal.lines()[-1], r" stream +[\d.]+ m?s$")
+
+    @needs("pyte")
+    def test_at_a_terminal_a_long_message_is_wrapped_and_what_comes_late_is_shown(self) -> None:
+        words = "wrapped at words as wide as the terminal makes it and not at half of that"
+        terminal = Terminal(
+            self,
+            "    with tracer('job') as span:\n"
+            f"        span(ValueError('{words}\\nsecond line'), {{'n': 1}})\n"
+            "    span('late', {'n': 2})\n",
+        )
+        self.assertEqual(terminal.wait(), 0)
+        job, first, rest, second, heading, late = (line.strip() for line in terminal.lines())
+        self.assertRegex(job, r"  job +[\d.]+ ms$")
+        self.assertGreater(len(first), 60)
+        shown = first.partition("✗ ValueError: ")[2] + " " + rest
+        self.assertEqual((shown, second), (words, "second line  n=1"))
+        self.assertEqual(heading, job)
+        self.assertRegex(late, r"^[\d.]+ ms  late +n=2$")
 
     @needs("pyte")
     def test_what_a_program_prints_is_never_dropped_at_a_terminal_that_takes_it(self) -> None:
