@@ -8440,45 +8440,45 @@ class JsonTracer(_StreamTracer):
         self._put((self._keep, span, _log_json({**noted, "attributes": event.attributes})))
 
     def _entry_of(self, span: Span) -> _Entry:
-        fields = self._fields(span, f'"end_time_unix_nano":{span.end_ns}')
-        return (self._line, span, fields) if span.events else f"{{{fields}}}\n"
+        line = self._line(span, f'"end_time_unix_nano":{span.end_ns}')
+        return (self._with_events, span, line) if span.events else line + "}\n"
+
+    def _line(self, span: Span, more: str) -> str:
+        """The line of a span, without its events and the last brace."""
+        try:
+            name, attributes = _json_text(span.name), _log_json(span.attributes)
+        except Exception:  # something was put there directly
+            name, attributes = _json_text(_safe_text(span.name)), _log_json(_noted(span.attributes))
+        line = (
+            f'{{"name":{name},"trace_id":"{span.trace_id}","span_id":"{span.id}",'
+            f'"start_time_unix_nano":{span.start_ns},{more},"attributes":{attributes}'
+        )
+        if span.parent_id:
+            line += f',"parent_span_id":"{span.parent_id}"'
+        if span.links:
+            links = [{"trace_id": other.trace_id, "span_id": other.id} for other in span.links[:]]
+            line += f',"links":{_log_json(links)}'
+        if span.error:
+            line += f',"status":{{"code":"ERROR","message":{_json_text(span.error)}}}'
+        return line
 
     # These run in the tracer's thread:
 
     def _keep(self, span: Span, event: str) -> str:
         events = self._events.setdefault(span, [])
         events.append(event)
-        return self._partial_line(span) if len(events) == _EVENTS_KEPT else ""
+        return self._partial(span) if len(events) == _EVENTS_KEPT else ""
 
-    def _partial_line(self, span: Span) -> str:
-        return self._line(span, self._fields(span, '"partial":true'))
+    def _partial(self, span: Span) -> str:
+        return self._with_events(span, self._line(span, '"partial":true'))
 
-    def _line(self, span: Span, fields: str) -> str:
+    def _with_events(self, span: Span, line: str) -> str:
         if span in self._events:
-            fields += f',"events":[{",".join(self._events.pop(span))}]'
-        return f"{{{fields}}}\n"
+            line += f',"events":[{",".join(self._events.pop(span))}]'
+        return line + "}\n"
 
     def _completed(self, text: str, ending: bool) -> str:
-        return text + "".join(map(self._partial_line, list(self._events)))
-
-    def _fields(self, span: Span, more: str) -> str:
-        """The line of a span, without its events and the braces around it."""
-        try:
-            name, attributes = _json_text(span.name), _log_json(span.attributes)
-        except Exception:  # something was put there directly
-            name, attributes = _json_text(_safe_text(span.name)), _log_json(_noted(span.attributes))
-        text = (
-            f'"name":{name},"trace_id":"{span.trace_id}","span_id":"{span.id}",'
-            f'"start_time_unix_nano":{span.start_ns},{more},"attributes":{attributes}'
-        )
-        if span.parent_id:
-            text += f',"parent_span_id":"{span.parent_id}"'
-        if span.links:
-            links = [{"trace_id": other.trace_id, "span_id": other.id} for other in span.links[:]]
-            text += f',"links":{_log_json(links)}'
-        if span.error:
-            text += f',"status":{{"code":"ERROR","message":{_log_json(span.error)}}}'
-        return text
+        return text + "".join(map(self._partial, list(self._events)))
 
 
 _log_json = _json_writer(_safe_text)
