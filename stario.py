@@ -77,20 +77,20 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        7146  18. Compression [compression]
        7355  19. Static files [assets]
        7927  20. Telemetry: spans, and who hears of them
-       8416  21. JsonTracer: for log collectors [json]
-       8489  22. RichTracer: for people [rich]
-       8919  23. Sessions [sessions]
-       9033  24. What lives as long as the server
-       9134  25. @baked
-       9420  26. ASGI: the same app under another server [asgi]
-       9647  27. RedisRelay: the same between processes and machines [redis]
-       9920  28. Reload: a saved file restarts the app [reload]
-      10064  29. Development: what went wrong, shown where one looks [development]
-      10182  30. What is refused; hosts, cookies, other sites
-    10601  ACT 5. The pocket client, and this file itself
-      10642  31. The pocket client (JavaScript) [client]
-      12026  32. This file as a page [read]
-      12196  33. An app to begin with
+       8417  21. JsonTracer: for log collectors [json]
+       8490  22. RichTracer: for people [rich]
+       8923  23. Sessions [sessions]
+       9037  24. What lives as long as the server
+       9138  25. @baked
+       9424  26. ASGI: the same app under another server [asgi]
+       9651  27. RedisRelay: the same between processes and machines [redis]
+       9924  28. Reload: a saved file restarts the app [reload]
+      10068  29. Development: what went wrong, shown where one looks [development]
+      10186  30. What is refused; hosts, cookies, other sites
+    10604  ACT 5. The pocket client, and this file itself
+      10645  31. The pocket client (JavaScript) [client]
+      12029  32. This file as a page [read]
+      12199  33. An app to begin with
 
 READING PATH
 
@@ -8085,10 +8085,6 @@ class Tracer:
         """A span has ended: its attributes, error and end time are final."""
 
 
-# -- A trace goes on in other programs (W3C Trace Context). A request to one of them has the field
-# `traceparent: 00-<trace id>-<span id>-01`, and its span there becomes a child of ours. Programs
-# with many requests record only some traces, the *sampled* ones. The field of others ends in 00.
-
 # Random ids that no span has yet, of 16 hex digits: the system is asked for many at once.
 _unused_ids: list[str] = []
 
@@ -8097,6 +8093,11 @@ def _new_id() -> str:
     if len(_unused_ids) < 100:  # not 0, since other threads take some at the same time
         _unused_ids.extend(os.urandom(8 * 1000).hex("-", 8).split("-"))
     return _unused_ids.pop()
+
+
+# -- A trace goes on in other programs (W3C Trace Context). A request to one of them has the field
+# `traceparent: 00-<trace id>-<span id>-01`, and its span there becomes a child of ours. Programs
+# with many requests record only some traces, the *sampled* ones. The field of others ends in 00.
 
 
 class _Caller(NamedTuple):
@@ -8300,7 +8301,7 @@ class _StreamTracer(Tracer):
             if text:
                 self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
                 self._stream.flush()
-            self._lost -= count + lost
+            self._lost -= count + lost  # these are written, and those are told
 
     def _text_of(self, entry: _Entry) -> str:
         try:
@@ -8631,6 +8632,20 @@ class RichTracer(_StreamTracer):
             return ""
         return self._look.text(self._look.tree(branch))
 
+    def _completed(self, text: str, ending: bool) -> str:
+        """Add the summary of a burst and, at the end, what is still open; paint the footer."""
+        if not self._live:
+            return text
+        look = self._look
+        look.width, look.height = _terminal_size(self._stream) or (80, 24)
+        if ending or time.monotonic() - self._burst.began >= 1:
+            text += look.text(self._burst.summary(look))
+        roots = [branch for branch in self._open.values() if branch.root is branch]
+        if ending:
+            text += look.text([look.heading(root.span) for root in roots])
+            self._open.clear()
+        return self._on_screen(text, [] if ending else look.footer(roots))
+
     # The screen. A terminal obeys codes that begin with the ESC character (`\x1b`):
     #
     #     ESC 7, ESC 8        save the position of the cursor; go back there
@@ -8643,38 +8658,27 @@ class RichTracer(_StreamTracer):
     # The lines above the footer scroll, and the footer does not. The cursor stays above it, and so
     # does all that is written there: prints, what a person types, other programs' output.
 
-    def _completed(self, text: str, ending: bool) -> str:
+    def _on_screen(self, text: str, footer: list[_Line]) -> str:
         """The codes that erase the footer, the text, and those that paint the footer anew."""
-        if not self._live:
-            return text
-        look = self._look
-        look.width, look.height = _terminal_size(self._stream) or (80, 24)
-        if ending or time.monotonic() - self._burst.began >= 1:
-            text += look.text(self._burst.summary(look))
-        roots = [branch for branch in self._open.values() if branch.root is branch]
-        if ending:
-            text += look.text([look.heading(root.span) for root in roots])
-            self._open.clear()
-        old, self._footer = self._footer, "" if ending else self._painted_footer(roots)
+        old, self._footer = self._footer, self._painted(footer)
         if not text and self._footer == old:
             return ""
         # A print may have left the cursor in mid-line. Then a row of spaces as wide as the screen
         # ends on the next line; otherwise on this one. The text begins on that line, after `\r`.
         if text:
-            text = f"{'':{look.width}}\r\x1b[K{text}"
+            text = f"{'':{self._look.width}}\r\x1b[K{text}"
         erase = "\x1b7\x1b[r\x1b8\x1b[J" if old else ""
         return erase + text + self._footer
 
-    def _painted_footer(self, roots: list[_Branch]) -> str:
+    def _painted(self, footer: list[_Line]) -> str:
         """The footer's codes: scroll until there is room below the cursor, then paint it there."""
-        lines = self._look.footer(roots)
-        if not lines:
+        if not footer:
             return ""
-        rows, above = len(lines), self._look.height - len(lines)
-        room = "\x1bD" * rows + f"\x1b[{rows}A\x1b7\x1b[1;{above}r"
+        rows, above = len(footer), self._look.height - len(footer)
         painted = ""
-        for row, line in enumerate(lines, above + 1):
+        for row, line in enumerate(footer, above + 1):
             painted += f"\x1b[{row}H{self._look.text([line])}"
+        room = "\x1bD" * rows + f"\x1b[{rows}A\x1b7\x1b[1;{above}r"
         return f"{room}\x1b[?7l{painted}\x1b[?7h\x1b8"
 
 
@@ -10264,8 +10268,7 @@ def _check_order(wanted: str, first: object, second: object, kind: type = object
 
 # -- What handlers raise. The test client (part 11) sets a list, and raises what is in it.
 
-_failures: contextvars.ContextVar[list[BaseException] | None]
-_failures = contextvars.ContextVar("stario_failures", default=None)
+_failures: contextvars.ContextVar[Any] = contextvars.ContextVar("stario_failures", default=None)
 
 _HINTS = (  # what Python says if an `await` is missing or wrong, and what to write instead
     (r"NoneType.* can't be (used in 'await'|awaited)",
