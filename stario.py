@@ -77,20 +77,20 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        7146  18. Compression [compression]
        7355  19. Static files [assets]
        7927  20. Telemetry: spans, and who hears of them
-       8417  21. JsonTracer: for log collectors [json]
-       8490  22. RichTracer: for people [rich]
-       8923  23. Sessions [sessions]
-       9037  24. What lives as long as the server
-       9138  25. @baked
-       9424  26. ASGI: the same app under another server [asgi]
-       9651  27. RedisRelay: the same between processes and machines [redis]
-       9924  28. Reload: a saved file restarts the app [reload]
-      10068  29. Development: what went wrong, shown where one looks [development]
-      10186  30. What is refused; hosts, cookies, other sites
-    10604  ACT 5. The pocket client, and this file itself
-      10645  31. The pocket client (JavaScript) [client]
-      12029  32. This file as a page [read]
-      12199  33. An app to begin with
+       8416  21. JsonTracer: for log collectors [json]
+       8489  22. RichTracer: for people [rich]
+       8922  23. Sessions [sessions]
+       9036  24. What lives as long as the server
+       9137  25. @baked
+       9423  26. ASGI: the same app under another server [asgi]
+       9650  27. RedisRelay: the same between processes and machines [redis]
+       9923  28. Reload: a saved file restarts the app [reload]
+      10067  29. Development: what went wrong, shown where one looks [development]
+      10185  30. What is refused; hosts, cookies, other sites
+    10603  ACT 5. The pocket client, and this file itself
+      10644  31. The pocket client (JavaScript) [client]
+      12028  32. This file as a page [read]
+      12198  33. An app to begin with
 
 READING PATH
 
@@ -8231,7 +8231,9 @@ class _StreamTracer(Tracer):
         if stream is not None and (not is_text or hasattr(stream, "readinto")):  # (of bytes)
             raise StarioError(f"a tracer needs a stream of text, like sys.stdout, not {stream!r}")
         self._stream: Any = sys.stdout if stream is None else stream  # (None: there is no output)
-        self._logging = None if logging_level is None else _LogToSpan(logging_level)
+        level = logging_level
+        self._logging_level = None if level is None else logging.Handler(level).level
+        self._logging: _LogToSpan | None = None
         self._renew()
         _renewed_at_fork.add(self)
 
@@ -8240,16 +8242,17 @@ class _StreamTracer(Tracer):
         self._queue: list[_Entry] = []
         self._running = threading.Lock()  # held while there is a thread, so that there is only one
         self._wake: queue.SimpleQueue[bool] = queue.SimpleQueue()  # True: write what is left, end
-        self._lost = 0  # entries that were not written, and are not reported yet
+        self._lost = 0  # not written, and not reported yet (below 0: reported, but then written)
 
     def __enter__(self) -> Self:
-        if self._logging:
-            self._logging.install()
+        if self._logging_level is not None and self._logging is None:
+            self._logging = _LogToSpan(self._logging_level)
         return self
 
     def __exit__(self, *exc: object) -> None:
         if self._logging:
             self._logging.remove()
+            self._logging = None
         self._close()
 
     def on_end(self, span: Span) -> None:
@@ -8290,7 +8293,7 @@ class _StreamTracer(Tracer):
         count = len(entries)
         del self._queue[:count]
         self._lost += count  # until they are written, since `_close` may give up before
-        if lost:
+        if lost > 0:
             note = Tracer()("telemetry.lost", {"count": lost})
             note.end()
             entries.append(self._entry_of(note))
@@ -8325,12 +8328,16 @@ class _StreamTracer(Tracer):
             self._lost += len(self._queue)
             if sys.stdout is self._stream:  # Python's flush at exit would hang as well
                 sys.stdout = None
-        if self._lost:  # told in a thread, since standard error may stall as well
+        if self._lost > 0:  # told in a thread, since standard error may stall as well
             text = f"stario: {self._lost} spans and events could not be written\n".encode()
             self._lost = 0
             telling = threading.Thread(target=os.write, args=(2, text), daemon=True)
             telling.start()
             telling.join(0.2)
+
+
+# Tracers and relays. Each has a thread, and a forked process has none of its parent's threads.
+_renewed_at_fork: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 @atexit.register
@@ -8341,10 +8348,6 @@ def _write_what_is_left() -> None:
             # No thread begins from here on: 3.11 would wait for it forever.
             if tracer._running.acquire(False) and tracer._queue:
                 tracer._write_all(True)  # came after the thread's last write
-
-
-# Tracers and relays. Each has a thread, and a forked process has none of its parent's threads.
-_renewed_at_fork: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def _begin_anew() -> None:
@@ -8364,16 +8367,12 @@ if hasattr(os, "register_at_fork"):
 class _LogToSpan(logging.Handler):
     """Replaces the root logger's handlers, and gives them what is not logged within a span."""
 
-    def __init__(self, level: int | str) -> None:
-        super().__init__(level)
-        self._least, self.level = self.level, logging.NOTSET  # it is given all records
-
-    def install(self) -> None:
+    def __init__(self, level: int) -> None:
+        super().__init__()
         root = logging.getLogger()
-        if self not in root.handlers:
-            self._others, self._root_level = root.handlers[:], root.level
-            root.handlers[:] = [self]
-            root.setLevel(min(self._least, root.level))
+        self._least, self._root_level, self._others = level, root.level, root.handlers[:]
+        root.handlers[:] = [self]
+        root.setLevel(min(level, root.level))
 
     def remove(self) -> None:
         """Put everything back, unless the handlers have been changed meanwhile."""

@@ -11258,6 +11258,28 @@ class TestTelemetry(unittest.TestCase):
         self.assertRegex(done.stderr, told)
         self.assertEqual(done.returncode, 0)
 
+    def test_what_was_told_as_lost_and_is_written_after_all_is_not_told_again(self) -> None:
+        stalled, let_go, told = threading.Event(), threading.Event(), list[bytes]()
+
+        class Stalling(io.StringIO):
+            def write(self, text: str) -> int:
+                stalled.set()
+                let_go.wait(20)
+                return super().write(text)
+
+        tell = mock.patch.object(os, "write", lambda _, text: told.append(text))
+        with tell, mock.patch.object(stario, "_PATIENCE", 0.01), JsonTracer(Stalling()) as tracer:
+            tracer("first").end()
+            self.assertTrue(stalled.wait(20))
+        self.assertIn(b" 1 spans and events ", told[0])
+        let_go.set()
+        self.assertTrue(tracer._running.acquire(timeout=20))  # its thread has ended
+        tracer._running.release()
+        with tracer:
+            tracer("second").end()
+        names = [json.loads(line)["name"] for line in tracer._stream.getvalue().splitlines()]
+        self.assertEqual(names, ["first", "second"])
+
     def test_whatever_a_stream_raises_the_next_spans_are_written(self) -> None:
         class Failing(io.StringIO):
             def __init__(self, error: BaseException) -> None:
