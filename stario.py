@@ -9966,11 +9966,9 @@ def _compiles(paths: Iterable[str]) -> bool:
     """Whether these files are valid Python; prints the error if not."""
     for path in paths:
         try:
-            if path.endswith(".py"):
-                with open(path, "rb") as file:
+            with suppress(OSError), open(path, "rb") as file:  # (it may have been removed)
+                if path.endswith(".py"):
                     compile(file.read(), path, "exec")
-        except OSError:  # it was removed
-            pass
         except Exception as exc:
             print(*traceback.format_exception_only(exc), "waiting for a change", file=sys.stderr)
             return False
@@ -10058,6 +10056,13 @@ def _reload(app: Stario, server: Server) -> None:
         async for _ in w.alive():
             pass
 
+    def end_with_parent() -> None:  # which may have been killed
+        while os.getppid() == parent or server._asked_at:
+            time.sleep(_LOOK_EVERY)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    parent = os.getppid()
+    threading.Thread(target=end_with_parent, daemon=True).start()
     app._tree.add("GET", "/_stario/reload.js", script)
     app._tree.add("GET", "/_stario/reload", version)
     app._writer = _ReloadingWriter

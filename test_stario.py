@@ -14024,6 +14024,22 @@ class TestReload(AsyncTest):
         await peer.close()
         await self.check_that_a_second_one_is_refused_and_a_signal_ends_the_first()
 
+    async def test_a_child_ends_with_its_parent_even_if_that_is_killed(self) -> None:
+        await self.listening()
+        peer = await Peer.connect(self.port)
+        page = (await within(peer.get("/"), 20)).text
+        version = re.search(r"reload.js\?(\d+)", page)
+        assert version
+
+        def kill_child() -> None:
+            with suppress(ProcessLookupError):
+                os.kill(int(version[1]), signal.SIGKILL)
+
+        self.addCleanup(kill_child)
+        self.process.kill()
+        self.assertEqual(await within(peer.rest(), 20), b"")
+        await peer.close()
+
     async def check_that_a_second_one_is_refused_and_a_signal_ends_the_first(self) -> None:
         second = await asyncio.create_subprocess_exec(
             sys.executable, "program.py", cwd=self.folder,
