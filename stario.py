@@ -11691,7 +11691,8 @@ function formOf(el, evt, selector) {
   return () => {
     const fields = new FormData(form);
     if (button?.name) fields.append(button.name, button.value);
-    return enctype(form) === 'multipart/form-data' ? fields : new URLSearchParams(fields);
+    if (enctype(form) === 'multipart/form-data') return fields;
+    return new URLSearchParams([...fields].map(([name, value]) => [name, value.name ?? value]));
   };
 }
 

@@ -16218,6 +16218,18 @@ class TestPocketClient(ClientPromises, unittest.TestCase):
         self.show("""<p id="p" data-signals="{größe: {maß: 1}}" data-text="$größe.maß + 1"></p>""")
         self.see("byId('p').textContent", "2")
 
+    def test_a_file_in_an_urlencoded_form_is_sent_as_its_name(self) -> None:
+        self.show(
+            """<form><input id="f" type="file" name="f"><input type="file" name="none">
+            <button id="b" data-on:click="@post('/s', {contentType: 'form'})"></button></form>"""
+        )
+        self.do(
+            "const files = new DataTransfer(); files.items.add(new File(['x'], 'ä.txt')); "
+            "byId('f').files = files.files; byId('b').click()"
+        )
+        fields = parse_qs(self.stage.requests("/s")[0].body, keep_blank_values=True)
+        self.assertEqual(fields, {"f": ["ä.txt"], "none": [""]})
+
     def test_a_click_inside_a_button_loads_no_page(self) -> None:
         self.show(
             """<form action="/gone"><input name="a" value="1"><button><b id="b"
