@@ -85,12 +85,12 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        9423  26. ASGI: the same app under another server [asgi]
        9650  27. RedisRelay: the same between processes and machines [redis]
        9923  28. Reload: a saved file restarts the app [reload]
-      10067  29. Development: what went wrong, shown where one looks [development]
-      10185  30. What is refused; hosts, cookies, other sites
-    10603  ACT 5. The pocket client, and this file itself
-      10644  31. The pocket client (JavaScript) [client]
-      12028  32. This file as a page [read]
-      12198  33. An app to begin with
+      10072  29. Development: what went wrong, shown where one looks [development]
+      10190  30. What is refused; hosts, cookies, other sites
+    10608  ACT 5. The pocket client, and this file itself
+      10649  31. The pocket client (JavaScript) [client]
+      12034  32. This file as a page [read]
+      12204  33. An app to begin with
 
 READING PATH
 
