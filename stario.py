@@ -77,20 +77,20 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        7146  18. Compression [compression]
        7355  19. Static files [assets]
        7927  20. Telemetry: spans, and who hears of them
-       8416  21. JsonTracer: for log collectors [json]
-       8489  22. RichTracer: for people [rich]
-       8922  23. Sessions [sessions]
-       9036  24. What lives as long as the server
-       9137  25. @baked
-       9423  26. ASGI: the same app under another server [asgi]
-       9650  27. RedisRelay: the same between processes and machines [redis]
-       9923  28. Reload: a saved file restarts the app [reload]
-      10072  29. Development: what went wrong, shown where one looks [development]
-      10190  30. What is refused; hosts, cookies, other sites
-    10608  ACT 5. The pocket client, and this file itself
-      10649  31. The pocket client (JavaScript) [client]
-      12034  32. This file as a page [read]
-      12204  33. An app to begin with
+       8415  21. JsonTracer: for log collectors [json]
+       8488  22. RichTracer: for people [rich]
+       8921  23. Sessions [sessions]
+       9035  24. What lives as long as the server
+       9136  25. @baked
+       9422  26. ASGI: the same app under another server [asgi]
+       9649  27. RedisRelay: the same between processes and machines [redis]
+       9922  28. Reload: a saved file restarts the app [reload]
+      10071  29. Development: what went wrong, shown where one looks [development]
+      10189  30. What is refused; hosts, cookies, other sites
+    10607  ACT 5. The pocket client, and this file itself
+      10648  31. The pocket client (JavaScript) [client]
+      12033  32. This file as a page [read]
+      12203  33. An app to begin with
 
 READING PATH
 
@@ -8231,8 +8231,7 @@ class _StreamTracer(Tracer):
         if stream is not None and (not is_text or hasattr(stream, "readinto")):  # (of bytes)
             raise StarioError(f"a tracer needs a stream of text, like sys.stdout, not {stream!r}")
         self._stream: Any = sys.stdout if stream is None else stream  # (None: there is no output)
-        level = logging_level
-        self._logging_level = None if level is None else logging.Handler(level).level
+        self._log_level = None if logging_level is None else logging.Handler(logging_level).level
         self._logging: _LogToSpan | None = None
         self._renew()
         _renewed_at_fork.add(self)
@@ -8245,8 +8244,8 @@ class _StreamTracer(Tracer):
         self._lost = 0  # not written, and not reported yet (below 0: reported, but then written)
 
     def __enter__(self) -> Self:
-        if self._logging_level is not None and self._logging is None:
-            self._logging = _LogToSpan(self._logging_level)
+        if self._log_level is not None and self._logging is None:
+            self._logging = _LogToSpan(self._log_level)
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -8614,7 +8613,7 @@ class RichTracer(_StreamTracer):
         return ""
 
     def _happened(self, span: Span, event: SpanEvent) -> str:
-        """Keep an event for its tree, if that is open. An exception that would wait is shown."""
+        """Keep an event for its tree. If that is gone, or an exception would wait long, show it."""
         branch = self._open.get(span.id)
         if branch:
             branch.add(event)
@@ -8717,7 +8716,7 @@ class _Look:
         """Four columns. The name gets the room that the others leave; a longer one pushes them."""
         shown, figure = f"{outcome[0]:>7}".rstrip(), f"{figure:>9}"
         others = len(when) + len(shown) + len(figure)
-        room = max(46, min(70, self.width - 34)) - others
+        room = max(46, min(70, self.width - 34)) - others  # (all figures end at the same place)
         name = _fit(name, max(8, room, self.width - 4 - others), room)
         return [(when, "dim"), (name, style), (shown, outcome[1]), (figure, "")]
 
@@ -8727,7 +8726,7 @@ class _Look:
         return self.columns(f"{_clock(span.start_ns)}  ", _title(span), took, _outcome(span))
 
     def tree(self, branch: _Branch) -> list[_Line]:
-        """A root with its events and steps. If it ran long without steps or error, it is a line."""
+        """A root with its events and steps. A stream (long, without steps or error) is one line."""
         span, line = branch.span, self.heading(branch.span)
         if span.end_ns - span.start_ns >= _LONG and not branch.steps and not span.error:
             line.append((f"  {branch.events:,} events", "dim"))
