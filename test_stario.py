@@ -9484,6 +9484,26 @@ class TestSignals(unittest.TestCase):
 
         asyncio.run(check())
 
+    def test_what_is_no_object_is_told_like_any_other_problem(self) -> None:
+        app = Stario()
+
+        async def show(c: Context, w: Writer) -> None:
+            with self.assertRaises(SignalsError) as caught:
+                await c.signals()
+            [problem] = caught.exception.problems
+            w.json([problem, problem.field, problem.expected, problem.got])
+
+        app.post("/", show)
+
+        async def check() -> None:
+            async with TestClient(app) as client:
+                for body in ("null", '"x"', "[1, true]", "5"):
+                    answer = (await client.post("/", body=body.encode())).json()
+                    sentence = f"the signals: expected an object, got {body}"
+                    self.assertEqual(answer, [sentence, "", "an object", body])
+
+        asyncio.run(check())
+
     def test_others_are_answered_while_many_signals_are_checked(self) -> None:
         begun, other_is_answered = threading.Event(), threading.Event()
 
