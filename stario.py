@@ -8296,18 +8296,18 @@ class _StreamTracer(Tracer):
             note = Tracer()("telemetry.lost", {"count": lost})
             note.end()
             entries.append(self._entry_of(note))
-        text = "".join(map(self._text_of, entries))
+        texts = [each if isinstance(each, str) else self._called(*each) for each in entries]
         with suppress(BaseException):  # whatever the stream's methods raise
-            text = self._completed(text, ending)
+            text = self._completed("".join(texts), ending)
             encoding = getattr(self._stream, "encoding", None) or "utf-8"  # may lack characters
             if text:
                 self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
                 self._stream.flush()
             self._lost -= count + lost  # these are written, and those are told
 
-    def _text_of(self, entry: _Entry) -> str:
+    def _called(self, function: Callable[..., str], *arguments: object) -> str:
         try:
-            return entry if isinstance(entry, str) else entry[0](*entry[1:])
+            return function(*arguments)
         except Exception:  # this one cannot be shown, but the others can
             self._lost += 1
             return ""
