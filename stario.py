@@ -77,20 +77,20 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        7146  18. Compression [compression]
        7355  19. Static files [assets]
        7927  20. Telemetry: spans, and who hears of them
-       8415  21. JsonTracer: for log collectors [json]
-       8488  22. RichTracer: for people [rich]
-       8921  23. Sessions [sessions]
-       9035  24. What lives as long as the server
-       9136  25. @baked
-       9422  26. ASGI: the same app under another server [asgi]
-       9649  27. RedisRelay: the same between processes and machines [redis]
-       9922  28. Reload: a saved file restarts the app [reload]
-      10071  29. Development: what went wrong, shown where one looks [development]
-      10189  30. What is refused; hosts, cookies, other sites
-    10607  ACT 5. The pocket client, and this file itself
-      10648  31. The pocket client (JavaScript) [client]
-      12033  32. This file as a page [read]
-      12203  33. An app to begin with
+       8416  21. JsonTracer: for log collectors [json]
+       8489  22. RichTracer: for people [rich]
+       8922  23. Sessions [sessions]
+       9036  24. What lives as long as the server
+       9137  25. @baked
+       9423  26. ASGI: the same app under another server [asgi]
+       9650  27. RedisRelay: the same between processes and machines [redis]
+       9923  28. Reload: a saved file restarts the app [reload]
+      10072  29. Development: what went wrong, shown where one looks [development]
+      10190  30. What is refused; hosts, cookies, other sites
+    10608  ACT 5. The pocket client, and this file itself
+      10649  31. The pocket client (JavaScript) [client]
+      12034  32. This file as a page [read]
+      12204  33. An app to begin with
 
 READING PATH
 
@@ -8138,6 +8138,7 @@ class _UnseenSpan(Span):
     __call__ = __setitem__ = root = link = fail = end = step  # type: ignore[assignment]
 
 
+# (Its `traceparent` says "not sampled": a program that is called need not trace either.)
 _UNSEEN_SPAN = _UnseenSpan(Tracer(), "unseen", {}, _Caller("f" * 32, "f" * 16, False))
 
 
