@@ -89,8 +89,8 @@ brackets can be left out of your copy: `python stario.py --without assets,client
       10190  30. What is refused; hosts, cookies, other sites
     10608  ACT 5. The pocket client, and this file itself
       10649  31. The pocket client (JavaScript) [client]
-      12034  32. This file as a page [read]
-      12204  33. An app to begin with
+      12036  32. This file as a page [read]
+      12206  33. An app to begin with
 
 READING PATH
 
@@ -10670,6 +10670,7 @@ const unknown = (what, el) => console.warn(`pocket client: ${what} is not known 
 // A form's fields, and a page's images, hide properties of the same name: if a field is called
 // "id", `form.id` is that field (HTML standard, 4.10.3). So the properties of the prototypes are
 // turned into functions: parentNode(el) is el.parentNode, contains(el, node) is el.contains(node).
+// Fields hide nothing, so `el.value` is safe.
 function functionsOf(...kinds) {
   const all = kinds.map((kind) => Object.getOwnPropertyDescriptors(kind.prototype));
   const jobs = Object.entries(Object.assign({}, ...all))
@@ -10720,7 +10721,7 @@ class Reader extends Cell {
   }
 }
 
-// note: the active reader reads a cell. wake: a cell has changed. mark: make its readers stale.
+// note: the active reader reads a cell. wake: a cell has changed, which makes its readers stale.
 function note(cell) {
   active?.cells.set(cell, cell.version);
   if (active) cell.readers.add(active);
@@ -10728,15 +10729,15 @@ function note(cell) {
 
 function wake(cell) {
   cell.version++;
-  mark(cell);
+  makeStale(cell);
 }
 
-function mark(cell) {
+function makeStale(cell) {
   for (const reader of cell.readers) {
     if (reader.stale) continue;
     reader.stale = true;
     if (reader.attribute) due.add(reader);
-    else mark(reader);
+    else makeStale(reader);
   }
 }
 
@@ -10747,10 +10748,10 @@ function versionOf(cell) {
 
 function isOutdated(reader) {
   for (const [cell, version] of reader.cells) if (versionOf(cell) !== version) return true;
-  return !reader.cells.size;         // its first run
+  return !reader.cells.size;         // before its first run it has read nothing
 }
 
-// Changes that the run itself makes do not make the reader stale.
+// What the run itself changes does not make it stale: the versions are read again at its end.
 function refresh(reader) {
   if (!reader.stale) return;
   reader.stale = false;
@@ -10873,7 +10874,8 @@ const handler = {
   ownKeys: (branch) => (noteKey(branch, ALL_KEYS), Reflect.ownKeys(branch)),
 };
 
-// The contents of a list have proxies, too: a write to them changes the list's own signal.
+// The contents of a list have proxies, too (for a branch `newBranch` has made one): a write to them
+// changes the list's own signal.
 function inside(value, branch, key) {
   if (!Array.isArray(value) && !isPlain(value)) return value;
   if (!proxies.has(value)) {
@@ -10944,8 +10946,8 @@ function erase(branch, key) {
   if (!cells.get(key)?.readers.size) cells.delete(key);
 }
 
-// An object replaces a single value even with `onlyIfMissing`: a reader of `$user.name` that came
-// first has made `user` a text.
+// An object replaces a single value (no list) even with `onlyIfMissing`: a reader of `$user.name`
+// that came first has made `user` a text.
 function merge(patch, onlyIfMissing, branch = data) {
   for (const key of Object.keys(patch)) {
     const [old, fresh] = [branch[key], patch[key]];
@@ -10981,7 +10983,7 @@ function nested(found) {
   return whole;
 }
 
-// Filters choose by path: {include, exclude}, regular expressions or their text.
+// Filters choose by path: {include, exclude}, regular expressions or their text. (?!) fits none.
 function chooser({ include = '', exclude = '(?!)' } = {}) {
   const [yes, no] = [include, exclude].map((rule) => new RegExp(
     rule.source ?? rule.replace(/^\/|\/$/g, ''), rule.flags?.replace(/[gy]/g, '')));
@@ -11035,7 +11037,7 @@ function translate(text) {
       continue;
     }
     if (action && !(action in actions)) unknown(`data-…="${text}": @${action}`);
-    const closes = ')]}'.includes(char) && open.pop();
+    const closes = ')]}'.includes(char) && open.pop();     // of a template's }: its `
     const opens = special ? all.endsWith('${') && '`' : action ? '@' : '([{'.includes(char) && char;
     if (opens) open.push(opens);
     value = word ? !NO_VALUE.test(word) : !opens && Boolean(special || string || signal || closes);
@@ -11069,7 +11071,7 @@ function compile(text) {
 // Each element with such attributes is an owner. Each attribute knows what it started (effects,
 // listeners, timers, observers, requests), and `end` ends all of that.
 
-const MISSING = new RegExp('^(?:on-.*|animate|custom-validity|match-media|persist|query-string|'
+const LEFT_OUT = new RegExp('^(?:on-.*|animate|custom-validity|match-media|persist|query-string|'
   + 'replace-url|rocket|scroll-into-view|view-transition)$');
 const NAMES = /^(?:bind|ref|indicator)$/;        // their value is a name, not an expression
 const SIGNAL_KEYS = /^(?:signals|computed|bind|ref|indicator)$/;
@@ -11100,7 +11102,7 @@ class Attribute {
 
   start() {
     const { plugin, name, mods, el } = this;
-    const isMissing = !(plugin in plugins) && (name.includes(':') || MISSING.test(plugin));
+    const isMissing = !(plugin in plugins) && (name.includes(':') || LEFT_OUT.test(plugin));
     if (isMissing) unknown(name, el);
     if (!(plugin in plugins)) return;
     for (const mod of mods.keys()) if (!MODIFIERS.has(mod)) unknown(`${name}: __${mod}`, el);
@@ -11415,7 +11417,7 @@ function bind(attribute) {
   let seen = null;                   // the field's state at that time
   const state = () => String([take(el, prop, ''), el.checked]);
   const isUnchosen = () => el.type === 'radio' && !el.checked;
-  const left = () => attribute.act(show);
+  const onLeave = () => attribute.act(show);
   function place() {
     if (!Array.isArray(find(path)) || el.type === 'select-multiple') return path;
     index ??= [...group].filter((other) => precedes(other, el)).length;
@@ -11432,7 +11434,7 @@ function bind(attribute) {
     const value = find(place());
     if (Object.is(value, taken)) return;
     taken = {};
-    if (isFocused(el) && isHalf(el)) return addEventListener(el, 'blur', left, { once: true });
+    if (isFocused(el) && isHalf(el)) return addEventListener(el, 'blur', onLeave, { once: true });
     give(el, prop, value);
     seen = state();
   }
@@ -11580,7 +11582,7 @@ async function request(call) {
   call.cancelled = own.signal;
   call.emit = (type, argsRaw = {}) => tell('datastar-fetch', { type, el: attribute.el, argsRaw });
   call.receive = (type, came) => inTurn(type, () => {
-    if (cancel === 'cleanup' && own.signal.aborted) return;
+    if (cancel === 'cleanup' && own.signal.aborted) return;    // 'auto' applies what has come
     if (type !== 'text/javascript') call.emit(type, came);
     apply[type]?.(came);
   }, came);
@@ -11604,7 +11606,7 @@ async function attempts(call, { openWhenHidden = call.method !== 'GET', retry = 
   retryInterval = 1000, retryScaler = 2, retryMaxWait = 30000, retryMaxCount = 10 }) {
   const { cancelled } = call;
   const aborted = new Promise((done) => addEventListener(cancelled, 'abort', done));
-  const until = (begins) => Promise.race([aborted, new Promise(begins)]);
+  const until = (start) => Promise.race([aborted, new Promise(start)]);
   const shown = (done) => addEventListener(document, 'visibilitychange', done, { once: true });
   const isHidden = () => document.hidden && !openWhenHidden;
   do {
@@ -11897,16 +11899,16 @@ function elementsById(roots) {
   return Map.groupBy(found, (el) => getAttribute(el, 'id'));
 }
 
-// Text fields, which have a selection, match each other: a password may be shown. Scripts match
-// only if they are equal: a script already in the page does not run again.
+// Inputs of text types, which have a selection, match each other: a password may become a text.
+// Scripts match only if they are equal: a script already in the page does not run again.
 function kindOf(node, id = isElement(node) && getAttribute(node, 'id') || '') {
   const name = isElement(node) ? localName(node) : '';
   const type = name === 'input' && node.selectionStart === null ? node.type : '';
   return `${nodeName(node)}${name === 'script' ? node.outerHTML : type}#${id}`;
 }
 
-// These are cloned, and stay in the new HTML. A select that loses its chosen option chooses another
-// one: if options were taken out one by one, the last would end up chosen.
+// Of these a clone goes into the page. A select that loses its chosen option chooses another one:
+// if the new HTML's options were taken out of it one by one, its last would end up chosen.
 const OPTIONS = /^OPT(?:ION|GROUP)$/;
 
 function morphNodes(parent, old, nodes, plan) {
