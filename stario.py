@@ -12212,10 +12212,10 @@ def _example_app(row: _Row) -> Stario:
 
 def _first_app() -> Stario:
     """The app that `python stario.py` runs."""
-    relay, clicks = Relay[None](), Counter[str]()
+    relay, clicks = Relay[None](), 0
 
     def view() -> SafeString:
-        button = h.Button(data.on("click", at.post("/click")), f"{clicks['all']} clicks")
+        button = h.Button(data.on("click", at.post("/click")), f"{clicks} clicks")
         stay = data.init(at.get("/live", retry="always"))
         return h.Main({"id": "main"}, stay, h.H1(time.strftime("%H:%M:%S")), button)
 
@@ -12229,8 +12229,9 @@ def _first_app() -> Stario:
             w.patch(view())
 
     async def click(c: Context, w: Writer) -> None:
+        nonlocal clicks
+        clicks += 1
         w.empty()
-        clicks["all"] += 1
         relay.publish("click", None)
 
     async def tick() -> None:
