@@ -8271,7 +8271,7 @@ class _StreamTracer(Tracer):
         self._queue.append(entry)
         if waiting == _EARLY:
             self._wake.put(False)
-        if self._running.acquire(False):
+        if not self._running.locked() and self._running.acquire(False):
             try:
                 threading.Thread(target=self._run, name="tracer", daemon=True).start()
             except RuntimeError:  # the program is ending, and can start no threads: write here
