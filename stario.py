@@ -89,8 +89,8 @@ brackets can be left out of your copy: `python stario.py --without assets,client
       10190  30. What is refused; hosts, cookies, other sites
     10608  ACT 5. The pocket client, and this file itself
       10649  31. The pocket client (JavaScript) [client]
-      12036  32. This file as a page [read]
-      12206  33. An app to begin with
+      12037  32. This file as a page [read]
+      12207  33. An app to begin with
 
 READING PATH
 
@@ -11638,10 +11638,11 @@ async function attempts(call, { openWhenHidden = call.method !== 'GET', retry = 
 
 // One attempt; true: try again. A broken connection throws, and `attempts` decides. With `retry`
 // 'error' or 'always', status 400 and above is tried again; with 'always' also an ended stream, and
-// other 2xx. Status 200 resets the count of tries; 204 and 3xx are final.
+// other 2xx. Status 200 resets the count of tries; 204 and 3xx are final. Nothing is stored: Chrome
+// may keep an aborted stream open if it stores it.
 async function attempt(call, signal, retry) {
   const { url, ...sent } = batch(() => sentWith(call));
-  const answer = await fetch(url, { ...sent, signal });
+  const answer = await fetch(url, { ...sent, signal, cache: 'no-store' });
   const { status } = answer;
   if (status >= 400) call.emit('error', { status: String(status) });
   if (status === 200) {

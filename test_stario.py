@@ -14570,8 +14570,8 @@ class StageServer:
             w.write_headers(reply.status).end(body)
             return
         w.write_headers(reply.status).write(body)
-        await w.drain()
         if reply.then == "break":
+            await w.drain()
             w._carrier.abort()
             return
         async for _ in w.alive():
@@ -16237,6 +16237,34 @@ class TestPocketClient(ClientPromises, unittest.TestCase):
     def test_the_name_of_a_signal_may_have_letters_beyond_ascii(self) -> None:
         self.show("""<p id="p" data-signals="{größe: {maß: 1}}" data-text="$größe.maß + 1"></p>""")
         self.see("byId('p').textContent", "2")
+
+    def test_a_tab_that_is_hidden_and_shown_in_quick_succession_has_one_stream(self) -> None:
+        fields = {"cache-control": "no-cache"}  # like any stream: Chrome may store it
+        self.answers("/get", Reply(patch_signals({"get": 1}), headers=fields, then="hold"))
+        self.show(
+            """<b id="b" data-on:click="@get('/get')"></b>
+            <b id="c" data-on:click="@post('/done')"></b>
+            <script>const look = (hidden) => {
+              Object.defineProperty(document, 'hidden', { value: hidden, configurable: true });
+              document.dispatchEvent(new Event('visibilitychange'));
+            }</script>"""
+        )
+        self.do("byId('b').click()")
+        self.see("own()", {"get": 1})
+        self.do(
+            """const again = (left) => {
+              look(true), look(false);
+              if (left) setTimeout(again, 8, left - 1);
+              else byId('c').click();
+            };
+            again(9)"""
+        )
+        self.stage.requests("/done")
+        # Like an EventSource, it bypasses the cache, which would keep a stream to share it.
+        asked = self.stage.requests("/get")[0]
+        self.assertEqual(asked.headers.get("cache-control"), "no-cache")
+        opened = self.stage.requests
+        self.stage.wait_for(lambda: len(opened("/get")) - len(self.stage.gone) == 1, "one stream")
 
     def test_a_file_in_an_urlencoded_form_is_sent_as_its_name(self) -> None:
         self.show(
