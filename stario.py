@@ -77,20 +77,20 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        7146  18. Compression [compression]
        7355  19. Static files [assets]
        7927  20. Telemetry: spans, and who hears of them
-       8416  21. JsonTracer: for log collectors [json]
-       8489  22. RichTracer: for people [rich]
-       8922  23. Sessions [sessions]
-       9036  24. What lives as long as the server
-       9137  25. @baked
-       9423  26. ASGI: the same app under another server [asgi]
-       9650  27. RedisRelay: the same between processes and machines [redis]
-       9923  28. Reload: a saved file restarts the app [reload]
-      10072  29. Development: what went wrong, shown where one looks [development]
-      10190  30. What is refused; hosts, cookies, other sites
-    10608  ACT 5. The pocket client, and this file itself
-      10649  31. The pocket client (JavaScript) [client]
-      12037  32. This file as a page [read]
-      12207  33. An app to begin with
+       8418  21. JsonTracer: for log collectors [json]
+       8491  22. RichTracer: for people [rich]
+       8924  23. Sessions [sessions]
+       9038  24. What lives as long as the server
+       9139  25. @baked
+       9425  26. ASGI: the same app under another server [asgi]
+       9652  27. RedisRelay: the same between processes and machines [redis]
+       9925  28. Reload: a saved file restarts the app [reload]
+      10074  29. Development: what went wrong, shown where one looks [development]
+      10192  30. What is refused; hosts, cookies, other sites
+    10610  ACT 5. The pocket client, and this file itself
+      10651  31. The pocket client (JavaScript) [client]
+      12039  32. This file as a page [read]
+      12209  33. An app to begin with
 
 READING PATH
 
@@ -8300,9 +8300,11 @@ class _StreamTracer(Tracer):
         texts = [each if isinstance(each, str) else self._called(*each) for each in entries]
         with suppress(BaseException):  # whatever the stream's methods raise
             text = self._completed("".join(texts), ending)
-            encoding = getattr(self._stream, "encoding", None) or "utf-8"  # may lack characters
+            if not text.isascii():  # the stream's encoding may lack some of it
+                encoding = getattr(self._stream, "encoding", None) or "utf-8"
+                text = text.encode(encoding, "backslashreplace").decode(encoding)
             if text:
-                self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+                self._stream.write(text)
                 self._stream.flush()
             self._lost -= count + lost  # these are written, and those are told
 
