@@ -8202,11 +8202,11 @@ def _printable(text: str) -> str:
     return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
-# -- A thread that writes to a stream (a file, a terminal), so that no request waits for it. Who has
-# something to tell appends an *entry* to a list, the queue; in Python that is a single step, and
-# needs no lock. Ten times a second the thread empties the list, and writes all of it at once. An
-# entry is a text, or a function and its arguments, which the thread calls for the text. So what
-# these functions touch (which spans are open, say) belongs to the thread alone.
+# -- A thread that writes to a stream (a file, a terminal), so that no request waits for it.
+# Requests append *entries* to a list, the queue; in Python that is a single step, and needs no
+# lock. Ten times a second the thread empties the list, and writes all of it at once. An entry is a
+# text, or a function and its arguments, which the thread calls for the text. So what these
+# functions touch (which spans are open, say) belongs to the thread alone.
 #
 # Entries are lost if the list is full, because the stream stalls, or if a write fails. The next
 # write that succeeds tells how many, in a span `telemetry.lost`; otherwise standard error does.
