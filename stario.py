@@ -64,33 +64,33 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        2148  8. The app
      2335  ACT 2. On the network
        2343  9. HTTP/1.1: bytes to requests and back (RFC 9110 and 9112)
-       3334  10. The server
-       4157  11. Trying it without a network: the test client [testclient]
-     4621  ACT 3. Live
-       4671  12. Datastar: attributes and actions
-       5257  13. Streams: events, and staying with a client
-       5772  14. Relay: publish and subscribe
-     6070  ACT 4. For real
-       6077  15. Signals: from JSON to your dataclass
-       6827  16. Forms [forms]
-       7033  17. Behind a proxy
-       7146  18. Compression [compression]
-       7355  19. Static files [assets]
-       7927  20. Telemetry: spans, and who hears of them
-       8418  21. JsonTracer: for log collectors [json]
-       8491  22. RichTracer: for people [rich]
-       8924  23. Sessions [sessions]
-       9038  24. What lives as long as the server
-       9139  25. @baked
-       9425  26. ASGI: the same app under another server [asgi]
-       9652  27. RedisRelay: the same between processes and machines [redis]
-       9925  28. Reload: a saved file restarts the app [reload]
-      10074  29. Development: what went wrong, shown where one looks [development]
-      10192  30. What is refused; hosts, cookies, other sites
-    10610  ACT 5. The pocket client, and this file itself
-      10651  31. The pocket client (JavaScript) [client]
-      12039  32. This file as a page [read]
-      12209  33. An app to begin with
+       3333  10. The server
+       4156  11. Trying it without a network: the test client [testclient]
+     4620  ACT 3. Live
+       4670  12. Datastar: attributes and actions
+       5256  13. Streams: events, and staying with a client
+       5771  14. Relay: publish and subscribe
+     6069  ACT 4. For real
+       6076  15. Signals: from JSON to your dataclass
+       6826  16. Forms [forms]
+       7032  17. Behind a proxy
+       7145  18. Compression [compression]
+       7354  19. Static files [assets]
+       7926  20. Telemetry: spans, and who hears of them
+       8417  21. JsonTracer: for log collectors [json]
+       8490  22. RichTracer: for people [rich]
+       8923  23. Sessions [sessions]
+       9037  24. What lives as long as the server
+       9138  25. @baked
+       9424  26. ASGI: the same app under another server [asgi]
+       9651  27. RedisRelay: the same between processes and machines [redis]
+       9924  28. Reload: a saved file restarts the app [reload]
+      10073  29. Development: what went wrong, shown where one looks [development]
+      10191  30. What is refused; hosts, cookies, other sites
+    10609  ACT 5. The pocket client, and this file itself
+      10650  31. The pocket client (JavaScript) [client]
+      12038  32. This file as a page [read]
+      12208  33. An app to begin with
 
 READING PATH
 
@@ -105,13 +105,13 @@ Two hours, for a reader who wants to know how it works, not everything it does. 
      1900-1915   `_Tree.find`  from a path to a handler
      2254-2287   `_App.dispatch`  one request from end to end
      2700-2813   `_RequestReader`  bytes to requests
-     3087-3330   `Connection`  one connection, many requests
-     3757-3778   `Server.start`  listening
-     3893-3915   `Server.stop`  ending without losing a request
-     5381-5503   `_EventWriter`  events
-     5592-5654   `_Scope`  how a disconnect reaches a handler
-     5682-5768   `Alive`  staying with a client
-     5923-6015   `Relay`  from one handler to another
+     3087-3329   `Connection`  one connection, many requests
+     3756-3777   `Server.start`  listening
+     3892-3914   `Server.stop`  ending without losing a request
+     5380-5502   `_EventWriter`  events
+     5591-5653   `_Scope`  how a disconnect reaches a handler
+     5681-5767   `Alive`  staying with a client
+     5922-6014   `Relay`  from one handler to another
 
 The parts know little about each other. HTML, JSON, Datastar's attributes, events and the relay work
 in any framework. A `Carrier` (6) brings a request and takes its answer, and the app knows only what
@@ -277,7 +277,7 @@ class HttpException(Exception):
     """
 
     def __init__(self, status_code: int, detail: str = "") -> None:
-        """StarioError: a status below 300, a detail that is not text, a redirect to nowhere."""
+        """Raises StarioError: a status below 300, a detail not of text, a redirect to nowhere."""
         _check_status(status_code)
         if status_code < 300:
             raise StarioError(f"{status_code} is no error: answer with w.html, w.json or w.empty")
@@ -345,7 +345,7 @@ class SafeString(str):
         return render(other, self)
 
     def __format__(self, spec: str) -> str:
-        """Plain text: an f-string escapes nothing. (str's own may return `self` for `{x:>3}`.)"""
+        """A plain str: an f-string is not trusted. (str's own may return `self`, a SafeString.)"""
         return format(str.__str__(self), spec)
 
 
@@ -495,9 +495,9 @@ def _other_attribute(name: str, value: object) -> str:
             return f' style="{_quote(style)}"'
         if name != "class":
             return _attributes({f"{name}-{key}": item for key, item in value.items()})
-    # This is only for `@baked` (part 25): skip it for now. `@baked` calls a view once, with
-    # placeholders (*blanks*); at other times `_baking` is empty. For a blank, `_mark_for` returns a
-    # *mark*, which later calls replace by `_other_attribute(name, argument)`; for others, "".
+    # Only for `@baked` (part 25): skip it for now. `@baked` calls a view once with placeholders
+    # (*blanks*); otherwise `_baking` is empty. If `value` is a blank, `_mark_for` returns a *mark*,
+    # which later calls replace by `_other_attribute(name, argument)`. If not, it returns "".
     if _baking.get() and (mark := _mark_for(_other_attribute, name, value, is_html=True)):
         return mark
     return f' {name}="{_quote(_value_text(name, value))}"'
@@ -1033,9 +1033,9 @@ def _decode_path(raw: str) -> str:
 #
 #     async def main():            # both names are printed after one second
 #         await asyncio.gather(visitor("Ada"), visitor("Grace"))
-#
 #     asyncio.run(main())          # makes an event loop, and runs it until main() is done
 #
+# `async for` awaits each item of its iterator, `async with` the beginning and the end of its block.
 # A *future* is a result to come: `await future` waits for it, `future.set_result()` ends the wait.
 # *Cancelling* a task raises CancelledError where it waits, and adds one to `task.cancelling()`.
 # Other tasks run only at an `await`, so no locks are needed. A *context variable* is like a global,
@@ -1276,7 +1276,7 @@ class Carrier:
     has gone, bytes are dropped without an error.
     """
 
-    # A scope is a handler's wait that ends when the client goes, or the server stops (part 13).
+    # A scope is a stretch of a handler that ends when the client goes or the server stops (13).
     scopes: list[_Scope]
     disconnected = False  # the client has gone, or has closed its sending side: streams end
     client = ""  # the address of the other end, or empty if it has none
@@ -1504,9 +1504,9 @@ class _RawWriter:
         if not self._remaining:
             self._carrier.finish()
             return
-        has_left = self._carrier.disconnected  # then the handler may stop early
+        has_gone = self._carrier.disconnected  # then the handler need not send all
         self._carrier.abort()
-        if not has_left:
+        if not has_gone:
             raise StarioError(f"the answer is {self._remaining} bytes short of its Content-Length")
 
     async def send_file(self, file: IO[bytes], offset: int, count: int) -> None:
@@ -1619,7 +1619,7 @@ class _OneShotWriter(_RawWriter):
 
     def respond(self, body: bytes, content_type: str, status: int = 200) -> None:
         """Answer with these bytes. A second answer raises StarioError."""
-        _check_order('w.respond(b"...", "image/png")', content_type, status)  # swapped? (30)
+        _check_order('w.respond(b"...", "image/png")', content_type, status)  # not swapped (30)
         # (`__wrapped__` is the function without its cache.)
         content = _content if len(content_type) <= _KEPT_TEXT else _content.__wrapped__
         self._answer(status, content(content_type), _bytes(body))
@@ -1728,7 +1728,7 @@ class Context:
 
     @property
     def span(self) -> Span:
-        """The request's span, a child of its caller's (20). (A silent app makes one on demand.)"""
+        """The request's span; its parent may be the caller's (20). Silent apps make one on use."""
         if self._span is None:
             req = self.req
             attributes = {"http.request.method": req.method, "url.path": req.path}
@@ -1785,7 +1785,7 @@ class Context:
 
     def _current(self) -> Span:
         """The span of this request's step that the task is in, else the request's own span."""
-        owner, span = _current_step.get()  # (20) inherited by tasks, even from another request
+        owner, span = _current_step.get()  # (20) a task has it from the request that made the task
         return span if owner is self and span is not None else self.span
 
     @typing.overload
@@ -1804,13 +1804,13 @@ class Context:
         found = await _sent_signals(self.req)
         if schema is None:
             return found
-        if len(self.req._whole or b"") > 25_000:  # 10 ms and more: others go on
+        if len(self.req._whole or b"") > 25_000:  # 10 ms and more: so in a thread
             return await asyncio.to_thread(read_signals, schema, found)
         return read_signals(schema, found)
 
 
 Handler = Callable[[Context, "Writer"], Awaitable[None]]  # (Writer is complete in part 13)
-_NO_HANDLER: Any = None  # lets `@app.get("/")` reach `_check_handler` and its better error
+_NO_HANDLER: Any = None  # for `@app.get("/")`, which `_check_handler` refuses with a clear error
 Middleware = Callable[[Handler], Handler]
 ErrorHandler = Callable[[Context, "Writer", Any], Awaitable[None] | None]
 
@@ -2137,7 +2137,7 @@ async def _handle_error(
             answer = handlers[kind](c, w, exc)
             if inspect.isawaitable(answer):
                 await answer
-            has_all = w.completed or w._rest is not None  # (of a file: it is still sent)
+            has_all = w.completed or w._rest is not None  # (the rest of a file will be sent)
             if had_begun and w._writes == writes and not has_all:
                 w._break_off()  # it would look complete, and what failed is missing
             return True
@@ -2386,7 +2386,7 @@ class Limits:
     max_target: int = 32 * 1024  # of the target (a GET has its signals there, part 15); beyond: 414
     max_buffer: int = 16 * 1024 * 1024  # bytes of an answer that wait for the client; then cut off
     max_connections: int = 10_000  # at once; beyond: 503
-    max_handlers: int = 1000  # beside one per connection, as some outlast answers
+    max_handlers: int = 1000  # above one per connection: a handler may outlast its answer
 
 
 _HIGH_WATER = 64 * 1024  # bytes that are buffered in each direction; beyond: the sender waits
@@ -2475,8 +2475,8 @@ _kept_framing = lru_cache(maxsize=256)(_Framing)
 
 
 class _ReceivedHeaders(Headers):
-    """Headers as they came. The first three names asked for are searched for in the block, one by
-    one. A fourth splits it all, which takes as long as five searches in a browser's block.
+    """Headers as they came. The first three names that are asked for are searched for in the block.
+    For a fourth the whole block is split, which takes as long as five searches.
     """
 
     def __init__(self, block: bytes) -> None:
@@ -2496,7 +2496,7 @@ class _ReceivedHeaders(Headers):
         return values
 
     def _look_up(self, name: str) -> Sequence[str]:
-        if ":" in name:  # no name has one, but "host: a" would find `host: a:8000`
+        if ":" in name:  # no name has one; and the "name" `host: a` would match `host: a:8000`
             return ()
         wanted, end = f"\n{name}:".encode("ascii", "replace"), 0
         lowered, values = self._block.lower(), []
@@ -2762,7 +2762,7 @@ class _RequestReader:
     def _check_start(self) -> None:
         """Refuse an incomplete head at once if it is malformed or too large already."""
         start = self.buffer[self._at :]
-        new = max(0, self._searched - 1)  # from here (the last old byte may be half a line break)
+        new = max(0, self._searched - 1)  # check from here: an old "\r" may get its "\n" now
         line, line_end, _ = start.partition(b"\r\n")
         if _LONE_LF.search(start, new):
             raise HttpException(400, "a line of the head ends in a bare line feed")
@@ -2870,7 +2870,7 @@ class _SocketCarrier(Carrier, asyncio.Protocol):
             self.scheme = "https"
         self._worker.connections.add(cast(Connection, self))
         if self._worker.stopping:
-            self._deadline = self._worker.idle_deadline
+            self._deadline = self._worker.idle_deadline  # the limit of keep-alive (part 10)
 
     def _is_closing(self) -> bool:
         """Whether the socket is closed or closing: nothing more can be written."""
@@ -3015,7 +3015,7 @@ class _AnswerCarrier(_SocketCarrier):
         self._chunked = False  # the answer is sent in chunks
 
     def answer(self, status: int, fields: bytes, body: bytes) -> None:
-        """See Carrier. Usually no `connection` field is needed."""
+        """See Carrier. Usually no `connection` field is needed. (`end_of_head`: the date, 10.)"""
         if not self._is_usual or self._worker.stopping:
             fields = self._with_connection(fields)
         self._write(b"".join((_status_line(status), fields, self._worker.end_of_head, body)))
@@ -3061,7 +3061,7 @@ class _AnswerCarrier(_SocketCarrier):
             with suppress(AttributeError, OSError):
                 connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _RESET)
             self._drop()
-        self._end()  # (1.1 shows what is missing: a reset could also take earlier answers)
+        self._end()  # (1.1: the framing shows the cut; a reset could take earlier answers, too)
         self.disconnected = True  # in any case, the client gets no more
 
 
@@ -3303,8 +3303,7 @@ class Connection(_AnswerCarrier):
             self.answer(exc.status_code, fields, b"" if unread.startswith(b"HEAD ") else text)
 
     def _gives_up_rest(self) -> bool:
-        # A client that still waits for "100 Continue" will not get it now: it may send its body,
-        # or not.
+        # A client that waits for "100 Continue" does not get it now. It may send its body or not.
         expects, self._expects = self._expects, False
         return expects or self._still_to_come() > _DISCARD_LIMIT
 
@@ -3433,7 +3432,7 @@ class Worker:
 
     def _handler_ended(self, task: asyncio.Task[None]) -> None:
         self.tasks.discard(task)
-        # This wakes all that wait. So it happens not for one free place, but when a tenth is free.
+        # This wakes all that wait. So it is done when a tenth of the places is free, not for one.
         wake_below = len(self.connections) + 0.9 * self.limits.max_handlers
         if self.waiting and len(self.tasks) < wake_below:
             waiting, self.waiting = self.waiting, set()
@@ -3478,7 +3477,7 @@ class Worker:
                 _cancel(self.arriving)
         self._timer.cancel()
         _cancel(self.arriving)
-        await asyncio.gather(*self.arriving, return_exceptions=True)  # one may start a handler
+        await asyncio.gather(*self.arriving, return_exceptions=True)  # first: may start handlers
         _cancel(self.tasks)
         for connection in list(self.connections):
             connection._transport.abort()
@@ -3648,7 +3647,7 @@ class _Listener:
             if family == socket.AF_INET6:  # IPv4 has a socket of its own
                 listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 1)
             listening.bind((address[0], self.port, *address[2:]))
-            self.bound, self.port = listening.getsockname()[:2]  # port 0: all get the first's
+            self.bound, self.port = listening.getsockname()[:2]  # port 0: the next use this one too
 
     def _bind_unix(self, path: str) -> None:
         """Listen under a temporary name, then rename: the path always leads to a live socket."""
@@ -3730,7 +3729,7 @@ class Server:
                 raise StarioError(f"{name} is {value!r}: a whole number from {least} up is needed")
         if not isinstance(graceful_timeout, (int, float)) or not graceful_timeout >= 0:
             raise StarioError(f"graceful_timeout is {graceful_timeout!r}: seconds are needed")
-        if ssl is not None and getattr(ssl, "check_hostname", True):  # as clients do
+        if ssl is not None and getattr(ssl, "check_hostname", True):  # a client's
             raise StarioError(f"ssl is {ssl!r}: an ssl.SSLContext is needed, of a server")
         where = {field.name for field in dataclasses.fields(_Listener)} & options.keys()
         self._listener = _Listener(host, port, **{name: options.pop(name) for name in where})
@@ -4685,7 +4684,7 @@ def _sent_head(method: str, path: str, fields: Mapping[str, object]) -> str:
 # `@ $ ; < > &` escaped: `s("$5")` is `"\u00245"`. `@`, `$` and `;` are escaped because the client
 # rewrites `$name` and `@name(` and splits at `;` before it runs an expression, even inside strings.
 # `<`, `>` and `&` are escaped because the text may be inside a `<script>`, where `<!--`, `-->` and
-# `</script` mean something; and in SVG `&quot;` would be decoded to a quote.
+# `</script` mean something; and a `<script>` inside SVG decodes `&quot;` to a quote.
 # ==================================================================================================
 
 
@@ -4808,7 +4807,7 @@ def _modifier(name: str, value: object) -> str:
         if type(value) is int and 0 <= value <= 100:
             return f"__threshold.{value}"
         raise StarioError(f"threshold={value!r}: a whole number of percent, 0 to 100")
-    if value is True and name not in ("delay", "duration"):  # (debounce=True: a time of 0)
+    if value is True and name not in ("delay", "duration"):  # (`__debounce` alone: a time of 0)
         return f"__{name}"
     if name not in _TIME_FLAGS:
         raise StarioError(f"{name}={value!r}: write {name}=True")
@@ -5599,8 +5598,8 @@ class _Scope:
 
     Scopes of one task may be nested. One of them cancels; the innermost swallows the error, and its
     `__exit__` interrupts those around it: an `async with` block at its next await, a loop after
-    `_CLEANUP` seconds. (In `w.alive(source())` the source may be a generator that itself loops over
-    a `w.alive()`. When that inner loop ends, these seconds are for the generator's code after it.)
+    `_CLEANUP` seconds. (Loops nest if `source` in `w.alive(source())` is a generator with a loop
+    over `w.alive()` of its own. It then has these seconds for its code after that inner loop.)
     """
 
     __slots__ = (
@@ -5646,7 +5645,7 @@ class _Scope:
             return False  # it was, but not by a scope
         canceller._interrupting = False
         loop = self._task.get_loop()
-        for scope in around:  # they are next, even if the handler has swallowed the error itself
+        for scope in around:  # they end, too, one after another, even if the error is swallowed
             if scope._is_block:
                 loop.call_soon(scope._interrupt)
             else:
@@ -5783,7 +5782,7 @@ class Alive(Generic[T]):
 # the tables and queues of a relay. It is held for a few dict operations, and never while readers
 # are woken. It is an RLock: the thread that holds it can take it again. That happens because Python
 # may, between any two lines, run a SIGINT handler that publishes, or collect a subscription, which
-# then closes. Such a change is only queued; the change it interrupted runs it (`Relay._change`).
+# then closes. Such a change is queued, and runs after the one under way (`Relay._change`).
 # ==================================================================================================
 
 
@@ -5917,7 +5916,7 @@ class _Messages(Subscription[T]):
 
     def __init__(self, subscription: Subscription[T]) -> None:
         super().__init__(subscription._relay, subscription._mailbox)
-        self._subscription = subscription  # it would close if nothing referred to it
+        self._subscription = subscription  # (if it were collected, it would close this, too)
 
 
 class Relay(Generic[T]):
