@@ -76,21 +76,21 @@ brackets can be left out of your copy: `python stario.py --without assets,client
        7032  17. Behind a proxy
        7145  18. Compression [compression]
        7354  19. Static files [assets]
-       7926  20. Telemetry: spans, and who hears of them
-       8417  21. JsonTracer: for log collectors [json]
-       8490  22. RichTracer: for people [rich]
-       8923  23. Sessions [sessions]
-       9037  24. What lives as long as the server
-       9138  25. @baked
-       9424  26. ASGI: the same app under another server [asgi]
-       9651  27. RedisRelay: the same between processes and machines [redis]
-       9924  28. Reload: a saved file restarts the app [reload]
-      10073  29. Development: what went wrong, shown where one looks [development]
-      10191  30. What is refused; hosts, cookies, other sites
-    10609  ACT 5. The pocket client, and this file itself
-      10650  31. The pocket client (JavaScript) [client]
-      12038  32. This file as a page [read]
-      12208  33. An app to begin with
+       7933  20. Telemetry: spans, and who hears of them
+       8424  21. JsonTracer: for log collectors [json]
+       8497  22. RichTracer: for people [rich]
+       8930  23. Sessions [sessions]
+       9044  24. What lives as long as the server
+       9145  25. @baked
+       9431  26. ASGI: the same app under another server [asgi]
+       9658  27. RedisRelay: the same between processes and machines [redis]
+       9931  28. Reload: a saved file restarts the app [reload]
+      10080  29. Development: what went wrong, shown where one looks [development]
+      10198  30. What is refused; hosts, cookies, other sites
+    10616  ACT 5. The pocket client, and this file itself
+      10657  31. The pocket client (JavaScript) [client]
+      12045  32. This file as a page [read]
+      12215  33. An app to begin with
 
 READING PATH
 
@@ -7731,11 +7731,7 @@ class Assets:
         await self._serve(file, w, b"cache-control: no-cache\r\n")
 
     async def _serve(self, file: _File, w: Writer, caching: bytes) -> None:
-        headers, config, coding = w._request.headers, w._compression, _IDENTITY
-        # A range counts the bytes of the file, not those of a compressed copy.
-        is_part = w._request.method == "GET" and "range" in headers
-        if config and file.compressible and file.size >= config.min_size and not is_part:
-            coding = _coding_for(config, headers, b"") or _IDENTITY
+        coding = _coding_of(file, w)
         representation = file.representations.get(coding)
         if representation is None:
             key = (file.name, file.digest, coding)
@@ -7779,6 +7775,15 @@ def _decoded(coding: str, body: bytes, most: int) -> bytes:
     return found if is_whole else b""
 
 
+def _coding_of(file: _File, w: _RawWriter) -> str:
+    """The coding to send a file in. A range counts the bytes of the file itself: no coding."""
+    request, config = w._request, w._compression
+    is_part = request.method == "GET" and "range" in request.headers
+    if config and file.compressible and file.size >= config.min_size and not is_part:
+        return _coding_for(config, request.headers, b"") or _IDENTITY
+    return _IDENTITY
+
+
 class _Rest:
     """What is left to send of a large file: the value of `w.file(...)`.
 
@@ -7815,6 +7820,8 @@ def _answer_with(
         part = None
         if status == 200 and request.method in ("GET", "HEAD"):
             if _has_copy(request, representation.etag):
+                if compress and _coding_of(file, w):  # the 200 is compressed, so its ETag is weak
+                    fields = fields.replace(b'etag: "', b'etag: W/"')
                 return w._answer(304, (fields, False), b"")
             part = _range(request, file.size, representation.etag)
         start, stop = part or (0, file.size)

@@ -11051,6 +11051,20 @@ class TestDownloads(HttpTest):
             again = await within(peer.get("/x", Accept_Encoding="gzip", If_None_Match=tag))
             self.assertEqual(again.status, 304)
 
+    async def test_a_304_has_the_etag_that_the_200_would_have(self) -> None:
+        """RFC 9110, section 15.4.5. A compressed answer's ETag is weak, another's is not."""
+        self.download(self.root / "small.csv")
+        async with connected(self.app) as peer:
+            for coding in ("gzip", "identity"):
+                tag = (await within(peer.get("/x", Accept_Encoding=coding))).headers["etag"]
+                self.assertEqual(tag.startswith("W/"), coding == "gzip")
+                for known in (tag, "*"):
+                    again = await within(
+                        peer.get("/x", Accept_Encoding=coding, If_None_Match=known)
+                    )
+                    self.assertEqual((again.status, again.headers["etag"]), (304, tag))
+                    self.assertNotIn("content-encoding", again.headers)
+
 
 # -- 20. Telemetry
 
