@@ -7993,7 +7993,7 @@ class Span:
         if self.sampled:
             try:
                 method(*arguments)
-            except Exception:  # shown on standard error; the request goes on
+            except (Exception, SystemExit):  # shown on standard error; the request goes on
                 sys.excepthook(*sys.exc_info())
 
     def __call__(
@@ -8180,7 +8180,7 @@ def _plain_data(value: Any) -> Any:
         with suppress(Exception):  # it holds itself, NaN, or keys that JSON does not have
             text = json.dumps(value, default=_safe_text, allow_nan=False)
             return json.loads(text) if len(text) <= _LONGEST_TEXT else _safe_text(text)
-    return _plain_data(value.value) if isinstance(value, enum.Enum) else _safe_text(value)
+    return _plain_data(value.value) if issubclass(kind, enum.Enum) else _safe_text(value)
 
 
 def _safe_text(value: object) -> str:

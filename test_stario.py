@@ -11241,14 +11241,31 @@ class TestTelemetry(unittest.TestCase):
 
     def test_a_tracer_that_fails_costs_no_request(self) -> None:
         class Broken(Tracer):
+            def on_event(self, span: Span, event: SpanEvent) -> None:
+                sys.exit("a library does this")
+
             def on_end(self, span: Span) -> None:
                 raise ZeroDivisionError
 
         told: list[Any] = []
         hook = mock.patch.object(sys, "excepthook", lambda kind, *_: told.append(kind))
-        with hook, Broken()("job"):
-            pass
-        self.assertEqual(told, [ZeroDivisionError])
+        with hook, Broken()("job") as span:
+            span("noted")
+        self.assertEqual(told, [SystemExit, ZeroDivisionError])
+
+    def test_a_value_that_hides_its_class_is_noted(self) -> None:
+        """An object that is loaded when it is first used takes its `__class__` from there."""
+
+        class Lazy:
+            @property  # type: ignore[misc]
+            def __class__(self) -> Any:
+                raise LookupError("the database is away")
+
+        with Tracer()("job") as span:
+            span["user"] = Lazy()
+            span("loaded", {"user": Lazy()})
+        for noted in (span.attributes, span.events[0].attributes):
+            self.assertIn("Lazy", noted["user"])
 
     def test_a_stalled_stream_holds_up_nobody_and_what_was_lost_is_told(self) -> None:
         stalled, let_go = threading.Event(), threading.Event()
