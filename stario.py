@@ -277,7 +277,7 @@ class HttpException(Exception):
     """
 
     def __init__(self, status_code: int, detail: str = "") -> None:
-        """Raises StarioError: a status below 300, a detail not of text, a redirect to nowhere."""
+        """Raises StarioError: a status below 300, a detail not of text, a 3xx without address."""
         _check_status(status_code)
         if status_code < 300:
             raise StarioError(f"{status_code} is no error: answer with w.html, w.json or w.empty")
@@ -377,7 +377,7 @@ Attributes = dict[str, object]
 def _html(
     part: Any, attributes: Attributes | None = None, escape: Callable[[str], str] = _escape
 ) -> str:
-    """A part as HTML. A dict is added to `attributes`, which is None if there is no element."""
+    """A part as HTML, its text by `escape`. A dict goes into `attributes` (None: no element)."""
     kind = type(part)
     if kind is str:
         return escape(part)
@@ -400,7 +400,7 @@ def _html(
         return ""
     if isinstance(part, Iterable) and not isinstance(part, (bytes, bytearray, memoryview)):
         items = list(part)
-        # A member of enum.Flag yields itself, and so does a UserString of one letter: refuse both.
+        # A member of enum.Flag, or a UserString of one letter, yields itself: it would never end.
         if not (len(items) == 1 and type(items[0]) is kind and items[0] == part):
             return _html(items, attributes, escape)
     raise StarioError(
@@ -582,8 +582,8 @@ def _refuse_content(name: str, content: str) -> str:
 
 
 def _check_raw(name: str, content: str) -> str:
-    """For a script or style. Browsers do not decode its text, so `@baked` can put no mark there."""
-    if (bakes := _baking.get()) and (mark := bakes[0].marks.search(content)):
+    """For a script or style. Browsers do not decode its text: what would end it is refused."""
+    if (bakes := _baking.get()) and (mark := bakes[0].marks.search(content)):  # (part 25)
         raise StarioError(f"{mark[0]} cannot stand in a <{name}>")
     if "<!--" in content or f"</{name}" in content.lower():
         raise StarioError(
@@ -991,7 +991,7 @@ _ESCAPE = re.compile("%([0-9A-Fa-f]{2})")
 def _unescaped(text: str) -> bytes:
     """`a%20b` as `b"a b"` (RFC 3986, section 2.1). A percent sign that escapes nothing stays.
 
-    (In Latin-1 one character is one byte. So this works on text, which takes less memory to join.)
+    (The pieces are Latin-1 text, a character per byte: joining text takes less memory than bytes.)
     """
     pieces = _ESCAPE.split(text.encode("utf-8", "replace").decode("latin-1"))  # a, 20, b
     pieces[1::2] = bytes.fromhex("".join(pieces[1::2])).decode("latin-1")  # 20 -> " ", and so on
@@ -1038,8 +1038,8 @@ def _decode_path(raw: str) -> str:
 # `async for` awaits each item of its iterator, `async with` the beginning and the end of its block.
 # A *future* is a result to come: `await future` waits for it, `future.set_result()` ends the wait.
 # *Cancelling* a task raises CancelledError where it waits, and adds one to `task.cancelling()`.
-# Other tasks run only at an `await`, so no locks are needed. A *context variable* is like a global,
-# but `x.set(1)` changes `x.get()` only for the task that calls it, and for tasks it makes later.
+# Other tasks run only at such waits, so no locks are needed. A *context variable* is like a global,
+# but each task has a value of its own, which at first is that of the task that made it.
 
 
 class RequestLine:
@@ -1281,7 +1281,7 @@ class Carrier:
     disconnected = False  # the client has gone, or has closed its sending side: streams end
     client = ""  # the address of the other end, or empty if it has none
     scheme = "http"  # or "https": how the other end talks to us
-    proxies: TrustedProxies | None = None  # which other ends may speak for their clients (part 17)
+    proxies: TrustedProxies | None = None  # the proxies whose reports are believed (part 17)
 
     @property
     def shutting_down(self) -> bool:
@@ -1919,7 +1919,7 @@ class _Tree:
         segments = path.split("/")[1:]
         if _SLASH in path:
             segments = [segment.replace(_SLASH, "/") for segment in segments]
-        return _walk(self._root, segments, 0, []) if segments else iter(())  # none: `OPTIONS *`
+        return _walk(self._root, segments, 0, []) if segments else iter(())  # (`*` has none)
 
     def methods(self, path: str) -> set[str]:
         """The methods that a path has routes for."""
@@ -2154,7 +2154,7 @@ async def _handle_error(
 
 
 def _is_stopped(carrier: Carrier, exc: BaseException) -> bool:
-    """Whether a stopping server has ended the handler, by a cancellation or a second Ctrl-C."""
+    """Whether a stopping server has ended the handler: by a cancellation or a KeyboardInterrupt."""
     task = asyncio.current_task()
     cancelled = isinstance(exc, asyncio.CancelledError) and task is not None and task.cancelling()
     return carrier.shutting_down and bool(cancelled or isinstance(exc, KeyboardInterrupt))
@@ -2569,7 +2569,7 @@ class Body:
         self.ended = False
         self._chunks: list[bytes] = []
         self._error: Exception | None = None
-        self._news = asyncio.Event()  # its `set()` wakes `read`: one of these has changed
+        self._news = asyncio.Event()  # `set()` wakes `read`: bytes, the end or an error are here
 
     def feed(self, chunk: bytes) -> None:
         """The next bytes have come."""
@@ -2708,7 +2708,7 @@ class _RequestReader:
         self._block_pattern = _block_pattern(limits.max_headers)
         self.buffer = b""  # the bytes that have come; emptied when all have been read
         self._at = 0  # the position up to which the buffer has been read
-        self._searched = 0  # bytes in which no head ends (the last 3 may be the start of its end)
+        self._searched = 0  # bytes searched for a head's end so far (it may begin in the last 3)
         # The last header block, and what was read from it. At first it is one without fields.
         self._block, self._headers, self._framing = b"\r\n\r\n", Headers(), _kept_framing(b"")
         self.decoder: _BodyDecoder | None = None  # while a body is coming in
@@ -2826,7 +2826,7 @@ class _RequestReader:
 # `resume_writing`. Between these two calls `drained` waits, so a client that reads slowly slows
 # down a handler that awaits `drained`. In the other direction, `transport.pause_reading()` slows
 # down a client that sends too much. For HTTPS the transport encrypts and decrypts (TLS); the
-# protocol sees no difference.
+# protocol sees no difference. The loop works in *rounds*: `loop.call_soon(f)` calls f in the next.
 
 
 class _SocketCarrier(Carrier, asyncio.Protocol):
@@ -3118,7 +3118,7 @@ class Connection(_AnswerCarrier):
         self._eof = self.disconnected = True
         self._end_scopes()
         self.go_on()
-        return self.scheme == "http"  # asyncio has no half-closed TLS
+        return self.scheme == "http"  # True keeps our side open; asyncio's TLS cannot
 
     def connection_lost(self, exc: Exception | None) -> None:
         """The connection is closed: wake every task that waits for it."""
@@ -3391,7 +3391,7 @@ class Worker:
         self.connections: set[Connection] = set()
         self.arriving: set[asyncio.Task[None]] = set()  # accepted, in their TLS handshake
         self.tasks: set[asyncio.Task[None]] = set()  # handlers under way
-        self.waiting: set[Connection] = set()  # to start a handler, when fewer run
+        self.waiting: set[Connection] = set()  # their requests wait until fewer handlers run
         self.stopping = False  # every answer says "connection: close", streams end
         self.deadline = _NEVER  # when a stop cuts off what is left (loop's clock)
         self.ended = False  # its loop is to end
@@ -4402,7 +4402,7 @@ class TestStream:
         async with self._awaiting("the start of its handler"):
             while not (self._worker.tasks or self._head.done()):
                 await asyncio.sleep(0)
-        for _ in range(20):  # (a guess) rounds of the loop: enough to send a head without a wait
+        for _ in range(20):  # (a guess) rounds: by then a handler that never waits has sent a head
             if not self._head.done():
                 await asyncio.sleep(0)
 
@@ -5969,14 +5969,14 @@ class Relay(Generic[T]):
         to_wake: ToWake = {}
         with self._lock:
             self._steps.append((step, arguments))
-            while self._steps and not self._is_changing:
+            while self._steps and not self._is_changing:  # (again for a late SIGINT: see below)
                 self._is_changing = True
                 try:
                     while self._steps:
                         step, arguments = self._steps.popleft()
                         step(to_wake, *arguments)
                 finally:
-                    self._is_changing = False  # (a SIGINT may have queued a step just before)
+                    self._is_changing = False  # (a SIGINT may queue a step just before this)
         _wake(to_wake)
 
     def _deliver(self, to_wake: ToWake, subject: str, data: T) -> None:
@@ -6236,7 +6236,7 @@ def _read_any(value: Any, tried: _Tried) -> Any:  # (a `_FormValue` comes from a
 
 
 def _read_str(value: Any, tried: _Tried) -> Any:
-    return str(value) if isinstance(value, str) else _expected("text")  # (`str` of a `_FormValue`)
+    return str(value) if isinstance(value, str) else _expected("text")  # (of a form: the first)
 
 
 def _read_none(value: Any, tried: _Tried) -> Any:
